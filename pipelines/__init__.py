@@ -1,0 +1,17 @@
+"""Model families under one contract. Imports nothing of `t2i_align`, so it can be used alone."""
+
+from pipelines.base import Conditioning, PipelineError, TrainablePipeline
+from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
+from pipelines.registry import FAMILIES, encoder_fingerprint, load
+
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "ForwardProcess",
+    "PipelineError",
+    "RectifiedFlow",
+    "TrainablePipeline",
+    "VariancePreserving",
+    "encoder_fingerprint",
+    "load",
+]

@@ -1,0 +1,226 @@
+"""The contract of a model family. A family fills in how its genuine diffusers pipeline is fed, and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from pipelines.process import ForwardProcess
+
+Conditioning = dict[str, Tensor]
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class PipelineError(ValueError):
+    """A checkpoint, size or option that a family cannot use; the message says what was expected and found."""
+
+
+class TrainablePipeline(ABC):
+    """A genuine diffusers pipeline with the pieces that training needs.
+
+    Args:
+        pipe: the loaded diffusers pipeline. Its text encoders and VAE may be None when only the denoiser is wanted.
+        source: where it was loaded from, for messages and fingerprints.
+    """
+
+    family: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]  # names as they stand in model_index.json
+    denoiser_name: ClassVar[str]
+    encoder_names: ClassVar[tuple[str, ...]]  # components that a latent and embedding cache replaces
+    lora_presets: ClassVar[dict[str, tuple[str, ...]]]
+    attention_backends: ClassVar[tuple[str, ...]] = ("native",)
+
+    process: ForwardProcess
+
+    def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
+        self.pipe = pipe
+        self.source = source
+        self.pipe.set_progress_bar_config(disable=True)
+        for module in self.modules().values():
+            module.requires_grad_(False)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is trained."""
+        return getattr(self.pipe, self.denoiser_name)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The pipeline's networks by component name, those that are loaded."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def has_encoders(self) -> bool:
+        """Whether prompts and pictures can be encoded (False after `load(..., encoders=False)`)."""
+        return all(getattr(self.pipe, name) is not None for name in self.encoder_names)
+
+    # What a family fills in -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts to a dict of batch-first tensors [B, ...] that `predict` understands and nobody else opens."""
+
+    @abstractmethod
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] to latents as the denoiser sees them (deterministic: the posterior's mode)."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents to pixels [B, 3, H, W] in [0, 1]."""
+
+    @abstractmethod
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The denoiser's native prediction, shaped like `noisy_latents`.
+
+        `denoiser` stands in for `self.denoiser` where it is wrapped, compiled or a frozen copy.
+        """
+
+    @abstractmethod
+    def check_size(self, height: int, width: int) -> None:
+        """Raise PipelineError unless the VAE and denoiser take pictures of this size in pixels."""
+
+    @property
+    @abstractmethod
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the checkpoint was trained for."""
+
+    # What is the same for all -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 50,
+        guidance: float = 7.5,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 8,
+        autocast: torch.dtype | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Pictures through the genuine diffusers pipeline, [N, 3, H, W] float32 in [0, 1] on the CPU.
+
+        Sample i is drawn from its own generator with seeds[i], so it does not depend on its neighbours.
+        `on_batch` is told how many pictures were just finished (for a progress bar).
+        """
+        if len(prompts) != len(seeds):
+            raise PipelineError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
+        default_height, default_width = self.default_size
+        height, width = height or default_height, width or default_width
+        self.check_size(height, width)
+        training = self.denoiser.training
+        self.denoiser.eval()
+        pictures = []
+        try:
+            for start in range(0, len(prompts), batch_size):
+                part = list(prompts[start : start + batch_size])
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+                    output = self.pipe(
+                        prompt=part,
+                        negative_prompt=[negative_prompt] * len(part),
+                        num_inference_steps=steps,
+                        guidance_scale=guidance,
+                        height=height,
+                        width=width,
+                        generator=generators,
+                        output_type="pt",
+                    )
+                pictures.append(output.images.float().clamp(0, 1).cpu())
+                if on_batch is not None:
+                    on_batch(len(part))
+        finally:
+            self.denoiser.train(training)
+        return torch.cat(pictures) if pictures else torch.empty(0, 3, height, width)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TrainablePipeline:
+        """Move every loaded network; `dtype` only where it is given. Returns itself."""
+        for module in self.modules().values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def add_lora(self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:
+        """Put a fresh trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet."""
+        self.denoiser.add_adapter(
+            LoraConfig(
+                r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(self.lora_targets(targets))
+            )
+        )
+
+    def lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
+        """Module-name endings for a preset's name or a list of endings, each checked against the denoiser."""
+        if isinstance(targets, str):
+            if targets not in self.lora_presets:
+                raise PipelineError(
+                    f"unknown LoRA targets {targets!r}. Choices for {self.family}: "
+                    f"{', '.join(sorted(self.lora_presets))}, or a list of module-name endings."
+                )
+            return self.lora_presets[targets]
+        names = [name for name, _ in self.denoiser.named_modules()]
+        for ending in targets:
+            if not any(name == ending or name.endswith("." + ending) for name in names):
+                raise PipelineError(f"LoRA target {ending!r} matches no module of the {self.family} denoiser")
+        return tuple(targets)
+
+    def save_lora(self, directory: str | Path) -> Path:
+        """Write the LoRA in diffusers' own format (safetensors, with rank and alpha); returns the file."""
+        save = type(self.pipe).save_lora_weights
+        save(
+            str(directory),
+            **{f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(self.denoiser)},
+            **_collate_lora_metadata({self.denoiser_name: self.denoiser}),
+        )
+        return Path(directory) / LORA_FILE
+
+    def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
+        """Load a LoRA (folder, file or Hub id) through diffusers and make it active at `scale`."""
+        local = Path(path)
+        if local.exists() and local.is_dir() and not list(local.glob("*.safetensors")):
+            raise PipelineError(f"{path}: no .safetensors file with LoRA weights in this folder")
+        self.pipe.load_lora_weights(str(path), adapter_name="lora")
+        self.pipe.set_adapters(["lora"], adapter_weights=[scale])
+
+    def save(self, directory: str | Path) -> None:
+        """Write the whole pipeline in diffusers' format."""
+        if not self.has_encoders:
+            raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
+        self.pipe.save_pretrained(str(directory), safe_serialization=True)
+
+    def set_attention(self, backend: str) -> None:
+        """Choose the attention kernel by name; anything that would be silently ignored is refused."""
+        if backend not in self.attention_backends:
+            raise PipelineError(
+                f"attention backend {backend!r} is not usable with {self.family}. "
+                f"Choices: {', '.join(self.attention_backends)}."
+            )
+        if backend == "xformers":
+            if not torch.cuda.is_available():
+                raise PipelineError("attention backend 'xformers' needs a CUDA GPU; use 'native'")
+            self.denoiser.enable_xformers_memory_efficient_attention()
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """The denoiser's parameters that take gradients."""
+        return (parameter for parameter in self.denoiser.parameters() if parameter.requires_grad)
+
+    @staticmethod
+    def _missing(pipe: Any, names: Sequence[str]) -> list[str]:
+        return [name for name in names if getattr(pipe, name, None) is None]

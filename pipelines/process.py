@@ -1,0 +1,141 @@
+"""The forward process: how clean latents become noise, and every conversion that follows from it.
+
+One module owns prediction types and time. Everywhere in the project x_t = alpha_t x + sigma_t noise, with
+sigma growing with t: t = 0 is the clean picture, the largest t is noise.
+
+    variance preserving   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)      target: noise, or v = alpha_t noise - sigma_t x
+    rectified flow        alpha_t = 1 - sigma_t,  sigma_t = t / 1000              target: v = noise - x
+
+Sources: DDPM (arXiv 2006.11239), v-prediction (2202.00512, appendix D), DDIM (2010.02502, eq. 12),
+rectified flow (2209.03003). Coefficients are computed in float64 and applied in float32 or better.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+TIMESTEP_SAMPLING = ("uniform", "logit_normal")
+
+
+class ForwardProcess(ABC):
+    """alpha, sigma and prediction type; `timesteps` are what the denoiser is given, [B]."""
+
+    prediction_type: PredictionType
+
+    @abstractmethod
+    def timesteps(self, u: Tensor, sampling: str = "uniform") -> Tensor:
+        """Quantiles u in [0, 1), [B], to timesteps, [B], under a named distribution of training times."""
+
+    @abstractmethod
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients at `timesteps`, float64, [B] each."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = alpha_t x + sigma_t noise. latents, noise: [B, ...]; timesteps: [B]."""
+        alpha, sigma = self._coefficients(timesteps, latents)
+        return alpha * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict at x_t, [B, ...]."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "flow":
+            return noise - latents
+        alpha, sigma = self._coefficients(timesteps, latents)
+        return alpha * noise - sigma * latents
+
+    def to_clean(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that a prediction implies. With epsilon-prediction, infinite where alpha is 0."""
+        alpha, sigma = self._coefficients(timesteps, noisy_latents)
+        if self.prediction_type == "epsilon":
+            return (noisy_latents - sigma * model_pred) / alpha
+        if self.prediction_type == "flow":
+            return noisy_latents - sigma * model_pred
+        return alpha * noisy_latents - sigma * model_pred
+
+    def to_noise(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a prediction implies, [B, ...]."""
+        alpha, sigma = self._coefficients(timesteps, noisy_latents)
+        if self.prediction_type == "epsilon":
+            return model_pred
+        if self.prediction_type == "flow":
+            return noisy_latents + alpha * model_pred
+        return sigma * noisy_latents + alpha * model_pred
+
+    def step(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, to_timesteps: Tensor) -> Tensor:
+        """One deterministic step from `timesteps` to `to_timesteps` ([B] each), in either direction.
+
+        x_s = alpha_s x_hat + sigma_s noise_hat: DDIM with eta = 0 for variance-preserving processes, and exactly
+        one Euler step x_s = x_t + (sigma_s - sigma_t) v for rectified flow.
+        """
+        clean = self.to_clean(model_pred, noisy_latents, timesteps)
+        noise = self.to_noise(model_pred, noisy_latents, timesteps)
+        return self.add_noise(clean, noise, to_timesteps)
+
+    def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha_sigma(timesteps)
+        shape = (-1, *([1] * (like.ndim - 1)))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return alpha.to(dtype).view(shape), sigma.to(dtype).view(shape)
+
+
+class VariancePreserving(ForwardProcess):
+    """The discrete process of SD1.x, SD2.x and SDXL: integer timesteps 0 … T - 1 into a table of abar.
+
+    Args:
+        alphas_cumprod: [T], as the checkpoint's own scheduler holds it.
+        prediction_type: "epsilon" or "v_prediction", as the checkpoint's own scheduler says.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: PredictionType) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type must be 'epsilon' or 'v_prediction', found {prediction_type!r}")
+        self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+        self.prediction_type = prediction_type
+
+    def timesteps(self, u: Tensor, sampling: str = "uniform") -> Tensor:
+        count = len(self.alphas_cumprod)
+        return (_quantile(u, sampling) * count).long().clamp_(0, count - 1)
+
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.alphas_cumprod = self.alphas_cumprod.to(timesteps.device)
+        abar = table[timesteps.long()]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+
+class RectifiedFlow(ForwardProcess):
+    """The straight path of SD3, FLUX, Wan and LTX: timesteps are 1000 sigma, floats in [0, 1000].
+
+    Args:
+        shift: the resolution-dependent shift s of SD3 (arXiv 2403.03206, eq. 23): sigma -> s sigma / (1 + (s - 1) sigma),
+            applied to the sampled training times.
+    """
+
+    prediction_type: PredictionType = "flow"
+
+    def __init__(self, shift: float = 1.0) -> None:
+        if not shift > 0:
+            raise ValueError(f"shift must be positive, found {shift}")
+        self.shift = shift
+
+    def timesteps(self, u: Tensor, sampling: str = "uniform") -> Tensor:
+        sigma = _quantile(u, sampling)
+        return 1000 * self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = timesteps.double() / 1000
+        return 1 - sigma, sigma
+
+
+def _quantile(u: Tensor, sampling: str) -> Tensor:
+    """The inverse distribution function of a named distribution of times in [0, 1)."""
+    if sampling == "uniform":
+        return u
+    if sampling == "logit_normal":  # SD3, arXiv 2403.03206, eq. 19 with m = 0, s = 1
+        return torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7)).sigmoid().to(u.dtype)
+    raise ValueError(f"unknown timestep sampling {sampling!r}. Choices: {', '.join(TIMESTEP_SAMPLING)}.")

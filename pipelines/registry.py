@@ -1,0 +1,127 @@
+"""Find the family of a checkpoint and load it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+
+from pipelines.base import PipelineError, TrainablePipeline
+from pipelines.sd import StableDiffusion
+
+FAMILIES: dict[str, type[TrainablePipeline]] = {family.family: family for family in (StableDiffusion,)}
+
+# Names that diffusers gives to the layouts of single-file checkpoints.
+SINGLE_FILE_TYPES = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline"}
+SINGLE_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    encoders: bool = True,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+) -> TrainablePipeline:
+    """Load a diffusers folder, a Hub id or a single-file checkpoint; its own files say which family it is.
+
+    Args:
+        path: local folder, local single file, or "owner/name" on the Hub.
+        dtype: of every network's weights.
+        encoders: False leaves out VAE and text encoders (training from a cache needs neither).
+        revision, variant: as in diffusers' `from_pretrained`.
+        single_file_config: for single files, a folder or Hub id with the matching diffusers configuration;
+            without it diffusers asks the Hub.
+
+    Raises:
+        PipelineError: nothing there, not a pipeline, a family that is not known, a component missing.
+    """
+    if Path(path).is_file():
+        return _load_single_file(Path(path), dtype, single_file_config)
+    index = _model_index(path, revision)
+    family = _family_of(str(index.get("_class_name")), str(path))
+    # Without its encoders a pipeline still loads; diffusers asks for each of them by name.
+    without = {} if encoders else {name: None for name in family.encoder_names if name in index}
+    optional = {name: None for name in ("safety_checker", "image_encoder") if name in index}
+    try:
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+            str(path), torch_dtype=dtype, revision=revision, variant=variant, **without, **optional
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
+    return family(pipe, str(path))
+
+
+def encoder_fingerprint(path: str | Path, revision: str | None = None) -> str:
+    """A hash of all that turns pictures and prompts into a cache: VAE, text encoders and tokenizers.
+
+    Two checkpoints that differ only in their denoiser share it, so a cache made with one serves the other.
+    """
+    root = Path(path)
+    digest = hashlib.sha256()
+    if root.is_file():
+        files = [root]
+        root = root.parent
+    else:
+        index = _model_index(path, revision)
+        family = _family_of(str(index.get("_class_name")), str(path))
+        if not root.is_dir():
+            root = Path(DiffusionPipeline.download(str(path), revision=revision))
+        files = sorted(file for name in family.encoder_names for file in (root / name).rglob("*") if file.is_file())
+    for file in files:
+        digest.update(str(file.relative_to(root)).encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _model_index(path: str | Path, revision: str | None) -> dict[str, Any]:
+    local = Path(path)
+    if local.is_dir():
+        index = local / "model_index.json"
+        if not index.is_file():
+            raise PipelineError(f"{path}: no model_index.json in this folder, so it is not a diffusers pipeline")
+        return json.loads(index.read_text())
+    if local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
+        raise PipelineError(f"{path}: no such file or folder (a Hub id has the form owner/name)")
+    try:
+        return dict(DiffusionPipeline.load_config(str(path), revision=revision))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: neither a local path nor a Hub pipeline that can be reached: {error}") from error
+
+
+def _family_of(class_name: str, source: str) -> type[TrainablePipeline]:
+    for family in FAMILIES.values():
+        if class_name in family.pipeline_classes:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.pipeline_classes))
+    raise PipelineError(f"{source}: pipelines of class {class_name!r} are not known here. Known classes: {known}.")
+
+
+def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> TrainablePipeline:
+    if path.suffix not in SINGLE_FILE_ENDINGS:
+        raise PipelineError(f"{path}: a single-file checkpoint ends in one of {', '.join(SINGLE_FILE_ENDINGS)}")
+    try:
+        model_type = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
+    except Exception as error:  # diffusers, safetensors and torch each raise their own for a damaged file
+        raise PipelineError(f"{path}: not a readable checkpoint: {error}") from error
+    if model_type not in SINGLE_FILE_TYPES:
+        known = ", ".join(sorted(SINGLE_FILE_TYPES))
+        raise PipelineError(f"{path}: single-file layout {model_type!r} is not known here. Known layouts: {known}.")
+    class_name = SINGLE_FILE_TYPES[model_type]
+    try:
+        pipe = getattr(diffusers, class_name).from_single_file(
+            str(path), torch_dtype=dtype, safety_checker=None, **({"config": config} if config else {})
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
+    return _family_of(class_name, str(path))(pipe, str(path))

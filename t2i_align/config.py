@@ -1,0 +1,264 @@
+"""A run as plain dataclasses: dataclasses <-> YAML <-> `key=value` on the command line.
+
+A typo in a key answers with the keys there are; a value of the wrong type says which key and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import jsonargparse
+import yaml
+
+from t2i_align import objectives
+from t2i_align.errors import UserError, unknown
+from t2i_align.objectives.base import Objective
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one."""
+
+    path: str = "testbed:sd"
+    revision: str | None = None
+    variant: str | None = None
+    single_file_config: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Preference data. `path`: a source that a reader knows, a prepared cache, or `testbed:pairs`.
+
+    format: the reader's name, or `auto` to find it. resolution: side in pixels (null: the model's own).
+    cache: encode once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the
+    run's output). limit: use only the first so many groups.
+    """
+
+    path: str = "testbed:pairs"
+    format: str = "auto"
+    resolution: int | None = None
+    cache: bool = True
+    cache_dir: str | None = None
+    limit: int | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | list[str] = "attention"
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
+        _require(self.alpha > 0, "lora.alpha", "positive", self.alpha)
+        _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights."""
+
+    lr: float = 1e-4
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    schedule: str = "constant_with_warmup"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", "positive", self.lr)
+        _require(self.max_grad_norm > 0, "optim.max_grad_norm", "positive", self.max_grad_norm)
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
+        _require(self.ema is None or 0 < self.ema < 1, "optim.ema", "in (0, 1) or null", self.ema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop. Batch sizes count groups: one optimiser step sees batch_size x accumulate x processes groups.
+
+    reference: `auto` is the adapter switched off for LoRA and a frozen copy for full fine-tuning.
+    caption_dropout: share of groups trained with the empty prompt, decided once a group.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
+    timestep_sampling: str = "uniform"
+    caption_dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    attention: str = "native"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulate"):
+            _require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
+        _require(0 <= self.caption_dropout <= 1, "train.caption_dropout", "in [0, 1]", self.caption_dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Pictures and held-out scores on the way, every so many steps (0: never).
+
+    prompts: a text file with one prompt a line, or `testbed:dev`. count: so many of them.
+    """
+
+    every: int = 0
+    prompts: str = "testbed:dev"
+    count: int = 16
+    scorers: list[str] = field(default_factory=list)
+    steps: int = 20
+    guidance: float = 7.5
+    seed: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """metrics.jsonl is always written; `trackers` adds tensorboard or wandb. checkpoints: every so many steps."""
+
+    every: int = 10
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    project: str = "t2i-align"
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, key) >= 1, f"log.{key}", "at least 1", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One complete run. `lora: null` trains all the denoiser's weights."""
+
+    objective: Objective
+    output_dir: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    resume: bool = False
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key=value` overrides (dots reach inside: `objective.beta=2000`)."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values")
+    return from_mapping(with_overrides(values, overrides))
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested `values` with each `a.b=value` applied; values are read as YAML."""
+    out = _copy(values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"{override!r}: an override has the form key=value, such as train.steps=200")
+        *parents, last = key.split(".")
+        node = out
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
+    return out
+
+
+def from_mapping(values: Mapping[str, Any]) -> RunConfig:
+    """Plain nested values to a RunConfig, each key and type checked."""
+    return build(RunConfig, values, where="")
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The run as plain values, as YAML holds it; `from_mapping` gives the same run back."""
+    out = dataclasses.asdict(config)
+    out["objective"] = {"name": config.objective.name, **out["objective"]}
+    out["optim"]["betas"] = list(out["optim"]["betas"])
+    return out
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """One dataclass from plain values: unknown and missing keys, then types, then the class's own checks."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'configuration'}: expected a mapping of keys, found {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise unknown(f"key in {where}" if where else "key", str(key), fields)
+    hints = get_type_hints(cls)
+    nested, plain = {}, {}
+    for key, value in values.items():
+        inner = _dataclass_in(hints[key])
+        if key == "objective":
+            nested[key] = build_objective(value)
+        elif inner is not None and value is not None:
+            nested[key] = build(inner, value, where=f"{where}.{key}" if where else key)
+        else:
+            plain[key] = _typed(hints[key], value, f"{where}.{key}" if where else key)
+    for key, f in fields.items():
+        if key not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"missing key {f'{where}.{key}' if where else key!r}")
+    return cls(**nested, **plain)
+
+
+def build_objective(values: Any) -> Objective:
+    """An objective from `{name: …, hyper-parameters …}` or from its bare name."""
+    values = {"name": values} if isinstance(values, str) else values
+    if not isinstance(values, Mapping) or "name" not in values:
+        raise UserError(f"objective: expected a name and its hyper-parameters, found {values!r}")
+    cls = objectives.get(values["name"])
+    return build(cls, {key: value for key, value in values.items() if key != "name"}, where="objective")
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """`value` checked against, and where sensible converted to, a type annotation (5e-6 in YAML is a string)."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        return parser.parse_object({"value": value}).value
+    except jsonargparse.ArgumentError as error:
+        expected = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+        raise UserError(f"{key}: expected {expected or str(hint).replace('typing.', '')}, found {value!r}") from error
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    for candidate in (hint, *getattr(hint, "__args__", ())):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _require(holds: bool, key: str, expected: str, found: object) -> None:
+    if not holds:
+        raise UserError(f"{key} must be {expected}, found {found!r}")

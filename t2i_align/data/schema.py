@@ -1,0 +1,77 @@
+"""The one shape of preference data: groups of candidates for a prompt, and batches of them.
+
+A group is one prompt with k candidates and what is known about which is better: k = 2 is a pair, k = 1 a liked
+(score > 0) or disliked (score < 0) sample, k > 2 a ranking. Candidates are kept best first, ties in source order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+Media = bytes | Path
+Conditioning = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt with k candidates.
+
+    `id` is unique and stable within a source (randomness is keyed by it); `origin` names the file and row for
+    messages. `scores` has one number a candidate, higher is better, equal is a tie.
+    """
+
+    id: str
+    prompt: str
+    candidates: tuple[Media, ...]
+    scores: tuple[float, ...]
+    origin: str
+    captions: tuple[str, ...] | None = None
+    user: str | None = None
+
+    def __post_init__(self) -> None:
+        k = len(self.candidates)
+        if k == 0:
+            raise ValueError(f"{self.origin}: a group needs at least one candidate")
+        if len(self.scores) != k or (self.captions is not None and len(self.captions) != k):
+            raise ValueError(f"{self.origin}: {k} candidates, but {len(self.scores)} scores")
+        if not all(math.isfinite(score) for score in self.scores):
+            raise ValueError(f"{self.origin}: scores must be finite numbers, found {list(self.scores)}")
+
+    def best_first(self) -> Group:
+        """The same group with its candidates in descending order of score; ties keep their order."""
+        order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
+        return replace(
+            self,
+            candidates=tuple(self.candidates[i] for i in order),
+            scores=tuple(self.scores[i] for i in order),
+            captions=None if self.captions is None else tuple(self.captions[i] for i in order),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A row that could not be used, and why. Written to the manifest; never dropped in silence."""
+
+    id: str
+    origin: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B groups with the same number k of candidates, encoded.
+
+    keys: what each sample's randomness is keyed by ("epoch/group id"), [B].
+    latents: [B, k, *latent shape], float32, best first. scores: [B, k].
+    conditioning: a dict of batch-first tensors [B, ...] that only the model family opens.
+    """
+
+    keys: tuple[str, ...]
+    latents: Tensor
+    scores: Tensor
+    conditioning: Conditioning
+    extras: dict[str, Tensor] = field(default_factory=dict)

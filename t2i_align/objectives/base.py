@@ -1,0 +1,47 @@
+"""The contract of an objective: what it needs, and one step from noised candidates to a loss per group.
+
+Symbols, the same in every file: `err` is the per-sample mean squared difference between prediction and target in
+float32, `_w` the preferred candidate, `_l` the other, `ref_` the reference's. `beta` is in the published
+Diffusion-DPO convention: the logit is h = -1/2 beta (s_w - s_l) with s = err - ref_err.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.randomness import Draw
+
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an objective wants; checked before anything loads.
+
+    candidates: at least so many a group. ties: whether a group whose best and worst score are equal teaches it
+    anything. reference: whether it asks a reference model. columns: optional fields of `Group` it reads.
+    """
+
+    candidates: int = 1
+    ties: bool = True
+    reference: bool = False
+    columns: tuple[str, ...] = ()
+
+
+class Objective(ABC):
+    """A frozen dataclass of hyper-parameters with one method. Registered in `t2i_align.objectives`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[Needs]
+
+    @abstractmethod
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+        """Loss [B] with gradient through `policy`, and detached metrics [B] each to log under their names."""

@@ -1,0 +1,34 @@
+"""Supervised fine-tuning on the winners: the denoising loss on the best candidate of each group.
+
+    loss = err_w                                                     (DDPM's simple loss, arXiv 2006.11239, eq. 14)
+
+The baseline of every preference method, and the first stage of some.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from t2i_align.data.schema import Batch
+from t2i_align.noising import random_noise
+from t2i_align.objectives.base import Metrics, Model, Needs, Objective
+from t2i_align.randomness import Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT(Objective):
+    """Denoising on the preferred candidate alone; asks no reference. Ties teach nothing about "better" and are out."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+
+    name = "sft"
+    paper = "arXiv 2006.11239"
+    needs = Needs(candidates=1, ties=False)
+
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+        winners = replace(batch, latents=batch.latents[:, :1], scores=batch.scores[:, :1])
+        err_w = random_noise(winners, draw).errors(policy, self.reduction)[:, 0]
+        return err_w, {"error/chosen": err_w.detach()}
