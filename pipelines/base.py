@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ class TrainablePipeline(ABC):
     Args:
         pipe: the loaded diffusers pipeline. Its text encoders and VAE may be None when only the denoiser is wanted.
         source: where it was loaded from, for messages and fingerprints.
+        vae_config: the VAE's configuration, needed for sizes also when the VAE itself is not loaded.
     """
 
     family: ClassVar[str]
@@ -42,9 +43,14 @@ class TrainablePipeline(ABC):
 
     process: ForwardProcess
 
-    def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
+    def __init__(self, pipe: DiffusionPipeline, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
+        missing = [name for name in (self.denoiser_name, "scheduler") if getattr(pipe, name, None) is None]
+        if missing:
+            raise PipelineError(f"{source}: the checkpoint lacks {', '.join(missing)}")
         self.pipe = pipe
         self.source = source
+        self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
+        self.read_around: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline, this denoiser
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.modules().values():
             module.requires_grad_(False)
@@ -62,6 +68,25 @@ class TrainablePipeline(ABC):
     def has_encoders(self) -> bool:
         """Whether prompts and pictures can be encoded (False after `load(..., encoders=False)`)."""
         return all(getattr(self.pipe, name) is not None for name in self.encoder_names)
+
+    def load_encoders(self) -> None:
+        """Bring in the components that `load(..., encoders=False)` left out, onto the denoiser's device."""
+        if self.has_encoders:
+            return
+        if self.read_around is None:
+            raise PipelineError(f"{self.source}: this pipeline has no encoders and no way to load them")
+        # A whole new pipeline, not a patched one: diffusers derives sizes from the VAE when it is built.
+        self.pipe = self.read_around(self.denoiser)
+        self.pipe.set_progress_bar_config(disable=True)
+        for name in self.encoder_names:
+            if isinstance(part := getattr(self.pipe, name), nn.Module):
+                part.requires_grad_(False).to(self.device)
+
+    def drop_encoders(self) -> None:
+        """Free VAE and text encoders once a cache stands in for them; `load_encoders` brings them back."""
+        if self.read_around is not None:
+            self.pipe.register_modules(**{name: None for name in self.encoder_names})
+            torch.cuda.empty_cache()
 
     # What a family fills in -------------------------------------------------------------------------------------
 
@@ -220,7 +245,3 @@ class TrainablePipeline(ABC):
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """The denoiser's parameters that take gradients."""
         return (parameter for parameter in self.denoiser.parameters() if parameter.requires_grad)
-
-    @staticmethod
-    def _missing(pipe: Any, names: Sequence[str]) -> list[str]:
-        return [name for name in names if getattr(pipe, name, None) is None]

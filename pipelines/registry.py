@@ -9,8 +9,9 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from safetensors import SafetensorError
 
 from pipelines.base import PipelineError, TrainablePipeline
 from pipelines.sd import StableDiffusion
@@ -48,16 +49,21 @@ def load(
         return _load_single_file(Path(path), dtype, single_file_config)
     index = _model_index(path, revision)
     family = _family_of(str(index.get("_class_name")), str(path))
-    # Without its encoders a pipeline still loads; diffusers asks for each of them by name.
+
+    def read(**replaced: Any) -> DiffusionPipeline:
+        try:
+            return getattr(diffusers, index["_class_name"]).from_pretrained(
+                str(path), dtype=dtype, revision=revision, variant=variant, **_no_safety_checker(index), **replaced
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
+
+    # Without its encoders a pipeline still loads; diffusers wants each missing one named.
     without = {} if encoders else {name: None for name in family.encoder_names if name in index}
-    optional = {name: None for name in ("safety_checker", "image_encoder") if name in index}
-    try:
-        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
-            str(path), torch_dtype=dtype, revision=revision, variant=variant, **without, **optional
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
-    return family(pipe, str(path))
+    vae_config = None if encoders else AutoencoderKL.load_config(str(path), subfolder="vae", revision=revision)
+    pipeline = family(read(**without), str(path), vae_config)
+    pipeline.read_around = lambda denoiser: read(**{family.denoiser_name: denoiser})
+    return pipeline
 
 
 def encoder_fingerprint(path: str | Path, revision: str | None = None) -> str:
@@ -99,6 +105,11 @@ def _model_index(path: str | Path, revision: str | None) -> dict[str, Any]:
         raise PipelineError(f"{path}: neither a local path nor a Hub pipeline that can be reached: {error}") from error
 
 
+def _no_safety_checker(index: dict[str, Any]) -> dict[str, Any]:
+    """SD1.5 checkpoints carry a picture filter that training has no use for; the caller's own use is unaffected."""
+    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+
+
 def _family_of(class_name: str, source: str) -> type[TrainablePipeline]:
     for family in FAMILIES.values():
         if class_name in family.pipeline_classes:
@@ -120,7 +131,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Tra
     class_name = SINGLE_FILE_TYPES[model_type]
     try:
         pipe = getattr(diffusers, class_name).from_single_file(
-            str(path), torch_dtype=dtype, safety_checker=None, **({"config": config} if config else {})
+            str(path), dtype=dtype, safety_checker=None, **({"config": config} if config else {})
         )
     except (OSError, ValueError, KeyError) as error:
         raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error

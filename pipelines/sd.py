@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,11 +29,8 @@ class StableDiffusion(TrainablePipeline):
     }  # fmt: skip
     attention_backends = ("native", "xformers")
 
-    def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
-        missing = self._missing(pipe, ("unet", "scheduler"))
-        if missing:
-            raise PipelineError(f"{source}: the checkpoint lacks {', '.join(missing)}")
-        super().__init__(pipe, source)
+    def __init__(self, pipe: DiffusionPipeline, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(pipe, source, vae_config)
         config = pipe.scheduler.config
         self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, config.prediction_type)
 
@@ -74,12 +72,17 @@ class StableDiffusion(TrainablePipeline):
 
     @property
     def default_size(self) -> tuple[int, int]:
-        side = int(self.denoiser.config.sample_size) * self.pipe.vae_scale_factor
+        side = int(self.denoiser.config.sample_size) * self._factor
         return side, side
 
     def check_size(self, height: int, width: int) -> None:
-        factor = self.pipe.vae_scale_factor
+        factor = self._factor
         if min(height, width) < 1 or height % factor or width % factor:
             raise PipelineError(
                 f"pictures of {height} x {width} pixels do not fit this VAE: both sides must be multiples of {factor}"
             )
+
+    @property
+    def _factor(self) -> int:
+        # diffusers assumes 8 where the VAE is not loaded, so it is read from the configuration.
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
