@@ -186,9 +186,7 @@ class TrainablePipeline(ABC):
     def add_lora(self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:
         """Put a fresh trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet."""
         self.denoiser.add_adapter(
-            LoraConfig(
-                r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(self.lora_targets(targets))
-            )
+            LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(self.lora_targets(targets)))
         )
 
     def lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 One module owns prediction types and time. Everywhere in the project x_t = alpha_t x + sigma_t noise, with
 sigma growing with t: t = 0 is the clean picture, the largest t is noise.
 
-    variance preserving   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)      target: noise, or v = alpha_t noise - sigma_t x
-    rectified flow        alpha_t = 1 - sigma_t,  sigma_t = t / 1000              target: v = noise - x
+    variance preserving   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)    target: noise, or
+                                                                                v = alpha_t noise - sigma_t x
+    rectified flow        alpha_t = 1 - sigma_t,  sigma_t = t / 1000            target: v = noise - x
 
 Sources: DDPM (arXiv 2006.11239), v-prediction (2202.00512, appendix D), DDIM (2010.02502, eq. 12),
 rectified flow (2209.03003). Coefficients are computed in float64 and applied in float32 or better.
@@ -112,8 +113,8 @@ class RectifiedFlow(ForwardProcess):
     """The straight path of SD3, FLUX, Wan and LTX: timesteps are 1000 sigma, floats in [0, 1000].
 
     Args:
-        shift: the resolution-dependent shift s of SD3 (arXiv 2403.03206, eq. 23): sigma -> s sigma / (1 + (s - 1) sigma),
-            applied to the sampled training times.
+        shift: the resolution-dependent shift s of SD3 (arXiv 2403.03206, eq. 23), applied to the sampled training
+            times: sigma -> s sigma / (1 + (s - 1) sigma).
     """
 
     prediction_type: PredictionType = "flow"

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from t2i_align.run import align
 
 __version__ = "0.1.0"
-__all__ = ["align", "evaluate", "__version__"]
+__all__ = ["__version__", "align", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

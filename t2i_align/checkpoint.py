@@ -1,7 +1,7 @@
 """Checkpoints that a kill at any instant cannot spoil: written under a temporary name, then renamed.
 
-    checkpoints/step_000500/weights.safetensors    the trained parameters (and their average)
-                            state.pt               optimiser, schedule, scaler, logged sums: plain tensors and numbers
+checkpoints/step_000500/weights.safetensors    the trained parameters (and their average)
+                        state.pt               optimiser, schedule, scaler, logged sums: plain tensors and numbers
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / "weights.safetensors")
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(plain, temporary / "weights.safetensors")
         torch.save({"step": step, **state}, temporary / "state.pt")
         for file in temporary.iterdir():
             with open(file, "rb") as stream:
@@ -38,7 +39,8 @@ def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]
         temporary.rename(final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched") from error
+        message = f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched"
+        raise UserError(message) from error
     for old in all_steps(run)[:-keep]:
         shutil.rmtree(old)
     return final

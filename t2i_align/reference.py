@@ -1,8 +1,8 @@
 """The reference model that preference objectives measure against. It never carries gradients.
 
-    adapter_off      the policy's own weights with its LoRA switched off: no second model in memory
-    copy             a frozen copy of the denoiser as it was before training
-    offloaded_copy   the same copy kept in CPU memory and streamed to the device layer by layer
+adapter_off      the policy's own weights with its LoRA switched off: no second model in memory
+copy             a frozen copy of the denoiser as it was before training
+offloaded_copy   the same copy kept in CPU memory and streamed to the device layer by layer
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build_reference(kind: str, pipeline: TrainablePipeline, device: torch.device
         kind = "adapter_off" if lora else "copy"
     if kind == "adapter_off":
         if not lora:
-            raise UserError("train.reference 'adapter_off' needs a LoRA; full fine-tuning needs 'copy' or 'offloaded_copy'")
+            raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
         return _without_grad(pipeline, lambda: pipeline.denoiser, adapters_off)
     # In the policy's own mode and precision, so that equal weights give equal predictions to the last bit.
     frozen = copy.deepcopy(pipeline.denoiser).requires_grad_(False)
@@ -65,9 +65,7 @@ def build_reference(kind: str, pipeline: TrainablePipeline, device: torch.device
     return _without_grad(pipeline, lambda: frozen, None)
 
 
-def _without_grad(
-    pipeline: TrainablePipeline, denoiser: Callable[[], nn.Module], context: Callable | None
-) -> Model:
+def _without_grad(pipeline: TrainablePipeline, denoiser: Callable[[], nn.Module], context: Callable | None) -> Model:
     @torch.no_grad()
     def reference(noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         model = denoiser()

@@ -1,0 +1,229 @@
+"""One run from its configuration: check, load, prepare, train, save."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.training_utils import cast_training_params
+
+import pipelines
+from pipelines import TrainablePipeline
+from t2i_align import checkpoint
+from t2i_align import config as configuration
+from t2i_align.config import RunConfig
+from t2i_align.data.source import Source, open_source
+from t2i_align.errors import UserError
+from t2i_align.reference import build_reference
+from t2i_align.sources import resolve_model
+from t2i_align.trainer import METRICS_FILE, Trainer
+from t2i_align.validation import Validation
+
+RUN_FILE = "run.yaml"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What may change between a run and its continuation without making it another run.
+FREE_ON_RESUME = ("resume", "log", "validation", "data.workers", "data.cache_dir", "train.steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """weights: the LoRA file, or the folder of the whole pipeline. metrics: the last logged ones."""
+
+    output_dir: Path
+    weights: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def align(
+    config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
+) -> RunResult:
+    """Align a diffusion model with preferences.
+
+    Args:
+        config: a RunConfig, the same as nested values, or the path of a YAML file.
+        overrides: `key=value` changes to a mapping or file.
+        progress: show progress bars.
+
+    Raises:
+        UserError, pipelines.PipelineError: input that cannot be used, before long work starts.
+    """
+    if isinstance(config, (str, Path)):
+        config = configuration.load(config, overrides)
+    elif isinstance(config, Mapping):
+        config = configuration.from_mapping(configuration.with_overrides(config, overrides))
+    output = Path(config.output_dir)
+    AcceleratorState._reset_state()  # a second run in one notebook may want another precision
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        log_with=list(config.log.trackers) or None,
+        project_dir=str(output),
+    )
+    if accelerator.is_main_process:
+        check_output(config)
+    validate = Validation(config) if config.validation.every else None
+    pipeline, source = load_inputs(config, accelerator, progress)
+    lora = config.lora is not None
+    prepare_denoiser(config, pipeline)
+    reference = build_reference(config.train.reference, pipeline, accelerator.device, lora=lora)
+    if accelerator.is_main_process:  # all that can be wrong has been seen: from here on the folder holds this run
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
+        print(describe(config, pipeline, source))
+    if config.log.trackers:
+        accelerator.init_trackers(config.log.project)
+    trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
+    if config.resume:
+        trainer.resume()
+    metrics = trainer.run()
+    weights = output / ("lora" if lora else "model")
+    if accelerator.is_main_process:
+        with trainer.averaged():
+            weights = save_weights(pipeline, weights, lora=lora)
+    accelerator.end_training()
+    return RunResult(output_dir=output, weights=weights, steps=trainer.step, metrics=metrics)
+
+
+def load_inputs(config: RunConfig, accelerator: Accelerator, progress: bool) -> tuple[TrainablePipeline, Source]:
+    """The pipeline on its device and the data, encoded or ready to be; VAE and text encoders only where needed."""
+    path = resolve_model(config.model.path)
+    pipeline = pipelines.load(
+        path,
+        encoders=False,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        single_file_config=config.model.single_file_config,
+    )
+    pipeline.set_attention(config.train.attention)
+    side = config.data.resolution
+    size = (side, side) if side else pipeline.default_size
+    pipeline.check_size(*size)
+    pipeline.to(accelerator.device)
+
+    def with_encoders() -> TrainablePipeline:
+        pipeline.load_encoders()
+        return pipeline
+
+    with accelerator.main_process_first():  # one process prepares, the others find the cache
+        source = open_source(
+            config.data,
+            config.model,
+            needs=config.objective.needs,
+            pipeline=with_encoders,
+            encoder_fingerprint=lambda: pipelines.encoder_fingerprint(path, config.model.revision),
+            size=size,
+            cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
+            progress=progress and accelerator.is_main_process,
+        )
+    if config.data.cache and not config.validation.every:
+        pipeline.drop_encoders()
+    return pipeline, source
+
+
+def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
+    """Switch gradients on for the LoRA or for everything.
+
+    Frozen weights go to the run's precision; what is trained stays in float32 under autocast.
+    """
+    denoiser = pipeline.denoiser
+    if config.lora is None:
+        denoiser.requires_grad_(True)
+    else:
+        denoiser.to(dtype=DTYPES[config.train.precision])
+        torch.manual_seed(config.train.seed)
+        pipeline.add_lora(
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+        )
+        cast_training_params(denoiser, dtype=torch.float32)
+    if config.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    denoiser.train()
+
+
+def save_weights(pipeline: TrainablePipeline, folder: Path, *, lora: bool) -> Path:
+    """Write the LoRA file or the whole pipeline, complete or not at all; returns what `load` and diffusers take."""
+    temporary = folder.with_name(f".writing_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if lora:
+        name = pipeline.save_lora(temporary).name
+    else:
+        pipeline.load_encoders()
+        pipeline.save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder / name if lora else folder
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuse an output folder that holds something else, or another run; continue only when told to."""
+    output = Path(config.output_dir)
+    if output.is_file():
+        raise UserError(f"output_dir {output}: this is a file, a folder is needed")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    run_file = output / RUN_FILE
+    if not run_file.is_file():
+        raise UserError(f"output_dir {output}: the folder is not empty and holds no run; choose another")
+    steps = checkpoint.all_steps(output)
+    if not config.resume:
+        state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no checkpoint yet"
+        raise UserError(
+            f"output_dir {output}: this folder holds a run already ({state}). "
+            "Add resume=true to continue it, or choose another output_dir."
+        )
+    differences = _differences(yaml.safe_load(run_file.read_text()), configuration.to_mapping(config))
+    if differences:
+        raise UserError(f"output_dir {output}: this folder holds another run; keys differ: {'; '.join(differences)}")
+
+
+def describe(config: RunConfig, pipeline: TrainablePipeline, source: Source) -> str:
+    """What is about to run, in a few lines, with the objective's constants spelled out."""
+    trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
+    train = config.train
+    counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
+    values = configuration.to_mapping(config)["objective"]
+    constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
+    return "\n".join(
+        [
+            f"model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})",
+            f"data       {config.data.path}: {counts}",
+            f"objective  {config.objective.name} ({config.objective.paper}) {constants}",
+            f"training   {trained:,} parameters, {train.steps} steps of {train.batch_size} x {train.accumulate} "
+            f"groups, {train.precision}, seed {train.seed}",
+            f"output     {config.output_dir}",
+        ]
+    )
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a small file in one move."""
+    temporary = file.with_name(f".writing_{file.name}")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    out = []
+    for key in sorted({*before, *now}):
+        name = f"{prefix}{key}"
+        if name in FREE_ON_RESUME or (not prefix and key == "output_dir"):
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            out += _differences(old, new, f"{name}.")
+        elif old != new:
+            out.append(f"{name} ({old!r} there, {new!r} now)")
+    return out
+
+
+__all__ = ["METRICS_FILE", "RunResult", "align"]

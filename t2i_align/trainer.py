@@ -1,0 +1,294 @@
+"""The one loop: distribution, accumulation, clipping, averaging, logging, checkpoints. It knows no method or family."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from t2i_align import checkpoint
+from t2i_align.config import OptimConfig, RunConfig
+from t2i_align.data.source import Source
+from t2i_align.errors import UserError
+from t2i_align.noising import drop_captions
+from t2i_align.objectives.base import Model
+from t2i_align.randomness import Draw, stable_seed
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+
+Validate = Callable[["TrainablePipeline", int], dict[str, float]]
+METRICS_FILE = "metrics.jsonl"
+EMA_PREFIX = "ema."
+
+
+class Trainer:
+    """Trains a pipeline's denoiser (or the LoRA on it) on a source under an objective.
+
+    Args:
+        config: the run.
+        pipeline: with gradients switched on for what is to be trained, on the accelerator's device.
+        reference: built from the base weights (see `build_reference`).
+        validate: called with pipeline and step on the main process; its numbers are logged.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        pipeline: TrainablePipeline,
+        reference: Model,
+        source: Source,
+        validate: Validate | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config, self.accelerator, self.pipeline, self.source = config, accelerator, pipeline, source
+        self.reference, self.validate, self.progress = reference, validate, progress
+        self.output = Path(config.output_dir)
+        self.parameters = {name: p for name, p in pipeline.denoiser.named_parameters() if p.requires_grad}
+        optimizer = make_optimizer(config.optim, list(self.parameters.values()))
+        try:
+            self.schedule = get_scheduler(
+                config.optim.schedule,
+                optimizer,  # not the prepared one, which would step once a process
+                num_warmup_steps=config.optim.warmup_steps,
+                num_training_steps=config.train.steps,
+            )
+        except ValueError as error:
+            raise UserError(f"optim.schedule: {error}") from error
+        ema = config.optim.ema
+        self.ema = None if ema is None else EMAModel(self.parameters.values(), decay=ema)
+        model = torch.compile(pipeline.denoiser) if config.train.compile else pipeline.denoiser
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.step = 0
+        self.sums: dict[str, Tensor] = {}
+        self.window = 0
+
+    def policy(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """The model being trained, as objectives see it."""
+        return self.pipeline.predict(noisy_latents, timesteps, conditioning, denoiser=self.model)
+
+    def run(self) -> dict[str, float]:
+        """Train to the configured step; returns the last logged metrics."""
+        log, every = self.config.log, self.config.validation.every
+        items = self._items()
+        empty = self.source.empty_conditioning(self.accelerator.device)
+        bar = tqdm(
+            initial=self.step,
+            total=self.config.train.steps,
+            desc="train",
+            disable=not (self.progress and self.accelerator.is_main_process),
+        )
+        metrics: dict[str, float] = {}
+        if self.step == 0:
+            self._validate()
+        previous: Tensor | None = None
+        with bar, interruptible() as stop:
+            while self.step < self.config.train.steps:
+                loss = self._one_step(items, empty)
+                # The step before is checked, not this one: its number is ready, so nothing waits for the device.
+                self._check_finite(previous, self.step - 1)
+                previous = loss
+                bar.update()
+                last = self.step == self.config.train.steps
+                save = self.step % log.checkpoint_every == 0 or last or stop.is_set()
+                validate = bool(every) and (self.step % every == 0 or last)
+                report = self.step % log.every == 0 or last
+                if report or validate or save:
+                    self._check_finite(loss, self.step)
+                if report:
+                    metrics = self._log()
+                    bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                if validate:
+                    self._validate()
+                if save:
+                    self._save()
+                if stop.is_set() and not last:
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
+        return metrics
+
+    def averaged(self) -> Any:
+        """A context in which the denoiser holds the averaged weights, if there are any."""
+        return _swapped(self.ema, list(self.parameters.values())) if self.ema else nullcontext()
+
+    def resume(self) -> None:
+        """Continue from the newest complete checkpoint, if there is one."""
+        steps = checkpoint.all_steps(self.output)
+        if steps:
+            weights, state = checkpoint.load(steps[-1])
+            if state["data"] != self.source.fingerprint:
+                raise UserError(
+                    f"{self.output}: the data has changed since {steps[-1].name} was saved; "
+                    "resume needs the same data, or choose another output_dir"
+                )
+            self._restore(weights, state)
+        checkpoint.truncate_lines(self.output / METRICS_FILE, self.step)
+
+    def _one_step(self, items: Iterator[Any], empty: dict[str, Tensor]) -> Tensor:
+        train, accumulate = self.config.train, self.config.train.accumulate
+        # Reseeded each step (for LoRA dropout), so that a resumed run does not depend on what ran before.
+        torch.manual_seed(stable_seed(train.seed, "step", self.step, self.accelerator.process_index))
+        self.model.train()
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro in range(accumulate):
+            batch = self.source.to_batch(next(items), self.accelerator.device)
+            draw = Draw(train.seed, batch.keys, self.pipeline.process, train.timestep_sampling, self.accelerator.device)
+            batch = drop_captions(batch, empty, draw, train.caption_dropout)
+            hold = nullcontext() if micro == accumulate - 1 else self.accelerator.no_sync(self.model)
+            with hold:
+                with self.accelerator.autocast():
+                    loss, metrics = self.config.objective.step(self.policy, self.reference, batch, draw)
+                self.accelerator.backward(loss.mean() / accumulate)
+            total += loss.detach().mean() / accumulate
+            self._add({name: value.mean() / accumulate for name, value in metrics.items()})
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        if self.ema:
+            self.ema.step(self.parameters.values())
+        self._add({"loss": total, "grad_norm": norm})
+        self.window += 1
+        self.step += 1
+        return total
+
+    def _items(self) -> Iterator[Any]:
+        train = self.config.train
+        return self.source.loader(
+            seed=train.seed,
+            start_step=self.step,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=self.config.data.workers,
+        )
+
+    def _add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.detach()
+
+    def _log(self) -> dict[str, float]:
+        """Means over the steps since the last line, over all processes."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name].float() for name in names]) / self.window
+        means = self.accelerator.reduce(values, reduction="mean").tolist()
+        metrics = {**dict(zip(names, means, strict=True)), "lr": self.schedule.get_last_lr()[0]}
+        self.sums, self.window = {}, 0
+        self._record(metrics)
+        return metrics
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        self.accelerator.log(metrics, step=self.step)
+        if self.accelerator.is_main_process:
+            checkpoint.append_line(self.output / METRICS_FILE, {"step": self.step, **metrics})
+
+    def _validate(self) -> None:
+        if self.validate is None or not self.config.validation.every:
+            return
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                self._record(self.validate(self.pipeline, self.step))
+        self.accelerator.wait_for_everyone()
+
+    def _check_finite(self, loss: Tensor | None, step: int) -> None:
+        if loss is None or bool(torch.isfinite(loss)):
+            return
+        saved = checkpoint.all_steps(self.output)
+        where = f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint had been saved yet."
+        raise UserError(
+            f"the loss of step {step} is not finite ({loss.item()}), so the run has stopped. {where} "
+            "A smaller optim.lr or objective.beta, or train.precision=bf16 instead of fp16, usually helps."
+        )
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            weights = dict(self.parameters)
+            state: dict[str, Any] = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "sums": self.sums,
+                "window": self.window,
+                "data": self.source.fingerprint,
+            }
+            if self.ema:
+                averages = zip(self.parameters, self.ema.shadow_params, strict=True)
+                weights |= {EMA_PREFIX + name: tensor for name, tensor in averages}
+                state["ema_steps"] = self.ema.optimization_step
+            checkpoint.save(self.output, self.step, weights, state, self.config.log.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        missing = set(self.parameters) - set(weights)
+        if missing:
+            raise UserError(f"{self.output}: the checkpoint lacks {len(missing)} trained tensors, as {min(missing)}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+        if self.ema:
+            self.ema.shadow_params = [weights[EMA_PREFIX + name].to(p.device) for name, p in self.parameters.items()]
+            self.ema.optimization_step = state["ema_steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        device = self.accelerator.device
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.step, self.window = state["step"], state["window"]
+
+
+def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, fused where torch can; or bitsandbytes' 8-bit AdamW, if that is installed."""
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            message = "optim.optimizer 'adamw8bit' needs bitsandbytes: pip install 't2i-align[bitsandbytes]'"
+            raise UserError(message) from error
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+@contextmanager
+def _swapped(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that the step in hand is finished and saved; a second stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach the main thread only; a notebook's worker thread runs without
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""Pictures and held-out scores while a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torchvision.utils import save_image
+
+import reward_scorers
+from t2i_align.config import RunConfig
+from t2i_align.randomness import stable_seed
+from t2i_align.sources import resolve_prompts
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+
+
+class Validation:
+    """The same prompts and seeds each time: writes `validation/step_*.png` and returns each scorer's mean.
+
+    Prompts and scorers are resolved at once, so that a wrong name fails before the first step.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.options = config.validation
+        self.folder = Path(config.output_dir) / "validation"
+        self.prompts = resolve_prompts(self.options.prompts)[: self.options.count]
+        self.seeds = [stable_seed(self.options.seed, i) % 2**32 for i in range(len(self.prompts))]
+        self.scorers = {spec: reward_scorers.build(spec) for spec in self.options.scorers}
+        self.side = config.data.resolution
+        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+
+    def __call__(self, pipeline: TrainablePipeline, step: int) -> dict[str, float]:
+        """Sample and score at `step`; {"validation/<scorer>": mean}."""
+        pixels = pipeline.generate(
+            self.prompts,
+            self.seeds,
+            steps=self.options.steps,
+            guidance=self.options.guidance,
+            height=self.side,
+            width=self.side,
+            autocast=self.autocast,
+        )
+        self.folder.mkdir(exist_ok=True)
+        save_image(pixels, self.folder / f"step_{step:06d}.png", nrow=max(1, round(len(pixels) ** 0.5)))
+        scores = {}
+        for spec, scorer in self.scorers.items():
+            with torch.no_grad():
+                scores[f"validation/{spec}"] = scorer.score(pixels, self.prompts).mean().item()
+        return scores
