@@ -1,0 +1,58 @@
+# Every target sets up its environment first; a second run finds it ready and installs nothing.
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format bench notebooks clean
+# A stamp whose recipe failed half-way must not look up to date.
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## set up .venv with the tested versions
+
+quickstart: $(STAMP)  ## align the bundled model on the bundled preferences and measure it -> runs/quickstart/
+	@$(RUN) -m t2i_align quickstart
+
+test: $(STAMP)  ## the test suite and the notebooks, without the tests marked slow
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m "not slow"
+
+test-slow: $(STAMP)  ## the tests marked slow
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: $(STAMP)  ## the training step against a bare PyTorch loop -> benchmarks/results/
+	@$(RUN) benchmarks/step.py
+
+notebooks: $(STAMP)  ## run the notebooks and store their outputs
+	@$(RUN) -m pytest --overwrite notebooks
+
+clean:  ## remove the environment, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find t2i_align pipelines reward_scorers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11 or newer," \
+	  "or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is" \
+	  "`$(PYTHON) --version`; Python 3.11 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual" \
+	  "environments. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) (about 8 GB; the first time takes a few minutes) ..."
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt \
+	  || { echo "error: the installation stopped; run the same command again to continue it" >&2; exit 1; }
+	@touch $@
