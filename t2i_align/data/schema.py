@@ -7,6 +7,7 @@ A group is one prompt with k candidates and what is known about which is better:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 Media = bytes | Path
 Conditioning = dict[str, Tensor]
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
 
 
 @dataclass(frozen=True, kw_only=True)

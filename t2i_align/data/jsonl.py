@@ -1,0 +1,143 @@
+"""JSON Lines (or a .json list) with paths to pictures, one group an entry:
+
+    {"prompt": "a red fox", "chosen": "a.png", "rejected": "b.png"}
+    {"prompt": "a red fox", "images": ["a.png", "b.png", "c.png"], "scores": [3, 1, 2]}
+
+Optional keys: "id", "user", "captions" (one a picture); others are left alone. Paths are relative to the file's own
+folder and may not leave it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from t2i_align.data.formats import Items, inside
+from t2i_align.data.schema import Group, Skipped
+from t2i_align.errors import UserError
+
+Entry = dict[str, Any]
+
+
+def detects(path: Path) -> bool:
+    """A file that ends in .jsonl or .json."""
+    return path.is_file() and path.suffix in (".jsonl", ".json")
+
+
+def files(path: Path) -> Iterator[Path]:
+    """The file itself and the pictures that it names."""
+    yield path
+    seen: set[Path] = set()
+    for _, origin, entry in _entries(path):
+        for name in _pictures_and_scores(entry, origin)[0]:
+            picture = inside(path.parent, name, origin)
+            if picture not in seen:
+                seen.add(picture)
+                yield picture
+
+
+def read_jsonl(path: Path) -> Items:
+    """Groups of a JSON Lines file or of a .json file with one list.
+
+    Raises:
+        UserError: an entry that is not valid JSON or lacks its keys (with its line), a path outside the folder.
+    """
+    for number, origin, entry in _entries(path):
+        yield _group(path, f"{path.name}:{number}", origin, entry)
+
+
+def _entries(path: Path) -> Iterator[tuple[int, str, Entry]]:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    if path.suffix == ".json":
+        entries = _parse(path.read_bytes(), str(path))
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: a .json file must hold one list of entries, found {type(entries).__name__}")
+        rows = ((number, f"{path}, entry {number}", entry) for number, entry in enumerate(entries))
+        yield from ((number, origin, _mapping(entry, origin)) for number, origin, entry in rows)
+        return
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                origin = f"{path}, line {number}"
+                yield number, origin, _mapping(_parse(line, origin), origin)
+
+
+def _parse(text: bytes, origin: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON: {error}") from error
+
+
+def _mapping(entry: Any, origin: str) -> Entry:
+    if not isinstance(entry, dict):
+        raise UserError(f"{origin}: expected an object with keys such as 'prompt', found {type(entry).__name__}")
+    return entry
+
+
+def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Skipped:
+    group_id = str(entry["id"]) if entry.get("id") is not None else default_id
+    prompt = _typed(entry, "prompt", str, origin)
+    names, scores = _pictures_and_scores(entry, origin)
+    captions = None
+    if entry.get("captions") is not None:
+        captions = tuple(_texts(entry, "captions", origin))
+        if len(captions) != len(names):
+            raise UserError(f"{origin}: {len(names)} pictures, but {len(captions)} captions")
+    pictures = tuple(inside(path.parent, name, origin) for name in names)
+    for name, picture in zip(names, pictures, strict=True):
+        if not picture.is_file():
+            return Skipped(id=group_id, origin=origin, reason=f"no such picture: {name}")
+    if not all(math.isfinite(score) for score in scores):
+        return Skipped(id=group_id, origin=origin, reason=f"scores must be finite numbers, found {scores}")
+    user = entry.get("user")
+    return Group(
+        id=group_id,
+        prompt=prompt,
+        candidates=pictures,
+        scores=tuple(scores),
+        origin=origin,
+        captions=captions,
+        user=None if user is None else str(user),
+    )
+
+
+def _pictures_and_scores(entry: Entry, origin: str) -> tuple[list[str], list[float]]:
+    if "chosen" in entry and "rejected" in entry:
+        return [_typed(entry, "chosen", str, origin), _typed(entry, "rejected", str, origin)], [1.0, 0.0]
+    if "images" not in entry or "scores" not in entry:
+        raise UserError(
+            f"{origin}: expected the keys 'prompt' with 'chosen' and 'rejected', or with 'images' and 'scores'; "
+            f"found {', '.join(map(repr, entry)) or 'none'}"
+        )
+    names, values = _texts(entry, "images", origin), _typed(entry, "scores", list, origin)
+    if not names or len(names) != len(values):
+        raise UserError(f"{origin}: one score a picture is needed, found {len(names)} images and {len(values)} scores")
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise UserError(f"{origin}: 'scores' must be numbers, found {values}")
+    return names, [_float(value) for value in values]
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON's integers have no limit
+        return math.inf
+
+
+def _typed(entry: Entry, key: str, kind: type, origin: str) -> Any:
+    if not isinstance(entry.get(key), kind):
+        expected = "text" if kind is str else "a list"
+        raise UserError(f"{origin}: {key!r} must be {expected}, found {entry.get(key)!r}")
+    return entry[key]
+
+
+def _texts(entry: Entry, key: str, origin: str) -> list[str]:
+    values: list[str] = _typed(entry, key, list, origin)
+    if not all(isinstance(value, str) for value in values):
+        raise UserError(f"{origin}: {key!r} must be a list of texts, found {values}")
+    return values

@@ -1,0 +1,169 @@
+"""Pick-a-Pic v1 and v2 (arXiv 2305.01569): parquet with two JPEGs, a caption and a label for each of them.
+
+A label of 1 is the preferred picture, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from t2i_align.data.formats import Items, inside
+from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.errors import UserError
+
+PICTURES = ("jpg_0", "jpg_1")
+LABELS = ("label_0", "label_1")
+REQUIRED = (*PICTURES, "caption", *LABELS)
+OPTIONAL = ("has_label", "user_id", "ranking_id")
+ROWS_AT_ONCE = 32  # pictures of so many rows are held in memory
+LABEL_SUM_TOLERANCE = 1e-3
+
+
+def detects(path: Path) -> bool:
+    """A parquet file, or a folder with one somewhere below it."""
+    if path.is_dir():
+        return next(path.rglob("*.parquet"), None) is not None
+    return path.suffix == ".parquet"
+
+
+def files(path: Path) -> list[Path]:
+    """The parquet files of a source: itself, or all below a folder."""
+    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+
+
+def read_pickapic(path: Path) -> Items:
+    """Pairs of one parquet file or a folder of them, streamed in bounded memory.
+
+    Ids are the rows' `ranking_id` where all of these differ, else "<file>:<row>".
+
+    Raises:
+        UserError: before anything is read: not a parquet, no rows, a column missing or of the wrong type; while
+            reading: a damaged page, or a label outside [0, 1] (the column does not mean what we take it for).
+    """
+    return _groups(path, _checked_files(path), pictures=True)
+
+
+def outline(path: Path) -> Items:
+    """The same items as `read_pickapic` without reading the pictures' columns (an empty picture is not noticed)."""
+    return _groups(path, _checked_files(path), pictures=False)
+
+
+def _checked_files(path: Path) -> list[Path]:
+    found = files(path)
+    if not found:
+        raise UserError(f"{path}: no .parquet files in this folder")
+    for file in found:
+        parquet = _open(file)
+        _check_columns(file, parquet.schema_arrow)
+        if parquet.metadata.num_rows == 0:
+            raise UserError(f"{file}: no rows in it")
+    return found
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty")
+    try:
+        return pq.ParquetFile(file, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file (damaged or cut short?): {error}") from error
+
+
+def _check_columns(file: Path, schema: pa.Schema) -> None:
+    types = pa.types
+    for name in REQUIRED:
+        if name not in schema.names:
+            raise UserError(f"{file}: column {name!r} is missing. Columns found: {', '.join(schema.names) or 'none'}.")
+        kind = schema.field(name).type
+        if name in PICTURES:
+            expected = "encoded pictures (binary, or a struct with `bytes` and `path`)"
+            fits = types.is_binary(kind) or types.is_large_binary(kind)
+            fits = fits or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        elif name in LABELS:
+            expected, fits = "numbers", types.is_floating(kind) or types.is_integer(kind)
+        else:
+            inner = kind.value_type if types.is_dictionary(kind) else kind
+            expected, fits = "text", types.is_string(inner) or types.is_large_string(inner)
+        if not fits and not types.is_null(kind):  # a column of nulls only: each row is skipped for its own reason
+            raise UserError(f"{file}: column {name!r} should hold {expected}, found {kind}")
+
+
+def _groups(path: Path, found: list[Path], pictures: bool) -> Items:
+    root = path if path.is_dir() else path.parent
+    ranked = _ranking_ids_differ(found)
+    for file in found:
+        name = file.relative_to(root).as_posix()
+        for number, row in enumerate(_rows(file, REQUIRED if pictures else ("caption", *LABELS))):
+            group_id = str(row["ranking_id"]) if ranked else f"{name}:{number}"
+            yield _group(row, group_id, f"{file}, row {number}", root, pictures)
+
+
+def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    parquet = _open(file)
+    wanted = [name for name in (*columns, *OPTIONAL) if name in parquet.schema_arrow.names]
+    done = 0
+    try:
+        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
+            yield from batch.to_pylist()
+            done += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read after row {done} (damaged?): {error}") from error
+
+
+def _ranking_ids_differ(found: list[Path]) -> bool:
+    columns = []
+    for file in found:
+        parquet = _open(file)
+        if "ranking_id" not in parquet.schema_arrow.names:
+            return False
+        columns.append(parquet.read(columns=["ranking_id"]).column(0))
+    ids = pa.chunked_array([chunk.cast(pa.string()) for column in columns for chunk in column.chunks], pa.string())
+    return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
+
+
+def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, pictures: bool) -> Group | Skipped:
+    def skipped(reason: str) -> Skipped:
+        return Skipped(id=group_id, origin=origin, reason=reason)
+
+    if row.get("has_label") is not None and not row["has_label"]:
+        return skipped("not labelled (has_label is false)")
+    labels = (row["label_0"], row["label_1"])
+    if any(label is None or math.isnan(label) for label in labels):
+        return skipped(f"a label is missing: label_0 is {labels[0]}, label_1 is {labels[1]}")
+    for name, label in zip(LABELS, labels, strict=True):
+        if not 0 <= label <= 1:
+            raise UserError(f"{origin}: {name} must lie in [0, 1], found {label}")
+    if abs(sum(labels) - 1) > LABEL_SUM_TOLERANCE:
+        return skipped(f"label_0 and label_1 must add up to 1, found {labels[0]} and {labels[1]}")
+    if row["caption"] is None:
+        return skipped("the caption is missing")
+    candidates: list[Media] = []
+    for name in PICTURES:
+        picture = _picture(row[name], root, origin) if pictures else b"left out"
+        if not picture:
+            return skipped(f"{name} is empty")
+        candidates.append(picture)
+    user = row.get("user_id")
+    return Group(
+        id=group_id,
+        prompt=row["caption"],
+        candidates=tuple(candidates),
+        scores=(float(labels[0]), float(labels[1])),
+        origin=origin,
+        user=None if user is None else str(user),
+    )
+
+
+def _picture(value: Any, root: Path, origin: str) -> Media | None:
+    if isinstance(value, dict):  # the Image feature of `datasets`
+        if not value["bytes"] and value.get("path"):
+            return inside(root, value["path"], origin)
+        return value["bytes"]
+    return value

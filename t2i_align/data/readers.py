@@ -1,0 +1,175 @@
+"""From any source to groups. One function a format, registered by name; `read` finds the right one.
+
+Your own format is a function from a path to groups:
+
+    @register("votes")
+    def read_votes(path: Path) -> Iterator[Group | Skipped]:
+        ...
+
+What holds for all formats is done here, once: groups come best first, ids are unique, prompts are usable text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i_align.data import folders, jsonl, pickapic
+from t2i_align.data.formats import Items, Survey
+from t2i_align.data.schema import Group, Skipped
+from t2i_align.errors import UserError, unknown
+
+Read = Callable[[Path], Items]
+CONTENT_HASHED_UP_TO = 256 << 20  # bytes; a larger source is identified by its files' names, sizes and times
+
+
+def _never(path: Path) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A format.
+
+    read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
+    outline: the same items with pictures left out, where reading them is costly. files: all files that make up the
+    source, where these are not simply those below its path.
+    """
+
+    read: Read
+    detects: Callable[[Path], bool] = _never
+    outline: Read | None = None
+    files: Callable[[Path], Iterable[Path]] | None = None
+
+
+READERS: dict[str, Reader] = {}
+
+
+def register(
+    name: str,
+    *,
+    detects: Callable[[Path], bool] = _never,
+    outline: Read | None = None,
+    files: Callable[[Path], Iterable[Path]] | None = None,
+) -> Callable[[Read], Read]:
+    """Make a reading function known under `name`; see `Reader` for the options."""
+
+    def add(function: Read) -> Read:
+        if name in READERS or name == "auto":
+            raise ValueError(f"there is a reader named {name!r} already")
+        READERS[name] = Reader(read=function, detects=detects, outline=outline, files=files)
+        return function
+
+    return add
+
+
+register("folders", detects=folders.detects)(folders.read_folders)
+register("jsonl", detects=jsonl.detects, files=jsonl.files)(jsonl.read_jsonl)
+register("pickapic", detects=pickapic.detects, outline=pickapic.outline, files=pickapic.files)(pickapic.read_pickapic)
+
+
+def read(path: str | Path, format: str = "auto") -> Items:
+    """The groups of a source, best first, and its rows that cannot be used.
+
+    Args:
+        path: file or folder, or `testbed:pairs` for the bundled preferences.
+        format: a name in READERS, or `auto`.
+
+    Raises:
+        UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole.
+    """
+    file = resolve(path)
+    return _checked(READERS[detect(file, format)].read(file), file)
+
+
+def survey(path: str | Path, format: str = "auto") -> Survey:
+    """What a source holds, without opening its pictures. Raises UserError as `read` does."""
+    file = resolve(path)
+    reader = READERS[detect(file, format)]
+    return Survey.of(_checked((reader.outline or reader.read)(file), file))
+
+
+def resolve(path: str | Path) -> Path:
+    """The file or folder that `path` names."""
+    if str(path).startswith("testbed:"):
+        if str(path) != "testbed:pairs":
+            raise unknown("bundled data", str(path), ["testbed:pairs"])
+        from t2i_align.testbed import pairs_path
+
+        return Path(pairs_path())
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise UserError(f"{path}: no such file or folder")
+    return file
+
+
+def detect(path: Path, format: str = "auto") -> str:
+    """The name of the reader for `path`; `format` unless that is `auto`."""
+    if format != "auto":
+        if format not in READERS:
+            raise unknown("data format", format, [*READERS, "auto"])
+        return format
+    for name, reader in READERS.items():
+        if reader.detects(path):
+            return name
+    raise UserError(
+        f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
+        f"there are: {', '.join(sorted(READERS))}."
+    )
+
+
+def identity(path: Path, format: str) -> str:
+    """A hash of a source: of its files' contents, or where these are large, of their names, sizes and times."""
+    files = READERS[format].files or _files_below
+    root = path if path.is_dir() else path.parent
+    entries = [(str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file) for file in files(path)]
+    stats = [file.stat() for _, file in entries if file.exists()]
+    small = sum(stat.st_size for stat in stats) <= CONTENT_HASHED_UP_TO
+    digest = hashlib.sha256()
+    for name, file in sorted(entries):
+        digest.update(f"{name}\x1f".encode(errors="surrogateescape"))
+        if not file.exists():
+            digest.update(b"missing")
+        elif small:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        else:
+            digest.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files_below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
+def _checked(items: Items, source: Path) -> Items:
+    seen: set[str] = set()
+    item: Group | Skipped | None = None
+    for item in items:
+        if isinstance(item, Skipped):
+            yield item
+        elif reason := _unusable(item, seen):
+            yield Skipped(id=item.id, origin=item.origin, reason=reason)
+        else:
+            seen.add(item.id)
+            yield item.best_first()
+    if item is None:
+        raise UserError(f"{source}: no rows in it")
+
+
+def _unusable(group: Group, seen: set[str]) -> str | None:
+    if group.id in seen:
+        return f"duplicate id {group.id!r}; the first group with it was kept"
+    texts = (group.id, group.prompt, group.user or "", *(group.captions or ()))
+    if any(_has_lone_surrogate(text) for text in texts):
+        return "its id, prompt or captions are not valid Unicode text"
+    return None if group.prompt.strip() else "the prompt is empty"
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
