@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Conditioning
-from t2i_align.objectives.base import Model
+from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.randomness import Draw
 
 Reduction = Literal["mean", "sum"]
@@ -27,13 +26,14 @@ class Noised:
     groups: int
 
     def errors(self, model: Model, reduction: Reduction = "mean") -> Tensor:
-        """Per-candidate squared error of a model's native prediction, [B, k], float32.
+        """Per-candidate squared error of a model's native prediction, [B, k], float32 or better.
 
         Prediction and target are cast before squaring: rounding an error of 0.1 to bf16 and multiplying by beta
         would put noise of order 1 into the logit.
         """
         prediction = model(self.latents, self.timesteps, self.conditioning)
-        squared = (prediction.float() - self.target.float()).square().flatten(1)
+        dtype = torch.promote_types(self.target.dtype, torch.float32)
+        squared = (prediction.to(dtype) - self.target.to(dtype)).square().flatten(1)
         error = squared.mean(1) if reduction == "mean" else squared.sum(1)
         return error.view(self.groups, -1)
 

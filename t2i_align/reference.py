@@ -17,9 +17,8 @@ from accelerate import cpu_offload
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from t2i_align.data.schema import Conditioning
+from t2i_align.data.schema import Conditioning, Model
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Model
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from t2i_align import checkpoint
 from t2i_align.config import OptimConfig, RunConfig
+from t2i_align.data.schema import Model
 from t2i_align.data.source import Source
 from t2i_align.errors import UserError
 from t2i_align.noising import drop_captions
-from t2i_align.objectives.base import Model
 from t2i_align.randomness import Draw, stable_seed
 
 if TYPE_CHECKING:

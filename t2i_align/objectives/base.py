@@ -8,16 +8,14 @@ Diffusion-DPO convention: the logit is h = -1/2 beta (s_w - s_l) with s = err - 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.data.schema import Batch, Model
 from t2i_align.randomness import Draw
 
-Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
 Metrics = dict[str, Tensor]
 
 

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError
 from t2i_align.noising import random_noise
-from t2i_align.objectives.base import Metrics, Model, Needs, Objective
+from t2i_align.objectives.base import Metrics, Needs, Objective
 from t2i_align.objectives.links import Link
 from t2i_align.randomness import Draw
 

@@ -1,0 +1,112 @@
+"""The forward process: round trips in float64, equality with diffusers' schedulers, and conversions between targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from pipelines import RectifiedFlow, VariancePreserving
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ABAR = DDPMScheduler(**BETAS).alphas_cumprod
+
+
+def process(kind: str):
+    return RectifiedFlow() if kind == "flow" else VariancePreserving(ABAR, kind)
+
+
+def random_point(kind: str, batch: int = 6):
+    generator = torch.Generator().manual_seed(1)
+    latents, noise = (torch.randn(batch, 4, 5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    timesteps = process(kind).timesteps(torch.linspace(0.05, 0.95, batch))
+    return latents, noise, timesteps
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_target_gives_back_latents_and_noise(kind: str) -> None:
+    p, (latents, noise, t) = process(kind), random_point(kind)
+    noisy, target = p.add_noise(latents, noise, t), p.target(latents, noise, t)
+    torch.testing.assert_close(p.to_clean(target, noisy, t), latents, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(p.to_noise(target, noisy, t), noise, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_step_with_the_true_target_lands_on_the_same_path_in_both_directions(kind: str) -> None:
+    p, (latents, noise, t) = process(kind), random_point(kind)
+    noisy, target = p.add_noise(latents, noise, t), p.target(latents, noise, t)
+    for to in (t.flip(0), torch.zeros_like(t)):
+        torch.testing.assert_close(p.step(target, noisy, t, to), p.add_noise(latents, noise, to), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_add_noise_and_step_equal_diffusers_ddim(kind: str) -> None:
+    scheduler = DDIMScheduler(**BETAS, prediction_type=kind, clip_sample=False, set_alpha_to_one=False)
+    p = VariancePreserving(scheduler.alphas_cumprod, kind)
+    latents, noise, _ = (x.float() for x in random_point(kind))
+    t = torch.tensor([1, 200, 401, 600, 801, 999])
+    torch.testing.assert_close(p.add_noise(latents, noise, t), scheduler.add_noise(latents, noise, t))
+    if kind == "v_prediction":
+        torch.testing.assert_close(p.target(latents, noise, t), scheduler.get_velocity(latents, noise, t))
+    scheduler.set_timesteps(50)
+    for now in (981, 501, 41):
+        theirs = scheduler.step(noise, now, latents).prev_sample
+        when = torch.full((6,), now)
+        torch.testing.assert_close(p.step(noise, latents, when, when - 20), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_flow_step_equals_diffusers_euler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(8)
+    latents, velocity, _ = (x.float() for x in random_point("flow"))
+    for i in (0, 3, 6):
+        scheduler._step_index = None
+        now, to = scheduler.timesteps[i], scheduler.timesteps[i + 1]
+        theirs = scheduler.step(velocity, now, latents).prev_sample
+        ours = RectifiedFlow().step(velocity, latents, now.expand(6), to.expand(6))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_squared_errors_convert_between_parameterisations() -> None:
+    """An error d in v is an error alpha d in noise and sigma d in the picture; for flow (1 - t) d and t d."""
+    for kind in ("v_prediction", "flow"):
+        p, (latents, noise, t) = process(kind), random_point(kind)
+        noisy, target = p.add_noise(latents, noise, t), p.target(latents, noise, t)
+        wrong = target + 0.1
+        alpha, sigma = (c.view(-1, 1, 1, 1) for c in p.alpha_sigma(t))
+        torch.testing.assert_close(p.to_noise(wrong, noisy, t) - noise, 0.1 * alpha.expand_as(noise))
+        torch.testing.assert_close(p.to_clean(wrong, noisy, t) - latents, -0.1 * sigma.expand_as(noise))
+
+
+def test_v_prediction_survives_zero_terminal_snr() -> None:
+    abar = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True).alphas_cumprod
+    p = VariancePreserving(abar, "v_prediction")
+    last = torch.tensor([999])
+    noise = torch.randn(1, 4, 3, 3)
+    assert torch.isfinite(p.to_clean(torch.ones(1, 4, 3, 3), noise, last)).all()
+    assert p.alpha_sigma(last)[1].item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_timesteps_cover_the_table_uniformly_and_flow_shift_moves_them_to_noise() -> None:
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    counts = torch.bincount(process("epsilon").timesteps(u), minlength=1000)
+    assert counts.min() == counts.max() == 10
+    assert process("epsilon").timesteps(torch.tensor([0.0, 1 - 2**-24])).tolist() == [0, 999]
+    plain, shifted = RectifiedFlow().timesteps(u), RectifiedFlow(shift=3).timesteps(u)
+    torch.testing.assert_close(plain, 1000 * u)
+    assert (shifted > plain).all()
+    middle = RectifiedFlow(shift=3).timesteps(torch.tensor([0.5]))  # 3 * 0.5 / (1 + 2 * 0.5) = 0.75
+    assert middle.item() == pytest.approx(750)
+
+
+def test_logit_normal_has_the_quantiles_of_a_logistic_of_a_normal() -> None:
+    u = torch.tensor([0.15865525, 0.5, 0.84134475])  # normal quantiles -1, 0, 1
+    expected = 1000 * torch.tensor([-1.0, 0.0, 1.0]).sigmoid()
+    torch.testing.assert_close(RectifiedFlow().timesteps(u, "logit_normal"), expected, rtol=1e-5, atol=1e-2)
+
+
+def test_unknown_names_are_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match="Choices: uniform, logit_normal"):
+        RectifiedFlow().timesteps(torch.tensor([0.5]), "cosine")
+    with pytest.raises(ValueError, match="'epsilon' or 'v_prediction'"):
+        VariancePreserving(ABAR, "sample")
