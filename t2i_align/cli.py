@@ -1,0 +1,304 @@
+"""The command line: each sub-command is a thin call into the library, which is imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from t2i_align import __version__
+from t2i_align.errors import UserError, unknown
+
+OVERRIDES_HELP = "changes to the configuration: train.steps=200 objective.beta=500 lora=null ..."
+# What went wrong outside of the program; the message says it all, a traceback adds nothing.
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"t2i-align {__version__}")
+        return 0
+    name, *rest = arguments
+    debug = "--debug" in rest and name != "testbed"
+    try:
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
+        return COMMANDS[name].run(rest)
+    except KeyboardInterrupt as interrupt:
+        _say(f"\ninterrupted: {interrupt}" if str(interrupt) else "\ninterrupted.", COMMANDS[name].interrupted)
+        return 130
+    except BrokenPipeError:  # `t2i-align objectives | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        expected = is_for_people(error)
+        if debug or not expected:
+            traceback.print_exc()
+        else:
+            _say(f"error: {error}")
+        return 2 if expected else 1
+
+
+def overview() -> str:
+    """The text of `t2i-align --help`."""
+    width = max(len(name) for name in COMMANDS)
+    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: t2i-align COMMAND [arguments]",
+            "",
+            "Align text-to-image diffusion models with human preferences.",
+            "",
+            *rows,
+            "",
+            "`t2i-align COMMAND --help` explains one of them with examples. `--version` prints the version.",
+        ]
+    )
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Whether the message alone tells a person what to do: bad input, or a system error such as a full disk."""
+    # Looked up, not imported: whoever raised one of these has loaded its module.
+    for module, name in (
+        ("t2i_align.errors", "UserError"),
+        ("pipelines.base", "PipelineError"),
+        ("reward_scorers.base", "ScorerError"),
+    ):
+        if isinstance(error, getattr(sys.modules.get(module), name, ())):
+            return True
+    return isinstance(error, OSError) and error.errno in SYSTEM_ERRORS
+
+
+# The sub-commands ---------------------------------------------------------------------------------------------------
+
+
+def _quickstart(argv: list[str]) -> int:
+    parser = _parser("quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    parser.add_argument("--output", default="runs/quickstart", help="folder to write to (default: %(default)s)")
+    options = _parse(parser, argv)
+    from t2i_align.quickstart import quickstart, table
+
+    result = quickstart(options.overrides, output=options.output)
+    print(table(result, options.output))
+    return 0
+
+
+def _prepare(argv: list[str]) -> int:
+    options = _parse(_run_parser("prepare"), argv)
+    from accelerate import Accelerator
+
+    from t2i_align import config as configuration
+    from t2i_align.run import load_inputs
+
+    config = configuration.load(options.config, options.overrides)
+    if not config.data.cache:
+        raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
+    _, source = load_inputs(config, Accelerator(), progress=True)
+    for name, count in source.counts.items():
+        print(f"{name.replace('_', ' '):<12} {count}")
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    options = _parse(_run_parser("train"), argv)
+    from t2i_align.run import align
+
+    result = align(options.config, options.overrides)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"trained {result.steps} steps; weights in {result.weights}")
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    parser = _parser("generate")
+    parser.add_argument("model", help="diffusers folder, single file, Hub id, or testbed:sd")
+    parser.add_argument("--lora", help="LoRA file or folder to put on the model")
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: %(default)s)")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it several times for several")
+    parser.add_argument("--prompts", help="text file with one prompt a line, or testbed:dev")
+    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder for the pictures and their list")
+    _sampling(parser)
+    options = _parse(parser, argv)
+    from t2i_align.generate import generate
+
+    generate(**_keywords(options))
+    return 0
+
+
+def _score(argv: list[str]) -> int:
+    parser = _parser("score")
+    parser.add_argument("pictures", help="folder that `generate` wrote, or a JSONL file with `image` and `prompt`")
+    parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as clip:ViT-B-32:laion400m_e32")
+    parser.add_argument("--out", help="JSONL file for the scores (default: only the means are printed)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    options = _parse(parser, argv)
+    from t2i_align.score import score
+
+    score(**_keywords(options))
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    parser = _parser("evaluate")
+    parser.add_argument("--base", required=True, help="the model before: folder, single file, Hub id, testbed:sd")
+    parser.add_argument("--aligned", required=True, help="the model after: a LoRA file or folder, or a model")
+    parser.add_argument("--prompts", required=True, help="text file with one prompt a line, or testbed:test")
+    parser.add_argument("--scorers", nargs="+", required=True, help="who decides; the first one gives the headline")
+    parser.add_argument("--out", required=True, help="folder for result.json and report.html")
+    parser.add_argument("--seeds-per-prompt", type=int, default=1, help="pairs of each prompt (default: %(default)s)")
+    parser.add_argument("--tie-margin", type=float, help="smaller differences are ties (default: the scorer's own)")
+    _sampling(parser)
+    options = _parse(parser, argv)
+    from t2i_align.evaluation.compare import evaluate
+
+    evaluate(**{key: value for key, value in _keywords(options).items() if value is not None})
+    return 0
+
+
+def _objectives(argv: list[str]) -> int:
+    parser = _parser("objectives")
+    parser.add_argument("name", nargs="?", help="explain this one")
+    options = _parse(parser, argv)
+    from t2i_align import objectives
+
+    if options.name:
+        cls = objectives.get(options.name)
+        print(inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), "Hyper-parameters:", sep="\n\n")
+        for field in fields(cls):
+            print(f"  objective.{field.name}: {field.type} = {field.default!r}")
+        return 0
+    width = max(len(name) for name in objectives.OBJECTIVES)
+    for name, cls in sorted(objectives.OBJECTIVES.items()):
+        print(f"{name:<{width}}  {cls.paper:<17}  {str(cls.__doc__).partition('.')[0]}")
+    return 0
+
+
+def _testbed(argv: list[str]) -> int:
+    from t2i_align.testbed.__main__ import main as testbed
+
+    return testbed(argv) or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One sub-command. run: takes its arguments, returns the exit status. interrupted: said after Ctrl-C."""
+
+    run: Callable[[list[str]], int]
+    summary: str
+    examples: tuple[str, ...] = ()
+    interrupted: str = "Nothing needs cleaning up; run the same command again."
+
+
+COMMANDS = {
+    "quickstart": Command(
+        run=_quickstart,
+        summary="align the bundled model on the bundled preferences and measure it",
+        examples=("t2i-align quickstart", "t2i-align quickstart train.steps=50 --output runs/short"),
+        interrupted="Run the same command again; it starts afresh.",
+    ),
+    "prepare": Command(
+        run=_prepare,
+        summary="encode a configuration's pictures and prompts into the cache, without training",
+        examples=("t2i-align prepare configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl",),
+        interrupted="Run the same command again; it continues with what is not encoded yet.",
+    ),
+    "train": Command(
+        run=_train,
+        summary="run a configuration: prepare, train, save",
+        examples=(
+            "t2i-align train configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl output_dir=runs/mine",
+            "t2i-align train configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl output_dir=runs/mine resume=true",
+            "torchrun --nproc_per_node 2 -m t2i_align.train configs/sd15_diffusion_dpo.yaml",
+        ),
+        interrupted="Add resume=true to the same command to continue from the newest checkpoint.",
+    ),
+    "generate": Command(
+        run=_generate,
+        summary="pictures from a model, with or without a LoRA",
+        examples=(
+            "t2i-align generate testbed:sd --lora runs/quickstart/run/lora --prompts testbed:dev --out runs/pictures",
+        ),
+    ),
+    "score": Command(
+        run=_score,
+        summary="score pictures against their prompts",
+        examples=("t2i-align score runs/pictures --scorers oracle",),
+    ),
+    "evaluate": Command(
+        run=_evaluate,
+        summary="compare two models at the same seeds: win rate with interval, report with pictures",
+        examples=(
+            "t2i-align evaluate --base testbed:sd --aligned runs/quickstart/run/lora --prompts testbed:test "
+            "--scorers oracle --out runs/comparison",
+        ),
+    ),
+    "objectives": Command(
+        run=_objectives,
+        summary="list the objectives, or explain one",
+        examples=("t2i-align objectives", "t2i-align objectives diffusion_dpo"),
+    ),
+    "testbed": Command(
+        run=_testbed,
+        summary="the small world with known ground truth: scenes, base models, preference pairs",
+        examples=("t2i-align testbed --help",),
+    ),
+}
+
+
+# Their parsers ------------------------------------------------------------------------------------------------------
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"t2i-align {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in command.examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _run_parser(name: str) -> argparse.ArgumentParser:
+    parser = _parser(name)
+    parser.add_argument("config", help="YAML file of a run, such as those under configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    return parser
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    return parser.parse_intermixed_args(argv)  # key=value may stand before and after options
+
+
+def _keywords(options: argparse.Namespace) -> dict[str, object]:
+    return {key: value for key, value in vars(options).items() if key != "debug"}
+
+
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
