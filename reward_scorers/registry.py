@@ -1,0 +1,52 @@
+"""Scorers by name: `build("clip:ViT-B-32:laion400m_e32")`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+from reward_scorers.base import Scorer, ScorerError
+
+Factory = Callable[[str], Scorer]
+_FACTORIES: dict[str, Factory] = {}
+
+# Modules that register a name when they are imported, which is when it is first built: their libraries are slow.
+MODULES = {"clip": "reward_scorers.clip"}
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: `build` calls the factory with the text after `name:` ("" where there is none)."""
+
+    def add(factory: Factory) -> Factory:
+        _FACTORIES[name] = factory
+        return factory
+
+    return add
+
+
+def names() -> list[str]:
+    """The registered names."""
+    return sorted({*_FACTORIES, *MODULES})
+
+
+def check_spec(spec: str) -> None:
+    """Raise ScorerError unless `spec` begins with a registered name; builds nothing."""
+    name = spec.partition(":")[0] if isinstance(spec, str) else spec
+    if name not in names():
+        near = difflib.get_close_matches(str(name), names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ScorerError(f"unknown scorer {name!r}.{hint} Choices: {', '.join(names())}.")
+
+
+def build(spec: str) -> Scorer:
+    """A scorer from `name` or `name:argument`; what the argument means is the scorer's own business.
+
+    Raises:
+        ScorerError: a name that is not registered, or an argument that the scorer cannot use.
+    """
+    check_spec(spec)
+    name, _, argument = spec.partition(":")
+    if name not in _FACTORIES:
+        importlib.import_module(MODULES[name])
+    return _FACTORIES[name](argument)

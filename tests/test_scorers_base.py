@@ -1,0 +1,108 @@
+"""The scorers' contract: what is refused, the mean over frames, pictures of mixed sizes, the registry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import reward_scorers
+from reward_scorers import Scorer, ScorerError
+
+
+class Red(Scorer):
+    """The mean of the red channel; its part is NaN on pictures without any green."""
+
+    name = "red"
+    version = "1"
+    differentiable = True
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return pixels[:, 0].mean((1, 2))
+
+    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        green = pixels[:, 1].mean((1, 2))
+        return self._score(pixels, prompts), {"green": torch.where(green > 0, green, torch.nan)}
+
+
+def test_a_clip_gets_the_mean_over_its_frames_and_a_part_over_the_frames_it_applies_to() -> None:
+    """Red of the frames 0.2 and 0.6 gives 0.4; green is 0 (not applicable) and 0.5, so its mean is 0.5."""
+    clip = torch.zeros(1, 2, 3, 4, 4)
+    clip[0, 0, 0], clip[0, 1, 0], clip[0, 1, 1] = 0.2, 0.6, 0.5
+    score, parts = Red().judge(clip, ["x"])
+    assert score.item() == pytest.approx(0.4)
+    assert Red().score(clip, ["x"]).item() == pytest.approx(0.4)
+    assert parts["green"].item() == 0.5
+
+
+def test_pictures_of_mixed_sizes_and_modes_keep_their_order() -> None:
+    pictures = [
+        Image.new("RGB", (3, 5), (255, 0, 0)),
+        Image.new("L", (8, 8), 51),  # 51 / 255 = 0.2
+        Image.new("RGBA", (3, 5), (102, 255, 0, 7)),  # 0.4
+        Image.new("1", (1, 1), 0),
+    ]
+    score, parts = Red().judge_images(pictures, list("abcd"))
+    torch.testing.assert_close(score, torch.tensor([1.0, 0.2, 0.4, 0.0]))
+    torch.testing.assert_close(parts["green"], torch.tensor([torch.nan, 0.2, 1.0, torch.nan]), equal_nan=True)
+    torch.testing.assert_close(Red().score_images(pictures, list("abcd")), score)
+
+
+PIXELS = torch.rand(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "prompts", "match"),
+    [
+        (PIXELS, ["a"], "expected a list of 2, one a picture, found 1 prompts"),
+        (PIXELS, "ab", "found one string"),
+        (PIXELS, ["a", " "], r"prompts\[1\]: expected text, found ' '"),
+        (PIXELS, [None, "a"], r"prompts\[0\]: expected text, found None"),
+        (PIXELS * 2 - 1.5, ["a", "b"], r"expected values in \[0, 1\]"),
+        (PIXELS * 255, ["a", "b"], r"expected values in \[0, 1\]"),
+        ((PIXELS * 255).byte(), ["a", "b"], "floating-point"),
+        (PIXELS.log() * float("nan"), ["a", "b"], r"rows \[0, 1\] hold NaN"),
+        (PIXELS[:, :2], ["a", "b"], r"found \[2, 2, 4, 4\]"),
+        (PIXELS[0], ["a", "b", "c"], r"found \[3, 4, 4\]"),
+        (PIXELS[:0], [], r"found \[0, 3, 4, 4\]"),
+    ],
+)
+def test_bad_input_is_named(pixels: Tensor, prompts: Sequence[str], match: str) -> None:
+    for call in (Red().score, Red().judge, Red().parts):
+        with pytest.raises(ScorerError, match=match):
+            call(pixels, prompts)
+
+
+def test_one_bad_row_is_named() -> None:
+    pixels = PIXELS.clone()
+    pixels[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ScorerError, match=r"rows \[1\]"):
+        Red().score(pixels, ["a", "b"])
+
+
+def test_animated_and_foreign_pictures_are_named(tmp_path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ScorerError, match=r"images\[1\]: an animated picture of 2 frames"):
+        Red().score_images([frames[0], Image.open(tmp_path / "two.gif")], ["a", "b"])
+    with pytest.raises(ScorerError, match=r"images\[0\]: expected a PIL picture, found str"):
+        Red().score_images(["a.png"], ["a"])
+
+
+def test_registry_builds_by_name_and_names_the_choices() -> None:
+    reward_scorers.register("red-for-test")(lambda argument: Red())
+    assert isinstance(reward_scorers.build("red-for-test:whatever:else"), Red)
+    with pytest.raises(ScorerError, match=r"Did you mean 'red-for-test'.*Choices: clip,"):
+        reward_scorers.build("red-for-tes")
+
+
+def test_the_package_stands_alone() -> None:
+    """Scorers import nothing of t2i_align or pipelines, and a model's library only when it is built."""
+    foreign = "('t2i_align', 'pipelines', 'open_clip', 'timm')"
+    code = f"import sys, reward_scorers; print([m for m in sys.modules if m.startswith({foreign})])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
