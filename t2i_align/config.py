@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -98,7 +98,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
-    timestep_sampling: str = "uniform"
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     caption_dropout: float = 0.0
     gradient_checkpointing: bool = False
     attention: str = "native"
@@ -244,8 +244,10 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     try:
         return parser.parse_object({"value": value}).value
     except jsonargparse.ArgumentError as error:
-        expected = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-        raise UserError(f"{key}: expected {expected or str(hint).replace('typing.', '')}, found {value!r}") from error
+        if get_origin(hint) is Literal:
+            raise unknown(f"value for {key}:", str(value), map(str, get_args(hint))) from error
+        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise UserError(f"{key}: expected {expected}, found {value!r}") from error
 
 
 def _dataclass_in(hint: Any) -> type | None:

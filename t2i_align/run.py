@@ -73,21 +73,23 @@ def align(
     lora = config.lora is not None
     prepare_denoiser(config, pipeline)
     reference = build_reference(config.train.reference, pipeline, accelerator.device, lora=lora)
+    trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
+    if config.resume:
+        trainer.resume()
     if accelerator.is_main_process:  # all that can be wrong has been seen: from here on the folder holds this run
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
         print(describe(config, pipeline, source))
     if config.log.trackers:
         accelerator.init_trackers(config.log.project)
-    trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
-    if config.resume:
-        trainer.resume()
-    metrics = trainer.run()
-    weights = output / ("lora" if lora else "model")
-    if accelerator.is_main_process:
-        with trainer.averaged():
-            weights = save_weights(pipeline, weights, lora=lora)
-    accelerator.end_training()
+    try:
+        metrics = trainer.run()
+        weights = output / ("lora" if lora else "model")
+        if accelerator.is_main_process:
+            with trainer.averaged():
+                weights = save_weights(pipeline, weights, lora=lora)
+    finally:
+        accelerator.end_training()
     return RunResult(output_dir=output, weights=weights, steps=trainer.step, metrics=metrics)
 
 

@@ -1,4 +1,4 @@
-"""Write a diffusers Stable Diffusion as the single file that its first authors' code uses (`model.diffusion_model.…`)."""
+"""Write a diffusers Stable Diffusion as a single file, with the names that its first authors' code uses."""
 
 from __future__ import annotations
 

@@ -199,6 +199,6 @@ def test_senseless_hyper_parameters_are_refused(values: dict, message: str) -> N
 
 
 def test_unknown_objective_answers_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown objective 'difusion_dpo'. Did you mean 'diffusion_dpo'.*sft"):
+    with pytest.raises(UserError, match=r"unknown objective 'difusion_dpo'. Did you mean 'diffusion_dpo'.*sft"):
         get("difusion_dpo")
     assert all(get(name).name == name and get(name).paper for name in OBJECTIVES)

@@ -189,7 +189,7 @@ def test_wrong_paths_sizes_and_options_say_what_is_expected(sd_path: Path, tmp_p
     with pytest.raises(PipelineError, match="not a readable checkpoint"):
         pipelines.load(junk)
     pipeline = pipelines.load(sd_path)
-    with pytest.raises(PipelineError, match="33 x 32.*multiples of 2"):
+    with pytest.raises(PipelineError, match=r"33 x 32.*multiples of 2"):
         pipeline.check_size(33, 32)
     with pytest.raises(PipelineError, match=r"'flash' is not usable with sd. Choices: native, xformers"):
         pipeline.set_attention("flash")
@@ -197,7 +197,7 @@ def test_wrong_paths_sizes_and_options_say_what_is_expected(sd_path: Path, tmp_p
         pipeline.set_attention("xformers")
     with pytest.raises(PipelineError, match="'to_x' matches no module"):
         pipeline.lora_targets(["to_q", "to_x"])
-    with pytest.raises(PipelineError, match="unknown LoRA targets 'everything'. Choices for sd: all, attention"):
+    with pytest.raises(PipelineError, match=r"unknown LoRA targets 'everything'. Choices for sd: all, attention"):
         pipeline.lora_targets("everything")
     with pytest.raises(PipelineError, match="2 prompts but 1 seeds"):
         pipeline.generate(["a", "b"], [1])

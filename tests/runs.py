@@ -1,0 +1,69 @@
+"""Small preference data and small runs for the tests of the trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from t2i_align.objectives.base import Objective
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+
+
+def picture(seed: int, side: int = 32) -> Image.Image:
+    """A picture of blocks of random colours."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST)
+
+
+def jsonl_pairs(folder: Path, count: int = 12) -> Path:
+    """A JSONL of pairs with relative paths; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        for side, seed in (("good", 2 * i), ("bad", 2 * i + 1)):
+            picture(seed).save(folder / f"{i}_{side}.png")
+        lines.append({"prompt": f"prompt {i % 5}", "chosen": f"{i}_good.png", "rejected": f"{i}_bad.png"})
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def winner_loser_folders(folder: Path, count: int = 6) -> Path:
+    """winner/ and loser/ with matching names and a caption beside each winner; returns the folder that holds both."""
+    for side, offset in (("winner", 0), ("loser", 1)):
+        (folder / side).mkdir(parents=True)
+        for i in range(count):
+            picture(2 * i + offset).save(folder / side / f"{i}.png")
+            if side == "winner":
+                (folder / side / f"{i}.txt").write_text(f"prompt {i}")
+    return folder
+
+
+def run_values(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A complete run of a few steps as nested values; `changes` use `__` for dots, as in train__steps=3."""
+    values: dict[str, Any] = {
+        "output_dir": str(output),
+        "objective": {"name": "diffusion_dpo", "beta": 100.0},
+        "model": {"path": str(model)},
+        "data": {"path": str(data)},
+        "lora": {"rank": 2, "alpha": 4.0},
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 4, "batch_size": 4, "caption_dropout": 0.2},
+        "log": {"every": 1, "checkpoint_every": 2},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return values
+
+
+def objective(**changes: Any) -> Objective:
+    """Diffusion-DPO with small beta."""
+    return DiffusionDPO(**{"beta": 100.0, **changes})

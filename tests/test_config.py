@@ -1,0 +1,68 @@
+"""Configuration: dataclasses <-> YAML <-> `key=value`, and what a typo answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+
+from pipelines.process import TIMESTEP_SAMPLING
+from t2i_align import config
+from t2i_align.config import TrainConfig
+from t2i_align.errors import UserError
+
+VALUES = {"objective": {"name": "diffusion_dpo", "beta": 500}, "output_dir": "runs/x"}
+
+
+def test_a_run_survives_yaml_and_back() -> None:
+    run = config.from_mapping({**VALUES, "lora": None, "optim": {"lr": "5e-6", "betas": [0.9, 0.99]}})
+    assert run.lora is None and run.optim.lr == 5e-6 and run.objective.beta == 500.0
+    assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
+
+
+def test_overrides_reach_inside_and_read_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(VALUES))
+    overrides = ["train.steps=7", "optim.lr=1e-5", "lora=null", "data.path=a=b", "objective.link=hinge", "resume=true"]
+    run = config.load(file, overrides)
+    assert (run.train.steps, run.optim.lr, run.lora, run.data.path, run.resume) == (7, 1e-5, None, "a=b", True)
+    assert run.objective.link == "hinge" and run.objective.beta == 500.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.steps=1", r"unknown key 'trian'. Did you mean 'train'\? Choices: data, log"),
+        ("train.stps=1", r"unknown key in train 'stps'. Did you mean 'steps'"),
+        ("train.steps=many", "train.steps: expected int, found 'many'"),
+        ("train.steps=0", "train.steps must be at least 1, found 0"),
+        ("train.precision=int8", r"unknown value for train.precision: 'int8'.*Choices: bf16, fp16, fp32"),
+        ("train.caption_dropout=2", r"train.caption_dropout must be in \[0, 1\]"),
+        ("objective.bta=1", r"unknown key in objective 'bta'. Did you mean 'beta'"),
+        ("objective=spo", "unknown objective 'spo'"),
+        ("optim.lr=-1", "optim.lr must be positive"),
+        ("lora=8", "lora: expected a mapping"),
+        ("steps", "has the form key=value"),
+        ("train.steps=[1", "not valid YAML"),
+    ],
+)
+def test_wrong_keys_and_values_say_what_was_expected(override: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(VALUES))
+    with pytest.raises(UserError, match=message):
+        config.load(file, [override])
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration file"):
+        config.load(tmp_path / "no.yaml")
+    for text, message in (("a: [", "not valid YAML"), ("- a", "a mapping of keys"), ("resume: true", "missing key")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            config.load(tmp_path / "bad.yaml")
+
+
+def test_timestep_samplings_are_those_of_the_forward_process() -> None:
+    assert get_args(get_type_hints(TrainConfig)["timestep_sampling"]) == TIMESTEP_SAMPLING

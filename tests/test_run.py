@@ -1,0 +1,254 @@
+"""Whole runs on tiny models: every kind of data and training, exact resume, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import pipelines
+from pipelines import PipelineError
+from t2i_align import align, checkpoint
+from t2i_align.errors import UserError
+from tests.runs import jsonl_pairs, run_values, winner_loser_folders
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jsonl_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def lora_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "folders"])
+@pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
+def test_own_pictures_train_a_lora_that_plain_diffusers_loads(
+    source: str, objective: str, sd_path: Path, tmp_path: Path
+) -> None:
+    data = jsonl_pairs(tmp_path / "data") if source == "jsonl" else winner_loser_folders(tmp_path / "data")
+    result = align(run_values(sd_path, data, tmp_path / "run", objective={"name": objective}), progress=False)
+    assert result.steps == 4 and math.isfinite(result.metrics["loss"])
+    plain = StableDiffusionPipeline.from_pretrained(str(sd_path))
+    plain.load_lora_weights(str(result.weights))
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": "", "output_type": "pt"}
+    theirs = plain("prompt 1", generator=torch.Generator().manual_seed(2), **options).images
+    ours = pipelines.load(sd_path)
+    before = ours.generate(["prompt 1"], [2], steps=3, guidance=4.0)
+    ours.load_lora(result.weights)
+    assert torch.equal(ours.generate(["prompt 1"], [2], steps=3, guidance=4.0), theirs)
+    assert (theirs - before).abs().max() > 1e-5
+
+
+def test_full_fine_tuning_saves_a_pipeline_that_plain_diffusers_loads(
+    sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    result = align(run_values(sd_path, pairs, tmp_path / "run", lora=None), progress=False)
+    plain = StableDiffusionPipeline.from_pretrained(str(result.weights))
+    trained, base = plain.unet.state_dict(), pipelines.load(sd_path).denoiser.state_dict()
+    assert any(not torch.equal(trained[name], base[name]) for name in base)
+    theirs = plain("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(pipelines.load(result.weights).generate(["a"], [0], steps=2), theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("reference", ["adapter_off", "copy", "offloaded_copy"])
+def test_the_first_loss_is_log_2_whatever_the_reference_and_precision(
+    precision: str, reference: str, sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    values = run_values(
+        sd_path, pairs, tmp_path / "run", train__steps=1, train__precision=precision, train__reference=reference
+    )
+    assert align(values, progress=False).metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_full_fine_tuning_starts_at_log_2(sd_v_path: Path, pairs: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        values = run_values(
+            sd_v_path, pairs, tmp_path / precision, lora=None, train__steps=1, train__precision=precision
+        )
+        assert align(values, progress=False).metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_cached_and_on_the_fly_encoding_train_alike(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    cached = align(run_values(sd_path, pairs, tmp_path / "a"), progress=False)
+    fly = align(run_values(sd_path, pairs, tmp_path / "b", data__cache=False), progress=False)
+    # The cache holds half precision, so the runs agree to its rounding and not to the bit.
+    for ours, theirs in zip(metrics(cached.output_dir), metrics(fly.output_dir), strict=True):
+        assert ours["error/chosen"] == pytest.approx(theirs["error/chosen"], rel=5e-3)
+
+
+def test_batch_8_equals_2_times_4_accumulated(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    whole = align(run_values(sd_path, pairs, tmp_path / "a", train__batch_size=8), progress=False)
+    parts = run_values(sd_path, pairs, tmp_path / "b", train__batch_size=4, train__accumulate=2)
+    halves = align(parts, progress=False)
+    for one, two in zip(metrics(whole.output_dir), metrics(halves.output_dir), strict=True):
+        for name in ("loss", "grad_norm", "error/chosen", "rewards/margins"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), (one["step"], name)
+
+
+def test_options_that_save_memory_do_not_change_the_result(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    plain = align(run_values(sd_path, pairs, tmp_path / "a", lora=None), progress=False)
+    saved = run_values(
+        sd_path, pairs, tmp_path / "b", lora=None, train__gradient_checkpointing=True, train__reference="offloaded_copy"
+    )
+    for one, two in zip(metrics(plain.output_dir), metrics(align(saved, progress=False).output_dir), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3, abs=1e-6)
+
+
+def start(values: dict, folder: Path, *overrides: str) -> subprocess.Popen:
+    """The run in a process of its own, as a person would start it."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "t2i_align.train", str(config), *overrides]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (steps := checkpoint.all_steps(output)) or int(steps[-1].name[5:]) < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_very_same_bits(
+    number: signal.Signals, sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """LoRA dropout, averaging, warm-up, log windows that straddle checkpoints: all of them come back."""
+    options = {
+        "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
+        "optim__schedule": "cosine", "data__cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    uninterrupted = align(run_values(sd_path, pairs, tmp_path / "whole", **options), progress=False)
+    values = run_values(sd_path, pairs, tmp_path / "killed", **options)
+    process = start(values, tmp_path)
+    wait_for_checkpoint(tmp_path / "killed", process, 10)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    stopped_at = int(checkpoint.all_steps(tmp_path / "killed")[-1].name[5:])
+    assert 10 <= stopped_at < 60, "the run had ended before it was killed"
+    if number == signal.SIGINT:
+        assert "Traceback" not in output and "resume=true" in output
+    resumed = align({**values, "resume": True}, progress=False)
+    assert resumed.steps == 60
+    assert same(lora_of(resumed.output_dir), lora_of(uninterrupted.output_dir))
+    assert metrics(resumed.output_dir) == metrics(uninterrupted.output_dir)
+
+
+def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run")
+    first = lora_of(align(values, progress=False).output_dir)
+    assert same(lora_of(align({**values, "resume": True}, progress=False).output_dir), first)
+    for step in checkpoint.all_steps(tmp_path / "run"):
+        for file in step.iterdir():
+            file.unlink()
+        step.rmdir()
+    again = align({**values, "resume": True}, progress=False)
+    assert same(lora_of(again.output_dir), first) and len(metrics(again.output_dir)) == 4
+
+
+def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run")
+    align(values, progress=False)
+    newest = checkpoint.all_steps(tmp_path / "run")[-1]
+    (newest / "state.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=f"{newest.name}: damaged checkpoint.*Remove this folder"):
+        align({**values, "resume": True}, progress=False)
+
+
+def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run")
+    align(values, progress=False)
+    before = lora_of(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds a run already \(its newest checkpoint is step_000004\).*resume=true"):
+        align(values, progress=False)
+    other = {**values, "objective": {"name": "diffusion_dpo", "beta": 5.0}, "resume": True}
+    with pytest.raises(UserError, match=r"another run.*objective.beta \(100.0 there, 5.0 now\)"):
+        align(other, progress=False)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        align({**values, "output_dir": str(tmp_path / "photos")}, progress=False)
+    assert same(lora_of(tmp_path / "run"), before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """beta = 1e38 keeps the first loss at log 2; from the second on the margins overflow float32."""
+    values = run_values(sd_path, pairs, tmp_path / "run", objective__beta=1e38, log__checkpoint_every=1, log__every=100)
+    values["optim"]["warmup_steps"] = 0
+    with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*step_000001"):
+        align(values, progress=False)
+    weights, _ = checkpoint.load(checkpoint.all_steps(tmp_path / "run")[-1])
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"objective": {"name": "dpo"}}, UserError, "unknown objective 'dpo'"),
+        ({"objective__beta": 0}, UserError, "beta must be positive, found 0"),
+        ({"lora__rank": 0}, UserError, "lora.rank must be at least 1, found 0"),
+        ({"lora__rnk": 4}, UserError, r"unknown key in lora 'rnk'. Did you mean 'rank'"),
+        ({"data__resolution": 33}, PipelineError, "33 x 33 pixels do not fit this VAE"),
+        ({"data__path": "/nowhere/pairs.jsonl"}, UserError, "/nowhere/pairs.jsonl"),
+        ({"model__path": "/nowhere"}, PipelineError, "/nowhere: no such file or folder"),
+        ({"train__attention": "flash"}, PipelineError, "Choices: native, xformers"),
+        (
+            {"train__timestep_sampling": "cosine"},
+            UserError,
+            "unknown value for train.timestep_sampling: 'cosine'.*Choices: logit_normal, uniform",
+        ),
+        ({"optim__schedule": "zigzag"}, UserError, "optim.schedule: .*zigzag"),
+        ({"optim__optimizer": "adamw8bit"}, UserError, "needs bitsandbytes"),
+        ({"lora": None, "train__reference": "adapter_off"}, UserError, "needs a LoRA"),
+        ({"validation": {"every": 1, "scorers": ["clipp"]}}, ValueError, "clipp"),
+        ({"log__trackers": ["mlflow"]}, UserError, "log.trackers"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    changes: dict, error: type[Exception], message: str, sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        align(run_values(sd_path, pairs, tmp_path / "run", **changes), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_writes_pictures_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    validation = {"every": 2, "prompts": str(prompts), "steps": 2, "scorers": []}
+    result = align(
+        run_values(sd_path, pairs, tmp_path / "run", validation=validation, log__trackers=["tensorboard"]),
+        progress=False,
+    )
+    names = sorted(file.name for file in (result.output_dir / "validation").iterdir())
+    assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
+    assert list(result.output_dir.rglob("events.out.tfevents.*"))
+    plain = align(run_values(sd_path, pairs, tmp_path / "plain"), progress=False)
+    assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "looking must not change the run"
