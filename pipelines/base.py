@@ -43,11 +43,11 @@ class TrainablePipeline(ABC):
 
     process: ForwardProcess
 
-    def __init__(self, pipe: DiffusionPipeline, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
         missing = [name for name in (self.denoiser_name, "scheduler") if getattr(pipe, name, None) is None]
         if missing:
             raise PipelineError(f"{source}: the checkpoint lacks {', '.join(missing)}")
-        self.pipe = pipe
+        self.pipe: Any = pipe  # diffusers builds its pipelines' attributes at run time
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.read_around: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline, this denoiser
@@ -56,8 +56,8 @@ class TrainablePipeline(ABC):
             module.requires_grad_(False)
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The network that is trained."""
+    def denoiser(self) -> Any:
+        """The network that is trained: an nn.Module with diffusers' adapters, checkpointing and configuration."""
         return getattr(self.pipe, self.denoiser_name)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -185,9 +185,8 @@ class TrainablePipeline(ABC):
 
     def add_lora(self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:
         """Put a fresh trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet."""
-        self.denoiser.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(self.lora_targets(targets)))
-        )
+        modules: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
+        self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **modules))
 
     def lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
         """Module-name endings for a preset's name or a list of endings, each checked against the denoiser."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from pipelines.base import Conditioning, PipelineError, TrainablePipeline
@@ -29,7 +28,7 @@ class StableDiffusion(TrainablePipeline):
     }  # fmt: skip
     attention_backends = ("native", "xformers")
 
-    def __init__(self, pipe: DiffusionPipeline, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
         super().__init__(pipe, source, vae_config)
         config = pipe.scheduler.config
         self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, config.prediction_type)

@@ -148,7 +148,7 @@ def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
         )
         cast_training_params(denoiser, dtype=torch.float32)
     if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        denoiser.enable_gradient_checkpointing()
     denoiser.train()
 
 

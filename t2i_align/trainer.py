@@ -213,7 +213,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            weights = dict(self.parameters)
+            weights: dict[str, Tensor] = dict(self.parameters)
             state: dict[str, Any] = {
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
