@@ -1,0 +1,161 @@
+"""The command line as a person meets it: help, messages, exit statuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import PipelineError
+from reward_scorers import ScorerError
+from t2i_align import cli
+from t2i_align.errors import UserError
+from t2i_align.objectives import OBJECTIVES
+from t2i_align.quickstart import CONFIG
+
+
+def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Put a command named `fail` in place that raises `error`."""
+
+    def run(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command(run=run, summary="", interrupted="Do this now."))
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"], ["-h"]):
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "testbed"])
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: t2i-align {name}" in out
+    assert f"  t2i-align {name}" in out.split("examples:")[1]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["quickstart", "--help"]])
+def test_help_loads_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom t2i_align.cli import main\n"
+        f"try: main({argv})\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'numpy', 'yaml', 'diffusers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_an_unknown_command_answers_with_the_nearest_and_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown command 'trian'" in err
+    assert "Did you mean 'train'?" in err
+    assert all(name in err for name in cli.COMMANDS)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stesp=5", "unknown key in train 'stesp'. Did you mean 'steps'? Choices:"),
+        ("optim.lr=fast", "optim.lr: expected float, found 'fast'"),
+        ("objective.name=diffusion_dop", "unknown objective 'diffusion_dop'. Did you mean 'diffusion_dpo'? Choices:"),
+        ("objective.beta=0", "objective.beta must be positive, found 0"),
+        ("lora.rank=0", "lora.rank must be at least 1, found 0"),
+        ("train.precision=fp8", "unknown value for train.precision: 'fp8'. Choices: bf16, fp16, fp32."),
+        ("steps", "an override has the form key=value"),
+    ],
+)
+def test_bad_configuration_is_named(
+    override: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert cli.main(["train", str(CONFIG), f"output_dir={output}", override]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert says in err
+    assert not output.exists()
+
+
+def test_a_missing_configuration_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "error: nowhere.yaml: no such configuration file\n"
+
+
+def test_prepare_without_a_cache_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prepare", str(CONFIG), "data.cache=false"]) == 2
+    assert "nothing to prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [UserError, PipelineError, ScorerError])
+def test_bad_input_is_a_message_and_status_2(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, kind("row 3: expected a number, found 'x'"))
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err == "error: row 3: expected a number, found 'x'\n"
+    assert cli.main(["fail", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_message_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a"))
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'runs/a'\n"
+
+
+def test_a_defect_of_the_program_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, ValueError("a bug"))
+    assert cli.main(["fail"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("message", ["", "stopped after step 7; its checkpoint is saved"])
+def test_ctrl_c_says_how_to_go_on(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, KeyboardInterrupt(message))
+    assert cli.main(["fail"]) == 130
+    err = capsys.readouterr().err
+    assert message in err and "Do this now." in err and "Traceback" not in err
+
+
+def test_the_commands_that_train_say_how_they_resume() -> None:
+    assert "resume=true" in cli.COMMANDS["train"].interrupted
+    assert "continues" in cli.COMMANDS["prepare"].interrupted
+
+
+def test_objectives_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["objectives"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == sorted(OBJECTIVES)
+    assert cli.main(["objectives", "diffusion_dpo"]) == 0
+    out = capsys.readouterr().out
+    assert "loss = -log sigmoid(h)" in out and "objective.beta: float = 2000.0" in out
+    assert cli.main(["objectives", "dpo"]) == 2
+    assert "Choices: diffusion_dpo, sft" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
+    parser = cli._run_parser("train")
+    options = cli._parse(parser, ["a.yaml", "x=1", "--debug", "y=2"])
+    assert (options.config, options.overrides, options.debug) == ("a.yaml", ["x=1", "y=2"], True)
+
+
+@pytest.mark.parametrize("module", ["t2i_align", "t2i_align.train"])
+def test_both_modules_run_and_pass_the_status_on(module: str) -> None:
+    arguments = ["train", "nowhere.yaml"] if module == "t2i_align" else ["nowhere.yaml"]
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nowhere.yaml: no such configuration file" in done.stderr and "Traceback" not in done.stderr

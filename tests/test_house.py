@@ -1,0 +1,172 @@
+"""The house: what is promised about the layout, the packaging and the documents holds."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from t2i_align import config, objectives
+from t2i_align.quickstart import CONFIG
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("t2i_align", "pipelines", "reward_scorers")
+CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *ROOT.glob("docs/**/*.md")]
+
+
+def modules() -> list[str]:
+    roots = [(str(ROOT / package), f"{package}.") for package in PACKAGES]
+    found = [info.name for path, prefix in roots for info in pkgutil.walk_packages([path], prefix=prefix)]
+    return sorted([*PACKAGES, *(name for name in found if not name.endswith("__main__"))])
+
+
+def test_the_list_of_modules_is_not_empty() -> None:
+    assert {"t2i_align.objectives.sft", "t2i_align.cli", "pipelines.sd", "reward_scorers.base"} <= set(modules())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(name)
+
+
+def test_a_users_own_pipelines_folder_does_not_break_the_objectives(tmp_path: Path) -> None:
+    for package in ("pipelines", "reward_scorers"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('a package of the user')")
+    code = "import sys, t2i_align.objectives, t2i_align.config; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    loaded = done.stdout.decode().split()
+    assert "t2i_align.objectives.diffusion_dpo" in loaded
+    assert not {"diffusers", "transformers", "pipelines"} & set(loaded)
+
+
+@pytest.mark.parametrize("package", ["pipelines", "reward_scorers"])
+def test_pipelines_and_scorers_import_nothing_of_the_toolkit(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert "t2i_align" not in {name.partition(".")[0] for name in imported(file)}, file
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "t2i_align" / "objectives").glob("*.py")), ids=lambda file: file.stem)
+def test_objectives_know_neither_trainer_nor_readers(file: Path) -> None:
+    allowed = re.compile(r"t2i_align\.(objectives|errors|noising|randomness|data\.schema)(\.|$)")
+    for name in imported(file):
+        assert not name.startswith("t2i_align") or allowed.match(name), f"{file.name} imports {name}"
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_every_configuration_loads_and_survives_a_round_trip() -> None:
+    assert len(CONFIGS) == 4
+    for file in [*CONFIGS, CONFIG]:
+        run = config.load(file)
+        assert config.from_mapping(config.to_mapping(run)) == run, file
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_configuration_is_named_after_family_and_objective_and_is_listed(file: Path) -> None:
+    run = config.load(file)
+    assert run.objective.name in file.stem
+    assert run.output_dir == f"runs/{file.stem}"
+    assert f"`{file.name}`" in (ROOT / "configs" / "README.md").read_text()
+
+
+def test_the_readme_maps_the_folders_as_they_are() -> None:
+    block = re.search(r"## The folders\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    listed, parent = set(), Path()
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        parent = parent if line.startswith(" ") else Path(name)
+        listed.add(parent / name if line.startswith(" ") else parent)
+    missing = [str(path) for path in listed if not (ROOT / path).exists()]
+    assert not missing, f"README lists {missing}"
+    for folder in [path for path in (ROOT / "t2i_align").iterdir() if list(path.glob("*.py"))]:
+        assert folder.relative_to(ROOT) in listed, f"README's map lacks {folder.name}"
+
+
+def test_the_readme_lists_every_method_with_its_paper_file_and_configuration() -> None:
+    rows = re.findall(r"^\| `(\w+)`.*$", section("## Methods"), re.MULTILINE)
+    assert sorted(rows) == sorted(objectives.OBJECTIVES)
+    for line in section("## Methods").splitlines():
+        if not (row := re.match(r"\| `(\w+)`", line)):
+            continue
+        cls = objectives.get(row[1])
+        assert cls.paper.removeprefix("arXiv ") in line
+        assert f"{cls.__module__.replace('.', '/')}.py" in line
+        named = re.findall(r"\(configs/([^)]+)\)", line)
+        assert named == [file.name for file in CONFIGS if config.load(file).objective.name == row[1]]
+
+
+def section(title: str) -> str:
+    text = (ROOT / "README.md").read_text()
+    return text.split(title, 1)[1].split("\n## ", 1)[0]
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_in_the_documents_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", file.read_text()):
+        assert target.startswith("http") or (file.parent / target).exists(), f"{file.name} -> {target}"
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_configurations_and_keys_named_in_the_documents_exist(file: Path) -> None:
+    text = file.read_text()
+    for name in re.findall(r"\bconfigs/[\w.]+\.yaml", text):
+        assert (ROOT / name).is_file(), f"{file.name} names {name}"
+    known = config.to_mapping(config.load(CONFIG))
+    for group, key in re.findall(r"\b(model|data|lora|optim|train|validation|log)\.(\w+)(?==|`)", text):
+        assert key in known[group] or f"{group}.{key}" in ("data.md", "train.py"), f"{file.name} names {group}.{key}"
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony
+    assert {"quickstart", "test", "lint", "bench", "notebooks", "clean", "help"} <= set(phony[1].split())
+    for target in phony[1].split():
+        assert re.search(rf"^{target}:.*## \w", makefile, re.MULTILINE), target
+
+
+def test_constraints_are_exact_and_inside_the_declared_ranges() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = {}
+    for line in lines:
+        name, separator, version = line.partition("==")
+        assert separator and re.fullmatch(r"[\w.]+", version), line
+        pinned[normal(name)] = version
+    assert len(pinned) == len(lines)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    declared = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    for text in (line for block in declared for line in block.splitlines() if line and line[0] != "#"):
+        requirement = Requirement(text)
+        if requirement.name == "hpsv2":  # its own pins exclude everything else's; see setup.cfg
+            continue
+        assert normal(requirement.name) in pinned, f"{requirement.name} has no tested version"
+        assert requirement.specifier.contains(pinned[normal(requirement.name)]), text
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
