@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i_align.data import folders, jsonl, pickapic
-from t2i_align.data.formats import Items, Survey
+from t2i_align.data.formats import PICTURE_SUFFIXES, Items, Survey
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
 
@@ -137,6 +137,12 @@ def identity(path: Path, format: str) -> str:
         else:
             digest.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
+
+
+def embedded_bytes(path: Path, format: str) -> int:
+    """An upper bound for pictures that a source holds inside its own files: the size of those that are no pictures."""
+    files = (READERS[format].files or _files_below)(path)
+    return sum(file.stat().st_size for file in files if file.exists() and file.suffix.lower() not in PICTURE_SUFFIXES)
 
 
 def _files_below(path: Path) -> list[Path]:

@@ -1,0 +1,189 @@
+"""The latent cache: pictures and prompts encoded once, then trained on without VAE or text encoder.
+
+Latents and embeddings are kept in half precision, each distinct prompt once, the empty prompt always.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from t2i_align.data.formats import Survey
+from t2i_align.data.latents import CONTENT, Latents
+from t2i_align.data.layout import PROMPTS, Parts, read_table
+from t2i_align.data.sampling import Position
+from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
+from t2i_align.data.shards import Limit, write
+from t2i_align.data.stored import Shard, Store
+from t2i_align.errors import UserError
+
+if TYPE_CHECKING:  # only entry points import `pipelines` at run time
+    from pipelines import TrainablePipeline
+
+SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
+MAX_ROWS_PER_SHARD = 1024
+
+Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+class Item(NamedTuple):
+    """A micro-batch as the loader hands it over: half-precision latents [B, k, ...] and conditioning [B, ...]."""
+
+    keys: tuple[str, ...]
+    scores: Tensor
+    latents: Tensor
+    conditioning: Conditioning
+
+
+def prepare(
+    groups: Iterable[Group | Skipped],
+    pipeline: TrainablePipeline,
+    out: Path,
+    *,
+    fingerprint: Parts,
+    height: int,
+    width: int,
+    batch_size: int = 8,
+    progress: bool = True,
+    survey: Survey | None = None,
+    limit: Limit | None = None,
+) -> None:
+    """Encode groups into a cache at `out`; continue one that was killed; leave a finished one as it is.
+
+    Args:
+        groups: as `readers.read` gives them, in the same order each time.
+        fingerprint: named parts that decide what a cache holds (see `source.fingerprint_parts`).
+        batch_size: pictures the VAE encodes at once.
+        survey: what the source holds, for the estimate of disk space and the progress bar's end.
+
+    Raises:
+        PipelineError: a size the VAE cannot take. UserError: another fingerprint, no space, nothing usable.
+    """
+    payload = Latents(pipeline, height, width, batch_size)
+    row_bytes = 2 * payload.latent_bytes + payload.prompt_bytes
+    if survey is not None:
+        _check_space(out, survey, payload, limit)
+    write(
+        groups,
+        payload,
+        out,
+        fingerprint=fingerprint,
+        rows_per_shard=max(1, min(MAX_ROWS_PER_SHARD, SHARD_BYTES // row_bytes)),
+        rows_at_once=max(1, batch_size),
+        total=survey.rows if survey is not None else None,
+        limit=limit,
+        progress=progress,
+        what="encode",
+    )
+
+
+class LatentShard(Shard):
+    """A shard with latents [candidates, ...] and embeddings [prompts, ...] as arrays over the mapped file."""
+
+    def __init__(self, folder: Path, latent_shape: Sequence[int], layout: Layout) -> None:
+        super().__init__(folder)
+        column, prompts = self.groups["latents"], read_table(folder / PROMPTS)
+        self.starts = column.offsets.to_numpy()
+        self.latents = _array(column.values, np.dtype(np.float16), latent_shape)
+        self.embeddings = {
+            name: _array(prompts[f"embedding:{name}"], dtype, shape) for name, (shape, dtype) in layout.items()
+        }
+
+
+class CachedGroups(Store):
+    """A finished latent cache; `fetch` gives micro-batches. See `prepare` and `open_cache`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if self.manifest.get("content") != CONTENT:
+            raise UserError(f"{path}: this folder holds {self.manifest.get('content')!r}, expected {CONTENT!r}")
+        self.latent_shape = tuple(self.manifest["latent_shape"])
+        self.layout: Layout = {
+            name: (tuple(entry["shape"]), np.dtype(entry["dtype"]))
+            for name, entry in self.manifest["conditioning"].items()
+        }
+
+    def open_shard(self, folder: Path) -> LatentShard:
+        return LatentShard(folder, self.latent_shape, self.layout)
+
+    def latents(self, number: int) -> np.ndarray:
+        """A group's latents [k, *latent shape], float16, best first, over the mapped file."""
+        shard, row = self.group(number)
+        return shard.latents[shard.starts[row] : shard.starts[row + 1]]
+
+    def embedding(self, prompt: int) -> dict[str, np.ndarray]:
+        """A prompt's conditioning without the batch dimension, over the mapped file. Prompt 0 is the empty one."""
+        shard, row = self.prompt_row(prompt)
+        return {name: array[row] for name, array in shard.embeddings.items()}
+
+    def fetch(self, rows: Sequence[Position]) -> Item:
+        """The micro-batch of groups (epoch, number), all with the same k."""
+        keys, scores, latents, embeddings = [], [], [], []
+        for epoch, number in rows:
+            shard, row = self.group(number)
+            keys.append(f"{epoch}/{shard.ids[row].as_py()}")
+            scores.append(shard.scores_of(row))
+            latents.append(shard.latents[shard.starts[row] : shard.starts[row + 1]])
+            embeddings.append(self.embedding(int(self.prompt[number])))
+        return Item(
+            keys=tuple(keys),
+            scores=torch.from_numpy(np.stack(scores)).float(),
+            latents=torch.from_numpy(np.stack(latents)),
+            conditioning={
+                name: torch.from_numpy(np.stack([embedding[name] for embedding in embeddings])) for name in self.layout
+            },
+        )
+
+    def to_batch(self, item: Item, device: torch.device) -> Batch:
+        """The micro-batch on its device, in float32."""
+        return Batch(
+            keys=item.keys,
+            latents=_widened(item.latents, device),
+            scores=item.scores.to(device, non_blocking=True),
+            conditioning={name: _widened(tensor, device) for name, tensor in item.conditioning.items()},
+        )
+
+    def empty_conditioning(self, device: torch.device) -> Conditioning:
+        """The empty prompt's conditioning, [1, ...], float32."""
+        return {name: _widened(torch.tensor(array[None]), device) for name, array in self.embedding(0).items()}
+
+
+def open_cache(path: Path) -> CachedGroups:
+    """Open a finished cache; raises UserError where there is none, or where a part of it is missing."""
+    return CachedGroups(path)
+
+
+def _check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None) -> None:
+    share = 1.0 if limit is None else min(1.0, limit.groups / max(1, survey.groups))
+    candidates = sum(k * count for k, count in survey.candidates.items())
+    needed = share * candidates * payload.latent_bytes
+    needed += (min(survey.prompts, share * survey.groups) + 1) * payload.prompt_bytes
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    stored = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if out.exists() else 0
+    free = shutil.disk_usage(folder).free
+    if needed - stored > free:
+        raise UserError(
+            f"{out}: the cache needs about {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free there. "
+            "Choose another folder with data.cache_dir, a smaller data.limit or data.resolution, or data.cache=false."
+        )
+
+
+def _array(column: pa.Array, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    """A fixed-size binary column as [rows, *shape] without a copy."""
+    if len(column) == 0:
+        return np.empty((0, *shape), dtype)
+    count = len(column) * int(np.prod(shape))
+    return np.frombuffer(column.buffers()[1], dtype, count).reshape(len(column), *shape)
+
+
+def _widened(tensor: Tensor, device: torch.device) -> Tensor:
+    # Half precision crosses to the device and is widened there.
+    moved = tensor.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved

@@ -1,0 +1,187 @@
+"""No latent cache: pictures are decoded in the loader's workers and encoded with each batch.
+
+What is stored is an index: groups with their pictures' paths, or for sources that hold pictures inside (parquet),
+their encoded bytes as they are. Each picture is decoded once while the index is made, so that a damaged one is
+skipped and recorded then, and not met in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from t2i_align.data.formats import Survey
+from t2i_align.data.images import ImageError, decode, load_pixels
+from t2i_align.data.layout import Parts
+from t2i_align.data.sampling import Position
+from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
+from t2i_align.data.shards import Limit, Row, write
+from t2i_align.data.stored import Store
+from t2i_align.errors import UserError
+
+if TYPE_CHECKING:  # only entry points import `pipelines` at run time
+    from pipelines import TrainablePipeline
+
+CONTENT = "pictures"
+ROWS_PER_SHARD = 256
+ROWS_AT_ONCE = 16
+
+
+class LiveItem(NamedTuple):
+    """A micro-batch as the loader hands it over: pixels [B, k, 3, H, W] in [0, 1]."""
+
+    keys: tuple[str, ...]
+    scores: Tensor
+    pixels: Tensor
+    prompts: tuple[str, ...]
+
+
+class Pictures:
+    """What an index stores: paths, or encoded bytes. See `shards.Payload`."""
+
+    columns = (("paths", pa.list_(pa.string())), ("bytes", pa.list_(pa.large_binary())))
+
+    def __init__(self) -> None:
+        self.executor = ThreadPoolExecutor(os.cpu_count())
+
+    def encode(self, groups: Sequence[Group]) -> list[Row | Skipped]:
+        return list(self.executor.map(self._row, groups))
+
+    def tables(self) -> dict[str, pa.Table]:
+        return {}
+
+    def resume(self, shard: Path) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        self.executor.shutdown()
+        return {"content": CONTENT}
+
+    def _row(self, group: Group) -> Row | Skipped:
+        for place, media in enumerate(group.candidates):
+            try:
+                decode(media)
+            except ImageError as error:
+                return Skipped(id=group.id, origin=group.origin, reason=f"candidate {place + 1} (best first): {error}")
+        return {
+            "paths": [str(media) if isinstance(media, Path) else None for media in group.candidates],
+            "bytes": [media if isinstance(media, bytes) else None for media in group.candidates],
+        }
+
+
+def index_pictures(
+    groups: Iterable[Group | Skipped],
+    out: Path,
+    *,
+    fingerprint: Parts,
+    survey: Survey,
+    source_bytes: int,
+    limit: Limit | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the index of a source to `out`; continues like `cache.prepare`.
+
+    Args:
+        source_bytes: size of pictures that the index will hold itself, for the check of disk space.
+    """
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if source_bytes > free:
+        raise UserError(f"{out}: the index needs {source_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there")
+    write(
+        groups,
+        Pictures(),
+        out,
+        fingerprint=fingerprint,
+        rows_per_shard=ROWS_PER_SHARD,
+        rows_at_once=ROWS_AT_ONCE,
+        total=survey.rows,
+        limit=limit,
+        progress=progress,
+        what="index",
+    )
+
+
+class LiveGroups(Store):
+    """A finished index and the pipeline that encodes what it names."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.height = self.width = 0
+        self.pipeline: TrainablePipeline | None = None
+
+    def encode_with(self, pipeline: TrainablePipeline, height: int, width: int) -> LiveGroups:
+        """Say who encodes, and at which size in pixels."""
+        self.pipeline, self.height, self.width = pipeline, height, width
+        return self
+
+    def media(self, number: int) -> list[Media]:
+        """A group's pictures, best first."""
+        shard, row = self.group(number)
+        paths, contents = shard.groups["paths"][row].as_py(), shard.groups["bytes"][row].as_py()
+        return [Path(path) if path is not None else content for path, content in zip(paths, contents, strict=True)]
+
+    def fetch(self, rows: Sequence[Position]) -> LiveItem:
+        """The micro-batch of groups (epoch, number), all with the same k; decodes their pictures."""
+        keys, scores, pixels, prompts = [], [], [], []
+        for epoch, number in rows:
+            shard, row = self.group(number)
+            keys.append(f"{epoch}/{shard.ids[row].as_py()}")
+            scores.append(shard.scores_of(row))
+            prompts.append(shard.groups["prompt"][row].as_py())
+            pixels.append(torch.stack([self._pixels(media, keys[-1]) for media in self.media(number)]))
+        return LiveItem(
+            keys=tuple(keys),
+            scores=torch.from_numpy(np.stack(scores)).float(),
+            pixels=torch.stack(pixels),
+            prompts=tuple(prompts),
+        )
+
+    def to_batch(self, item: LiveItem, device: torch.device) -> Batch:
+        """Encode the micro-batch, in float32 on its device."""
+        groups, k = item.pixels.shape[:2]
+        latents = self._encoder().encode_pixels(item.pixels.flatten(0, 1)).to(device).float()
+        return Batch(
+            keys=item.keys,
+            latents=latents.unflatten(0, (groups, k)),
+            scores=item.scores.to(device, non_blocking=True),
+            conditioning=self._conditioning(item.prompts, device),
+        )
+
+    def empty_conditioning(self, device: torch.device) -> Conditioning:
+        """The empty prompt's conditioning, [1, ...], float32."""
+        return self._conditioning([""], device)
+
+    def _conditioning(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
+        encoded = self._encoder().encode_prompts(prompts)
+        return {
+            name: tensor.to(device).float() if tensor.is_floating_point() else tensor.to(device)
+            for name, tensor in encoded.items()
+        }
+
+    def _encoder(self) -> TrainablePipeline:
+        if self.pipeline is None:
+            raise RuntimeError("LiveGroups.encode_with comes before batches")
+        return self.pipeline
+
+    def _pixels(self, media: Media, key: str) -> Tensor:
+        try:
+            return load_pixels(media, self.height, self.width)
+        except ImageError as error:  # it could be decoded when the index was made
+            raise UserError(f"group {key}: a picture has changed since it was indexed: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "size": (self.height, self.width)}  # workers decode; the pipeline stays here
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.height, self.width = state["size"]

@@ -1,0 +1,250 @@
+"""What the trainer sees of the data: a path in the configuration becomes an endless stream of batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from t2i_align.config import DataConfig, ModelConfig
+from t2i_align.data import readers
+from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
+from t2i_align.data.formats import Survey
+from t2i_align.data.images import CROP
+from t2i_align.data.layout import LAYOUT, MANIFEST, differences
+from t2i_align.data.live import LiveGroups, LiveItem, index_pictures
+from t2i_align.data.sampling import Position, StreamSampler
+from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.data.shards import Limit
+from t2i_align.data.stored import is_store
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Needs
+
+if TYPE_CHECKING:  # only entry points import `pipelines` at run time
+    from pipelines import TrainablePipeline
+
+logger = logging.getLogger(__name__)
+ENCODE_BATCH = 8
+
+
+class Source:
+    """The groups that a run trains on.
+
+    counts: groups, skipped, and where there are any, ties_left_out, too_few_candidates, beyond_the_limit.
+    fingerprint: equal for two sources that give the same samples under the same numbers.
+    """
+
+    def __init__(self, groups: CachedGroups | LiveGroups, numbers: np.ndarray, counts: dict[str, int]) -> None:
+        self.groups, self.numbers, self.counts = groups, numbers, counts
+        chosen = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
+        self.fingerprint = _digest({"parts": groups.manifest["fingerprint"], "chosen": chosen})
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def loader(
+        self, *, seed: int, start_step: int, batch_size: int, accumulate: int, rank: int, world: int, workers: int
+    ) -> Iterator[Item | LiveItem]:
+        """Endless micro-batches of this process, from an optimiser step on; see `sampling.StreamSampler`."""
+        sampler = StreamSampler(len(self), seed, start_step, batch_size, rank, world, accumulate)
+        loader: DataLoader[Any] = DataLoader(
+            _Chosen(self.groups, self.numbers),
+            batch_sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else the loader would draw from the global one
+        )
+        return iter(loader)
+
+    def to_batch(self, item: Any, device: torch.device) -> Batch:
+        """A micro-batch on its device, in float32; on the fly, this is where it is encoded."""
+        return self.groups.to_batch(item, device)
+
+    def empty_conditioning(self, device: torch.device) -> Conditioning:
+        """The empty prompt's conditioning, [1, ...]."""
+        return self.groups.empty_conditioning(device)
+
+
+def open_source(
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    needs: Needs,
+    pipeline: Callable[[], TrainablePipeline],
+    encoder_fingerprint: Callable[[], str],
+    size: tuple[int, int],
+    cache_root: Path,
+    progress: bool = True,
+) -> Source:
+    """Open the configured data, preparing it first where that was not done yet.
+
+    Args:
+        needs: what the objective wants; checked before anything is encoded.
+        pipeline: gives the pipeline with its encoders; called only when something must be encoded.
+        encoder_fingerprint: of the model's VAE and text encoders.
+        size: (height, width) in pixels.
+        cache_root: the folder in which caches are kept, one a fingerprint.
+
+    Raises:
+        UserError: the source, the cache or what the objective needs do not fit, with what was expected and found.
+        PipelineError: a size that the model cannot take.
+    """
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit must be at least 1 or null, found {data.limit}")
+    if not data.path.startswith("testbed:") and is_store(Path(data.path)):
+        cached = open_cache(Path(data.path))
+        _check_encoders(cached, model, encoder_fingerprint(), size)
+        groups: CachedGroups | LiveGroups = cached
+    else:
+        path = readers.resolve(data.path)
+        name = readers.detect(path, data.format)
+        limit = None
+        if data.limit is not None:
+            limit = Limit(groups=data.limit, candidates=needs.candidates, ties=needs.ties)
+        if data.cache:
+            parts = fingerprint_parts(path, name, encoder_fingerprint(), size, limit)
+            folder = cache_root / _digest(parts)
+            if not (folder / MANIFEST).exists():
+                survey = readers.survey(path, name)
+                check_needs(needs, survey, data.path)
+                prepare(readers.read(path, name), pipeline(), folder, fingerprint=parts, height=size[0], width=size[1],
+                        batch_size=ENCODE_BATCH, progress=progress, survey=survey, limit=limit)  # fmt: skip
+            groups = open_cache(folder)
+        else:
+            groups = _live(path, name, needs, pipeline, size, cache_root, limit, progress)
+    return _select(groups, needs, data)
+
+
+def fingerprint_parts(
+    path: Path, reader: str, encoders: str, size: tuple[int, int], limit: Limit | None = None
+) -> dict[str, Any]:
+    """All that decides what a latent cache holds, by name."""
+    return {
+        "source": readers.identity(path, reader),
+        "reader": reader,
+        "height": size[0],
+        "width": size[1],
+        "crop": CROP,
+        "dtype": "float16",
+        "encoders": encoders,
+        "limit": None if limit is None else vars(limit),
+        "layout": LAYOUT,
+    }
+
+
+def check_needs(needs: Needs, survey: Survey, path: str) -> None:
+    """Raise UserError unless some group of the source can serve the objective."""
+    if not survey.groups:
+        raise UserError(f"{path}: no usable group among {survey.rows} rows. First reasons: {'; '.join(survey.reasons)}")
+    _check_candidates(needs, survey.candidates, path)
+    _check_columns(needs, survey.columns, survey.groups, path)
+    if not needs.ties and survey.ties == survey.groups:
+        raise UserError(f"{path}: all {survey.groups} groups are ties, from which this objective learns nothing")
+
+
+def _check_candidates(needs: Needs, candidates: dict[int, int], path: str) -> None:
+    if candidates and max(candidates) < needs.candidates:
+        raise UserError(
+            f"{path}: the objective compares {needs.candidates} candidates of a prompt, "
+            f"but the groups here have {_listed(candidates)}"
+        )
+
+
+def _check_columns(needs: Needs, columns: dict[str, int], groups: int, path: str) -> None:
+    for name in needs.columns:
+        if columns.get(name, 0) < groups:
+            raise UserError(
+                f"{path}: the objective needs {name!r} with each group, but only {columns.get(name, 0)} "
+                f"of {groups} groups have it"
+            )
+
+
+def _check_encoders(cached: CachedGroups, model: ModelConfig, encoders: str, size: tuple[int, int]) -> None:
+    found = {name: cached.manifest["fingerprint"].get(name) for name in ("encoders", "height", "width")}
+    wanted = {"encoders": encoders, "height": size[0], "width": size[1]}
+    if differing := differences(found, wanted, "the cache has", f"model {model.path} wants"):
+        raise UserError(f"{cached.path}: this cache does not fit the run. {differing}.")
+
+
+def _live(
+    path: Path,
+    reader: str,
+    needs: Needs,
+    pipeline: Callable[[], TrainablePipeline],
+    size: tuple[int, int],
+    cache_root: Path,
+    limit: Limit | None,
+    progress: bool,
+) -> LiveGroups:
+    parts = {"source": readers.identity(path, reader), "reader": reader, "content": "pictures", "layout": LAYOUT,
+             "root": str(path.resolve()), "limit": None if limit is None else vars(limit)}  # fmt: skip
+    folder = cache_root / f"pictures-{_digest(parts)}"
+    encoder: TrainablePipeline | None = None
+    if not (folder / MANIFEST).exists():
+        survey = readers.survey(path, reader)
+        check_needs(needs, survey, str(path))
+        encoder = pipeline()
+        encoder.check_size(*size)
+        index_pictures(readers.read(path, reader), folder, fingerprint=parts, survey=survey, limit=limit,
+                       source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
+    encoder = encoder or pipeline()
+    encoder.check_size(*size)
+    return LiveGroups(folder).encode_with(encoder, *size)
+
+
+def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -> Source:
+    counts: dict[str, Any] = groups.manifest["counts"]
+    _check_candidates(needs, {int(k): count for k, count in counts["candidates"].items()}, data.path)
+    _check_columns(needs, counts["columns"], counts["groups"], data.path)
+    enough = groups.k >= needs.candidates
+    usable = enough if needs.ties else enough & ~groups.tie
+    numbers = np.flatnonzero(usable)
+    chosen = numbers[: data.limit]
+    if not len(chosen):
+        raise UserError(f"{data.path}: no group is left: of {len(groups)}, {int(groups.tie.sum())} are ties, "
+                        f"{int((~enough).sum())} have fewer than {needs.candidates} candidates")  # fmt: skip
+    found = dict(zip(*np.unique(groups.k[chosen], return_counts=True), strict=True))
+    if len(found) > 1:
+        raise UserError(f"{data.path}: groups must have the same number of candidates, found {_listed(found)}")
+    left_out = {
+        "ties_left_out": int((enough & groups.tie).sum()) if not needs.ties else 0,
+        "too_few_candidates": int((~enough).sum()),
+        "beyond_the_limit": len(numbers) - len(chosen),
+    }
+    reported = {name: count for name, count in left_out.items() if count}
+    if reported:
+        logger.info("%s: %s", data.path, ", ".join(f"{count} {name}" for name, count in reported.items()))
+    return Source(groups, chosen, {"groups": len(chosen), "skipped": counts["skipped"], **reported})
+
+
+class _Chosen(Dataset[Any]):
+    """The chosen groups, a whole micro-batch at a time."""
+
+    def __init__(self, groups: CachedGroups | LiveGroups, numbers: np.ndarray) -> None:
+        self.groups, self.numbers = groups, numbers
+
+    def __getitem__(self, position: Position) -> Any:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[Position]) -> Any:
+        return self.groups.fetch([(epoch, int(self.numbers[index])) for epoch, index in positions])
+
+
+def _as_it_is(item: Any) -> Any:
+    return item  # `__getitems__` has collated it
+
+
+def _listed(candidates: dict[Any, Any]) -> str:
+    return ", ".join(f"{k} candidate{'s' * (int(k) > 1)} ({count} groups)" for k, count in sorted(candidates.items()))
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

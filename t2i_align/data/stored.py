@@ -1,0 +1,108 @@
+"""Reading what `shards.write` wrote: opened at once whatever its size, each shard mapped when it is first touched."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2i_align.data.layout import FINGERPRINT, GROUPS, INDEX, LAYOUT, MANIFEST, read_table, shard_name
+from t2i_align.errors import UserError
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder was begun by `shards.write`, finished or not."""
+    return (path / MANIFEST).is_file() or (path / FINGERPRINT).is_file()
+
+
+class Shard:
+    """One shard's tables, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.groups = read_table(folder / GROUPS)
+        self.ids = self.groups["id"]
+        self.score_starts = self.groups["scores"].offsets.to_numpy()
+        self.score_values = self.groups["scores"].values.to_numpy()
+
+    def scores_of(self, row: int) -> np.ndarray:
+        """The scores of a group, [k], float64."""
+        return self.score_values[self.score_starts[row] : self.score_starts[row + 1]]
+
+
+class Store:
+    """A finished folder: its manifest, a small index of all groups, and shards on demand.
+
+    k, tie, prompt: for each group its number of candidates, whether these are tied, and its prompt's number.
+
+    Raises:
+        UserError: no prepared data there, unfinished, from another version, or a shard missing or cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = _read_manifest(path)
+        for number, shard in enumerate(self.manifest["shards"]):
+            for name, size in shard["files"].items():
+                _check_file(path / shard_name(number) / name, size)
+        index = read_table(path / INDEX)
+        self.k: np.ndarray = index["k"].to_numpy()
+        self.tie: np.ndarray = index["tie"].to_numpy(zero_copy_only=False)
+        self.prompt: np.ndarray = index["prompt"].to_numpy()
+        self._group_starts = [0, *accumulate(shard["groups"] for shard in self.manifest["shards"])]
+        self._prompt_starts = [0, *accumulate(shard["prompts"] for shard in self.manifest["shards"])]
+        self._shards: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def group(self, number: int) -> tuple[Any, int]:
+        """The shard of a group, and its row there."""
+        shard = bisect_right(self._group_starts, number) - 1
+        return self.shard(shard), number - self._group_starts[shard]
+
+    def prompt_row(self, number: int) -> tuple[Any, int]:
+        """The shard of a prompt, and its row there."""
+        shard = bisect_right(self._prompt_starts, number) - 1
+        return self.shard(shard), number - self._prompt_starts[shard]
+
+    def shard(self, number: int) -> Any:
+        found = self._shards.get(number)
+        if found is None:
+            found = self._shards[number] = self.open_shard(self.path / shard_name(number))
+        return found
+
+    def open_shard(self, folder: Path) -> Shard:
+        """A shard as this kind of store sees it."""
+        return Shard(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # a worker process maps the files itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        if is_store(path):
+            raise UserError(f"{path}: this prepared data is unfinished; run the same prepare again to continue it")
+        raise UserError(f"{path}: no prepared data in this folder ({MANIFEST} is missing)")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+    if manifest.get("layout") != LAYOUT:
+        raise UserError(f"{path}: prepared with layout {manifest.get('layout')!r}, this version reads {LAYOUT}")
+    return manifest
+
+
+def _check_file(file: Path, size: int) -> None:
+    found = file.stat().st_size if file.is_file() else None
+    if found != size:
+        state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        raise UserError(f"{file}: this part of the prepared data {state}; delete the folder and prepare it again")
