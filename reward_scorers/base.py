@@ -71,6 +71,9 @@ class Scorer(ABC):
         check_images(images, prompts)
         return self._judge_images(images, prompts)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
+        """Raise ScorerError for a prompt that this scorer cannot judge; asked before pictures are made for it."""
+
     def to(self, device: torch.device | str) -> Scorer:
         """Move the networks, if there are any. Returns itself."""
         return self

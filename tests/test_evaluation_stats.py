@@ -19,7 +19,7 @@ def test_win_rate_by_hand() -> None:
     """
     before, after = [0.5, 0.5, 0.5, 0.5, 0.1], [0.8, 0.4, 0.5, 0.52, 0.6]
     half = compare(before, after, margin=0.02)
-    assert (half.n, half.wins, half.losses, half.ties) == (5, 2, 1, 2)
+    assert (half.n, half.wins, half.losses, half.tied) == (5, 2, 1, 2)
     assert half.win_rate == pytest.approx(0.6)
     assert half.mean_before == pytest.approx(0.42) and half.mean_after == pytest.approx(0.564)
     assert half.mean_change == pytest.approx(0.144)

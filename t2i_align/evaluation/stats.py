@@ -38,7 +38,7 @@ class Comparison:
     prompts: int
     wins: int
     losses: int
-    ties: int
+    tied: int
     win_rate: float
     win_rate_ci: Interval
     mean_before: float
@@ -92,7 +92,7 @@ def compare(
         prompts=len(np.unique(groups)),
         wins=int((result == 1).sum()),
         losses=int((result == 0).sum()),
-        ties=int((result == 0.5).sum()),
+        tied=int((result == 0.5).sum()),
         win_rate=_ratio(float((result * decided).sum()), float(decided.sum())),
         win_rate_ci=interval(result * decided, decided),
         mean_before=_mean(old),

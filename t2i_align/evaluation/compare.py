@@ -1,0 +1,279 @@
+"""Two models, the same prompts and the same seeds: who wins, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from t2i_align.errors import UserError, unknown
+from t2i_align.evaluation.report import picture_file, render
+from t2i_align.evaluation.result import Evaluation, ScorerResult, number
+from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
+from t2i_align.generate import check_sampling, sample, sample_seed, save_picture
+from t2i_align.sources import (
+    PRECISIONS,
+    Aligned,
+    build_scorers,
+    check_precision,
+    load_pipeline,
+    resolve_aligned,
+    resolve_model,
+    resolve_prompts,
+)
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+    from reward_scorers import Scorer
+
+TOTAL = ""  # the key of the score itself, beside the names of its parts
+Scores = dict[str, dict[str, NDArray[np.float64]]]  # scorer -> TOTAL or part -> [N], NaN where not applicable
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of each side: the prompt, its index, which of its seeds, and that seed."""
+
+    prompt: str
+    index: int
+    k: int
+    seed: int
+
+
+def evaluate(
+    *,
+    base: str | Path | TrainablePipeline,
+    aligned: str | Path,
+    prompts: str | Path | Sequence[str],
+    scorers: str | Sequence[str | Scorer],
+    out: str | Path,
+    seeds_per_prompt: int = 1,
+    seed: int = 0,
+    steps: int = 50,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    tie_margin: float | Mapping[str, float] | None = None,
+    ties: Ties = "half",
+    batch_size: int = 64,
+    pictures: int = 24,
+    precision: str = "fp32",
+    device: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare `aligned` with `base` and write `result.json`, `samples.jsonl` and `report.html` to the folder `out`.
+
+    Both sides draw each sample from the same seed, `sample_seed(seed, prompt index, k)`, whatever the batch size, and
+    are scored as the 8-bit pictures that would be saved. The files are written at the very end, each whole or not at
+    all.
+
+    Args:
+        base: path, Hub id, `testbed:sd`, or a loaded pipeline.
+        aligned: a LoRA for the base (file, folder, or the folder of a training run), or another model.
+        prompts: text file with one prompt a line, `testbed:test`, or a list.
+        scorers: their specs, or scorers; the first one gives the headline.
+        seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
+        height, width: in pixels (default: the model's own).
+        tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
+        ties: "half" counts a tie as half a win, "drop" leaves it out.
+        pictures: pairs in the report: half of them drawn at random, the others the largest wins and losses.
+        precision: of the weights ("fp32", "bf16", "fp16"); a loaded pipeline runs under autocast instead.
+
+    Raises:
+        UserError: anything above that cannot be used; nothing has been generated then.
+    """
+    started = time.monotonic()
+    texts = resolve_prompts(prompts)
+    check_sampling(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    check_precision(precision)
+    loaded = not isinstance(base, str | Path)
+    base_path = None if loaded else resolve_model(base)  # type: ignore[arg-type]
+    other = resolve_aligned(aligned)
+    folder = Path(out)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder to write to")
+    judges = build_scorers(scorers)
+    margins = _margins(judges, tie_margin, ties)
+    try:
+        for judge in judges:
+            judge.check_prompts(texts)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    pipeline: TrainablePipeline = load_pipeline(base_path, precision, device) if base_path else base  # type: ignore
+    if other.kind == "lora":
+        _check_lora(pipeline, other)
+    for judge in judges:
+        judge.to(pipeline.device)
+
+    rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
+    sampling = {"steps": steps, "guidance": guidance, "height": height, "width": width, "batch_size": batch_size}
+    autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".pictures-", dir=folder) as temporary,
+        tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar,
+    ):
+        store = Path(temporary)
+        before = _measure("base", pipeline, rows, judges, store, bar, autocast=autocast, **sampling)
+        if other.kind == "lora":
+            pipeline.load_lora(other.path)
+        else:
+            del pipeline
+            _release()
+            pipeline = load_pipeline(other.path, precision, device)
+        after = _measure("aligned", pipeline, rows, judges, store, bar, autocast=autocast, **sampling)
+        if other.kind == "lora":
+            pipeline.pipe.unload_lora_weights()
+        bar.close()
+        settings = {
+            "base": str(base) if base_path else pipeline.source,
+            "aligned": str(aligned),
+            "aligned_kind": other.kind,
+            "lora_sha256": _sha256(other.path) if other.kind == "lora" else None,
+            "prompts": len(texts),
+            "samples": len(rows),
+            "seeds_per_prompt": seeds_per_prompt,
+            "seed": seed,
+            "seeds": [row.seed for row in rows],
+            "ties": ties,
+            "tie_margin": margins[judges[0].name],
+            **{key: value for key, value in sampling.items() if key != "batch_size"},
+            "precision": precision,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        result = Evaluation(out=folder, scorers=_results(judges, rows, before, after, margins, ties), settings=settings)
+        report = render(result.to_json(), _samples(rows, before, after, margins), store, pictures)
+        _write(folder / "report.html", report)
+    lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
+    _write(folder / "samples.jsonl", "\n".join(lines) + "\n")
+    _write(folder / "result.json", json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return result
+
+
+def _measure(
+    side: str,
+    pipeline: TrainablePipeline,
+    rows: Sequence[Row],
+    scorers: Sequence[Scorer],
+    store: Path,
+    bar: tqdm,
+    *,
+    batch_size: int,
+    **sampling: Any,
+) -> Scores:
+    """Generate and score one side, batch by batch, so that memory does not grow with the number of samples."""
+    scores: Scores = {scorer.name: {} for scorer in scorers}
+    bar.set_description(side)
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        texts = [row.prompt for row in part]
+        images = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
+        for offset, image in enumerate(images):
+            save_picture(image, picture_file(store, side, start + offset))
+        for scorer in scorers:
+            total, parts = scorer.judge_images(images, texts)
+            for name, values in {TOTAL: total, **parts}.items():
+                column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
+                column[start : start + len(part)] = values.double().cpu().numpy()
+        bar.update(len(part))
+    return scores
+
+
+def _results(
+    scorers: Sequence[Scorer],
+    rows: Sequence[Row],
+    before: Scores,
+    after: Scores,
+    margins: Mapping[str, float],
+    ties: Ties,
+) -> dict[str, ScorerResult]:
+    clusters = np.array([row.index for row in rows])
+    results = {}
+    for scorer in scorers:
+        name, margin = scorer.name, margins[scorer.name]
+        every = {
+            part: compare(old, after[name][part], clusters, margin=margin, ties=ties)
+            for part, old in before[name].items()
+            if part in after[name]
+        }
+        total = every.pop(TOTAL)
+        results[name] = ScorerResult(version=scorer.version, tie_margin=margin, total=total, parts=every)
+    return results
+
+
+def _samples(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One JSON object a pair: prompt, seed, and each scorer's numbers of both sides."""
+    named = {1.0: "win", 0.0: "loss", 0.5: "tie"}
+    wins = {name: outcomes(old[TOTAL], after[name][TOTAL], margin=margins[name]) for name, old in before.items()}
+    samples = []
+    for i, row in enumerate(rows):
+        scores = {
+            name: {
+                "before": number(old[TOTAL][i]),
+                "after": number(after[name][TOTAL][i]),
+                "outcome": named.get(float(wins[name][i])),
+                "parts": {
+                    part: [number(values[i]), number(after[name][part][i])]
+                    for part, values in old.items()
+                    if part != TOTAL and part in after[name]
+                },
+            }
+            for name, old in before.items()
+        }
+        samples.append(
+            {"prompt": row.prompt, "prompt_index": row.index, "k": row.k, "seed": row.seed, "scores": scores}
+        )
+    return samples
+
+
+def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | None, ties: str) -> dict[str, float]:
+    margins = {scorer.name: scorer.tie_margin for scorer in scorers}
+    if isinstance(given, Mapping):
+        for name in given:
+            if name not in margins:
+                raise unknown("scorer in tie_margin", name, margins)
+        margins |= given
+    elif given is not None:
+        margins = dict.fromkeys(margins, given)
+    for margin in margins.values():
+        check_policy(margin, ties)
+    return margins
+
+
+def _check_lora(pipeline: TrainablePipeline, lora: Aligned) -> None:
+    """Load the LoRA and take it off again: one that does not fit should fail before the base has been sampled."""
+    if getattr(pipeline.denoiser, "peft_config", None):
+        raise UserError("base: this pipeline already carries an adapter; save it and give the paths instead")
+    try:
+        pipeline.load_lora(lora.path)
+    except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
+        raise UserError(f"{lora.path}: this LoRA does not fit {pipeline.source}: {error}") from error
+    pipeline.pipe.unload_lora_weights()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

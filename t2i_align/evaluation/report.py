@@ -1,0 +1,139 @@
+"""The HTML report of a comparison: one file with the pictures inside, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+SHOWN_SIDE = 384  # pixels; larger pictures are shrunk so that a report stays a file one can mail
+PIXELATED_BELOW = 128  # tiny pictures are enlarged with hard edges, so that one sees what the model made
+LEVELS = {"better": "aligned wins", "worse": "base wins", "open": "no difference shown"}
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("t2i_align.evaluation", "."),
+    autoescape=True,  # prompts come from anywhere
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def picture_file(store: Path, side: str, row: int) -> Path:
+    """Where the picture of a side ("base" or "aligned") is kept until the report is written."""
+    return store / f"{side}-{row:06d}.png"
+
+
+def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], store: Path, pictures: int) -> str:
+    """The report as HTML text.
+
+    Args:
+        result: what `result.json` holds.
+        samples: what `samples.jsonl` holds, a pair each.
+        store: folder with the pictures of both sides.
+        pictures: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
+            and losses of the first scorer.
+    """
+    name = result["scorer"]
+    chosen = choose(samples, name, pictures, result["seed"])
+    sections = [
+        {
+            "key": key,
+            "title": title,
+            "text": text,
+            "pairs": [_pair(row, samples[row], name, store) for row in chosen[key]],
+        }
+        for key, title, text in (
+            ("random", "A random sample", "Drawn by the evaluation's seed before anybody looked."),
+            ("wins", "The largest wins", "Where the score rose most. Picked by score, so not typical."),
+            ("losses", "The largest losses", "Where the score fell most. Picked by score, so not typical."),
+        )
+    ]
+    scorers = [
+        {"name": scorer, "version": entry["version"], "tie_margin": entry["tie_margin"], "rows": _rows(scorer, entry)}
+        for scorer, entry in result["scorers"].items()
+    ]
+    return _ENVIRONMENT.get_template("report.html.jinja").render(
+        result=result,
+        headline=result["scorers"][name],
+        verdict=verdict(result["win_rate_ci"]),
+        levels=LEVELS,
+        scorers=scorers,
+        sections=sections,
+    )
+
+
+def choose(samples: Sequence[Mapping[str, Any]], scorer: str, pictures: int, seed: int) -> dict[str, list[int]]:
+    """Which pairs are shown: a random sample without looking at scores, then the extremes among wins and losses."""
+    count = min(pictures - 2 * (pictures // 4), len(samples))
+    drawn = np.random.default_rng(seed).choice(len(samples), size=count, replace=False)
+    change = {
+        row: sample["scores"][scorer]["after"] - sample["scores"][scorer]["before"]
+        for row, sample in enumerate(samples)
+        if sample["scores"][scorer]["outcome"] in ("win", "loss")
+    }
+    ranked = sorted(change, key=lambda row: change[row])
+    best = [row for row in reversed(ranked) if change[row] > 0][: pictures // 4]
+    worst = [row for row in ranked if change[row] < 0][: pictures // 4]
+    return {"random": sorted(int(row) for row in drawn), "wins": best, "losses": worst}
+
+
+def verdict(interval: Sequence[float | None]) -> str:
+    """ "better" or "worse" if the interval lies on one side of a half, else "open"."""
+    low, high = interval
+    if low is None or high is None:
+        return "open"
+    return "better" if low > 0.5 else "worse" if high < 0.5 else "open"
+
+
+def _rows(scorer: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [(scorer, True, entry), *((part, False, values) for part, values in entry["parts"].items())]
+    return [
+        {"label": label, "total": total, "c": values, "verdict": verdict(values["win_rate_ci"])}
+        for label, total, values in rows
+    ]
+
+
+def _pair(row: int, sample: Mapping[str, Any], scorer: str, store: Path) -> dict[str, Any]:
+    scores = sample["scores"][scorer]
+    parts = {
+        part: values
+        for part, values in scores["parts"].items()
+        if values[0] is not None and values[1] is not None and abs(values[0] - values[1]) > 0.005
+    }
+    return {
+        "prompt": sample["prompt"],
+        "seed": sample["seed"],
+        "outcome": scores["outcome"],
+        "before": scores["before"],
+        "after": scores["after"],
+        "parts": parts,
+        "base": _inline(picture_file(store, "base", row)),
+        "aligned": _inline(picture_file(store, "aligned", row)),
+    }
+
+
+def _inline(file: Path) -> dict[str, Any]:
+    """A picture as a data URI with its own size."""
+    with Image.open(file) as picture:
+        width, height = picture.size
+        if max(picture.size) > SHOWN_SIDE:
+            small = picture.convert("RGB")
+            small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            small.save(buffer, format="PNG", optimize=True)
+            data = buffer.getvalue()
+        else:
+            data = file.read_bytes()
+    return {
+        "uri": "data:image/png;base64," + base64.b64encode(data).decode(),
+        "width": width,
+        "height": height,
+        "pixelated": max(width, height) < PIXELATED_BELOW,
+    }

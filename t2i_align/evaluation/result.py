@@ -1,0 +1,87 @@
+"""The outcome of a comparison and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i_align.evaluation.stats import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerResult:
+    """What one scorer says: of the score itself and of each of its parts."""
+
+    version: str
+    tie_margin: float
+    total: Comparison
+    parts: dict[str, Comparison]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The comparison's outcome. `settings`: what it was made with, all of it JSON values."""
+
+    out: Path
+    scorers: dict[str, ScorerResult]
+    settings: dict[str, Any]
+
+    @property
+    def headline(self) -> ScorerResult:
+        """The first scorer's result."""
+        return next(iter(self.scorers.values()))
+
+    @property
+    def win_rate(self) -> float:
+        """The first scorer's win rate of aligned against base."""
+        return self.headline.total.win_rate
+
+    @property
+    def win_rate_ci(self) -> tuple[float, float]:
+        """Its 95 % interval over prompts."""
+        return self.headline.total.win_rate_ci
+
+    def to_json(self) -> dict[str, Any]:
+        """What `result.json` holds: the first scorer's numbers on top, everything under `scorers`; NaN is null."""
+        top: dict[str, Any] = fields_of(self.headline.total)
+        for name, part in self.headline.parts.items():
+            top |= {f"{name}_{key}": value for key, value in fields_of(part).items()}
+        everything = {
+            name: {
+                "version": result.version,
+                "tie_margin": result.tie_margin,
+                **fields_of(result.total),
+                "parts": {part: fields_of(comparison) for part, comparison in result.parts.items()},
+            }
+            for name, result in self.scorers.items()
+        }
+        return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": everything}
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = []
+        for name, result in self.scorers.items():
+            for label, c in [(name, result.total), *((f"  {part}", c) for part, c in result.parts.items())]:
+                low, high = c.win_rate_ci
+                lines.append(
+                    f"{label:<24} win rate {c.win_rate:6.1%} [{low:.1%}, {high:.1%}]  "
+                    f"mean {c.mean_before:.3f} -> {c.mean_after:.3f}  n {c.n}"
+                )
+        return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
+
+
+def fields_of(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as JSON values."""
+    values = dataclasses.asdict(comparison)
+    values["prompts_compared"] = values.pop("prompts")
+    return {
+        key: [number(v) for v in value] if isinstance(value, tuple) else number(value) for key, value in values.items()
+    }
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN: null stands for a number that is not known or does not apply."""
+    return value if isinstance(value, int) else (float(value) if math.isfinite(value) else None)

@@ -1,0 +1,179 @@
+"""Pictures from a model: PNG files and a list of what each of them is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from t2i_align.errors import UserError
+from t2i_align.randomness import stable_seed
+from t2i_align.sources import (
+    PRECISIONS,
+    check_precision,
+    load_pipeline,
+    resolve_aligned,
+    resolve_model,
+    resolve_prompts,
+)
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+
+LIST = "samples.jsonl"
+
+
+def sample_seed(seed: int, prompt: int, k: int) -> int:
+    """The seed of the k-th picture of the prompt at this index, 32 bits: what both sides of a comparison share."""
+    return stable_seed(seed, prompt, k) % 2**32
+
+
+def sample(
+    pipeline: TrainablePipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 50,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    autocast: torch.dtype | None = None,
+) -> list[Image.Image]:
+    """One 8-bit RGB picture a prompt and seed, as they would be saved; `height` and `width` in pixels."""
+    pixels = pipeline.generate(
+        prompts,
+        seeds,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        autocast=autocast,
+    )
+    return to_pictures(pixels)
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [0, 1] to 8-bit RGB, rounded as diffusers does."""
+    return [to_pil_image((picture * 255).round().to(torch.uint8)) for picture in pixels.clamp(0, 1)]
+
+
+def generate(
+    model: str | Path | TrainablePipeline,
+    prompts: str | Path | Sequence[str] | None = None,
+    out: str | Path = "pictures",
+    *,
+    prompt: Sequence[str] = (),
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    per_prompt: int = 1,
+    seed: int = 0,
+    steps: int = 50,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    device: str | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write `00000.png` … and `samples.jsonl` (one line a picture) to the folder `out`; returns the list's path.
+
+    Each picture is complete before its line is written, so an interrupted run leaves a usable shorter list.
+
+    Args:
+        model: path, Hub id, `testbed:sd`, or a loaded pipeline.
+        prompts: text file with one prompt a line (blank lines are skipped), `testbed:dev`, or a list.
+        prompt: further single prompts, after those.
+        lora, lora_scale: LoRA file, folder or training run to put on the model, and its strength.
+        per_prompt: pictures a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
+        force: replace the pictures of an earlier run in `out`.
+
+    Raises:
+        UserError: anything above that cannot be used, or an `out` that is not empty.
+    """
+    texts = [*(resolve_prompts(prompts) if prompts is not None else ()), *(resolve_prompts(prompt) if prompt else ())]
+    if not texts:
+        raise UserError("no prompts: give a prompt file or single prompts")
+    check_sampling(steps=steps, batch_size=batch_size, per_prompt=per_prompt)
+    check_precision(precision)
+    loaded = not isinstance(model, str | Path)
+    source = None if loaded else resolve_model(model)  # type: ignore[arg-type]
+    adapter = None if lora is None else resolve_aligned(lora)
+    if adapter is not None and adapter.kind != "lora":
+        raise UserError(f"{lora}: this is a whole model, not a LoRA; give it as the model")
+    folder = Path(out)
+    _claim(folder, force)
+
+    pipeline: TrainablePipeline = load_pipeline(source, precision, device) if source else model  # type: ignore
+    if adapter is not None:
+        pipeline.load_lora(adapter.path, scale=lora_scale)
+    rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
+    with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            pictures = sample(
+                pipeline,
+                [text for text, _ in part],
+                [number for _, number in part],
+                steps=steps,
+                guidance=guidance,
+                height=height,
+                width=width,
+                batch_size=batch_size,
+                autocast=PRECISIONS[precision] if loaded and precision != "fp32" else None,
+            )
+            for index, ((text, number), picture) in enumerate(zip(part, pictures, strict=True), start):
+                name = f"{index:05d}.png"
+                save_picture(picture, folder / name)
+                row = {
+                    "prompt": text,
+                    "seed": number,
+                    "file": name,
+                    "model": str(model) if source else pipeline.source,
+                    "lora": str(lora) if lora is not None else None,
+                    "lora_scale": lora_scale if lora is not None else None,
+                    "steps": steps,
+                    "guidance": guidance,
+                }
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+            bar.update(len(part))
+    return folder / LIST
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """Write a PNG under a temporary name and rename it, so that it is there whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, file)
+
+
+def check_sampling(**counts: int) -> None:
+    """Raise UserError for a number of steps, pictures or a batch below 1."""
+    for key, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
+
+
+def _claim(folder: Path, force: bool) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder to write pictures to")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not force:
+            raise UserError(f"{folder}: not empty; choose another folder, or force to replace its pictures")
+        if (folder / LIST).is_file():  # only what an earlier run wrote
+            for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
+                file.unlink()
+            (folder / LIST).unlink()
+    folder.mkdir(parents=True, exist_ok=True)

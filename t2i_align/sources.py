@@ -1,0 +1,163 @@
+"""What a person writes for a model, a list of prompts or a scorer, made into the thing itself or into a clear error.
+
+The checks open as little as they can, so that a wrong name fails before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from t2i_align.errors import UserError, unknown
+
+if TYPE_CHECKING:  # loaded only by the functions that need them
+    from pipelines import TrainablePipeline
+    from reward_scorers import Scorer
+
+TESTBED = "testbed:"
+LORA_ENDING = ".safetensors"
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What stands against the base model: a whole model, or a LoRA on top of the base."""
+
+    kind: Literal["lora", "model"]
+    path: str
+
+
+def resolve_model(path: str | Path) -> str:
+    """A path or Hub id that `pipelines.load` takes, from a path, a Hub id or `testbed:sd`.
+
+    Raises:
+        UserError: an unknown bundled model, or neither an existing path nor of the form owner/name.
+    """
+    text = str(path)
+    if text.startswith(TESTBED):
+        from t2i_align.testbed import base_path
+
+        return str(base_path(text.removeprefix(TESTBED)))
+    local = Path(text).expanduser()
+    if local.exists():
+        return str(local)
+    if _hub_id(text):
+        return text
+    raise UserError(f"{text}: no such model: expected a folder, a file, a Hub id owner/name, or testbed:sd")
+
+
+def resolve_aligned(path: str | Path) -> Aligned:
+    """Whether a path is a LoRA or a whole model; a training run's folder holds either as `lora/` or `model/`.
+
+    Raises:
+        UserError: nothing there, or a folder that holds neither.
+    """
+    local = Path(path).expanduser()
+    if not local.exists():
+        return Aligned("model", resolve_model(path))
+    if local.is_file():
+        return Aligned("lora" if _is_lora_file(local) else "model", str(local))
+    if (local / "model_index.json").is_file():
+        return Aligned("model", str(local))
+    inner = [local / name for name in ("lora", "model") if (local / name).is_dir()]
+    if len(inner) == 1:
+        return resolve_aligned(inner[0])
+    if len(inner) == 2:
+        raise UserError(f"{path}: holds both lora/ and model/; name the one to evaluate")
+    loras = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _is_lora_file(file)]
+    if len(loras) == 1:
+        return Aligned("lora", str(loras[0]))
+    if loras:
+        raise UserError(f"{path}: {len(loras)} LoRA files here; name one: {', '.join(f.name for f in loras)}")
+    raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+
+
+def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
+    """Prompts from a text file (UTF-8, one a line, blank lines skipped), `testbed:dev`, or a list of strings.
+
+    Raises:
+        UserError: no such file or split, not text, no prompt in it, or an empty one in a list.
+    """
+    if not isinstance(source, str | Path):
+        prompts = list(source)
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"prompts[{row}]: expected text, found {prompt!r}")
+    elif str(source).startswith(TESTBED):
+        from t2i_align.testbed import prompts as testbed_prompts
+
+        prompts = list(testbed_prompts(str(source).removeprefix(TESTBED)))
+    else:
+        file = Path(source).expanduser()
+        if not file.is_file():
+            raise UserError(f"{source}: no such prompt file (one prompt a line; to give prompts directly, use a list)")
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{source if isinstance(source, str | Path) else 'prompts'}: no prompt in it")
+    return prompts
+
+
+def load_pipeline(path: str, precision: str = "fp32", device: str | None = None) -> TrainablePipeline:
+    """A resolved model on `device` (default: the GPU if there is one), its weights in `precision`."""
+    import pipelines
+
+    check_precision(precision)
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return pipelines.load(path, dtype=PRECISIONS[precision]).to(target)
+
+
+def check_precision(precision: str) -> None:
+    """Raise UserError for a name that is no precision."""
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+
+
+def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
+    """Scorers from their specs, each name checked before the first is built; the testbed's oracle is among them.
+
+    Raises:
+        UserError: none given, an unknown name, weights that cannot be used, or two scorers of one name.
+    """
+    import reward_scorers
+    import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle`)
+
+    given: list[Any] = [specs] if isinstance(specs, str | reward_scorers.Scorer) else list(specs)
+    if not given:
+        raise UserError(f"scorers: none given. Choices: {', '.join(reward_scorers.names())}.")
+    try:
+        for spec in given:
+            if not isinstance(spec, reward_scorers.Scorer):
+                reward_scorers.check_spec(spec)
+        built = [spec if isinstance(spec, reward_scorers.Scorer) else reward_scorers.build(spec) for spec in given]
+    except reward_scorers.ScorerError as error:
+        raise UserError(str(error)) from error
+    names = [scorer.name for scorer in built]
+    if len(set(names)) < len(names):
+        raise UserError(f"scorers: two of the same name among {', '.join(names)}")
+    return built
+
+
+def _hub_id(text: str) -> bool:
+    owner, _, name = text.partition("/")
+    return bool(owner and name) and "/" not in name and not text.startswith((".", "~"))
+
+
+def _is_lora_file(file: Path) -> bool:
+    """LoRA weights tell themselves by their keys; a single-file checkpoint has none of these."""
+    if file.suffix != LORA_ENDING:
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return any("lora" in key.lower() for key in weights.keys())  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file: {error}") from error
