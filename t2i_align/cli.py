@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from t2i_align import __version__
 from t2i_align.errors import UserError, unknown
@@ -87,10 +88,11 @@ def _quickstart(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--output", default="runs/quickstart", help="folder to write to (default: %(default)s)")
     options = _parse(parser, argv)
-    from t2i_align.quickstart import quickstart, table
+    from t2i_align.quickstart import quickstart
 
     result = quickstart(options.overrides, output=options.output)
-    print(table(result, options.output))
+    print(f"\naligned against base, same prompts and seeds:\n{result.summary()}")
+    print(f"{result.settings['seconds']:.0f} seconds in all")
     return 0
 
 
@@ -129,11 +131,13 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--prompts", help="text file with one prompt a line, or testbed:dev")
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder for the pictures and their list")
+    parser.add_argument("--force", action="store_true", help="replace the pictures of an earlier run in that folder")
     _sampling(parser)
     options = _parse(parser, argv)
     from t2i_align.generate import generate
 
-    generate(**_keywords(options))
+    listing = generate(**_keywords(options))
+    print(f"pictures listed in {listing}")
     return 0
 
 
@@ -141,8 +145,8 @@ def _score(argv: list[str]) -> int:
     parser = _parser("score")
     parser.add_argument("pictures", help="folder that `generate` wrote, or a JSONL file with `image` and `prompt`")
     parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as clip:ViT-B-32:laion400m_e32")
-    parser.add_argument("--out", help="JSONL file for the scores (default: only the means are printed)")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--out", help="JSONL file to add the scores to (default: only the means are printed)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
     options = _parse(parser, argv)
     from t2i_align.score import score
 
@@ -159,11 +163,13 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder for result.json and report.html")
     parser.add_argument("--seeds-per-prompt", type=int, default=1, help="pairs of each prompt (default: %(default)s)")
     parser.add_argument("--tie-margin", type=float, help="smaller differences are ties (default: the scorer's own)")
-    _sampling(parser)
+    parser.add_argument("--ties", choices=("half", "drop"), default="half", help="count as half a win, or leave out")
+    parser.add_argument("--pictures", type=int, default=24, help="pairs in the report (default: %(default)s)")
+    _sampling(parser, batch_size=64)
     options = _parse(parser, argv)
     from t2i_align.evaluation.compare import evaluate
 
-    evaluate(**{key: value for key, value in _keywords(options).items() if value is not None})
+    print(evaluate(**_keywords(options)).summary())
     return 0
 
 
@@ -176,7 +182,7 @@ def _objectives(argv: list[str]) -> int:
     if options.name:
         cls = objectives.get(options.name)
         print(inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), "Hyper-parameters:", sep="\n\n")
-        for field in fields(cls):
+        for field in fields(cls):  # type: ignore[arg-type]  # each is a dataclass, their base is not
             print(f"  objective.{field.name}: {field.type} = {field.default!r}")
         return 0
     width = max(len(name) for name in objectives.OBJECTIVES)
@@ -230,11 +236,13 @@ COMMANDS = {
         examples=(
             "t2i-align generate testbed:sd --lora runs/quickstart/run/lora --prompts testbed:dev --out runs/pictures",
         ),
+        interrupted="The pictures that are listed are complete; --force replaces them.",
     ),
     "score": Command(
         run=_score,
         summary="score pictures against their prompts",
-        examples=("t2i-align score runs/pictures --scorers oracle",),
+        examples=("t2i-align score runs/pictures --scorers oracle --out runs/scores.jsonl",),
+        interrupted="Run the same command again; with --out it continues where it was stopped.",
     ),
     "evaluate": Command(
         run=_evaluate,
@@ -280,19 +288,21 @@ def _run_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling(parser: argparse.ArgumentParser) -> None:
+def _sampling(parser: argparse.ArgumentParser, batch_size: int = 8) -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # key=value may stand before and after options
 
 
-def _keywords(options: argparse.Namespace) -> dict[str, object]:
+def _keywords(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(options).items() if key != "debug"}
 
 

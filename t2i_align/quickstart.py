@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
+
+if TYPE_CHECKING:
+    from t2i_align.evaluation.compare import Evaluation
 
 CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
 MARKER = ".quickstart"  # a folder that holds this file was made by a quickstart, and the next one may replace it
@@ -21,9 +25,9 @@ def quickstart(
     overrides: Sequence[str] = (),
     *,
     output: str | Path = "runs/quickstart",
-    prompts: Sequence[str] | str = "testbed:test",
+    prompts: str | Path | Sequence[str] = "testbed:test",
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Align, compare with the base on prompts that training never saw, and write `result.json` and `report.html`.
 
     Args:
@@ -32,7 +36,7 @@ def quickstart(
         prompts: what to compare on.
 
     Returns:
-        What `result.json` holds: the comparison's numbers, with `seconds` for the whole job.
+        The comparison; `seconds` in its settings is the whole job's time.
 
     Raises:
         UserError: an override that cannot be used, or an output folder that holds something else.
@@ -41,13 +45,13 @@ def quickstart(
     folder = Path(output)
     config = configuration.load(CONFIG, [f"output_dir={folder / 'run'}", *overrides])
     claim(folder)
-    # Imported here: both load torch and diffusers, which takes seconds that belong to the job.
+    # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
     from t2i_align.evaluation.compare import evaluate
-    from t2i_align.run import align
+    from t2i_align.run import align, write_atomically
 
     run = align(config, progress=progress)
     trained = time.monotonic()
-    evaluate(
+    result = evaluate(
         base=config.model.path,
         aligned=run.weights,
         prompts=prompts,
@@ -58,12 +62,14 @@ def quickstart(
         guidance=config.validation.guidance,
         progress=progress,
     )
-    file = folder / "result.json"
-    result = json.loads(file.read_text())
-    result["seconds"] = round(time.monotonic() - started, 1)
-    result["seconds_training"] = round(trained - started, 1)
-    result["training_steps"], result["training_seed"] = run.steps, config.train.seed
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    whole = {
+        "seconds": round(time.monotonic() - started, 1),
+        "seconds_training": round(trained - started, 1),
+        "training_steps": run.steps,
+        "training_seed": config.train.seed,
+    }
+    result = replace(result, settings=result.settings | whole)
+    write_atomically(folder / "result.json", json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n")
     return result
 
 
@@ -77,25 +83,3 @@ def claim(folder: Path) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / MARKER).write_text("The next quickstart replaces this folder.\n")
-
-
-def table(result: Mapping[str, Any], output: str | Path) -> str:
-    """The result in a few lines for the terminal."""
-    rows = [_row("win rate", result["win_rate"], result["win_rate_ci"])]
-    rows += [
-        _row(name, result[f"{name}_win_rate"], result[f"{name}_win_rate_ci"]) for name in ("faithfulness", "quality")
-    ]
-    return "\n".join(
-        [
-            "",
-            "aligned against base, same prompts and seeds            95 % interval",
-            *rows,
-            f"  mean score    {result['mean_before']:.3f} -> {result['mean_after']:.3f}",
-            "",
-            f"{result['seconds']:.0f} seconds in all. Report with pictures: {Path(output) / 'report.html'}",
-        ]
-    )
-
-
-def _row(name: str, rate: float, interval: Sequence[float]) -> str:
-    return f"  {name:<13} {rate:6.1%}                                  {interval[0]:.1%} to {interval[1]:.1%}"

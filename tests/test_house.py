@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib
+import importlib.metadata
 import pkgutil
 import re
 import subprocess
@@ -157,15 +158,28 @@ def test_constraints_are_exact_and_inside_the_declared_ranges() -> None:
         assert separator and re.fullmatch(r"[\w.]+", version), line
         pinned[normal(name)] = version
     assert len(pinned) == len(lines)
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    declared = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    for text in (line for block in declared for line in block.splitlines() if line and line[0] != "#"):
-        requirement = Requirement(text)
+    for requirement in requirements():
         if requirement.name == "hpsv2":  # its own pins exclude everything else's; see setup.cfg
             continue
         assert normal(requirement.name) in pinned, f"{requirement.name} has no tested version"
-        assert requirement.specifier.contains(pinned[normal(requirement.name)]), text
+        assert requirement.specifier.contains(pinned[normal(requirement.name)]), str(requirement)
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    names = {normal(requirement.name) for requirement in requirements()}
+    distributions = importlib.metadata.packages_distributions()
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    for module in sorted({name.partition(".")[0] for file in files for name in imported(file)}):
+        if module not in (*sys.stdlib_module_names, *PACKAGES):
+            owners = {normal(owner) for owner in distributions.get(module, [module])}
+            assert owners & names, f"{module} is imported but not in setup.cfg"
+
+
+def requirements() -> list[Requirement]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    declared = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    return [Requirement(line) for block in declared for line in block.splitlines() if line and line[0] != "#"]
 
 
 def normal(name: str) -> str:
