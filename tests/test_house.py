@@ -141,6 +141,14 @@ def test_configurations_and_keys_named_in_the_documents_exist(file: Path) -> Non
         assert key in known[group] or f"{group}.{key}" in ("data.md", "train.py"), f"{file.name} names {group}.{key}"
 
 
+def test_the_guide_explains_every_key_of_a_run() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    for group, value in config.to_mapping(config.load(CONFIG)).items():
+        keys = [f"{group}.{key}" for key in value] if isinstance(value, dict) and group != "objective" else [group]
+        for key in keys:
+            assert f"`{key}`" in text, f"docs/training.md says nothing of {key}"
+
+
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
