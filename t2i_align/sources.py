@@ -5,7 +5,7 @@ The checks open as little as they can, so that a wrong name fails before anythin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,7 +41,7 @@ def resolve_model(path: str | Path) -> str:
     if text.startswith(TESTBED):
         from t2i_align.testbed import base_path
 
-        return str(base_path(text.removeprefix(TESTBED)))
+        return str(_bundled(base_path, text))
     local = Path(text).expanduser()
     if local.exists():
         return str(local)
@@ -88,9 +88,9 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"prompts[{row}]: expected text, found {prompt!r}")
     elif str(source).startswith(TESTBED):
-        from t2i_align.testbed import prompts as testbed_prompts
+        from t2i_align.testbed.prompts import prompts as testbed_prompts
 
-        prompts = list(testbed_prompts(str(source).removeprefix(TESTBED)))
+        prompts = list(_bundled(testbed_prompts, str(source)))
     else:
         file = Path(source).expanduser()
         if not file.is_file():
@@ -143,6 +143,13 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     if len(set(names)) < len(names):
         raise UserError(f"scorers: two of the same name among {', '.join(names)}")
     return built
+
+
+def _bundled(find: Callable[[Any], Any], spec: str) -> Any:
+    try:
+        return find(spec.removeprefix(TESTBED))
+    except ValueError as error:
+        raise UserError(f"{spec}: {error}") from error
 
 
 def _hub_id(text: str) -> bool:

@@ -118,7 +118,7 @@ def evaluate(
         judge.to(pipeline.device)
 
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
-    sampling = {"steps": steps, "guidance": guidance, "height": height, "width": width, "batch_size": batch_size}
+    sampling = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -126,14 +126,14 @@ def evaluate(
         tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar,
     ):
         store = Path(temporary)
-        before = _measure("base", pipeline, rows, judges, store, bar, autocast=autocast, **sampling)
+        before = _measure("base", pipeline, rows, judges, store, bar, batch_size, autocast=autocast, **sampling)
         if other.kind == "lora":
             pipeline.load_lora(other.path)
         else:
             del pipeline
             _release()
             pipeline = load_pipeline(other.path, precision, device)
-        after = _measure("aligned", pipeline, rows, judges, store, bar, autocast=autocast, **sampling)
+        after = _measure("aligned", pipeline, rows, judges, store, bar, batch_size, autocast=autocast, **sampling)
         if other.kind == "lora":
             pipeline.pipe.unload_lora_weights()
         bar.close()
@@ -149,7 +149,7 @@ def evaluate(
             "seeds": [row.seed for row in rows],
             "ties": ties,
             "tie_margin": margins[judges[0].name],
-            **{key: value for key, value in sampling.items() if key != "batch_size"},
+            **sampling,
             "precision": precision,
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -169,7 +169,6 @@ def _measure(
     scorers: Sequence[Scorer],
     store: Path,
     bar: tqdm,
-    *,
     batch_size: int,
     **sampling: Any,
 ) -> Scores:

@@ -14,7 +14,11 @@ from PIL import Image
 
 SHOWN_SIDE = 384  # pixels; larger pictures are shrunk so that a report stays a file one can mail
 PIXELATED_BELOW = 128  # tiny pictures are enlarged with hard edges, so that one sees what the model made
-LEVELS = {"better": "aligned wins", "worse": "base wins", "open": "no difference shown"}
+LEVELS = {
+    "better": "Aligned is better: the interval lies above 50 %.",
+    "worse": "Base is better: the interval lies below 50 %.",
+    "open": "Undecided: the interval holds 50 %.",
+}
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("t2i_align.evaluation", "."),
