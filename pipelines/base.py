@@ -177,10 +177,10 @@ class TrainablePipeline(ABC):
         """Where the denoiser lives."""
         return next(self.denoiser.parameters()).device
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TrainablePipeline:
-        """Move every loaded network; `dtype` only where it is given. Returns itself."""
+    def to(self, device: torch.device | str) -> TrainablePipeline:
+        """Move every loaded network. Returns itself."""
         for module in self.modules().values():
-            module.to(device=device, dtype=dtype)
+            module.to(device)
         return self
 
     def add_lora(self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:

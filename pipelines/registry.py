@@ -27,6 +27,7 @@ def load(
     path: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    denoiser_dtype: torch.dtype | None = None,
     encoders: bool = True,
     revision: str | None = None,
     variant: str | None = None,
@@ -36,7 +37,8 @@ def load(
 
     Args:
         path: local folder, local single file, or "owner/name" on the Hub.
-        dtype: of every network's weights.
+        dtype: of every network's weights. denoiser_dtype: of the denoiser's, where it differs (what a model must
+            keep in float32 stays there).
         encoders: False leaves out VAE and text encoders (training from a cache needs neither).
         revision, variant: as in diffusers' `from_pretrained`.
         single_file_config: for single files, a folder or Hub id with the matching diffusers configuration;
@@ -46,14 +48,15 @@ def load(
         PipelineError: nothing there, not a pipeline, a family that is not known, a component missing.
     """
     if Path(path).is_file():
-        return _load_single_file(Path(path), dtype, single_file_config)
+        return _load_single_file(Path(path), dtype, denoiser_dtype or dtype, single_file_config)
     index = _model_index(path, revision)
     family = _family_of(str(index.get("_class_name")), str(path))
+    dtypes = {"default": dtype, family.denoiser_name: denoiser_dtype or dtype}
 
     def read(**replaced: Any) -> DiffusionPipeline:
         try:
             return getattr(diffusers, index["_class_name"]).from_pretrained(
-                str(path), dtype=dtype, revision=revision, variant=variant, **_no_safety_checker(index), **replaced
+                str(path), dtype=dtypes, revision=revision, variant=variant, **_no_safety_checker(index), **replaced
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
@@ -118,7 +121,9 @@ def _family_of(class_name: str, source: str) -> type[TrainablePipeline]:
     raise PipelineError(f"{source}: pipelines of class {class_name!r} are not known here. Known classes: {known}.")
 
 
-def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> TrainablePipeline:
+def _load_single_file(
+    path: Path, dtype: torch.dtype, denoiser_dtype: torch.dtype, config: str | None
+) -> TrainablePipeline:
     if path.suffix not in SINGLE_FILE_ENDINGS:
         raise PipelineError(f"{path}: a single-file checkpoint ends in one of {', '.join(SINGLE_FILE_ENDINGS)}")
     try:
@@ -135,4 +140,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Tra
         )
     except (OSError, ValueError, KeyError) as error:
         raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
-    return _family_of(class_name, str(path))(pipe, str(path))
+    pipeline = _family_of(class_name, str(path))(pipe, str(path))
+    if denoiser_dtype != dtype:
+        pipeline.denoiser.to(dtype=denoiser_dtype)
+    return pipeline

@@ -62,6 +62,8 @@ def align(
     output = Path(config.output_dir)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     accelerator = Accelerator(
+        # Without being told, accelerate takes each of several CPU processes for a run of its own.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         log_with=list(config.log.trackers) or None,
         project_dir=str(output),
@@ -88,6 +90,7 @@ def align(
         if accelerator.is_main_process:
             with trainer.averaged():
                 weights = save_weights(pipeline, weights, lora=lora)
+        accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     finally:
         accelerator.end_training()
     return RunResult(output_dir=output, weights=weights, steps=trainer.step, metrics=metrics)
@@ -98,6 +101,8 @@ def load_inputs(config: RunConfig, accelerator: Accelerator, progress: bool) -> 
     path = resolve_model(config.model.path)
     pipeline = pipelines.load(
         path,
+        # Under a LoRA the denoiser is frozen and can be in the run's precision; trained weights stay in float32.
+        denoiser_dtype=DTYPES[config.train.precision] if config.lora else torch.float32,
         encoders=False,
         revision=config.model.revision,
         variant=config.model.variant,
@@ -130,15 +135,11 @@ def load_inputs(config: RunConfig, accelerator: Accelerator, progress: bool) -> 
 
 
 def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
-    """Switch gradients on for the LoRA or for everything.
-
-    Frozen weights go to the run's precision; what is trained stays in float32 under autocast.
-    """
+    """Switch gradients on for the LoRA, which is kept in float32 under autocast, or for everything."""
     denoiser = pipeline.denoiser
     if config.lora is None:
         denoiser.requires_grad_(True)
     else:
-        denoiser.to(dtype=DTYPES[config.train.precision])
         torch.manual_seed(config.train.seed)
         pipeline.add_lora(
             rank=config.lora.rank,

@@ -199,8 +199,8 @@ def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: P
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """beta = 1e38 keeps the first loss at log 2; from the second on the margins overflow float32."""
-    values = run_values(sd_path, pairs, tmp_path / "run", objective__beta=1e38, log__checkpoint_every=1, log__every=100)
+    """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
+    values = run_values(sd_path, pairs, tmp_path / "run", optim__lr=1e36, log__checkpoint_every=1, log__every=100)
     values["optim"]["warmup_steps"] = 0
     with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*step_000001"):
         align(values, progress=False)
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"lora__rnk": 4}, UserError, r"unknown key in lora 'rnk'. Did you mean 'rank'"),
         ({"data__resolution": 33}, PipelineError, "33 x 33 pixels do not fit this VAE"),
         ({"data__path": "/nowhere/pairs.jsonl"}, UserError, "/nowhere/pairs.jsonl"),
-        ({"model__path": "/nowhere"}, PipelineError, "/nowhere: no such file or folder"),
+        ({"model__path": "/nowhere"}, UserError, "/nowhere: no such model"),
         ({"train__attention": "flash"}, PipelineError, "Choices: native, xformers"),
         (
             {"train__timestep_sampling": "cosine"},
@@ -252,3 +252,26 @@ def test_validation_writes_pictures_and_scores(sd_path: Path, pairs: Path, tmp_p
     assert list(result.output_dir.rglob("events.out.tfevents.*"))
     plain = align(run_values(sd_path, pairs, tmp_path / "plain"), progress=False)
     assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "looking must not change the run"
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    one = align(run_values(sd_path, pairs, tmp_path / "one", data__cache_dir=cache), progress=False)
+    values = run_values(sd_path, pairs, tmp_path / "two", train__batch_size=2, data__cache_dir=cache)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "-m",
+        "t2i_align.train",
+        str(config),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for ours, theirs in zip(metrics(one.output_dir), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "grad_norm", "error/chosen"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
