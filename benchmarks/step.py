@@ -1,0 +1,252 @@
+"""The toolkit's training step against a bare PyTorch loop: the same mathematics on the same tensors, in one run.
+
+    python benchmarks/step.py     # the bundled model and pairs; writes benchmarks/results/step_<device>.md
+    python benchmarks/step.py --model PATH_OR_HUB_ID --data my_pairs.jsonl --batch-size 4
+
+Three loops take turns, a few steps each, so that whatever else the machine does hits all of them:
+
+- ours: `Trainer.run` as `t2i-align train` runs it, with its loader, keyed random numbers, checks, bar and log;
+- bare: a plain loop over the same latents and embeddings, already in memory;
+- bare with encoders: the same loop that encodes pictures and prompts in each step, as the published scripts do.
+
+Before the clock starts, ours and bare are given the same noise and must agree on the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+import pipelines
+from t2i_align import config as configuration
+from t2i_align.config import RunConfig
+from t2i_align.data.schema import Batch
+from t2i_align.data.source import Source
+from t2i_align.randomness import Draw
+from t2i_align.reference import adapters_off, build_reference
+from t2i_align.run import load_inputs, prepare_denoiser
+from t2i_align.sources import resolve_model
+from t2i_align.trainer import Trainer
+
+BATCHES = 8  # so many are kept in memory for the bare loops
+RESULTS = Path(__file__).parent / "results"
+
+
+class Bare:
+    """Diffusion-DPO as one would write it down: no abstractions, everything it needs at hand."""
+
+    def __init__(self, config: RunConfig, batches: list[Batch], device: torch.device) -> None:
+        self.pipeline = pipelines.load(resolve_model(config.model.path)).to(device)
+        prepare_denoiser(config, self.pipeline)
+        self.unet, self.batches, self.count = self.pipeline.denoiser, batches, 0
+        self.beta, self.v_prediction = config.objective.beta, self.pipeline.process.prediction_type == "v_prediction"
+        self.abar = self.pipeline.pipe.scheduler.alphas_cumprod.to(device)
+        self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.optim.lr, weight_decay=1e-2, fused=True)
+
+    def loss(self, latents: Tensor, embeds: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """latents [B, 2, C, H, W], best first; embeds [B, L, D]; noise [B, C, H, W] and t [B] shared by a pair."""
+        x, embeds = latents.flatten(0, 1), embeds.repeat_interleave(2, 0)
+        noise, t = noise.repeat_interleave(2, 0), t.repeat_interleave(2, 0)
+        abar = self.abar[t].float().view(-1, 1, 1, 1)
+        noisy = abar.sqrt() * x + (1 - abar).sqrt() * noise
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * x if self.v_prediction else noise
+        with torch.no_grad(), adapters_off(self.unet):
+            reference = self.unet(noisy, t, embeds).sample
+        prediction = self.unet(noisy, t, embeds).sample
+        error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1).view(-1, 2)
+        reference_error = F.mse_loss(reference.float(), target, reduction="none").flatten(1).mean(1).view(-1, 2)
+        s = error - reference_error
+        return -F.logsigmoid(-0.5 * self.beta * (s[:, 0] - s[:, 1])).mean()
+
+    def step(self, latents: Tensor, embeds: Tensor) -> None:
+        noise = torch.randn_like(latents[:, 0])
+        t = torch.randint(0, len(self.abar), (len(latents),), device=latents.device)
+        self.loss(latents, embeds, noise, t).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def cached(self) -> None:
+        """One step from latents and embeddings in memory."""
+        batch = self._next()
+        self.step(batch.latents, batch.conditioning["prompt_embeds"])
+
+    def encoding(self) -> None:
+        """One step that encodes its pictures and prompts first. The pictures are in memory: no files, no JPEG."""
+        shape, device = self._next().latents.shape, self.abar.device
+        pixels = torch.rand(2 * shape[0], 3, *self.pipeline.default_size, device=device)
+        latents = self.pipeline.encode_pixels(pixels).view(shape)
+        prompts = [f"prompt {i}" for i in range(shape[0])]
+        self.step(latents, self.pipeline.encode_prompts(prompts)["prompt_embeds"])
+
+    def _next(self) -> Batch:
+        self.count += 1
+        return self.batches[self.count % len(self.batches)]
+
+
+@dataclass
+class TakingTurns:
+    """A source that lets the trainer take `chunk` steps, then each rival as many, and notes the seconds a step.
+
+    It sits where the trainer asks for data, so what is timed is the trainer's own loop, untouched.
+    """
+
+    source: Source
+    rivals: dict[str, Callable[[], None]]
+    rounds: int
+    chunk: int
+    device: torch.device
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def loader(self, **options: Any) -> Iterator[Any]:
+        items = self.source.loader(**options)
+        for _ in range(self.rounds):
+            started = self._now()
+            for _ in range(self.chunk):
+                yield next(items)
+            self._note("ours", started)
+            for name, step in self.rivals.items():
+                started = self._now()
+                for _ in range(self.chunk):
+                    step()
+                self._note(name, started)
+        yield next(items)  # for the step after the last round, which nobody times
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _note(self, name: str, started: float) -> None:
+        self.seconds.setdefault(name, []).append((self._now() - started) / self.chunk)
+
+
+def main() -> int:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="testbed:sd")
+    parser.add_argument("--data", default="testbed:pairs")
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs a step")
+    parser.add_argument("--rounds", type=int, default=21, help="turns of each loop; the first one is not counted")
+    parser.add_argument("--chunk", type=int, default=4, help="steps a turn")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        turns, difference = measure(options, Path(folder))
+    text = report(options, turns, difference)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"step_{turns.device.type}.md"
+    file.write_text(text)
+    print(f"{text}\nwritten to {file}")
+    return 0
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, float]:
+    """The timed turns, and by how much ours and bare differ in the loss of one batch."""
+    config = configuration.from_mapping(
+        {
+            "output_dir": str(folder / "run"),
+            "objective": {"name": "diffusion_dpo", "beta": 500},
+            "model": {"path": options.model},
+            "data": {"path": options.data, "limit": BATCHES * options.batch_size},
+            "optim": {"lr": 1e-5},
+            "train": {"steps": options.rounds * options.chunk + 1, "batch_size": options.batch_size},
+            "log": {"checkpoint_every": 10**9},
+        }
+    )
+    accelerator = Accelerator(mixed_precision="no")
+    device = accelerator.device
+    pipeline, source = load_inputs(config, accelerator, progress=True)
+    prepare_denoiser(config, pipeline)
+    reference = build_reference("adapter_off", pipeline, device, lora=True)
+    loader = source.loader(
+        seed=0, start_step=0, batch_size=options.batch_size, accumulate=1, rank=0, world=1, workers=0
+    )
+    batches = [source.to_batch(next(loader), device) for _ in range(BATCHES)]
+    bare = Bare(config, batches, device)
+    turns = TakingTurns(
+        source, {"bare": bare.cached, "bare with encoders": bare.encoding}, options.rounds, options.chunk, device
+    )
+    (folder / "run").mkdir()
+    trainer = Trainer(config, accelerator, pipeline, reference, turns, None, progress=True)  # type: ignore[arg-type]
+    difference = disagreement(trainer, bare, batches[0])
+    trainer.run()
+    return turns, difference
+
+
+def disagreement(trainer: Trainer, bare: Bare, batch: Batch) -> float:
+    """How far the two losses are apart on one batch, with the same noise, times and (random) LoRA weights."""
+    for pipeline in (trainer.pipeline, bare.pipeline):
+        torch.manual_seed(0)
+        for name, parameter in pipeline.denoiser.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    draw = Draw(0, batch.keys, trainer.pipeline.process, "uniform", batch.latents.device)
+    with torch.no_grad():
+        loss, _ = trainer.config.objective.step(trainer.policy, trainer.reference, batch, draw)
+        noise = draw.normal("noise", (1, *batch.latents.shape[2:]))[:, 0]
+        theirs = bare.loss(batch.latents, batch.conditioning["prompt_embeds"], noise, draw.timesteps())
+    difference = float((loss.mean() - theirs).abs())
+    if difference > 1e-4 * float(theirs):
+        sys.exit(f"error: ours and bare do not compute the same loss: {float(loss.mean())} and {float(theirs)}")
+    return difference
+
+
+def report(options: argparse.Namespace, turns: TakingTurns, difference: float) -> str:
+    """The table as markdown."""
+    ours = turns.seconds["ours"][1:]
+    rows = []
+    for name, seconds in turns.seconds.items():
+        ratios = sorted(a / b for a, b in zip(ours, seconds[1:], strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        spread = "" if name == "ours" else f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
+        rows.append(f"| {name} | {1000 * statistics.median(seconds[1:]):.1f} | {spread} |")
+    return "\n".join(
+        [
+            "# One training step",
+            "",
+            f"`{' '.join(['python', 'benchmarks/step.py', *sys.argv[1:]])}`",
+            "",
+            f"{machine(turns.device)}. Python {platform.python_version()}, torch {torch.__version__}.",
+            f"Diffusion-DPO, LoRA rank 16, float32, {options.model}, {options.batch_size} pairs a step; "
+            f"{len(ours)} turns of {turns.chunk} steps each, interleaved. "
+            f"On one batch with the same noise the two losses differ by {difference:.1e}.",
+            "",
+            "| loop | ms a step (median) | ours / this: median of the turns (middle half) |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def machine(device: torch.device) -> str:
+    """What class of machine this is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()}-core {platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
