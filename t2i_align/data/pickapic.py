@@ -109,12 +109,16 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     parquet = _open(file)
     wanted = [name for name in (*columns, *OPTIONAL) if name in parquet.schema_arrow.names]
     done = 0
-    try:
-        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
-            yield from batch.to_pylist()
-            done += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read after row {done} (damaged?): {error}") from error
+    batches = parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: cannot be read after row {done} (damaged?): {error}") from error
+        if batch is None:
+            return
+        yield from batch.to_pylist()
+        done += batch.num_rows
 
 
 def _ranking_ids_differ(found: list[Path]) -> bool:
@@ -123,7 +127,10 @@ def _ranking_ids_differ(found: list[Path]) -> bool:
         parquet = _open(file)
         if "ranking_id" not in parquet.schema_arrow.names:
             return False
-        columns.append(parquet.read(columns=["ranking_id"]).column(0))
+        try:
+            columns.append(parquet.read(columns=["ranking_id"]).column(0))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: column 'ranking_id' cannot be read (damaged?): {error}") from error
     ids = pa.chunked_array([chunk.cast(pa.string()) for column in columns for chunk in column.chunks], pa.string())
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 
