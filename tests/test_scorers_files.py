@@ -1,0 +1,119 @@
+"""Scoring pictures on disk: the list, the output, continuing after a kill, pictures that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from reward_scorers import Scorer
+from t2i_align.errors import UserError
+from t2i_align.score import score
+
+
+class Red(Scorer):
+    """Mean red, and how many pictures it has seen."""
+
+    name = "red"
+    version = "1"
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.seen += len(pixels)
+        return pixels[:, 0].mean((1, 2))
+
+    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._score(pixels, prompts), {"nothing": pixels[:, 0, 0, 0] * float("nan")}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five reds of 0, 51, 102, 153 and 204, that is 0, 0.2, 0.4, 0.6 and 0.8."""
+    rows = []
+    for i in range(5):
+        Image.new("RGB", (8, 8 + i), (51 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "prompt": f"red\u2028number {i}"})
+    file = tmp_path / "list.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    return file
+
+
+def run(source: Path, scorer: Scorer, out: Path | None = None) -> float:
+    return score(source, [scorer], out, batch_size=2, progress=False)[scorer.name]
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_every_picture_gets_a_line_with_name_and_version(pictures: Path, tmp_path: Path) -> None:
+    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.4)
+    rows = read(tmp_path / "scores.jsonl")
+    assert [row["score"] for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert rows[1] | {"score": 0} == {
+        "image": "1.png",
+        "prompt": "red\u2028number 1",
+        "scorer": "red",
+        "version": "1",
+        "score": 0,
+        "parts": {"nothing": None},
+    }
+    assert run(pictures, Red()) == pytest.approx(0.4)  # nothing written without `out`
+
+
+def test_a_killed_run_continues_where_it_was(pictures: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "scores.jsonl", tmp_path / "whole.jsonl"
+    run(pictures, Red(), whole)
+    text = whole.read_bytes()
+    cut = text.rstrip(b"\n").rfind(b"\n") + 25  # into the last line
+    out.write_bytes(text[:cut])
+    again = Red()
+    assert run(pictures, again, out) == pytest.approx(0.4)
+    assert again.seen == 1 and out.read_bytes() == text
+    again.version = "2"  # other numbers: nothing counts as done
+    run(pictures, again, out)
+    assert again.seen == 6 and len(read(out)) == 10
+
+
+def test_pictures_that_cannot_be_read_are_recorded_and_the_others_keep_their_scores(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
+    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx((0.4 + 0.8) / 2)
+    rows = {row["image"]: row for row in read(tmp_path / "scores.jsonl")}
+    assert "FileNotFoundError" in rows["0.png"]["error"] and "score" not in rows["0.png"]
+    assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
+    assert rows["4.png"]["score"] == pytest.approx(0.8)
+    assert "over 2 pictures; 3 could not be read" in capsys.readouterr().out
+
+
+def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
+    file = tmp_path / "list.jsonl"
+    cases = [
+        ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not JSON"),
+        ("[1]", "line 1: expected an object, found list"),
+        ('{"picture": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys picture, prompt"),
+        ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
+        ("\n", "no picture listed"),
+    ]
+    for text, match in cases:
+        file.write_text(text)
+        with pytest.raises(UserError, match=match):
+            run(file, Red())
+    with pytest.raises(UserError, match=r"expected a folder with samples.jsonl"):
+        run(tmp_path, Red())
+    file.write_text('{"image": "a.png", "prompt": "x"}')
+    with pytest.raises(UserError, match="unknown scorer 'rde'"):
+        score(file, ["rde"], progress=False)
+    (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match="foreign.jsonl, line 1: not a line of scores"):
+        run(file, Red(), tmp_path / "foreign.jsonl")
