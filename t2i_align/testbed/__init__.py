@@ -1,0 +1,38 @@
+"""A small world with known ground truth: drawn scenes, captions, an oracle, annotators, tiny bases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from t2i_align.testbed.prompts import ASSETS, prompts
+
+BASES = {"sd": "tiny-sd", "sd-eps": "tiny-sd-eps"}
+
+__all__ = ["BASES", "base_path", "pairs_path", "prompts"]
+
+
+def base_path(name: str = "sd") -> Path:
+    """Folder of a shipped base in diffusers format: "sd" (v-prediction) or "sd-eps" (epsilon).
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: the installation lacks the weights.
+    """
+    if name not in BASES:
+        raise ValueError(f"unknown base {name!r}; the bases are {', '.join(BASES)}")
+    return _present(ASSETS / BASES[name], "pretrain")
+
+
+def pairs_path() -> Path:
+    """The shipped preference pairs, a parquet file with Pick-a-Pic v2's columns.
+
+    Raises:
+        FileNotFoundError: the installation lacks the file.
+    """
+    return _present(ASSETS / "pairs.parquet", "pairs")
+
+
+def _present(path: Path, command: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; make it with `python -m t2i_align.testbed {command}`")
+    return path

@@ -1,0 +1,167 @@
+"""The oracle: is the picture what its prompt says, and is it well made?
+
+It sees pixels and the prompt only. Faithfulness is the share of stated attributes that hold; quality is
+sharpness x contrast x smoothness; the reward is their weighted sum. It is the ground truth that aligned
+models are judged by, so it is versioned and depends on no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from t2i_align.testbed.captions import Phrase, Statement, parse
+from t2i_align.testbed.scenes import SIDE, relation_between
+from t2i_align.testbed.vision import Seen, View, look
+
+ATTRIBUTES = ("colour", "shape", "size", "relation", "count", "background")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Float arrays [B] in [0, 1]; an attribute is NaN where the prompt does not state it.
+
+    `strict` is 1 where every stated attribute holds. `views` is what the oracle saw.
+    """
+
+    reward: np.ndarray
+    faithfulness: np.ndarray
+    strict: np.ndarray
+    quality: np.ndarray
+    attributes: dict[str, np.ndarray]
+    views: tuple[View, ...] = dataclasses.field(repr=False, default=())
+
+
+class Oracle:
+    """Judges pictures against the prompts of this world.
+
+    Args:
+        faithfulness_weight: share of faithfulness in the reward; quality has the rest.
+    """
+
+    version = "1.0"
+
+    def __init__(self, faithfulness_weight: float = 0.6) -> None:
+        if not 0.0 <= faithfulness_weight <= 1.0:
+            raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
+        self.faithfulness_weight = faithfulness_weight
+
+    def judge(self, pixels: Tensor | np.ndarray, prompts: Sequence[str]) -> Verdict:
+        """Judge pictures.
+
+        Args:
+            pixels: [B, 3, H, W] in [0, 1]; squares of another side are resized to 64.
+            prompts: B captions of the testbed.
+
+        Raises:
+            ValueError: wrong shape, values outside [0, 1] or not finite, or as many prompts as pictures
+                are not given.
+            CaptionError: a prompt is not of this world.
+        """
+        statements = [parse(prompt) for prompt in prompts]
+        views: list[View] = []
+        pictures = _to_pictures(pixels, len(statements))
+        for start in range(0, len(pictures), 64):
+            views += look(pictures[start : start + 64])
+        rows = np.array([_check(view, statement) for view, statement in zip(views, statements)], float)
+        rows = rows.reshape(-1, len(ATTRIBUTES))
+        with np.errstate(invalid="ignore"):
+            faithfulness = np.nanmean(rows, axis=1) if len(rows) else np.zeros(0)
+        quality = np.array([_quality(view) for view in views], float)
+        weight = self.faithfulness_weight
+        return Verdict(
+            reward=weight * faithfulness + (1.0 - weight) * quality,
+            faithfulness=faithfulness,
+            strict=np.where(np.isnan(rows), 1.0, rows == 1.0).min(axis=1, initial=1.0),
+            quality=quality,
+            attributes={name: rows[:, i] for i, name in enumerate(ATTRIBUTES)},
+            views=tuple(views),
+        )
+
+
+def _to_pictures(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
+    """Checked float32 [B, 64, 64, 3]."""
+    images = torch.as_tensor(pixels).detach().cpu()
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"pixels must be square pictures [B, 3, H, H], not {tuple(images.shape)}")
+    if len(images) != number:
+        raise ValueError(f"{len(images)} pictures but {number} prompts")
+    if not images.is_floating_point():
+        raise ValueError(f"pixels must be floats in [0, 1], not {images.dtype}")
+    images = images.float()
+    if not bool(torch.isfinite(images).all()) or images.numel() and (images.min() < -1e-3 or images.max() > 1.001):
+        raise ValueError("pixels must be finite and lie in [0, 1]")
+    if images.shape[-1] != SIDE:
+        images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+    return images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _match_objects(objects: Sequence[Seen], statement: Statement) -> list[tuple[Phrase, Seen | None]]:
+    """Assign seen objects to the stated ones so that most of colour, shape, size and relation hold."""
+    wanted = [phrase for phrase in statement.phrases for _ in range(phrase.number)]
+    # The biggest six are enough: more objects than that are wrong in any case.
+    candidates: list[Seen | None] = sorted(objects, key=lambda o: -o.radius)[:6]  # type: ignore[assignment]
+    candidates += [None] * max(0, len(wanted) - len(candidates))
+    best, best_score = None, -1.0
+    for chosen in itertools.permutations(candidates, len(wanted)):
+        score = sum(
+            (p.colour == o.colour) + 1.1 * (p.shape == o.shape) + 0.5 * (p.size in (None, o.size))
+            for p, o in zip(wanted, chosen)
+            if o is not None
+        )
+        # Where exchanged colours leave it open which object is meant, relation and shape decide.
+        score += 0.5 * _relation_holds(statement, chosen)
+        if score > best_score:
+            best, best_score = chosen, score
+    assert best is not None
+    return list(zip(wanted, best))
+
+
+def _relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool:
+    if statement.relation is None or chosen[0] is None or chosen[1] is None:
+        return False
+    return relation_between(chosen[0].x - chosen[1].x, chosen[0].y - chosen[1].y) == statement.relation
+
+
+def _check(view: View, statement: Statement) -> list[float]:
+    """One value per `ATTRIBUTES`: the share of phrases for which it holds, NaN where nothing is stated.
+
+    A phrase is judged on the objects assigned to it; a phrase without any holds in nothing. Of "three
+    circles" with one missing only the count is wrong.
+    """
+    matched = _match_objects(view.objects, statement)
+    held: dict[str, list[float]] = {"colour": [], "shape": [], "size": []}
+    for phrase in statement.phrases:
+        seen = [o for p, o in matched if p is phrase and o is not None]
+        for name in held:
+            stated = getattr(phrase, name)
+            if stated is not None:
+                held[name].append(float(np.mean([getattr(o, name) == stated for o in seen])) if seen else 0.0)
+    relation = float(_relation_holds(statement, [o for _, o in matched])) if statement.relation else np.nan
+    background = float(view.background == statement.background) if statement.background else np.nan
+    size = float(np.mean(held["size"])) if held["size"] else np.nan
+    count = float(len(view.objects) == statement.count)
+    return [float(np.mean(held["colour"])), float(np.mean(held["shape"])), size, relation, count, background]
+
+
+def _fall(value: float, good: float, bad: float) -> float:
+    """1 up to `good`, falling linearly to 0 at `bad`."""
+    return float(np.clip((bad - value) / (bad - good), 0.0, 1.0))
+
+
+def _quality(view: View) -> float:
+    """Sharpness x contrast x smoothness, 0 for a picture without objects.
+
+    The limits leave the autoencoder's own softness (edge up to 0.30, roughness under 0.01) unpunished.
+    """
+    if not view.objects:
+        return 0.0
+    sharpness = float(np.mean([_fall(o.edge, 0.30, 0.80) for o in view.objects]))
+    contrast = float(np.mean([_fall(-o.chroma, -0.90, -0.30) for o in view.objects]))
+    return sharpness * contrast * _fall(view.roughness, 0.02, 0.12)

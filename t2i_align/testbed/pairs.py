@@ -1,0 +1,214 @@
+"""Make preference pairs: sample a base, let the oracle score, let an annotator label, write parquet.
+
+The file has the columns of Pick-a-Pic v2, so it is read like the real data set. `jpg_0`, `jpg_1` hold
+encoded bytes; `label_0` is 1 where the first picture is preferred, 0 where the second is, 0.5 for ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i_align.testbed.annotators import Annotator
+from t2i_align.testbed.oracle import Oracle, Verdict
+from t2i_align.testbed.sampling import GUIDANCE, STEPS, sample
+
+_TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
+SCHEMA = pa.schema(
+    {
+        "are_different": _BOOL,
+        "best_image_uid": _TEXT,
+        "caption": _TEXT,
+        "created_at": pa.timestamp("ns"),
+        "has_label": _BOOL,
+        "image_0_uid": _TEXT,
+        "image_0_url": _TEXT,
+        "image_1_uid": _TEXT,
+        "image_1_url": _TEXT,
+        "jpg_0": pa.binary(),
+        "jpg_1": pa.binary(),
+        "label_0": _FLOAT,
+        "label_1": _FLOAT,
+        "model_0": _TEXT,
+        "model_1": _TEXT,
+        "ranking_id": _INT,
+        "user_id": _INT,
+        "num_example_per_prompt": _INT,
+        # Not in Pick-a-Pic: what a simulation can tell besides.
+        "seed_0": _INT,
+        "seed_1": _INT,
+        "reward_0": _FLOAT,
+        "reward_1": _FLOAT,
+        "faithfulness_0": _FLOAT,
+        "faithfulness_1": _FLOAT,
+        "quality_0": _FLOAT,
+        "quality_1": _FLOAT,
+        "oracle": _TEXT,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """How pairs are sampled and chosen.
+
+    `candidates` pictures a prompt; the best and the worst make a pair where their rewards differ by
+    `margin` at least. Of the pairs that differ in quality only, the share `quality_only` is kept, since
+    quality differs far more often than faithfulness and would drown it.
+    """
+
+    candidates: int = 4
+    margin: float = 0.1
+    quality_only: float = 0.25
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    prompts_per_batch: int = 32
+    seed: int = 0
+
+
+def encode_jpeg(picture: Tensor) -> bytes:
+    """A picture [3, H, W] in [0, 1] as JPEG, quality 95 without chroma subsampling, which blurs hues."""
+    array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> Tensor:
+    """Encoded bytes to float [3, H, W] in [0, 1]."""
+    array = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255.0
+
+
+def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
+    """The verdict on a selection of the pictures."""
+    index = np.asarray(index, int)
+    arrays = (getattr(verdict, name)[index] for name in ("reward", "faithfulness", "strict", "quality"))
+    attributes = {name: values[index] for name, values in verdict.attributes.items()}
+    return Verdict(*arrays, attributes=attributes, views=tuple(verdict.views[i] for i in index))
+
+
+def choose(verdict: Verdict, prompts: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(winner, loser) indices into a verdict on prompts x candidates pictures, at most one pair a prompt."""
+    pairs = []
+    for p in range(prompts):
+        rows = np.arange(p * config.candidates, (p + 1) * config.candidates)
+        best, worst = rows[verdict.reward[rows].argmax()], rows[verdict.reward[rows].argmin()]
+        if verdict.reward[best] - verdict.reward[worst] < config.margin:
+            continue
+        faithful = verdict.faithfulness[best] - verdict.faithfulness[worst] > 1e-6
+        if faithful or rng.random() < config.quality_only:
+            pairs.append((int(best), int(worst)))
+    return pairs
+
+
+def make_pairs(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    annotator: Annotator,
+    config: PairsConfig,
+    *,
+    model: str = "tiny-sd",
+    limit: int | None = None,
+    oracle: Oracle | None = None,
+) -> list[dict[str, object]]:
+    """Rows of `SCHEMA`, at most `limit`; the left or right place of the winner is random.
+
+    The oracle judges the pictures after JPEG, which is what a reader of the file sees.
+    """
+    oracle = oracle or Oracle()
+    rows: list[dict[str, object]] = []
+    starts = range(0, len(prompts), config.prompts_per_batch)
+    for start in tqdm(starts, desc="sampling pairs", unit="batch"):
+        some = list(prompts[start : start + config.prompts_per_batch])
+        repeated = list(itertools.chain.from_iterable([p] * config.candidates for p in some))
+        first = 1_000_000 * (config.seed + 1) + start * config.candidates
+        seeds = range(first, first + len(repeated))
+        pictures = sample(
+            pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance, batch=len(repeated)
+        )
+        encoded = [encode_jpeg(picture) for picture in pictures]
+        verdict = oracle.judge(torch.stack([decode(data) for data in encoded]), repeated)
+        rng = np.random.default_rng((config.seed, start))
+        chosen = choose(verdict, len(some), config, rng)
+        swapped = rng.random(len(chosen)) < 0.5
+        sides = [(b, a) if swap else (a, b) for (a, b), swap in zip(chosen, swapped)]
+        left, right = (take(verdict, [side[k] for side in sides]) for k in (0, 1))
+        labels = annotator.label(left, right, rng)
+        for (a, b), label in zip(sides, labels):
+            number = len(rows)
+            rows.append(_row(repeated[a], (a, b), float(label), verdict, encoded, seeds, model, number, oracle, annotator))
+            if limit is not None and len(rows) >= limit:
+                return rows
+    return rows
+
+
+def _row(
+    caption: str,
+    pair: tuple[int, int],
+    label: float,
+    verdict: Verdict,
+    encoded: list[bytes],
+    seeds: range,
+    model: str,
+    number: int,
+    oracle: Oracle,
+    annotator: Annotator,
+) -> dict[str, object]:
+    row: dict[str, object] = {
+        "are_different": label != 0.5,
+        "caption": caption,
+        # A fixed date: the same command must write the same bytes.
+        "created_at": datetime.datetime(2024, 1, 1) + datetime.timedelta(seconds=number),
+        "has_label": True,
+        "ranking_id": number,
+        "user_id": getattr(annotator, "user_id", 0),
+        "num_example_per_prompt": 1,
+        "label_0": label,
+        "label_1": 1.0 - label,
+        "oracle": f"{oracle.version} faithfulness {oracle.faithfulness_weight}",
+    }
+    for side, i in enumerate(pair):
+        # The seed is part of the name: two samples may well be the same bytes.
+        uid = hashlib.sha256(encoded[i] + str(seeds[i]).encode()).hexdigest()[:32]
+        row |= {
+            f"jpg_{side}": encoded[i],
+            f"image_{side}_uid": uid,
+            f"image_{side}_url": "",
+            f"model_{side}": model,
+            f"seed_{side}": seeds[i],
+            f"reward_{side}": float(verdict.reward[i]),
+            f"faithfulness_{side}": float(verdict.faithfulness[i]),
+            f"quality_{side}": float(verdict.quality[i]),
+        }
+    row["best_image_uid"] = row["image_0_uid"] if label > 0.5 else row["image_1_uid"] if label < 0.5 else ""
+    return row
+
+
+def write_parquet(rows: list[dict[str, object]], path: Path, *, force: bool = False) -> None:
+    """Write rows in groups of 512, to a temporary name first.
+
+    Raises:
+        FileExistsError: `path` exists and `force` is not set.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; pass --force to replace it")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, temporary, compression="zstd", row_group_size=512)
+    temporary.replace(path)

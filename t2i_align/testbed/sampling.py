@@ -1,0 +1,100 @@
+"""Assemble the testbed's parts into a genuine `StableDiffusionPipeline` and sample from it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from t2i_align.testbed.denoiser import build_scheduler
+
+STEPS, GUIDANCE = 20, 2.0  # DDIM steps and classifier-free guidance of every figure about the testbed
+
+
+def assemble(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    prediction_type: str,
+) -> StableDiffusionPipeline:
+    """A pipeline without safety checker (the world holds nothing to check) or image encoder."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
+    """Save in half precision as safetensors, to a temporary name first; replaces what was there.
+
+    The pipeline itself is left as it was.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    kept = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(temporary, safe_serialization=True)
+    pipeline.to(dtype=torch.float32)
+    for name, part in parts.items():
+        part.load_state_dict(kept[name])
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(path: str | Path) -> StableDiffusionPipeline:
+    """Load a pipeline in float32 without progress bars."""
+    pipeline = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    batch: int = 64,
+    bf16: bool = True,
+) -> Tensor:
+    """Pictures [B, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
+
+    Raises:
+        ValueError: not as many seeds as prompts.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    pictures = []
+    autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    for start in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
+        with autocast:
+            images = pipeline(
+                list(prompts[start : start + batch]),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="pt",
+            ).images
+        pictures.append(images.float().clamp(0, 1))
+    return torch.cat(pictures)

@@ -1,0 +1,184 @@
+"""Find the shapes in a picture: the eyes of the oracle, which know nothing of any model.
+
+Mixing a colour with white, gray or black changes its chroma (largest minus smallest channel) linearly
+and leaves its hue alone. So chroma divided by its peak within an object is the object's coverage of a
+pixel, whatever the background, and stays so when a picture is blurred or faded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+from scipy import ndimage
+
+from t2i_align.testbed.scenes import COLOURS, SHAPES, SIDE, signed_distance
+
+MIN_AREA = 30.0  # pixels of coverage: under a third of the smallest shape that scenes hold
+MIN_OVERLAP = 0.93  # cosine between an object's coverage and its best template; below it, no known shape
+# The geometric mean of the largest small and the smallest large radius, in pixels.
+SIZE_THRESHOLD = 8.16
+_CROP = 36  # pixels, holds the largest shape
+_NAMES = tuple(COLOURS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One object found: names as in scenes (shape None: none of them), centre and radius in pixels.
+
+    `chroma` is the peak chroma over the nominal one of its colour; `edge` the edge's width measure, the
+    integral of coverage (1 - coverage) per pixel of outline: 1/6 for a perfect edge, 0.56 sigma when blurred.
+    """
+
+    colour: str
+    shape: str | None
+    size: str
+    x: float
+    y: float
+    radius: float
+    chroma: float
+    edge: float
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a picture shows: its objects, its background's name (None: none of them) and roughness."""
+
+    objects: tuple[Seen, ...]
+    background: str | None
+    roughness: float
+
+
+def _hue(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:
+    """Hue as an angle in radians, independent of brightness and saturation."""
+    return np.arctan2(np.sqrt(3.0) * (green - blue), 2.0 * red - green - blue)
+
+
+_HUES = _hue(*np.asarray(list(COLOURS.values())).T)
+_CHROMA = np.ptp(np.asarray(list(COLOURS.values())), axis=1)
+
+
+@functools.cache
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit-norm coverages [T, 36 * 36] of every shape at several radii, subpixel offsets and blurs.
+
+    Also returns each template's shape index and radius.
+    """
+    grid = np.arange(_CROP) + 0.5 - _CROP / 2
+    bank, shapes, radii = [], [], []
+    for index, shape in enumerate(SHAPES):
+        for radius in np.arange(4.5, 13.1, 0.5):
+            for dx in (-0.33, 0.0, 0.33):
+                for dy in (-0.33, 0.0, 0.33):
+                    sharp = np.clip(0.5 - signed_distance(shape, grid[None] - dx, grid[:, None] - dy, radius), 0, 1)
+                    for sigma in (0.0, 1.0, 1.8):
+                        soft = ndimage.gaussian_filter(sharp, sigma) if sigma else sharp
+                        bank.append((soft / np.linalg.norm(soft)).ravel())
+                        shapes.append(index)
+                        radii.append(radius)
+    return np.asarray(bank, np.float32), np.asarray(shapes), np.asarray(radii)
+
+
+@functools.cache
+def _geometry(shape: str) -> tuple[float, float]:
+    """Area in radius^2 and outline in radius units, measured on a fine grid."""
+    grid = (np.arange(1024) + 0.5) / 256 - 2
+    inside = signed_distance(shape, grid[None], grid[:, None], 1.0)
+    band = 0.02
+    return float((inside < 0).mean() * 16), float((np.abs(inside) < band).mean() * 16 / (2 * band))
+
+
+def _components(chroma: np.ndarray, hue: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """Regions of one hue: (picture, colour index, labelled mask [64, 64])."""
+    # A threshold relative to the picture's own strongest colour also finds faded objects.
+    peak = np.percentile(chroma, 99, axis=(1, 2))[:, None, None]
+    mask = chroma > np.maximum(0.12, 0.4 * peak)
+    gap = np.abs((hue[..., None] - _HUES + np.pi) % (2 * np.pi) - np.pi)
+    nearest = gap.argmin(-1)
+    layers = mask[:, None] & (nearest[:, None] == np.arange(len(_HUES))[None, :, None, None])
+    structure = np.zeros((3, 3, 3, 3), int)
+    structure[1, 1] = ndimage.generate_binary_structure(2, 1)
+    labels, _ = ndimage.label(layers, structure)
+    found = []
+    for label, where in enumerate(ndimage.find_objects(labels), start=1):
+        b, c, rows, columns = where
+        region = labels[b.start, c.start][rows, columns] == label
+        if region.sum() >= 0.6 * MIN_AREA:
+            whole = np.zeros(chroma.shape[1:], bool)
+            whole[rows, columns] = region
+            found.append((b.start, c.start, whole))
+    return found
+
+
+def _crop(image: np.ndarray, x: float, y: float) -> np.ndarray:
+    """A 36 x 36 window whose middle is the pixel corner nearest to (x, y), zero outside the picture."""
+    half = _CROP // 2
+    left, top = round(x) - half, round(y) - half
+    out = np.zeros((_CROP, _CROP), np.float32)
+    x0, x1, y0, y1 = max(left, 0), min(left + _CROP, SIDE), max(top, 0), min(top + _CROP, SIDE)
+    out[y0 - top : y1 - top, x0 - left : x1 - left] = image[y0:y1, x0:x1]
+    return out
+
+
+def look(pixels: np.ndarray) -> list[View]:
+    """Describe pictures [B, 64, 64, 3] with values in [0, 1]."""
+    chroma = np.ptp(pixels, axis=-1)
+    smooth = ndimage.uniform_filter(pixels, (0, 3, 3, 0), mode="nearest")
+    hue = _hue(smooth[..., 0], smooth[..., 1], smooth[..., 2])
+    grid = np.arange(SIDE) + 0.5
+    raw: list[list[tuple[int, float, float, float, float, np.ndarray]]] = [[] for _ in pixels]
+    covered = np.zeros(chroma.shape, bool)
+    for b, c, region in _components(chroma, hue):
+        # Two pixels more than the region hold its soft edge, and no other object's (gaps are wider).
+        around = ndimage.binary_dilation(region, iterations=2)
+        covered[b] |= around
+        peak = float(np.percentile(chroma[b][region], 80))
+        coverage = np.clip(chroma[b] / peak, 0.0, 1.0) * around
+        area = float(coverage.sum())
+        if area < MIN_AREA:
+            continue
+        x, y = float((coverage.sum(0) * grid).sum() / area), float((coverage.sum(1) * grid).sum() / area)
+        raw[b].append((c, x, y, area, peak, _crop(coverage, x, y)))
+    # The background is measured away from every edge, where blur and the decoder's ringing end.
+    clear = ~ndimage.binary_dilation(covered, ndimage.generate_binary_structure(2, 1)[None], iterations=2)
+    best, overlap = _match([item[-1] for items in raw for item in items])
+    views, k = [], 0
+    for b, items in enumerate(raw):
+        objects = []
+        for c, x, y, area, peak, coverage in items:
+            shape = SHAPES[best[k]]
+            unit_area, unit_outline = _geometry(shape)
+            radius = float(np.sqrt(area / unit_area))
+            ramp = np.clip((coverage - 0.1) / 0.8, 0.0, 1.0)
+            edge = float((ramp * (1.0 - ramp)).sum() / (unit_outline * radius))
+            size = "small" if radius < SIZE_THRESHOLD else "large"
+            known = shape if overlap[k] >= MIN_OVERLAP else None
+            objects.append(Seen(_NAMES[c], known, size, x, y, radius, peak / float(_CHROMA[c]), edge))
+            k += 1
+        views.append(View(tuple(objects), *_background(pixels[b][clear[b]])))
+    return views
+
+
+def _match(coverages: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Shape index and overlap (cosine in [0, 1]) of each coverage's best template."""
+    if not coverages:
+        return np.zeros(0, int), np.zeros(0)
+    flat = np.asarray(coverages, np.float32).reshape(len(coverages), -1)
+    bank, shapes, _ = _templates()
+    cosine = (flat @ bank.T) / np.linalg.norm(flat, axis=1, keepdims=True)
+    winner = cosine.argmax(1)
+    return shapes[winner], cosine[np.arange(len(winner)), winner]
+
+
+def _background(pixels: np.ndarray) -> tuple[str | None, float]:
+    """Name and roughness (root mean squared deviation from the median) of background pixels [N, 3]."""
+    if len(pixels) < 64:
+        return None, 1.0
+    middle = np.median(pixels, axis=0)
+    roughness = float(np.sqrt(np.square(pixels - middle).mean()))
+    if np.ptp(middle) > 0.12:
+        return None, roughness
+    value = float(middle.mean())
+    # Fading pulls white down to 0.75 and black up to 0.25; gray stays where it is.
+    return ("black" if value < 0.36 else "white" if value > 0.65 else "gray"), roughness
