@@ -18,8 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from pipelines import PipelineError
-
 
 class StandIn:
     """Encodes like a family does, but so that a picture can be recognised in its latents and a prompt in its embedding.
@@ -34,6 +32,8 @@ class StandIn:
 
     def check_size(self, height: int, width: int) -> None:
         if height % 2 or width % 2:
+            from pipelines import PipelineError  # heavy, and the processes that a test kills do without
+
             raise PipelineError(f"{height} x {width}: both sides must be multiples of 2")
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
