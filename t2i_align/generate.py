@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from t2i_align.sources import (
     PRECISIONS,
     check_precision,
     load_pipeline,
+    lora_on,
     resolve_aligned,
     resolve_model,
     resolve_prompts,
@@ -113,42 +115,39 @@ def generate(
     if adapter is not None and adapter.kind != "lora":
         raise UserError(f"{lora}: this is a whole model, not a LoRA; give it as the model")
     folder = Path(out)
-    _claim(folder, force)
+    _check_free(folder, force)
 
     pipeline: TrainablePipeline = load_pipeline(source, precision, device) if source else model  # type: ignore
-    if adapter is not None:
-        pipeline.load_lora(adapter.path, scale=lora_scale)
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
-    with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            pictures = sample(
-                pipeline,
-                [text for text, _ in part],
-                [number for _, number in part],
-                steps=steps,
-                guidance=guidance,
-                height=height,
-                width=width,
-                batch_size=batch_size,
-                autocast=PRECISIONS[precision] if loaded and precision != "fp32" else None,
-            )
-            for index, ((text, number), picture) in enumerate(zip(part, pictures, strict=True), start):
-                name = f"{index:05d}.png"
-                save_picture(picture, folder / name)
-                row = {
-                    "prompt": text,
-                    "seed": number,
-                    "file": name,
-                    "model": str(model) if source else pipeline.source,
-                    "lora": str(lora) if lora is not None else None,
-                    "lora_scale": lora_scale if lora is not None else None,
-                    "steps": steps,
-                    "guidance": guidance,
-                }
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            lines.flush()
-            bar.update(len(part))
+    sampling: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "height": height,
+        "width": width,
+        "batch_size": batch_size,
+    }
+    autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    identity = {
+        "model": pipeline.source if loaded else str(model),
+        "lora": None if lora is None else str(lora),
+        "lora_scale": None if lora is None else lora_scale,
+        "steps": steps,
+        "guidance": guidance,
+    }
+    with lora_on(pipeline, adapter.path, lora_scale) if adapter else nullcontext():
+        _clear(folder)
+        with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                texts, seeds = [text for text, _ in part], [number for _, number in part]
+                pictures = sample(pipeline, texts, seeds, autocast=autocast, **sampling)
+                for index, ((text, number), picture) in enumerate(zip(part, pictures, strict=True), start):
+                    name = f"{index:05d}.png"
+                    save_picture(picture, folder / name)
+                    row = {"prompt": text, "seed": number, "file": name, **identity}
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                lines.flush()
+                bar.update(len(part))
     return folder / LIST
 
 
@@ -166,14 +165,17 @@ def check_sampling(**counts: int) -> None:
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
 
 
-def _claim(folder: Path, force: bool) -> None:
+def _check_free(folder: Path, force: bool) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; expected a folder to write pictures to")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not force:
-            raise UserError(f"{folder}: not empty; choose another folder, or force to replace its pictures")
-        if (folder / LIST).is_file():  # only what an earlier run wrote
-            for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
-                file.unlink()
-            (folder / LIST).unlink()
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise UserError(f"{folder}: not empty; choose another folder, or force to replace its pictures")
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier run wrote, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / LIST).is_file():
+        for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
+            file.unlink()
+        (folder / LIST).unlink()

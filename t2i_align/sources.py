@@ -5,7 +5,9 @@ The checks open as little as they can, so that a wrong name fails before anythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +64,7 @@ def resolve_aligned(path: str | Path) -> Aligned:
     if local.is_file():
         return Aligned("lora" if _is_lora_file(local) else "model", str(local))
     if (local / "model_index.json").is_file():
+        _check_whole(local)
         return Aligned("model", str(local))
     inner = [local / name for name in ("lora", "model") if (local / name).is_dir()]
     if len(inner) == 1:
@@ -114,6 +117,26 @@ def load_pipeline(path: str, precision: str = "fp32", device: str | None = None)
     return pipelines.load(path, dtype=PRECISIONS[precision]).to(target)
 
 
+@contextmanager
+def lora_on(pipeline: TrainablePipeline, path: str, scale: float = 1.0) -> Iterator[None]:
+    """A LoRA on a pipeline for as long as the block runs; afterwards the pipeline is as it was.
+
+    Raises:
+        UserError: the pipeline already carries an adapter, or these weights do not fit it.
+    """
+    if getattr(pipeline.denoiser, "peft_config", None):
+        raise UserError(f"{pipeline.source}: this pipeline already carries an adapter; save it and give its path")
+    try:
+        try:
+            pipeline.load_lora(path, scale=scale)
+        except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
+            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())
+            raise UserError(f"{path}: this LoRA does not fit {pipeline.source}: {reason[:300]}") from error
+        yield
+    finally:
+        pipeline.pipe.unload_lora_weights()
+
+
 def check_precision(precision: str) -> None:
     """Raise UserError for a name that is no precision."""
     if precision not in PRECISIONS:
@@ -155,6 +178,17 @@ def _bundled(find: Callable[[Any], Any], spec: str) -> Any:
 def _hub_id(text: str) -> bool:
     owner, _, name = text.partition("/")
     return bool(owner and name) and "/" not in name and not text.startswith((".", "~"))
+
+
+def _check_whole(folder: Path) -> None:
+    """A model that is half copied should fail before the other side has been sampled, not after."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'model_index.json'}: not JSON: {error}") from error
+    for name, part in index.items():
+        if isinstance(part, list) and part and part[0] and not (folder / name).is_dir():
+            raise UserError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
 
 
 def _is_lora_file(file: Path) -> bool:

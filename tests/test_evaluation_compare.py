@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_a_runs_lora_is_found_applied_and_taken_off_again(sd_path: Path, lora: P
     assert by_folder.headline == by_file.headline  # so the first left the loaded base as it was
     assert by_folder.settings["aligned_kind"] == "lora" and by_folder.settings["lora_sha256"]
     assert by_folder.headline.total.mean_change != 0
+    assert by_folder.settings["base"] == str(sd_path)
     plain = pipelines.load(sd_path)
     seeds = by_folder.settings["seeds"]
     before = Red().score(plain.generate(PROMPTS, seeds, steps=2, guidance=2.0), PROMPTS)
@@ -133,6 +135,12 @@ def test_a_runs_lora_is_found_applied_and_taken_off_again(sd_path: Path, lora: P
     for line, low, high in zip(samples(tmp_path / "a"), before, after, strict=True):
         assert line["scores"]["red"]["before"] == pytest.approx(low.item(), abs=2e-3)  # rounding to 8 bits
         assert line["scores"]["red"]["after"] == pytest.approx(high.item(), abs=2e-3)
+
+
+def test_a_loaded_base_against_another_model_keeps_its_name(sd_path: Path, other: Path, tmp_path: Path) -> None:
+    base = pipelines.load(sd_path)
+    result = evaluate(base=base, aligned=other, prompts=PROMPTS, scorers=[Red()], out=tmp_path, **FAST)
+    assert (result.settings["base"], result.settings["aligned"]) == (str(sd_path), str(other))
 
 
 def test_margins_by_scorer(sd_path: Path, other: Path, tmp_path: Path) -> None:
@@ -163,6 +171,9 @@ def test_bad_input_is_named_before_anything_is_generated(
 
     save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3)}, misfit)
 
+    half = tmp_path / "half"
+    shutil.copytree(sd_path, half, ignore=shutil.ignore_patterns("unet"))
+
     class Picky(Red):
         def check_prompts(self, prompts: Sequence[str]) -> None:
             raise ScorerError("prompts[2]: not of my world")
@@ -173,6 +184,7 @@ def test_bad_input_is_named_before_anything_is_generated(
         ({"aligned": tmp_path / "folder"}, "neither a LoRA, nor a model"),
         ({"aligned": tmp_path / "cut.safetensors"}, "not a readable safetensors file"),
         ({"aligned": misfit}, "does not fit"),
+        ({"aligned": half}, "names 'unet', but there is no such folder"),
         ({"prompts": tmp_path / "none.txt"}, "no such prompt file"),
         ({"prompts": tmp_path / "empty.txt"}, "no prompt in it"),
         ({"prompts": tmp_path / "latin.txt"}, "not UTF-8"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import pipelines
 from t2i_align.errors import UserError
@@ -47,7 +48,10 @@ def test_an_existing_folder_is_kept_unless_forced(sd_path: Path, tmp_path: Path)
     before = (out / "samples.jsonl").read_bytes()
     with pytest.raises(UserError, match="not empty"):
         generate(sd_path, ["sun"], out, **FAST)
-    assert (out / "samples.jsonl").read_bytes() == before
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "misfit.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        generate(sd_path, ["sun"], out, lora=tmp_path / "misfit.safetensors", force=True, **FAST)
+    assert (out / "samples.jsonl").read_bytes() == before and (out / "00001.png").is_file()
     generate(sd_path, ["sun"], out, force=True, **FAST)
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", "notes.txt", "samples.jsonl"]
 
@@ -112,8 +116,6 @@ def test_prompts_keep_unusual_characters_within_a_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_both_or_several_is_not_guessed(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     for name in ("a", "b"):
         save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match=r"2 LoRA files here; name one: a.safetensors, b.safetensors"):

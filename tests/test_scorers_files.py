@@ -115,5 +115,5 @@ def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown scorer 'rde'"):
         score(file, ["rde"], progress=False)
     (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match="foreign.jsonl, line 1: not a line of scores"):
+    with pytest.raises(UserError, match=r"foreign.jsonl, line 1: not a line of scores"):
         run(file, Red(), tmp_path / "foreign.jsonl")

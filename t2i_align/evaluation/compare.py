@@ -25,10 +25,10 @@ from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.generate import check_sampling, sample, sample_seed, save_picture
 from t2i_align.sources import (
     PRECISIONS,
-    Aligned,
     build_scorers,
     check_precision,
     load_pipeline,
+    lora_on,
     resolve_aligned,
     resolve_model,
     resolve_prompts,
@@ -113,32 +113,35 @@ def evaluate(
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline = load_pipeline(base_path, precision, device) if base_path else base  # type: ignore
     if other.kind == "lora":
-        _check_lora(pipeline, other)
+        # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
+        with lora_on(pipeline, other.path):
+            pass
     for judge in judges:
         judge.to(pipeline.device)
 
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
-    sampling = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    base_name = pipeline.source if loaded else str(base)
     folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".pictures-", dir=folder) as temporary,
         tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar,
     ):
         store = Path(temporary)
-        before = _measure("base", pipeline, rows, judges, store, bar, batch_size, autocast=autocast, **sampling)
+        what = (rows, judges, store, bar, batch_size)
+        before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
         if other.kind == "lora":
-            pipeline.load_lora(other.path)
+            with lora_on(pipeline, other.path):
+                after = _measure("aligned", pipeline, *what, autocast=autocast, **sampling)
         else:
             del pipeline
             _release()
             pipeline = load_pipeline(other.path, precision, device)
-        after = _measure("aligned", pipeline, rows, judges, store, bar, batch_size, autocast=autocast, **sampling)
-        if other.kind == "lora":
-            pipeline.pipe.unload_lora_weights()
+            after = _measure("aligned", pipeline, *what, **sampling)
         bar.close()
         settings = {
-            "base": str(base) if base_path else pipeline.source,
+            "base": base_name,
             "aligned": str(aligned),
             "aligned_kind": other.kind,
             "lora_sha256": _sha256(other.path) if other.kind == "lora" else None,
@@ -249,17 +252,6 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
-
-
-def _check_lora(pipeline: TrainablePipeline, lora: Aligned) -> None:
-    """Load the LoRA and take it off again: one that does not fit should fail before the base has been sampled."""
-    if getattr(pipeline.denoiser, "peft_config", None):
-        raise UserError("base: this pipeline already carries an adapter; save it and give the paths instead")
-    try:
-        pipeline.load_lora(lora.path)
-    except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
-        raise UserError(f"{lora.path}: this LoRA does not fit {pipeline.source}: {error}") from error
-    pipeline.pipe.unload_lora_weights()
 
 
 def _release() -> None:
