@@ -171,7 +171,7 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
 def _bundled(find: Callable[[Any], Any], spec: str) -> Any:
     try:
         return find(spec.removeprefix(TESTBED))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{spec}: {error}") from error
 
 
