@@ -194,7 +194,8 @@ def _objectives(argv: list[str]) -> int:
 def _testbed(argv: list[str]) -> int:
     from t2i_align.testbed.__main__ import main as testbed
 
-    return testbed(argv) or 0
+    testbed(argv)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
