@@ -90,7 +90,7 @@ class LatentShard(Shard):
     def __init__(self, folder: Path, latent_shape: Sequence[int], layout: Layout) -> None:
         super().__init__(folder)
         column, prompts = self.groups["latents"], read_table(folder / PROMPTS)
-        self.starts = column.offsets.to_numpy()
+        self.starts = np.from_dlpack(column.offsets)
         self.latents = _array(column.values, np.dtype(np.float16), latent_shape)
         self.embeddings = {
             name: _array(prompts[f"embedding:{name}"], dtype, shape) for name, (shape, dtype) in layout.items()

@@ -305,7 +305,7 @@ def _index(out: Path, shards: int) -> pa.Table:
         groups = read_table(shard / GROUPS)
         for scores, prompt in zip(groups["scores"].to_pylist(), groups["prompt"].to_pylist(), strict=True):
             rows["k"].append(len(scores))
-            rows["tie"].append(is_tie(tuple(scores)))
+            rows["tie"].append(int(is_tie(tuple(scores))))
             rows["prompt"].append(known.get(prompt, -1))
-    return pa.table({"k": pa.array(rows["k"], pa.int32()), "tie": pa.array(rows["tie"], pa.bool_()),
+    return pa.table({"k": pa.array(rows["k"], pa.int32()), "tie": pa.array(rows["tie"], pa.uint8()),
                      "prompt": pa.array(rows["prompt"], pa.int64())})  # fmt: skip

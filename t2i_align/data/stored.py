@@ -25,8 +25,9 @@ class Shard:
     def __init__(self, folder: Path) -> None:
         self.groups = read_table(folder / GROUPS)
         self.ids = self.groups["id"]
-        self.score_starts = self.groups["scores"].offsets.to_numpy()
-        self.score_values = self.groups["scores"].values.to_numpy()
+        # DLPack, because pyarrow's `to_numpy` would import pandas.
+        self.score_starts = np.from_dlpack(self.groups["scores"].offsets)
+        self.score_values = np.from_dlpack(self.groups["scores"].values)
 
     def scores_of(self, row: int) -> np.ndarray:
         """The scores of a group, [k], float64."""
@@ -49,9 +50,9 @@ class Store:
             for name, size in shard["files"].items():
                 _check_file(path / shard_name(number) / name, size)
         index = read_table(path / INDEX)
-        self.k: np.ndarray = index["k"].to_numpy()
-        self.tie: np.ndarray = index["tie"].to_numpy(zero_copy_only=False)
-        self.prompt: np.ndarray = index["prompt"].to_numpy()
+        self.k: np.ndarray = np.from_dlpack(index["k"])
+        self.tie: np.ndarray = np.from_dlpack(index["tie"]).astype(bool)
+        self.prompt: np.ndarray = np.from_dlpack(index["prompt"])
         self._group_starts = [0, *accumulate(shard["groups"] for shard in self.manifest["shards"])]
         self._prompt_starts = [0, *accumulate(shard["prompts"] for shard in self.manifest["shards"])]
         self._shards: dict[int, Any] = {}
