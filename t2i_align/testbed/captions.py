@@ -124,8 +124,8 @@ def _phrase(words: str) -> Phrase:
     count = {"two": 2, "three": 3}.get(number, 1)
     shape = noun if count == 1 else noun.removesuffix("es" if noun.endswith("sses") else "s")
     phrase = Phrase(shape, adjectives[-1], adjectives[0] if len(adjectives) == 2 else None, count)
-    if _words(phrase) != words:
-        raise CaptionError(f"{words!r} should read {_words(phrase)!r}")
+    if shape not in SHAPES or _words(phrase) != words:
+        raise CaptionError(f"cannot read {words!r}: one object is \"a red circle\", several are \"two red circles\"")
     return phrase
 
 

@@ -83,7 +83,7 @@ def build_scheduler(prediction_type: str) -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0 if zero_snr else 1,
+        steps_offset=1,
     )
 
 

@@ -6,6 +6,7 @@ encoded bytes; `label_0` is 1 where the first picture is preferred, 0 where the 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import hashlib
@@ -23,9 +24,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_align.testbed.annotators import Annotator
+from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
 from t2i_align.testbed.oracle import Oracle, Verdict
-from t2i_align.testbed.sampling import GUIDANCE, STEPS, sample
+from t2i_align.testbed.prompts import prompts
+from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, sample
 
 _TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
 SCHEMA = pa.schema(
@@ -102,10 +104,10 @@ def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
     return Verdict(*arrays, attributes=attributes, views=tuple(verdict.views[i] for i in index))
 
 
-def choose(verdict: Verdict, prompts: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(winner, loser) indices into a verdict on prompts x candidates pictures, at most one pair a prompt."""
+def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(winner, loser) indices into a verdict on number x candidates pictures, at most one pair a prompt."""
     pairs = []
-    for p in range(prompts):
+    for p in range(number):
         rows = np.arange(p * config.candidates, (p + 1) * config.candidates)
         best, worst = rows[verdict.reward[rows].argmax()], rows[verdict.reward[rows].argmin()]
         if verdict.reward[best] - verdict.reward[worst] < config.margin:
@@ -118,7 +120,7 @@ def choose(verdict: Verdict, prompts: int, config: PairsConfig, rng: np.random.G
 
 def make_pairs(
     pipeline: StableDiffusionPipeline,
-    prompts: Sequence[str],
+    captions: Sequence[str],
     annotator: Annotator,
     config: PairsConfig,
     *,
@@ -132,9 +134,9 @@ def make_pairs(
     """
     oracle = oracle or Oracle()
     rows: list[dict[str, object]] = []
-    starts = range(0, len(prompts), config.prompts_per_batch)
+    starts = range(0, len(captions), config.prompts_per_batch)
     for start in tqdm(starts, desc="sampling pairs", unit="batch"):
-        some = list(prompts[start : start + config.prompts_per_batch])
+        some = list(captions[start : start + config.prompts_per_batch])
         repeated = list(itertools.chain.from_iterable([p] * config.candidates for p in some))
         first = 1_000_000 * (config.seed + 1) + start * config.candidates
         seeds = range(first, first + len(repeated))
@@ -212,3 +214,50 @@ def write_parquet(rows: list[dict[str, object]], path: Path, *, force: bool = Fa
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, temporary, compression="zstd", row_group_size=512)
     temporary.replace(path)
+
+
+def _annotator(args: argparse.Namespace) -> Annotator:
+    if args.annotator == "expert":
+        return Expert()
+    if args.annotator == "noisy":
+        return Noisy(flip=args.flip) if args.temperature is None else Noisy(temperature=args.temperature)
+    return Biased()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample train prompts from a base and write the pairs."""
+    config = PairsConfig()
+    p = argparse.ArgumentParser(prog="t2i-align testbed pairs", description=__doc__.split("\n")[0])
+    p.add_argument("model", type=Path, help="folder of a diffusers pipeline")
+    p.add_argument("--out", type=Path, required=True, help="parquet file to write")
+    p.add_argument("--prompts", type=int, default=2400, help="how many train prompts to sample")
+    p.add_argument("--first", type=int, default=0, help="the first train prompt")
+    p.add_argument("--limit", type=int, help="stop after so many pairs")
+    p.add_argument("--candidates", type=int, default=config.candidates)
+    p.add_argument("--margin", type=float, default=config.margin, help="smallest difference of reward")
+    p.add_argument("--quality-only", type=float, default=config.quality_only, help="share kept of such pairs")
+    p.add_argument("--guidance", type=float, default=config.guidance)
+    p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
+    p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
+    p.add_argument("--temperature", type=float, help="of the noisy annotator; replaces --flip")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--force", action="store_true")
+    args = p.parse_args(argv)
+    if not args.model.is_dir():
+        raise SystemExit(f"{args.model} is not a folder")
+    if args.out.exists() and not args.force:
+        raise SystemExit(f"{args.out} exists; pass --force to replace it")
+    torch.set_num_threads(args.threads)
+    config = PairsConfig(
+        candidates=args.candidates,
+        margin=args.margin,
+        quality_only=args.quality_only,
+        guidance=args.guidance,
+        seed=args.seed,
+    )
+    captions = prompts("train")[args.first : args.first + args.prompts]
+    rows = make_pairs(load(args.model), captions, _annotator(args), config, model=args.model.name, limit=args.limit)
+    write_parquet(rows, args.out, force=args.force)
+    differ = sum(row["faithfulness_0"] != row["faithfulness_1"] for row in rows)
+    print(f"{len(rows)} pairs of {len(captions)} prompts, {differ} differ in faithfulness: {args.out}")

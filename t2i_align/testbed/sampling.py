@@ -61,7 +61,7 @@ def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
 
 def load(path: str | Path) -> StableDiffusionPipeline:
     """Load a pipeline in float32 without progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(path).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

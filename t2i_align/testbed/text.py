@@ -146,4 +146,4 @@ def warm_up(
         optimiser.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            print(f"text step {step + 1}/{steps} parse loss {float(loss):.4f}", flush=True)
+            print(f"text step {step + 1}/{steps} parse loss {loss.item():.4f}", flush=True)

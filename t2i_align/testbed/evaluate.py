@@ -1,0 +1,79 @@
+"""How well does a base do? Samples prompts of a split and asks the oracle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from t2i_align.testbed.oracle import Oracle, Verdict
+from t2i_align.testbed.prompts import SIZES, prompts
+from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, sample
+
+
+def means(verdict: Verdict) -> dict[str, float]:
+    """Mean reward, faithfulness, strict and quality, and each attribute's over prompts that state it."""
+    figures = {name: float(getattr(verdict, name).mean()) for name in ("reward", "faithfulness", "strict", "quality")}
+    stated = {name: values[~np.isnan(values)] for name, values in verdict.attributes.items()}
+    return figures | {name: float(values.mean()) for name, values in stated.items() if len(values)}
+
+
+def summary(verdict: Verdict) -> str:
+    """The means on one line."""
+    return " ".join(f"{name} {value:.3f}" for name, value in means(verdict).items())
+
+
+def grid(pictures: Tensor, columns: int = 16) -> Image.Image:
+    """Pictures [B, 3, H, W] in [0, 1] side by side; an incomplete last row is left out."""
+    rows = len(pictures) // columns
+    height, width = pictures.shape[-2:]
+    tiles = pictures[: rows * columns].reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    array = (tiles.reshape(rows * height, columns * width, 3) * 255).round().byte().numpy()
+    return Image.fromarray(array)
+
+
+def evaluate(
+    pipeline: StableDiffusionPipeline,
+    captions: Sequence[str],
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    seed: int = 0,
+    picture: Path | None = None,
+) -> Verdict:
+    """Judge one sample a caption, with seeds seed, seed + 1, ...; `picture` saves a grid of them."""
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = sample(pipeline, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
+    if picture is not None and len(pictures) >= 16:
+        grid(pictures).save(picture)
+    return Oracle().judge(pictures, captions)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the oracle's means over a split as JSON."""
+    p = argparse.ArgumentParser(prog="t2i-align testbed evaluate", description=__doc__)
+    p.add_argument("model", type=Path, help="folder of a diffusers pipeline")
+    p.add_argument("--split", choices=list(SIZES), default="dev")
+    p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")
+    p.add_argument("--steps", type=int, default=STEPS)
+    p.add_argument("--guidance", type=float, default=GUIDANCE)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--picture", type=Path, help="save a grid of the samples here")
+    args = p.parse_args(argv)
+    if not args.model.is_dir():
+        raise SystemExit(f"{args.model} is not a folder")
+    torch.set_num_threads(args.threads)
+    captions = prompts(args.split)[: args.number]
+    verdict = evaluate(
+        load(args.model), captions, steps=args.steps, guidance=args.guidance, seed=args.seed, picture=args.picture
+    )
+    settings = {"model": str(args.model), "split": args.split, "prompts": len(captions), "steps": args.steps}
+    print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | means(verdict), indent=2))

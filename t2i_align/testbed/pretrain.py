@@ -1,0 +1,111 @@
+"""Pretrain a tiny Stable Diffusion on the small world: autoencoder, text warm-up, denoiser, pipeline.
+
+Every stage leaves its result in the work folder and is skipped or continued when that exists, so the
+command can be killed and run again. The epsilon base starts from the v base's work folder, which holds
+the autoencoder, the cached latents and the denoiser to start from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from t2i_align.testbed.denoiser import Denoiser, DenoiserConfig, build_unet, train_denoiser
+from t2i_align.testbed.evaluate import evaluate, summary
+from t2i_align.testbed.pools import CLEAN, FAULTY, Pool, make_pool
+from t2i_align.testbed.prompts import prompts
+from t2i_align.testbed.sampling import assemble, save
+from t2i_align.testbed.text import ParseHeads, build_text_encoder, build_tokenizer, warm_up
+from t2i_align.testbed.vae import VAEConfig, train_vae
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the command; the defaults are the shipped bases' recipe."""
+    vae, denoiser = VAEConfig(), DenoiserConfig()
+    p = argparse.ArgumentParser(prog="t2i-align testbed pretrain", description=__doc__.split("\n")[0])
+    p.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline, e.g. tiny-sd")
+    p.add_argument("--work", type=Path, default=Path("pretrain"), help="folder of checkpoints and latents")
+    p.add_argument("--prediction-type", choices=["v_prediction", "epsilon"], default="v_prediction")
+    p.add_argument("--vae-steps", type=int, default=vae.steps)
+    p.add_argument("--vae-mosaic-steps", type=int, default=vae.mosaic_steps)
+    p.add_argument("--vae-lr", type=float, default=vae.lr)
+    p.add_argument("--text-steps", type=int, default=250)
+    p.add_argument("--steps", type=int, default=denoiser.steps)
+    p.add_argument("--clean-fraction", type=float, default=denoiser.clean_fraction, help="share of steps without faults")
+    p.add_argument("--lr", type=float, default=denoiser.lr)
+    p.add_argument("--high-noise", type=float, default=denoiser.high_noise, help="0: timesteps are uniform")
+    p.add_argument("--start-from", type=Path, help="a denoiser checkpoint to begin with, e.g. denoiser_v_prediction.pt")
+    p.add_argument("--every", type=int, default=500, help="steps between checkpoints, each of which is evaluated")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--force", action="store_true", help="replace --out where it exists")
+    return p
+
+
+def _vae(args: argparse.Namespace) -> AutoencoderKL:
+    if (args.work / "vae").exists():
+        return AutoencoderKL.from_pretrained(args.work / "vae")
+    config = VAEConfig(steps=args.vae_steps, mosaic_steps=args.vae_mosaic_steps, lr=args.vae_lr, seed=args.seed)
+    return train_vae(args.work, config, compile_step=args.compile)
+
+
+def _denoiser(args: argparse.Namespace, tokenizer: CLIPTokenizer, pool: Pool) -> Denoiser:
+    """A fresh denoiser with a warmed-up text encoder, or the one of `--start-from`."""
+    torch.manual_seed(args.seed)
+    model = Denoiser(build_unet(), build_text_encoder(tokenizer), ParseHeads())
+    text_file = args.work / "text.pt"
+    if args.start_from is not None:
+        model.load_state_dict(torch.load(args.start_from, weights_only=True)["average"])
+    elif text_file.exists():
+        state = torch.load(text_file, weights_only=True)
+        model.text_encoder.load_state_dict(state["text_encoder"])
+        model.heads.load_state_dict(state["heads"])
+    else:
+        warm_up(model.text_encoder, model.heads, tokenizer, pool.scenes[:8000], steps=args.text_steps, seed=args.seed)
+        torch.save({"text_encoder": model.text_encoder.state_dict(), "heads": model.heads.state_dict()}, text_file)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, evaluate on dev prompts at every checkpoint, and save the pipeline."""
+    args = parser().parse_args(argv)
+    if args.out.exists() and not args.force:
+        raise SystemExit(f"{args.out} exists; pass --force to replace it")
+    if args.start_from is not None and not args.start_from.exists():
+        raise SystemExit(f"--start-from {args.start_from} does not exist")
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    vae = _vae(args)
+    clean = make_pool(CLEAN, vae, args.work / "latents_clean.pt")
+    tokenizer = build_tokenizer()
+    model = _denoiser(args, tokenizer, clean)
+    faulty = make_pool(FAULTY, vae, args.work / "latents_faulty.pt")
+
+    def pipeline_of(average: Denoiser) -> StableDiffusionPipeline:
+        return assemble(vae, average.text_encoder, tokenizer, average.unet, args.prediction_type)
+
+    def on_checkpoint(average: Denoiser, step: int) -> None:
+        pipeline = pipeline_of(average)
+        save(pipeline, args.work / f"{args.prediction_type}_latest")
+        verdict = evaluate(pipeline, prompts("dev")[:64], picture=args.work / f"{args.prediction_type}_{step}.png")
+        print(f"dev at step {step}: {summary(verdict)}", flush=True)
+
+    config = DenoiserConfig(
+        prediction_type=args.prediction_type,
+        steps=args.steps,
+        clean_fraction=args.clean_fraction,
+        lr=args.lr,
+        high_noise=args.high_noise,
+        seed=args.seed,
+    )
+    average = train_denoiser(
+        args.work, model, tokenizer, (clean, faulty), config,
+        on_checkpoint=on_checkpoint, every=args.every, compile_step=args.compile,
+    )
+    save(pipeline_of(average), args.out)
+    print(f"saved {args.out}")
