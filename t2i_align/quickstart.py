@@ -14,7 +14,7 @@ from t2i_align import config as configuration
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:
-    from t2i_align.evaluation.compare import Evaluation
+    from t2i_align.evaluation.result import Evaluation
 
 CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
 MARKER = ".quickstart"  # a folder that holds this file was made by a quickstart, and the next one may replace it
