@@ -118,17 +118,17 @@ def load_inputs(config: RunConfig, accelerator: Accelerator, progress: bool) -> 
         pipeline.load_encoders()
         return pipeline
 
-    with accelerator.main_process_first():  # one process prepares, the others find the cache
-        source = open_source(
-            config.data,
-            config.model,
-            needs=config.objective.needs,
-            pipeline=with_encoders,
-            encoder_fingerprint=lambda: pipelines.encoder_fingerprint(path, config.model.revision),
-            size=size,
-            cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
-            progress=progress and accelerator.is_main_process,
-        )
+    # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
+    source = open_source(
+        config.data,
+        config.model,
+        needs=config.objective.needs,
+        pipeline=with_encoders,
+        encoder_fingerprint=lambda: pipelines.encoder_fingerprint(path, config.model.revision),
+        size=size,
+        cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
+        progress=progress and accelerator.is_main_process,
+    )
     if config.data.cache and not config.validation.every:
         pipeline.drop_encoders()
     return pipeline, source

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torchvision.utils import save_image
 
-import reward_scorers
 from t2i_align.config import RunConfig
 from t2i_align.randomness import stable_seed
-from t2i_align.sources import resolve_prompts
+from t2i_align.sources import build_scorers, resolve_prompts
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -28,7 +27,9 @@ class Validation:
         self.folder = Path(config.output_dir) / "validation"
         self.prompts = resolve_prompts(self.options.prompts)[: self.options.count]
         self.seeds = [stable_seed(self.options.seed, i) % 2**32 for i in range(len(self.prompts))]
-        self.scorers = {spec: reward_scorers.build(spec) for spec in self.options.scorers}
+        self.scorers = build_scorers(self.options.scorers) if self.options.scorers else []
+        for scorer in self.scorers:
+            scorer.check_prompts(self.prompts)
         self.side = config.data.resolution
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
 
@@ -46,7 +47,7 @@ class Validation:
         self.folder.mkdir(exist_ok=True)
         save_image(pixels, self.folder / f"step_{step:06d}.png", nrow=max(1, round(len(pixels) ** 0.5)))
         scores = {}
-        for spec, scorer in self.scorers.items():
+        for scorer in self.scorers:
             with torch.no_grad():
-                scores[f"validation/{spec}"] = scorer.score(pixels, self.prompts).mean().item()
+                scores[f"validation/{scorer.name}"] = scorer.score(pixels, self.prompts).mean().item()
         return scores

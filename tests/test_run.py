@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"optim__schedule": "zigzag"}, UserError, "optim.schedule: .*zigzag"),
         ({"optim__optimizer": "adamw8bit"}, UserError, "needs bitsandbytes"),
         ({"lora": None, "train__reference": "adapter_off"}, UserError, "needs a LoRA"),
-        ({"validation": {"every": 1, "scorers": ["clipp"]}}, ValueError, "clipp"),
+        ({"validation": {"every": 1, "scorers": ["clipp"]}}, UserError, "Choices: clip, oracle"),
         ({"log__trackers": ["mlflow"]}, UserError, "log.trackers"),
     ],
 )
