@@ -68,12 +68,13 @@ SCHEMA = pa.schema(
 class PairsConfig:
     """How pairs are sampled and chosen.
 
-    `candidates` pictures a prompt; the best and the worst make a pair where their rewards differ by
-    `margin` at least. Of the pairs that differ in quality only, the share `quality_only` is kept, since
+    Of `candidates` pictures a prompt the best and the worst make a pair, the second best and the second
+    worst another, and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs that differ in quality only, the share `quality_only` is kept, since
     quality differs far more often than faithfulness and would drown it.
     """
 
     candidates: int = 4
+    per_prompt: int = 2
     margin: float = 0.1
     quality_only: float = 0.25
     steps: int = STEPS
@@ -105,16 +106,17 @@ def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
 
 
 def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(winner, loser) indices into a verdict on number x candidates pictures, at most one pair a prompt."""
+    """(winner, loser) indices into a verdict on number x candidates pictures, grouped by prompt."""
     pairs = []
     for p in range(number):
         rows = np.arange(p * config.candidates, (p + 1) * config.candidates)
-        best, worst = rows[verdict.reward[rows].argmax()], rows[verdict.reward[rows].argmin()]
-        if verdict.reward[best] - verdict.reward[worst] < config.margin:
-            continue
-        faithful = verdict.faithfulness[best] - verdict.faithfulness[worst] > 1e-6
-        if faithful or rng.random() < config.quality_only:
-            pairs.append((int(best), int(worst)))
+        order = rows[np.argsort(-verdict.reward[rows], kind="stable")]
+        for better, worse in list(zip(order, order[::-1]))[: min(config.per_prompt, config.candidates // 2)]:
+            if verdict.reward[better] - verdict.reward[worse] < config.margin:
+                continue
+            faithful = verdict.faithfulness[better] - verdict.faithfulness[worse] > 1e-6
+            if faithful or rng.random() < config.quality_only:
+                pairs.append((int(better), int(worse)))
     return pairs
 
 
@@ -234,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--first", type=int, default=0, help="the first train prompt")
     p.add_argument("--limit", type=int, help="stop after so many pairs")
     p.add_argument("--candidates", type=int, default=config.candidates)
+    p.add_argument("--per-prompt", type=int, default=config.per_prompt, help="most pairs of one prompt")
+    p.add_argument("--steps", type=int, default=config.steps, help="DDIM steps")
     p.add_argument("--margin", type=float, default=config.margin, help="smallest difference of reward")
     p.add_argument("--quality-only", type=float, default=config.quality_only, help="share kept of such pairs")
     p.add_argument("--guidance", type=float, default=config.guidance)
@@ -251,6 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     config = PairsConfig(
         candidates=args.candidates,
+        per_prompt=args.per_prompt,
+        steps=args.steps,
         margin=args.margin,
         quality_only=args.quality_only,
         guidance=args.guidance,
