@@ -5,7 +5,17 @@ import pytest
 
 from t2i_align.testbed import base_path
 from t2i_align.testbed import prompts as split_prompts
-from t2i_align.testbed.captions import FAULTS, CaptionError, Phrase, Statement, corrupt, describe, parse, write
+from t2i_align.testbed.captions import (
+    FAULTS,
+    CaptionError,
+    Phrase,
+    Statement,
+    corrupt,
+    describe,
+    draw_for,
+    parse,
+    write,
+)
 from t2i_align.testbed.prompts import SIZES, make_prompts, split_of
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, KINDS, degrade, relation_between, render, sample_scene
 
@@ -125,3 +135,16 @@ def test_splits_are_disjoint_in_meaning_and_match_the_files():
     assert not meanings["train"] & meanings["test"] and not meanings["dev"] & meanings["test"]
     assert split_prompts("dev")[:20] == make_prompts("dev", 20)
     assert split_prompts("test")[:20] == make_prompts("test", 20)
+
+
+def test_scenes_drawn_for_a_statement_make_it_true():
+    rng = np.random.default_rng(6)
+    for _ in range(200):
+        statement = describe(sample_scene(rng), rng)
+        scene = draw_for(statement, rng)
+        described = describe(scene, rng, p_size=1.0, p_background=1.0)
+        assert scene.relation == statement.relation and described.count == statement.count
+        for stated, true in zip(statement.phrases, described.phrases):
+            assert (stated.shape, stated.colour, stated.number) == (true.shape, true.colour, true.number)
+            assert stated.size in (None, true.size)
+        assert statement.background in (None, scene.background)

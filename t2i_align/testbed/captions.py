@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, OPPOSITE, RADII, SHAPES, Scene
+from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, OPPOSITE, RADII, SHAPES, Scene, compose
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 RELATION_WORDS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
@@ -67,6 +67,21 @@ def describe(scene: Scene, rng: np.random.Generator, *, p_size: float = 0.5, p_b
         phrases = tuple(Phrase(o.shape, o.colour, o.size if rng.random() < p_size else None) for o in objects)
     background = scene.background if rng.random() < p_background else None
     return Statement(phrases, scene.relation, background)
+
+
+def draw_for(statement: Statement, rng: np.random.Generator) -> Scene:
+    """A random scene of which the statement is true; what it leaves open is drawn at random."""
+    while True:
+        specs = []
+        for phrase in statement.phrases:
+            size = phrase.size or str(rng.choice(list(RADII)))
+            specs += [(phrase.shape, phrase.colour, size)] * phrase.number
+        background = statement.background or str(rng.choice(list(BACKGROUNDS)))
+        objects = compose(rng, specs, statement.relation)
+        if objects is not None:
+            kind = "pair" if statement.relation else ("count", "single")[statement.count == 1]
+            kind = "triple" if len(statement.phrases) == 3 else kind
+            return Scene(kind, background, tuple(objects), statement.relation)
 
 
 def _words(phrase: Phrase) -> str:

@@ -139,15 +139,20 @@ def _place(rng: np.random.Generator, items: list[Object]) -> list[Object] | None
     """Move the items to random places where none touch; None when that failed too often."""
     placed: list[Object] = []
     for item in items:
-        for _ in range(60):
-            x, y = rng.uniform(7, SIDE - 7, 2)
-            moved = dataclasses.replace(item, x=float(x), y=float(y))
-            if _apart(moved, placed):
-                placed.append(moved)
-                break
-        else:
+        moved = _place_one(rng, item, placed)
+        if moved is None:
             return None
+        placed.append(moved)
     return placed
+
+
+def _place_one(rng: np.random.Generator, item: Object, others: list[Object]) -> Object | None:
+    for _ in range(60):
+        x, y = rng.uniform(7, SIDE - 7, 2)
+        moved = dataclasses.replace(item, x=float(x), y=float(y))
+        if _apart(moved, others):
+            return moved
+    return None
 
 
 def relation_between(dx: float, dy: float) -> str | None:
@@ -175,6 +180,15 @@ def _place_pair(rng: np.random.Generator, items: list[Object], relation: str) ->
     return None
 
 
+def compose(rng: np.random.Generator, specs: list[tuple[str, str, str]], relation: str | None) -> list[Object] | None:
+    """Place objects given as (shape, colour, size); the first of two stands in `relation` to the second.
+
+    None where no room was found, which is rare: try again.
+    """
+    items = [_draw(rng, *spec) for spec in specs]
+    return _place_pair(rng, items, relation) if relation else _place(rng, items)
+
+
 def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool = False) -> Scene:
     """Draw a random scene of `kind` (at random by `KINDS` when None), with a stray object when asked.
 
@@ -195,28 +209,17 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
             shapes = [str(s) for s in rng.choice(SHAPES, number, replace=False)]
             colours = [str(c) for c in rng.choice(list(COLOURS), number, replace=False)]
             sizes = [str(s) for s in rng.choice(list(RADII), number)]
-        items = [_draw(rng, *spec) for spec in zip(shapes, colours, sizes)]
-        placed = _place_pair(rng, items, relation) if relation else _place(rng, items)
+        placed = compose(rng, list(zip(shapes, colours, sizes)), relation)
         if placed is None:
             continue
         if stray:
             extra = _draw(rng, str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), "small")
-            spots = (_place_one(rng, extra, placed) for _ in range(1))
-            spot = next(spots)
+            spot = _place_one(rng, extra, placed)
             if spot is None:
                 continue
             placed.append(spot)
         background = str(rng.choice(list(BACKGROUNDS)))
         return Scene(kind, background, tuple(placed), relation, stray=int(stray))
-
-
-def _place_one(rng: np.random.Generator, item: Object, others: list[Object]) -> Object | None:
-    for _ in range(60):
-        x, y = rng.uniform(7, SIDE - 7, 2)
-        moved = dataclasses.replace(item, x=float(x), y=float(y))
-        if _apart(moved, others):
-            return moved
-    return None
 
 
 def degrade(pixels: np.ndarray, rng: np.random.Generator, how: str | None = None) -> np.ndarray:
