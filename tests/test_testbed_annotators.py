@@ -38,7 +38,9 @@ def test_bradley_terry():
     assert abs(labels.mean() - 0.8808) < 0.0092
 
 
-@pytest.mark.parametrize("options", [{"flip": 0.6}, {"flip": -0.1}, {"temperature": 0.0}, {"flip": 0.1, "temperature": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"flip": 0.6}, {"flip": -0.1}, {"temperature": 0.0}, {"flip": 0.1, "temperature": 1.0}]
+)
 def test_impossible_noise_is_an_error(options):
     with pytest.raises(ValueError):
         Noisy(**options)
@@ -47,7 +49,7 @@ def test_impossible_noise_is_an_error(options):
 def test_traits_by_hand():
     """Two objects: one of them big, one warm, mean x = 24, so (32 - 24) / 32 = 0.25; mean y = 40, so -0.25."""
     view = View((seen("red", "large", 16, 32), seen("blue", "small", 32, 48)), "white", 0.0)
-    row = dict(zip(TRAITS, traits([view])[0]))
+    row = dict(zip(TRAITS, traits([view])[0], strict=True))
     assert row == {"white": 1, "black": 0, "big": 0.5, "warm": 0.5, "crowded": 0, "left": 0.25, "high": -0.25}
 
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from t2i_align.testbed.captions import describe, parse, write
-from t2i_align.testbed.denoiser import Denoiser, DenoiserConfig, build_scheduler, build_unet, draw_captions, train_denoiser
+from t2i_align.testbed.denoiser import (
+    Denoiser,
+    DenoiserConfig,
+    build_scheduler,
+    build_unet,
+    draw_captions,
+    train_denoiser,
+)
 from t2i_align.testbed.pools import Pool
 from t2i_align.testbed.prompts import prompts, split_of
 from t2i_align.testbed.scenes import sample_scene
@@ -72,7 +79,7 @@ def test_planted_faults_occur_at_their_rate(scenes):
     pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
     index = np.arange(40).repeat(100)
     _, statements = draw_captions(pool, index, np.random.default_rng(2), config, faulty=True)
-    wrong = [s.background != scenes[i].background for s, i in zip(statements, index) if s.background]
+    wrong = [s.background != scenes[i].background for s, i in zip(statements, index, strict=True) if s.background]
     assert abs(np.mean(wrong) - 0.3) < 4 * np.sqrt(0.21 / len(wrong))
 
 

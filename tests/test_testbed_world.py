@@ -144,7 +144,7 @@ def test_scenes_drawn_for_a_statement_make_it_true():
         scene = draw_for(statement, rng)
         described = describe(scene, rng, p_size=1.0, p_background=1.0)
         assert scene.relation == statement.relation and described.count == statement.count
-        for stated, true in zip(statement.phrases, described.phrases):
+        for stated, true in zip(statement.phrases, described.phrases, strict=True):
             assert (stated.shape, stated.colour, stated.number) == (true.shape, true.colour, true.number)
             assert stated.size in (None, true.size)
         assert statement.background in (None, scene.background)

@@ -118,7 +118,9 @@ class Person:
         return _compare(self.score(first), self.score(second), self.margin)
 
 
-def sample_people(number: int, *, types: int = 4, spread: float = 0.15, care: float = 1.0, seed: int = 0) -> list[Person]:
+def sample_people(
+    number: int, *, types: int = 4, spread: float = 0.15, care: float = 1.0, seed: int = 0
+) -> list[Person]:
     """People drawn from a few hidden types, each with individual variation around the type's taste.
 
     Args:

@@ -119,9 +119,7 @@ def write(statement: Statement, rng: np.random.Generator) -> str:
     return f"{text}{comma} on a {statement.background} background"
 
 
-_ONE_NOUN = (
-    rf"(?:an?|two|three) (?:(?:{'|'.join(RADII)}) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})(?:es|s)?"
-)
+_ONE_NOUN = rf"(?:an?|two|three) (?:(?:{'|'.join(RADII)}) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})(?:es|s)?"
 _NOUN = re.compile(_ONE_NOUN)
 _BACKGROUND = re.compile(rf",? ?on a ({'|'.join(BACKGROUNDS)}) background,? ?")
 _RELATION = "|".join(RELATION_WORDS.values())
@@ -140,7 +138,7 @@ def _phrase(words: str) -> Phrase:
     shape = noun if count == 1 else noun.removesuffix("es" if noun.endswith("sses") else "s")
     phrase = Phrase(shape, adjectives[-1], adjectives[0] if len(adjectives) == 2 else None, count)
     if shape not in SHAPES or _words(phrase) != words:
-        raise CaptionError(f"cannot read {words!r}: one object is \"a red circle\", several are \"two red circles\"")
+        raise CaptionError(f'cannot read {words!r}: one object is "a red circle", several are "two red circles"')
     return phrase
 
 

@@ -153,14 +153,22 @@ def train_denoiser(
         phase = int(step >= config.clean_fraction * config.steps)
         number = round(config.faulty_pictures[phase] * config.batch)
         latents, captions, statements = [], [], []
-        for pool, count in zip(pools, (config.batch - number, number)):
+        for pool, count in zip(pools, (config.batch - number, number), strict=True):
             index = rng.integers(len(pool.scenes), size=count)
             latents.append(pool.latents[torch.from_numpy(index)].float())
             some, stated = draw_captions(pool, index, rng, config, faulty=bool(phase))
             captions += some
             statements += stated
         loss, parse_loss = _losses(
-            model, unet, torch.cat(latents), to_ids(captions), ParseHeads.targets(statements), captions, alphas, rng, config
+            model,
+            unet,
+            torch.cat(latents),
+            to_ids(captions),
+            ParseHeads.targets(statements),
+            captions,
+            alphas,
+            rng,
+            config,
         )
         _set_lr(optimiser, config, step)
         optimiser.zero_grad(set_to_none=True)
@@ -172,11 +180,12 @@ def train_denoiser(
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
         log.append((loss.detach(), parse_loss.detach()))
         if (step + 1) % 100 == 0:
-            means = [float(torch.stack(column).mean()) for column in zip(*log)]
+            means = [float(torch.stack(column).mean()) for column in zip(*log, strict=True)]
             log.clear()
             print(
                 f"{config.prediction_type} step {step + 1}/{config.steps} loss {means[0]:.4f} "
-                f"parse {means[1]:.4f} {time.time() - begin:.0f} s", flush=True,
+                f"parse {means[1]:.4f} {time.time() - begin:.0f} s",
+                flush=True,
             )
         if (step + 1) % every == 0 or step + 1 == config.steps:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}

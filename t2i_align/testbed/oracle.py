@@ -69,7 +69,7 @@ class Oracle:
         pictures = _to_pictures(pixels, len(statements))
         for start in range(0, len(pictures), 64):
             views += look(pictures[start : start + 64])
-        rows = np.array([_check(view, statement) for view, statement in zip(views, statements)], float)
+        rows = np.array([_check(view, statement) for view, statement in zip(views, statements, strict=True)], float)
         rows = rows.reshape(-1, len(ATTRIBUTES))
         with np.errstate(invalid="ignore"):
             faithfulness = np.nanmean(rows, axis=1) if len(rows) else np.zeros(0)
@@ -95,7 +95,7 @@ def _to_pictures(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
     if not images.is_floating_point():
         raise ValueError(f"pixels must be floats in [0, 1], not {images.dtype}")
     images = images.float()
-    if not bool(torch.isfinite(images).all()) or images.numel() and (images.min() < -1e-3 or images.max() > 1.001):
+    if not bool(torch.isfinite(images).all()) or (images.numel() and (images.min() < -1e-3 or images.max() > 1.001)):
         raise ValueError("pixels must be finite and lie in [0, 1]")
     if images.shape[-1] != SIDE:
         images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
@@ -112,7 +112,7 @@ def _match_objects(objects: Sequence[Seen], statement: Statement) -> list[tuple[
     for chosen in itertools.permutations(candidates, len(wanted)):
         score = sum(
             (p.colour == o.colour) + 1.1 * (p.shape == o.shape) + 0.5 * (p.size in (None, o.size))
-            for p, o in zip(wanted, chosen)
+            for p, o in zip(wanted, chosen, strict=True)
             if o is not None
         )
         # Where exchanged colours leave it open which object is meant, relation and shape decide.
@@ -120,7 +120,7 @@ def _match_objects(objects: Sequence[Seen], statement: Statement) -> list[tuple[
         if score > best_score:
             best, best_score = chosen, score
     assert best is not None
-    return list(zip(wanted, best))
+    return list(zip(wanted, best, strict=True))
 
 
 def _relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool:

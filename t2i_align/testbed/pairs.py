@@ -69,8 +69,9 @@ class PairsConfig:
     """How pairs are sampled and chosen.
 
     Of `candidates` pictures a prompt the best and the worst make a pair, the second best and the second
-    worst another, and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs that differ in quality only, the share `quality_only` is kept, since
-    quality differs far more often than faithfulness and would drown it.
+    worst another, and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs
+    that differ in quality only, the share `quality_only` is kept, since quality differs far more often
+    than faithfulness and would drown it.
     """
 
     candidates: int = 4
@@ -111,7 +112,9 @@ def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Ge
     for p in range(number):
         rows = np.arange(p * config.candidates, (p + 1) * config.candidates)
         order = rows[np.argsort(-verdict.reward[rows], kind="stable")]
-        for better, worse in list(zip(order, order[::-1]))[: min(config.per_prompt, config.candidates // 2)]:
+        for better, worse in list(zip(order, order[::-1], strict=True))[
+            : min(config.per_prompt, config.candidates // 2)
+        ]:
             if verdict.reward[better] - verdict.reward[worse] < config.margin:
                 continue
             faithful = verdict.faithfulness[better] - verdict.faithfulness[worse] > 1e-6
@@ -142,20 +145,20 @@ def make_pairs(
         repeated = list(itertools.chain.from_iterable([p] * config.candidates for p in some))
         first = 1_000_000 * (config.seed + 1) + start * config.candidates
         seeds = range(first, first + len(repeated))
-        pictures = sample(
-            pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance, batch=len(repeated)
-        )
+        pictures = sample(pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance, batch=len(repeated))
         encoded = [encode_jpeg(picture) for picture in pictures]
         verdict = oracle.judge(torch.stack([decode(data) for data in encoded]), repeated)
         rng = np.random.default_rng((config.seed, start))
         chosen = choose(verdict, len(some), config, rng)
         swapped = rng.random(len(chosen)) < 0.5
-        sides = [(b, a) if swap else (a, b) for (a, b), swap in zip(chosen, swapped)]
+        sides = [(b, a) if swap else (a, b) for (a, b), swap in zip(chosen, swapped, strict=True)]
         left, right = (take(verdict, [side[k] for side in sides]) for k in (0, 1))
         labels = annotator.label(left, right, rng)
-        for (a, b), label in zip(sides, labels):
+        for (a, b), label in zip(sides, labels, strict=True):
             number = len(rows)
-            rows.append(_row(repeated[a], (a, b), float(label), verdict, encoded, seeds, model, number, oracle, annotator))
+            rows.append(
+                _row(repeated[a], (a, b), float(label), verdict, encoded, seeds, model, number, oracle, annotator)
+            )
             if limit is not None and len(rows) >= limit:
                 return rows
     return rows

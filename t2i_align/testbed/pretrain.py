@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vae-lr", type=float, default=vae.lr)
     p.add_argument("--text-steps", type=int, default=250)
     p.add_argument("--steps", type=int, default=denoiser.steps)
-    p.add_argument("--clean-fraction", type=float, default=denoiser.clean_fraction, help="share of steps without faults")
+    p.add_argument(
+        "--clean-fraction", type=float, default=denoiser.clean_fraction, help="share of steps without faults"
+    )
     p.add_argument("--lr", type=float, default=denoiser.lr)
     p.add_argument("--high-noise", type=float, default=denoiser.high_noise, help="0: timesteps are uniform")
     p.add_argument("--start-from", type=Path, help="a denoiser checkpoint to begin with, e.g. denoiser_v_prediction.pt")
@@ -104,8 +106,14 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
     )
     average = train_denoiser(
-        args.work, model, tokenizer, (clean, faulty), config,
-        on_checkpoint=on_checkpoint, every=args.every, compile_step=args.compile,
+        args.work,
+        model,
+        tokenizer,
+        (clean, faulty),
+        config,
+        on_checkpoint=on_checkpoint,
+        every=args.every,
+        compile_step=args.compile,
     )
     save(pipeline_of(average), args.out)
     print(f"saved {args.out}")

@@ -209,7 +209,7 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
             shapes = [str(s) for s in rng.choice(SHAPES, number, replace=False)]
             colours = [str(c) for c in rng.choice(list(COLOURS), number, replace=False)]
             sizes = [str(s) for s in rng.choice(list(RADII), number)]
-        placed = compose(rng, list(zip(shapes, colours, sizes)), relation)
+        placed = compose(rng, list(zip(shapes, colours, sizes, strict=True)), relation)
         if placed is None:
             continue
         if stray:

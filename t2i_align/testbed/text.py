@@ -47,9 +47,7 @@ def build_tokenizer() -> CLIPTokenizer:
             parts = [*parts[:-2], "".join(pair)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(
-        vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>"
-    )
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -83,7 +81,7 @@ class WordEncoder:
     def __call__(self, captions: list[str]) -> Tensor:
         ids = torch.full((len(captions), LENGTH), self.end)
         ids[:, 0] = self.start
-        for row, caption in zip(ids, captions):
+        for row, caption in zip(ids, captions, strict=True):
             for i, word in enumerate(caption.replace(",", " , ").split(), start=1):
                 row[i] = self.table[word][0]
         return ids
@@ -133,12 +131,14 @@ def warm_up(
     to_ids = WordEncoder(tokenizer)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 2e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     for step in range(steps):
         rng = np.random.default_rng((seed, 7, step))
         statements = [describe(scenes[i], rng) for i in rng.integers(len(scenes), size=128)]
         captions = [write(statement, rng) for statement in statements]
-        statements = [parse(c) if s.relation else s for c, s in zip(captions, statements)]
+        statements = [parse(c) if s.relation else s for c, s in zip(captions, statements, strict=True)]
         loss = heads.loss(encoder(to_ids(captions)).last_hidden_state, heads.targets(statements))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.nn import functional as F
 
 from t2i_align.testbed.scenes import SIDE, degrade, render, sample_scene, to_uint8
 
@@ -127,9 +126,7 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
         warm, progress = min(1.0, (step + 1) / 100), step / config.steps
         for group in optimiser.param_groups:
             group["lr"] = config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * progress))
-        loss = loss_fn(
-            vae, pixels, noise, kl_weight=config.kl_weight, gradient_weight=config.gradient_weight
-        )
+        loss = loss_fn(vae, pixels, noise, kl_weight=config.kl_weight, gradient_weight=config.gradient_weight)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -142,7 +139,10 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
             mean = float(torch.stack(log).mean())
             log.clear()
             psnr = round_trip_psnr(average, pictures[:64])
-            print(f"vae step {step + 1}/{config.steps} loss {mean:.4f} psnr {psnr:.2f} dB {time.time() - begin:.0f} s", flush=True)
+            print(
+                f"vae step {step + 1}/{config.steps} loss {mean:.4f} psnr {psnr:.2f} dB {time.time() - begin:.0f} s",
+                flush=True,
+            )
             state = {"vae": vae.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
             torch.save({**state, "step": step + 1}, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
