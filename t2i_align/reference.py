@@ -42,8 +42,13 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def build_reference(kind: str, pipeline: TrainablePipeline, device: torch.device, *, lora: bool) -> Model:
+def build_reference(
+    kind: str, pipeline: TrainablePipeline, device: torch.device, *, lora: bool, compile: bool = False
+) -> Model:
     """The reference callable. Build it from the base weights, before a checkpoint is loaded into the policy.
+
+    Args:
+        compile: the policy is compiled, so a copy has to be, too: equal weights must give equal predictions.
 
     Raises:
         UserError: `adapter_off` without a LoRA.
@@ -61,6 +66,8 @@ def build_reference(kind: str, pipeline: TrainablePipeline, device: torch.device
             if isinstance(module, BaseTunerLayer):
                 module._disable_adapters = True
     frozen = cpu_offload(frozen, execution_device=device) if kind == "offloaded_copy" else frozen.to(device)
+    if compile:
+        frozen.compile()
     return _without_grad(pipeline, lambda: frozen, None)
 
 

@@ -74,7 +74,11 @@ def align(
     pipeline, source = load_inputs(config, accelerator, progress)
     lora = config.lora is not None
     prepare_denoiser(config, pipeline)
-    reference = build_reference(config.train.reference, pipeline, accelerator.device, lora=lora)
+    reference = build_reference(
+        config.train.reference, pipeline, accelerator.device, lora=lora, compile=config.train.compile
+    )
+    if config.train.compile:
+        pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
     if config.resume:
         trainer.resume()

@@ -68,8 +68,7 @@ class Trainer:
             raise UserError(f"optim.schedule: {error}") from error
         ema = config.optim.ema
         self.ema = None if ema is None else EMAModel(self.parameters.values(), decay=ema)
-        model = torch.compile(pipeline.denoiser) if config.train.compile else pipeline.denoiser
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
         self.step = 0
         self.sums: dict[str, Tensor] = {}
         self.window = 0
@@ -101,9 +100,10 @@ class Trainer:
                 previous = loss
                 bar.update()
                 last = self.step == self.config.train.steps
-                save = self.step % log.checkpoint_every == 0 or last or stop.is_set()
                 validate = bool(every) and (self.step % every == 0 or last)
                 report = self.step % log.every == 0 or last
+                stopping = self._agreed(stop.is_set(), report)
+                save = self.step % log.checkpoint_every == 0 or last or stopping
                 if report or validate or save:
                     self._check_finite(loss, self.step)
                 if report:
@@ -113,7 +113,7 @@ class Trainer:
                     self._validate()
                 if save:
                     self._save()
-                if stop.is_set() and not last:
+                if stopping and not last:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
         return metrics
 
@@ -200,6 +200,13 @@ class Trainer:
             with self.averaged():
                 self._record(self.validate(self.pipeline, self.step))
         self.accelerator.wait_for_everyone()
+
+    def _agreed(self, stop: bool, report: bool) -> bool:
+        """Whether to stop now. Several processes hear a signal at different steps, so they agree when they log."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.accelerator.device)
+        return report and bool(self.accelerator.reduce(flag, reduction="sum"))
 
     def _check_finite(self, loss: Tensor | None, step: int) -> None:
         if loss is None or bool(torch.isfinite(loss)):

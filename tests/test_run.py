@@ -275,3 +275,11 @@ def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pa
     for ours, theirs in zip(metrics(one.output_dir), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "error/chosen"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["adapter_off", "copy"])
+def test_a_compiled_run_starts_at_log_2_too(reference: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", train__compile=True, train__reference=reference)
+    assert align(values, progress=False).steps == 4
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
