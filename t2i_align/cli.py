@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from t2i_align import __version__
+from t2i_align.console import quiet
 from t2i_align.errors import UserError, unknown
 
 OVERRIDES_HELP = "changes to the configuration: train.steps=200 objective.beta=500 lora=null ..."
@@ -103,6 +104,7 @@ def _prepare(argv: list[str]) -> int:
     from t2i_align import config as configuration
     from t2i_align.run import load_inputs
 
+    quiet()
     config = configuration.load(options.config, options.overrides)
     if not config.data.cache:
         raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
@@ -116,6 +118,7 @@ def _train(argv: list[str]) -> int:
     options = _parse(_run_parser("train"), argv)
     from t2i_align.run import align
 
+    quiet()
     result = align(options.config, options.overrides)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"trained {result.steps} steps; weights in {result.weights}")
@@ -136,6 +139,7 @@ def _generate(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.generate import generate
 
+    quiet()
     listing = generate(**_keywords(options))
     print(f"pictures listed in {listing}")
     return 0
@@ -150,6 +154,7 @@ def _score(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.score import score
 
+    quiet()
     score(**_keywords(options))
     return 0
 
@@ -169,6 +174,7 @@ def _evaluate(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.evaluation.compare import evaluate
 
+    quiet()
     print(evaluate(**_keywords(options)).summary())
     return 0
 

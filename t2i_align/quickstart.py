@@ -46,9 +46,11 @@ def quickstart(
     config = configuration.load(CONFIG, [f"output_dir={folder / 'run'}", *overrides])
     claim(folder)
     # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
+    from t2i_align.console import quiet
     from t2i_align.evaluation.compare import evaluate
     from t2i_align.run import align, write_atomically
 
+    quiet()
     run = align(config, progress=progress)
     trained = time.monotonic()
     result = evaluate(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import inspect
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipelines import PipelineError
 from reward_scorers import ScorerError
 from t2i_align import cli
+from t2i_align.console import quiet
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.quickstart import CONFIG
@@ -151,6 +157,71 @@ def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
     parser = cli._run_parser("train")
     options = cli._parse(parser, ["a.yaml", "x=1", "--debug", "y=2"])
     assert (options.config, options.overrides, options.debug) == ("a.yaml", ["x=1", "y=2"], True)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "argv", "wanted"),
+    [
+        (
+            "t2i_align.generate",
+            "generate",
+            ["generate", "m", "--prompt", "a", "--prompt", "b", "--out", "o", "--lora-scale", "0.5", "--force"],
+            {"model": "m", "prompt": ["a", "b"], "prompts": None, "out": "o", "lora_scale": 0.5, "force": True},
+        ),
+        (
+            "t2i_align.score",
+            "score",
+            ["score", "pictures", "--scorers", "oracle", "clip", "--batch-size", "3"],
+            {"pictures": "pictures", "scorers": ["oracle", "clip"], "out": None, "batch_size": 3},
+        ),
+        (
+            "t2i_align.evaluation.compare",
+            "evaluate",
+            [
+                "evaluate",
+                "--base",
+                "b",
+                "--aligned",
+                "a",
+                "--prompts",
+                "p",
+                "--scorers",
+                "s",
+                "--out",
+                "o",
+                "--seed",
+                "7",
+            ],
+            {"base": "b", "aligned": "a", "prompts": "p", "scorers": ["s"], "out": "o", "seed": 7, "tie_margin": None},
+        ),
+    ],
+)
+def test_arguments_reach_the_library_under_its_own_names(
+    module: str, function: str, argv: list[str], wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(importlib.import_module(module), function)
+    calls: list[dict[str, Any]] = []
+
+    def recorded(**keywords: Any) -> Any:
+        inspect.signature(real).bind(**keywords)
+        calls.append(keywords)
+        return SimpleNamespace(summary=str)
+
+    monkeypatch.setattr(importlib.import_module(module), function, recorded)
+    assert cli.main(argv) == 0
+    assert wanted.items() <= calls[0].items()
+    defaults = {name: parameter.default for name, parameter in inspect.signature(real).parameters.items()}
+    given = {name for name in calls[0] if f"--{name.replace('_', '-')}" in argv or name in wanted}
+    for name in calls[0].keys() - given:
+        assert calls[0][name] == defaults[name], f"the command's default of {name} is not the library's"
+
+
+def test_quiet_drops_only_the_message_that_says_nothing() -> None:
+    quiet()
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    texts = ["No LoRA keys associated to CLIPTextModel found", "Something went wrong"]
+    records = [logging.LogRecord(logger.name, logging.WARNING, "", 0, text, (), None) for text in texts]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]
 
 
 @pytest.mark.parametrize("module", ["t2i_align", "t2i_align.train"])
