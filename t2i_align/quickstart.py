@@ -26,6 +26,7 @@ def quickstart(
     *,
     output: str | Path = "runs/quickstart",
     prompts: str | Path | Sequence[str] = "testbed:test",
+    count: int = 256,
     progress: bool = True,
 ) -> Evaluation:
     """Align, compare with the base on prompts that training never saw, and write `result.json` and `report.html`.
@@ -33,7 +34,7 @@ def quickstart(
     Args:
         overrides: `key=value` changes to the bundled configuration.
         output: folder to write to; what an earlier quickstart left there is replaced.
-        prompts: what to compare on.
+        prompts, count: what to compare on, the first so many.
 
     Returns:
         The comparison; `seconds` in its settings is the whole job's time.
@@ -49,6 +50,7 @@ def quickstart(
     from t2i_align.console import quiet
     from t2i_align.evaluation.compare import evaluate
     from t2i_align.run import align, write_atomically
+    from t2i_align.sources import resolve_prompts
 
     quiet()
     run = align(config, progress=progress)
@@ -56,7 +58,7 @@ def quickstart(
     result = evaluate(
         base=config.model.path,
         aligned=run.weights,
-        prompts=prompts,
+        prompts=resolve_prompts(prompts)[:count],
         scorers=["oracle"],
         out=folder,
         seed=TEST_SEED,
