@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ def train_denoiser(
         first = state["step"]
     to_ids = WordEncoder(tokenizer)
     alphas = build_scheduler(config.prediction_type).alphas_cumprod.float()
-    unet = torch.compile(model.unet) if compile_step else model.unet
+    unet: Any = torch.compile(model.unet) if compile_step else model.unet
     begin, log = time.time(), []
     for step in range(first, config.steps):
         rng = np.random.default_rng((config.seed, 11, step))

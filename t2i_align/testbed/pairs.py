@@ -101,9 +101,14 @@ def decode(data: bytes) -> Tensor:
 def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
     """The verdict on a selection of the pictures."""
     index = np.asarray(index, int)
-    arrays = (getattr(verdict, name)[index] for name in ("reward", "faithfulness", "strict", "quality"))
-    attributes = {name: values[index] for name, values in verdict.attributes.items()}
-    return Verdict(*arrays, attributes=attributes, views=tuple(verdict.views[i] for i in index))
+    return Verdict(
+        reward=verdict.reward[index],
+        faithfulness=verdict.faithfulness[index],
+        strict=verdict.strict[index],
+        quality=verdict.quality[index],
+        attributes={name: values[index] for name, values in verdict.attributes.items()},
+        views=tuple(verdict.views[i] for i in index),
+    )
 
 
 def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:

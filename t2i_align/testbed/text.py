@@ -8,6 +8,8 @@ the left or the upper one whatever the phrasing, so that cross-attention can bin
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,8 @@ def build_tokenizer() -> CLIPTokenizer:
             parts = [*parts[:-2], "".join(pair)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
+    learned: Any = {"vocab": vocabulary, "merges": merges}  # transformers accepts pairs, and declares strings
+    return CLIPTokenizer(**learned, model_max_length=LENGTH, pad_token="<|endoftext|>")
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
