@@ -101,7 +101,7 @@ class Bare:
 
 @dataclass
 class TakingTurns:
-    """A source that lets the trainer take `chunk` steps, then each rival as many, and notes the seconds a step.
+    """A source that lets the trainer take `chunk` timed steps, then each rival as many, and notes the seconds a step.
 
     It sits where the trainer asks for data, so what is timed is the trainer's own loop, untouched.
     """
@@ -119,11 +119,13 @@ class TakingTurns:
     def loader(self, **options: Any) -> Iterator[Any]:
         items = self.source.loader(**options)
         for _ in range(self.rounds):
+            yield next(items)  # a turn's first step finds the caches as another loop left them, and is not counted
             started = self._now()
             for _ in range(self.chunk):
                 yield next(items)
             self._note("ours", started)
             for name, step in self.rivals.items():
+                step()
                 started = self._now()
                 for _ in range(self.chunk):
                     step()
@@ -171,7 +173,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
             "model": {"path": options.model},
             "data": {"path": options.data, "limit": BATCHES * options.batch_size},
             "optim": {"lr": 1e-5},
-            "train": {"steps": options.rounds * options.chunk + 1, "batch_size": options.batch_size},
+            "train": {"steps": options.rounds * (options.chunk + 1) + 1, "batch_size": options.batch_size},
             "log": {"checkpoint_every": 10**9},
         }
     )
