@@ -28,7 +28,16 @@ from t2i_align.data.readers import read, survey
 from t2i_align.data.schema import Group
 from t2i_align.data.shards import Limit
 from t2i_align.errors import UserError
-from tests.test_data_examples import StandIn, colour, contents, jpeg, pick_rows, write_parquet
+from tests.test_data_examples import (
+    StandIn,
+    colour,
+    contents,
+    jpeg,
+    pick_rows,
+    write_jsonl,
+    write_parquet,
+    write_pictures,
+)
 
 PARTS = {"source": "abc", "height": 8}
 
@@ -185,6 +194,29 @@ def test_two_at_once_prepare_once(tmp_path: Path) -> None:
         thread.join()
     assert sorted(pipeline.pictures for pipeline in pipelines) == [1, 25]
     assert_paired(open_cache(tmp_path / "out"), list(range(12)))
+
+
+def test_a_kill_inside_the_first_write_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fingerprint.json.tmp").write_text('{"sour')
+    assert_paired(make(source, tmp_path / "out"), [0, 1, 2])
+
+
+def test_names_that_are_not_unicode_are_skipped_and_written_down(tmp_path: Path) -> None:
+    """A file system's names are bytes, and JSON can escape half a surrogate pair; neither can be an id."""
+    name = os.fsdecode(b"caf\xe9")
+    for folder in ("chosen", "rejected"):
+        write_pictures(tmp_path / "pairs" / folder, ["fox.jpg", f"{name}.jpg"])
+    for stem in ("fox", name):
+        (tmp_path / "pairs" / "chosen" / f"{stem}.txt").write_text("a caption")
+    pair = {"prompt": "x", "chosen": "chosen/fox.jpg", "rejected": "rejected/fox.jpg"}
+    lines = write_jsonl(tmp_path / "pairs" / "d.jsonl", [{**pair, "id": "\ud800"}, {**pair, "id": "fine"}])
+    for source, kept, lost in ((tmp_path / "pairs", "fox", name), (lines, "fine", "\ud800")):
+        out = tmp_path / f"out of {source.name}"
+        assert list(pictures(make(source, out, fingerprint={"source": os.fsdecode(b"\xff")}))) == [kept]
+        skipped = json.loads((out / "skipped.jsonl").read_text())
+        assert skipped["id"] == lost and "not valid Unicode" in skipped["reason"]
 
 
 class NotFinite(StandIn):

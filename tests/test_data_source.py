@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -254,6 +255,12 @@ def test_a_picture_that_changes_under_a_live_run(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg(0)[:50])
     with pytest.raises(UserError, match=r"group 0/d\.jsonl:\d: a picture has changed since it was indexed"):
         batches(source, 1)
+
+
+def test_a_folder_whose_name_is_not_unicode(tmp_path: Path) -> None:
+    path = entries(tmp_path / os.fsdecode(b"caf\xe9"), [2])
+    cached, live = (batches(opened(tmp_path, path, cache=cache), 1, 1)[0] for cache in (True, False))
+    torch.testing.assert_close(cached.latents, live.latents, rtol=2**-11, atol=1e-6)
 
 
 def test_the_bundled_pairs_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: Path) -> None:

@@ -27,7 +27,7 @@ def write_json(file: Path, values: Any) -> None:
     """Replace a small file in one move."""
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "w") as stream:
-        json.dump(values, stream, indent=1, ensure_ascii=False)
+        json.dump(values, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

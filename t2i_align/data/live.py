@@ -48,7 +48,7 @@ class LiveItem(NamedTuple):
 class Pictures:
     """What an index stores: paths, or encoded bytes. See `shards.Payload`."""
 
-    columns = (("paths", pa.list_(pa.string())), ("bytes", pa.list_(pa.large_binary())))
+    columns = (("paths", pa.list_(pa.binary())), ("bytes", pa.list_(pa.large_binary())))  # paths need not be UTF-8
 
     def __init__(self) -> None:
         self.executor = ThreadPoolExecutor(os.cpu_count())
@@ -73,7 +73,7 @@ class Pictures:
             except ImageError as error:
                 return Skipped(id=group.id, origin=group.origin, reason=f"candidate {place + 1} (best first): {error}")
         return {
-            "paths": [str(media) if isinstance(media, Path) else None for media in group.candidates],
+            "paths": [os.fsencode(media) if isinstance(media, Path) else None for media in group.candidates],
             "bytes": [media if isinstance(media, bytes) else None for media in group.candidates],
         }
 
@@ -128,7 +128,7 @@ class LiveGroups(Store):
         """A group's pictures, best first."""
         shard, row = self.group(number)
         paths, contents = shard.groups["paths"][row].as_py(), shard.groups["bytes"][row].as_py()
-        return [Path(path) if path is not None else content for path, content in zip(paths, contents, strict=True)]
+        return [content if path is None else Path(os.fsdecode(path)) for path, content in zip(paths, contents, strict=True)]
 
     def fetch(self, rows: Sequence[Position]) -> LiveItem:
         """The micro-batch of groups (epoch, number), all with the same k; decodes their pictures."""

@@ -152,7 +152,7 @@ def _claim(out: Path, fingerprint: Parts) -> None:
         found = differences(json.loads(file.read_text()), wanted, "this folder has", "this run wants")
         if found:
             raise UserError(f"{out}: this folder was prepared from something else. {found}. Choose another folder.")
-    elif any(entry.name != ".lock" for entry in out.iterdir()):
+    elif any(entry.name != ".lock" and entry.suffix != ".tmp" for entry in out.iterdir()):  # .tmp: killed here before
         raise UserError(f"{out}: the folder is not empty and holds no prepared data; choose another")
     else:
         write_json(file, wanted)
@@ -246,7 +246,8 @@ def _store(shard: Path, rows: list[Row], skipped: list[Skipped], payload: Payloa
         write_table(temporary / name, table)
     state["prompts"] = tables[PROMPTS].num_rows if PROMPTS in tables else 0
     state["files"] = {name: (temporary / name).stat().st_size for name in tables}
-    (temporary / SKIPPED).write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
+    # In ASCII: an id or a file's name may hold what is no valid Unicode, and that is why its row was skipped.
+    (temporary / SKIPPED).write_text("".join(json.dumps(asdict(row)) + "\n" for row in skipped))
     (temporary / STATE).write_text(json.dumps(state, indent=1))
     for file in temporary.iterdir():
         with open(file, "rb") as stream:
