@@ -38,7 +38,7 @@ from t2i_align.data.schema import Batch
 from t2i_align.data.source import Source
 from t2i_align.randomness import Draw
 from t2i_align.reference import adapters_off, build_reference
-from t2i_align.run import load_inputs, prepare_denoiser
+from t2i_align.run import load_data, load_model, prepare_denoiser
 from t2i_align.sources import resolve_model
 from t2i_align.trainer import Trainer
 
@@ -179,8 +179,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
     )
     accelerator = Accelerator(mixed_precision="no")
     device = accelerator.device
-    pipeline, source = load_inputs(config, accelerator, progress=True)
+    pipeline = load_model(config, device)
     prepare_denoiser(config, pipeline)
+    source = load_data(config, accelerator, pipeline, progress=True)
+    pipeline.drop_encoders()
     reference = build_reference("adapter_off", pipeline, device, lora=True)
     loader = source.loader(
         seed=0, start_step=0, batch_size=options.batch_size, accumulate=1, rank=0, world=1, workers=0

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils.import_utils import is_xformers_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -141,6 +142,9 @@ class TrainablePipeline(ABC):
 
         Sample i is drawn from its own generator with seeds[i], so it does not depend on its neighbours.
         `on_batch` is told how many pictures were just finished (for a progress bar).
+
+        Raises:
+            PipelineError: a size the model cannot take, or pictures that are not finite, naming prompt and seed.
         """
         if len(prompts) != len(seeds):
             raise PipelineError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
@@ -165,12 +169,23 @@ class TrainablePipeline(ABC):
                         generator=generators,
                         output_type="pt",
                     )
-                pictures.append(output.images.float().clamp(0, 1).cpu())
+                images = output.images.float().cpu()
+                self._check_finite(images, part, seeds[start : start + batch_size])
+                pictures.append(images.clamp(0, 1))
                 if on_batch is not None:
                     on_batch(len(part))
         finally:
             self.denoiser.train(training)
         return torch.cat(pictures) if pictures else torch.empty(0, 3, height, width)
+
+    def _check_finite(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        """Saved as bytes, NaN would be a black picture that scorers score like any other."""
+        bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise PipelineError(
+                f"{len(bad)} of {len(prompts)} pictures are not finite, as prompt {prompts[bad[0]]!r} with seed "
+                f"{seeds[bad[0]]}. The weights have diverged, or the VAE overflows in half precision: try float32."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -237,6 +252,8 @@ class TrainablePipeline(ABC):
         if backend == "xformers":
             if not torch.cuda.is_available():
                 raise PipelineError("attention backend 'xformers' needs a CUDA GPU; use 'native'")
+            if not is_xformers_available():
+                raise PipelineError("attention backend 'xformers' needs the package: pip install 't2i-align[xformers]'")
             self.denoiser.enable_xformers_memory_efficient_attention()
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:

@@ -34,7 +34,7 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients at `timesteps`, float64, [B] each."""
+        """The coefficients at `timesteps`, float64 where the device has it, [B] each."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = alpha_t x + sigma_t noise. latents, noise: [B, ...]; timesteps: [B]."""
@@ -97,6 +97,7 @@ class VariancePreserving(ForwardProcess):
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type must be 'epsilon' or 'v_prediction', found {prediction_type!r}")
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+        self._tables: dict[torch.device, Tensor] = {}
         self.prediction_type = prediction_type
 
     def timesteps(self, u: Tensor, sampling: str = "uniform") -> Tensor:
@@ -104,8 +105,10 @@ class VariancePreserving(ForwardProcess):
         return (_quantile(u, sampling) * count).long().clamp_(0, count - 1)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        table = self.alphas_cumprod = self.alphas_cumprod.to(timesteps.device)
-        abar = table[timesteps.long()]
+        device = timesteps.device
+        if device not in self._tables:
+            self._tables[device] = _precise(self.alphas_cumprod, device)
+        abar = self._tables[device][timesteps.long()]
         return abar.sqrt(), (1 - abar).sqrt()
 
 
@@ -129,8 +132,13 @@ class RectifiedFlow(ForwardProcess):
         return 1000 * self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = timesteps.double() / 1000
+        sigma = _precise(timesteps, timesteps.device) / 1000
         return 1 - sigma, sigma
+
+
+def _precise(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device` in float64, or in float32 on Apple's GPUs, which have no float64."""
+    return values.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def _quantile(u: Tensor, sampling: str) -> Tensor:
@@ -138,5 +146,5 @@ def _quantile(u: Tensor, sampling: str) -> Tensor:
     if sampling == "uniform":
         return u
     if sampling == "logit_normal":  # SD3, arXiv 2403.03206, eq. 19 with m = 0, s = 1
-        return torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7)).sigmoid().to(u.dtype)
+        return torch.special.ndtri(_precise(u, u.device).clamp(1e-7, 1 - 1e-7)).sigmoid().to(u.dtype)
     raise ValueError(f"unknown timestep sampling {sampling!r}. Choices: {', '.join(TIMESTEP_SAMPLING)}.")

@@ -70,17 +70,22 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         stream.write(json.dumps(record) + "\n")
 
 
-def truncate_lines(file: Path, step: int) -> None:
-    """Drop JSON lines written after `step`, so that a resumed run's file equals an uninterrupted one's."""
+def truncate_lines(file: Path, step: int) -> list[dict[str, Any]]:
+    """Drop JSON lines written after `step`, so that a resumed run's file equals an uninterrupted one's.
+
+    Returns what the lines that stay hold.
+    """
     if not file.exists():
-        return
+        return []
     kept = []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the half line of a killed run
+        if record["step"] <= step:
+            kept.append((line, record))
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(line + "\n" for line, _ in kept))
     temporary.replace(file)
+    return [record for _, record in kept]

@@ -42,6 +42,24 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
+def choose_kind(kind: str, *, lora: bool) -> str:
+    """What `auto` stands for.
+
+    Raises:
+        UserError: `adapter_off` without a LoRA.
+    """
+    if kind == "auto":
+        return "adapter_off" if lora else "copy"
+    if kind == "adapter_off" and not lora:
+        raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
+    return kind
+
+
+def no_reference(noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """Stands in where the objective's `needs` declare none, so that no second denoiser is kept for nothing."""
+    raise RuntimeError("this objective asked a reference model, but its needs say that it has none")
+
+
 def build_reference(
     kind: str, pipeline: TrainablePipeline, device: torch.device, *, lora: bool, compile: bool = False
 ) -> Model:
@@ -53,11 +71,8 @@ def build_reference(
     Raises:
         UserError: `adapter_off` without a LoRA.
     """
-    if kind == "auto":
-        kind = "adapter_off" if lora else "copy"
+    kind = choose_kind(kind, lora=lora)
     if kind == "adapter_off":
-        if not lora:
-            raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
         return _without_grad(pipeline, lambda: pipeline.denoiser, adapters_off)
     # In the policy's own mode and precision, so that equal weights give equal predictions to the last bit.
     frozen = copy.deepcopy(pipeline.denoiser).requires_grad_(False)

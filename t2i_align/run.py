@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from diffusers.training_utils import cast_training_params
 
 import pipelines
@@ -21,15 +22,26 @@ from t2i_align import config as configuration
 from t2i_align.config import RunConfig
 from t2i_align.data.source import Source, open_source
 from t2i_align.errors import UserError
-from t2i_align.reference import build_reference
+from t2i_align.reference import build_reference, choose_kind, no_reference
 from t2i_align.sources import resolve_model
-from t2i_align.trainer import METRICS_FILE, Trainer
+from t2i_align.trainer import METRICS_FILE, Trainer, check_optimizer
 from t2i_align.validation import Validation
 
 RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What may change between a run and its continuation without making it another run.
-FREE_ON_RESUME = ("resume", "log", "validation", "data.workers", "data.cache_dir", "train.steps")
+# What may change between a run and its continuation without making it another run. Batch sizes may trade places
+# with each other and with processes: the trainer sees to it that a step takes as many groups as before.
+FREE_ON_RESUME = (
+    "resume",
+    "log",
+    "validation",
+    "data.workers",
+    "data.cache_dir",
+    "train.batch_size",
+    "train.accumulate",
+)
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
+WRITING = ".writing_"  # what a killed run may have left behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +72,7 @@ def align(
     elif isinstance(config, Mapping):
         config = configuration.from_mapping(configuration.with_overrides(config, overrides))
     output = Path(config.output_dir)
+    check_machine(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     accelerator = Accelerator(
         # Without being told, accelerate takes each of several CPU processes for a run of its own.
@@ -70,13 +83,23 @@ def align(
     )
     if accelerator.is_main_process:
         check_output(config)
-    validate = Validation(config) if config.validation.every else None
-    pipeline, source = load_inputs(config, accelerator, progress)
-    lora = config.lora is not None
+    lora, needs_reference = config.lora is not None, config.objective.needs.reference
+    if needs_reference:
+        choose_kind(config.train.reference, lora=lora)
+    check_optimizer(config)
+    validate = Validation(config, accelerator) if config.validation.every else None
+    pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
-    reference = build_reference(
-        config.train.reference, pipeline, accelerator.device, lora=lora, compile=config.train.compile
-    )
+    source = load_data(config, accelerator, pipeline, progress)
+    if config.validation.every:
+        pipeline.load_encoders()
+    elif config.data.cache:
+        pipeline.drop_encoders()
+    reference = no_reference
+    if needs_reference:
+        reference = build_reference(
+            config.train.reference, pipeline, accelerator.device, lora=lora, compile=config.train.compile
+        )
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
@@ -100,11 +123,20 @@ def align(
     return RunResult(output_dir=output, weights=weights, steps=trainer.step, metrics=metrics)
 
 
-def load_inputs(config: RunConfig, accelerator: Accelerator, progress: bool) -> tuple[TrainablePipeline, Source]:
-    """The pipeline on its device and the data, encoded or ready to be; VAE and text encoders only where needed."""
-    path = resolve_model(config.model.path)
+def check_machine(config: RunConfig) -> None:
+    """Raise UserError for a precision this machine cannot train in, or a tracker that is not installed."""
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in config.log.trackers:
+        if tracker not in installed:
+            raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
+
+
+def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
+    """The pipeline on its device, without VAE and text encoders."""
     pipeline = pipelines.load(
-        path,
+        resolve_model(config.model.path),
         # Under a LoRA the denoiser is frozen and can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=DTYPES[config.train.precision] if config.lora else torch.float32,
         encoders=False,
@@ -113,29 +145,33 @@ def load_inputs(config: RunConfig, accelerator: Accelerator, progress: bool) -> 
         single_file_config=config.model.single_file_config,
     )
     pipeline.set_attention(config.train.attention)
+    pipeline.to(device)
+    return pipeline
+
+
+def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool) -> Source:
+    """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     side = config.data.resolution
     size = (side, side) if side else pipeline.default_size
     pipeline.check_size(*size)
-    pipeline.to(accelerator.device)
 
     def with_encoders() -> TrainablePipeline:
         pipeline.load_encoders()
         return pipeline
 
     # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
-    source = open_source(
+    return open_source(
         config.data,
         config.model,
         needs=config.objective.needs,
         pipeline=with_encoders,
-        encoder_fingerprint=lambda: pipelines.encoder_fingerprint(path, config.model.revision),
+        encoder_fingerprint=lambda: pipelines.encoder_fingerprint(
+            resolve_model(config.model.path), config.model.revision
+        ),
         size=size,
         cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
         progress=progress and accelerator.is_main_process,
     )
-    if config.data.cache and not config.validation.every:
-        pipeline.drop_encoders()
-    return pipeline, source
 
 
 def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
@@ -159,7 +195,7 @@ def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
 
 def save_weights(pipeline: TrainablePipeline, folder: Path, *, lora: bool) -> Path:
     """Write the LoRA file or the whole pipeline, complete or not at all; returns what `load` and diffusers take."""
-    temporary = folder.with_name(f".writing_{folder.name}")
+    temporary = folder.with_name(f"{WRITING}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     if lora:
         name = pipeline.save_lora(temporary).name
@@ -176,7 +212,7 @@ def check_output(config: RunConfig) -> None:
     output = Path(config.output_dir)
     if output.is_file():
         raise UserError(f"output_dir {output}: this is a file, a folder is needed")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or all(entry.name.startswith(WRITING) for entry in output.iterdir()):
         return
     run_file = output / RUN_FILE
     if not run_file.is_file():
@@ -188,7 +224,8 @@ def check_output(config: RunConfig) -> None:
             f"output_dir {output}: this folder holds a run already ({state}). "
             "Add resume=true to continue it, or choose another output_dir."
         )
-    differences = _differences(yaml.safe_load(run_file.read_text()), configuration.to_mapping(config))
+    free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
+    differences = _differences(yaml.safe_load(run_file.read_text()), configuration.to_mapping(config), free)
     if differences:
         raise UserError(f"output_dir {output}: this folder holds another run; keys differ: {'; '.join(differences)}")
 
@@ -214,20 +251,20 @@ def describe(config: RunConfig, pipeline: TrainablePipeline, source: Source) -> 
 
 def write_atomically(file: Path, text: str) -> None:
     """Replace a small file in one move."""
-    temporary = file.with_name(f".writing_{file.name}")
+    temporary = file.with_name(f"{WRITING}{file.name}")
     temporary.write_text(text)
     temporary.replace(file)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str], prefix: str = "") -> list[str]:
     out = []
     for key in sorted({*before, *now}):
         name = f"{prefix}{key}"
-        if name in FREE_ON_RESUME or (not prefix and key == "output_dir"):
+        if name in free or (not prefix and key == "output_dir"):
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            out += _differences(old, new, f"{name}.")
+            out += _differences(old, new, free, f"{name}.")
         elif old != new:
             out.append(f"{name} ({old!r} there, {new!r} now)")
     return out

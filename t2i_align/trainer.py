@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,7 +20,7 @@ from t2i_align import checkpoint
 from t2i_align.config import OptimConfig, RunConfig
 from t2i_align.data.schema import Model
 from t2i_align.data.source import Source
-from t2i_align.errors import UserError
+from t2i_align.errors import UserError, unknown
 from t2i_align.noising import drop_captions
 from t2i_align.randomness import Draw, stable_seed
 
@@ -57,25 +57,25 @@ class Trainer:
         self.output = Path(config.output_dir)
         self.parameters = {name: p for name, p in pipeline.denoiser.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(config.optim, list(self.parameters.values()))
-        try:
-            self.schedule = get_scheduler(
-                config.optim.schedule,
-                optimizer,  # not the prepared one, which would step once a process
-                num_warmup_steps=config.optim.warmup_steps,
-                num_training_steps=config.train.steps,
-            )
-        except ValueError as error:
-            raise UserError(f"optim.schedule: {error}") from error
+        # Of this optimizer, not the prepared one, which would step once a process.
+        self.schedule = make_schedule(config.optim, optimizer, config.train.steps)
         ema = config.optim.ema
         self.ema = None if ema is None else EMAModel(self.parameters.values(), decay=ema)
         self.model, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
         self.step = 0
         self.sums: dict[str, Tensor] = {}
         self.window = 0
+        self.last_logged: dict[str, float] = {}
 
     def policy(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """The model being trained, as objectives see it."""
         return self.pipeline.predict(noisy_latents, timesteps, conditioning, denoiser=self.model)
+
+    @property
+    def groups_per_step(self) -> int:
+        """How many groups one optimiser step takes, over all processes."""
+        train = self.config.train
+        return train.batch_size * train.accumulate * self.accelerator.num_processes
 
     def run(self) -> dict[str, float]:
         """Train to the configured step; returns the last logged metrics."""
@@ -88,16 +88,15 @@ class Trainer:
             desc="train",
             disable=not (self.progress and self.accelerator.is_main_process),
         )
-        metrics: dict[str, float] = {}
         if self.step == 0:
             self._validate()
         previous: Tensor | None = None
         with bar, interruptible() as stop:
             while self.step < self.config.train.steps:
-                loss = self._one_step(items, empty)
-                # The step before is checked, not this one: its number is ready, so nothing waits for the device.
+                health = self._one_step(items, empty)
+                # The step before is checked, not this one: its numbers are ready, so nothing waits for the device.
                 self._check_finite(previous, self.step - 1)
-                previous = loss
+                previous = health
                 bar.update()
                 last = self.step == self.config.train.steps
                 validate = bool(every) and (self.step % every == 0 or last)
@@ -105,17 +104,17 @@ class Trainer:
                 stopping = self._agreed(stop.is_set(), report)
                 save = self.step % log.checkpoint_every == 0 or last or stopping
                 if report or validate or save:
-                    self._check_finite(loss, self.step)
+                    self._check_finite(health, self.step)
                 if report:
-                    metrics = self._log()
-                    bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                    self.last_logged = self._log()
+                    bar.set_postfix(loss=f"{self.last_logged['loss']:.4f}")
                 if validate:
                     self._validate()
                 if save:
                     self._save()
                 if stopping and not last:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
-        return metrics
+        return self.last_logged
 
     def averaged(self) -> Any:
         """A context in which the denoiser holds the averaged weights, if there are any."""
@@ -131,10 +130,26 @@ class Trainer:
                     f"{self.output}: the data has changed since {steps[-1].name} was saved; "
                     "resume needs the same data, or choose another output_dir"
                 )
+            if state["groups_per_step"] != self.groups_per_step:
+                raise UserError(
+                    f"{self.output}: a step of this run takes {state['groups_per_step']} groups; train.batch_size x "
+                    f"train.accumulate x processes is {self.groups_per_step} now. Choose them so that the product is "
+                    "the same, and every sample is seen exactly once."
+                )
+            if state["step"] > self.config.train.steps:
+                raise UserError(
+                    f"{self.output}: {steps[-1].name} is beyond train.steps={self.config.train.steps}; "
+                    "remove the later checkpoints to go back"
+                )
             self._restore(weights, state)
-        checkpoint.truncate_lines(self.output / METRICS_FILE, self.step)
+        if self.accelerator.is_main_process:
+            metrics = checkpoint.truncate_lines(self.output / METRICS_FILE, self.step if steps else -1)
+            self.last_logged = next((line for line in reversed(metrics) if "loss" in line), {})
+            self.last_logged.pop("step", None)
+        self.accelerator.wait_for_everyone()
 
     def _one_step(self, items: Iterator[Any], empty: dict[str, Tensor]) -> Tensor:
+        """Train one step; the loss and the gradient's norm, [2], for the check that both are finite."""
         train, accumulate = self.config.train, self.config.train.accumulate
         # Reseeded each step (for LoRA dropout), so that a resumed run does not depend on what ran before.
         torch.manual_seed(stable_seed(train.seed, "step", self.step, self.accelerator.process_index))
@@ -157,10 +172,14 @@ class Trainer:
         self.schedule.step()
         if self.ema:
             self.ema.step(self.parameters.values())
+        norm = torch.as_tensor(norm, device=total.device).detach()
+        if self.optimizer.step_was_skipped:  # fp16: the scaler met an infinite gradient, took no step and backs off
+            norm = torch.zeros_like(norm)
         self._add({"loss": total, "grad_norm": norm})
         self.window += 1
         self.step += 1
-        return total
+        # The norm is of the gradients of all processes, so that all stop where one has met a bad number.
+        return torch.stack([total, norm.to(total.dtype)])
 
     def _items(self) -> Iterator[Any]:
         train = self.config.train
@@ -180,13 +199,19 @@ class Trainer:
 
     def _log(self) -> dict[str, float]:
         """Means over the steps since the last line, over all processes."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[name].float() for name in names]) / self.window
-        means = self.accelerator.reduce(values, reduction="mean").tolist()
-        metrics = {**dict(zip(names, means, strict=True)), "lr": self.schedule.get_last_lr()[0]}
+        means = {name: (total / self.window).item() for name, total in self._all_sums().items()}
+        metrics = {**means, "lr": self.schedule.get_last_lr()[0]}
         self.sums, self.window = {}, 0
         self._record(metrics)
         return metrics
+
+    def _all_sums(self) -> dict[str, Tensor]:
+        """The window's sums, averaged over the processes."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        values = torch.stack([self.sums[name].float() for name in names])
+        return dict(zip(names, self.accelerator.reduce(values, reduction="mean"), strict=True))
 
     def _record(self, metrics: dict[str, float]) -> None:
         self.accelerator.log(metrics, step=self.step)
@@ -208,26 +233,29 @@ class Trainer:
         flag = torch.tensor(float(stop), device=self.accelerator.device)
         return report and bool(self.accelerator.reduce(flag, reduction="sum"))
 
-    def _check_finite(self, loss: Tensor | None, step: int) -> None:
-        if loss is None or bool(torch.isfinite(loss)):
+    def _check_finite(self, health: Tensor | None, step: int) -> None:
+        if health is None or bool(torch.isfinite(health).all()):
             return
+        loss, norm = health.tolist()
         saved = checkpoint.all_steps(self.output)
         where = f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint had been saved yet."
         raise UserError(
-            f"the loss of step {step} is not finite ({loss.item()}), so the run has stopped. {where} "
+            f"step {step} is not finite (loss {loss}, gradient norm {norm}), so the run has stopped. {where} "
             "A smaller optim.lr or objective.beta, or train.precision=bf16 instead of fp16, usually helps."
         )
 
     def _save(self) -> None:
+        sums = self._all_sums()
         if self.accelerator.is_main_process:
             weights: dict[str, Tensor] = dict(self.parameters)
             state: dict[str, Any] = {
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "sums": self.sums,
+                "sums": sums,
                 "window": self.window,
                 "data": self.source.fingerprint,
+                "groups_per_step": self.groups_per_step,
             }
             if self.ema:
                 averages = zip(self.parameters, self.ema.shadow_params, strict=True)
@@ -266,6 +294,26 @@ def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) ->
             raise UserError(message) from error
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def make_schedule(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's schedule, by its name in diffusers."""
+    known = sorted({kind.value for kind in SchedulerType} - {"piecewise_constant"})  # which needs rules of its own
+    if config.schedule not in known:
+        raise unknown("optim.schedule", config.schedule, known)
+    if config.schedule == "constant" and config.warmup_steps:
+        raise UserError(
+            f"optim.schedule 'constant' takes no warm-up, found optim.warmup_steps={config.warmup_steps}; "
+            "use 'constant_with_warmup'"
+        )
+    return get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Raise UserError where the optimizer or its schedule cannot be made, before anything long starts."""
+    make_schedule(config.optim, make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))]), config.train.steps)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torchvision.utils import save_image
 
 from t2i_align.config import RunConfig
@@ -22,12 +23,14 @@ class Validation:
     Prompts and scorers are resolved at once, so that a wrong name fails before the first step.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.options = config.validation
         self.folder = Path(config.output_dir) / "validation"
         self.prompts = resolve_prompts(self.options.prompts)[: self.options.count]
         self.seeds = [stable_seed(self.options.seed, i) % 2**32 for i in range(len(self.prompts))]
-        self.scorers = build_scorers(self.options.scorers) if self.options.scorers else []
+        self.scorers = []
+        if self.options.scorers and accelerator.is_main_process:  # the one that validates
+            self.scorers = [scorer.to(accelerator.device) for scorer in build_scorers(self.options.scorers)]
         for scorer in self.scorers:
             scorer.check_prompts(self.prompts)
         self.side = config.data.resolution

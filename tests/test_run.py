@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,17 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from torch import Tensor
 
 import pipelines
 from pipelines import PipelineError
-from t2i_align import align, checkpoint
+from t2i_align import align, checkpoint, run
+from t2i_align import config as configuration
+from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics
+from t2i_align.objectives.sft import SFT
+from t2i_align.randomness import Draw
 from tests.runs import jsonl_pairs, run_values, winner_loser_folders
 
 
@@ -169,6 +177,39 @@ def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, 
         step.rmdir()
     again = align({**values, "resume": True}, progress=False)
     assert same(lora_of(again.output_dir), first) and len(metrics(again.output_dir)) == 4
+    finished = align({**values, "resume": True}, progress=False)
+    assert finished.metrics == again.metrics and finished.metrics["loss"] > 0
+
+
+def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """4 x 1 may become 2 x 2 in the middle of a run; another size of step is refused."""
+    cache = {"data__cache_dir": str(tmp_path / "cache")}
+    whole = align(run_values(sd_path, pairs, tmp_path / "whole", train__steps=6, **cache), progress=False)
+    values = run_values(sd_path, pairs, tmp_path / "run", train__steps=4, **cache)
+    align(values, progress=False)
+    smaller = {**values, "train": {**values["train"], "steps": 6, "batch_size": 2}, "resume": True}
+    with pytest.raises(UserError, match="a step of this run takes 4 groups; .* is 2 now"):
+        align(smaller, progress=False)
+    resumed = align({**smaller, "train": {**smaller["train"], "accumulate": 2}}, progress=False)
+    for name, tensor in lora_of(whole.output_dir).items():
+        torch.testing.assert_close(lora_of(resumed.output_dir)[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", optim__schedule="cosine")
+    align(values, progress=False)
+    with pytest.raises(UserError, match="train.steps .4 there, 8 now"):
+        align({**values, "resume": True, "train": {**values["train"], "steps": 8}}, progress=False)
+    constant = run_values(sd_path, pairs, tmp_path / "constant")
+    align(constant, progress=False)
+    with pytest.raises(UserError, match="step_000004 is beyond train.steps=2"):
+        align({**constant, "resume": True, "train": {**constant["train"], "steps": 2}}, progress=False)
+
+
+def test_a_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".writing_run.yaml").write_text("output_d")
+    assert align(run_values(sd_path, pairs, tmp_path / "run"), progress=False).steps == 4
 
 
 def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
@@ -202,10 +243,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
     values = run_values(sd_path, pairs, tmp_path / "run", optim__lr=1e36, log__checkpoint_every=1, log__every=100)
     values["optim"]["warmup_steps"] = 0
-    with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*step_000001"):
+    with pytest.raises(UserError, match=r"step 2 is not finite .loss (nan|inf).*step_000001"):
         align(values, progress=False)
     weights, _ = checkpoint.load(checkpoint.all_steps(tmp_path / "run")[-1])
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiniteLossWithoutFiniteGradient(SFT):
+    """sqrt at 0: the value is 0, the derivative infinite."""
+
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().step(policy, reference, batch, draw)
+        return loss + (loss - loss.detach()).clamp_min(0).sqrt(), metrics
+
+
+def test_weights_that_a_bad_gradient_spoilt_are_never_saved(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", log__checkpoint_every=1)
+    config = dataclasses.replace(configuration.from_mapping(values), objective=FiniteLossWithoutFiniteGradient())
+    with pytest.raises(UserError, match=r"step 1 is not finite .loss 0.*gradient norm (nan|inf).*No checkpoint"):
+        align(config, progress=False)
+    assert not checkpoint.all_steps(tmp_path / "run") and not (tmp_path / "run" / "lora").exists()
 
 
 @pytest.mark.parametrize(
@@ -224,33 +282,50 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             UserError,
             "unknown value for train.timestep_sampling: 'cosine'.*Choices: logit_normal, uniform",
         ),
-        ({"optim__schedule": "zigzag"}, UserError, "optim.schedule: .*zigzag"),
+        ({"optim__schedule": "cosin"}, UserError, "unknown optim.schedule 'cosin'. Did you mean 'cosine'"),
+        ({"optim__schedule": "piecewise_constant"}, UserError, "unknown optim.schedule"),
+        ({"optim__schedule": "constant"}, UserError, "'constant' takes no warm-up, found optim.warmup_steps=2"),
         ({"optim__optimizer": "adamw8bit"}, UserError, "needs bitsandbytes"),
+        ({"lora__targets": ["to_x"]}, PipelineError, "'to_x' matches no module"),
+        ({"train__precision": "fp16"}, UserError, "'fp16' needs a CUDA GPU"),
+        ({"log__trackers": ["wandb"]}, UserError, "'wandb' is not installed: pip install wandb"),
         ({"lora": None, "train__reference": "adapter_off"}, UserError, "needs a LoRA"),
         ({"validation": {"every": 1, "scorers": ["clipp"]}}, UserError, "Choices: clip, oracle"),
         ({"log__trackers": ["mlflow"]}, UserError, "log.trackers"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
-    changes: dict, error: type[Exception], message: str, sd_path: Path, pairs: Path, tmp_path: Path
+    changes: dict,
+    error: type[Exception],
+    message: str,
+    sd_path: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
         align(run_values(sd_path, pairs, tmp_path / "run", **changes), progress=False)
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir()), "neither the run nor the cache, which takes hours, was begun"
 
 
 def test_validation_writes_pictures_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    validation = {"every": 2, "prompts": str(prompts), "steps": 2, "scorers": []}
-    result = align(
-        run_values(sd_path, pairs, tmp_path / "run", validation=validation, log__trackers=["tensorboard"]),
-        progress=False,
-    )
+    validation = {"every": 2, "prompts": str(prompts), "steps": 2, "scorers": ["oracle"]}
+    cache = {"data__cache_dir": str(tmp_path / "cache")}
+    values = run_values(sd_path, pairs, tmp_path / "run", validation=validation, **cache)
+    values["log"]["trackers"] = ["tensorboard"]
+    align(run_values(sd_path, pairs, tmp_path / "first", **cache), progress=False)
+    result = align(values, progress=False)  # from a cache that is there, so nothing else loaded the encoders
+    scores = [line["validation/oracle"] for line in metrics(result.output_dir) if "validation/oracle" in line]
+    assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
     names = sorted(file.name for file in (result.output_dir / "validation").iterdir())
     assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
     assert list(result.output_dir.rglob("events.out.tfevents.*"))
-    plain = align(run_values(sd_path, pairs, tmp_path / "plain"), progress=False)
+    plain = align(run_values(sd_path, pairs, tmp_path / "plain", **cache), progress=False)
     assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "looking must not change the run"
 
 
