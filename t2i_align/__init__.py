@@ -1,4 +1,4 @@
-"""t2i-align: align text-to-image and text-to-video diffusion models with human preferences."""
+"""t2i-align: align diffusion models with human preferences."""
 
 from __future__ import annotations
 

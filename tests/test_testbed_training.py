@@ -102,7 +102,7 @@ def test_resuming_equals_training_through(tmp_path, tokenizer, scenes):
                 raise KeyboardInterrupt
 
         folder.mkdir(exist_ok=True)
-        options = {"every": every, "on_checkpoint": interrupt, "compile_step": False}
+        options = {"every": every, "on_checkpoint": interrupt}
         return train_denoiser(folder, model, tokenizer, (pool, pool), config, **options)
 
     through = train(tmp_path / "a", 4)

@@ -33,18 +33,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vae-steps", type=int, default=vae.steps)
     p.add_argument("--vae-mosaic-steps", type=int, default=vae.mosaic_steps)
     p.add_argument("--vae-lr", type=float, default=vae.lr)
-    p.add_argument("--text-steps", type=int, default=250)
+    p.add_argument("--text-steps", type=int, default=120)
     p.add_argument("--steps", type=int, default=denoiser.steps)
     p.add_argument(
         "--clean-fraction", type=float, default=denoiser.clean_fraction, help="share of steps without faults"
     )
     p.add_argument("--lr", type=float, default=denoiser.lr)
-    p.add_argument("--high-noise", type=float, default=denoiser.high_noise, help="0: timesteps are uniform")
     p.add_argument("--start-from", type=Path, help="a denoiser checkpoint to begin with, e.g. denoiser_v_prediction.pt")
-    p.add_argument("--every", type=int, default=500, help="steps between checkpoints, each of which is evaluated")
+    p.add_argument("--every", type=int, default=760, help="steps between checkpoints, each of which is evaluated")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the autoencoder's step")
     p.add_argument("--force", action="store_true", help="replace --out where it exists")
     return p
 
@@ -102,7 +101,6 @@ def main(argv: list[str] | None = None) -> None:
         steps=args.steps,
         clean_fraction=args.clean_fraction,
         lr=args.lr,
-        high_noise=args.high_noise,
         seed=args.seed,
     )
     average = train_denoiser(
@@ -113,7 +111,6 @@ def main(argv: list[str] | None = None) -> None:
         config,
         on_checkpoint=on_checkpoint,
         every=args.every,
-        compile_step=args.compile,
     )
     save(pipeline_of(average), args.out)
     print(f"saved {args.out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,10 @@ def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(temporary, safe_serialization=True)
+    for file in temporary.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     pipeline.to(dtype=torch.float32)
     for name, part in parts.items():
         part.load_state_dict(kept[name])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from t2i_align.testbed.captions import NUMBERS, RELATION_WORDS, Statement, describe, parse, write
+from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, Scene
 
 LENGTH = 32  # tokens; the longest caption has 23, the last four tokens are always padding
@@ -130,7 +131,10 @@ class ParseHeads(nn.Module):
 def warm_up(
     encoder: CLIPTextModel, heads: ParseHeads, tokenizer: CLIPTokenizer, scenes: list[Scene], *, steps: int, seed: int
 ) -> None:
-    """Teach the encoder to read true captions of `scenes`: AdamW 2e-3 with a cosine, 128 captions a step."""
+    """Teach the encoder to read true captions of `scenes`: AdamW 2e-3 with a cosine, up to 128 captions a step.
+
+    Statements of dev and test prompts are left out.
+    """
     to_ids = WordEncoder(tokenizer)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), fused=True)
@@ -140,6 +144,7 @@ def warm_up(
     for step in range(steps):
         rng = np.random.default_rng((seed, 7, step))
         statements = [describe(scenes[i], rng) for i in rng.integers(len(scenes), size=128)]
+        statements = [statement for statement in statements if split_of(statement) == "train"]
         captions = [write(statement, rng) for statement in statements]
         statements = [parse(c) if s.relation else s for c, s in zip(captions, statements, strict=True)]
         loss = heads.loss(encoder(to_ids(captions)).last_hidden_state, heads.targets(statements))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from t2i_align.testbed.scenes import SIDE, degrade, render, sample_scene, to_uin
 class VAEConfig:
     """Recipe of the shipped autoencoder; a step sees `batch` pictures of 64 x 64."""
 
-    steps: int = 4400
-    mosaic_steps: int = 2900
+    steps: int = 2300
+    mosaic_steps: int = 1600
     batch: int = 16
-    lr: float = 2.5e-3
+    lr: float = 3e-3
     kl_weight: float = 1e-6
     gradient_weight: float = 1.0
     pool: int = 24_000
@@ -100,8 +101,8 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, *, kl_weight: fl
 def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> AutoencoderKL:
     """Train and save the autoencoder to `out`, continuing from `out/vae_state.pt` when that exists.
 
-    Every step's data depends on (seed, step) only. The saved weights are an exponential average
-    (decay 0.998), and `scaling_factor` is 1 / std of the latents.
+    Every step's data depends on (seed, step) only. The saved weights are an exponential average (decay 0.998)
+    whose latents are balanced (`balance_latents`).
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -146,8 +147,11 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
             state = {"vae": vae.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
             torch.save({**state, "step": step + 1}, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
-    average.register_to_config(scaling_factor=1.0 / float(encode(average, pictures[:1024]).std()))
-    average.save_pretrained(out / "vae")
+    balance_latents(average, pictures[:400])
+    temporary = out / "vae.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    average.save_pretrained(temporary)
+    temporary.rename(out / "vae")  # the finished folder is what the next run looks for
     return average
 
 
