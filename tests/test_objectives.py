@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +13,18 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
+from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.schema import Batch
+from t2i_align.data.source import open_source
 from t2i_align.errors import UserError
 from t2i_align.noising import drop_captions, random_noise
 from t2i_align.objectives import OBJECTIVES, get
+from t2i_align.objectives.base import Needs
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO, dpo_logit
 from t2i_align.objectives.links import link_loss
 from t2i_align.objectives.sft import SFT
 from t2i_align.randomness import Draw
+from tests.test_data_examples import StandIn, write_jsonl, write_pictures
 
 ABAR = DDPMScheduler().alphas_cumprod
 PROCESSES = {
@@ -180,6 +186,46 @@ def test_half_precision_predictions_are_squared_in_float32() -> None:
     assert errors.dtype == torch.float32
     expected = (noised.target.to(torch.bfloat16).float() - noised.target.float()).square().flatten(1).mean(1)
     torch.testing.assert_close(errors.flatten(), expected)
+
+
+def test_sft_is_the_winners_error_whatever_the_loser() -> None:
+    """A model that predicts zero has the error mean(target^2) on each candidate; SFT's loss is the first one's."""
+    batch = random_batch()
+    zero = lambda noisy, timesteps, conditioning: torch.zeros_like(noisy)  # noqa: E731
+    target = random_noise(batch, draw_for(batch, "flow")).target.unflatten(0, (4, 2))
+    loss, _ = SFT().step(zero, zero, batch, draw_for(batch, "flow"))
+    torch.testing.assert_close(loss, target[:, 0].float().square().flatten(1).mean(1))
+    worse = replace(batch, latents=torch.cat([batch.latents[:, :1], 9 * batch.latents[:, 1:]], dim=1))
+    assert torch.equal(SFT().step(zero, zero, worse, draw_for(worse, "flow"))[0], loss)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_sft_leaves_out_what_was_disliked_and_counts_it(cache: bool, tmp_path: Path) -> None:
+    """Scores 1, -1, 0, 2, -3 of single pictures: the first and the fourth were liked; a limit counts liked ones."""
+    write_pictures(tmp_path, ["a.jpg"])
+    data = write_jsonl(
+        tmp_path / "likes.jsonl",
+        [{"prompt": "p", "images": ["a.jpg"], "scores": [score]} for score in (1, -1, 0, 2, -3)],
+    )
+
+    def counts(needs: Needs, limit: int | None = None) -> dict[str, int]:
+        return open_source(
+            DataConfig(path=str(data), cache=cache, limit=limit),
+            ModelConfig(path="a model"),
+            needs=needs,
+            pipeline=StandIn,
+            encoder_fingerprint=lambda: "e",
+            size=(8, 8),
+            cache_root=tmp_path / "cache",
+            progress=False,
+        ).counts
+
+    assert counts(SFT.needs) == {"groups": 2, "skipped": 0, "disliked_left_out": 3}
+    assert counts(SFT.needs, limit=2) == {"groups": 2, "skipped": 0, "disliked_left_out": 2}
+    assert counts(Needs()) == {"groups": 5, "skipped": 0}
+    data.write_text(json.dumps({"prompt": "p", "images": ["a.jpg"], "scores": [-1]}) + "\n")
+    with pytest.raises(UserError, match="no group is left: of 1, 0 are ties, 1 are disliked"):
+        counts(SFT.needs)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ def is_tie(scores: tuple[float, ...]) -> bool:
     return len(scores) > 1 and max(scores) == min(scores)
 
 
+def is_disliked(scores: tuple[float, ...]) -> bool:
+    """Whether a group is a single sample that was not liked."""
+    return len(scores) == 1 and scores[0] <= 0
+
+
 def present_columns(group: Group) -> list[str]:
     """The names of the optional fields that this group has."""
     return [name for name in ("captions", "user") if getattr(group, name) is not None]

@@ -30,7 +30,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from t2i_align.data.formats import REASONS_SHOWN, is_tie, present_columns
+from t2i_align.data.formats import REASONS_SHOWN, is_disliked, is_tie, present_columns
 from t2i_align.data.layout import (
     FINGERPRINT,
     GROUPS,
@@ -83,13 +83,16 @@ class Payload(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """When to stop early: after so many groups with enough candidates, ties counted or not."""
+    """When to stop early: after so many groups with enough candidates, ties and disliked samples counted or not."""
 
     groups: int
     candidates: int = 1
     ties: bool = True
+    likes_only: bool = False
 
     def counts(self, group: Group) -> bool:
+        if self.likes_only and is_disliked(group.scores):
+            return False
         return len(group.candidates) >= self.candidates and (self.ties or not is_tie(group.scores))
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
-from t2i_align.data.formats import Survey
+from t2i_align.data.formats import Survey, is_disliked
 from t2i_align.data.images import CROP
 from t2i_align.data.layout import LAYOUT, MANIFEST, differences
 from t2i_align.data.live import LiveGroups, LiveItem, index_pictures
@@ -37,7 +37,8 @@ ENCODE_BATCH = 8
 class Source:
     """The groups that a run trains on.
 
-    counts: groups, skipped, and where there are any, ties_left_out, too_few_candidates, beyond_the_limit.
+    counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
+    beyond_the_limit.
     fingerprint: equal for two sources that give the same samples under the same numbers.
     """
 
@@ -108,7 +109,7 @@ def open_source(
         name = readers.detect(path, data.format)
         limit = None
         if data.limit is not None:
-            limit = Limit(groups=data.limit, candidates=needs.candidates, ties=needs.ties)
+            limit = Limit(groups=data.limit, candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only)
         if data.cache:
             parts = fingerprint_parts(path, name, encoder_fingerprint(), size, limit)
             folder = cache_root / _digest(parts)
@@ -205,17 +206,20 @@ def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -
     _check_candidates(needs, {int(k): count for k, count in counts["candidates"].items()}, data.path)
     _check_columns(needs, counts["columns"], counts["groups"], data.path)
     enough = groups.k >= needs.candidates
-    usable = enough if needs.ties else enough & ~groups.tie
+    disliked = _disliked(groups) if needs.likes_only else np.zeros(len(groups), dtype=bool)
+    usable = enough & ~disliked & (needs.ties | ~groups.tie)
     numbers = np.flatnonzero(usable)
     chosen = numbers[: data.limit]
     if not len(chosen):
         raise UserError(f"{data.path}: no group is left: of {len(groups)}, {int(groups.tie.sum())} are ties, "
+                        f"{int(disliked.sum())} are disliked, "
                         f"{int((~enough).sum())} have fewer than {needs.candidates} candidates")  # fmt: skip
     found = dict(zip(*np.unique(groups.k[chosen], return_counts=True), strict=True))
     if len(found) > 1:
         raise UserError(f"{data.path}: groups must have the same number of candidates, found {_listed(found)}")
     left_out = {
         "ties_left_out": int((enough & groups.tie).sum()) if not needs.ties else 0,
+        "disliked_left_out": int((enough & disliked).sum()),
         "too_few_candidates": int((~enough).sum()),
         "beyond_the_limit": len(numbers) - len(chosen),
     }
@@ -223,6 +227,14 @@ def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -
     if reported:
         logger.info("%s: %s", data.path, ", ".join(f"{count} {name}" for name, count in reported.items()))
     return Source(groups, chosen, {"groups": len(chosen), "skipped": counts["skipped"], **reported})
+
+
+def _disliked(groups: CachedGroups | LiveGroups) -> np.ndarray:
+    disliked = groups.k == 1
+    for number in np.flatnonzero(disliked):
+        shard, row = groups.group(int(number))
+        disliked[number] = is_disliked(tuple(shard.scores_of(row)))
+    return disliked
 
 
 class _Chosen(Dataset[Any]):

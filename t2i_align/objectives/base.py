@@ -24,11 +24,13 @@ class Needs:
     """What an objective wants; checked before anything loads.
 
     candidates: at least so many a group. ties: whether a group whose best and worst score are equal teaches it
-    anything. reference: whether it asks a reference model. columns: optional fields of `Group` it reads.
+    anything. likes_only: a single sample must have been liked. reference: whether it asks a reference model. columns:
+    optional fields of `Group` it reads.
     """
 
     candidates: int = 1
     ties: bool = True
+    likes_only: bool = False
     reference: bool = False
     columns: tuple[str, ...] = ()
 

@@ -20,13 +20,13 @@ from t2i_align.randomness import Draw
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
-    """Denoising on the preferred candidate alone; asks no reference. Ties teach nothing about "better" and are out."""
+    """Denoising on the preferred candidate alone; asks no reference. Ties and disliked samples are left out."""
 
     reduction: Literal["mean", "sum"] = "mean"
 
     name = "sft"
     paper = "arXiv 2006.11239"
-    needs = Needs(candidates=1, ties=False)
+    needs = Needs(candidates=1, ties=False, likes_only=True)
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
         winners = replace(batch, latents=batch.latents[:, :1], scores=batch.scores[:, :1])
