@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from t2i_align.sources import (
     check_precision,
     load_pipeline,
     lora_on,
-    resolve_aligned,
-    resolve_model,
+    memory_for,
+    resolve_base,
+    resolve_lora,
     resolve_prompts,
 )
 
@@ -43,25 +45,16 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int = 50,
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
     batch_size: int = 8,
-    autocast: torch.dtype | None = None,
+    **options: Any,
 ) -> list[Image.Image]:
-    """One 8-bit RGB picture a prompt and seed, as they would be saved; `height` and `width` in pixels."""
-    pixels = pipeline.generate(
-        prompts,
-        seeds,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        batch_size=batch_size,
-        autocast=autocast,
-    )
-    return to_pictures(pixels)
+    """One 8-bit RGB picture a prompt and seed, as they would be saved; `options` as `TrainablePipeline.generate` has.
+
+    Raises:
+        UserError: the GPU's memory does not do for the batch.
+    """
+    with memory_for(batch_size):
+        return to_pictures(pipeline.generate(prompts, seeds, batch_size=batch_size, **options))
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
@@ -81,9 +74,13 @@ def generate(
     seed: int = 0,
     steps: int = 50,
     guidance: float = 7.5,
+    negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 8,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -97,8 +94,12 @@ def generate(
         model: path, Hub id, `testbed:sd`, or a loaded pipeline.
         prompts: text file with one prompt a line (blank lines are skipped), `testbed:dev`, or a list.
         prompt: further single prompts, after those.
-        lora, lora_scale: LoRA file, folder or training run to put on the model, and its strength.
+        lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
         per_prompt: pictures a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
+        negative_prompt: what guidance leads away from.
+        height, width: in pixels (default: the model's own).
+        revision, variant, single_file_config: of the model, as in `pipelines.load`; where None, and `lora` comes from
+            a training run of this model, those of that run.
         force: replace the pictures of an earlier run in `out`.
 
     Raises:
@@ -110,29 +111,24 @@ def generate(
     check_sampling(steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     check_precision(precision)
     loaded = not isinstance(model, str | Path)
-    source = None if loaded else resolve_model(model)  # type: ignore[arg-type]
-    adapter = None if lora is None else resolve_aligned(lora)
-    if adapter is not None and adapter.kind != "lora":
-        raise UserError(f"{lora}: this is a whole model, not a LoRA; give it as the model")
+    adapter = None if lora is None else resolve_lora(lora)
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+    source = None if loaded else asdict(resolve_base(model, adapter, **version))  # type: ignore[arg-type]
     folder = Path(out)
     _check_free(folder, force)
 
-    pipeline: TrainablePipeline = load_pipeline(source, precision, device) if source else model  # type: ignore
+    pipeline: TrainablePipeline
+    pipeline = load_pipeline(**source, precision=precision, device=device) if source else model  # type: ignore
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
-    sampling: dict[str, Any] = {
-        "steps": steps,
-        "guidance": guidance,
-        "height": height,
-        "width": width,
-        "batch_size": batch_size,
-    }
-    autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    how = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+    sampling: dict[str, Any] = {**how, "height": height, "width": width, "batch_size": batch_size}
+    sampling["autocast"] = PRECISIONS[precision] if loaded and precision != "fp32" else None
     identity = {
-        "model": pipeline.source if loaded else str(model),
+        "model": source["path"] if source else pipeline.source,
+        "revision": source["revision"] if source else None,
         "lora": None if lora is None else str(lora),
         "lora_scale": None if lora is None else lora_scale,
-        "steps": steps,
-        "guidance": guidance,
+        **how,
     }
     with lora_on(pipeline, adapter.path, lora_scale) if adapter else nullcontext():
         _clear(folder)
@@ -140,7 +136,7 @@ def generate(
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 texts, seeds = [text for text, _ in part], [number for _, number in part]
-                pictures = sample(pipeline, texts, seeds, autocast=autocast, **sampling)
+                pictures = sample(pipeline, texts, seeds, **sampling)
                 for index, ((text, number), picture) in enumerate(zip(part, pictures, strict=True), start):
                     name = f"{index:05d}.png"
                     save_picture(picture, folder / name)

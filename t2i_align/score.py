@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from t2i_align.errors import UserError
 from t2i_align.generate import LIST, check_sampling
-from t2i_align.sources import build_scorers
+from t2i_align.sources import build_scorers, memory_for, pick_device
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 IMAGE_KEYS = ("image", "file")  # a JSONL of one's own, and what `generate` writes
+PICTURE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Entry:
     image: str
     path: Path
     prompt: str
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the file: every `generate` gives its pictures the same names. None if it cannot be read."""
+        try:
+            return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        except OSError:
+            return None
 
 
 def score(
@@ -47,24 +58,28 @@ def score(
         pictures: folder with the `samples.jsonl` of `generate`, or a JSONL file with `image` (relative to it) and
             `prompt` a line.
         scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
-        out: JSONL file to append to: image, prompt, scorer, version, score and parts; for a picture that cannot be
-            read `error` instead of a score. What it already holds is not scored again: delete a line to repeat it.
+        out: JSONL file to append to: image, sha256 (of the file), prompt, scorer, version, score and parts; for a
+            picture that cannot be read `error` instead of a score. What it already holds is not scored again: delete
+            a line to repeat it. Another picture under the same name is another picture.
+        batch_size: pictures at a time.
+        device: default: the GPU if there is one.
 
     Raises:
-        UserError: a list, line or scorer that cannot be used.
+        UserError: a list, line, scorer or device that cannot be used.
     """
     check_sampling(batch_size=batch_size)
+    place = pick_device(device)
     entries = read_list(Path(pictures))
     target = None if out is None else Path(out)
     rows = [] if target is None else _continue(target)
     built = build_scorers(scorers)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = {(entry.image, entry.prompt) for entry in entries}
-    done = {(row["image"], row["prompt"], row["scorer"], row["version"]) for row in rows}
-    results = [row for row in rows if (row["image"], row["prompt"]) in wanted]
+    picture_of = attrgetter(*PICTURE)
+    wanted = {picture_of(entry) for entry in entries}
+    done = {itemgetter(*PICTURE, *SCORER)(row) for row in rows}
+    results = [row for row in rows if itemgetter(*PICTURE)(row) in wanted]
     for scorer in built:
         scorer.to(place)
-        todo = [e for e in entries if (e.image, e.prompt, scorer.name, scorer.version) not in done]
+        todo = [entry for entry in entries if (*picture_of(entry), scorer.name, scorer.version) not in done]
         with tqdm(total=len(todo), unit="img", desc=scorer.name, disable=not progress) as bar:
             for start in range(0, len(todo), batch_size):
                 new = list(_score_batch(scorer, todo[start : start + batch_size]))
@@ -110,10 +125,10 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def _score_batch(scorer: Scorer, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    identity = {"scorer": scorer.name, "version": scorer.version}
+    judge = {"scorer": scorer.name, "version": scorer.version}
     readable, pictures = [], []
     for entry in entries:
-        head = {"image": entry.image, "prompt": entry.prompt, **identity}
+        head = {key: getattr(entry, key) for key in PICTURE} | judge
         try:
             picture = open_picture(entry.path)
             frames = getattr(picture, "n_frames", 1)
@@ -126,7 +141,8 @@ def _score_batch(scorer: Scorer, entries: Sequence[Entry]) -> Iterator[dict[str,
         pictures.append(picture)
     if not pictures:
         return
-    total, parts = scorer.judge_images(pictures, [head["prompt"] for head in readable])
+    with memory_for(len(pictures)):
+        total, parts = scorer.judge_images(pictures, [head["prompt"] for head in readable])
     for row, head in enumerate(readable):
         values = {name: number(part[row].item()) for name, part in parts.items()}
         yield {**head, "score": number(total[row].item()), **({"parts": values} if values else {})}
@@ -146,7 +162,7 @@ def _continue(target: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind(b"\n") + 1]
     rows = [_parse(line, f"{target}, line {n}") for n, line in enumerate(whole.decode().split("\n")[:-1], 1)]
     for n, row in enumerate(rows, 1):
-        if not {"image", "prompt", "scorer", "version"} <= row.keys():
+        if not {*PICTURE, *SCORER} <= row.keys():
             raise UserError(f"{target}, line {n}: not a line of scores; choose another output file")
     if len(whole) < len(text):
         with open(target, "rb+") as stream:

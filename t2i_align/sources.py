@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import yaml
 
+from t2i_align.config import ModelConfig, build
 from t2i_align.errors import UserError, unknown
 
 if TYPE_CHECKING:  # loaded only by the functions that need them
@@ -22,22 +24,26 @@ if TYPE_CHECKING:  # loaded only by the functions that need them
 
 TESTBED = "testbed:"
 LORA_ENDING = ".safetensors"
+HUB_KINDS: dict[str, Literal["lora", "model"]] = {  # the file by which a Hub repository is told
+    "model_index.json": "model",
+    "pytorch_lora_weights.safetensors": "lora",
+}
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What stands against the base model: a whole model, or a LoRA on top of the base."""
+    """What stands against the base model: a whole model, or a LoRA on top of the base (always a file here)."""
 
     kind: Literal["lora", "model"]
     path: str
 
 
-def resolve_model(path: str | Path) -> str:
-    """A path or Hub id that `pipelines.load` takes, from a path, a Hub id or `testbed:sd`.
+def resolve_model(path: str | Path, what: str = "model") -> str:
+    """A path or Hub id that `pipelines.load` takes, from a path, a Hub id or `testbed:sd`; asks no Hub.
 
     Raises:
-        UserError: an unknown bundled model, or neither an existing path nor of the form owner/name.
+        UserError: an unknown bundled model, or neither an existing path nor a Hub id.
     """
     text = str(path)
     if text.startswith(TESTBED):
@@ -47,20 +53,23 @@ def resolve_model(path: str | Path) -> str:
     local = Path(text).expanduser()
     if local.exists():
         return str(local)
-    if _hub_id(text):
-        return text
-    raise UserError(f"{text}: no such model: expected a folder, a file, a Hub id owner/name, or testbed:sd")
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/"):
+        raise UserError(f"{text}: no such {what}: no such file or folder, and a Hub id has the form owner/name")
+    if local.parent.exists():  # a mistyped path: nobody keeps a folder with the name of a Hub's owner
+        raise UserError(f"{text}: no such {what}: no such file or folder (in {local.parent}/, so this is no Hub id)")
+    return text
 
 
-def resolve_aligned(path: str | Path) -> Aligned:
-    """Whether a path is a LoRA or a whole model; a training run's folder holds either as `lora/` or `model/`.
+def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
+    """Whether a path or Hub id is a LoRA or a whole model; a training run's folder holds either as `lora/` or `model/`.
 
     Raises:
-        UserError: nothing there, or a folder that holds neither.
+        UserError: nothing there (`what` says what was wanted), or something that is neither.
     """
     local = Path(path).expanduser()
     if not local.exists():
-        return Aligned("model", resolve_model(path))
+        found = resolve_model(path, what)
+        return Aligned("model", found) if Path(found).exists() else _on_the_hub(found, what)
     if local.is_file():
         return Aligned("lora" if _is_lora_file(local) else "model", str(local))
     if (local / "model_index.json").is_file():
@@ -77,6 +86,47 @@ def resolve_aligned(path: str | Path) -> Aligned:
     if loras:
         raise UserError(f"{path}: {len(loras)} LoRA files here; name one: {', '.join(f.name for f in loras)}")
     raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+
+
+def resolve_lora(path: str | Path) -> Aligned:
+    """A LoRA from its file, its folder, a training run's folder or a Hub id.
+
+    Raises:
+        UserError: nothing there, or a whole model.
+    """
+    found = resolve_aligned(path, "LoRA")
+    if found.kind != "lora":
+        raise UserError(f"{path}: this is a whole model, not a LoRA; give it as the model")
+    return found
+
+
+def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **told: str | None) -> ModelConfig:
+    """The base model and how to load it: as told, and where not told, as the training run of `aligned` had it.
+
+    A run's revision, variant and single-file configuration hold where `model` is that run's or None.
+
+    Raises:
+        UserError: no such model, or none told and `aligned` is not a training run's.
+    """
+    run = trained_from(aligned) if aligned else None
+    if model is None and run is None:
+        raise UserError("no base model told, and there is no run.yaml with the aligned weights that names one")
+    if run is None or (model is not None and Path(model) != Path(run.path)):
+        run = ModelConfig(path=str(model))
+    resolve_model(run.path)
+    return replace(run, **{key: value for key, value in told.items() if value is not None})
+
+
+def trained_from(aligned: Aligned) -> ModelConfig | None:
+    """The model section of the training run that left these weights in its `lora/` or `model/`; None if none did."""
+    from t2i_align.run import RUN_FILE  # there it is written, with much imported
+
+    weights = Path(aligned.path)
+    folder = weights.parent if weights.is_file() else weights
+    file = folder.absolute().parent / RUN_FILE
+    if folder.name not in ("lora", "model") or not file.is_file():
+        return None
+    return build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
 
 
 def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
@@ -108,13 +158,53 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
     return prompts
 
 
-def load_pipeline(path: str, precision: str = "fp32", device: str | None = None) -> TrainablePipeline:
-    """A resolved model on `device` (default: the GPU if there is one), its weights in `precision`."""
+def load_pipeline(
+    path: str | Path,
+    precision: str = "fp32",
+    device: str | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+) -> TrainablePipeline:
+    """A model on `device` (default: the GPU if there is one), its weights in `precision`; else as `pipelines.load`."""
     import pipelines
 
     check_precision(precision)
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return pipelines.load(path, dtype=PRECISIONS[precision]).to(target)
+    place = pick_device(device)
+    return pipelines.load(
+        resolve_model(path),
+        dtype=PRECISIONS[precision],
+        revision=revision,
+        variant=variant,
+        single_file_config=single_file_config,
+    ).to(place)
+
+
+def pick_device(name: str | None) -> str:
+    """The device of this name, or without one the GPU if there is one.
+
+    Raises:
+        UserError: no such device in this machine.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # a word that is no device; torch built without it; no such number
+        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return name
+
+
+@contextmanager
+def memory_for(batch_size: int) -> Iterator[None]:
+    """Say which option to lower when the GPU's memory does not do for `batch_size` pictures."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory does not do for {batch_size} pictures at a time; lower batch_size (--batch-size)"
+        ) from error
 
 
 @contextmanager
@@ -175,9 +265,22 @@ def _bundled(find: Callable[[Any], Any], spec: str) -> Any:
         raise UserError(f"{spec}: {error}") from error
 
 
-def _hub_id(text: str) -> bool:
-    owner, _, name = text.partition("/")
-    return bool(owner and name) and "/" not in name and not text.startswith((".", "~"))
+def _on_the_hub(repository: str, what: str) -> Aligned:
+    """What a Hub repository is by the first of HUB_KINDS that it has; a LoRA is fetched, of a model only its index."""
+    from transformers.utils import cached_file
+
+    for name, kind in HUB_KINDS.items():
+        try:
+            file = cached_file(repository, name)
+        except OSError as error:  # not there, no access, or no connection
+            reason = _first_line(error)
+        else:
+            return Aligned(kind, repository if kind == "model" else str(file))
+    raise UserError(f"{repository}: no such {what}: no such file or folder, nor on the Hub: {reason}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _check_whole(folder: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation import compare as module
 from t2i_align.evaluation.compare import evaluate
 from t2i_align.evaluation.report import choose, verdict
+from t2i_align.generate import generate
 from tests.tiny import tiny_sd
 
 PROMPTS = ["cat", "dog", "<script>alert(1)</script>", "a & b", "sun"]
@@ -63,7 +65,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().split("\n")[:-1]]
 
 
 def test_a_model_against_itself_ties_everywhere(sd_path: Path, tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_files_hold_the_numbers_and_prompts_cannot_inject(sd_path: Path, other: 
     result = evaluate(
         base=sd_path, aligned=other, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "new", seeds_per_prompt=2, **FAST
     )
-    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["report.html", "result.json", "samples.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
     found = json.loads((tmp_path / "new" / "result.json").read_text())
     for prefix in ("", "green_", "blue_"):
         assert {prefix + key for key in NUMBERS} <= found.keys()
@@ -152,15 +154,81 @@ def test_margins_by_scorer(sd_path: Path, other: Path, tmp_path: Path) -> None:
     options = {"base": sd_path, "aligned": other, "prompts": PROMPTS, "scorers": both, "out": tmp_path, **FAST}
     own = evaluate(**options).scorers
     assert (own["red"].total.tied, own["blue"].total.tied) == (0, 5)
-    given = evaluate(**options, tie_margin={"red": 1.0}, ties="drop").scorers
+    given = evaluate(**options, tie_margin={"red": 1.0}, ties="drop", force=True).scorers
     assert given["red"].total.tied == 5 and math.isnan(given["red"].total.win_rate)
     assert json.loads((tmp_path / "result.json").read_text())["win_rate"] is None
+
+
+def test_only_an_evaluation_is_replaced_and_only_when_forced(
+    sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"base": sd_path, "aligned": sd_path, "scorers": [Red()], **FAST}
+    listing = generate(sd_path, ["cat"], tmp_path / "pictures", **FAST)
+    before = listing.read_bytes()
+    for force in (False, True):
+        with pytest.raises(UserError, match="not empty, and holds no evaluation"):
+            evaluate(prompts=["cat"], out=tmp_path / "pictures", force=force, **options)
+    assert listing.read_bytes() == before
+
+    out = tmp_path / "out"
+    (out / f"{module.TEMPORARY}x").mkdir(parents=True)  # an evaluation was killed here
+    evaluate(prompts=["cat"], out=out, **options)
+    assert not list(out.glob(f"{module.TEMPORARY}*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
+        with pytest.raises(UserError, match=r"holds an evaluation; .*--force"):
+            evaluate(prompts=["cat"], out=out, **options)
+    evaluate(prompts=["cat", "dog"], out=out, force=True, **options)
+    assert [line["prompt"] for line in samples(out)] == ["cat", "dog"]
+    generate(sd_path, ["cat"], out, force=True, **FAST)
+    assert len(samples(out)) == 2
+
+
+def test_the_base_is_loaded_as_the_training_run_had_it(
+    sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(lora, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_text(json.dumps({"model": {"path": str(sd_path), "revision": "r1"}}))
+    load, seen = pipelines.load, []
+
+    def recorded(path: str, **options: Any) -> pipelines.TrainablePipeline:
+        seen.append(options["revision"])
+        return load(path)
+
+    monkeypatch.setattr(pipelines, "load", recorded)
+    cases = [({}, "r1"), ({"base": sd_path}, "r1"), ({"revision": "r2"}, "r2")]
+    for number, (change, revision) in enumerate(cases):
+        out = tmp_path / str(number)
+        result = evaluate(aligned=tmp_path / "run", prompts=["cat"], scorers=[Red()], out=out, **change, **FAST)
+        assert (result.settings["base"], result.settings["revision"], seen[-1]) == (str(sd_path), revision, revision)
+        assert f"revision {revision}" in (out / "report.html").read_text()
+
+
+def test_further_settings_are_written_and_reported(sd_path: Path, tmp_path: Path) -> None:
+    settings = {"aligned": "another name", "training_steps": 7}
+    evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Red()], out=tmp_path, settings=settings, **FAST)
+    assert settings.items() <= json.loads((tmp_path / "result.json").read_text()).items()
+    assert "another name" in (tmp_path / "report.html").read_text()
+
+
+def test_too_little_memory_for_a_scorer_names_the_option(sd_path: Path, tmp_path: Path) -> None:
+    class Huge(Red):
+        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"8 pictures at a time; lower batch_size \(--batch-size\)"):
+        evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Huge()], out=tmp_path, **FAST)
 
 
 def test_bad_input_is_named_before_anything_is_generated(
     sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def cached_file(repository: str, name: str) -> None:
+        raise OSError("no connection")
+
     monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    monkeypatch.chdir(tmp_path)
     good = {"base": sd_path, "aligned": sd_path, "prompts": PROMPTS, "scorers": [Red()], "out": tmp_path / "out"}
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
@@ -181,6 +249,10 @@ def test_bad_input_is_named_before_anything_is_generated(
     cases = [
         ({"base": tmp_path / "nowhere"}, "no such model"),
         ({"base": "no/such/model"}, "no such model"),
+        ({"base": None}, "no base model told"),
+        ({"aligned": "folder/foxs"}, "folder/foxs: no such model: no such file or folder"),
+        ({"aligned": "somebody/foxs"}, "somebody/foxs: no such model: .*, nor on the Hub: no connection"),
+        ({"device": "cdua"}, "device 'cdua' cannot be used: "),
         ({"aligned": tmp_path / "folder"}, "neither a LoRA, nor a model"),
         ({"aligned": tmp_path / "cut.safetensors"}, "not a readable safetensors file"),
         ({"aligned": misfit}, "does not fit"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import pipelines
+from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.generate import generate, sample_seed, to_pictures
-from t2i_align.sources import resolve_aligned, resolve_prompts
+from t2i_align.generate import generate, sample, sample_seed, to_pictures
+from t2i_align.sources import Aligned, resolve_aligned, resolve_base, resolve_lora, resolve_model, resolve_prompts
 
 FAST = {"steps": 2, "guidance": 2.0, "progress": False}
 
@@ -31,6 +34,7 @@ def test_each_picture_has_its_line_and_is_the_pipelines_own(sd_path: Path, tmp_p
     assert [row["prompt"] for row in rows] == ["cat", "cat", "sun", "sun", "dog", "dog"]
     assert [row["seed"] for row in rows] == [sample_seed(3, i, k) for i in range(3) for k in range(2)]
     assert rows[0]["model"] == str(sd_path) and rows[0]["lora"] is None and rows[0]["steps"] == 2
+    assert rows[0]["revision"] is None and rows[0]["negative_prompt"] == ""
     pixels = pipelines.load(sd_path).generate(
         [row["prompt"] for row in rows], [row["seed"] for row in rows], steps=2, guidance=2.0, batch_size=4
     )
@@ -84,6 +88,40 @@ def test_a_lora_at_half_strength_lies_between(sd_path: Path, tmp_path: Path) -> 
     assert row["lora"] == str(tmp_path / "lora") and row["lora_scale"] == 0.5
 
 
+def test_a_negative_prompt_is_the_pipelines_own_and_is_listed(sd_path: Path, tmp_path: Path) -> None:
+    file = generate(sd_path, ["cat"], tmp_path / "out", negative_prompt="dog", **FAST)
+    options = {"steps": 2, "guidance": 2.0, "negative_prompt": "dog"}
+    expected = to_pictures(pipelines.load(sd_path).generate(["cat"], [sample_seed(0, 0, 0)], **options))[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00000.png")), np.asarray(expected))
+    generate(sd_path, ["cat"], tmp_path / "plain", **FAST)
+    assert Image.open(tmp_path / "plain" / "00000.png").tobytes() != expected.tobytes()
+    assert lines(file)[0]["negative_prompt"] == "dog"
+
+
+def test_revision_variant_and_configuration_reach_the_loader(
+    sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, seen = pipelines.load, {}
+
+    def recorded(path: str, **options: Any) -> pipelines.TrainablePipeline:
+        seen.update(options)
+        return load(path)
+
+    monkeypatch.setattr(pipelines, "load", recorded)
+    wanted = {"revision": "r1", "variant": "fp16", "single_file_config": "a config"}
+    file = generate(sd_path, ["cat"], tmp_path / "out", **wanted, **FAST)
+    assert wanted.items() <= seen.items()
+    assert lines(file)[0]["revision"] == "r1"
+
+
+def test_too_little_memory_names_the_option() -> None:
+    def generate(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(UserError, match=r"32 pictures at a time; lower batch_size \(--batch-size\)"):
+        sample(SimpleNamespace(generate=generate), ["cat"], [0], batch_size=32)
+
+
 def test_rounding_is_diffusers_own() -> None:
     """0.998 · 255 = 254.49 → 254 and 0.9981 · 255 = 254.52 → 255: rounded, not cut off."""
     pixels = torch.full((1, 3, 1, 2), 0.998)
@@ -97,7 +135,8 @@ def test_bad_input_is_named(sd_path: Path, tmp_path: Path) -> None:
         ({"prompts": None}, "no prompts"),
         ({"prompts": "missing.txt"}, "missing.txt: no such prompt file"),
         ({"lora": sd_path}, "whole model, not a LoRA"),
-        ({"lora": tmp_path / "nothing"}, "no such model"),
+        ({"lora": tmp_path / "nothing"}, "nothing: no such LoRA: no such file or folder"),
+        ({"device": "cdua"}, "device 'cdua' cannot be used: "),
         ({"per_prompt": 0}, "per_prompt must be"),
         ({"steps": 1.5}, "steps must be"),
         ({"precision": "int4"}, "unknown precision"),
@@ -106,6 +145,52 @@ def test_bad_input_is_named(sd_path: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=match):
             generate(**{"model": sd_path, "prompts": ["a"], "out": tmp_path / "out", **FAST, **change})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["./foxs", "~/foxs", "/foxs", "a/b/foxs", "runs/foxs", "foxs"])
+def test_a_mistyped_path_is_not_taken_for_a_hub_id(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.utils.cached_file", lambda *arguments: pytest.fail("the Hub was asked"))
+    for resolve, what in ((resolve_model, "model"), (resolve_aligned, "model"), (resolve_lora, "LoRA")):
+        with pytest.raises(UserError, match=f"{text}: no such {what}: no such file or folder"):
+            resolve(text)
+    assert resolve_model("somebody/foxs") == "somebody/foxs"
+
+
+def test_a_hub_id_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {("somebody/model", "model_index.json"), ("somebody/lora", "pytorch_lora_weights.safetensors")}
+
+    def cached_file(repository: str, name: str) -> str:
+        if (repository, name) in there:
+            return str(tmp_path / name)
+        raise OSError(f"{repository} does not appear to have a file named {name}.\nMore of it.")
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    assert resolve_aligned("somebody/model") == Aligned("model", "somebody/model")
+    assert resolve_lora("somebody/lora") == Aligned("lora", str(tmp_path / "pytorch_lora_weights.safetensors"))
+    with pytest.raises(UserError, match="somebody/model: this is a whole model, not a LoRA"):
+        resolve_lora("somebody/model")
+    with pytest.raises(UserError, match=r"somebody/foxs: no such LoRA: .*does not appear to have .*safetensors\.$"):
+        resolve_lora("somebody/foxs")
+
+
+def test_the_base_of_a_training_run_is_known_with_its_revision(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "lora").mkdir(parents=True)
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, run / "lora" / "weights.safetensors")
+    loose = Aligned("lora", str(run / "lora" / "weights.safetensors"))
+    with pytest.raises(UserError, match="no base model told"):
+        resolve_base(None, loose)
+    (run / "run.yaml").write_text("model: {path: somebody/base, revision: r1, variant: fp16}\nsteps: 7\n")
+    own = ModelConfig(path="somebody/base", revision="r1", variant="fp16")
+    for aligned in (run, run / "lora", run / "lora" / "weights.safetensors"):
+        found = resolve_aligned(aligned)
+        assert resolve_base(None, found) == resolve_base("somebody/base", found, revision=None) == own
+        told = resolve_base("somebody/base", found, revision="main", variant=None)
+        assert told == ModelConfig(path="somebody/base", revision="main", variant="fp16")
+        assert resolve_base("somebody/other", found) == ModelConfig(path="somebody/other")
+    assert resolve_base("somebody/base", revision="r2") == ModelConfig(path="somebody/base", revision="r2")
 
 
 def test_prompts_keep_unusual_characters_within_a_line(tmp_path: Path) -> None:

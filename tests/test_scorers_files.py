@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -58,6 +60,7 @@ def test_every_picture_gets_a_line_with_name_and_version(pictures: Path, tmp_pat
     assert [row["score"] for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert rows[1] | {"score": 0} == {
         "image": "1.png",
+        "sha256": hashlib.sha256((tmp_path / "1.png").read_bytes()).hexdigest(),
         "prompt": "red\u2028number 1",
         "scorer": "red",
         "version": "1",
@@ -79,6 +82,31 @@ def test_a_killed_run_continues_where_it_was(pictures: Path, tmp_path: Path) -> 
     again.version = "2"  # other numbers: nothing counts as done
     run(pictures, again, out)
     assert again.seen == 6 and len(read(out)) == 10
+
+
+def test_another_models_pictures_of_the_same_names_are_scored_and_reported(tmp_path: Path) -> None:
+    """Red 51 and 204 of 255: the means of the two folders are 0.2 and 0.8, whichever is scored first or again."""
+    for name, red in (("base", 51), ("aligned", 204)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(tmp_path / name / "00000.png")
+        (tmp_path / name / "samples.jsonl").write_text('{"prompt": "x", "file": "00000.png"}\n')
+    out = tmp_path / "scores.jsonl"
+    for name, mean in (("base", 0.2), ("aligned", 0.8), ("base", 0.2)):
+        assert run(tmp_path / name, Red(), out) == pytest.approx(mean)
+    assert [row["score"] for row in read(out)] == pytest.approx([0.2, 0.8])  # the third call had nothing to do
+    (tmp_path / "base" / "00000.png").write_bytes((tmp_path / "aligned" / "00000.png").read_bytes())
+    assert run(tmp_path / "base", Red(), out) == pytest.approx(0.8)  # made again in the same folder
+
+
+def test_too_little_memory_and_no_such_device_are_named(pictures: Path) -> None:
+    class Huge(Red):
+        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"2 pictures at a time; lower batch_size \(--batch-size\)"):
+        run(pictures, Huge())
+    with pytest.raises(UserError, match="device 'cdua' cannot be used: "):
+        score(pictures, [Red()], device="cdua", progress=False)
 
 
 def test_pictures_that_cannot_be_read_are_recorded_and_the_others_keep_their_scores(

@@ -6,10 +6,11 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ from t2i_align.sources import (
     check_precision,
     load_pipeline,
     lora_on,
+    memory_for,
     resolve_aligned,
-    resolve_model,
+    resolve_base,
     resolve_prompts,
 )
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
+RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
+TEMPORARY = ".pictures-"
 TOTAL = ""  # the key of the score itself, beside the names of its parts
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # scorer -> TOTAL or part -> [N], NaN where not applicable
 
@@ -54,7 +58,7 @@ class Row:
 
 def evaluate(
     *,
-    base: str | Path | TrainablePipeline,
+    base: str | Path | TrainablePipeline | None = None,
     aligned: str | Path,
     prompts: str | Path | Sequence[str],
     scorers: str | Sequence[str | Scorer],
@@ -67,21 +71,26 @@ def evaluate(
     width: int | None = None,
     tie_margin: float | Mapping[str, float] | None = None,
     ties: Ties = "half",
-    batch_size: int = 64,
+    batch_size: int = 8,
     pictures: int = 24,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
+    force: bool = False,
     progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Compare `aligned` with `base` and write `result.json`, `samples.jsonl` and `report.html` to the folder `out`.
+    """Compare `aligned` with `base` and write `result.json`, `pairs.jsonl` and `report.html` to the folder `out`.
 
     Both sides draw each sample from the same seed, `sample_seed(seed, prompt index, k)`, whatever the batch size, and
     are scored as the 8-bit pictures that would be saved. The files are written at the very end, each whole or not at
     all.
 
     Args:
-        base: path, Hub id, `testbed:sd`, or a loaded pipeline.
-        aligned: a LoRA for the base (file, folder, or the folder of a training run), or another model.
+        base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
+        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
         prompts: text file with one prompt a line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
@@ -89,21 +98,25 @@ def evaluate(
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         pictures: pairs in the report: half of them drawn at random, the others the largest wins and losses.
+        revision, variant, single_file_config: of the base, as in `pipelines.load`; where None, and `aligned` comes
+            from a training run of this base, those of that run. single_file_config also serves an aligned single file.
         precision: of the weights ("fp32", "bf16", "fp16"); a loaded pipeline runs under autocast instead.
+        force: replace the evaluation that `out` holds.
+        settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
     Raises:
-        UserError: anything above that cannot be used; nothing has been generated then.
+        UserError: anything above that cannot be used, or an `out` that holds something; nothing was generated then.
     """
     started = time.monotonic()
     texts = resolve_prompts(prompts)
     check_sampling(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
     check_precision(precision)
-    loaded = not isinstance(base, str | Path)
-    base_path = None if loaded else resolve_model(base)  # type: ignore[arg-type]
     other = resolve_aligned(aligned)
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+    loaded = not isinstance(base, str | Path | None)
+    source = None if loaded else asdict(resolve_base(base, other, **version))  # type: ignore[arg-type]
     folder = Path(out)
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write to")
+    _check_free(folder, force)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
@@ -111,7 +124,8 @@ def evaluate(
             judge.check_prompts(texts)
     except ValueError as error:
         raise UserError(str(error)) from error
-    pipeline: TrainablePipeline = load_pipeline(base_path, precision, device) if base_path else base  # type: ignore
+    pipeline: TrainablePipeline
+    pipeline = load_pipeline(**source, precision=precision, device=device) if source else base  # type: ignore
     if other.kind == "lora":
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
         with lora_on(pipeline, other.path):
@@ -122,10 +136,12 @@ def evaluate(
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
-    base_name = pipeline.source if loaded else str(base)
+    origin = source or {"path": pipeline.source, **version}
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
+        shutil.rmtree(left_over)
     with (
-        tempfile.TemporaryDirectory(prefix=".pictures-", dir=folder) as temporary,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary,
         tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar,
     ):
         store = Path(temporary)
@@ -137,11 +153,12 @@ def evaluate(
         else:
             del pipeline
             _release()
-            pipeline = load_pipeline(other.path, precision, device)
+            pipeline = load_pipeline(other.path, precision, device, single_file_config=origin["single_file_config"])
             after = _measure("aligned", pipeline, *what, **sampling)
         bar.close()
-        settings = {
-            "base": base_name,
+        made_with = {
+            "base": origin.pop("path"),
+            **origin,
             "aligned": str(aligned),
             "aligned_kind": other.kind,
             "lora_sha256": _sha256(other.path) if other.kind == "lora" else None,
@@ -155,13 +172,15 @@ def evaluate(
             **sampling,
             "precision": precision,
             "seconds": round(time.monotonic() - started, 1),
+            **(settings or {}),
         }
-        result = Evaluation(out=folder, scorers=_results(judges, rows, before, after, margins, ties), settings=settings)
+        scores = _results(judges, rows, before, after, margins, ties)
+        result = Evaluation(out=folder, scorers=scores, settings=made_with)
         report = render(result.to_json(), _samples(rows, before, after, margins), store, pictures)
-        _write(folder / "report.html", report)
+        _write(folder / REPORT, report)
     lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
-    _write(folder / "samples.jsonl", "\n".join(lines) + "\n")
-    _write(folder / "result.json", json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    _write(folder / PAIRS, "\n".join(lines) + "\n")
+    _write(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return result
 
 
@@ -185,7 +204,8 @@ def _measure(
         for offset, image in enumerate(images):
             save_picture(image, picture_file(store, side, start + offset))
         for scorer in scorers:
-            total, parts = scorer.judge_images(images, texts)
+            with memory_for(batch_size):
+                total, parts = scorer.judge_images(images, texts)
             for name, values in {TOTAL: total, **parts}.items():
                 column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
                 column[start : start + len(part)] = values.double().cpu().numpy()
@@ -252,6 +272,18 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    """Only an earlier evaluation may be replaced, and only when told to; hidden files count for nothing."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder to write to")
+    if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
+        return
+    if not (folder / RESULT).is_file():
+        raise UserError(f"{folder}: not empty, and holds no evaluation; choose another folder")
+    if not force:
+        raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")
 
 
 def _release() -> None:

@@ -39,7 +39,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
 
     Args:
         result: what `result.json` holds.
-        samples: what `samples.jsonl` holds, a pair each.
+        samples: what `pairs.jsonl` holds, a pair each.
         store: folder with the pictures of both sides.
         pictures: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
