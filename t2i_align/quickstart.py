@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
@@ -18,7 +22,9 @@ if TYPE_CHECKING:
 
 CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
 MARKER = ".quickstart"  # a folder that holds this file was made by a quickstart, and the next one may replace it
+COMPLETE = "complete"  # what becomes the output folder, while it is made
 TEST_SEED = 90_000  # the comparison's own; neither the pairs nor the tuning of the configuration used it
+BATCH_SIZE = 64  # pictures of 64 x 64 pixels drawn at a time
 
 
 def quickstart(
@@ -33,7 +39,7 @@ def quickstart(
 
     Args:
         overrides: `key=value` changes to the bundled configuration.
-        output: folder to write to; what an earlier quickstart left there is replaced.
+        output: folder to write to; what an earlier quickstart left there is replaced when this one is complete.
         prompts, count: what to compare on, the first so many.
 
     Returns:
@@ -43,47 +49,70 @@ def quickstart(
         UserError: an override that cannot be used, or an output folder that holds something else.
     """
     started = time.monotonic()
+    if any(override.partition("=")[0] == "output_dir" for override in overrides):
+        raise UserError("output_dir: the quickstart's run lies in its own output folder; choose that with --output")
     folder = Path(output)
     config = configuration.load(CONFIG, [f"output_dir={folder / 'run'}", *overrides])
-    claim(folder)
-    # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
-    from t2i_align.console import quiet
-    from t2i_align.evaluation.compare import evaluate
-    from t2i_align.run import align, write_atomically
-    from t2i_align.sources import resolve_prompts
+    with replacing(folder) as temporary:
+        # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
+        from t2i_align.console import quiet
+        from t2i_align.evaluation.compare import RESULT, evaluate
+        from t2i_align.run import RUN_FILE, align, write_atomically
+        from t2i_align.sources import resolve_prompts
 
-    quiet()
-    run = align(config, progress=progress)
-    trained = time.monotonic()
-    result = evaluate(
-        base=config.model.path,
-        aligned=run.weights,
-        prompts=resolve_prompts(prompts)[:count],
-        scorers=["oracle"],
-        out=folder,
-        seed=TEST_SEED,
-        steps=config.validation.steps,
-        guidance=config.validation.guidance,
-        progress=progress,
-    )
-    whole = {
-        "seconds": round(time.monotonic() - started, 1),
-        "seconds_training": round(trained - started, 1),
-        "training_steps": run.steps,
-        "training_seed": config.train.seed,
-    }
-    result = replace(result, settings=result.settings | whole)
-    write_atomically(folder / "result.json", json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n")
+        quiet()
+        texts = resolve_prompts(prompts)[:count]
+        run = align(replace(config, output_dir=str(temporary / "run")), progress=progress)
+        trained = time.monotonic()
+        training = {
+            "aligned": str(folder / run.weights.relative_to(temporary)),  # where it will lie
+            "seconds_training": round(trained - started, 1),
+            "training_steps": run.steps,
+            "training_seed": config.train.seed,
+        }
+        result = evaluate(
+            base=config.model.path,
+            aligned=run.weights,
+            prompts=texts,
+            scorers=["oracle"],
+            out=temporary / COMPLETE,
+            seed=TEST_SEED,
+            steps=config.validation.steps,
+            guidance=config.validation.guidance,
+            batch_size=BATCH_SIZE,
+            progress=progress,
+            settings=training,
+        )
+        whole = {"seconds": round(time.monotonic() - started, 1)}
+        result = replace(result, out=folder, settings=result.settings | whole)
+        values = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+        write_atomically(temporary / COMPLETE / RESULT, values + "\n")
+        write_atomically(run.output_dir / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
+        run.output_dir.rename(temporary / COMPLETE / "run")
     return result
 
 
-def claim(folder: Path) -> None:
-    """Empty the output folder if an earlier quickstart made it, and mark it; refuse one that holds anything else."""
-    if folder.exists():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: this is a file; the quickstart needs a folder")
-        if any(folder.iterdir()) and not (folder / MARKER).is_file():
-            raise UserError(f"{folder}: this folder holds something that no quickstart wrote; choose another --output")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / MARKER).write_text("The next quickstart replaces this folder.\n")
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, whose COMPLETE takes its place when the block has ended well.
+
+    Whatever else happens, what an earlier quickstart left in `folder` stays, and nothing is left beside it.
+
+    Raises:
+        UserError: `folder` holds something that no quickstart wrote, or cannot be replaced.
+    """
+    place = folder.resolve()
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{folder}: this is a file; the quickstart needs a folder")
+    if place.is_dir() and any(place.iterdir()) and not (place / MARKER).is_file():
+        raise UserError(f"{folder}: this folder holds something that no quickstart wrote; choose another --output")
+    if os.path.ismount(place):
+        raise UserError(f"{folder}: this is a mount point, which cannot be replaced; choose a folder in it as --output")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-unfinished-", dir=place.parent) as name:
+        temporary = Path(name)
+        yield temporary
+        (temporary / COMPLETE / MARKER).write_text("The next quickstart replaces this folder.\n")
+        if place.exists():
+            place.rename(temporary / "earlier")
+        (temporary / COMPLETE).rename(place)
