@@ -102,15 +102,20 @@ def _prepare(argv: list[str]) -> int:
     from accelerate import Accelerator
 
     from t2i_align import config as configuration
-    from t2i_align.run import load_inputs
+    from t2i_align.data.layout import SKIPPED
+    from t2i_align.run import load_data, load_model
 
     quiet()
     config = configuration.load(options.config, options.overrides)
     if not config.data.cache:
         raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
-    _, source = load_inputs(config, Accelerator(), progress=True)
-    for name, count in source.counts.items():
-        print(f"{name.replace('_', ' '):<12} {count}")
+    accelerator = Accelerator()
+    source = load_data(config, accelerator, load_model(config, accelerator.device), progress=True)
+    lines = {**source.counts, "cache": source.groups.path}
+    if source.counts["skipped"]:
+        lines["why_skipped"] = source.groups.path / SKIPPED
+    for name, value in lines.items():
+        print(f"{name.replace('_', ' '):<12} {value}")
     return 0
 
 
@@ -128,10 +133,11 @@ def _train(argv: list[str]) -> int:
 def _generate(argv: list[str]) -> int:
     parser = _parser("generate")
     parser.add_argument("model", help="diffusers folder, single file, Hub id, or testbed:sd")
-    parser.add_argument("--lora", help="LoRA file or folder to put on the model")
+    parser.add_argument("--lora", help="LoRA to put on the model: file, folder, training run, or Hub id")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: %(default)s)")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it several times for several")
     parser.add_argument("--prompts", help="text file with one prompt a line, or testbed:dev")
+    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder for the pictures and their list")
     parser.add_argument("--force", action="store_true", help="replace the pictures of an earlier run in that folder")
@@ -150,7 +156,7 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("pictures", help="folder that `generate` wrote, or a JSONL file with `image` and `prompt`")
     parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as clip:ViT-B-32:laion400m_e32")
     parser.add_argument("--out", help="JSONL file to add the scores to (default: only the means are printed)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    _machine(parser)
     options = _parse(parser, argv)
     from t2i_align.score import score
 
@@ -161,8 +167,8 @@ def _score(argv: list[str]) -> int:
 
 def _evaluate(argv: list[str]) -> int:
     parser = _parser("evaluate")
-    parser.add_argument("--base", required=True, help="the model before: folder, single file, Hub id, testbed:sd")
-    parser.add_argument("--aligned", required=True, help="the model after: a LoRA file or folder, or a model")
+    parser.add_argument("--base", help="the model before: folder, file, Hub id, testbed:sd (default: the run's own)")
+    parser.add_argument("--aligned", required=True, help="the model after: a training run, a LoRA, or another model")
     parser.add_argument("--prompts", required=True, help="text file with one prompt a line, or testbed:test")
     parser.add_argument("--scorers", nargs="+", required=True, help="who decides; the first one gives the headline")
     parser.add_argument("--out", required=True, help="folder for result.json and report.html")
@@ -170,7 +176,8 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument("--tie-margin", type=float, help="smaller differences are ties (default: the scorer's own)")
     parser.add_argument("--ties", choices=("half", "drop"), default="half", help="count as half a win, or leave out")
     parser.add_argument("--pictures", type=int, default=24, help="pairs in the report (default: %(default)s)")
-    _sampling(parser, batch_size=64)
+    parser.add_argument("--force", action="store_true", help="replace the evaluation in that folder")
+    _sampling(parser)
     options = _parse(parser, argv)
     from t2i_align.evaluation.compare import evaluate
 
@@ -219,7 +226,7 @@ COMMANDS = {
         run=_quickstart,
         summary="align the bundled model on the bundled preferences and measure it",
         examples=("t2i-align quickstart", "t2i-align quickstart train.steps=50 --output runs/short"),
-        interrupted="Run the same command again; it starts afresh.",
+        interrupted="Nothing was replaced. Run the same command again; it starts afresh.",
     ),
     "prepare": Command(
         run=_prepare,
@@ -241,7 +248,8 @@ COMMANDS = {
         run=_generate,
         summary="pictures from a model, with or without a LoRA",
         examples=(
-            "t2i-align generate testbed:sd --lora runs/quickstart/run/lora --prompts testbed:dev --out runs/pictures",
+            "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/pictures "
+            "--steps 20 --guidance 2",
         ),
         interrupted="The pictures that are listed are complete; --force replaces them.",
     ),
@@ -255,8 +263,8 @@ COMMANDS = {
         run=_evaluate,
         summary="compare two models at the same seeds: win rate with interval, report with pictures",
         examples=(
-            "t2i-align evaluate --base testbed:sd --aligned runs/quickstart/run/lora --prompts testbed:test "
-            "--scorers oracle --out runs/comparison",
+            "t2i-align evaluate --base testbed:sd --aligned runs/quickstart/run --prompts testbed:test "
+            "--scorers oracle --out runs/comparison --steps 20 --guidance 2",
         ),
     ),
     "objectives": Command(
@@ -295,14 +303,22 @@ def _run_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling(parser: argparse.ArgumentParser, batch_size: int = 8) -> None:
+def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: %(default)s)")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub (default: its main one)")
+    parser.add_argument("--variant", help="of the model's weight files, such as fp16")
+    parser.add_argument("--single-file-config", help="folder or Hub id with the configuration of a single file")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    _machine(parser)
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
+import json
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,11 @@ from t2i_align.console import quiet
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.quickstart import CONFIG
+from tests.runs import jsonl_pairs, run_values
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = {"generate": "t2i_align.generate", "score": "t2i_align.score", "evaluate": "t2i_align.evaluation.compare"}
+IN_PYTHON_ONLY = {"progress", "settings"}
 
 
 def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -142,6 +150,23 @@ def test_the_commands_that_train_say_how_they_resume() -> None:
     assert "continues" in cli.COMMANDS["prepare"].interrupted
 
 
+def test_prepare_says_where_the_cache_and_what_was_skipped_are(
+    sd_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = jsonl_pairs(tmp_path / "data", 4)
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run_values(sd_path, data, tmp_path / "runs" / "a")))
+    arguments = ["prepare", str(config), f"data.cache_dir={tmp_path / 'cache'}"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert re.search(rf"^cache +{cache}$", out, re.MULTILINE) and "skipped.jsonl" not in out
+    (tmp_path / "data" / "0_bad.png").unlink()
+    assert cli.main(arguments) == 0
+    (file,) = re.findall(r"^why skipped +(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert "0_bad.png" in Path(file).read_text()
+
+
 def test_objectives_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["objectives"]) == 0
     out = capsys.readouterr().out
@@ -192,7 +217,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
                 "--seed",
                 "7",
             ],
-            {"base": "b", "aligned": "a", "prompts": "p", "scorers": ["s"], "out": "o", "seed": 7, "tie_margin": None},
+            {"base": "b", "aligned": "a", "prompts": "p", "scorers": ["s"], "out": "o", "seed": 7, "batch_size": 8},
         ),
     ],
 )
@@ -214,6 +239,47 @@ def test_arguments_reach_the_library_under_its_own_names(
     given = {name for name in calls[0] if f"--{name.replace('_', '-')}" in argv or name in wanted}
     for name in calls[0].keys() - given:
         assert calls[0][name] == defaults[name], f"the command's default of {name} is not the library's"
+
+
+def documented() -> list[str]:
+    """Commands in the README, the guide and the help texts that call one of LIBRARY's functions."""
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "docs/evaluation.md")]
+    lines = [line for text in texts for line in text.splitlines()]
+    lines += [example for command in cli.COMMANDS.values() for example in command.examples]
+    return [line for line in lines if line.startswith(tuple(f"t2i-align {name} " for name in LIBRARY))]
+
+
+def test_commands_are_documented_of_each_kind() -> None:
+    assert {line.split()[1] for line in documented()} == set(LIBRARY) and len(documented()) >= 7
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_run_and_use_the_testbed_as_its_figures_do(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, name, *arguments = shlex.split(line)
+    calls: list[dict[str, Any]] = []
+    module = importlib.import_module(LIBRARY[name])
+    monkeypatch.setattr(module, name, lambda **keywords: calls.append(keywords) or SimpleNamespace(summary=str))
+    assert cli.main([name, *arguments]) == 0
+    if "testbed:sd" in arguments:
+        assert (calls[0]["steps"], calls[0]["guidance"]) == (20, 2)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_command_offers_what_the_function_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(LIBRARY[name])
+    real, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda **keywords: calls.append(keywords) or SimpleNamespace(summary=str))
+    line = next(line for line in documented() if line.split()[1] == name)
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert calls[0].keys() == inspect.signature(real).parameters.keys() - IN_PYTHON_ONLY
+
+
+def test_the_readme_maps_every_module() -> None:
+    listed = re.findall(r"^  (\w+\.py) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    modules = {file.name for file in (ROOT / "t2i_align").glob("*.py")}
+    assert set(listed) == modules - {"__init__.py", "__main__.py"}
 
 
 def test_quiet_drops_only_the_message_that_says_nothing() -> None:
