@@ -111,7 +111,7 @@ def _prepare(argv: list[str]) -> int:
         raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
     accelerator = Accelerator()
     source = load_data(config, accelerator, load_model(config, accelerator.device), progress=True)
-    lines = {**source.counts, "cache": source.groups.path}
+    lines: dict[str, Any] = {**source.counts, "cache": source.groups.path}
     if source.counts["skipped"]:
         lines["why_skipped"] = source.groups.path / SKIPPED
     for name, value in lines.items():

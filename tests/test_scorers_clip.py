@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -165,5 +166,5 @@ def test_bad_specs_are_named(spec: str, match: str) -> None:
 
 def test_identity_is_recorded(tiny: str, weights: Path, scorer) -> None:
     assert scorer.name == "clip:tiny-clip:clip.safetensors"
-    assert "weights sha256 " in scorer.version
+    assert f"weights sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}" in scorer.version
     assert "random" in reward_scorers.build(f"clip:{tiny}:random").version
