@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from pipelines.base import PipelineError, TrainablePipeline
@@ -21,6 +22,8 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {family.family: family for family
 # Names that diffusers gives to the layouts of single-file checkpoints.
 SINGLE_FILE_TYPES = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline"}
 SINGLE_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
+WEIGHT_ENDINGS = (".safetensors", ".bin")  # in the order in which they are preferred
+CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
 
 
 def load(
@@ -69,28 +72,62 @@ def load(
     return pipeline
 
 
-def encoder_fingerprint(path: str | Path, revision: str | None = None) -> str:
-    """A hash of all that turns pictures and prompts into a cache: VAE, text encoders and tokenizers.
+def encoder_fingerprint(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+) -> str:
+    """A hash of all that turns pictures and prompts into a cache: VAE, text encoders, tokenizers, as `load` has them.
 
     Two checkpoints that differ only in their denoiser share it, so a cache made with one serves the other.
     """
-    root = Path(path)
-    digest = hashlib.sha256()
-    if root.is_file():
-        files = [root]
-        root = root.parent
+    if (file := Path(path)).is_file():
+        files = {file.name: file}
+        if single_file_config is not None:
+            files |= _encoder_files(single_file_config, weights=False)
     else:
-        index = _model_index(path, revision)
-        family = _family_of(str(index.get("_class_name")), str(path))
-        if not root.is_dir():
-            root = Path(DiffusionPipeline.download(str(path), revision=revision))
-        files = sorted(file for name in family.encoder_names for file in (root / name).rglob("*") if file.is_file())
-    for file in files:
-        digest.update(str(file.relative_to(root)).encode())
+        files = _encoder_files(path, revision, variant)
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _encoder_files(
+    path: str | Path, revision: str | None = None, variant: str | None = None, *, weights: bool = True
+) -> dict[str, Path]:
+    """What diffusers reads of a pipeline's encoders, by name; a Hub id's are fetched, and no more than these."""
+    index = _model_index(path, revision)
+    names = _family_of(str(index.get("_class_name")), str(path)).encoder_names
+    root = Path(path)
+    if not root.is_dir() and weights:
+        others: dict[str, Any] = {name: None for name in index if name not in names and not name.startswith("_")}
+        root = Path(DiffusionPipeline.download(str(path), revision=revision, variant=variant, **others))
+    elif not root.is_dir():
+        wanted = [f"{name}/*{ending}" for name in names for ending in CONFIG_ENDINGS]
+        root = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+    files: list[Path] = []
+    for name in names:
+        found = [file for file in (root / name).glob("*") if file.is_file()]
+        files += [file for file in found if file.suffix in CONFIG_ENDINGS and ".index." not in file.name]
+        files += _weights(found, variant) if weights else []
+    return {f"{file.parent.name}/{file.name}": file for file in files}
+
+
+def _weights(files: list[Path], variant: str | None) -> list[Path]:
+    """Of a component's files those that `from_pretrained` loads: the variant's, or where it has none the default."""
+
+    def of(file: Path) -> str:  # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+        return file.stem.partition(".")[2].partition("-")[0]
+
+    found = [file for file in files if file.suffix in WEIGHT_ENDINGS]
+    found = [file for file in found if of(file) == variant] or [file for file in found if not of(file)]
+    return [file for file in found if file.suffix == WEIGHT_ENDINGS[0]] or found
 
 
 def _model_index(path: str | Path, revision: str | None) -> dict[str, Any]:

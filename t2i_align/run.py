@@ -166,7 +166,10 @@ def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePi
         needs=config.objective.needs,
         pipeline=with_encoders,
         encoder_fingerprint=lambda: pipelines.encoder_fingerprint(
-            resolve_model(config.model.path), config.model.revision
+            resolve_model(config.model.path),
+            revision=config.model.revision,
+            variant=config.model.variant,
+            single_file_config=config.model.single_file_config,
         ),
         size=size,
         cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines import pipeline_utils
+from huggingface_hub.utils import filter_repo_objects
 
 import pipelines
-from pipelines import PipelineError
+from pipelines import PipelineError, registry
 from t2i_align.reference import adapters_off, build_reference
 from tests.single_file import write_single_file
 
@@ -148,6 +152,55 @@ def test_fingerprint_is_of_the_encoders_not_of_the_denoiser(sd_path: Path, tmp_p
     weights = next((copy / "vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert pipelines.encoder_fingerprint(copy) != pipelines.encoder_fingerprint(sd_path)
+
+
+def test_fingerprint_is_of_the_variant_that_is_loaded(sd_path: Path, tmp_path: Path) -> None:
+    """Half-precision weights beside the others are another model when they are asked for, and nothing when not."""
+    plain = pipelines.encoder_fingerprint(sd_path)
+    copy = Path(shutil.copytree(sd_path, tmp_path / "copy"))
+    assert pipelines.encoder_fingerprint(copy, variant="fp16") == plain  # diffusers takes what there is
+    pipelines.load(sd_path).pipe.vae.half().save_pretrained(str(tmp_path / "half"), variant="fp16")
+    shutil.copy(next((tmp_path / "half").glob("*.fp16.safetensors")), copy / "vae")
+    assert pipelines.encoder_fingerprint(copy) == plain
+    half = pipelines.encoder_fingerprint(copy, variant="fp16")
+    assert half != plain
+    next((copy / "vae").glob("*_model.safetensors")).unlink()
+    assert pipelines.encoder_fingerprint(copy, variant="fp16") == half
+
+
+def test_fingerprint_of_a_single_file_is_with_its_configuration(sd_path: Path, tmp_path: Path) -> None:
+    file = write_single_file(sd_path, tmp_path / "model.safetensors")
+    copy = Path(shutil.copytree(sd_path, tmp_path / "copy"))
+    for weights in copy.rglob("*.safetensors"):
+        weights.unlink()  # a configuration needs none
+    before = pipelines.encoder_fingerprint(file, single_file_config=str(copy))
+    assert before == pipelines.encoder_fingerprint(file, single_file_config=str(sd_path))
+    assert before != pipelines.encoder_fingerprint(file)
+    vae = json.loads((copy / "vae" / "config.json").read_text())
+    (copy / "vae" / "config.json").write_text(json.dumps({**vae, "scaling_factor": 0.5}))
+    assert pipelines.encoder_fingerprint(file, single_file_config=str(copy)) != before
+
+
+def test_fingerprint_of_a_hub_model_fetches_its_encoders_alone(sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What diffusers would ask the Hub for, of a repository with both variants of everything."""
+    files = [file.relative_to(sd_path).as_posix() for file in sd_path.rglob("*") if file.is_file()]
+    files += [file.replace(".safetensors", ".fp16.safetensors") for file in files if file.endswith(".safetensors")]
+    asked: set[str] = set()
+
+    def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        asked.update(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(sd_path)
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+    monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda *_, **__: "main", raising=False)
+    monkeypatch.setattr(pipeline_utils, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda *_, **__: str(sd_path / "model_index.json"))
+    monkeypatch.setattr(pipeline_utils, "snapshot_download", snapshot)
+    index = json.loads((sd_path / "model_index.json").read_text())
+    monkeypatch.setattr(registry, "_model_index", lambda *_: index)
+    assert pipelines.encoder_fingerprint("fox/sd", variant="fp16") == pipelines.encoder_fingerprint(sd_path)
+    weights = sorted(file for file in asked if file.endswith(".safetensors"))
+    assert weights == ["text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"]
 
 
 def damaged(sd_path: Path, tmp_path: Path, what: str) -> Path:
