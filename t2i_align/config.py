@@ -6,6 +6,8 @@ A typo in a key answers with the keys there are; a value of the wrong type says 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,13 @@ class DataConfig:
     limit: int | None = None
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        for key in ("resolution", "limit"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"data.{key}", "at least 1 or null", value)
+        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        _expand_home(self, "path", "cache_dir")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -60,8 +69,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
-        _require(self.alpha > 0, "lora.alpha", "positive", self.alpha)
+        _require(0 < self.alpha < math.inf, "lora.alpha", "positive", self.alpha)
         _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
+        _require(len(self.targets) > 0, "lora.targets", "a preset's name or at least one ending", self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,9 @@ class OptimConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", "positive", self.lr)
+        _require(0 < self.lr < math.inf, "optim.lr", "positive", self.lr)
+        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers in [0, 1)", list(self.betas))
+        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", "0 or more", self.weight_decay)
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", "positive", self.max_grad_norm)
         _require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
         _require(self.ema is None or 0 < self.ema < 1, "optim.ema", "in (0, 1) or null", self.ema)
@@ -107,6 +119,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate"):
             _require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
+        _require(0 <= self.seed < 2**63, "train.seed", "in [0, 2^63)", self.seed)
         _require(0 <= self.caption_dropout <= 1, "train.caption_dropout", "in [0, 1]", self.caption_dropout)
 
 
@@ -124,6 +137,12 @@ class ValidationConfig:
     steps: int = 20
     guidance: float = 7.5
     seed: int = 1000
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "validation.every", "0 (never) or more", self.every)
+        for key in ("count", "steps"):
+            _require(getattr(self, key) >= 1, f"validation.{key}", "at least 1", getattr(self, key))
+        _require(0 <= self.guidance < math.inf, "validation.guidance", "0 or more", self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +174,9 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        _expand_home(self, "output_dir")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -259,6 +281,13 @@ def _dataclass_in(hint: Any) -> type | None:
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _expand_home(config: object, *keys: str) -> None:
+    """`~` is the shell's; in `key=~/value` and in YAML it arrives as it is."""
+    for key in keys:
+        if (value := getattr(config, key)) is not None:
+            object.__setattr__(config, key, os.path.expanduser(value))  # frozen for everybody else
 
 
 def _require(holds: bool, key: str, expected: str, found: object) -> None:

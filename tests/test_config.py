@@ -43,6 +43,18 @@ def test_overrides_reach_inside_and_read_yaml(tmp_path: Path) -> None:
         ("objective.bta=1", r"unknown key in objective 'bta'. Did you mean 'beta'"),
         ("objective=spo", "unknown objective 'spo'"),
         ("optim.lr=-1", "optim.lr must be positive"),
+        ("optim.lr=.inf", "optim.lr must be positive, found inf"),
+        ("optim.betas=[0.9, 1]", r"optim.betas must be two numbers in \[0, 1\), found \[0.9, 1.0\]"),
+        ("optim.weight_decay=-1", "optim.weight_decay must be 0 or more, found -1"),
+        ("lora.targets=[]", r"lora.targets must be a preset's name or at least one ending, found \[\]"),
+        ("train.seed=-1", r"train.seed must be in \[0, 2\^63\), found -1"),
+        ("data.resolution=0", "data.resolution must be at least 1 or null, found 0"),
+        ("data.limit=0", "data.limit must be at least 1 or null, found 0"),
+        ("data.workers=-1", "data.workers must be 0 or more, found -1"),
+        ("validation.every=-1", r"validation.every must be 0 \(never\) or more, found -1"),
+        ("validation.count=0", "validation.count must be at least 1, found 0"),
+        ("validation.steps=0", "validation.steps must be at least 1, found 0"),
+        ("validation.guidance=.nan", "validation.guidance must be 0 or more, found nan"),
         ("lora=8", "lora: expected a mapping"),
         ("steps", "has the form key=value"),
         ("train.steps=[1", "not valid YAML"),
@@ -53,6 +65,14 @@ def test_wrong_keys_and_values_say_what_was_expected(override: str, message: str
     file.write_text(yaml.safe_dump(VALUES))
     with pytest.raises(UserError, match=message):
         config.load(file, [override])
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/fox")
+    run = config.from_mapping({**VALUES, "output_dir": "~/runs/x", "data": {"path": "~/pairs", "cache_dir": "~/cache"}})
+    assert run.output_dir == "/home/fox/runs/x"
+    assert (run.data.path, run.data.cache_dir) == ("/home/fox/pairs", "/home/fox/cache")
+    assert config.from_mapping(VALUES).data.path == "testbed:pairs"
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
