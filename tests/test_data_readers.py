@@ -302,11 +302,26 @@ def test_folders(tmp_path: Path) -> None:
     assert "no caption" in reasons["d"] and "e.jpg, e.png" in reasons["e"] and "no loser" in reasons["lonely"]
 
 
+def test_folders_metadata_means_the_winner(tmp_path: Path) -> None:
+    """Its own entry comes before one without a folder, that before the loser's; another folder's is not meant."""
+    for folder in ("chosen", "rejected"):
+        write_pictures(tmp_path / folder, ["a.png", "b.png", "c.png", "d.png"])
+    listed = ["chosen/a.png", "a.png", "rejected/a.png", "b.png", "rejected/b.png", "rejected/c.png", "old/d.png"]
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": name} for name in listed])
+    assert [group.prompt for group in groups(tmp_path)] == ["chosen/a.png", "b.png", "rejected/c.png"]
+    assert "no caption" in skips(tmp_path)["d"]
+    write_jsonl(tmp_path / "chosen" / "metadata.jsonl", [{"file_name": "a.png", "text": "beside"}])
+    assert groups(tmp_path)[0].prompt == "beside"
+
+
 def test_folders_that_are_unclear(tmp_path: Path) -> None:
     for name in ("winner", "good", "loser"):
         write_pictures(tmp_path / name, ["a.jpg"])
     with pytest.raises(UserError, match=r"expected one winner folder .* found good, winner"):
         list(read(tmp_path))
+    for function in (read, readers.identity):
+        with pytest.raises(UserError, match=r"expected a folder .* found a file"):
+            list(function(tmp_path / "good" / "a.jpg", "folders"))
 
 
 def test_folder_links_stay_inside(tmp_path: Path) -> None:
@@ -354,7 +369,7 @@ def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert "duplicate" in skips(tmp_path / "a.votes")["fox"]
     survey = readers.survey(tmp_path / "a.votes")
-    assert (survey.rows, survey.candidates, survey.ties, survey.prompts) == (3, {2: 2}, 1, 2)
+    assert (survey.rows, survey.candidates, survey.ties, survey.prompts) == (3, {2: 2}, {2: 1}, 2)
     with pytest.raises(ValueError, match="already"):
         register("votes")(read_votes)
 
@@ -369,6 +384,24 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
     assert readers.identity(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl") == before
     (tmp_path / "one" / "b.jpg").write_bytes(jpeg(9))
     assert readers.identity(file, "jsonl") != before
+
+
+def test_identity_of_folders_is_of_what_is_read(tmp_path: Path) -> None:
+    """A run's output below the pairs, or what a file manager leaves there, does not make them another source."""
+    write_pictures(tmp_path / "chosen", ["fox.png"])
+    write_pictures(tmp_path / "rejected", ["fox.png"])
+    (tmp_path / "captions").mkdir()
+    before, size = readers.identity(tmp_path, "folders"), readers.embedded_bytes(tmp_path, "folders")
+    write_pictures(tmp_path / "run" / "validation", ["step_000100.png"])
+    for name in ("run.yaml", ".DS_Store", "chosen/.DS_Store", "chosen/._fox.png", "chosen/._fox.txt", "rejected/a.log"):
+        (tmp_path / name).write_text("?")
+    assert readers.identity(tmp_path, "folders") == before
+    assert readers.embedded_bytes(tmp_path, "folders") == size == 0
+    seen = {before}
+    for name in ("captions/fox.txt", "chosen/fox.txt", "chosen/metadata.jsonl", "metadata.jsonl", "rejected/fox.png"):
+        (tmp_path / name).write_text("changed")
+        seen.add(readers.identity(tmp_path, "folders"))
+    assert len(seen) == 6
 
 
 def test_identity_of_large_sources_uses_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,16 @@ from t2i_align.data.schema import Batch
 from t2i_align.data.source import Source, open_source
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Needs
-from tests.test_data_examples import StandIn, jpeg, noise_jpeg, pick_rows, write_jsonl, write_parquet, write_pictures
+from tests.test_data_examples import (
+    StandIn,
+    colour,
+    jpeg,
+    noise_jpeg,
+    pick_rows,
+    write_jsonl,
+    write_parquet,
+    write_pictures,
+)
 
 CPU = torch.device("cpu")
 PAIRS = Needs(candidates=2, ties=False)
@@ -158,11 +167,13 @@ def test_a_limit_takes_the_first_usable_groups(tmp_path: Path, pairs: Path, cach
 # A prepared cache given as the path ---------------------------------------------------------------------------------
 
 
-def test_a_prepared_folder_is_opened_directly(tmp_path: Path, pairs: Path) -> None:
+def test_a_prepared_folder_is_opened_directly(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = opened(tmp_path, pairs)
     folder = next((tmp_path / "cache").iterdir())
     direct = opened(tmp_path, folder, pipeline=never)
     assert direct.fingerprint == read.fingerprint
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert opened(tmp_path, Path("~", folder.name), pipeline=never).fingerprint == read.fingerprint
     limited = opened(tmp_path, folder, pipeline=never, limit=4)
     assert limited.counts == {"groups": 4, "skipped": 1, "ties_left_out": 2, "beyond_the_limit": 3}
     with pytest.raises(UserError, match=r"encoders: the cache has 'e1', model a model wants 'e2'; height: .* 8, .* 16"):
@@ -189,6 +200,7 @@ def entries(folder: Path, candidates: Sequence[int], **more: Any) -> Path:
     [
         ([1, 1], PAIRS, r"compares 2 candidates of a prompt, but the groups here have 1 candidate \(2 groups\)"),
         ([2, 2], Needs(candidates=2, columns=("captions",)), "needs 'captions' with each group, but only 0 of 2"),
+        ([1, 2, 2], Needs(), r"same number of candidates, found 1 candidate \(1 groups\), 2 candidates \(2 groups\)"),
     ],
 )
 def test_needs_that_cannot_be_met(
@@ -213,13 +225,36 @@ def test_only_ties_left_in_a_cache(tmp_path: Path, pairs: Path) -> None:
         opened(tmp_path, write_parquet(tmp_path / "b.parquet", rows))
 
 
-def test_mixed_numbers_of_candidates(tmp_path: Path) -> None:
-    path = entries(tmp_path, [2, 1, 3])
-    with pytest.raises(UserError, match=r"same number of candidates, found 2 candidates \(1 groups\), 3 candidates"):
-        opened(tmp_path, path)
-    source = opened(tmp_path, path, needs=Needs(candidates=3))
-    assert source.counts == {"groups": 1, "skipped": 0, "too_few_candidates": 2}
-    assert batches(source, 1, 2)[0].latents.shape == (2, 3, 3, 4, 4)
+@pytest.mark.parametrize("cache", [True, False])
+def test_larger_groups_make_pairs_of_best_and_worst(tmp_path: Path, cache: bool) -> None:
+    """Scores 0, 1, 2 in the order of the pictures: a group of three gives picture 2 over 0, a pair 1 over 0."""
+    path = entries(tmp_path, [3, 2, 1])
+    source = opened(tmp_path, path, cache=cache)
+    assert source.counts == {"groups": 2, "skipped": 0, "too_few_candidates": 1}
+    batch = batches(source, 1, 2)[0]
+    found = dict(zip(batch.keys, zip(batch.scores.tolist(), batch.latents, strict=True), strict=True))
+    for key, (best, worst) in {"0/d.jsonl:1": (2, 0), "0/d.jsonl:2": (1, 0)}.items():
+        scores, latents = found[key]
+        assert scores == [best, worst]
+        means = torch.tensor([colour(best), colour(worst)]) / 255
+        torch.testing.assert_close(latents.mean((2, 3)), means, rtol=0, atol=3 / 255)
+    rankings = opened(tmp_path, path, cache=cache, needs=Needs(candidates=3))
+    assert batches(rankings, 1, 2)[0].latents.shape == (2, 3, 3, 4, 4)
+    with pytest.raises(UserError, match="same number of candidates, found 1 candidate"):  # what is stored there
+        opened(tmp_path, path, cache=cache, needs=Needs())
+
+
+def test_alike_is_asked_only_of_the_groups_that_are_used(tmp_path: Path) -> None:
+    """What lies beyond the limit is not; nor are ties, nor single samples that were disliked, where these are out."""
+    path = entries(tmp_path, [2, 2])
+    tie = {"prompt": "p", "images": ["0.jpg", "1.jpg", "2.jpg"], "scores": [1, 1, 1]}
+    write_jsonl(path, [*map(json.loads, path.read_text().splitlines()), tie, {**tie, "scores": [1, 2, 3]}])
+    assert opened(tmp_path, path, needs=Needs(), limit=2).counts["groups"] == 2
+    write_jsonl(path, list(map(json.loads, path.read_text().splitlines()))[:3])
+    assert opened(tmp_path, path, needs=Needs(ties=False)).counts["groups"] == 2
+    with open(path, "a") as stream:
+        stream.write(json.dumps({"prompt": "p", "images": ["0.jpg"], "scores": [-1]}) + "\n")
+    assert opened(tmp_path, path, needs=Needs(ties=False, likes_only=True)).counts["groups"] == 2
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -123,14 +123,15 @@ class CachedGroups(Store):
         shard, row = self.prompt_row(prompt)
         return {name: array[row] for name, array in shard.embeddings.items()}
 
-    def fetch(self, rows: Sequence[Position]) -> Item:
-        """The micro-batch of groups (epoch, number), all with the same k."""
+    def fetch(self, rows: Sequence[Position], pairs: bool = False) -> Item:
+        """The micro-batch of groups (epoch, number): all their k candidates, or as `pairs` the best and the worst."""
         keys, scores, latents, embeddings = [], [], [], []
         for epoch, number in rows:
             shard, row = self.group(number)
+            taken = self.taken(number, pairs)
             keys.append(f"{epoch}/{shard.ids[row].as_py()}")
-            scores.append(shard.scores_of(row))
-            latents.append(shard.latents[shard.starts[row] : shard.starts[row + 1]])
+            scores.append(shard.scores_of(row)[taken])
+            latents.append(self.latents(number)[taken])
             embeddings.append(self.embedding(int(self.prompt[number])))
         return Item(
             keys=tuple(keys),

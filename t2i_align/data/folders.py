@@ -3,12 +3,14 @@
     data/chosen/fox.png   data/rejected/fox.png   data/chosen/fox.txt
 
 The caption is `<name>.txt` beside the winner, or in `captions/`, or an entry of `metadata.jsonl` (keys `file_name`
-and `prompt`, `caption` or `text`) in the folder itself or beside the winners.
+and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There, the entry of the winner
+(`chosen/fox.png`) comes before one without a folder (`fox.png`), and that before the loser's.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from t2i_align.data.formats import PICTURE_SUFFIXES, Items, inside
@@ -17,7 +19,8 @@ from t2i_align.errors import UserError
 
 WINNERS = ("winner", "winners", "chosen", "preferred", "good", "w")
 LOSERS = ("loser", "losers", "rejected", "bad", "l")
-CAPTION_SUFFIXES = (".txt", ".jsonl")
+CAPTIONS, CAPTION_SUFFIXES = "captions", (".txt", ".jsonl")
+METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("prompt", "caption", "text")
 
 
@@ -26,21 +29,29 @@ def detects(path: Path) -> bool:
     return path.is_dir() and bool(_named(path, WINNERS)) and bool(_named(path, LOSERS))
 
 
+def files(path: Path) -> Iterator[Path]:
+    """The pictures and captions; whatever else lies there, such as a run's output, does not make another source."""
+    winner_folder, loser_folder = _sides(path)
+    listings = [path / METADATA, winner_folder / METADATA]
+    pictures = [*_files(winner_folder, PICTURE_SUFFIXES), *_files(loser_folder, PICTURE_SUFFIXES)]
+    texts = [file for folder in (winner_folder, path / CAPTIONS) for file in _files(folder, CAPTION_SUFFIXES[:1])]
+    yield from (file for file in (*pictures, *texts, *listings) if file.is_file())
+
+
 def read_folders(path: Path) -> Items:
     """Pairs of pictures with the same stem, by name; what has no counterpart or no caption is skipped.
 
     Raises:
         UserError: no winner or loser folder, or several; a link that leads outside; broken captions.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: expected a folder with a winner and a loser folder in it, found a file")
-    winner_folder, loser_folder = _one(path, WINNERS, "winner"), _one(path, LOSERS, "loser")
-    captions = _metadata(path) | _metadata(winner_folder)
-    yield from _not_pictures(winner_folder, path)
-    yield from _not_pictures(loser_folder, path)
+    winner_folder, loser_folder = _sides(path)
+    captions = _listed(path, winner_folder, loser_folder)
     winners, losers = _pictures(winner_folder), _pictures(loser_folder)
     for stem in sorted(winners.keys() | losers.keys()):
         yield _pair(path, winner_folder, stem, winners.get(stem, []), losers.get(stem, []), captions.get(stem))
+    # Last, because they are no part of `files`: one more of them must not shift the pairs of an interrupted prepare.
+    yield from _not_pictures(winner_folder, path)
+    yield from _not_pictures(loser_folder, path)
 
 
 def _pair(
@@ -61,7 +72,7 @@ def _pair(
 
 
 def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
-    for folder in (winner_folder, root / "captions"):
+    for folder in (winner_folder, root / CAPTIONS):
         file = folder / f"{stem}.txt"
         if file.is_file():
             file = inside(root, str(file.relative_to(root)), str(file))
@@ -72,11 +83,21 @@ def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
     return None
 
 
-def _metadata(folder: Path) -> dict[str, str]:
-    file = folder / "metadata.jsonl"
+def _listed(root: Path, winner_folder: Path, loser_folder: Path) -> dict[str, str]:
+    """Captions in metadata.jsonl by the pair's name."""
+    captions: dict[str, str] = {}
+    entries = _metadata(root)
+    for folder in (loser_folder.name, "", winner_folder.name):  # the later wins
+        captions |= {name.stem: text for name, text in entries if name.parent.name.lower() == folder.lower()}
+    return captions | {name.stem: text for name, text in _metadata(winner_folder)}
+
+
+def _metadata(folder: Path) -> list[tuple[Path, str]]:
+    """The entries of a folder's metadata.jsonl: file name and caption."""
+    file = folder / METADATA
     if not file.is_file():
-        return {}
-    captions = {}
+        return []
+    captions = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -89,16 +110,20 @@ def _metadata(folder: Path) -> dict[str, str]:
             raise UserError(
                 f"{file}, line {number}: expected an object with 'file_name' and one of {', '.join(CAPTION_KEYS)}"
             )
-        captions[Path(entry["file_name"]).stem] = found[0]
+        captions.append((Path(entry["file_name"]), found[0]))
     return captions
 
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith("."):
-            found.setdefault(file.stem, []).append(file)
+    for file in _files(folder, PICTURE_SUFFIXES):
+        found.setdefault(file.stem, []).append(file)
     return found
+
+
+def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in entries if file.suffix.lower() in endings and not file.name.startswith(".")]
 
 
 def _not_pictures(folder: Path, root: Path) -> Items:
@@ -107,6 +132,12 @@ def _not_pictures(folder: Path, root: Path) -> Items:
             kind = "a folder; pictures lie directly in the winner and loser folders" if file.is_dir() else "no picture"
             yield Skipped(id=str(file.relative_to(root)), origin=str(file), reason=f"{kind} (known endings: "
                           f"{' '.join(PICTURE_SUFFIXES)})")  # fmt: skip
+
+
+def _sides(path: Path) -> tuple[Path, Path]:
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a folder with a winner and a loser folder in it, found a file")
+    return _one(path, WINNERS, "winner"), _one(path, LOSERS, "loser")
 
 
 def _named(path: Path, names: tuple[str, ...]) -> list[Path]:

@@ -19,13 +19,15 @@ REASONS_SHOWN = 3
 class Survey:
     """What a source holds, found without opening its pictures.
 
-    rows: items of any kind. candidates: number of groups by their k. ties: groups whose best and worst score are
-    equal. prompts: distinct ones. columns: how many groups have each optional column. reasons: the first skips'.
+    rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
+    are equal. disliked: single samples that were not liked. prompts: distinct ones. columns: how many groups have each
+    optional column. reasons: the first skips'.
     """
 
     rows: int
     candidates: dict[int, int]
-    ties: int
+    ties: dict[int, int]
+    disliked: int
     prompts: int
     columns: dict[str, int]
     reasons: tuple[str, ...]
@@ -36,8 +38,9 @@ class Survey:
 
     @classmethod
     def of(cls, items: Iterable[Group | Skipped]) -> Survey:
-        rows = ties = 0
+        rows = disliked = 0
         candidates: Counter[int] = Counter()
+        ties: Counter[int] = Counter()
         columns: Counter[str] = Counter()
         prompts: set[str] = set()
         reasons: list[str] = []
@@ -48,13 +51,16 @@ class Survey:
                     reasons.append(f"{item.origin}: {item.reason}")
                 continue
             candidates[len(item.candidates)] += 1
-            ties += is_tie(item.scores)
+            if is_tie(item.scores):
+                ties[len(item.candidates)] += 1
+            disliked += is_disliked(item.scores)
             prompts.add(item.prompt)
             columns.update(present_columns(item))
         return cls(
             rows=rows,
             candidates=dict(candidates),
-            ties=ties,
+            ties=dict(ties),
+            disliked=disliked,
             prompts=len(prompts),
             columns=dict(columns),
             reasons=tuple(reasons),

@@ -128,17 +128,20 @@ class LiveGroups(Store):
         """A group's pictures, best first."""
         shard, row = self.group(number)
         paths, contents = shard.groups["paths"][row].as_py(), shard.groups["bytes"][row].as_py()
-        return [content if path is None else Path(os.fsdecode(path)) for path, content in zip(paths, contents, strict=True)]
+        return [
+            content if path is None else Path(os.fsdecode(path)) for path, content in zip(paths, contents, strict=True)
+        ]
 
-    def fetch(self, rows: Sequence[Position]) -> LiveItem:
-        """The micro-batch of groups (epoch, number), all with the same k; decodes their pictures."""
+    def fetch(self, rows: Sequence[Position], pairs: bool = False) -> LiveItem:
+        """The micro-batch of groups (epoch, number), as `CachedGroups.fetch` gives it; decodes their pictures."""
         keys, scores, pixels, prompts = [], [], [], []
         for epoch, number in rows:
             shard, row = self.group(number)
+            taken = self.taken(number, pairs)
             keys.append(f"{epoch}/{shard.ids[row].as_py()}")
-            scores.append(shard.scores_of(row))
+            scores.append(shard.scores_of(row)[taken])
             prompts.append(shard.groups["prompt"][row].as_py())
-            pixels.append(torch.stack([self._pixels(media, keys[-1]) for media in self.media(number)]))
+            pixels.append(torch.stack([self._pixels(media, keys[-1]) for media in self.media(number)[taken]]))
         return LiveItem(
             keys=tuple(keys),
             scores=torch.from_numpy(np.stack(scores)).float(),

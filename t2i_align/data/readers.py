@@ -65,7 +65,7 @@ def register(
     return add
 
 
-register("folders", detects=folders.detects)(folders.read_folders)
+register("folders", detects=folders.detects, files=folders.files)(folders.read_folders)
 register("jsonl", detects=jsonl.detects, files=jsonl.files)(jsonl.read_jsonl)
 register("pickapic", detects=pickapic.detects, outline=pickapic.outline, files=pickapic.files)(pickapic.read_pickapic)
 

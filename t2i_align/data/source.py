@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,17 +36,22 @@ ENCODE_BATCH = 8
 
 
 class Source:
-    """The groups that a run trains on.
+    """The groups that a run trains on; with `pairs`, the best and the worst candidate of each.
 
     counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
     beyond_the_limit.
     fingerprint: equal for two sources that give the same samples under the same numbers.
     """
 
-    def __init__(self, groups: CachedGroups | LiveGroups, numbers: np.ndarray, counts: dict[str, int]) -> None:
-        self.groups, self.numbers, self.counts = groups, numbers, counts
-        chosen = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
-        self.fingerprint = _digest({"parts": groups.manifest["fingerprint"], "chosen": chosen})
+    def __init__(
+        self, groups: CachedGroups | LiveGroups, numbers: np.ndarray, counts: dict[str, int], pairs: bool
+    ) -> None:
+        self.groups, self.numbers, self.counts, self.pairs = groups, numbers, counts, pairs
+        parts = {"parts": groups.manifest["fingerprint"]}
+        parts["chosen"] = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
+        if pairs and groups.k[numbers].max() > 2:
+            parts["taken"] = "best and worst"
+        self.fingerprint = _digest(parts)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -56,7 +62,7 @@ class Source:
         """Endless micro-batches of this process, from an optimiser step on; see `sampling.StreamSampler`."""
         sampler = StreamSampler(len(self), seed, start_step, batch_size, rank, world, accumulate)
         loader: DataLoader[Any] = DataLoader(
-            _Chosen(self.groups, self.numbers),
+            _Chosen(self.groups, self.numbers, self.pairs),
             batch_sampler=sampler,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -98,8 +104,6 @@ def open_source(
         UserError: the source, the cache or what the objective needs do not fit, with what was expected and found.
         PipelineError: a size that the model cannot take.
     """
-    if data.limit is not None and data.limit < 1:
-        raise UserError(f"data.limit must be at least 1 or null, found {data.limit}")
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         cached = open_cache(Path(data.path))
         _check_encoders(cached, model, encoder_fingerprint(), size)
@@ -115,7 +119,7 @@ def open_source(
             folder = cache_root / _digest(parts)
             if not (folder / MANIFEST).exists():
                 survey = readers.survey(path, name)
-                check_needs(needs, survey, data.path)
+                check_needs(needs, survey, data.path, limit)
                 prepare(readers.read(path, name), pipeline(), folder, fingerprint=parts, height=size[0], width=size[1],
                         batch_size=ENCODE_BATCH, progress=progress, survey=survey, limit=limit)  # fmt: skip
             groups = open_cache(folder)
@@ -141,14 +145,18 @@ def fingerprint_parts(
     }
 
 
-def check_needs(needs: Needs, survey: Survey, path: str) -> None:
-    """Raise UserError unless some group of the source can serve the objective."""
+def check_needs(needs: Needs, survey: Survey, path: str, limit: Limit | None = None) -> None:
+    """Raise UserError unless some group of the source can serve the objective, and all that can make one batch."""
     if not survey.groups:
         raise UserError(f"{path}: no usable group among {survey.rows} rows. First reasons: {'; '.join(survey.reasons)}")
     _check_candidates(needs, survey.candidates, path)
     _check_columns(needs, survey.columns, survey.groups, path)
-    if not needs.ties and survey.ties == survey.groups:
+    if not needs.ties and survey.ties == survey.candidates:
         raise UserError(f"{path}: all {survey.groups} groups are ties, from which this objective learns nothing")
+    if limit is None:  # else the first ones may well be alike
+        ties = Counter({} if needs.ties else survey.ties)
+        usable = Counter(survey.candidates) - ties - Counter({1: survey.disliked if needs.likes_only else 0})
+        _check_alike(needs, {k: count for k, count in usable.items() if k >= needs.candidates}, path)
 
 
 def _check_candidates(needs: Needs, candidates: dict[int, int], path: str) -> None:
@@ -157,6 +165,17 @@ def _check_candidates(needs: Needs, candidates: dict[int, int], path: str) -> No
             f"{path}: the objective compares {needs.candidates} candidates of a prompt, "
             f"but the groups here have {_listed(candidates)}"
         )
+
+
+def _check_alike(needs: Needs, candidates: dict[int, int], path: str) -> None:
+    if len(candidates) > 1 and not _wants_pairs(needs):
+        raise UserError(
+            f"{path}: for this objective, groups must have the same number of candidates, found {_listed(candidates)}"
+        )
+
+
+def _wants_pairs(needs: Needs) -> bool:
+    return needs.candidates == 2  # larger groups then give their best and worst, of whatever size they are
 
 
 def _check_columns(needs: Needs, columns: dict[str, int], groups: int, path: str) -> None:
@@ -191,7 +210,7 @@ def _live(
     encoder: TrainablePipeline | None = None
     if not (folder / MANIFEST).exists():
         survey = readers.survey(path, reader)
-        check_needs(needs, survey, str(path))
+        check_needs(needs, survey, str(path), limit)
         encoder = pipeline()
         encoder.check_size(*size)
         index_pictures(readers.read(path, reader), folder, fingerprint=parts, survey=survey, limit=limit,
@@ -214,9 +233,7 @@ def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -
         raise UserError(f"{data.path}: no group is left: of {len(groups)}, {int(groups.tie.sum())} are ties, "
                         f"{int(disliked.sum())} are disliked, "
                         f"{int((~enough).sum())} have fewer than {needs.candidates} candidates")  # fmt: skip
-    found = dict(zip(*np.unique(groups.k[chosen], return_counts=True), strict=True))
-    if len(found) > 1:
-        raise UserError(f"{data.path}: groups must have the same number of candidates, found {_listed(found)}")
+    _check_alike(needs, Counter(groups.k[chosen].tolist()), data.path)
     left_out = {
         "ties_left_out": int((enough & groups.tie).sum()) if not needs.ties else 0,
         "disliked_left_out": int((enough & disliked).sum()),
@@ -226,7 +243,8 @@ def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -
     reported = {name: count for name, count in left_out.items() if count}
     if reported:
         logger.info("%s: %s", data.path, ", ".join(f"{count} {name}" for name, count in reported.items()))
-    return Source(groups, chosen, {"groups": len(chosen), "skipped": counts["skipped"], **reported})
+    counted = {"groups": len(chosen), "skipped": counts["skipped"], **reported}
+    return Source(groups, chosen, counted, pairs=_wants_pairs(needs))
 
 
 def _disliked(groups: CachedGroups | LiveGroups) -> np.ndarray:
@@ -240,14 +258,14 @@ def _disliked(groups: CachedGroups | LiveGroups) -> np.ndarray:
 class _Chosen(Dataset[Any]):
     """The chosen groups, a whole micro-batch at a time."""
 
-    def __init__(self, groups: CachedGroups | LiveGroups, numbers: np.ndarray) -> None:
-        self.groups, self.numbers = groups, numbers
+    def __init__(self, groups: CachedGroups | LiveGroups, numbers: np.ndarray, pairs: bool) -> None:
+        self.groups, self.numbers, self.pairs = groups, numbers, pairs
 
     def __getitem__(self, position: Position) -> Any:
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[Position]) -> Any:
-        return self.groups.fetch([(epoch, int(self.numbers[index])) for epoch, index in positions])
+        return self.groups.fetch([(epoch, int(self.numbers[index])) for epoch, index in positions], self.pairs)
 
 
 def _as_it_is(item: Any) -> Any:

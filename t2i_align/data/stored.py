@@ -65,6 +65,10 @@ class Store:
         shard = bisect_right(self._group_starts, number) - 1
         return self.shard(shard), number - self._group_starts[shard]
 
+    def taken(self, number: int, pairs: bool) -> slice:
+        """Which of a group's candidates, best first: all, or for `pairs` the best and the worst."""
+        return slice(None, None, max(1, int(self.k[number]) - 1) if pairs else 1)
+
     def prompt_row(self, number: int) -> tuple[Any, int]:
         """The shard of a prompt, and its row there."""
         shard = bisect_right(self._prompt_starts, number) - 1
