@@ -110,3 +110,9 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_block_size(monkeypat
 def test_bad_arguments_are_named(arguments: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
         compare([1.0, 2.0], [2.0, 3.0], **arguments)
+
+
+def test_the_margin_itself_is_a_tie_in_single_precision() -> None:
+    before, after = np.float32([0.70, 0.80, 0.30]), np.float32([0.72, 0.82, 0.321])
+    assert float(after[0]) - float(before[0]) > 0.02 > float(after[1]) - float(before[1])
+    assert outcomes(before, after, margin=0.02).tolist() == [0.5, 0.5, 1.0]

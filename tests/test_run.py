@@ -188,7 +188,7 @@ def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Pat
     values = run_values(sd_path, pairs, tmp_path / "run", train__steps=4, **cache)
     align(values, progress=False)
     smaller = {**values, "train": {**values["train"], "steps": 6, "batch_size": 2}, "resume": True}
-    with pytest.raises(UserError, match="a step of this run takes 4 groups; .* is 2 now"):
+    with pytest.raises(UserError, match=r"a step of this run takes 4 groups; .* is 2 now"):
         align(smaller, progress=False)
     resumed = align({**smaller, "train": {**smaller["train"], "accumulate": 2}}, progress=False)
     for name, tensor in lora_of(whole.output_dir).items():
@@ -198,11 +198,11 @@ def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Pat
 def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", optim__schedule="cosine")
     align(values, progress=False)
-    with pytest.raises(UserError, match="train.steps .4 there, 8 now"):
+    with pytest.raises(UserError, match=r"train.steps .4 there, 8 now"):
         align({**values, "resume": True, "train": {**values["train"], "steps": 8}}, progress=False)
     constant = run_values(sd_path, pairs, tmp_path / "constant")
     align(constant, progress=False)
-    with pytest.raises(UserError, match="step_000004 is beyond train.steps=2"):
+    with pytest.raises(UserError, match=r"step_000004 is beyond train.steps=2"):
         align({**constant, "resume": True, "train": {**constant["train"], "steps": 2}}, progress=False)
 
 

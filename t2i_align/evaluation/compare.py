@@ -94,7 +94,7 @@ def evaluate(
         prompts: text file with one prompt a line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
-        height, width: in pixels (default: the model's own).
+        height, width: in pixels (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         pictures: pairs in the report: half of them drawn at random, the others the largest wins and losses.
@@ -105,11 +105,14 @@ def evaluate(
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
     Raises:
-        UserError: anything above that cannot be used, or an `out` that holds something; nothing was generated then.
+        UserError, PipelineError: anything above that cannot be used, or an `out` that holds something; nothing was
+            generated then.
     """
     started = time.monotonic()
     texts = resolve_prompts(prompts)
     check_sampling(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    if pictures < 0:
+        raise UserError(f"pictures must be 0 or more, found {pictures}")
     check_precision(precision)
     other = resolve_aligned(aligned)
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
@@ -133,6 +136,10 @@ def evaluate(
     for judge in judges:
         judge.to(pipeline.device)
 
+    # Of the base, for both: two models that each took their own size would not share their noise.
+    default_height, default_width = pipeline.default_size
+    height, width = height or default_height, width or default_width
+    pipeline.check_size(height, width)
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None

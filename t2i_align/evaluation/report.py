@@ -76,7 +76,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
 def choose(samples: Sequence[Mapping[str, Any]], scorer: str, pictures: int, seed: int) -> dict[str, list[int]]:
     """Which pairs are shown: a random sample without looking at scores, then the extremes among wins and losses."""
     count = min(pictures - 2 * (pictures // 4), len(samples))
-    drawn = np.random.default_rng(seed).choice(len(samples), size=count, replace=False)
+    drawn = np.random.default_rng(abs(seed)).choice(len(samples), size=count, replace=False)
     change = {
         row: sample["scores"][scorer]["after"] - sample["scores"][scorer]["before"]
         for row, sample in enumerate(samples)

@@ -49,9 +49,11 @@ class Comparison:
 
 def outcomes(before: ArrayLike, after: ArrayLike, *, margin: float = 0.0) -> Array:
     """1 where `after` wins, 0 where it loses, 0.5 where |after - before| <= margin, NaN where either is not finite."""
-    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    # Scores such as 0.52 and 0.50 differ by 0.020000000000000018: the margin itself counts as a tie.
-    out = np.where(np.abs(change) <= margin * (1 + 1e-9), 0.5, (change > 0).astype(np.float64))
+    old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    change = new - old
+    # Scorers give float32, in which 0.72 and 0.70 differ by 0.02000004: the margin itself counts as a tie.
+    rounding = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(old), np.abs(new)) if margin else 0.0
+    out = np.where(np.abs(change) <= margin + rounding, 0.5, (change > 0).astype(np.float64))
     return np.where(np.isfinite(change), out, np.nan)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import SIZES, prompts
-from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, sample
+from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 
 
 def means(verdict: Verdict) -> dict[str, float]:
@@ -59,7 +59,7 @@ def evaluate(
 def main(argv: list[str] | None = None) -> None:
     """Print the oracle's means over a split as JSON."""
     p = argparse.ArgumentParser(prog="t2i-align testbed evaluate", description=__doc__)
-    p.add_argument("model", type=Path, help="folder of a diffusers pipeline")
+    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, or testbed:sd")
     p.add_argument("--split", choices=list(SIZES), default="dev")
     p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")
     p.add_argument("--steps", type=int, default=STEPS)
@@ -68,8 +68,6 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--picture", type=Path, help="save a grid of the samples here")
     args = p.parse_args(argv)
-    if not args.model.is_dir():
-        raise SystemExit(f"{args.model} is not a folder")
     torch.set_num_threads(args.threads)
     captions = prompts(args.split)[: args.number]
     verdict = evaluate(

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, sample
+from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 
 _TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
 SCHEMA = pa.schema(
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     """Sample train prompts from a base and write the pairs."""
     config = PairsConfig()
     p = argparse.ArgumentParser(prog="t2i-align testbed pairs", description=__doc__.split("\n")[0])
-    p.add_argument("model", type=Path, help="folder of a diffusers pipeline")
+    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, or testbed:sd")
     p.add_argument("--out", type=Path, required=True, help="parquet file to write")
     p.add_argument("--prompts", type=int, default=2400, help="how many train prompts to sample")
     p.add_argument("--first", type=int, default=0, help="the first train prompt")
@@ -256,8 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--force", action="store_true")
     args = p.parse_args(argv)
-    if not args.model.is_dir():
-        raise SystemExit(f"{args.model} is not a folder")
     if args.out.exists() and not args.force:
         raise SystemExit(f"{args.out} exists; pass --force to replace it")
     torch.set_num_threads(args.threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from t2i_align.testbed import base_path
 from t2i_align.testbed.denoiser import build_scheduler
 
 STEPS, GUIDANCE = 20, 2.0  # DDIM steps and classifier-free guidance of every figure about the testbed
@@ -62,6 +64,23 @@ def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
         path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def model_folder(text: str) -> Path:
+    """The folder of a base from what the command line was given: a folder, or `testbed:sd`.
+
+    Raises:
+        argparse.ArgumentTypeError: neither; argparse shows its message.
+    """
+    if text.startswith("testbed:"):
+        try:
+            return base_path(text.removeprefix("testbed:"))
+        except (ValueError, FileNotFoundError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder of a diffusers pipeline")
+    return folder
 
 
 def load(path: str | Path) -> StableDiffusionPipeline:
