@@ -53,6 +53,9 @@ def quickstart(
         raise UserError("output_dir: the quickstart's run lies in its own output folder; choose that with --output")
     folder = Path(output)
     config = configuration.load(CONFIG, [f"output_dir={folder / 'run'}", *overrides])
+    # The latents outlive the folder that is replaced: they are the same next time.
+    data = replace(config.data, cache_dir=config.data.cache_dir or str(folder.parent / "cache"))
+    config = replace(config, data=data)
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.console import quiet

@@ -104,4 +104,5 @@ def test_the_whole_job_in_small_and_a_second_time(tmp_path: Path, monkeypatch: p
     assert f"report: {folder / 'report.html'}" in result.summary()
     for file in folder.rglob("*"):
         assert not file.is_file() or b"-unfinished-" not in file.read_bytes(), f"{file.name} names the temporary folder"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["q"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"q", "cache"}
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1, "the second job takes the first one's latents"
