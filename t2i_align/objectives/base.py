@@ -23,9 +23,9 @@ Metrics = dict[str, Tensor]
 class Needs:
     """What an objective wants; checked before anything loads.
 
-    candidates: at least so many a group. ties: whether a group whose best and worst score are equal teaches it
-    anything. likes_only: a single sample must have been liked. reference: whether it asks a reference model. columns:
-    optional fields of `Group` it reads.
+    candidates: at least so many a group; 2 means a pair, and larger groups give their best and worst. ties: whether a
+    group whose best and worst score are equal teaches it anything. likes_only: a single sample must have been liked.
+    reference: whether it asks a reference model. columns: optional fields of `Group` it reads.
     """
 
     candidates: int = 1

@@ -1,8 +1,8 @@
 """Pretrain a tiny Stable Diffusion on the small world: autoencoder, text warm-up, denoiser, pipeline.
 
 Every stage leaves its result in the work folder and is skipped or continued when that exists, so the
-command can be killed and run again. The epsilon base starts from the v base's work folder, which holds
-the autoencoder, the cached latents and the denoiser to start from.
+command can be killed and run again. The epsilon base uses the v base's work folder, which holds the
+autoencoder and the cached latents, and starts from the v base's text encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from t2i_align.testbed.denoiser import Denoiser, DenoiserConfig, build_unet, train_denoiser
+from t2i_align.testbed.denoiser import CHANNELS, Denoiser, DenoiserConfig, build_unet, train_denoiser
 from t2i_align.testbed.evaluate import evaluate, summary
 from t2i_align.testbed.pools import CLEAN, FAULTY, Pool, make_pool
 from t2i_align.testbed.prompts import prompts
@@ -39,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
         "--clean-fraction", type=float, default=denoiser.clean_fraction, help="share of steps without faults"
     )
     p.add_argument("--lr", type=float, default=denoiser.lr)
-    p.add_argument("--start-from", type=Path, help="a denoiser checkpoint to begin with, e.g. denoiser_v_prediction.pt")
+    p.add_argument(
+        "--start-from",
+        type=Path,
+        help="take the text encoder, and the UNet where it has the same shape, from this checkpoint, "
+        "e.g. denoiser_v_prediction.pt in the work folder",
+    )
     p.add_argument("--every", type=int, default=760, help="steps between checkpoints, each of which is evaluated")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -58,10 +63,15 @@ def _vae(args: argparse.Namespace) -> AutoencoderKL:
 def _denoiser(args: argparse.Namespace, tokenizer: CLIPTokenizer, pool: Pool) -> Denoiser:
     """A fresh denoiser with a warmed-up text encoder, or the one of `--start-from`."""
     torch.manual_seed(args.seed)
-    model = Denoiser(build_unet(), build_text_encoder(tokenizer), ParseHeads())
+    model = Denoiser(build_unet(CHANNELS[args.prediction_type]), build_text_encoder(tokenizer), ParseHeads())
     text_file = args.work / "text.pt"
     if args.start_from is not None:
-        model.load_state_dict(torch.load(args.start_from, weights_only=True)["average"])
+        given = torch.load(args.start_from, weights_only=True)["average"]
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if any(given[name].shape != shape for name, shape in shapes.items()):
+            given = {name: tensor for name, tensor in given.items() if not name.startswith("unet.")}
+            print(f"{args.start_from}: its UNet has another shape; only the text encoder is taken", flush=True)
+        model.load_state_dict(given, strict=False)
     elif text_file.exists():
         state = torch.load(text_file, weights_only=True)
         model.text_encoder.load_state_dict(state["text_encoder"])

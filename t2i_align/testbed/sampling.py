@@ -51,7 +51,7 @@ def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(temporary, safe_serialization=True)
-    for file in temporary.glob("*/config.json"):  # where a part was loaded from is nobody's business
+    for file in (temporary / "model_index.json", *temporary.glob("*/config.json")):  # not where it was loaded from
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
