@@ -194,7 +194,7 @@ def test_sft_is_the_winners_error_whatever_the_loser() -> None:
     zero = lambda noisy, timesteps, conditioning: torch.zeros_like(noisy)  # noqa: E731
     target = random_noise(batch, draw_for(batch, "flow")).target.unflatten(0, (4, 2))
     loss, _ = SFT().step(zero, zero, batch, draw_for(batch, "flow"))
-    torch.testing.assert_close(loss, target[:, 0].float().square().flatten(1).mean(1))
+    torch.testing.assert_close(loss, target[:, 0].square().flatten(1).mean(1))
     worse = replace(batch, latents=torch.cat([batch.latents[:, :1], 9 * batch.latents[:, 1:]], dim=1))
     assert torch.equal(SFT().step(zero, zero, worse, draw_for(worse, "flow"))[0], loss)
 
