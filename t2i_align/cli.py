@@ -249,7 +249,7 @@ COMMANDS = {
         summary="pictures from a model, with or without a LoRA",
         examples=(
             "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/pictures "
-            "--steps 20 --guidance 2",
+            "--steps 20 --guidance 1",
         ),
         interrupted="The pictures that are listed are complete; --force replaces them.",
     ),
@@ -264,7 +264,7 @@ COMMANDS = {
         summary="compare two models at the same seeds: win rate with interval, report with pictures",
         examples=(
             "t2i-align evaluate --base testbed:sd --aligned runs/quickstart/run --prompts testbed:test "
-            "--scorers oracle --out runs/comparison --steps 20 --guidance 2",
+            "--scorers oracle --out runs/comparison --steps 20 --guidance 1",
         ),
     ),
     "objectives": Command(

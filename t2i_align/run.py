@@ -20,6 +20,7 @@ from pipelines import TrainablePipeline
 from t2i_align import checkpoint
 from t2i_align import config as configuration
 from t2i_align.config import RunConfig
+from t2i_align.data.schema import Model
 from t2i_align.data.source import Source, open_source
 from t2i_align.errors import UserError
 from t2i_align.reference import build_reference, choose_kind, no_reference
@@ -95,7 +96,7 @@ def align(
         pipeline.load_encoders()
     elif config.data.cache:
         pipeline.drop_encoders()
-    reference = no_reference
+    reference: Model = no_reference
     if needs_reference:
         reference = build_reference(
             config.train.reference, pipeline, accelerator.device, lora=lora, compile=config.train.compile

@@ -199,8 +199,9 @@ class Trainer:
 
     def _log(self) -> dict[str, float]:
         """Means over the steps since the last line, over all processes."""
-        means = {name: (total / self.window).item() for name, total in self._all_sums().items()}
-        metrics = {**means, "lr": self.schedule.get_last_lr()[0]}
+        sums = self._all_sums()
+        means = (torch.stack(list(sums.values())) / self.window).tolist()
+        metrics: dict[str, float] = {**dict(zip(sums, means, strict=True)), "lr": float(self.schedule.get_last_lr()[0])}
         self.sums, self.window = {}, 0
         self._record(metrics)
         return metrics

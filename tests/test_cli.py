@@ -25,6 +25,7 @@ from t2i_align.console import quiet
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.quickstart import CONFIG
+from t2i_align.testbed.sampling import GUIDANCE, STEPS
 from tests.runs import jsonl_pairs, run_values
 
 ROOT = Path(__file__).parents[1]
@@ -263,7 +264,7 @@ def test_documented_commands_run_and_use_the_testbed_as_its_figures_do(
     monkeypatch.setattr(module, name, lambda **keywords: calls.append(keywords) or SimpleNamespace(summary=str))
     assert cli.main([name, *arguments]) == 0
     if "testbed:sd" in arguments:
-        assert (calls[0]["steps"], calls[0]["guidance"]) == (20, 2)
+        assert (calls[0]["steps"], calls[0]["guidance"]) == (STEPS, GUIDANCE)
 
 
 @pytest.mark.parametrize("name", LIBRARY)

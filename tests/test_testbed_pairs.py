@@ -29,7 +29,7 @@ def table():
 def test_the_file_has_pick_a_pics_columns(table):
     assert set(PICK_A_PIC) <= set(table.column_names)
     assert table.schema.field("jpg_0").type == "binary" and table.schema.field("label_0").type == "double"
-    assert table.num_rows >= 800
+    assert table.num_rows >= 2000
 
 
 def test_every_picture_decodes(table):

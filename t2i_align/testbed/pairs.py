@@ -27,7 +27,7 @@ from tqdm import tqdm
 from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
+from t2i_align.testbed.sampling import GUIDANCE, load, model_folder, sample
 
 _TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
 SCHEMA = pa.schema(
@@ -70,15 +70,15 @@ class PairsConfig:
 
     Of `candidates` pictures a prompt the best and the worst make a pair, the second best and the second
     worst another, and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs
-    that differ in quality only, the share `quality_only` is kept, since quality differs far more often
-    than faithfulness and would drown it.
+    that differ in quality only, the share `quality_only` is kept: less than 1 where the base is so weak
+    that quality differs far more often than faithfulness and would drown it.
     """
 
     candidates: int = 4
-    per_prompt: int = 2
+    per_prompt: int = 1
     margin: float = 0.1
-    quality_only: float = 0.25
-    steps: int = STEPS
+    quality_only: float = 1.0
+    steps: int = 12
     guidance: float = GUIDANCE
     prompts_per_batch: int = 32
     seed: int = 0

@@ -17,7 +17,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from t2i_align.testbed import base_path
 from t2i_align.testbed.denoiser import build_scheduler
 
-STEPS, GUIDANCE = 20, 2.0  # DDIM steps and classifier-free guidance of every figure about the testbed
+# DDIM steps and classifier-free guidance of every figure about the testbed. No guidance: training changes the
+# prediction under a caption, and guidance would mix it with the one without, which no preference pair has taught.
+STEPS, GUIDANCE = 20, 1.0
 
 
 def assemble(

@@ -77,7 +77,8 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                         bank.append((soft / np.linalg.norm(soft)).ravel())
                         shapes.append(index)
                         radii.append(radius)
-    return np.asarray(bank, np.float32), np.asarray(shapes), np.asarray(radii)
+    # In float64: in float32 the winner of two near templates would depend on the number of threads.
+    return np.asarray(bank, np.float64), np.asarray(shapes), np.asarray(radii)
 
 
 @functools.cache
@@ -164,7 +165,7 @@ def _match(coverages: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Shape index and overlap (cosine in [0, 1]) of each coverage's best template."""
     if not coverages:
         return np.zeros(0, int), np.zeros(0)
-    flat = np.asarray(coverages, np.float32).reshape(len(coverages), -1)
+    flat = np.asarray(coverages, np.float64).reshape(len(coverages), -1)
     bank, shapes, _ = _templates()
     cosine = (flat @ bank.T) / np.linalg.norm(flat, axis=1, keepdims=True)
     winner = cosine.argmax(1)
