@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,3 +255,10 @@ def test_wrong_paths_sizes_and_options_say_what_is_expected(sd_path: Path, tmp_p
         pipeline.lora_targets("everything")
     with pytest.raises(PipelineError, match="2 prompts but 1 seeds"):
         pipeline.generate(["a", "b"], [1])
+
+
+def test_pictures_that_are_not_finite_are_refused_with_prompt_and_seed(sd_path: Path) -> None:
+    pipeline = pipelines.load(sd_path)
+    torch.nn.init.constant_(pipeline.denoiser.conv_out.bias, math.nan)
+    with pytest.raises(PipelineError, match=r"2 of 2 pictures are not finite, as prompt 'a' with seed 5\."):
+        pipeline.generate(["a", "b"], [5, 6], steps=1)

@@ -65,7 +65,7 @@ class DenoiserConfig:
     seed: int = 0
 
 
-CHANNELS = {"v_prediction": (48, 96, 144), "epsilon": (32, 64, 112)}  # of the shipped bases, 25 MB in all
+CHANNELS = {"v_prediction": (48, 96, 144), "epsilon": (32, 64, 112)}  # two bases within 25 MB
 
 
 def build_unet(channels: tuple[int, int, int] = CHANNELS["v_prediction"]) -> UNet2DConditionModel:
