@@ -74,8 +74,8 @@ class DiffusionDPO(Link, Objective):
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)
-        err_w, err_l = noised.errors(policy, self.reduction)[:, [0, -1]].unbind(1)
-        with torch.no_grad():
+        with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
             ref_err_w, ref_err_l = noised.errors(reference, self.reduction)[:, [0, -1]].unbind(1)
+        err_w, err_l = noised.errors(policy, self.reduction)[:, [0, -1]].unbind(1)
         h = dpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=self.beta)
         return self.loss(h), preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta=self.beta)
