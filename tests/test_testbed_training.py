@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTextModel
 
+import pipelines
+from pipelines import RectifiedFlow, VariancePreserving
+from t2i_align.testbed import captions as picture_captions
 from t2i_align.testbed.captions import describe, parse, write
 from t2i_align.testbed.denoiser import (
     Denoiser,
@@ -16,7 +20,9 @@ from t2i_align.testbed.denoiser import (
 from t2i_align.testbed.distill import Distillation, teacher_timesteps
 from t2i_align.testbed.pools import Pool
 from t2i_align.testbed.prompts import prompts, split_of
+from t2i_align.testbed.sampling import assemble
 from t2i_align.testbed.scenes import sample_scene
+from t2i_align.testbed.students import STUDENTS, Student
 from t2i_align.testbed.text import ParseHeads, WordEncoder, build_text_encoder, build_tokenizer
 from t2i_align.testbed.vae import BALANCE, balance_latents, build_vae, encode, render_pool
 
@@ -69,7 +75,9 @@ def test_balancing_keeps_the_pictures_and_spreads_the_latents():
 
 def test_training_captions_leave_dev_and_test_out(scenes):
     pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
-    captions, _ = draw_captions(pool, np.arange(40).repeat(20), np.random.default_rng(1), DenoiserConfig(), faulty=True)
+    captions, _ = draw_captions(
+        pool, np.arange(40).repeat(20), np.random.default_rng(1), DenoiserConfig(), True, picture_captions
+    )
     stated = [parse(caption) for caption in captions if caption]
     assert len(stated) > 400 and all(split_of(statement) == "train" for statement in stated)
 
@@ -79,7 +87,7 @@ def test_planted_faults_occur_at_their_rate(scenes):
     config = DenoiserConfig(fault_rates={"background": 0.3}, caption_dropout=0.0)
     pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
     index = np.arange(40).repeat(100)
-    _, statements = draw_captions(pool, index, np.random.default_rng(2), config, faulty=True)
+    _, statements = draw_captions(pool, index, np.random.default_rng(2), config, True, picture_captions)
     wrong = [s.background != scenes[i].background for s, i in zip(statements, index, strict=True) if s.background]
     assert abs(np.mean(wrong) - 0.3) < 4 * np.sqrt(0.21 / len(wrong))
 
@@ -93,34 +101,86 @@ def test_teacher_and_student_meet_at_the_same_noise_level():
     """The v base's levels, interpolated at the fractional timesteps, are the epsilon base's; equal tables give t."""
     own, teacher = (build_scheduler(kind).alphas_cumprod.double() for kind in ("epsilon", "v_prediction"))
     timesteps = torch.tensor([0, 1, 250, 600, 998, 999])
-    levels = teacher_timesteps(own, teacher, timesteps).double()
+    levels = teacher_timesteps(own[timesteps], teacher).double()
     below = levels.long().clamp(max=998)
     met = torch.lerp(teacher[below], teacher[below + 1], levels - below)
     torch.testing.assert_close(met, own[timesteps], atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(teacher_timesteps(own, own, timesteps), timesteps.float())
+    torch.testing.assert_close(teacher_timesteps(own[timesteps], own), timesteps.float())
 
 
-def test_a_student_that_says_what_the_teacher_says_has_no_error(tokenizer, scenes):
-    """epsilon = alpha v + sigma x_t is the teacher's prediction in the student's words; any other has an error."""
+class Oracle(Student):
+    """Predicts what follows from a teacher that knows the truth."""
+
+    def __init__(self, process, truth):
+        self.kind, self.truth, self.asked = process, truth, None
+
+    @property
+    def process(self):
+        return self.kind
+
+    def build(self, teacher):
+        raise NotImplementedError
+
+    assemble = build
+
+    def predict(self, noisy, timesteps, captions, rng):
+        noise = (noisy - self._over(0, timesteps) * self.truth) / self._over(1, timesteps)
+        return self.kind.target(self.truth.expand_as(noisy), noise, timesteps)
+
+    def _over(self, which, timesteps):
+        return self.kind.alpha_sigma(timesteps)[which].float().view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_student_that_knows_what_the_teacher_knows_has_no_error(tokenizer, scenes, kind):
+    """A teacher that sees one picture in everything, at its own noise level: v = alpha noise - sigma x. The student
+    that knows the picture predicts the same thing in its own words; one that knows another picture does not."""
+    truth = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
+    pool = Pool(scenes, truth.expand(len(scenes), -1, -1, -1))
+    teacher_process = VariancePreserving(build_scheduler("v_prediction").alphas_cumprod, "v_prediction")
+    abar = teacher_process.alphas_cumprod
+
+    def teacher(noisy, levels, hidden):
+        below = levels.long().clamp(max=998)
+        alpha = torch.lerp(abar[below], abar[below + 1], levels.double() - below).sqrt().float().view(-1, 1, 1, 1)
+        sigma = (1 - alpha.square()).sqrt()
+        return (alpha * (noisy - alpha * truth) / sigma - sigma * truth,)
+
+    processes = {
+        "epsilon": VariancePreserving(build_scheduler("epsilon").alphas_cumprod, "epsilon"),
+        "v_prediction": teacher_process,
+        "flow": RectifiedFlow(),
+    }
+    text_encoder, pools = build_text_encoder(tokenizer, CLIPTextModel), (pool, pool)
+    config, to_ids = DenoiserConfig(batch=16), WordEncoder(tokenizer)
+
+    def loss(known):
+        student = Oracle(processes[kind], known)
+        return Distillation(teacher, text_encoder, teacher_process, student, to_ids, pools, config)(0)["error"].item()
+
+    assert loss(truth) < 1e-4
+    assert loss(-truth) > 0.1
+
+
+@pytest.mark.parametrize("name", list(STUDENTS))
+def test_every_student_learns_and_becomes_a_pipeline(tokenizer, scenes, name):
+    """Gradients reach all that is trained and nothing else, and the base predicts as it did while it was trained."""
+    teacher = assemble(
+        build_vae(), build_text_encoder(tokenizer, CLIPTextModel), tokenizer, build_unet(), "v_prediction"
+    )
+    teacher.unet.requires_grad_(False), teacher.text_encoder.requires_grad_(False)
     torch.manual_seed(0)
-    pool = Pool(scenes, torch.randn(len(scenes), 4, 16, 16))
-    teacher, text_encoder = build_unet((16, 16, 16)), build_text_encoder(tokenizer)
-    distillation = None
-
-    def student(noisy, timesteps, hidden, return_dict):
-        levels = teacher_timesteps(distillation.alphas, distillation.teacher_alphas, timesteps)
-        velocity = teacher(noisy, levels, hidden, return_dict=False)[0]
-        alpha, sigma = (x[timesteps].sqrt().view(-1, 1, 1, 1) for x in (distillation.alphas, 1 - distillation.alphas))
-        return (alpha * velocity.float() + sigma * noisy,)
-
-    config, pools = DenoiserConfig(batch=4), (pool, pool)
-    distillation = Distillation(teacher, text_encoder, student, WordEncoder(tokenizer), pools, config)
-    assert distillation(0)["error"].item() < 1e-6
-    untrained = Distillation(teacher, text_encoder, build_unet((16, 16, 16)), WordEncoder(tokenizer), pools, config)
-    loss = untrained(0)["error"]
-    loss.backward()
-    assert loss.item() > 0.1
-    assert all(p.grad is None for p in [*teacher.parameters(), *text_encoder.parameters()])
+    student = STUDENTS[name](teacher)
+    noisy, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([300, 800])
+    captions = ["a red circle", "two blue squares"]
+    prediction = student.predict(noisy, timesteps, captions, np.random.default_rng(0))
+    prediction.square().sum().backward()
+    assert sum(p.grad.abs().sum() > 0 for p in student.trained.parameters() if p.grad is not None) > 50
+    assert all(p.grad is None for p in [*teacher.unet.parameters(), *teacher.text_encoder.parameters()])
+    family = pipelines.wrap(student.assemble(student.trained))
+    assert family.process.prediction_type == student.process.prediction_type
+    again = family.predict(noisy, timesteps, family.encode_prompts(captions))
+    torch.testing.assert_close(again, prediction.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_resuming_equals_training_through(tmp_path, tokenizer, scenes):
@@ -130,7 +190,7 @@ def test_resuming_equals_training_through(tmp_path, tokenizer, scenes):
 
     def train(folder, every, stop=None):
         torch.manual_seed(1)
-        model = Denoiser(build_unet(), build_text_encoder(tokenizer), ParseHeads())
+        model = Denoiser(build_unet(), build_text_encoder(tokenizer, CLIPTextModel), ParseHeads())
 
         def interrupt(_, step):
             if step == stop:

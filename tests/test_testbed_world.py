@@ -62,8 +62,8 @@ def test_unknown_names_are_errors():
         sample_scene(np.random.default_rng(0), "crowd")
     with pytest.raises(ValueError, match="blur, fade, mottle"):
         degrade(np.zeros((64, 64, 3), np.float32), np.random.default_rng(0), "rotate")
-    with pytest.raises(ValueError, match="the bases are sd, sd-eps"):
-        base_path("sdxl")
+    with pytest.raises(ValueError, match="the bases are sd, sd-eps, sdxl, sd3, wan"):
+        base_path("flux")
     with pytest.raises(ValueError, match="train, dev, test"):
         split_prompts("validation")
 

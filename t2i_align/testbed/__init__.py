@@ -6,13 +6,14 @@ from pathlib import Path
 
 from t2i_align.testbed.prompts import ASSETS, prompts
 
-BASES = {"sd": "tiny-sd", "sd-eps": "tiny-sd-eps"}
+BASES = {"sd": "tiny-sd", "sd-eps": "tiny-sd-eps", "sdxl": "tiny-sdxl", "sd3": "tiny-sd3", "wan": "tiny-wan"}
 
 __all__ = ["BASES", "base_path", "pairs_path", "prompts"]
 
 
 def base_path(name: str = "sd") -> Path:
-    """Folder of a shipped base in diffusers format: "sd" (v-prediction) or "sd-eps" (epsilon).
+    """Folder of a shipped base in diffusers format: "sd" (v-prediction), "sd-eps" (epsilon), "sdxl", "sd3" (flow) or
+    "wan" (clips).
 
     Raises:
         ValueError: an unknown name.
@@ -20,7 +21,7 @@ def base_path(name: str = "sd") -> Path:
     """
     if name not in BASES:
         raise ValueError(f"unknown base {name!r}; the bases are {', '.join(BASES)}")
-    return _present(ASSETS / BASES[name], "pretrain")
+    return _present(ASSETS / BASES[name], "pretrain-video" if name == "wan" else "pretrain")
 
 
 def pairs_path() -> Path:

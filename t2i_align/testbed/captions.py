@@ -84,7 +84,8 @@ def draw_for(statement: Statement, rng: np.random.Generator) -> Scene:
             return Scene(kind, background, tuple(objects), statement.relation)
 
 
-def _words(phrase: Phrase) -> str:
+def noun_words(phrase: Phrase) -> str:
+    """As in "a large red circle" or "two red circles"."""
     adjectives = [phrase.size] if phrase.size else []
     noun = phrase.shape if phrase.number == 1 else phrase.shape + ("es" if phrase.shape.endswith("s") else "s")
     words = " ".join([*adjectives, phrase.colour, noun])
@@ -95,7 +96,7 @@ def _words(phrase: Phrase) -> str:
 
 def write(statement: Statement, rng: np.random.Generator) -> str:
     """Phrase a statement in one of the templates of its kind, drawn at random."""
-    nouns = [_words(phrase) for phrase in statement.phrases]
+    nouns = [noun_words(phrase) for phrase in statement.phrases]
     if statement.relation:
         a, b, here, there = *nouns, statement.relation, OPPOSITE[statement.relation]
         if rng.random() < 0.5:
@@ -119,25 +120,25 @@ def write(statement: Statement, rng: np.random.Generator) -> str:
     return f"{text}{comma} on a {statement.background} background"
 
 
-_ONE_NOUN = rf"(?:an?|two|three) (?:(?:{'|'.join(RADII)}) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})(?:es|s)?"
-_NOUN = re.compile(_ONE_NOUN)
+NOUN = rf"(?:an?|two|three) (?:(?:{'|'.join(RADII)}) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})(?:es|s)?"
 _BACKGROUND = re.compile(rf",? ?on a ({'|'.join(BACKGROUNDS)}) background,? ?")
 _RELATION = "|".join(RELATION_WORDS.values())
 _PLACE = "|".join(PLACES.values())
 _FORMS = {
-    "plain": re.compile(rf"(?P<a>{_ONE_NOUN}) (?P<relation>{_RELATION}) (?P<b>{_ONE_NOUN})"),
-    "inverted": re.compile(rf"(?P<relation>{_RELATION}) (?P<b>{_ONE_NOUN}) there is (?P<a>{_ONE_NOUN})"),
-    "places": re.compile(rf"(?P<here>{_PLACE}) (?P<a>{_ONE_NOUN}), (?P<there>{_PLACE}) (?P<b>{_ONE_NOUN})"),
-    "list": re.compile(rf"(?:there (?:is|are) )?(?P<a>{_ONE_NOUN})(?:, (?P<b>{_ONE_NOUN}) and (?P<c>{_ONE_NOUN}))?"),
+    "plain": re.compile(rf"(?P<a>{NOUN}) (?P<relation>{_RELATION}) (?P<b>{NOUN})"),
+    "inverted": re.compile(rf"(?P<relation>{_RELATION}) (?P<b>{NOUN}) there is (?P<a>{NOUN})"),
+    "places": re.compile(rf"(?P<here>{_PLACE}) (?P<a>{NOUN}), (?P<there>{_PLACE}) (?P<b>{NOUN})"),
+    "list": re.compile(rf"(?:there (?:is|are) )?(?P<a>{NOUN})(?:, (?P<b>{NOUN}) and (?P<c>{NOUN}))?"),
 }
 
 
-def _phrase(words: str) -> Phrase:
+def read_noun(words: str) -> Phrase:
+    """What `noun_words` wrote; a CaptionError for anything else."""
     number, *adjectives, noun = words.split()
     count = {"two": 2, "three": 3}.get(number, 1)
     shape = noun if count == 1 else noun.removesuffix("es" if noun.endswith("sses") else "s")
     phrase = Phrase(shape, adjectives[-1], adjectives[0] if len(adjectives) == 2 else None, count)
-    if shape not in SHAPES or _words(phrase) != words:
+    if shape not in SHAPES or noun_words(phrase) != words:
         raise CaptionError(f'cannot read {words!r}: one object is "a red circle", several are "two red circles"')
     return phrase
 
@@ -156,7 +157,7 @@ def parse(caption: str) -> Statement:
         if match is None or len(backgrounds) > 1:
             continue
         parts = match.groupdict()
-        phrases = tuple(_phrase(parts[key]) for key in "abc" if parts.get(key))
+        phrases = tuple(read_noun(parts[key]) for key in "abc" if parts.get(key))
         relation = None
         if form == "places":
             place = {words: name for name, words in PLACES.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from t2i_align.testbed.captions import Statement, corrupt, describe, parse, write
+from t2i_align.testbed import captions as picture_captions
 from t2i_align.testbed.loop import LoopConfig, fit
 from t2i_align.testbed.pools import Pool
 from t2i_align.testbed.precision import mixed
@@ -56,13 +57,14 @@ class DenoiserConfig:
     # one: this share of the times is logit-normal around `middle`, the rest uniform.
     middle_share: float = 0.7
     middle: tuple[float, float] = (-0.2, 1.0)
+    noisiest_share: float = 0.0  # of the times in the noisiest twentieth, where backgrounds are decided
     # Pictures of large objects only are drawn so many times as often: a shape's word is learned from them first,
     # since a small shape is three latent pixels wide.
     large_weight: float = 3.0
     seed: int = 0
 
 
-def build_unet(channels: tuple[int, int, int] = (48, 96, 144)) -> UNet2DConditionModel:
+def build_unet(channels: tuple[int, int, int] = (48, 96, 144), **more: Any) -> UNet2DConditionModel:
     """Three levels (16 x 16 to 4 x 4), attention on the two lower ones where it is cheap."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -70,9 +72,9 @@ def build_unet(channels: tuple[int, int, int] = (48, 96, 144)) -> UNet2DConditio
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
+        **{"cross_attention_dim": WIDTH, **more},
     )
 
 
@@ -94,18 +96,21 @@ def build_scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def draw_captions(
-    pool: Pool, index: np.ndarray, rng: np.random.Generator, config: DenoiserConfig, faulty: bool
-) -> tuple[list[str], list[Statement]]:
-    """A caption for each picture, "" where dropped; statements of dev and test prompts never occur."""
+    pool: Pool[Any], index: np.ndarray, rng: np.random.Generator, config: DenoiserConfig, faulty: bool, language: Any
+) -> tuple[list[str], list[Any]]:
+    """A caption for each picture, "" where dropped; statements of dev and test prompts never occur.
+
+    `language` is the module that has the captions of what is in the pool.
+    """
     captions, statements = [], []
     for i in index:
-        statement = describe(pool.scenes[i], rng)
+        statement = language.describe(pool.drawn[i], rng)
         if faulty:
             for fault, rate in config.fault_rates.items():
                 if rng.random() < rate:
-                    statement = corrupt(statement, fault, rng) or statement
-        caption = write(statement, rng)
-        statement = parse(caption) if statement.relation else statement
+                    statement = language.corrupt(statement, fault, rng) or statement
+        caption = language.write(statement, rng)
+        statement = language.parse(caption)  # in the order of the text
         if rng.random() < config.caption_dropout or split_of(statement) != "train":
             caption = ""
         captions.append(caption)
@@ -114,15 +119,19 @@ def draw_captions(
 
 
 def draw_batch(
-    pools: tuple[Pool, Pool], rng: np.random.Generator, config: DenoiserConfig, faulty: bool
-) -> tuple[Tensor, list[str], list[Statement]]:
-    """Latents [B, 4, 16, 16], captions and statements of clean and faulty pictures in their phase's shares."""
+    pools: tuple[Pool[Any], Pool[Any]],
+    rng: np.random.Generator,
+    config: DenoiserConfig,
+    faulty: bool,
+    language: Any = picture_captions,
+) -> tuple[Tensor, list[str], list[Any]]:
+    """Latents [B, ...], captions and statements of clean and faulty pictures in their phase's shares."""
     number = round(config.faulty_pictures[int(faulty)] * config.batch)
     latents, captions, statements = [], [], []
     for pool, count in zip(pools, (config.batch - number, number), strict=True):
         index = pool.draw(rng, count, config.large_weight)
         latents.append(pool.latents[torch.from_numpy(index)].float())
-        some, stated = draw_captions(pool, index, rng, config, faulty=faulty)
+        some, stated = draw_captions(pool, index, rng, config, faulty, language)
         captions += some
         statements += stated
     return torch.cat(latents), captions, statements
@@ -140,7 +149,7 @@ def train_denoiser(
     out: Path,
     model: Denoiser,
     tokenizer: CLIPTokenizer,
-    pools: tuple[Pool, Pool],
+    pools: tuple[Pool[Any], Pool[Any]],
     config: DenoiserConfig,
     *,
     on_checkpoint: Callable[[Denoiser, int], None] | None = None,
@@ -178,9 +187,12 @@ def train_denoiser(
 
 
 def draw_timesteps(batch: int, rng: np.random.Generator, config: DenoiserConfig) -> Tensor:
-    """Timesteps [batch] in 0..999: stratified uniform ones and logit-normal ones, see `DenoiserConfig`."""
+    """Timesteps [batch] in 0..999: stratified uniform, logit-normal and noisiest ones, see `DenoiserConfig`."""
     times = (rng.permutation(batch) + rng.random(batch)) / batch
     middle = rng.random(batch) < config.middle_share
     mean, spread = config.middle
     times[middle] = 1.0 / (1.0 + np.exp(-rng.normal(mean, spread, int(middle.sum()))))
+    if config.noisiest_share:
+        noisiest = rng.random(batch) < config.noisiest_share
+        times[noisiest] = 1.0 - 0.05 * rng.random(int(noisiest.sum()))
     return torch.from_numpy((times * 1000).astype(np.int64)).clamp(max=999)

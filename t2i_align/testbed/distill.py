@@ -1,9 +1,9 @@
-"""Distil a tiny base with another prediction type or shape from the v base, in minutes instead of an hour.
+"""Distil a tiny base of another family or prediction type from the v base, in minutes instead of an hour.
 
 The student learns the teacher's prediction at the same noise level, a target without the sampling noise of
-single pictures. Both predict the same quantity up to a rotation: v = (epsilon - sigma x_t) / alpha, so the
-student's epsilon error over alpha is its error in v. The teacher's zero terminal SNR gives its timesteps
-other noise levels; the level, not the number, is matched (fractional timesteps).
+single pictures. What both predict follows from the picture and the noise that the teacher sees, whatever their
+parameterisation; a rectified flow's x_t becomes the teacher's when it is scaled to unit variance. The noise
+level, not the timestep, is matched: the teacher is given fractional timesteps.
 """
 
 from __future__ import annotations
@@ -20,65 +20,78 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from pipelines import VariancePreserving
 from t2i_align.testbed import base_path
-from t2i_align.testbed.denoiser import DenoiserConfig, build_scheduler, build_unet, draw_batch, draw_timesteps
+from t2i_align.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
 from t2i_align.testbed.evaluate import evaluate, summary
 from t2i_align.testbed.loop import LoopConfig, fit
 from t2i_align.testbed.pools import CLEAN, FAULTY, Pool, make_pool
 from t2i_align.testbed.precision import mixed
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import assemble, load, model_folder, save
+from t2i_align.testbed.sampling import load, model_folder, save
+from t2i_align.testbed.students import STUDENTS, Student
 from t2i_align.testbed.text import WordEncoder
 
-CHANNELS = (32, 64, 112)  # both bases together stay below 25 MB
 
-
-def teacher_timesteps(alphas_cumprod: Tensor, teacher_alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """The teacher's fractional timesteps [B] whose noise level is that of the student's `timesteps` [B]."""
-    wanted = alphas_cumprod[timesteps].numpy()
+def teacher_timesteps(levels: Tensor, teacher_alphas_cumprod: Tensor) -> Tensor:
+    """The teacher's fractional timesteps [B] at which its abar is `levels` [B]."""
     falling = teacher_alphas_cumprod.numpy()
     numbers = np.arange(len(falling))
-    return torch.from_numpy(np.interp(wanted, falling[::-1], numbers[::-1])).float()
+    return torch.from_numpy(np.interp(levels.numpy(), falling[::-1], numbers[::-1])).float()
 
 
 @dataclasses.dataclass
 class Distillation:
-    """The loss of a step: the student's mean squared error in v against the teacher's prediction."""
+    """The loss of a step: the student's mean squared error against what follows from the teacher's prediction."""
 
     teacher: UNet2DConditionModel
     text_encoder: CLIPTextModel
-    student: UNet2DConditionModel
+    teacher_process: VariancePreserving
+    student: Student
     to_ids: WordEncoder
     pools: tuple[Pool, Pool]
     config: DenoiserConfig
 
     def __post_init__(self) -> None:
-        self.alphas = build_scheduler("epsilon").alphas_cumprod.float()
-        self.teacher_alphas = build_scheduler("v_prediction").alphas_cumprod.float()
+        self.process = self.student.process
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.config.seed, 13, step))
         latents, captions, _ = draw_batch(self.pools, rng, self.config, faulty=True)
         timesteps = draw_timesteps(len(latents), rng, self.config)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        alpha, sigma = (x[timesteps].sqrt().view(-1, 1, 1, 1) for x in (self.alphas, 1.0 - self.alphas))
-        noisy = alpha * latents + sigma * noise
+        noisy = self.process.add_noise(latents, noise, timesteps)
         with mixed():
             with torch.no_grad():
-                hidden = self.text_encoder(self.to_ids(captions)).last_hidden_state
-                levels = teacher_timesteps(self.alphas, self.teacher_alphas, timesteps)
-                velocity = self.teacher(noisy, levels, hidden, return_dict=False)[0].float()
-            prediction = self.student(noisy, timesteps, hidden, return_dict=False)[0].float()
-        return {"error": ((prediction - alpha * velocity - sigma * noisy) / alpha).square().mean()}
+                target = self.target(noisy, timesteps, captions)
+            prediction = self.student.predict(noisy, timesteps, captions, rng).float()
+        error = (prediction - target).square()
+        if self.process.prediction_type == "epsilon":  # measured in v, which does not vanish where noise is all
+            error = error / self.process.alpha_sigma(timesteps)[0].float().square().view(-1, 1, 1, 1)
+        return {"error": error.mean()}
+
+    def target(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
+        """What the student should predict at x_t, [B, 4, 16, 16], by the teacher's view of its picture and noise."""
+        alpha, sigma = self.process.alpha_sigma(timesteps)
+        scale = (alpha.square() + sigma.square()).sqrt()
+        seen = noisy / scale.float().view(-1, 1, 1, 1)
+        level = (alpha / scale).square()
+        times = teacher_timesteps(level, self.teacher_process.alphas_cumprod)
+        velocity = self.teacher(seen, times, self.text_encoder(self.to_ids(captions)).last_hidden_state)[0].float()
+        a, s = (x.float().view(-1, 1, 1, 1) for x in (level.sqrt(), (1 - level).sqrt()))
+        return self.process.target(a * seen - s * velocity, s * seen + a * velocity, timesteps)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of the command; the defaults are the shipped epsilon base's recipe."""
+    """Options of the command; the defaults are the epsilon base's recipe."""
     p = argparse.ArgumentParser(prog="t2i-align testbed distill", description=__doc__.split("\n")[0])
+    p.add_argument("--student", choices=list(STUDENTS), default="sd-eps", help="which base to make")
     p.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline, e.g. tiny-sd-eps")
     p.add_argument("--teacher", type=model_folder, default=base_path("sd"), help="a v base; testbed:sd by default")
     p.add_argument("--work", type=Path, default=Path("distill"), help="folder of checkpoints and latents")
     p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--noisiest-share", type=float, default=0.15, help="share of the times in the noisiest twentieth")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--every", type=int, default=300, help="steps between checkpoints, each of which is evaluated")
     p.add_argument("--seed", type=int, default=0)
@@ -103,30 +116,30 @@ def main(argv: list[str] | None = None) -> None:
         make_pool(FAULTY, teacher.vae, args.work / "latents_faulty.pt"),
     )
     torch.manual_seed(args.seed)
-    student = build_unet(CHANNELS)
-    parts: list[nn.Module] = [teacher.unet.requires_grad_(False), student]
-    for unet in parts:
-        # Plain matrix products: at these sizes the fused kernel's backward takes twice as long on a CPU.
-        unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+    student = STUDENTS[args.student](teacher)
+    # Plain matrix products: at these sizes the fused kernel takes longer on a CPU.
+    teacher.unet.requires_grad_(False).set_attn_processor(AttnProcessor())
 
-    def on_checkpoint(average: UNet2DConditionModel, step: int) -> None:
-        pipeline = assemble(teacher.vae, teacher.text_encoder, teacher.tokenizer, average, "epsilon")
-        verdict = evaluate(pipeline, prompts("dev")[:64], picture=args.work / f"epsilon_{step}.png")
+    def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
+        pipeline = student.assemble(average)
+        verdict = evaluate(pipeline, prompts("dev")[:64], picture=args.work / f"{args.student}_{step}.png")
         print(f"dev at step {step}: {summary(verdict)}", flush=True)
 
+    config = DenoiserConfig(batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)
     average = fit(
-        student,
+        student.trained,
         Distillation(
             teacher.unet,
             teacher.text_encoder.requires_grad_(False),
+            VariancePreserving(teacher.scheduler.alphas_cumprod, "v_prediction"),
             student,
             WordEncoder(teacher.tokenizer),
             pools,
-            DenoiserConfig(seed=args.seed),
+            config,
         ),
         LoopConfig(steps=args.steps, lr=args.lr, every=args.every),
-        args.work / "distilled_epsilon.pt",
+        args.work / f"distilled_{args.student}.pt",
         on_checkpoint,
     )
-    save(assemble(teacher.vae, teacher.text_encoder, teacher.tokenizer, average, "epsilon"), args.out)
+    save(student.assemble(average), args.out)
     print(f"saved {args.out}")

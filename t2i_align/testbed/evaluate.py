@@ -9,23 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+import pipelines
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import SIZES, prompts
 from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
+from t2i_align.testbed.video.oracle import ClipVerdict, MotionOracle
 
 
-def means(verdict: Verdict) -> dict[str, float]:
+def means(verdict: Verdict | ClipVerdict) -> dict[str, float]:
     """Mean reward, faithfulness, strict and quality, and each attribute's over prompts that state it."""
     figures = {name: float(getattr(verdict, name).mean()) for name in ("reward", "faithfulness", "strict", "quality")}
     stated = {name: values[~np.isnan(values)] for name, values in verdict.attributes.items()}
     return figures | {name: float(values.mean()) for name, values in stated.items() if len(values)}
 
 
-def summary(verdict: Verdict) -> str:
+def summary(verdict: Verdict | ClipVerdict) -> str:
     """The means on one line."""
     return " ".join(f"{name} {value:.3f}" for name, value in means(verdict).items())
 
@@ -40,26 +42,26 @@ def grid(pictures: Tensor, columns: int = 16) -> Image.Image:
 
 
 def evaluate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     captions: Sequence[str],
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     seed: int = 0,
     picture: Path | None = None,
-) -> Verdict:
-    """Judge one sample a caption, with seeds seed, seed + 1, ...; `picture` saves a grid of them."""
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = sample(pipeline, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
-    if picture is not None and len(pictures) >= 16:
-        grid(pictures).save(picture)
-    return Oracle().judge(pictures, captions)
+) -> Verdict | ClipVerdict:
+    """Judge one sample a caption, with seeds seed, seed + 1, ...; `picture` saves a grid of them, two clips a row."""
+    samples = sample(pipeline, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
+    clips = samples.ndim == 5
+    if picture is not None and len(samples) >= 16:
+        grid(samples.flatten(0, 1), 2 * samples.shape[1]).save(picture) if clips else grid(samples).save(picture)
+    return MotionOracle().judge(samples, captions) if clips else Oracle().judge(samples, captions)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the oracle's means over a split as JSON."""
     p = argparse.ArgumentParser(prog="t2i-align testbed evaluate", description=__doc__)
-    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or testbed:sd-eps")
+    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or another base")
     p.add_argument("--split", choices=list(SIZES), default="dev")
     p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")
     p.add_argument("--steps", type=int, default=STEPS)
@@ -69,9 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--picture", type=Path, help="save a grid of the samples here")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
-    captions = prompts(args.split)[: args.number]
+    pipeline = load(args.model)
+    split = f"video-{args.split}" if pipelines.wrap(pipeline).video else args.split
+    captions = prompts(split)[: args.number]
     verdict = evaluate(
-        load(args.model), captions, steps=args.steps, guidance=args.guidance, seed=args.seed, picture=args.picture
+        pipeline, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, picture=args.picture
     )
-    settings = {"model": str(args.model), "split": args.split, "prompts": len(captions), "steps": args.steps}
+    settings = {"model": str(args.model), "split": split, "prompts": len(captions), "steps": args.steps}
     print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | means(verdict), indent=2))

@@ -37,15 +37,19 @@ def fit(
     config: LoopConfig,
     state_file: Path,
     on_checkpoint: Callable[[M, int], None] | None = None,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> M:
     """Train `model` and return its exponential average, continuing from `state_file` where that exists.
 
     Args:
         losses: the named losses of a step, whose sum is minimised; must depend on the step's number only.
         on_checkpoint: called with the average and the number of steps done after each checkpoint.
+        optimiser: of the model's parameters; AdamW by default.
     """
     average = copy.deepcopy(model).requires_grad_(False)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimiser = optimiser or torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     first = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)

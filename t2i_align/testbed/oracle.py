@@ -66,14 +66,14 @@ class Oracle:
         """
         statements = [parse(prompt) for prompt in prompts]
         views: list[View] = []
-        pictures = _to_pictures(pixels, len(statements))
+        pictures = to_pictures(pixels, len(statements))
         for start in range(0, len(pictures), 64):
             views += look(pictures[start : start + 64])
         rows = np.array([_check(view, statement) for view, statement in zip(views, statements, strict=True)], float)
         rows = rows.reshape(-1, len(ATTRIBUTES))
         with np.errstate(invalid="ignore"):
             faithfulness = np.nanmean(rows, axis=1) if len(rows) else np.zeros(0)
-        quality = np.array([_quality(view) for view in views], float)
+        quality = np.array([picture_quality(view) for view in views], float)
         weight = self.faithfulness_weight
         return Verdict(
             reward=weight * faithfulness + (1.0 - weight) * quality,
@@ -85,7 +85,7 @@ class Oracle:
         )
 
 
-def _to_pictures(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
+def to_pictures(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
     """Checked float32 [B, 64, 64, 3]."""
     images = torch.as_tensor(pixels).detach().cpu()
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
@@ -150,18 +150,18 @@ def _check(view: View, statement: Statement) -> list[float]:
     return [float(np.mean(held["colour"])), float(np.mean(held["shape"])), size, relation, count, background]
 
 
-def _fall(value: float, good: float, bad: float) -> float:
+def fall(value: float, good: float, bad: float) -> float:
     """1 up to `good`, falling linearly to 0 at `bad`."""
     return float(np.clip((bad - value) / (bad - good), 0.0, 1.0))
 
 
-def _quality(view: View) -> float:
+def picture_quality(view: View) -> float:
     """Sharpness x contrast x smoothness, 0 for a picture without objects.
 
     The limits leave the autoencoder's own softness (edge up to 0.30, roughness under 0.01) unpunished.
     """
     if not view.objects:
         return 0.0
-    sharpness = float(np.mean([_fall(o.edge, 0.30, 0.80) for o in view.objects]))
-    contrast = float(np.mean([_fall(-o.chroma, -0.90, -0.30) for o in view.objects]))
-    return sharpness * contrast * _fall(view.roughness, 0.02, 0.12)
+    sharpness = float(np.mean([fall(o.edge, 0.30, 0.80) for o in view.objects]))
+    contrast = float(np.mean([fall(-o.chroma, -0.90, -0.30) for o in view.objects]))
+    return sharpness * contrast * fall(view.roughness, 0.02, 0.12)

@@ -28,6 +28,7 @@ from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
 from t2i_align.testbed.sampling import GUIDANCE, load, model_folder, sample
+from t2i_align.testbed.video.oracle import ClipVerdict
 
 _TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
 SCHEMA = pa.schema(
@@ -111,7 +112,9 @@ def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
     )
 
 
-def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+def choose(
+    verdict: Verdict | ClipVerdict, number: int, config: PairsConfig, rng: np.random.Generator
+) -> list[tuple[int, int]]:
     """(winner, loser) indices into a verdict on number x candidates pictures, grouped by prompt."""
     pairs = []
     for p in range(number):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i_align.testbed.denoiser import Denoiser, DenoiserConfig, build_unet, train_denoiser
 from t2i_align.testbed.evaluate import evaluate, summary
@@ -55,14 +55,14 @@ def _vae(args: argparse.Namespace) -> AutoencoderKL:
 def _denoiser(args: argparse.Namespace, tokenizer: CLIPTokenizer, pool: Pool) -> Denoiser:
     """A fresh denoiser with a warmed-up text encoder."""
     torch.manual_seed(args.seed)
-    model = Denoiser(build_unet(), build_text_encoder(tokenizer), ParseHeads())
+    model = Denoiser(build_unet(), build_text_encoder(tokenizer, CLIPTextModel), ParseHeads())
     text_file = args.work / "text.pt"
     if text_file.exists():
         state = torch.load(text_file, weights_only=True)
         model.text_encoder.load_state_dict(state["text_encoder"])
         model.heads.load_state_dict(state["heads"])
     else:
-        warm_up(model.text_encoder, model.heads, tokenizer, pool.scenes[:8000], steps=args.text_steps, seed=args.seed)
+        warm_up(model.text_encoder, model.heads, tokenizer, pool.drawn[:8000], steps=args.text_steps, seed=args.seed)
         torch.save({"text_encoder": model.text_encoder.state_dict(), "heads": model.heads.state_dict()}, text_file)
     return model
 

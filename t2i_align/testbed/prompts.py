@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -21,7 +21,13 @@ SIZES: dict[str, int] = {"train": 4096, "dev": 320, "test": 640}
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def split_of(statement: Statement) -> Split:
+class Canonical(Protocol):
+    """A statement, of a picture or of a clip."""
+
+    def canonical(self) -> object: ...
+
+
+def split_of(statement: Canonical) -> Split:
     """The split a statement belongs to: about 7 % dev, 14 % test, the rest train."""
     digest = hashlib.sha256(repr(statement.canonical()).encode()).digest()
     share = int.from_bytes(digest[:4], "big") / 2**32
@@ -49,14 +55,21 @@ def _read(split: str) -> tuple[str, ...]:
     return tuple(make_prompts(split, SIZES[split]))  # type: ignore[arg-type]
 
 
-def prompts(split: Split) -> list[str]:
+def prompts(split: str) -> list[str]:
     """Prompts of a split: "train" (pairs and training), "dev" (tuning), "test" (final figures only).
 
-    dev and test are text files in the package; train is made anew, always the same.
+    dev and test are text files in the package; train is made anew, always the same, and so are the prompts for clips:
+    "video-train", "video-dev", "video-test".
 
     Raises:
         ValueError: an unknown split.
     """
-    if split not in SIZES:
-        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SIZES)}")
-    return list(_read(split))
+    kind, _, name = split.rpartition("-")
+    if name not in SIZES or kind not in ("", "video"):
+        choices = [*SIZES, *(f"video-{name}" for name in SIZES)]
+        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(choices)}")
+    if kind == "video":
+        from t2i_align.testbed.video.prompts import make_prompts as make_video_prompts  # which needs this module
+
+        return list(make_video_prompts(name))
+    return list(_read(name))

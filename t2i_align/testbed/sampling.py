@@ -7,15 +7,17 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import pipelines
 from t2i_align.testbed import base_path
 from t2i_align.testbed.denoiser import build_scheduler
-from t2i_align.testbed.precision import mixed
+from t2i_align.testbed.precision import has_bf16
 
 # DDIM steps and classifier-free guidance of every figure about the testbed. No guidance: training changes the
 # prediction under a caption, and guidance would mix it with the one without, which no preference pair has taught.
@@ -42,7 +44,7 @@ def assemble(
     )
 
 
-def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
+def save(pipeline: DiffusionPipeline, path: Path) -> None:
     """Save in half precision as safetensors, to a temporary name first; replaces what was there.
 
     The pipeline itself is left as it was.
@@ -69,7 +71,7 @@ def save(pipeline: StableDiffusionPipeline, path: Path) -> None:
 
 
 def model_folder(text: str) -> Path:
-    """The folder of a base from what the command line was given: a folder, or `testbed:sd` or `testbed:sd-eps`.
+    """The folder of a base from what the command line was given: a folder, or `testbed:sd` or the like.
 
     Raises:
         argparse.ArgumentTypeError: neither; argparse shows its message.
@@ -85,16 +87,13 @@ def model_folder(text: str) -> Path:
     return folder
 
 
-def load(path: str | Path) -> StableDiffusionPipeline:
+def load(path: str | Path) -> Any:
     """Load a pipeline in float32 without progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(path).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipelines.load(path).pipe
 
 
-@torch.no_grad()
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -106,20 +105,9 @@ def sample(
     """Pictures [B, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
 
     Raises:
-        ValueError: not as many seeds as prompts.
+        PipelineError: not as many seeds as prompts.
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-    pictures = []
-    for start in range(0, len(prompts), batch):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
-        with mixed(bf16):
-            images = pipeline(
-                list(prompts[start : start + batch]),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generators,
-                output_type="pt",
-            ).images
-        pictures.append(images.float().clamp(0, 1))
-    return torch.cat(pictures)
+    autocast = torch.bfloat16 if bf16 and has_bf16() else None
+    return pipelines.wrap(pipeline).generate(
+        prompts, seeds, steps=steps, guidance=guidance, batch_size=batch, autocast=autocast
+    )

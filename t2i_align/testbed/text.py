@@ -8,19 +8,23 @@ the left or the upper one whatever the phrasing, so that cross-attention can bin
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel, T5Tokenizer
 
 from t2i_align.testbed.captions import NUMBERS, RELATION_WORDS, Statement, describe, parse, write
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, Scene
 
+C = TypeVar("C", bound=PreTrainedModel)
+
 LENGTH = 32  # tokens; the longest caption has 23, the last four tokens are always padding
+WORDS = 24  # tokens of the T5 tokenizer
 WIDTH = 128
 SLOTS = 3
 
@@ -54,17 +58,25 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(**learned, model_max_length=LENGTH, pad_token="<|endoftext|>")
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Three layers, 128 wide."""
-    return CLIPTextModel(
+def build_word_tokenizer(known: Sequence[str] = ()) -> T5Tokenizer:
+    """A genuine T5 (unigram) tokenizer: each known word (by default, of captions) is a token, and so is each letter."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(word if word == "," else "\u2581" + word, -1.0) for word in known or words()]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789."]
+    return T5Tokenizer(vocab=cast(Any, pieces), extra_ids=0, model_max_length=WORDS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, cls: type[C], *, width: int = WIDTH, layers: int = 3) -> C:
+    """A CLIP text encoder of a class with or without projection, fresh weights; Stable Diffusion's has this size."""
+    return cls(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=3,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=LENGTH,
-            projection_dim=WIDTH,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

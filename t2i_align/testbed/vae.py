@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,16 +193,32 @@ def balance_latents(vae: AutoencoderKL, pictures: np.ndarray, spread: tuple[floa
     """
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     posterior = vae.encode(pixels).latent_dist
-    flat = posterior.mean.permute(0, 2, 3, 1).reshape(-1, 4).double()
-    values, vectors = torch.linalg.eigh(torch.cov(flat.T))
-    order = values.argsort(descending=True)
-    transform = torch.diag(torch.tensor(spread).double() / values[order].sqrt()) @ vectors[:, order].T
-    shift = transform @ flat.mean(0)
-    variance = transform.square() @ posterior.var.double().mean((0, 2, 3))
-    before, after = vae.quant_conv, vae.post_quant_conv
-    weight, bias = before.weight[:4, :, 0, 0].double(), before.bias[:4].double()
-    before.weight[:4, :, 0, 0], before.bias[:4] = (transform @ weight).float(), (transform @ bias - shift).float()
-    before.weight[4:], before.bias[4:] = 0.0, variance.log().float()
-    inverse = after.weight[:, :, 0, 0].double() @ transform.inverse()
-    after.weight[:, :, 0, 0], after.bias[:] = inverse.float(), (after.bias.double() + inverse @ shift).float()
+    means = posterior.mean.permute(0, 2, 3, 1).reshape(-1, 4).double()
+    spread_to(vae, means, posterior.var.double().mean((0, 2, 3)), torch.tensor(spread).double())
     vae.register_to_config(scaling_factor=1.0)
+
+
+@torch.no_grad()
+def spread_to(vae: Any, means: Tensor, variance: Tensor, spread: Tensor, rotation: Tensor | None = None) -> None:
+    """Fold z' = R diag(spread / std) V^T z - m into the 1 x 1 convolutions around the latents of any autoencoder.
+
+    Args:
+        means: samples of the posterior's mean [N, C]; V are their principal components, strongest first.
+        variance: the posterior's variance [C], which becomes a constant.
+        spread: standard deviations [C] of the components afterwards.
+        rotation: R [C, C], applied last; none by default.
+    """
+    channels = means.shape[1]
+    values, vectors = torch.linalg.eigh(torch.cov(means.T))
+    order = values.argsort(descending=True)
+    transform = torch.diag(spread / values[order].sqrt()) @ vectors[:, order].T
+    transform = transform if rotation is None else rotation @ transform
+    shift = transform @ means.mean(0)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    weight, bias = before.weight[:channels].flatten(1).double(), before.bias[:channels].double()
+    before.weight[:channels] = (transform @ weight).float().view_as(before.weight[:channels])
+    before.bias[:channels] = (transform @ bias - shift).float()
+    before.weight[channels:], before.bias[channels:] = 0.0, (transform.square() @ variance).log().float()
+    inverse = after.weight.flatten(1).double() @ transform.inverse()
+    after.weight[:] = inverse.float().view_as(after.weight)
+    after.bias[:] = (after.bias.double() + inverse @ shift).float()
