@@ -2,7 +2,7 @@
 
 from pipelines.base import Conditioning, PipelineError, TrainablePipeline
 from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
-from pipelines.registry import FAMILIES, encoder_fingerprint, load
+from pipelines.registry import FAMILIES, encoder_fingerprint, load, wrap
 
 __all__ = [
     "FAMILIES",
@@ -14,4 +14,5 @@ __all__ = [
     "VariancePreserving",
     "encoder_fingerprint",
     "load",
+    "wrap",
 ]

@@ -10,16 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils.import_utils import is_xformers_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipelines.process import ForwardProcess
+from pipelines.process import ForwardProcess, RectifiedFlow, resolution_shift
 
 Conditioning = dict[str, Tensor]
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Of diffusers' attention dispatcher those that gradients pass: "sage" and "_flash_3" have no backward pass. The names
+# in _hub fetch FlashAttention 2, or for Hopper GPUs 3, through the package kernels.
+DISPATCHED_BACKENDS = ("native", "xformers", "flash", "flash_hub", "_flash_3_hub")
 
 
 class PipelineError(ValueError):
@@ -37,11 +41,18 @@ class TrainablePipeline(ABC):
 
     family: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]  # names as they stand in model_index.json
-    denoiser_name: ClassVar[str]
-    encoder_names: ClassVar[tuple[str, ...]]  # components that a latent and embedding cache replaces
+    denoiser_name: str
+    encoder_names: tuple[str, ...]  # components that a latent and embedding cache replaces
+    experts: ClassVar[Mapping[str, str]] = {}  # where denoisers share the way: `load`'s names for them -> components
     lora_presets: ClassVar[dict[str, tuple[str, ...]]]
-    feature_block: ClassVar[str]  # where `features` reads the denoiser: a module's name in it
     attention_backends: ClassVar[tuple[str, ...]] = ("native",)
+    dispatches: ClassVar[bool] = False  # whether the denoiser's attention goes through diffusers' dispatcher
+    optional_encoders: ClassVar[tuple[str, ...]] = ()  # of `encoder_names`, those that a checkpoint may do without
+    large_encoders: ClassVar[tuple[str, ...]] = ()  # components of billions of parameters: `load` has a dtype for them
+    video: ClassVar[bool] = False  # whether it makes clips [B, F, 3, H, W] instead of pictures [B, 3, H, W]
+    fps: ClassVar[float] = 16.0  # frames a second of its clips, where it makes clips
+    sized: ClassVar[bool] = False  # whether `predict` reads each picture's size and crop, as "time_ids" [B, 6]
+    kohya: ClassVar[bool] = False  # whether diffusers can convert its LoRA to kohya's names
 
     process: ForwardProcess
 
@@ -69,7 +80,8 @@ class TrainablePipeline(ABC):
     @property
     def has_encoders(self) -> bool:
         """Whether prompts and pictures can be encoded (False after `load(..., encoders=False)`)."""
-        return all(getattr(self.pipe, name) is not None for name in self.encoder_names)
+        needed = [name for name in self.encoder_names if name not in self.optional_encoders]
+        return all(getattr(self.pipe, name) is not None for name in needed)
 
     def load_encoders(self) -> None:
         """Bring in the components that `load(..., encoders=False)` left out, onto the denoiser's device."""
@@ -98,11 +110,14 @@ class TrainablePipeline(ABC):
 
     @abstractmethod
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] to latents as the denoiser sees them (deterministic: the posterior's mode)."""
+        """Pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W], to latents [B, C, h, w] or [B, C, f, h, w].
+
+        Normalised as the denoiser expects them, not yet packed into tokens; deterministic: the posterior's mode.
+        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents to pixels [B, 3, H, W] in [0, 1]."""
+        """Latents to pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W]."""
 
     @abstractmethod
     def predict(
@@ -114,15 +129,63 @@ class TrainablePipeline(ABC):
         """
 
     @abstractmethod
-    def check_size(self, height: int, width: int) -> None:
-        """Raise PipelineError unless the VAE and denoiser take pictures of this size in pixels."""
+    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
+        """Raise PipelineError unless VAE and denoiser take pictures, or clips of `frames`, of this size in pixels."""
 
     @property
     @abstractmethod
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the checkpoint was trained for."""
 
+    @property
+    @abstractmethod
+    def feature_block(self) -> str:
+        """Where `features` reads the denoiser: a module's name in it."""
+
+    @property
+    def own_size(self) -> tuple[int, ...] | None:
+        """([frames,] height, width) from the entry `_default_size` of the denoiser's configuration, if it has one.
+
+        For models of other sizes than their family's, where diffusers' configurations have no place for a size:
+        `denoiser.register_to_config(_default_size=(9, 64, 64))`; diffusers keeps the entry and otherwise ignores it.
+        """
+        size = self.denoiser.config.get("_default_size")
+        return None if size is None else tuple(size)
+
+    @property
+    def default_frames(self) -> int | None:
+        """Frames of a clip that the checkpoint was trained for; None where it makes pictures."""
+        return None
+
+    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
+        """How many tokens the denoiser sees of a sample of this size, where its timesteps are shifted by that."""
+        raise PipelineError(f"{self.family} has no timestep shift that depends on the resolution")
+
+    def call_options(self, prompts: list[str], negative_prompt: str, guidance: float) -> dict[str, Any]:
+        """How the diffusers pipeline is told prompts and guidance."""
+        # None, not "": SDXL's unconditional embedding is zero only where no negative prompt is given at all.
+        negative = [negative_prompt] * len(prompts) if negative_prompt else None
+        return {"prompt": prompts, "negative_prompt": negative, "guidance_scale": guidance}
+
     # What is the same for all -----------------------------------------------------------------------------------
+
+    def shift_timesteps(self, shift: float | str, height: int, width: int, frames: int | None = None) -> None:
+        """Choose the shift of a flow model's training times (see `RectifiedFlow`).
+
+        Args:
+            shift: "model" leaves what the checkpoint's scheduler says, which is none where its sampler shifts by
+                resolution; "resolution" takes that sampler's shift for samples of this size; or a number.
+
+        Raises:
+            PipelineError: anything but "model" for a model without flow, "resolution" where there is no such rule.
+        """
+        if shift == "model":
+            return
+        if not isinstance(self.process, RectifiedFlow):
+            raise PipelineError(f"a timestep shift of {shift!r} is for flow models; {self.family} has none")
+        if shift == "resolution":
+            shift = resolution_shift(self.pipe.scheduler.config, self.tokens(height, width, frames))
+        self.process = RectifiedFlow(float(shift), self.process.span)
 
     @torch.no_grad()
     def generate(
@@ -135,14 +198,16 @@ class TrainablePipeline(ABC):
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
         batch_size: int = 8,
         autocast: torch.dtype | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Pictures through the genuine diffusers pipeline, [N, 3, H, W] float32 in [0, 1] on the CPU.
+        """Samples through the genuine diffusers pipeline, float32 in [0, 1] on the CPU.
 
-        Sample i is drawn from its own generator with seeds[i], so it does not depend on its neighbours.
-        `on_batch` is told how many pictures were just finished (for a progress bar).
+        Pictures [N, 3, H, W], or clips [N, F, 3, H, W] from video families. Sample i is drawn from its own generator
+        with seeds[i], so it does not depend on its neighbours. Sizes that are not given are the model's own.
+        `on_batch` is told how many samples were just finished (for a progress bar).
 
         Raises:
             PipelineError: a size the model cannot take, or pictures that are not finite, naming prompt and seed.
@@ -151,7 +216,9 @@ class TrainablePipeline(ABC):
             raise PipelineError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
         default_height, default_width = self.default_size
         height, width = height or default_height, width or default_width
-        self.check_size(height, width)
+        frames = frames or self.default_frames
+        self.check_size(height, width, frames)
+        size = {"height": height, "width": width, **({"num_frames": frames} if self.video else {})}
         training = self.denoiser.training
         self.denoiser.eval()
         pictures = []
@@ -161,31 +228,30 @@ class TrainablePipeline(ABC):
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
                 with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
                     output = self.pipe(
-                        prompt=part,
-                        negative_prompt=[negative_prompt] * len(part),
+                        **self.call_options(part, negative_prompt, guidance),
+                        **size,
                         num_inference_steps=steps,
-                        guidance_scale=guidance,
-                        height=height,
-                        width=width,
                         generator=generators,
                         output_type="pt",
                     )
-                images = output.images.float().cpu()
-                self._check_finite(images, part, seeds[start : start + batch_size])
-                pictures.append(images.clamp(0, 1))
+                made = (output.frames if self.video else output.images).float().cpu()
+                self._check_finite(made, part, seeds[start : start + batch_size])
+                pictures.append(made.clamp(0, 1))
                 if on_batch is not None:
                     on_batch(len(part))
         finally:
             self.denoiser.train(training)
-        return torch.cat(pictures) if pictures else torch.empty(0, 3, height, width)
+        shape = (frames, 3, height, width) if self.video else (3, height, width)
+        return torch.cat(pictures) if pictures else torch.empty(0, *shape)
 
     def _check_finite(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Saved as bytes, NaN would be a black picture that scorers score like any other."""
         bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
             raise PipelineError(
-                f"{len(bad)} of {len(prompts)} pictures are not finite, as prompt {prompts[bad[0]]!r} with seed "
-                f"{seeds[bad[0]]}. The weights have diverged, or the VAE overflows in half precision: try float32."
+                f"{len(bad)} of {len(prompts)} {'clips' if self.video else 'pictures'} are not finite, as prompt "
+                f"{prompts[bad[0]]!r} with seed {seeds[bad[0]]}. The weights have diverged, or the VAE overflows in "
+                "half precision: try float32."
             )
 
     def features(
@@ -198,7 +264,7 @@ class TrainablePipeline(ABC):
         denoiser = denoiser or self.denoiser
 
         def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
+            raise _Reached(self.feature_of(output))
 
         handle = denoiser.get_submodule(self.feature_block).register_forward_hook(stop)
         try:
@@ -209,6 +275,11 @@ class TrainablePipeline(ABC):
         finally:
             handle.remove()
         raise PipelineError(f"the denoiser never ran its block {self.feature_block!r}")
+
+    def feature_of(self, output: Any) -> Tensor:
+        """Of what the feature block returns, the part that belongs to the picture."""
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -241,23 +312,72 @@ class TrainablePipeline(ABC):
                 raise PipelineError(f"LoRA target {ending!r} matches no module of the {self.family} denoiser")
         return tuple(targets)
 
-    def save_lora(self, directory: str | Path) -> Path:
-        """Write the LoRA in diffusers' own format (safetensors, with rank and alpha); returns the file."""
-        save = type(self.pipe).save_lora_weights
-        save(
-            str(directory),
-            **{f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(self.denoiser)},
-            **_collate_lora_metadata({self.denoiser_name: self.denoiser}),
+    def save_lora(self, directory: str | Path, naming: str = "diffusers") -> Path:
+        """Write the LoRA as safetensors, with rank and alpha; returns the file.
+
+        naming: of its keys. "diffusers" has all families; "kohya", which other tools read, those that have a UNet.
+        """
+        if naming not in ("diffusers", "kohya") or (naming == "kohya" and not self.kohya):
+            choices = "diffusers, kohya" if self.kohya else "diffusers"
+            raise PipelineError(f"a LoRA of {self.family} cannot be named as {naming!r} has it. Choices: {choices}.")
+        adapter, lora = next(iter(self.denoiser.peft_config.items()))  # "default" where it was trained here
+        weights = get_peft_model_state_dict(self.denoiser, adapter_name=adapter)
+        file = Path(directory) / LORA_FILE
+        component = type(self).denoiser_name  # also of a second expert, whose file diffusers cannot tell from a first's
+        if naming == "diffusers":
+            type(self.pipe).save_lora_weights(
+                str(directory),
+                **{f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": lora.to_dict()},
+            )
+            return file
+        named = convert_state_dict_to_kohya({f"{component}.{key}": value for key, value in weights.items()})
+        # diffusers writes alpha = rank whatever alpha is, so that the LoRA would come back at another strength.
+        alpha = torch.tensor(float(lora.lora_alpha))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in named.items()}, file
         )
-        return Path(directory) / LORA_FILE
+        return file
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
-        """Load a LoRA (folder, file or Hub id) through diffusers and make it active at `scale`."""
+        """Load a LoRA (folder, file or Hub id) through diffusers and make it active at `scale`.
+
+        Raises:
+            PipelineError: nothing there, a damaged file, or weights that are not all of this denoiser.
+        """
         local = Path(path)
         if local.exists() and local.is_dir() and not list(local.glob("*.safetensors")):
             raise PipelineError(f"{path}: no .safetensors file with LoRA weights in this folder")
-        self.pipe.load_lora_weights(str(path), adapter_name="lora")
+        if "lora" in getattr(self.denoiser, "peft_config", {}):
+            raise PipelineError(f"{path}: {self.source} already carries a LoRA that was loaded; unload it first")
+        try:
+            read = self.pipe.lora_state_dict(str(path))
+            self.pipe.load_lora_weights(str(path), adapter_name="lora", **self.lora_options)
+        except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
+            self._forget_lora()
+            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:300]
+            raise PipelineError(f"{path}: this LoRA does not fit {self.family} ({self.source}): {reason}") from error
+        # Of keys that fit nothing diffusers only logs a warning.
+        start = f"{type(self).denoiser_name}."
+        given = sum(key.startswith(start) for key in (read[0] if isinstance(read, tuple) else read))
+        on = "lora" in getattr(self.denoiser, "peft_config", {})
+        taken = len(get_peft_model_state_dict(self.denoiser, adapter_name="lora")) if on else 0
+        if not given or taken != given:
+            self._forget_lora()
+            raise PipelineError(
+                f"{path}: this LoRA does not fit {self.family} ({self.source}): "
+                + (f"{taken} of its {given} tensors do" if given else f"it has no weights for the {start[:-1]}")
+            )
         self.pipe.set_adapters(["lora"], adapter_weights=[scale])
+
+    @property
+    def lora_options(self) -> dict[str, Any]:
+        """What the diffusers pipeline must be told to load a LoRA onto this denoiser."""
+        return {}
+
+    def _forget_lora(self) -> None:
+        if "lora" in getattr(self.denoiser, "peft_config", {}):
+            self.denoiser.delete_adapters("lora")
 
     def save(self, directory: str | Path) -> None:
         """Write the whole pipeline in diffusers' format."""
@@ -272,12 +392,22 @@ class TrainablePipeline(ABC):
                 f"attention backend {backend!r} is not usable with {self.family}. "
                 f"Choices: {', '.join(self.attention_backends)}."
             )
-        if backend == "xformers":
-            if not torch.cuda.is_available():
-                raise PipelineError("attention backend 'xformers' needs a CUDA GPU; use 'native'")
-            if not is_xformers_available():
-                raise PipelineError("attention backend 'xformers' needs the package: pip install 't2i-align[xformers]'")
+        if backend != "native" and not torch.cuda.is_available():
+            raise PipelineError(f"attention backend {backend!r} needs a CUDA GPU; use 'native'")
+        if backend == "xformers" and not is_xformers_available():
+            raise PipelineError("attention backend 'xformers' needs the package: pip install 't2i-align[xformers]'")
+        if self.dispatches:  # also for "native": the dispatcher remembers the last choice of the whole process
+            try:
+                self.denoiser.set_attention_backend(backend)
+            except (RuntimeError, ImportError, OSError) as error:
+                raise PipelineError(f"attention backend {backend!r} cannot be used: {error}") from error
+        elif backend == "xformers":
             self.denoiser.enable_xformers_memory_efficient_attention()
+
+    def tile_vae(self) -> None:
+        """From now on the VAE works through big pictures in tiles and through batches one by one: less memory."""
+        self.pipe.vae.enable_tiling()
+        self.pipe.vae.enable_slicing()
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """The denoiser's parameters that take gradients."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,22 +123,46 @@ class RectifiedFlow(ForwardProcess):
     Args:
         shift: the resolution-dependent shift s of SD3 (arXiv 2403.03206, eq. 23), applied to the sampled training
             times: sigma -> s sigma / (1 + (s - 1) sigma).
+        span: the sigmas that a denoiser serves, for models with one for each part of the way: the shifted times are
+            squeezed into it.
     """
 
     prediction_type: PredictionType = "flow"
 
-    def __init__(self, shift: float = 1.0) -> None:
+    def __init__(self, shift: float = 1.0, span: tuple[float, float] = (0.0, 1.0)) -> None:
         if not shift > 0:
             raise ValueError(f"shift must be positive, found {shift}")
-        self.shift = shift
+        self.shift, self.span = shift, span
 
     def timesteps(self, u: Tensor, sampling: str = "uniform") -> Tensor:
         sigma = _quantile(u, sampling)
-        return 1000 * self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        low, high = self.span
+        return 1000 * (low + (high - low) * sigma)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         sigma = _precise(timesteps, timesteps.device) / 1000
         return 1 - sigma, sigma
+
+
+def scheduler_shift(config: Mapping[str, Any]) -> float:
+    """The shift of training times that a flow scheduler's configuration asks for.
+
+    1 where its sampler shifts by resolution: the trainers of these models then train unshifted.
+    """
+    if config.get("use_dynamic_shifting"):
+        return 1.0
+    return float(config.get("shift") or config.get("flow_shift") or 1.0)
+
+
+def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift by which a sampler with dynamic shifting treats samples of so many tokens: e^mu, mu linear in tokens.
+
+    FLUX's rule; the line goes through `base_shift` at `base_image_seq_len` and `max_shift` at `max_image_seq_len`.
+    """
+    short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return math.exp(low + (high - low) * (tokens - short) / (long - short))
 
 
 def _precise(values: Tensor, device: torch.device) -> Tensor:

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+    load_single_file_checkpoint,
+)
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from pipelines.base import PipelineError, TrainablePipeline
+from pipelines.cogvideox import CogVideoX
+from pipelines.flux import Flux
+from pipelines.ltx import LTXVideo
 from pipelines.sd import StableDiffusion
+from pipelines.sd3 import StableDiffusion3
+from pipelines.sdxl import StableDiffusionXL
+from pipelines.wan import Wan
 
-FAMILIES: dict[str, type[TrainablePipeline]] = {family.family: family for family in (StableDiffusion,)}
+FAMILIES: dict[str, type[TrainablePipeline]] = {
+    family.family: family
+    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
+}
 
 # Names that diffusers gives to the layouts of single-file checkpoints.
-SINGLE_FILE_TYPES = {"v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline"}
+SINGLE_FILE_TYPES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "flux-dev": "FluxPipeline",
+    "flux-schnell": "FluxPipeline",
+    "ltx-video": "LTXPipeline",
+    "ltx-video-0.9.1": "LTXPipeline",
+}
 SINGLE_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 WEIGHT_ENDINGS = (".safetensors", ".bin")  # in the order in which they are preferred
 CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
@@ -31,7 +57,9 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     denoiser_dtype: torch.dtype | None = None,
+    large_encoder_dtype: torch.dtype | None = None,
     encoders: bool = True,
+    expert: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
@@ -41,35 +69,64 @@ def load(
     Args:
         path: local folder, local single file, or "owner/name" on the Hub.
         dtype: of every network's weights. denoiser_dtype: of the denoiser's, where it differs (what a model must
-            keep in float32 stays there).
+            keep in float32 stays there). large_encoder_dtype: of text encoders of the size of T5-XXL.
         encoders: False leaves out VAE and text encoders (training from a cache needs neither).
+        expert: which denoiser is meant where a model has several for parts of the way: "high" (noise; the default) or
+            "low". The others are left out with the encoders.
         revision, variant: as in diffusers' `from_pretrained`.
-        single_file_config: for single files, a folder or Hub id with the matching diffusers configuration;
-            without it diffusers asks the Hub.
+        single_file_config: for single files, a folder or Hub id with the matching diffusers configuration, and with
+            the weights of what the file lacks; without it diffusers asks the Hub.
 
     Raises:
         PipelineError: nothing there, not a pipeline, a family that is not known, a component missing.
     """
     if Path(path).is_file():
-        return _load_single_file(Path(path), dtype, denoiser_dtype or dtype, single_file_config)
+        if expert is not None:
+            raise PipelineError(f"{path}: expert {expert!r} was asked for, but a single file has one denoiser")
+        return _load_single_file(
+            Path(path), dtype, denoiser_dtype or dtype, large_encoder_dtype or dtype, single_file_config
+        )
     index = _model_index(path, revision)
     family = _family_of(str(index.get("_class_name")), str(path))
-    dtypes = {"default": dtype, family.denoiser_name: denoiser_dtype or dtype}
+    denoisers = _denoisers(family, index, expert, str(path))  # the one that is meant comes first
+    # A pipeline still loads without its encoders; diffusers wants each missing one named, also those it never had.
+    spare = [name for name in (*family.encoder_names, *denoisers[1:]) if name in index]
+    without = {} if encoders else {name: None for name in spare}
+    absent = {name: None for name in family.optional_encoders if not _has(index, name)}
+    _check_components(path, index, [*denoisers, "scheduler", *family.encoder_names], family.optional_encoders, without)
+    dtypes = {
+        "default": dtype,
+        **{name: denoiser_dtype or dtype for name in denoisers},
+        **{name: large_encoder_dtype or dtype for name in family.large_encoders},
+    }
 
     def read(**replaced: Any) -> DiffusionPipeline:
         try:
             return getattr(diffusers, index["_class_name"]).from_pretrained(
-                str(path), dtype=dtypes, revision=revision, variant=variant, **_no_safety_checker(index), **replaced
+                str(path),
+                dtype=dtypes,
+                revision=revision,
+                variant=variant,
+                **_no_safety_checker(index["_class_name"]),
+                **{**absent, **replaced},
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
 
-    # Without its encoders a pipeline still loads; diffusers wants each missing one named.
-    without = {} if encoders else {name: None for name in family.encoder_names if name in index}
-    vae_config = None if encoders else AutoencoderKL.load_config(str(path), subfolder="vae", revision=revision)
-    pipeline = family(read(**without), str(path), vae_config)
-    pipeline.read_around = lambda denoiser: read(**{family.denoiser_name: denoiser})
+    vae_config = None if encoders else _vae_config(index, path, revision)
+    choice: dict[str, Any] = {"expert": expert} if family.experts else {}
+    pipeline = family(read(**without), str(path), vae_config, **choice)
+    pipeline.read_around = lambda denoiser: read(**{denoisers[0]: denoiser})
     return pipeline
+
+
+def wrap(pipe: DiffusionPipeline, source: str = "memory") -> TrainablePipeline:
+    """The family around a diffusers pipeline that is loaded already; its networks are frozen.
+
+    Raises:
+        PipelineError: a family that is not known, or a component missing.
+    """
+    return _family_of(type(pipe).__name__, source)(pipe, source)
 
 
 def encoder_fingerprint(
@@ -145,9 +202,50 @@ def _model_index(path: str | Path, revision: str | None) -> dict[str, Any]:
         raise PipelineError(f"{path}: neither a local path nor a Hub pipeline that can be reached: {error}") from error
 
 
-def _no_safety_checker(index: dict[str, Any]) -> dict[str, Any]:
+def _denoisers(family: type[TrainablePipeline], index: Mapping[str, Any], expert: str | None, path: str) -> list[str]:
+    """The names of the checkpoint's denoisers, the one that `expert` means first."""
+    found = [name for name in family.experts.values() if _has(index, name)] or [family.denoiser_name]
+    if expert is None:
+        return found
+    if len(found) == 1:
+        raise PipelineError(f"{path}: expert {expert!r} was asked for, but this model has a single denoiser")
+    if expert not in family.experts:
+        raise PipelineError(f"{path}: unknown expert {expert!r}. Choices: {', '.join(family.experts)}.")
+    return sorted(found, key=lambda name: name != family.experts[expert])
+
+
+def _check_components(
+    path: str | Path,
+    index: Mapping[str, Any],
+    names: Sequence[str],
+    optional: Sequence[str],
+    without: Collection[str],
+) -> None:
+    """Raise PipelineError for components that the checkpoint must have and has not, before any is loaded."""
+    for name in names:
+        if name in without and name != "vae":  # its configuration is read even then
+            continue
+        if not _has(index, name):
+            if name not in optional:
+                raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: model_index.json has none")
+        elif Path(path).is_dir() and not (Path(path) / name).is_dir():
+            raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: there is no such folder")
+
+
+def _has(index: Mapping[str, Any], name: str) -> bool:
+    return (index.get(name) or [None])[0] is not None
+
+
+def _vae_config(index: Mapping[str, Any], path: str | Path, revision: str | None) -> dict[str, Any]:
+    """The configuration of a VAE that is not loaded, with its class's defaults where the file says nothing."""
+    vae = getattr(diffusers, index["vae"][1])
+    defaults = {name: parameter.default for name, parameter in inspect.signature(vae.__init__).parameters.items()}
+    return {**defaults, **vae.load_config(str(path), subfolder="vae", revision=revision)}
+
+
+def _no_safety_checker(class_name: str) -> dict[str, Any]:
     """SD1.5 checkpoints carry a picture filter that training has no use for; the caller's own use is unaffected."""
-    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    return {"safety_checker": None, "requires_safety_checker": False} if class_name == "StableDiffusionPipeline" else {}
 
 
 def _family_of(class_name: str, source: str) -> type[TrainablePipeline]:
@@ -159,7 +257,7 @@ def _family_of(class_name: str, source: str) -> type[TrainablePipeline]:
 
 
 def _load_single_file(
-    path: Path, dtype: torch.dtype, denoiser_dtype: torch.dtype, config: str | None
+    path: Path, dtype: torch.dtype, denoiser_dtype: torch.dtype, large_encoder_dtype: torch.dtype, config: str | None
 ) -> TrainablePipeline:
     if path.suffix not in SINGLE_FILE_ENDINGS:
         raise PipelineError(f"{path}: a single-file checkpoint ends in one of {', '.join(SINGLE_FILE_ENDINGS)}")
@@ -171,13 +269,35 @@ def _load_single_file(
         known = ", ".join(sorted(SINGLE_FILE_TYPES))
         raise PipelineError(f"{path}: single-file layout {model_type!r} is not known here. Known layouts: {known}.")
     class_name = SINGLE_FILE_TYPES[model_type]
+    family = _family_of(class_name, str(path))
+    options = {"dtype": dtype, **({"config": config} if config else {})}
     try:
-        pipe = getattr(diffusers, class_name).from_single_file(
-            str(path), dtype=dtype, safety_checker=None, **({"config": config} if config else {})
-        )
-    except (OSError, ValueError, KeyError) as error:
+        try:
+            pipe = getattr(diffusers, class_name).from_single_file(
+                str(path), **options, **_no_safety_checker(class_name)
+            )
+        except SingleFileComponentError as error:
+            if config is None:
+                raise PipelineError(
+                    f"{path}: the file holds only some of the pipeline's parts; give single_file_config, a folder or "
+                    "Hub id with the whole pipeline, from which the rest is taken"
+                ) from error
+            pipe = _around_single_file(path, config, class_name, family.denoiser_name, dtype)
+    except PipelineError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
-    pipeline = _family_of(class_name, str(path))(pipe, str(path))
+    pipeline = family(pipe, str(path))
     if denoiser_dtype != dtype:
         pipeline.denoiser.to(dtype=denoiser_dtype)
+    for name in pipeline.large_encoders:
+        if (encoder := pipeline.modules().get(name)) is not None:
+            encoder.to(dtype=large_encoder_dtype)
     return pipeline
+
+
+def _around_single_file(path: Path, config: str, class_name: str, denoiser_name: str, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline in `config` with the denoiser of `path`: most files of the large models are no more."""
+    denoiser_class = getattr(diffusers, _model_index(config, None)[denoiser_name][1])
+    denoiser = denoiser_class.from_single_file(str(path), config=config, subfolder=denoiser_name, dtype=dtype)
+    return getattr(diffusers, class_name).from_pretrained(config, dtype=dtype, **{denoiser_name: denoiser})

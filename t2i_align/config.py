@@ -25,39 +25,61 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one."""
+    """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one.
+
+    expert: which denoiser is meant where a model has one for `high` and one for `low` noise (null: high).
+    """
 
     path: str = "testbed:sd"
     revision: str | None = None
     variant: str | None = None
     single_file_config: str | None = None
+    expert: Literal["high", "low"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Preference data. `path`: a source that a reader knows, a prepared cache, or `testbed:pairs`.
 
-    format: the reader's name, or `auto` to find it. resolution: side in pixels (null: the model's own).
+    format: the reader's name, or `auto` to find it. resolution: in pixels, the side of a square or [height, width]
+    (null: the model's own). frames: of a clip, for models that make clips (null: the model's own). fps: frames a second
+    to take them at, which should be the model's (null: each clip's frames as they come).
     annotations: files with captions, scores or users for a source's groups, by id. cache: encode once before training
     (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output). limit: use only the
-    first so many groups.
+    first so many groups. buckets: crop to the nearest of several aspect ratios of that area (`false`: to a square).
+    stream: for what does not fit on disk: keep only so many rows of it there, among which they are shuffled, and encode
+    on the fly (null: no).
     """
 
     path: str = "testbed:pairs"
     format: str = "auto"
     annotations: list[str] = field(default_factory=list)
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
+    frames: int | None = None
+    fps: float | None = None
     cache: bool = True
     cache_dir: str | None = None
     limit: int | None = None
+    buckets: bool = False
+    stream: int | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("resolution", "limit"):
+        for key in ("frames", "limit", "stream"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"data.{key}", "at least 1 or null", value)
+        _require(self.size is None or min(self.size) >= 1, "data.resolution", "at least 1 or null", self.resolution)
+        _require(self.fps is None or 0 < self.fps < math.inf, "data.fps", "positive or null", self.fps)
         _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        _require(self.cache or not self.buckets, "data.buckets", "false without data.cache", self.buckets)
+        whole = self.stream is None or not (self.limit or self.annotations)
+        _require(whole, "data.stream", "null with data.limit or data.annotations", self.stream)
         _expand_home(self, "path", "annotations", "cache_dir")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels; None is the model's own."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +156,8 @@ class TrainConfig:
 
     reference: `auto` is the adapter switched off for LoRA and a frozen copy for full fine-tuning.
     reference_update: null keeps the reference what the model was before training.
+    timestep_shift: of a flow model's training times (arXiv 2403.03206, eq. 23): `model` takes the checkpoint's own,
+    `resolution` its sampler's for samples of this size, or a number, 1 being none.
     timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
     caption_dropout: share of groups trained with the empty prompt, decided once a group.
     """
@@ -146,6 +170,7 @@ class TrainConfig:
     reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
     reference_update: ReferenceUpdateConfig | None = None
     timestep_sampling: Literal["uniform", "logit_normal", "geometric"] = "uniform"
+    timestep_shift: float | Literal["model", "resolution"] = "model"
     caption_dropout: float = 0.0
     gradient_checkpointing: bool = False
     attention: str = "native"
@@ -155,6 +180,9 @@ class TrainConfig:
         for key in ("steps", "batch_size", "accumulate"):
             _require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
         _require(0 <= self.seed < 2**63, "train.seed", "in [0, 2^63)", self.seed)
+        shift = self.timestep_shift
+        holds = isinstance(shift, str) or 0 < shift < math.inf
+        _require(holds, "train.timestep_shift", "'model', 'resolution' or a positive number", shift)
         _require(0 <= self.caption_dropout <= 1, "train.caption_dropout", "in [0, 1]", self.caption_dropout)
 
 
@@ -295,6 +323,8 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
     out = dataclasses.asdict(config)
     out["objective"] = {"name": config.objective.name, **out["objective"]}
     out["optim"]["betas"] = list(out["optim"]["betas"])
+    if isinstance(out["data"]["resolution"], tuple):
+        out["data"]["resolution"] = list(out["data"]["resolution"])
     return out
 
 

@@ -1,4 +1,4 @@
-"""Pictures from a model: PNG files and a list of what each of them is."""
+"""Pictures or clips from a model: PNG or MP4 files and a list of what each of them is."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from t2i_align.data.clips import save_clip, to_bytes
 from t2i_align.errors import UserError
 from t2i_align.randomness import stable_seed
 from t2i_align.sources import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
 LIST = "samples.jsonl"
+Sample = Image.Image | Tensor  # a picture, or a clip [F, 3, H, W] of 8 bits
 
 
 def sample_seed(seed: int, prompt: int, k: int) -> int:
@@ -47,19 +48,20 @@ def sample(
     *,
     batch_size: int = 8,
     **options: Any,
-) -> list[Image.Image]:
-    """One 8-bit RGB picture a prompt and seed, as they would be saved; `options` as `TrainablePipeline.generate` has.
+) -> list[Any]:
+    """A `Sample` for each prompt and seed, 8 bits as it would be saved; `options` as `TrainablePipeline.generate` has.
 
     Raises:
         UserError: the GPU's memory does not do for the batch.
     """
     with memory_for(batch_size):
-        return to_pictures(pipeline.generate(prompts, seeds, batch_size=batch_size, **options))
+        pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
+    return list(to_bytes(pixels)) if pixels.ndim == 5 else to_pictures(pixels)
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """Pixels [B, 3, H, W] in [0, 1] to 8-bit RGB, rounded as diffusers does."""
-    return [to_pil_image((picture * 255).round().to(torch.uint8)) for picture in pixels.clamp(0, 1)]
+    return [to_pil_image(picture) for picture in to_bytes(pixels)]
 
 
 def generate(
@@ -77,10 +79,13 @@ def generate(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     batch_size: int = 8,
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
+    expert: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -88,7 +93,8 @@ def generate(
 ) -> Path:
     """Write `00000.png` … and `samples.jsonl` (one line a picture) to the folder `out`; returns the list's path.
 
-    Each picture is complete before its line is written, so an interrupted run leaves a usable shorter list.
+    Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
+    leaves a usable shorter list.
 
     Args:
         model: path, Hub id, `testbed:sd`, or a loaded pipeline.
@@ -97,9 +103,10 @@ def generate(
         lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
         per_prompt: pictures a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
         negative_prompt: what guidance leads away from.
-        height, width: in pixels (default: the model's own).
-        revision, variant, single_file_config: of the model, as in `pipelines.load`; where None, and `lora` comes from
-            a training run of this model, those of that run.
+        height, width, frames: in pixels, and of a clip (default: the model's own).
+        fps: frames a second that a clip is shown at (default: the model's own).
+        revision, variant, single_file_config, expert: of the model, as in `pipelines.load`; where None, and `lora`
+            comes from a training run of this model, those of that run.
         force: replace the pictures of an earlier run in `out`.
 
     Raises:
@@ -112,7 +119,7 @@ def generate(
     check_precision(precision)
     loaded = not isinstance(model, str | Path)
     adapter = None if lora is None else resolve_adapter(lora)
-    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     source = None if loaded else asdict(resolve_base(model, adapter, **version))  # type: ignore[arg-type]
     folder = Path(out)
     _check_free(folder, force)
@@ -121,7 +128,7 @@ def generate(
     pipeline = load_pipeline(**source, precision=precision, device=device) if source else model  # type: ignore
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
     how = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
-    sampling: dict[str, Any] = {**how, "height": height, "width": width, "batch_size": batch_size}
+    sampling: dict[str, Any] = {**how, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
     sampling["autocast"] = PRECISIONS[precision] if loaded and precision != "fp32" else None
     identity = {
         "model": source["path"] if source else pipeline.source,
@@ -130,16 +137,20 @@ def generate(
         "lora_scale": None if lora is None else lora_scale,
         **how,
     }
+    if pipeline.video:
+        identity["fps"] = fps = fps or pipeline.fps
     with adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
         _clear(folder)
         with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 texts, seeds = [text for text, _ in part], [number for _, number in part]
-                pictures = sample(pipeline, texts, seeds, **sampling)
-                for index, ((text, number), picture) in enumerate(zip(part, pictures, strict=True), start):
-                    name = f"{index:05d}.png"
-                    save_picture(picture, folder / name)
+                samples = sample(pipeline, texts, seeds, **sampling)
+                for index, ((text, number), made) in enumerate(zip(part, samples, strict=True), start):
+                    if isinstance(made, Tensor):
+                        save_clip(made, folder / (name := f"{index:05d}.mp4"), fps or pipeline.fps)
+                    else:
+                        save_picture(made, folder / (name := f"{index:05d}.png"))
                     row = {"prompt": text, "seed": number, "file": name, **identity}
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
                 lines.flush()
@@ -172,6 +183,7 @@ def _clear(folder: Path) -> None:
     """Take away what an earlier run wrote, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / LIST).is_file():
-        for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
-            file.unlink()
+        for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.*"):
+            if file.suffix in (".png", ".mp4"):
+                file.unlink()
         (folder / LIST).unlink()

@@ -84,7 +84,9 @@ def inverted_noise(
 def guided(
     model: Model, conditioning: Conditioning, empty: Conditioning | None, guidance: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(noisy_latents, timesteps) -> prediction under a guidance scale. empty: of one empty prompt, [1, ...].
+    """(noisy_latents, timesteps) -> prediction under a guidance scale.
+
+    empty: of one empty prompt, [1, ...]; what it does not have, such as a picture's size, is the same for both.
 
     Raises:
         UserError: a scale other than 1 without `empty`.
@@ -97,7 +99,10 @@ def guided(
         return conditional
     if empty is None:
         raise UserError(f"inversion with guidance {guidance} needs the empty prompt's conditioning in the batch")
-    nothing = {name: empty[name].to(tensor.dtype).expand_as(tensor) for name, tensor in conditioning.items()}
+    nothing = {
+        name: empty[name].to(tensor.dtype).expand_as(tensor) if name in empty else tensor
+        for name, tensor in conditioning.items()
+    }
 
     def both(noisy: Tensor, timesteps: Tensor) -> Tensor:
         unconditional = model(noisy, timesteps, nothing)

@@ -14,6 +14,7 @@ numbers are all that must be kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from t2i_align.config import RunConfig
 from t2i_align.data.schema import Batch
-from t2i_align.data.source import Source
-from t2i_align.noising import Noised
+from t2i_align.data.source import AnySource
+from t2i_align.noising import Noised, with_sizes
 from t2i_align.randomness import Draw
 from t2i_align.reference import Movable, dropout_off
 
@@ -37,7 +38,7 @@ class MovingReference:
     frozen: whether it has stopped for good. initial: the initial model's errors on the winners, [WINNERS].
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, source: Source, reference: Movable) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, source: AnySource, reference: Movable) -> None:
         assert config.train.reference_update is not None
         self.config, self.update = config, config.train.reference_update
         self.accelerator, self.source, self.reference = accelerator, source, reference
@@ -91,7 +92,7 @@ class MovingReference:
     def _noised_winners(self) -> list[tuple[Noised, Tensor]]:
         """The first winners of the run's order, in batches of its size; on every process the same."""
         train = self.config.train
-        items = self.source.loader(
+        items: Iterator[Any] = self.source.loader(
             seed=train.seed, start_step=0, batch_size=train.batch_size, accumulate=1, rank=0, world=1, workers=0
         )
         quantiles = (torch.arange(WINNERS, device=self.accelerator.device) + 0.5) / WINNERS
@@ -110,7 +111,9 @@ class MovingReference:
             latents=process.add_noise(latents, noise, timesteps),
             timesteps=timesteps,
             target=process.target(latents, noise, timesteps),
-            conditioning={name: tensor[:count] for name, tensor in batch.conditioning.items()},
+            conditioning={
+                name: tensor[:count] for name, tensor in with_sizes(batch.conditioning, batch.take([0])).items()
+            },
             groups=count,
         )
         liked = batch.scores[:count, 0] > 0 if batch.scores.shape[1] == 1 else torch.ones(count, dtype=torch.bool)

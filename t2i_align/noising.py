@@ -67,11 +67,17 @@ def random_noise(batch: Batch, draw: Draw, sharing: NoiseSharing = "shared") -> 
 
 
 def candidates_conditioning(batch: Batch) -> Conditioning:
-    """What each candidate is denoised under, [B * k, ...]: its own caption where the batch has these, or the prompt."""
+    """What each candidate is denoised under, [B * k, ...]: its own caption where the batch has these, or the prompt;
+    and where the model is told sizes, its own."""
     if batch.captions is not None:
-        return {name: tensor.flatten(0, 1) for name, tensor in batch.captions.items()}
+        return with_sizes({name: tensor.flatten(0, 1) for name, tensor in batch.captions.items()}, batch)
     k = batch.latents.shape[1]
-    return {name: tensor.repeat_interleave(k, dim=0) for name, tensor in batch.conditioning.items()}
+    return with_sizes({name: tensor.repeat_interleave(k, dim=0) for name, tensor in batch.conditioning.items()}, batch)
+
+
+def with_sizes(conditioning: Conditioning, batch: Batch) -> Conditioning:
+    """The texts' conditioning, [B * k, ...], with each candidate's size and crop, where the model is told these."""
+    return conditioning if batch.sizes is None else {**conditioning, "time_ids": batch.sizes.flatten(0, 1)}
 
 
 def drop_captions(batch: Batch, empty: Conditioning, draw: Draw, share: float) -> Batch:

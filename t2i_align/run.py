@@ -22,7 +22,7 @@ from t2i_align import config as configuration
 from t2i_align.conditioning import soft_tokens
 from t2i_align.config import RunConfig
 from t2i_align.data.schema import Model
-from t2i_align.data.source import Source, open_source
+from t2i_align.data.source import AnySource, open_source
 from t2i_align.errors import UserError
 from t2i_align.optim import check_optimizer
 from t2i_align.reference import build_reference, choose_kind, no_reference
@@ -32,6 +32,8 @@ from t2i_align.validation import Validation
 
 RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Text encoders of the size of T5-XXL overflow half precision, and nobody runs them in single.
+LARGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
 # What may change between a run and its continuation without making it another run. Batch sizes may trade places
 # with each other and with processes: the trainer sees to it that a step takes as many groups as before.
 FREE_ON_RESUME = (
@@ -96,6 +98,8 @@ def align(
     check_optimizer(config)
     validate = Validation(config, accelerator) if config.validation.every else None
     pipeline = load_model(config, accelerator.device)
+    size, frames = extent(config, pipeline)
+    pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
     config = replace(config, objective=config.objective.fitted(source.facts()))
@@ -103,7 +107,7 @@ def align(
         check_same_run(config, fitted=True)
     if config.validation.every:
         pipeline.load_encoders()
-    elif config.data.cache:
+    elif config.data.cache and not config.data.stream:
         pipeline.drop_encoders()
     reference = reference_for(config, pipeline, accelerator.device)
     if config.train.compile:
@@ -159,7 +163,9 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
         resolve_model(config.model.path),
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
+        large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
+        expert=config.model.expert,
         revision=config.model.revision,
         variant=config.model.variant,
         single_file_config=config.model.single_file_config,
@@ -169,11 +175,39 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
     return pipeline
 
 
-def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool) -> Source:
+def extent(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
+    """The size that is trained, (height, width) in pixels, and of clips how many frames.
+
+    Raises:
+        PipelineError: the model cannot take it. UserError: a frame rate where there are no frames.
+    """
+    size = config.data.size or pipeline.default_size
+    frames = config.data.frames or pipeline.default_frames
+    pipeline.check_size(*size, frames)
+    if config.data.fps is not None and frames is None:
+        raise UserError(f"data.fps is for clips, and {pipeline.family} makes pictures")
+    if config.data.buckets and frames is not None:
+        raise UserError(f"data.buckets is for pictures, and {pipeline.family} makes clips")
+    return size, frames
+
+
+def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
+    """A fingerprint of the model's encoders, of how they run, and of what is kept beside what they make."""
+    found = pipelines.encoder_fingerprint(
+        resolve_model(config.model.path),
+        revision=config.model.revision,
+        variant=config.model.variant,
+        single_file_config=config.model.single_file_config,
+    )
+    large = LARGE_DTYPES[config.train.precision]
+    if pipeline.large_encoders and large != torch.float32:
+        found += f", {' and '.join(pipeline.large_encoders)} in bf16"
+    return found + (", with sizes" if pipeline.sized else "")
+
+
+def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool) -> AnySource:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
-    side = config.data.resolution
-    size = (side, side) if side else pipeline.default_size
-    pipeline.check_size(*size)
+    size, frames = extent(config, pipeline)
 
     def with_encoders() -> TrainablePipeline:
         pipeline.load_encoders()
@@ -185,13 +219,9 @@ def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePi
         config.model,
         needs=config.objective.needs,
         pipeline=with_encoders,
-        encoder_fingerprint=lambda: pipelines.encoder_fingerprint(
-            resolve_model(config.model.path),
-            revision=config.model.revision,
-            variant=config.model.variant,
-            single_file_config=config.model.single_file_config,
-        ),
+        encoder_fingerprint=lambda: encoders(config, pipeline),
         size=size,
+        frames=frames,
         cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
         progress=progress and accelerator.is_main_process,
     )
@@ -213,7 +243,7 @@ def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
         bos = None
         if config.soft_tokens.start == "bos":
             pipeline.load_encoders()
-            bos = pipeline.encode_prompts([""])["prompt_embeds"][0, 0]
+            bos = pipeline.encode_prompts(["a"])["prompt_embeds"][0, 0]  # causal: it knows nothing of the text after it
         soft_tokens.install(denoiser, config.soft_tokens.count, initial=bos)
     else:
         denoiser.requires_grad_(True)
@@ -281,7 +311,7 @@ def check_same_run(config: RunConfig, *, fitted: bool) -> None:
         )
 
 
-def describe(config: RunConfig, pipeline: TrainablePipeline, source: Source) -> str:
+def describe(config: RunConfig, pipeline: TrainablePipeline, source: AnySource) -> str:
     """What is about to run, in a few lines, with the objective's constants spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from t2i_align import checkpoint
 from t2i_align.config import RunConfig
 from t2i_align.data.schema import Model
-from t2i_align.data.source import Source
+from t2i_align.data.source import AnySource
 from t2i_align.errors import UserError
 from t2i_align.health import Diverged, change, check_finite, check_winners, copies
 from t2i_align.interrupts import interruptible
@@ -54,7 +54,7 @@ class Trainer:
         accelerator: Accelerator,
         pipeline: TrainablePipeline,
         reference: Model,
-        source: Source,
+        source: AnySource,
         validate: Validate | None = None,
         progress: bool = True,
     ) -> None:

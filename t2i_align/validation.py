@@ -1,24 +1,30 @@
-"""Pictures and held-out scores while a run goes on."""
+"""Pictures or clips and held-out scores while a run goes on."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 from t2i_align.config import RunConfig
+from t2i_align.data.clips import save_clip
 from t2i_align.randomness import stable_seed
 from t2i_align.sources import build_scorers, resolve_prompts
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
+FRAMES_SHOWN = 8  # of a clip in the PNG
+
 
 class Validation:
     """The same prompts and seeds each time: writes `validation/step_*.png` and returns each scorer's mean.
+
+    Of clips the PNG shows some frames of one in a row, and `step_*.mp4` shows all of them side by side.
 
     Prompts and scorers are resolved at once, so that a wrong name fails before the first step.
     """
@@ -33,7 +39,7 @@ class Validation:
             self.scorers = [scorer.to(accelerator.device) for scorer in build_scorers(self.options.scorers)]
         for scorer in self.scorers:
             scorer.check_prompts(self.prompts)
-        self.side = config.data.resolution
+        self.size, self.frames = config.data.size or (None, None), config.data.frames
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
 
     def __call__(self, pipeline: TrainablePipeline, step: int) -> dict[str, float]:
@@ -44,12 +50,20 @@ class Validation:
             steps=self.options.steps,
             guidance=self.options.guidance,
             batch_size=self.options.batch_size,
-            height=self.side,
-            width=self.side,
+            height=self.size[0],
+            width=self.size[1],
+            frames=self.frames,
             autocast=self.autocast,
         )
         self.folder.mkdir(exist_ok=True)
-        save_image(pixels, self.folder / f"step_{step:06d}.png", nrow=max(1, round(len(pixels) ** 0.5)))
+        file, columns = self.folder / f"step_{step:06d}.png", max(1, round(len(pixels) ** 0.5))
+        if pipeline.video:
+            shown = pixels[:, :: math.ceil(pixels.shape[1] / FRAMES_SHOWN)]
+            save_image(shown.flatten(0, 1), file, nrow=shown.shape[1])
+            grids = torch.stack([make_grid(frame, nrow=columns) for frame in pixels.unbind(1)])
+            save_clip(grids, file.with_suffix(".mp4"), pipeline.fps)
+        else:
+            save_image(pixels, file, nrow=columns)
         scores = {}
         for scorer in self.scorers:
             with torch.no_grad():

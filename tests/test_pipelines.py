@@ -225,7 +225,7 @@ def damaged(sd_path: Path, tmp_path: Path, what: str) -> Path:
     ("what", "message"),
     [
         ("family", "'KandinskyPipeline' are not known.*StableDiffusionPipeline"),
-        ("component", "could not be loaded"),
+        ("component", "lacks its component 'unet'"),
         ("index", "no model_index.json"),
         ("weights", "could not be loaded"),
     ],

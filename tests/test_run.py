@@ -383,7 +383,7 @@ def test_weights_that_a_bad_gradient_spoilt_are_never_saved(sd_path: Path, pairs
         ({"objective__beta": 0}, UserError, "beta must be positive, found 0"),
         ({"lora__rank": 0}, UserError, "lora.rank must be at least 1, found 0"),
         ({"lora__rnk": 4}, UserError, r"unknown key in lora 'rnk'. Did you mean 'rank'"),
-        ({"data__resolution": 33}, PipelineError, "33 x 33 pixels do not fit this VAE"),
+        ({"data__resolution": 33}, PipelineError, "33 x 33 pixels do not fit sd"),
         ({"data__path": "/nowhere/pairs.jsonl"}, UserError, "/nowhere/pairs.jsonl"),
         ({"model__path": "/nowhere"}, UserError, "/nowhere: no such model"),
         ({"train__attention": "flash"}, PipelineError, "Choices: native, xformers"),
@@ -400,7 +400,7 @@ def test_weights_that_a_bad_gradient_spoilt_are_never_saved(sd_path: Path, pairs
         ({"train__precision": "fp16"}, UserError, "'fp16' needs a CUDA GPU"),
         ({"log__trackers": ["wandb"]}, UserError, "'wandb' is not installed: pip install wandb"),
         ({"lora": None, "train__reference": "adapter_off"}, UserError, "needs a LoRA"),
-        ({"validation": {"every": 1, "scorers": ["clipp"]}}, UserError, "Choices: clip, oracle"),
+        ({"validation": {"every": 1, "scorers": ["clipp"]}}, UserError, r"Choices: .*clip, .*oracle"),
         ({"log__trackers": ["mlflow"]}, UserError, "log.trackers"),
     ],
 )

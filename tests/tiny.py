@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
 def byte_tokenizer(length: int = 16) -> CLIPTokenizer:
@@ -19,58 +55,289 @@ def byte_tokenizer(length: int = 16) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=length, pad_token="<|endoftext|>")
 
 
-def tiny_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write a Stable Diffusion of some 50 k parameters, 32 x 32 pixels, 16 x 16 latents; returns the folder."""
-    torch.manual_seed(seed)
+def letter_tokenizer(length: int = 16) -> T5Tokenizer:
+    """A genuine T5 tokenizer over printable ASCII."""
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length)
+
+
+def clip_encoder(projected: bool = False) -> CLIPTextModel:
     tokenizer = byte_tokenizer()
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    vae = AutoencoderKL(
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def t5_encoder(model: type = T5EncoderModel, config: type = T5Config) -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return model(config(vocab_size=len(letter_tokenizer()), **sizes))
+
+
+def picture_vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        **options,
     )
-    unet = UNet2DConditionModel(
+
+
+def unet(**options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=4,
+        **options,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+
+
+def tiny_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Write a Stable Diffusion of some 50 k parameters, 32 x 32 pixels, 16 x 16 latents; returns the folder."""
+    torch.manual_seed(seed)
     StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        text_encoder=clip_encoder(),
+        vae=picture_vae(),
+        tokenizer=byte_tokenizer(),
+        unet=unet(cross_attention_dim=16),
+        scheduler=DDIMScheduler(**SD_NOISE, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(str(folder))
     return folder
+
+
+def tiny_sdxl(folder: Path) -> Path:
+    """SDXL for 32 x 32 pixels: two CLIPs of width 16, sizes and crops embedded in 8 numbers each."""
+    torch.manual_seed(0)
+    StableDiffusionXLPipeline(
+        vae=picture_vae(scaling_factor=0.13025),
+        text_encoder=clip_encoder(),
+        text_encoder_2=clip_encoder(projected=True),
+        tokenizer=byte_tokenizer(),
+        tokenizer_2=byte_tokenizer(),
+        unet=unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 6 * 8,
+        ),
+        scheduler=DDIMScheduler(**SD_NOISE, set_alpha_to_one=False, steps_offset=1),
+        add_watermarker=False,
+    ).save_pretrained(str(folder))
+    return folder
+
+
+def tiny_sd3(folder: Path, t5: bool = True) -> Path:
+    """SD3 for 32 x 32 pixels."""
+    torch.manual_seed(0)
+    StableDiffusion3Pipeline(
+        vae=picture_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_encoder(projected=True),
+        text_encoder_2=clip_encoder(projected=True),
+        text_encoder_3=t5_encoder() if t5 else None,
+        tokenizer=byte_tokenizer(),
+        tokenizer_2=byte_tokenizer(),
+        tokenizer_3=letter_tokenizer() if t5 else None,
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_projection_dim=16,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(str(folder))
+    return folder
+
+
+def tiny_flux(folder: Path, guidance: bool = True) -> Path:
+    """FLUX.1 for 32 x 32 pixels; guidance: distilled into it, as dev has it."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance,
+        axes_dims_rope=(2, 2, 4),
+    )
+    transformer.register_to_config(_default_size=(32, 32))
+    FluxPipeline(
+        vae=picture_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_encoder(),
+        text_encoder_2=t5_encoder(),
+        tokenizer=byte_tokenizer(),
+        tokenizer_2=letter_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(str(folder))
+    return folder
+
+
+def tiny_wan(folder: Path, experts: bool = False, expand_timesteps: bool = False, residual: bool = False) -> Path:
+    """Wan for clips of 9 frames of 32 x 32 pixels; residual: with Wan 2.2's VAE, which packs 2 x 2 pixels first."""
+    torch.manual_seed(0)
+
+    def transformer() -> WanTransformer3DModel:
+        model = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        model.register_to_config(_default_size=(9, 32, 32))
+        return model
+
+    packed = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    WanPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=t5_encoder(UMT5EncoderModel, UMT5Config),
+        vae=AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[-0.7, 0.1, 0.3, -0.2],
+            latents_std=[2.8, 1.4, 0.5, 1.1],
+            **(packed if residual else {}),
+        ),
+        transformer=transformer(),
+        transformer_2=transformer() if experts else None,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        boundary_ratio=0.875 if experts else None,
+        expand_timesteps=expand_timesteps,
+    ).save_pretrained(str(folder))
+    return folder
+
+
+def tiny_cogvideox(folder: Path, version: str = "1.0-2b") -> Path:
+    """CogVideoX for clips of 9 frames of 32 x 32 pixels; version: 1.0-2b, 1.0-5b (rotary positions) or 1.5-5b."""
+    torch.manual_seed(0)
+    rotary = {"use_rotary_positional_embeddings": version != "1.0-2b"}
+    later = {"patch_size_t": 2, "patch_bias": False} if version == "1.5-5b" else {}
+    CogVideoXPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=AutoencoderKLCogVideoX(
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7,
+        ),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=32,
+            num_layers=2,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=9,
+            max_text_seq_length=16,
+            **rotary,
+            **later,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            **SD_NOISE,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
+        ),
+    ).save_pretrained(str(folder))
+    return folder
+
+
+def tiny_ltx(folder: Path, timestep_conditioning: bool = False) -> Path:
+    """LTX-Video for clips of 9 frames of 64 x 64 pixels; its VAE compresses as the real one does."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        timestep_conditioning=timestep_conditioning,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=32,
+    )
+    transformer.register_to_config(_default_size=(9, 64, 64))
+    LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
+        ),
+        vae=vae,
+        text_encoder=t5_encoder(),
+        tokenizer=letter_tokenizer(),
+        transformer=transformer,
+    ).save_pretrained(str(folder))
+    return folder
+
+
+# Every family, and every kind of checkpoint within one that is fed differently.
+TINY: dict[str, Callable[[Path], Path]] = {
+    "sd": tiny_sd,
+    "sd-v": lambda folder: tiny_sd(folder, "v_prediction"),
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "sd3-no-t5": lambda folder: tiny_sd3(folder, t5=False),
+    "flux": tiny_flux,
+    "flux-schnell": lambda folder: tiny_flux(folder, guidance=False),
+    "wan": tiny_wan,
+    "wan-experts": lambda folder: tiny_wan(folder, experts=True),
+    "wan-ti2v": lambda folder: tiny_wan(folder, expand_timesteps=True, residual=True),
+    "cogvideox": tiny_cogvideox,
+    "cogvideox-5b": lambda folder: tiny_cogvideox(folder, "1.0-5b"),
+    "cogvideox-1.5": lambda folder: tiny_cogvideox(folder, "1.5-5b"),
+    "ltx": tiny_ltx,
+    "ltx-0.9.1": lambda folder: tiny_ltx(folder, timestep_conditioning=True),
+}

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from t2i_align.errors import UserError, unknown
-from t2i_align.evaluation.report import picture_file, render
+from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.generate import check_sampling, sample, sample_seed, save_picture
+from t2i_align.generate import Sample, check_sampling, sample, sample_seed
 from t2i_align.sources import (
     PRECISIONS,
     adapter_on,
@@ -48,7 +48,7 @@ Scores = dict[str, dict[str, NDArray[np.float64]]]  # scorer -> TOTAL or part ->
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of each side: the prompt, its index, which of its seeds, and that seed."""
+    """One picture or clip of each side: the prompt, its index, which of its seeds, and that seed."""
 
     prompt: str
     index: int
@@ -69,6 +69,8 @@ def evaluate(
     guidance: float = 7.5,
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
     tie_margin: float | Mapping[str, float] | None = None,
     ties: Ties = "half",
     batch_size: int = 8,
@@ -76,6 +78,7 @@ def evaluate(
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
+    expert: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -85,8 +88,8 @@ def evaluate(
     """Compare `aligned` with `base` and write `result.json`, `pairs.jsonl` and `report.html` to the folder `out`.
 
     Both sides draw each sample from the same seed, `sample_seed(seed, prompt index, k)`, whatever the batch size, and
-    are scored as the 8-bit pictures that would be saved. The files are written at the very end, each whole or not at
-    all.
+    are scored as the 8-bit pictures that would be saved; clips as their 8-bit frames, before any video codec. The files
+    are written at the very end, each whole or not at all.
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
@@ -94,12 +97,14 @@ def evaluate(
         prompts: text file with one prompt a line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
-        height, width: in pixels (default: the base's own).
+        height, width, frames: in pixels, and of a clip (default: the base's own).
+        fps: frames a second at which the report shows clips (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         pictures: pairs in the report: half of them drawn at random, the others the largest wins and losses.
-        revision, variant, single_file_config: of the base, as in `pipelines.load`; where None, and `aligned` comes
-            from a training run of this base, those of that run. single_file_config also serves an aligned single file.
+        revision, variant, single_file_config, expert: of the base, as in `pipelines.load`; where None, and `aligned`
+            comes from a training run of this base, those of that run. single_file_config also serves an aligned single
+            file.
         precision: of the weights ("fp32", "bf16", "fp16"); a loaded pipeline runs under autocast instead.
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
@@ -115,7 +120,7 @@ def evaluate(
         raise UserError(f"pictures must be 0 or more, found {pictures}")
     check_precision(precision)
     other = resolve_aligned(aligned)
-    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     loaded = not isinstance(base, str | Path | None)
     source = None if loaded else asdict(resolve_base(base, other, **version))  # type: ignore[arg-type]
     folder = Path(out)
@@ -138,10 +143,12 @@ def evaluate(
 
     # Of the base, for both: two models that each took their own size would not share their noise.
     default_height, default_width = pipeline.default_size
-    height, width = height or default_height, width or default_width
-    pipeline.check_size(height, width)
+    height, width, frames = height or default_height, width or default_width, frames or pipeline.default_frames
+    pipeline.check_size(height, width, frames)
+    video, fps = pipeline.video, fps or pipeline.fps
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
     origin = source or {"path": pipeline.source, **version}
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +159,7 @@ def evaluate(
         tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar,
     ):
         store = Path(temporary)
-        what = (rows, judges, store, bar, batch_size)
+        what = (rows, judges, store, bar, batch_size, fps)
         before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
         if other.kind != "model":
             with adapter_on(pipeline, other):
@@ -161,6 +168,10 @@ def evaluate(
             del pipeline
             _release()
             pipeline = load_pipeline(other.path, precision, device, single_file_config=origin["single_file_config"])
+            if pipeline.video != video:
+                made = [f"{name} makes {'clips' if is_video else 'pictures'}" for name, is_video in
+                        (("the base", video), (other.path, pipeline.video))]  # fmt: skip
+                raise UserError(f"{' and '.join(made)}: they cannot be compared")
             after = _measure("aligned", pipeline, *what, **sampling)
         bar.close()
         made_with = {
@@ -177,6 +188,7 @@ def evaluate(
             "ties": ties,
             "tie_margin": margins[judges[0].name],
             **sampling,
+            "fps": fps if video else None,
             "precision": precision,
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),
@@ -199,6 +211,7 @@ def _measure(
     store: Path,
     bar: tqdm,
     batch_size: int,
+    fps: float,
     **sampling: Any,
 ) -> Scores:
     """Generate and score one side, batch by batch, so that memory does not grow with the number of samples."""
@@ -207,17 +220,32 @@ def _measure(
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         texts = [row.prompt for row in part]
-        images = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
-        for offset, image in enumerate(images):
-            save_picture(image, picture_file(store, side, start + offset))
+        samples = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
+        for offset, made in enumerate(samples):
+            keep(made, store, side, start + offset, fps)
         for scorer in scorers:
             with memory_for(batch_size):
-                total, parts = scorer.judge_images(images, texts)
-            for name, values in {TOTAL: total, **parts}.items():
-                column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
-                column[start : start + len(part)] = values.double().cpu().numpy()
+                judged = list(_judged(scorer, samples, texts))
+            for first, total, parts in judged:
+                for name, values in {TOTAL: total, **parts}.items():
+                    column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
+                    column[start + first : start + first + len(total)] = values.double().cpu().numpy()
         bar.update(len(part))
     return scores
+
+
+def _judged(
+    scorer: Scorer, samples: Sequence[Sample], texts: Sequence[str]
+) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
+    """The first sample's number, scores and parts: of pictures all at once, of clips one by one."""
+    pictures = [sample for sample in samples if not isinstance(sample, torch.Tensor)]
+    if pictures:
+        yield 0, *scorer.judge_images(pictures, texts)
+    for place, clip in enumerate(samples):
+        if isinstance(clip, torch.Tensor):
+            with torch.no_grad():
+                total, parts = scorer.judge(clip.unsqueeze(0).float() / 255, [texts[place]])
+            yield place, total, parts
 
 
 def _results(

@@ -1,9 +1,10 @@
-"""The HTML report of a comparison: one file with the pictures inside, nothing fetched from anywhere."""
+"""The HTML report of a comparison: one file with the pictures or clips inside, nothing fetched from anywhere."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 import jinja2
 import numpy as np
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import resize
+
+from t2i_align.data.clips import save_clip
+from t2i_align.generate import Sample, save_picture
 
 SHOWN_SIDE = 384  # pixels; larger pictures are shrunk so that a report stays a file one can mail
+SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
 PIXELATED_BELOW = 128  # tiny pictures are enlarged with hard edges, so that one sees what the model made
 LEVELS = {
     "better": "Aligned is better: the interval lies above 50 %.",
@@ -20,7 +27,7 @@ LEVELS = {
     "open": "Undecided: the interval holds 50 %.",
 }
 
-_ENVIRONMENT = jinja2.Environment(
+ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("t2i_align.evaluation", "."),
     autoescape=True,  # prompts come from anywhere
     undefined=jinja2.StrictUndefined,
@@ -29,9 +36,17 @@ _ENVIRONMENT = jinja2.Environment(
 )
 
 
-def picture_file(store: Path, side: str, row: int) -> Path:
-    """Where the picture of a side ("base" or "aligned") is kept until the report is written."""
-    return store / f"{side}-{row:06d}.png"
+def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
+    """Keep a picture of a side ("base" or "aligned") until the report is written, or what is shown of a clip."""
+    name = store / f"{side}-{row:06d}"
+    if isinstance(sample, Tensor):
+        every = math.ceil(len(sample) / SHOWN_FRAMES)
+        height, width = sample.shape[-2:]
+        scale = min(1.0, SHOWN_CLIP_SIDE / max(height, width))
+        small = resize(sample[::every], [max(1, round(length * scale)) for length in (height, width)], antialias=True)
+        save_clip(small, name.with_suffix(".webp"), fps / every)
+    else:
+        save_picture(sample, name.with_suffix(".png"))
 
 
 def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], store: Path, pictures: int) -> str:
@@ -40,7 +55,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
     Args:
         result: what `result.json` holds.
         samples: what `pairs.jsonl` holds, a pair each.
-        store: folder with the pictures of both sides.
+        store: folder with what `keep` wrote of both sides.
         pictures: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
     """
@@ -63,7 +78,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
         {"name": scorer, "version": entry["version"], "tie_margin": entry["tie_margin"], "rows": _rows(scorer, entry)}
         for scorer, entry in result["scorers"].items()
     ]
-    return _ENVIRONMENT.get_template("report.html.jinja").render(
+    return ENVIRONMENT.get_template("report.html.jinja").render(
         result=result,
         headline=result["scorers"][name],
         verdict=verdict(result["win_rate_ci"]),
@@ -118,16 +133,17 @@ def _pair(row: int, sample: Mapping[str, Any], scorer: str, store: Path) -> dict
         "before": scores["before"],
         "after": scores["after"],
         "parts": parts,
-        "base": _inline(picture_file(store, "base", row)),
-        "aligned": _inline(picture_file(store, "aligned", row)),
+        "base": _inline(store, f"base-{row:06d}"),
+        "aligned": _inline(store, f"aligned-{row:06d}"),
     }
 
 
-def _inline(file: Path) -> dict[str, Any]:
-    """A picture as a data URI with its own size."""
+def _inline(store: Path, name: str) -> dict[str, Any]:
+    """A picture or looping animation as a data URI with its own size."""
+    file = next(store.glob(f"{name}.*"))
     with Image.open(file) as picture:
         width, height = picture.size
-        if max(picture.size) > SHOWN_SIDE:
+        if file.suffix == ".png" and max(picture.size) > SHOWN_SIDE:
             small = picture.convert("RGB")
             small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
@@ -136,7 +152,7 @@ def _inline(file: Path) -> dict[str, Any]:
         else:
             data = file.read_bytes()
     return {
-        "uri": "data:image/png;base64," + base64.b64encode(data).decode(),
+        "uri": f"data:image/{file.suffix[1:]};base64," + base64.b64encode(data).decode(),
         "width": width,
         "height": height,
         "pixelated": max(width, height) < PIXELATED_BELOW,

@@ -7,7 +7,7 @@ The baseline of every preference method, and the first stage of some.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -30,6 +30,5 @@ class SFT(Objective):
     needs = Needs(candidates=1, ties=False, likes_only=True)
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
-        winners = replace(batch, latents=batch.latents[:, :1], scores=batch.scores[:, :1])
-        err_w = random_noise(winners, draw).errors(policy, self.reduction)[:, 0]
+        err_w = random_noise(batch.take([0]), draw).errors(policy, self.reduction)[:, 0]
         return err_w, {"error/chosen": err_w.detach()}

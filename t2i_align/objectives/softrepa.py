@@ -22,7 +22,7 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.errors import UserError
-from t2i_align.noising import Noised
+from t2i_align.noising import Noised, with_sizes
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
 from t2i_align.randomness import Draw
 
@@ -102,13 +102,14 @@ class SoftREPA(Objective):
         if groups < 2:
             raise UserError("objective softrepa contrasts samples of a batch: train.batch_size must be 2 or more")
         count = min(self.negatives or groups, groups - 1)
-        clean = batch.latents[:, 0].repeat_interleave(1 + count, dim=0)
+        repeated = batch.take([0] * (1 + count))
+        clean = repeated.latents.flatten(0, 1)
         noise = draw.normal("noise", clean.shape[1:])[:1].expand_as(clean)
         timesteps = draw.timesteps()[:1].expand(len(clean))
         return Noised(
             latents=draw.process.add_noise(clean, noise, timesteps),
             timesteps=timesteps,
             target=draw.process.target(clean, noise, timesteps),
-            conditioning=shifted(batch.conditioning, count),
+            conditioning=with_sizes(shifted(batch.conditioning, count), repeated),
             groups=groups,
         )

@@ -28,8 +28,7 @@ def one_picture_two_texts(batch: Batch) -> Batch:
     assert batch.negative_caption is not None, "checked by the objective's needs"
     negative = batch.negative_caption
     return replace(
-        batch,
-        latents=batch.latents[:, :1].expand(-1, 2, *batch.latents.shape[2:]),
+        batch.take([0, 0]),
         scores=torch.tensor([1.0, 0.0], device=batch.scores.device).expand(len(batch.keys), 2),
         captions={name: torch.stack([tensor, negative[name]], dim=1) for name, tensor in batch.conditioning.items()},
     )

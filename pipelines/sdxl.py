@@ -1,0 +1,58 @@
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told each picture's size and crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.base import Conditioning
+from pipelines.sd import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL (arXiv 2307.01952) and models of its layout, epsilon- or v-prediction.
+
+    The empty prompt's embedding is zero where the checkpoint says `force_zeros_for_empty_prompt`, which is what its
+    pipeline guides away from.
+    """
+
+    family = "sdxl"
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    sized = True
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        embeddings, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([not prompt for prompt in prompts], device=embeddings.device)
+            embeddings = embeddings.masked_fill(empty.view(-1, 1, 1), 0)
+            pooled = pooled.masked_fill(empty.view(-1, 1), 0)
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """As the contract has it. "time_ids" in the conditioning, [B, 6] in pixels: the picture's original height and
+        width, the crop's top and left, the target's height and width; without it, an uncropped picture of the
+        latents' size.
+        """
+        denoiser = denoiser or self.denoiser
+        time_ids = conditioning.get("time_ids")
+        if time_ids is None:
+            height, width = (side * self.vae_factor for side in noisy_latents.shape[-2:])
+            time_ids = torch.tensor([height, width, 0, 0, height, width], device=noisy_latents.device)
+            time_ids = time_ids.expand(len(noisy_latents), -1)
+        pooled = conditioning["pooled_prompt_embeds"]
+        prediction: Tensor = denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.to(pooled.dtype)},
+            return_dict=False,
+        )[0]
+        return prediction
