@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -29,12 +30,14 @@ class Scorer(ABC):
         version: changes whenever the numbers do (weights, code, preprocessing); recorded with every score.
         differentiable: whether gradients of `score` reach the pixels.
         tie_margin: differences up to this size are no preference (in units of the score).
+        clips: whether it takes clips as wholes, and only clips: `_score` and `_judge` get [B, F, 3, H, W].
     """
 
     name: str
     version: str
     differentiable: bool = False
     tie_margin: float = 0.0
+    clips: ClassVar[bool] = False
 
     # What is called ---------------------------------------------------------------------------------------------
 
@@ -45,8 +48,7 @@ class Scorer(ABC):
             ScorerError: shapes, lengths, range or prompts that cannot be scored.
         """
         check(pixels, prompts)
-        frames, repeated = _frames(pixels, prompts)
-        return _per_frame(self._score(frames, repeated), pixels).mean(1)
+        return self._score_media(pixels, prompts)
 
     def parts(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What the score is made of, each [B] with NaN where it does not apply; {} for a scorer without parts."""
@@ -55,11 +57,7 @@ class Scorer(ABC):
     def judge(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
         """`score` and `parts` in one pass."""
         check(pixels, prompts)
-        frames, repeated = _frames(pixels, prompts)
-        total, parts = self._judge(frames, repeated)
-        # A part may apply to some frames only, hence nanmean; a NaN score has to stay one.
-        named = {name: _per_frame(part, pixels).nanmean(1) for name, part in parts.items()}
-        return _per_frame(total, pixels).mean(1), named
+        return self._judge_media(pixels, prompts)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores [B] of PIL pictures of any sizes and modes, through the original's exact preprocessing."""
@@ -69,6 +67,8 @@ class Scorer(ABC):
     def judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
         """`score_images` and the parts in one pass."""
         check_images(images, prompts)
+        if self.clips:
+            raise ScorerError(f"{self.name}: judges clips, not pictures")
         return self._judge_images(images, prompts)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
@@ -77,6 +77,12 @@ class Scorer(ABC):
     def to(self, device: torch.device | str) -> Scorer:
         """Move the networks, if there are any. Returns itself."""
         return self
+
+    def _units(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """What is judged at once, with its prompt: each frame, or each clip."""
+        if self.clips and pixels.ndim != 5:
+            raise ScorerError(f"{self.name}: expected clips [B, F, 3, H, W], found {list(pixels.shape)}")
+        return (pixels, list(prompts)) if self.clips else _frames(pixels, prompts)
 
     # What a scorer fills in -------------------------------------------------------------------------------------
 
@@ -87,6 +93,19 @@ class Scorer(ABC):
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
         """Scores [B] and parts of checked pixels [B, 3, H, W]."""
         return self._score(pixels, prompts), {}
+
+    def _score_media(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of checked pixels, pictures or clips: the mean over frames, unless it takes whole clips."""
+        units, repeated = self._units(pixels, prompts)
+        return _per_frame(self._score(units, repeated), pixels).mean(1)
+
+    def _judge_media(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
+        """The same with parts."""
+        units, repeated = self._units(pixels, prompts)
+        total, parts = self._judge(units, repeated)
+        # A part may apply to some frames only, hence nanmean; a NaN score has to stay one.
+        named = {name: _per_frame(part, pixels).nanmean(1) for name, part in parts.items()}
+        return _per_frame(total, pixels).mean(1), named
 
     def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
         """Default: 8-bit RGB to [0, 1] without resizing, then the tensor path, pictures of one size together."""

@@ -14,29 +14,25 @@ are. What is left between them is PIL's rounding to 8 bits after the resize: at 
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.convert import convert_state_dict
-from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from reward_scorers.base import Judgement, Scorer, ScorerError
+from reward_scorers.base import ScorerError
 from reward_scorers.registry import register
+from reward_scorers.towers import TwoTowers
+from reward_scorers.weights import digest, digest_of_tensors, fit, listed, read_state
 
 DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
 SCHEMES = ("hf-hub:", "local-dir:")
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
-TEXT_CACHE = 16384  # prompts; 64 MB at 1024 float32 features
-TEXT_BATCH = 256
 
 
 @register("clip")
@@ -49,7 +45,7 @@ def from_spec(argument: str) -> ClipScorer:
     return ClipScorer(model, pretrained or None)
 
 
-class ClipScorer(Scorer):
+class ClipScorer(TwoTowers):
     """100 · cos(image, text).
 
     Args:
@@ -61,8 +57,6 @@ class ClipScorer(Scorer):
         ScorerError: no such model or tag, or weights that do not fit the model exactly.
     """
 
-    differentiable = True
-
     def __init__(self, model: str, pretrained: str | None = None) -> None:
         self.model, weights = _load(model, pretrained)
         self.model.eval().requires_grad_(False)
@@ -72,52 +66,26 @@ class ClipScorer(Scorer):
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # whatever transformers or the Hub raise
             raise ScorerError(f"clip: the tokenizer of {model!r} could not be loaded: {error}") from error
-        self.transform = image_transform_v2(
+        self._transform = image_transform_v2(
             PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model)), is_train=False
         )
-        self._texts: dict[str, Tensor] = {}
 
-    def to(self, device: torch.device | str) -> ClipScorer:
-        """Move the networks. Returns itself."""
-        self.model.to(device)
-        self._texts.clear()
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.model.parameters()).device
+    def transform(self, image: Image.Image) -> Tensor:
+        """open_clip's own transform."""
+        return self._transform(image)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] to the network's input, differentiably."""
-        for step in self.transform.transforms:
+        """The same steps, differentiably."""
+        for step in self._transform.transforms:
             # Bicubic overshoots at edges. PIL cuts that off, and so must we, or sharp pictures score differently.
             pixels = step(pixels.clamp(0, 1) if isinstance(step, Normalize) else pixels)
         return pixels
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._cosine(self.preprocess(pixels.float().to(self.device)), prompts)
+    def encode_images(self, inputs: Tensor) -> Tensor:
+        return self.model.encode_image(inputs, normalize=True)
 
-    def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        inputs = torch.stack([self.transform(image) for image in images]).to(self.device)
-        return self._cosine(inputs, prompts), {}
-
-    def _cosine(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
-        images = self.model.encode_image(inputs, normalize=True)
-        return 100 * (images * self._text_features(prompts)).sum(-1)
-
-    @torch.no_grad()
-    def _text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit text features [B, D]; each distinct prompt goes through the network once."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._texts))
-        for start in range(0, len(new), TEXT_BATCH):
-            some = new[start : start + TEXT_BATCH]
-            features = self.model.encode_text(self.tokenizer(some).to(self.device), normalize=True)
-            self._texts.update(zip(some, features, strict=True))
-        out = torch.stack([self._texts[prompt] for prompt in prompts])
-        while len(self._texts) > TEXT_CACHE:
-            self._texts.pop(next(iter(self._texts)))
-        return out
+    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=True)
 
 
 def _load(model: str, pretrained: str | None) -> tuple[Any, str]:
@@ -125,7 +93,7 @@ def _load(model: str, pretrained: str | None) -> tuple[Any, str]:
     if model.startswith(SCHEMES):
         network = _create(model, require_pretrained=True)
         # A folder's or repository's name stays when its weights change.
-        return network, f"weights {model}, sha256 {_digest_of_tensors(network)}"
+        return network, f"weights {model}, sha256 {digest_of_tensors(network.state_dict())}"
     known = open_clip.list_models()
     model = model.replace("/", "-")
     if model not in known:
@@ -135,11 +103,13 @@ def _load(model: str, pretrained: str | None) -> tuple[Any, str]:
     if pretrained == "random":
         return _create(model, pretrained_text=False), "weights random"
     if pretrained is None:
-        raise ScorerError(f"clip: {model!r} needs weights: clip:{model}:TAG or clip:{model}:/path. Tags: {_list(tags)}")
+        raise ScorerError(
+            f"clip: {model!r} needs weights: clip:{model}:TAG or clip:{model}:/path. Tags: {listed(tags)}"
+        )
     if Path(pretrained).is_file():
         return _load_file(model, Path(pretrained), tags)
     if pretrained not in tags:
-        raise ScorerError(f"clip: {pretrained!r} is no weights file and no tag of {model!r}. Tags: {_list(tags)}")
+        raise ScorerError(f"clip: {pretrained!r} is no weights file and no tag of {model!r}. Tags: {listed(tags)}")
     gelu = bool(open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu"))
     if gelu != bool(open_clip.get_model_config(model).get("quick_gelu")):  # open_clip warns and scores wrongly
         other = f"{model}-quickgelu" if gelu else model.removesuffix("-quickgelu")
@@ -156,51 +126,15 @@ def _create(model: str, **options: Any) -> nn.Module:
 
 def _load_file(model: str, path: Path, tags: Sequence[str]) -> tuple[nn.Module, str]:
     """A local checkpoint: every key and shape has to fit (open_clip itself resizes position embeddings unasked)."""
-    if path.suffix not in WEIGHTS:
-        raise ScorerError(f"clip: {path}: expected a file that ends in one of {', '.join(WEIGHTS)}")
     # A file does not say how its pictures were normalised; where all published weights of the model agree, so does it.
     known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     keys = ("mean", "std", "interpolation", "resize_mode")
     settings = [{key: cfg[key] for key in keys if cfg.get(key) is not None} for cfg in known]
     agreed = settings[0] if settings and all(other == settings[0] for other in settings) else {}
+    state = read_state(path, "clip")
     network = _create(model, pretrained_text=False, force_preprocess_cfg=agreed)
-    try:
-        state = convert_state_dict(network, load_state_dict(str(path)))
-        if "positional_embedding" in state and not hasattr(network, "positional_embedding"):
-            state = convert_to_custom_text_state_dict(state)
-    except Exception as error:  # safetensors, pickle and torch each raise their own for a damaged file
-        raise ScorerError(f"clip: {path}: not a readable checkpoint: {error}") from error
-    own = network.state_dict()
-    for key in ("logit_scale", "logit_bias"):  # a scalar or [1], depending on who wrote the file
-        if key in state and key in own and state[key].numel() == 1:
-            state[key] = state[key].reshape(own[key].shape)
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own and not key.endswith("position_ids")]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or extra or shapes:
-        example = f"; {shapes[0]} is {list(state[shapes[0]].shape)}, not {list(own[shapes[0]].shape)}" if shapes else ""
-        raise ScorerError(
-            f"clip: {path} does not fit {model!r}: {len(missing)} keys missing ({_list(missing[:3])}), "
-            f"{len(extra)} unknown ({_list(extra[:3])}), {len(shapes)} of another shape{example}"
-        )
-    network.load_state_dict({key: state[key] for key in own})
-    return network, f"weights sha256 {_digest(path)}"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:12]
-
-
-def _digest_of_tensors(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
+    state = convert_state_dict(network, state)  # some publishers name their tensors differently
+    if "positional_embedding" in state and not hasattr(network, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    fit(network, state, f"clip: {path} does not fit {model!r}")
+    return network, f"weights sha256 {digest(path)}"

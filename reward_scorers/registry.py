@@ -12,7 +12,21 @@ Factory = Callable[[str], Scorer]
 _FACTORIES: dict[str, Factory] = {}
 
 # Modules that register a name when they are imported, which is when it is first built: their libraries are slow.
-MODULES = {"clip": "reward_scorers.clip"}
+MODULES = {
+    "aesthetic": "reward_scorers.aesthetic",
+    "clip": "reward_scorers.clip",
+    "combine": "reward_scorers.combine",
+    "consistency": "reward_scorers.video",
+    "hf-clip": "reward_scorers.hf_clip",
+    "hpsv2.0": "reward_scorers.hpsv2",
+    "hpsv2.1": "reward_scorers.hpsv2",
+    "imagereward": "reward_scorers.imagereward",
+    "motion": "reward_scorers.video",
+    "pickscore": "reward_scorers.hf_clip",
+    "smoothness": "reward_scorers.video",
+    "trained": "reward_scorers.trained",
+    "vlm": "reward_scorers.vlm",
+}
 
 
 def register(name: str) -> Callable[[Factory], Factory]:

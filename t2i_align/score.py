@@ -1,46 +1,41 @@
-"""Scores of pictures on disk, one JSONL line a picture and scorer; an interrupted run continues."""
+"""Scores of pictures on disk, one row a picture and scorer; an interrupted run continues."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
 from t2i_align.errors import UserError
-from t2i_align.generate import LIST, check_sampling
+from t2i_align.generate import check_sampling
+from t2i_align.listing import Entry, open_picture, parse, pictures_of
 from t2i_align.sources import build_scorers, memory_for, pick_device
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
-IMAGE_KEYS = ("image", "file")  # a JSONL of one's own, and what `generate` writes
 PICTURE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A picture to score. `image`: as the list names it; `path`: where that is."""
-
-    image: str
-    path: Path
-    prompt: str
-
-    @cached_property
-    def sha256(self) -> str | None:
-        """Of the file: every `generate` gives its pictures the same names. None if it cannot be read."""
-        try:
-            return hashlib.sha256(self.path.read_bytes()).hexdigest()
-        except OSError:
-            return None
+PARQUET = ".parquet"
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in (*PICTURE, *SCORER)),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+        ("parts", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+Row = dict[str, Any]
 
 
 def score(
@@ -54,13 +49,15 @@ def score(
 ) -> dict[str, float]:
     """Score pictures against their prompts; prints and returns each scorer's mean.
 
+    Under torchrun the processes share the work; each writes beside `out`, and the first one gathers.
+
     Args:
-        pictures: folder with the `samples.jsonl` of `generate`, or a JSONL file with `image` (relative to it) and
-            `prompt` a line.
+        pictures: folder with the `samples.jsonl` of `generate`; JSONL or parquet with `image` and `prompt` a row;
+            preference data of any format, all of whose candidates are scored; or prepared pictures.
         scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
-        out: JSONL file to append to: image, sha256 (of the file), prompt, scorer, version, score and parts; for a
-            picture that cannot be read `error` instead of a score. What it already holds is not scored again: delete
-            a line to repeat it. Another picture under the same name is another picture.
+        out: JSONL file to append to, or a .parquet: image, sha256 (of the file), prompt, scorer, version, score and
+            parts; for a picture that cannot be read `error` instead of a score. What it already holds is not scored
+            again: delete a line to repeat it. Another picture under the same name is another picture.
         batch_size: pictures at a time.
         device: default: the GPU if there is one.
 
@@ -68,84 +65,105 @@ def score(
         UserError: a list, line, scorer or device that cannot be used.
     """
     check_sampling(batch_size=batch_size)
+    crew = Crew()
     place = pick_device(device)
-    entries = read_list(Path(pictures))
+    entries, total = pictures_of(pictures)
     target = None if out is None else Path(out)
-    rows = [] if target is None else _continue(target)
-    built = build_scorers(scorers)
-    picture_of = attrgetter(*PICTURE)
-    wanted = {picture_of(entry) for entry in entries}
-    done = {itemgetter(*PICTURE, *SCORER)(row) for row in rows}
-    results = [row for row in rows if itemgetter(*PICTURE)(row) in wanted]
-    for scorer in built:
-        scorer.to(place)
-        todo = [entry for entry in entries if (*picture_of(entry), scorer.name, scorer.version) not in done]
-        with tqdm(total=len(todo), unit="img", desc=scorer.name, disable=not progress) as bar:
-            for start in range(0, len(todo), batch_size):
-                new = list(_score_batch(scorer, todo[start : start + batch_size]))
-                results += new
-                if target is not None:
-                    with open(target, "a") as lines:
+    if target is not None and crew.first:
+        _gather(target)
+    crew.wait()
+    done = {} if target is None else {itemgetter(*PICTURE, *SCORER)(row): row for row in _read(target)}
+    built = [scorer.to(place) for scorer in build_scorers(scorers)]
+    journal = None if target is None else _journal(target, crew.rank)
+    totals = {scorer.name: [0.0, 0, 0] for scorer in built}  # sum, scored, unreadable
+    batches = iter(lambda: list(islice(entries, batch_size)), [])
+    with (
+        ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
+        tqdm(total=total, unit="img", disable=not (progress and crew.first)) as bar,
+    ):
+        for number, batch in enumerate(batches):
+            if number % crew.world == crew.rank:
+                rows = _score_batch(built, batch, done, pool)
+                new = [row for row in rows if itemgetter(*PICTURE, *SCORER)(row) not in done]
+                if journal is not None and new:
+                    with open(journal, "a", encoding="utf-8") as lines:
                         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-                bar.update(len(new))
-    return _summary(built, results)
+                for row in rows:
+                    count = totals[row["scorer"]]
+                    if "error" in row:
+                        count[2] += 1
+                    elif row.get("score") is not None:
+                        count[0], count[1] = count[0] + row["score"], count[1] + 1
+            bar.update(len(batch))
+    crew.wait()
+    if target is not None and crew.first:
+        _gather(target)
+    return _summary(crew.summed(totals), crew.first)
 
 
-def read_list(source: Path) -> list[Entry]:
-    """The pictures of a folder's `samples.jsonl` or of a JSONL file, each line checked; opens no picture."""
-    file = source / LIST if source.is_dir() else source
-    if not file.is_file():
-        expected = f"a folder with {LIST}" if source.is_dir() else f"a JSONL file or a folder with {LIST}"
-        raise UserError(f"{file}: no such file; expected {expected}")
-    entries = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
+class Crew:
+    """The processes that torchrun started, or this one alone."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.first = self.rank == 0
+        if self.world > 1:
+            import torch
+            from accelerate import PartialState
+
+            self.state = PartialState(cpu=not torch.accelerator.is_available())
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.world > 1:
+            self.state.wait_for_everyone()
+
+    def summed(self, totals: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The sums over all processes."""
+        if self.world == 1:
+            return totals
+        from accelerate.utils import gather_object
+
+        everyone = gather_object([totals])
+        return {name: [sum(one[name][i] for one in everyone) for i in range(3)] for name in totals}
+
+
+def _score_batch(
+    scorers: Sequence[Scorer], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
+) -> list[Row]:
+    """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
+    loaded = list(pool.map(_load, entries))
+    rows = []
+    for scorer in scorers:
+        judge = {"scorer": scorer.name, "version": scorer.version}
+        heads = [dict(zip(PICTURE, attrgetter(*PICTURE)(entry), strict=True)) | judge for entry in entries]
+        known = [done.get(itemgetter(*PICTURE, *SCORER)(head)) for head in heads]
+        todo = [i for i, row in enumerate(known) if row is None]
+        rows += [row for row in known if row is not None]
+        rows += [{**heads[i], "error": loaded[i]} for i in todo if isinstance(loaded[i], str)]
+        readable = [i for i in todo if not isinstance(loaded[i], str)]
+        if not readable:
             continue
-        row = _parse(line, f"{file}, line {number}")
-        key = next((key for key in IMAGE_KEYS if key in row), None)
-        if key is None or not isinstance(row[key], str):
-            raise UserError(f"{file}, line {number}: expected a path under 'image', found the keys {', '.join(row)}")
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise UserError(f"{file}, line {number}: expected text under 'prompt', found {row.get('prompt')!r}")
-        entries.append(Entry(row[key], file.parent / row[key], row["prompt"]))
-    if not entries:
-        raise UserError(f"{file}: no picture listed")
-    return entries
+        with memory_for(len(readable)):
+            total, parts = scorer.judge_images([loaded[i] for i in readable], [entries[i].prompt for i in readable])
+        for place, i in enumerate(readable):
+            values = {name: number(part[place].item()) for name, part in parts.items()}
+            told = {"parts": values} if values else {}
+            rows.append({**heads[i], "score": number(total[place].item()), **told})
+    return rows
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture with its pixels loaded.
-
-    Raises:
-        OSError, SyntaxError, ValueError: whatever PIL says of a missing, truncated or foreign file.
-    """
-    with Image.open(path) as picture:
-        picture.load()
-        return picture.copy() if getattr(picture, "n_frames", 1) == 1 else picture
-
-
-def _score_batch(scorer: Scorer, entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    judge = {"scorer": scorer.name, "version": scorer.version}
-    readable, pictures = [], []
-    for entry in entries:
-        head = {key: getattr(entry, key) for key in PICTURE} | judge
-        try:
-            picture = open_picture(entry.path)
-            frames = getattr(picture, "n_frames", 1)
-            if frames > 1:
-                raise ValueError(f"animated, {frames} frames")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            yield {**head, "error": f"{type(error).__name__}: {error}"}
-            continue
-        readable.append(head)
-        pictures.append(picture)
-    if not pictures:
-        return
-    with memory_for(len(pictures)):
-        total, parts = scorer.judge_images(pictures, [head["prompt"] for head in readable])
-    for row, head in enumerate(readable):
-        values = {name: number(part[row].item()) for name, part in parts.items()}
-        yield {**head, "score": number(total[row].item()), **({"parts": values} if values else {})}
+def _load(entry: Entry) -> Any:
+    """The picture, or why there is none."""
+    entry.sha256  # noqa: B018  (read in this thread, and kept)
+    try:
+        picture = open_picture(entry.media)
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1:
+            raise ValueError(f"animated, {frames} frames")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{type(error).__name__}: {error}"
+    return picture
 
 
 def number(value: float) -> float | None:
@@ -153,40 +171,73 @@ def number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _continue(target: Path) -> list[dict[str, Any]]:
-    """The lines an earlier run wrote; a last line that it was killed in is cut off."""
+def _journal(target: Path, rank: int) -> Path:
+    """Where a process writes as it goes: the file itself, or one beside it that is gathered in the end."""
+    if rank == 0 and target.suffix != PARQUET:
+        return target
+    return target.with_name(f".{target.name}.{rank}.jsonl")
+
+
+def _gather(target: Path) -> None:
+    """Move what the processes, of this run or of one that was stopped, wrote beside `target` into it."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    parts = sorted(target.parent.glob(f".{target.name}.*.jsonl"))
+    if target.suffix == PARQUET:
+        rows = _read(target) + [row for part in parts for row in _lines(part)]
+        if parts:
+            temporary = target.with_name(f".{target.name}.tmp")
+            table = [{**row, "parts": list((row.get("parts") or {}).items()) or None} for row in rows]
+            pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), temporary)
+            temporary.replace(target)
+    else:
+        have = {itemgetter(*PICTURE, *SCORER)(row) for row in _lines(target)}
+        new = [row for part in parts for row in _lines(part) if itemgetter(*PICTURE, *SCORER)(row) not in have]
+        if new:
+            with open(target, "a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+    for part in parts:
+        part.unlink()
+
+
+def _read(target: Path) -> list[Row]:
+    if target.suffix != PARQUET:
+        return list(_lines(target))
     if not target.is_file():
         return []
-    text = target.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    rows = [_parse(line, f"{target}, line {n}") for n, line in enumerate(whole.decode().split("\n")[:-1], 1)]
-    for n, row in enumerate(rows, 1):
-        if not {*PICTURE, *SCORER} <= row.keys():
-            raise UserError(f"{target}, line {n}: not a line of scores; choose another output file")
-    if len(whole) < len(text):
-        with open(target, "rb+") as stream:
-            stream.truncate(len(whole))
+    try:
+        table = pq.read_table(target)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{target}: not a readable parquet file: {error}") from error
+    if not {*PICTURE, *SCORER} <= set(table.schema.names):
+        raise UserError(f"{target}: not a file of scores; choose another output file")
+    rows = []
+    for row in table.to_pylist():
+        row["parts"] = dict(row["parts"] or [])
+        rows.append({key: value for key, value in row.items() if value not in (None, {}) or key in PICTURE})
     return rows
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-    return row
+def _lines(file: Path) -> Iterator[Row]:
+    """The rows of a JSONL of scores; a last line that its writer was killed in is cut off."""
+    if not file.is_file():
+        return
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
+        row = parse(line, f"{file}, line {number}")
+        if not {*PICTURE, *SCORER} <= row.keys():
+            raise UserError(f"{file}, line {number}: not a line of scores; choose another output file")
+        yield row
+    if len(whole) < len(text):
+        with open(file, "rb+") as stream:
+            stream.truncate(len(whole))
 
 
-def _summary(scorers: Sequence[Scorer], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _summary(totals: dict[str, list[float]], say: bool) -> dict[str, float]:
     means = {}
-    for scorer in scorers:
-        own = [row for row in rows if row["scorer"] == scorer.name and row["version"] == scorer.version]
-        values = [row["score"] for row in own if row.get("score") is not None]
-        means[scorer.name] = sum(values) / len(values) if values else math.nan
-        skipped = sum("error" in row for row in own)
-        note = f"; {skipped} could not be read" if skipped else ""
-        print(f"{scorer.name}: mean {means[scorer.name]:.4f} over {len(values)} pictures{note}")
+    for name, (sum_of, count, unreadable) in totals.items():
+        means[name] = sum_of / count if count else math.nan
+        note = f"; {unreadable:.0f} could not be read" if unreadable else ""
+        if say:
+            print(f"{name}: mean {means[name]:.4f} over {count:.0f} pictures{note}")
     return means

@@ -97,7 +97,7 @@ def test_animated_and_foreign_pictures_are_named(tmp_path) -> None:
 def test_registry_builds_by_name_and_names_the_choices() -> None:
     reward_scorers.register("red-for-test")(lambda argument: Red())
     assert isinstance(reward_scorers.build("red-for-test:whatever:else"), Red)
-    with pytest.raises(ScorerError, match=r"Did you mean 'red-for-test'.*Choices: clip,"):
+    with pytest.raises(ScorerError, match=r"Did you mean 'red-for-test'.*Choices: aesthetic, clip,"):
         reward_scorers.build("red-for-tes")
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from reward_scorers import Scorer
 from t2i_align.errors import UserError
+from t2i_align.rewards.preferences import open_preferences
 from t2i_align.score import score
 
 
@@ -145,3 +151,73 @@ def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
     (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(UserError, match=r"foreign.jsonl, line 1: not a line of scores"):
         run(file, Red(), tmp_path / "foreign.jsonl")
+
+
+def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path) -> None:
+    """The same five pictures as JSONL, parquet with bytes, a ranking and prepared pictures."""
+    rows = [json.loads(line) for line in pictures.read_text(encoding="utf-8").split("\n") if line]
+    contents = [(tmp_path / row["image"]).read_bytes() for row in rows]
+    encoded = [{"bytes": content, "path": None} for content in contents]
+    table = {"image": encoded, "caption": [row["prompt"] for row in rows]}
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    ranking = {"prompt": "red", "images": [row["image"] for row in rows], "scores": [0, 1, 2, 3, 4]}
+    (tmp_path / "ranking.jsonl").write_text(json.dumps(ranking) + "\n")
+    index = open_preferences(str(tmp_path / "ranking.jsonl"), tmp_path / "index", progress=False).store.path
+    for source in (pictures, tmp_path / "list.parquet", tmp_path / "ranking.jsonl", index):
+        out = tmp_path / "out" / f"{source.name}.jsonl"
+        assert run(source, Red(), out) == pytest.approx(0.4), source
+        assert sorted(row["score"] for row in read(out)) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+        again = Red()
+        assert run(source, again, out) == pytest.approx(0.4) and again.seen == 0
+
+
+def test_parquet_of_scores_continues_and_keeps_parts_and_errors(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    run(pictures, Red(), out)
+    rows = pq.read_table(out).to_pylist()
+    assert [row["score"] for row in rows if row["error"] is None] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert [row["image"] for row in rows if row["error"]] == ["4.png"] and dict(rows[0]["parts"]) == {"nothing": None}
+    pq.write_table(pq.read_table(out).slice(0, 2), out)
+    left = tmp_path / f".{out.name}.1.jsonl"  # what another process wrote before it was killed
+    left.write_text(json.dumps({k: v for k, v in rows[2].items() if k not in ("error", "parts")}) + "\n" + '{"image"')
+    scorer = Red()
+    assert run(pictures, scorer, out) == pytest.approx(0.3)
+    assert scorer.seen == 1 and not left.exists() and pq.read_table(out).num_rows == 5
+    pq.write_table(pa.table({"a": [1]}), out)
+    with pytest.raises(UserError, match="not a file of scores"):
+        run(pictures, Red(), out)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
+    """Under torchrun: each picture is scored once, and the first process gathers."""
+    code = (
+        "import os, sys\n"
+        "from tests.test_scorers_files import Red\n"
+        "from t2i_align.score import score\n"
+        f"means = score({str(pictures)!r}, [Red()], {str(tmp_path / 'both.jsonl')!r}, batch_size=2, progress=False)\n"
+        "assert abs(means['red'] - 0.4) < 1e-6\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"  # gloo's threads may abort on the way out
+    )
+    (tmp_path / "work.py").write_text(code)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "work.py")],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(tmp_path / "both.jsonl")
+    assert sorted(row["score"] for row in rows) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert done.stdout.count("over 5 pictures") == 1 and not list(tmp_path.glob(".both*"))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1", "I;16"])
+def test_pictures_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: Path) -> None:
+    Image.new("RGB" if mode == "P" else mode, (1, 1)).convert(mode).save(tmp_path / "a.tif")
+    (tmp_path / "list.jsonl").write_text('{"image": "a.tif", "prompt": "x"}\n')
+    run(tmp_path / "list.jsonl", Red(), tmp_path / "out.jsonl")
+    (row,) = read(tmp_path / "out.jsonl")
+    assert "score" in row and "error" not in row

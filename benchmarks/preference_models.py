@@ -1,0 +1,261 @@
+"""Preference models on the testbed: what a tiny CLIP learns, whose preference it is, and when it is fooled.
+
+    python benchmarks/preference_models.py --work runs/preference_models     # writes benchmarks/results/
+
+Drawn pictures are free training data, and the oracle knows the truth. Four stages, each kept in --work:
+
+- clip: `t2i-align testbed clip`, pretrained on captions, without a preference;
+- expert: pairs of a right picture against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
+  `train-scorer`, from different seeds, tried on pairs of held-out statements and on the bundled pairs that a base model
+  drew;
+- people: pairs that differ in what captions leave open, labelled by users of two opposed tastes; Bradley-Terry (PAL
+  with one prototype) against PAL, for users seen and unseen;
+- audit: one scorer against combinations of the three, while they are optimised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from t2i_align.config import build
+from t2i_align.rewards.audit import audit
+from t2i_align.rewards.config import ScorerRun
+from t2i_align.rewards.train import ACCURACY, train_scorer
+from t2i_align.testbed.annotators import TRAITS, Annotator, Expert, Person
+from t2i_align.testbed.captions import Statement, describe, draw_for, write
+from t2i_align.testbed.clip import draw_picture, draw_wrong, pretrain, save_clip
+from t2i_align.testbed.oracle import Oracle
+from t2i_align.testbed.pairs import decode, encode_jpeg, take
+from t2i_align.testbed.prompts import split_of
+from t2i_align.testbed.scenes import render, sample_scene
+
+RESULTS = Path(__file__).parent / "results"
+# Two tastes that want the opposite of each other, over TRAITS; a person differs a little from either.
+TASTE = {"white": 0.6, "black": -0.6, "big": 0.8, "warm": 0.8, "crowded": 0.0, "left": 0.3, "high": 0.0}
+SPREAD = 0.1
+USERS, NEW_USERS, PAIRS_A_USER = 40, 40, 60
+FEW = (1, 2, 5, 10)  # pairs of an unseen user
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/preference_models"), help="where stages are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
+    parser.add_argument("--clip-steps", type=int, default=1500)
+    parser.add_argument("--pairs", type=int, default=6000, help="of the expert, for training")
+    parser.add_argument("--steps", type=int, default=600, help="of each fine-tuning on them")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--stage", choices=("clip", "expert", "people", "audit", "table"), help="only this one")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    stages: dict[str, Callable[[argparse.Namespace], None]] = {
+        "clip": clip_stage, "expert": expert_stage, "people": people_stage, "audit": audit_stage, "table": table,
+    }  # fmt: skip
+    for name, stage in stages.items():
+        if options.stage in (None, name):
+            start = time.monotonic()
+            stage(options)
+            print(f"{name}: {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def clip_stage(options: argparse.Namespace) -> None:
+    if not (options.work / "clip").exists():
+        save_clip(pretrain(options.clip_steps, batch=64, lr=1e-3), options.work / "clip")
+
+
+def expert_stage(options: argparse.Namespace) -> None:
+    """Fine-tune on the expert's pairs."""
+    for split, count in (("train", options.pairs), ("test", 1000)):
+        file = options.work / f"expert_{split}.parquet"
+        if not file.exists():
+            rng = np.random.default_rng((7, split == "test"))
+            write_pairs(file, expert_pairs(split, count, rng), [Expert()] * count)
+    for seed in range(options.seeds):
+        for tune, loss in (("full", "pickscore"),) if seed else (("full", "pickscore"), ("linear", "imagereward")):
+            name = f"expert_{tune}_{seed}"
+            train(options.work / name, {
+                "model": f"hf-clip:{options.work / 'clip'}", "tune": tune, "loss": loss,
+                "data": {"path": str(options.work / "expert_train.parquet"), "holdout_prompts": 0.0,
+                         "test": str(options.work / "expert_test.parquet")},
+                "optim": {"lr": 3e-4 if tune == "full" else 3e-3, "schedule": "cosine", "warmup_steps": 30},
+                "train": {"steps": options.steps, "batch_size": 32, "seed": seed, "balance": "none"},
+            })  # fmt: skip
+
+
+def people_stage(options: argparse.Namespace) -> None:
+    """Bradley-Terry against PAL where users want opposite things."""
+    people = {f"u{i}": person(i) for i in range(USERS + NEW_USERS)}
+    for part, users in (("seen", range(USERS)), ("new", range(USERS, USERS + NEW_USERS))):
+        for split in ("train", "test"):
+            file = options.work / f"people_{part}_{split}.parquet"
+            if file.exists():
+                continue
+            rng = np.random.default_rng((11, part == "new", split == "test"))
+            names = [f"u{i}" for i in users for _ in range(PAIRS_A_USER if split == "train" else 20)]
+            write_pairs(file, open_pairs(split, len(names), rng), [people[name] for name in names], names)
+    base = f"hf-clip:{options.work / 'clip'}"
+    for name, prototypes in (("bt", 1), ("pal", 2)):
+        train(options.work / f"people_{name}", {
+            "model": base, "tune": "pal", "loss": "imagereward", "pal": {"prototypes": prototypes},
+            "data": {"path": str(options.work / "people_seen_train.parquet"), "holdout_prompts": 0.0,
+                     "test": str(options.work / "people_seen_test.parquet")},
+            "optim": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
+            "train": {"steps": 1500, "batch_size": 128, "balance": "user"},
+        })  # fmt: skip
+    for name in ("bt", "pal"):
+        for few in FEW:
+            data = options.work / f"people_new_{few}.parquet"
+            first_of_each(options.work / "people_new_train.parquet", data, few)
+            train(options.work / f"people_{name}_new_{few}", {
+                "model": str(options.work / f"people_{name}"), "tune": "users", "loss": "imagereward",
+                "data": {"path": str(data), "holdout_prompts": 0.0,
+                         "test": str(options.work / "people_new_test.parquet")},
+                "optim": {"lr": 0.1}, "train": {"steps": 150, "batch_size": 400, "balance": "user"},
+            })  # fmt: skip
+
+
+def audit_stage(options: argparse.Namespace) -> None:
+    """One scorer against three of them together, on the bundled pairs and while they are optimised."""
+    specs = [f"trained:{options.work / f'expert_full_{seed}'}" for seed in range(options.seeds)]
+    for rule in ("mean_minus_std", "min"):
+        members = [{"scorer": spec} for spec in specs]
+        values = {"rule": rule, "strength": 1.0, "scorers": members}
+        (options.work / f"{rule}.yaml").write_text(json.dumps(values))
+    scorers = [*specs, *(f"combine:{options.work / rule}.yaml" for rule in ("mean_minus_std", "min"))]
+    audit("testbed:pairs", scorers, options.work / "audit", optimise=True, limit=1000, batch_size=64)
+
+
+def expert_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(prompt, picture, picture): right against one attribute wrong, or good against spoilt, in halves."""
+    for statement in statements(split, count, rng):
+        first = draw_picture(statement, rng)
+        if rng.random() < 0.5:
+            second = draw_picture(draw_wrong(statement, rng), rng)
+        else:
+            second = draw_picture(statement, rng, degraded=1.0)
+        yield write(statement, rng), first, second
+
+
+def open_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Two right pictures of a prompt that leaves size and background open."""
+    for statement in statements(split, count, rng, p_size=0.0, p_background=0.0):
+        yield write(statement, rng), render(draw_for(statement, rng)), render(draw_for(statement, rng))
+
+
+def statements(
+    split: str, count: int, rng: np.random.Generator, p_size: float = 0.6, p_background: float = 0.8
+) -> Iterator[Statement]:
+    """Random statements of a split; test never shares one with training, whatever its phrasing."""
+    found = 0
+    while found < count:
+        statement = describe(sample_scene(rng), rng, p_size=p_size, p_background=p_background)
+        if split_of(statement) == split:
+            found += 1
+            yield statement
+
+
+def person(number: int) -> Person:
+    """Even numbers have TASTE, odd ones its opposite; each with something of their own."""
+    rng = np.random.default_rng((13, number))
+    sign = 1 if number % 2 == 0 else -1
+    weights = [sign * TASTE[trait] + SPREAD * rng.standard_normal() for trait in TRAITS]
+    return Person(number, number % 2, tuple(weights), care=0.2)
+
+
+def write_pairs(
+    file: Path,
+    drawn: Iterator[tuple[str, np.ndarray, np.ndarray]],
+    annotators: Sequence[Annotator],
+    users: Sequence[str] | None = None,
+) -> None:
+    """Judge pictures as a reader will see them, label each pair by its annotator, and write Pick-a-Pic's columns."""
+    oracle, texts, left, right = Oracle(), [], [], []
+    rng = np.random.default_rng(3)
+    for text, first, second in drawn:
+        if rng.random() < 0.5:
+            first, second = second, first
+        texts.append(text)
+        left.append(encode_jpeg(torch.from_numpy(first).permute(2, 0, 1)))
+        right.append(encode_jpeg(torch.from_numpy(second).permute(2, 0, 1)))
+    sides = [oracle.judge(torch.stack([decode(data) for data in side]), texts) for side in (left, right)]
+    judged = enumerate(annotators)
+    labels = np.concatenate([who.label(take(sides[0], [i]), take(sides[1], [i]), rng) for i, who in judged])
+    table = {"caption": texts, "jpg_0": left, "jpg_1": right, "label_0": labels, "label_1": 1 - labels,
+             "ranking_id": list(range(len(texts)))}  # fmt: skip
+    if users is not None:
+        table["user_id"] = list(users)
+    temporary = file.with_suffix(".tmp")
+    pq.write_table(pa.table(table), temporary)
+    temporary.replace(file)
+
+
+def first_of_each(source: Path, target: Path, few: int) -> None:
+    """The first pairs of every user."""
+    table = pq.read_table(source)
+    seen: dict[str, int] = {}
+    keep = []
+    for row, user in enumerate(table["user_id"].to_pylist()):
+        seen[user] = seen.get(user, 0) + 1
+        keep += [row] if seen[user] <= few else []
+    pq.write_table(table.take(keep), target)
+
+
+def train(output: Path, values: dict[str, Any]) -> None:
+    """`train-scorer`, unless it is done; continues where it was stopped."""
+    if not (output / ACCURACY).exists():
+        values = {"log": {"checkpoint_every": 100}, **values, "output_dir": str(output), "resume": True}
+        print(f"{output.name}: {train_scorer(build(ScorerRun, values, where='')).accuracy}")
+
+
+def table(options: argparse.Namespace) -> None:
+    """What was found, as markdown."""
+    work: Path = options.work
+
+    def row(name: str, key: str = "test") -> str:
+        file = work / name / ACCURACY
+        if not file.exists():
+            return "not run"
+        found = json.loads(file.read_text())[key]
+        return f"{found['accuracy']:.1%} [{found['interval'][0]:.1%}, {found['interval'][1]:.1%}]"
+
+    command = " ".join(["python", "benchmarks/preference_models.py", *sys.argv[1:]])
+    lines = ["# Preference models on the testbed", "", f"`{command}`", "",
+             "Pair accuracy on held-out statements, 95 % intervals over prompts.", "",
+             "| fine-tuned on the expert's pairs | accuracy |", "|---|---|"]  # fmt: skip
+    lines += [f"| all weights, seed {seed} | {row(f'expert_full_{seed}')} |" for seed in range(options.seeds)]
+    lines += [f"| linear head | {row('expert_linear_0')} |", ""]
+    lines += ["| users of two opposed tastes | Bradley-Terry (K = 1) | PAL (K = 2) |", "|---|---|---|"]
+    lines += [f"| seen | {row('people_bt')} | {row('people_pal')} |"]
+    for few in FEW:
+        lines += [f"| unseen, {few} pairs | {row(f'people_bt_new_{few}')} | {row(f'people_pal_new_{few}')} |"]
+    file = work / "audit" / "audit.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        lines += ["", "| scorer | accuracy on the base model's pairs | best of n: oracle at 1, its best, at 64 | gap | "
+                  "ascent: oracle at 0, its best, at the end | gap |", "|---|---|---|---|---|---|"]  # fmt: skip
+        for name, accuracy in found["accuracy"].items():
+            cells = [f"{accuracy['accuracy']:.1%} [{accuracy['interval'][0]:.1%}, {accuracy['interval'][1]:.1%}]"]
+            for curve in found["curves"].get(name, []):
+                oracle = curve["oracle"]
+                cells += [f"{oracle[0]:.3f}, {max(oracle):.3f}, {oracle[-1]:.3f}", f"{curve['gap'][-1]:.2f}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    options.out.mkdir(parents=True, exist_ok=True)
+    target = options.out / "preference_models.md"
+    target.write_text("\n".join([*lines, ""]))
+    print(target.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Scoring in batches against one-picture calls as the originals make them, and against a bare batched forward.
+
+    python benchmarks/scoring.py                        # ViT-H-14, random weights; writes benchmarks/results/
+    python benchmarks/scoring.py --model ViT-B-32 --pictures 32
+
+For HPSv2 and PickScore, three ways take turns over the same pictures in memory (512 x 512, PIL):
+
+- ours: `score_images` in batches, prompts' features kept, pictures made ready in threads;
+- one at a time: the published recipe, image and text towers for every picture. The hpsv2 package also loads its
+  checkpoint again with each call; that is timed apart and not counted;
+- bare: the image tower alone on a batch that is ready on the device, which is as fast as it can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from reward_scorers.hf_clip import HFClipScorer
+from reward_scorers.hpsv2 import HPSv2Scorer
+from reward_scorers.towers import TwoTowers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="ViT-H-14", help="of open_clip, for HPSv2 (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=8, help="distinct ones among the pictures")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way, after one that is not counted")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--bf16", action="store_true", help="under autocast, all three ways")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)) for _ in range(options.pictures)]
+    prompts = [f"a photo of thing number {i % options.prompts}" for i in range(options.pictures)]
+    rows = []
+    for name, make in (("HPSv2.1", hpsv2), ("PickScore", pickscore)):
+        with tempfile.TemporaryDirectory() as folder:
+            scorer, one = make(options.model, Path(folder))
+            scorer.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16), torch.no_grad():
+                rows.append((name, *measure(scorer, one, pictures, prompts, options)))
+    text = report(options, device, rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"scoring_{device.type}.md"
+    file.write_text(text)
+    print(text)
+    return 0
+
+
+One = Callable[[Image.Image, str], Tensor]
+
+
+def hpsv2(model: str, folder: Path) -> tuple[TwoTowers, One]:
+    """The scorer with random weights, and the package's way with the same network."""
+    scorer = HPSv2Scorer("2.1", random_file(model, folder), model=model)
+
+    def one(picture: Image.Image, prompt: str) -> Tensor:
+        inputs = scorer.transform(picture)[None].to(scorer.device)
+        images, texts, _ = scorer.model(inputs, scorer.tokenizer([prompt]).to(scorer.device))
+        return torch.diagonal(images @ texts.T).cpu()
+
+    return scorer, one
+
+
+def random_file(model: str, folder: Path) -> str:
+    file = folder / "HPS_v2.1_compressed.pt"
+    torch.manual_seed(0)
+    torch.save({"state_dict": open_clip.create_model(model).state_dict()}, file)
+    return str(file)
+
+
+def pickscore(model: str, folder: Path) -> tuple[TwoTowers, One]:
+    """The same for a transformers CLIP of open_clip's sizes, with the recipe of PickScore's model card."""
+    sizes = open_clip.get_model_config(model)
+    vision, text = sizes["vision_cfg"], sizes["text_cfg"]
+    heads = vision["width"] // vision.get("head_width", 64)
+    config = CLIPConfig(
+        vision_config={"hidden_size": vision["width"], "intermediate_size": 4 * vision["width"], "hidden_act": "gelu",
+                       "num_hidden_layers": vision["layers"], "num_attention_heads": heads,
+                       "image_size": vision["image_size"], "patch_size": vision["patch_size"]},
+        text_config={"hidden_size": text["width"], "intermediate_size": 4 * text["width"], "hidden_act": "gelu",
+                     "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"]},
+        projection_dim=sizes["embed_dim"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    vocabulary = open_clip.tokenizer.SimpleTokenizer()
+    merges = [tuple(pair) for pair in vocabulary.bpe_ranks]
+    CLIPTokenizer(vocab=vocabulary.encoder, merges=merges, pad_token="<|endoftext|>").save_pretrained(folder)
+    processor = CLIPImageProcessorPil()
+    processor.save_pretrained(folder)
+    scorer = HFClipScorer(str(folder), name="pickscore")
+
+    def one(picture: Image.Image, prompt: str) -> Tensor:
+        image = processor(images=picture, return_tensors="pt").pixel_values.to(scorer.device)
+        tokens = {name: value.to(scorer.device) for name, value in scorer.tokens([prompt]).items()}
+        out = scorer.model(pixel_values=image, **tokens)
+        return (scorer.model.logit_scale.exp() * (out.text_embeds @ out.image_embeds.T))[0].cpu()
+
+    return scorer, one
+
+
+def measure(
+    scorer: TwoTowers, one: One, pictures: list[Image.Image], prompts: list[str], options: argparse.Namespace
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds a picture of each way in each round, and by how much ours and one at a time differ."""
+    starts = range(0, len(pictures), options.batch_size)
+    batches = [(pictures[i : i + options.batch_size], prompts[i : i + options.batch_size]) for i in starts]
+    ready = [scorer.inputs(some) for some, _ in batches]
+
+    def ours() -> Tensor:
+        scorer._texts.clear()
+        return torch.cat([scorer.score_images(some, texts).cpu() for some, texts in batches])
+
+    def single() -> Tensor:
+        return torch.cat([one(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)])
+
+    def bare() -> Tensor:
+        return torch.cat([scorer.encode_images(inputs).cpu() for inputs in ready])
+
+    ways = {"ours": ours, "one at a time": single, "bare": bare}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.rounds + 1):
+        found = {}
+        for name, way in ways.items():
+            start = time.perf_counter()
+            found[name] = way()
+            if turn:
+                seconds[name].append((time.perf_counter() - start) / len(pictures))
+    return seconds, (found["ours"] - found["one at a time"]).abs().max().item()
+
+
+def report(
+    options: argparse.Namespace, device: torch.device, rows: list[tuple[str, dict[str, list[float]], float]]
+) -> str:
+    """The table as markdown."""
+    cpu = f"{os.cpu_count()}-core {platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    precision = "bf16" if options.bf16 else "float32"
+    lines = ["# Scoring", "", f"`{' '.join(['python', 'benchmarks/scoring.py', *sys.argv[1:]])}`", "",
+             f"{machine}. Python {platform.python_version()}, torch {torch.__version__}. {options.model}, {precision}, "
+             f"{options.pictures} pictures of 512 x 512 under {options.prompts} prompts in batches of "
+             f"{options.batch_size}; medians of {options.rounds} turns.", "",
+             "| scorer | ours, ms a picture | one at a time | bare | one at a time / ours | ours / bare | largest "
+             "difference of scores |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, seconds, difference in rows:
+        ours, single, bare = (statistics.median(seconds[way]) for way in ("ours", "one at a time", "bare"))
+        lines.append(
+            f"| {name} | {1000 * ours:.1f} | {1000 * single:.1f} | {1000 * bare:.1f} | {single / ours:.2f} | "
+            f"{ours / bare:.2f} | {difference:.1e} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Human Preference Score v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14 of open_clip, fine-tuned on HPDv2.
+
+score = cos(image, text), without a logit scale: about 0.2 to 0.3 for ordinary pictures. The original's package keeps a
+copy of open_clip; the genuine one computes the same from the same checkpoint. Its preprocessing is not open_clip's: the
+long side is fitted to 224 and the short one padded with black, on floats, so PIL pictures and tensors take one path.
+What differs on purpose: RGBA loses its alpha (the original gives four channels to a network of three and fails), and a
+picture so thin that it would shrink to nothing keeps one pixel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+from PIL import Image
+from torch import Tensor
+
+from reward_scorers.base import ScorerError
+from reward_scorers.clip import ClipScorer
+from reward_scorers.registry import register
+from reward_scorers.towers import Preprocess
+from reward_scorers.weights import from_hub
+
+REPOSITORY = "xswu/HPSv2"
+FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+MODEL = "ViT-H-14"
+
+
+@register("hpsv2.0")
+def v20(argument: str) -> HPSv2Scorer:
+    """`hpsv2.0`, which fetches the published checkpoint, or `hpsv2.0:/path/HPS_v2_compressed.pt`."""
+    return HPSv2Scorer("2.0", argument or None)
+
+
+@register("hpsv2.1")
+def v21(argument: str) -> HPSv2Scorer:
+    """`hpsv2.1`, which fetches the published checkpoint, or `hpsv2.1:/path/HPS_v2.1_compressed.pt`."""
+    return HPSv2Scorer("2.1", argument or None)
+
+
+class HPSv2Scorer(ClipScorer):
+    """cos(image, text) of HPSv2.
+
+    Args:
+        hps: "2.0" or "2.1". The two differ in nothing but their weights, so it is the file that tells them apart.
+        checkpoint: .pt (loaded with weights_only) or .safetensors; None is the Hub's. "random" is for tests.
+        model: of open_clip; another than ViT-H-14 is for tests.
+
+    Raises:
+        ScorerError: a checkpoint that does not fit, is damaged, or by its name is the other version's.
+    """
+
+    scale = 1.0
+
+    def __init__(self, hps: str, checkpoint: str | None = None, model: str = MODEL) -> None:
+        other = next(name for version, name in FILES.items() if version != hps)
+        if checkpoint and Path(checkpoint).stem == Path(other).stem:
+            raise ScorerError(f"hpsv{hps}: {checkpoint} is the checkpoint of the other version; {hps} is {FILES[hps]}")
+        path = str(Path(checkpoint).expanduser() if checkpoint else from_hub(REPOSITORY, FILES[hps], f"hpsv{hps}"))
+        if path != "random" and not Path(path).is_file():
+            raise ScorerError(f"hpsv{hps}: {path}: no such file")
+        super().__init__(model, path)
+        self.name = f"hpsv{hps}"
+        self.version = f"open_clip {open_clip.__version__}, {self.version.rpartition(', ')[2]}"
+        self._steps = Preprocess(_side(self.model), pad=True)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """The original's steps: the long side fitted, the short one padded."""
+        return self._steps.picture(image)
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """The same."""
+        return self._steps.pixels(pixels)
+
+
+def _side(network: object) -> int:
+    size = open_clip.get_model_preprocess_cfg(network)["size"]
+    return size[0] if isinstance(size, tuple | list) else int(size)

@@ -1,0 +1,139 @@
+"""A vision-language model as judge (VQAScore, arXiv 2404.01291): how likely its answer to a question begins with yes.
+
+score = P(yes) in [0, 1], over the whole vocabulary at the first answered token, all spellings of the word together;
+`log_odds` is log P(yes) - log P(no), which tells good pictures apart where P(yes) is near 1. Any image-text-to-text
+model of transformers that reads a question; which one is up to you, and recorded. Pictures take the model's own
+processor, so no gradient flows; tensors are rounded to 8 bits first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as F
+
+from reward_scorers.base import Judgement, Scorer, ScorerError
+from reward_scorers.registry import register
+from reward_scorers.weights import identity, load_pretrained
+
+QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # the paper's
+SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " No")}
+
+
+@register("vlm")
+def from_spec(argument: str) -> VLMScorer:
+    """`vlm:FOLDER` or `vlm:owner/name`."""
+    if not argument:
+        raise ScorerError("vlm: needs a model: vlm:owner/name, such as vlm:Qwen/Qwen2.5-VL-3B-Instruct")
+    return VLMScorer(argument)
+
+
+class VLMScorer(Scorer):
+    """P(yes) of an image-text-to-text model.
+
+    Args:
+        path: folder or Hub id. question: with {prompt} in it. dtype: of the weights, a torch name.
+
+    Raises:
+        ScorerError: no such model, weights missing, one that reads no question, or that cannot spell yes and no.
+    """
+
+    def __init__(self, path: str, question: str = QUESTION, dtype: str = "auto") -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if "{prompt}" not in question:
+            raise ScorerError(f"vlm: the question needs {{prompt}} in it, found {question!r}")
+        self.name, self.question = f"vlm:{path}", question
+        self.model = load_pretrained(AutoModelForImageTextToText.from_pretrained, path, "vlm", dtype=dtype)
+        self.model.eval().requires_grad_(False)
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(path)
+            self.tokenizer = self.processor.tokenizer
+        except Exception as error:  # transformers, tokenizers and the Hub each raise their own
+            raise ScorerError(f"vlm: {path!r} has no processor for pictures and questions: {error}") from error
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.chats = getattr(self.processor, "chat_template", None) is not None
+        self.yes, self.no = self._answers()
+        self.version = f"transformers {transformers.__version__}, {identity(self.model)}, {question}"
+        try:
+            self._judge_images([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
+        except Exception as error:  # what does not fit shows before the long work
+            raise ScorerError(f"vlm: {path!r} cannot be asked: {type(error).__name__}: {error}") from error
+
+    def to(self, device: torch.device | str) -> VLMScorer:
+        """Move the network. Returns itself."""
+        self.model.to(device)
+        return self
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._judge(pixels, prompts)[0]
+
+    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
+        return self._judge_images([F.to_pil_image(p.detach().float().cpu().clamp(0, 1)) for p in pixels], prompts)
+
+    def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
+        images = [image.convert("RGB") for image in images]
+        if self.chats or len(set(prompts)) == 1:
+            total, log_odds = self._asked(images, prompts)
+        else:  # not all of the older models can pad: BLIP puts its first token where the padding is
+            one_by_one = [self._asked([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)]
+            total, log_odds = (torch.cat(values) for values in zip(*one_by_one, strict=True))
+        return total, {"log_odds": log_odds}
+
+    @torch.no_grad()
+    def _asked(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """P(yes) and the log odds, [B] each."""
+        inputs = self._inputs(images, prompts)
+        moved = {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        # Through `generate`, so that models with and without an encoder are asked alike.
+        answer = self.model.generate(
+            **moved, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        chances = answer.logits[0].float().log_softmax(-1).cpu()
+        yes, no = (chances[:, ids].logsumexp(-1) for ids in (self.yes, self.no))
+        return yes.exp(), yes - no
+
+    def _inputs(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
+        texts = [self.question.replace("{prompt}", self._plain(prompt)) for prompt in prompts]
+        if not self.chats:
+            return self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+        asked = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        return self.processor(
+            images=[[image] for image in images],
+            text=asked,
+            add_special_tokens=bos is None or not asked[0].startswith(bos),
+            padding=True,
+            return_tensors="pt",
+        )
+
+    def _plain(self, prompt: str) -> str:
+        """The prompt without what the model would take for more than text, such as a second "<image>"."""
+        for token in self.tokenizer.all_special_tokens:
+            prompt = prompt.replace(token, " ")
+        return prompt
+
+    def _answers(self) -> tuple[list[int], list[int]]:
+        """The first tokens of yes and of no; one that both begin with, such as a bare space, tells nothing."""
+        first = {
+            word: {ids[0] for spelling in spellings if (ids := self._ids(spelling))}
+            for word, spellings in SPELLINGS.items()
+        }
+        yes, no = sorted(first["yes"] - first["no"]), sorted(first["no"] - first["yes"])
+        if not yes or not no:
+            raise ScorerError(f"{self.name}: its tokenizer has no first tokens that tell yes from no")
+        return yes, no
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,1 @@
+"""Preference models: trained on one's own data, and audited."""

@@ -1,0 +1,140 @@
+"""Over-optimisation on the testbed: what the oracle says of pictures while a scorer is optimised ever harder.
+
+Best of n: of n drawn pictures the scorer's favourite (arXiv 2210.10760), with KL(n) = log n - (n - 1) / n to the pool.
+Ascent: steps up the scorer's gradient on a good picture's pixels, the attack that direct reward fine-tuning is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reward_scorers import Scorer
+from t2i_align.testbed.captions import parse
+from t2i_align.testbed.clip import draw_picture, draw_wrong
+from t2i_align.testbed.oracle import Oracle
+
+POOL = 64  # pictures of a prompt
+WRONG, DEGRADED = 0.6, 0.6  # shares of a pool with one attribute wrong, and with their quality spoilt
+STEPS, STEP_SIZE = 60, 2 / 255  # of the ascent: signed steps, in units of the pixel range
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Means over prompts while optimisation goes on. x: n or steps; proxy: in spreads of the pool from its mean.
+
+    oracle: its reward, with 95 % intervals over prompts. gap: how much more the proxy has gained than the oracle, both
+    in their own spreads. kl: of best of n.
+    """
+
+    kind: str
+    x: list[int]
+    proxy: list[float]
+    oracle: list[float]
+    low: list[float]
+    high: list[float]
+    gap: list[float]
+    kl: list[float] | None = None
+
+    @property
+    def lost(self) -> float:
+        """How far the oracle ends below its best."""
+        return max(self.oracle) - self.oracle[-1]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Drawn pictures [P, N, 3, 64, 64] of prompts [P], and the oracle's rewards [P, N] of them."""
+
+    prompts: Sequence[str]
+    pixels: Tensor
+    rewards: NDArray[np.float64]
+
+
+def draw_pool(prompts: Sequence[str], size: int = POOL, seed: int = 0) -> Pool:
+    """Pictures of each prompt: some right, some with an attribute wrong, some blurred, faded or mottled."""
+    pixels = []
+    for number, prompt in enumerate(prompts):
+        statement, rng = parse(prompt), np.random.default_rng((seed, number))
+        for _ in range(size):
+            said = draw_wrong(statement, rng) if rng.random() < WRONG else statement
+            pixels.append(torch.from_numpy(draw_picture(said, rng, DEGRADED)).permute(2, 0, 1))
+    stacked = torch.stack(pixels).float().clamp(0, 1).unflatten(0, (len(prompts), size))
+    repeated = [prompt for prompt in prompts for _ in range(size)]
+    return Pool(prompts, stacked, Oracle().judge(stacked.flatten(0, 1), repeated).reward.reshape(-1, size))
+
+
+def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArray]:
+    """Expected proxy and reward of the proxy's favourite among n of a pool's N, [P] each, without drawing any.
+
+    Sorted best first, the i-th is the favourite of C(N - i, n - 1) of the C(N, n) choices (i from 1).
+    """
+    size = proxy.shape[1]
+    order = np.argsort(-proxy, axis=1, kind="stable")
+    chance = np.array([math.comb(size - i, n - 1) for i in range(1, size + 1)], dtype=float) / math.comb(size, n)
+    taken = [np.take_along_axis(values, order, 1) @ chance for values in (proxy, rewards)]
+    return taken[0], taken[1]
+
+
+def best_of_n_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
+    """n = 1, 2, 4 ... up to the pool's size."""
+    proxy = score_pool(scorer, pool, batch_size)
+    spread = (proxy - proxy.mean()) / max(proxy.std(), 1e-12)
+    sizes = [2**power for power in range(int(math.log2(proxy.shape[1])) + 1)]
+    found = [best_of_n(spread, pool.rewards, n) for n in sizes]
+    kl = [math.log(n) - (n - 1) / n for n in sizes]
+    return _curve("best of n", sizes, [p for p, _ in found], [r for _, r in found], pool.rewards.std(), kl)
+
+
+@torch.no_grad()
+def score_pool(scorer: Scorer, pool: Pool, batch_size: int) -> NDArray[np.float64]:
+    """Scores [P, N]."""
+    pixels = pool.pixels.flatten(0, 1)
+    prompts = [prompt for prompt in pool.prompts for _ in range(pool.pixels.shape[1])]
+    starts = range(0, len(pixels), batch_size)
+    found = [scorer.score(pixels[i : i + batch_size], prompts[i : i + batch_size]).cpu() for i in starts]
+    return torch.cat(found).double().numpy().reshape(pool.rewards.shape)
+
+
+def ascent_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
+    """From each prompt's first right picture (or its best): signed steps, with the oracle's word every few of them."""
+    proxy = score_pool(scorer, pool, batch_size)
+    start = pool.rewards.argmax(1)
+    pixels = pool.pixels[torch.arange(len(start)), torch.from_numpy(start)].clone()
+    oracle, told, values, rewards = Oracle(), [], [], []
+    for step in range(STEPS + 1):
+        gradients = []
+        scores = []
+        for first in range(0, len(pixels), batch_size):
+            some = pixels[first : first + batch_size].clone().requires_grad_()
+            score = scorer.score(some, pool.prompts[first : first + batch_size])
+            gradients.append(torch.autograd.grad(score.sum(), some)[0].cpu())
+            scores.append(score.detach().cpu())
+        if step % max(1, STEPS // 12) == 0:
+            told.append(step)
+            values.append((torch.cat(scores).double().numpy() - proxy.mean()) / max(proxy.std(), 1e-12))
+            rewards.append(oracle.judge(pixels, pool.prompts).reward)
+        pixels = (pixels + STEP_SIZE * torch.cat(gradients).sign()).clamp(0, 1)
+    return _curve("ascent", told, values, rewards, pool.rewards.std(), None)
+
+
+def _curve(
+    kind: str, x: list[int], proxy: list[NDArray], oracle: list[NDArray], spread: float, kl: list[float] | None
+) -> Curve:
+    rng = np.random.default_rng(0)
+    rows = np.stack(oracle)  # [x, P]
+    drawn = rows[:, rng.integers(0, rows.shape[1], (RESAMPLES, rows.shape[1]))].mean(-1)  # [x, resamples]
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    gained = [float(p.mean() - proxy[0].mean()) for p in proxy]
+    gap = [g - float(r.mean() - rows[0].mean()) / max(spread, 1e-12) for g, r in zip(gained, rows, strict=True)]
+    means = [float(p.mean()) for p in proxy]
+    return Curve(
+        kind=kind, x=x, proxy=means, oracle=rows.mean(1).tolist(), low=low.tolist(), high=high.tolist(), gap=gap, kl=kl
+    )

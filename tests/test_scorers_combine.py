@@ -1,0 +1,131 @@
+"""Combined scorers: each rule by hand, references, gradients, and files that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import reward_scorers
+from reward_scorers import Scorer, ScorerError
+from reward_scorers.combine import Combined, from_mapping
+
+
+class Channel(Scorer):
+    """The mean of one colour channel times ten."""
+
+    version = "1"
+    differentiable = True
+
+    def __init__(self, which: int, margin: float = 0.0) -> None:
+        self.which, self.name, self.tie_margin = which, f"channel-{which}", margin
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 10 * pixels[:, self.which].mean((1, 2))
+
+
+def combined(rule: str, **more: Any) -> Combined:
+    return from_mapping({"rule": rule, "scorers": [{"scorer": Channel(i)} for i in range(3)], **more})
+
+
+PIXELS = torch.tensor([0.1, 0.4, 0.7]).view(1, 3, 1, 1).repeat(2, 1, 4, 4)
+PIXELS[1] = 0.5
+
+
+def test_the_rules_by_hand() -> None:
+    """Scores (1, 4, 7) and (5, 5, 5): mean 4 and 5, population deviation sqrt(6) and 0."""
+    mean = combined("mean_minus_std", strength=0.5).score(PIXELS, ["a", "b"])
+    torch.testing.assert_close(mean, torch.tensor([4 - 0.5 * math.sqrt(6), 5.0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(combined("min").score(PIXELS, ["a", "b"]), torch.tensor([1.0, 5.0]))
+    members = [{"scorer": Channel(0), "weight": 2}, {"scorer": Channel(1), "weight": -1, "centre": 1, "spread": 3}]
+    both = from_mapping({"rule": "weighted_sum", "scorers": members}).score(PIXELS, ["a", "b"])
+    torch.testing.assert_close(both, torch.tensor([2 * 1 - 1.0, 10 - 4 / 3]))
+
+
+def test_the_vote_and_the_conjunction_are_against_the_centre() -> None:
+    """Centres 2, 4, 2: of (1, 4, 7) one votes against, one is tied, one is for: ½. Σ log σ of (-1, 0, 5)."""
+    members = [{"scorer": Channel(i, margin=1e-3), "centre": centre} for i, centre in enumerate((2, 4, 2))]
+    vote = from_mapping({"rule": "majority", "scorers": members})
+    torch.testing.assert_close(vote.score(PIXELS, ["a", "b"]), torch.tensor([0.5, 1.0]))
+    assert not vote.differentiable
+    both = from_mapping({"rule": "conjunction", "scorers": members}).score(PIXELS, ["a", "b"])[0]
+    assert both.item() == pytest.approx(-1.313262 - math.log(2) - 0.006715, abs=1e-4)
+    close = [{"scorer": Channel(0, margin=1.5), "centre": 2}, {"scorer": Channel(2), "centre": 2}]
+    assert from_mapping({"rule": "majority", "scorers": close}).score(PIXELS, ["a", "b"])[0] == 0.75
+
+
+def test_a_reference_gives_each_prompt_its_own_centre(tmp_path: Path) -> None:
+    """The 0.75 quantile of 1, 2, 3, 4, 5 is 4; so 5 beats the reference of "b" and 1 does not beat that of "a"."""
+    rows = [{"scorer": "channel-0", "version": "1", "prompt": "a", "score": s} for s in (1, 2, 3, 4, 5)]
+    rows += [{"scorer": "channel-0", "version": "1", "prompt": "b", "score": 3.0}]
+    rows += [{"scorer": "other", "version": "9", "prompt": "a", "score": 7}]
+    rows += [{"scorer": "channel-0", "version": "1", "prompt": "b", "error": "unreadable"}]
+    file = tmp_path / "base.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    members = [{"scorer": Channel(0), "reference": "base.jsonl"}]
+    scorer = from_mapping({"rule": "min", "quantile": 0.75, "scorers": members}, root=tmp_path)
+    torch.testing.assert_close(scorer.score(PIXELS, ["a", "b"]), torch.tensor([1.0 - 4, 5.0 - 3]))
+    with pytest.raises(ScorerError, match=r"prompts\[1\]: the reference of channel-0 lacks 'c'"):
+        scorer.check_prompts(["a", "c"])
+    file.write_text(json.dumps({**rows[0], "version": "0"}) + "\n")
+    with pytest.raises(ScorerError, match="line 1: scores of channel-0 version '0', but this is '1'"):
+        from_mapping({"rule": "min", "scorers": members}, root=tmp_path)
+
+
+def test_parts_are_the_members_and_pictures_go_through_their_own_path() -> None:
+    scorer = combined("min")
+    total, parts = scorer.judge_images([Image.new("RGB", (4, 4), (51, 102, 204))], ["a"])
+    assert total.item() == pytest.approx(2.0) and parts["channel-2"].item() == pytest.approx(8.0)
+    clips = PIXELS[None].repeat(1, 1, 1, 1, 1)  # one clip of two frames
+    torch.testing.assert_close(scorer.score(clips, ["a"]), torch.tensor([3.0]))  # min of the means (3, 4.5, 6)
+
+
+def test_gradients_go_through_every_smooth_rule() -> None:
+    for rule in ("weighted_sum", "mean_minus_std", "min", "conjunction"):
+        pixels = PIXELS.clone().requires_grad_()
+        combined(rule).score(pixels, ["a", "b"]).sum().backward()
+        assert pixels.grad is not None and pixels.grad.isfinite().all() and pixels.grad.abs().sum() > 0, rule
+
+
+def test_the_version_tells_every_setting_apart() -> None:
+    versions = {combined("min").version, combined("mean_minus_std").version}
+    versions |= {combined("mean_minus_std", strength=2.0).version}
+    assert len(versions) == 3 and combined("min").version == combined("min").version
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("rule: best\nscorers: [motion]", "unknown rule 'best'. Choices: weighted_sum, mean_minus_std"),
+        ("rule: min", "expected a list of at least one, found None"),
+        ("rule: min\nscorers: [motion, motion]", "two scorers of the same name among motion, motion"),
+        ("rule: min\nscorers: [{weight: 1}]", r"scorers\[0\]: expected a scorer's spec or a mapping"),
+        ("rule: min\nscorers: [{scorer: motion, weight: 1}]", "weight belongs to the rule weighted_sum"),
+        ("rule: min\nscorers: [{scorer: motion, spread: 0}]", "spread must be positive, found 0.0"),
+        ("rule: min\nscorers: [{scorer: motion, centre: x}]", "centre: expected a number, found 'x'"),
+        ("rule: min\nscorers: [{scorer: motion, spred: 1}]", "unknown key 'spred'"),
+        ("rule: min\nquantile: 2\nscorers: [motion]", r"quantile must be in \[0, 1\]"),
+        ("rule: min\nscorers: [{scorer: motion, reference: no.jsonl}]", "no such file of reference scores"),
+        ("rule: min\nscorers: [motoin]", "unknown scorer 'motoin'"),
+        ("[1]", "expected a mapping of keys, found list"),
+        ("{", "not valid YAML"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(text: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text(text)
+    with pytest.raises(ScorerError, match=match):
+        reward_scorers.build(f"combine:{tmp_path / 'all.yaml'}")
+
+
+def test_a_file_gives_the_scorer_its_name(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text("rule: min\nscorers: [motion, smoothness]")
+    assert reward_scorers.build(f"combine:{tmp_path / 'both.yaml'}").name == "combine:both"
+    with pytest.raises(ScorerError, match=r"expected combine:FILE.yaml"):
+        reward_scorers.build("combine")
