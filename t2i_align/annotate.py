@@ -196,10 +196,10 @@ def relabel(
 
     def annotate(groups: Sequence[Group]) -> list[Row | Skipped]:
         batch = Batch(groups)
-        batch.skip(lambda group: _not_for(built, group))
+        batch.skip(lambda group: not_for(built, group.prompt))
         if rule != "sum":
             batch.skip(lambda group: "" if len(group.candidates) > 1 else "a single candidate, none to compare it with")
-        raw = _raw_scores(batch, built, batch_size)
+        raw = raw_scores(batch, built, batch_size)
         rows: dict[str, Row] = {}
         for group in batch.left:
             by_scorer = {
@@ -308,8 +308,8 @@ def _changed(batch: Batch, texts: Mapping[str, str], change: Perturber, seed: in
     return {key: text for key, text in changed.items() if text}
 
 
-def _raw_scores(batch: Batch, scorers: Sequence[Scorer], batch_size: int) -> dict[str, np.ndarray]:
-    """[scorers, k] by group id."""
+def raw_scores(batch: Batch, scorers: Sequence[Scorer], batch_size: int) -> dict[str, np.ndarray]:
+    """Each scorer's scores, [scorers, k], by group id; groups that cannot be scored are skipped."""
     pictures = batch.pictures()
     prompts = [group.prompt for group in batch.left for _ in group.candidates]
     flat = [picture for group in batch.left for picture in pictures[group.id]]
@@ -332,12 +332,13 @@ def _without_a_winner(group: Group) -> str:
     return "a tie: neither candidate is the winner" if is_tie(group.scores) else ""
 
 
-def _not_for(scorers: Sequence[Scorer], group: Group) -> str:
+def not_for(scorers: Sequence[Scorer], prompt: str) -> str:
+    """Why one of the scorers cannot judge pictures of a prompt, or nothing."""
     from reward_scorers import ScorerError
 
     try:
         for scorer in scorers:
-            scorer.check_prompts([group.prompt])
+            scorer.check_prompts([prompt])
     except ScorerError as error:
         return str(error)
     return ""

@@ -103,14 +103,18 @@ def _prepare(argv: list[str]) -> int:
 
     from t2i_align import config as configuration
     from t2i_align.data.layout import SKIPPED
+    from t2i_align.data.stream import StreamedSource
     from t2i_align.run import load_data, load_model
 
     quiet()
     config = configuration.load(options.config, options.overrides)
     if not config.data.cache:
         raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
+    if config.data.stream:
+        raise UserError("data.stream encodes each batch as it comes, so there is nothing to prepare")
     accelerator = Accelerator()
     source = load_data(config, accelerator, load_model(config, accelerator.device), progress=True)
+    assert not isinstance(source, StreamedSource)  # which has no cache
     lines: dict[str, Any] = {**source.counts, "cache": source.groups.path}
     if source.counts["skipped"]:
         lines["why_skipped"] = source.groups.path / SKIPPED
@@ -138,7 +142,7 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it several times for several")
     parser.add_argument("--prompts", help="text file with one prompt a line, or testbed:dev")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
-    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
+    parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder for the pictures and their list")
     parser.add_argument("--force", action="store_true", help="replace the pictures of an earlier run in that folder")
     _sampling(parser)
@@ -151,11 +155,26 @@ def _generate(argv: list[str]) -> int:
     return 0
 
 
+def _export_lora(argv: list[str]) -> int:
+    parser = _parser("export-lora")
+    parser.add_argument("lora", help="folder of a training run, or a LoRA's file or folder")
+    parser.add_argument("--out", required=True, help="the file to write, ending in .safetensors")
+    parser.add_argument("--format", choices=("kohya", "diffusers"), default="kohya", help="(default: %(default)s)")
+    parser.add_argument("--model", help="the model that the LoRA is for (default: the run's own)")
+    options = _parse(parser, argv)
+    from t2i_align.export import export_lora
+
+    quiet()
+    print(f"written to {export_lora(**_keywords(options))}")
+    return 0
+
+
 def _score(argv: list[str]) -> int:
     parser = _parser("score")
-    parser.add_argument("pictures", help="folder that `generate` wrote, or a JSONL file with `image` and `prompt`")
+    parser.add_argument("pictures", help="folder that `generate` wrote, JSONL or parquet with `image` and `prompt`, or "
+                        "preference data")  # fmt: skip
     parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as clip:ViT-B-32:laion400m_e32")
-    parser.add_argument("--out", help="JSONL file to add the scores to (default: only the means are printed)")
+    parser.add_argument("--out", help=".jsonl or .parquet to add the scores to (default: only the means are printed)")
     _machine(parser)
     options = _parse(parser, argv)
     from t2i_align.score import score
@@ -183,6 +202,39 @@ def _evaluate(argv: list[str]) -> int:
 
     quiet()
     print(evaluate(**_keywords(options)).summary())
+    return 0
+
+
+def _train_scorer(argv: list[str]) -> int:
+    options = _parse(_run_parser("train-scorer"), argv)
+    from t2i_align.rewards.train import train_scorer
+
+    quiet()
+    result = train_scorer(options.config, options.overrides)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for name, accuracy in result.accuracy.items():
+            print(f"{name.replace('_', ' '):<12} {accuracy}")
+        print(f"trained {result.steps} steps; the scorer is trained:{result.folder}")
+    return 0
+
+
+def _audit_scorer(argv: list[str]) -> int:
+    parser = _parser("audit-scorer")
+    parser.add_argument("source", help="preference data that the scorers were not trained on, or testbed:pairs")
+    parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as pickscore or trained:FOLDER")
+    parser.add_argument("--out", required=True, help="folder for audit.json and report.html")
+    parser.add_argument("--format", default="auto", help="of the source (default: as it looks)")
+    parser.add_argument("--limit", type=int, help="only the first so many groups")
+    parser.add_argument("--optimise", action="store_true", help="testbed: optimise each scorer and ask the oracle")
+    parser.add_argument("--prompts", default="testbed:dev", help="for --optimise (default: %(default)s)")
+    parser.add_argument("--prompt-count", type=int, default=32, help="so many of them (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn pictures (default: %(default)s)")
+    _machine(parser)
+    options = _parse(parser, argv)
+    from t2i_align.rewards.audit import audit
+
+    quiet()
+    print(audit(**_keywords(options)).summary())
     return 0
 
 
@@ -237,6 +289,18 @@ def _relabel(argv: list[str]) -> int:
 
     quiet()
     return _annotated(relabel(**_keywords(options)))
+
+
+def _data(argv: list[str]) -> int:
+    from t2i_align.cli_data import data
+
+    return data(argv)
+
+
+def _synthesize(argv: list[str]) -> int:
+    from t2i_align.cli_data import synthesize
+
+    return synthesize(argv)
 
 
 def _annotated(summary: Any) -> int:
@@ -309,18 +373,40 @@ COMMANDS = {
     ),
     "generate": Command(
         run=_generate,
-        summary="pictures from a model, with or without a LoRA",
+        summary="pictures or clips from a model, with or without a LoRA",
         examples=(
             "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/pictures "
             "--steps 20 --guidance 1",
         ),
         interrupted="The pictures that are listed are complete; --force replaces them.",
     ),
+    "export-lora": Command(
+        run=_export_lora,
+        summary="write a LoRA under the names that other tools read",
+        examples=("t2i-align export-lora runs/mine --format kohya --out mine.safetensors",),
+    ),
     "score": Command(
         run=_score,
         summary="score pictures against their prompts",
         examples=("t2i-align score runs/pictures --scorers oracle --out runs/scores.jsonl",),
         interrupted="Run the same command again; with --out it continues where it was stopped.",
+    ),
+    "train-scorer": Command(
+        run=_train_scorer,
+        summary="train a preference model: a CLIP-style scorer from pairs, ties and rankings",
+        examples=(
+            "t2i-align train-scorer configs/scorers/clip_lora.yaml data.path=my_pairs.jsonl output_dir=runs/scorer",
+            "t2i-align score runs/pictures --scorers trained:runs/scorer",
+        ),
+        interrupted="Add resume=true to the same command to continue from the newest checkpoint.",
+    ),
+    "audit-scorer": Command(
+        run=_audit_scorer,
+        summary="how far scorers can be trusted: accuracy by slice, calibration, agreement, over-optimisation",
+        examples=(
+            "t2i-align audit-scorer my_pairs.jsonl --scorers pickscore hpsv2.1 --out runs/audit",
+            "t2i-align audit-scorer testbed:pairs --scorers trained:runs/scorer --optimise --out runs/audit",
+        ),
     ),
     "evaluate": Command(
         run=_evaluate,
@@ -353,6 +439,25 @@ COMMANDS = {
             "t2i-align relabel testbed:pairs --scorers oracle --out runs/scores.jsonl",
             "t2i-align relabel my_pairs.jsonl --scorers clip:ViT-B-32:laion400m_e32 clip:ViT-L-14:openai "
             "--rule majority --out scores.jsonl",
+        ),
+        interrupted="Run the same command again; it continues where it was stopped.",
+    ),
+    "data": Command(
+        run=_data,
+        summary="look at preference data (inspect), or hold some of its prompts or users out (split)",
+        examples=(
+            "t2i-align data inspect my_pairs.jsonl --out report.html",
+            "t2i-align data split my_pairs.jsonl --held-out 0.1 --out runs/split",
+        ),
+    ),
+    "synthesize": Command(
+        run=_synthesize,
+        summary="preference data from prompts alone: pictures by models, ranked by scorers",
+        examples=(
+            "t2i-align synthesize testbed:dev --models testbed:sd --scorers oracle --per-prompt 4 --out runs/made "
+            "--steps 20 --guidance 2",
+            "torchrun --nproc_per_node 8 -m t2i_align synthesize prompts.txt --models my_sdxl my_sd3 "
+            "--scorers clip:ViT-L-14:openai pickscore --out made --pairs best_worst --agree 0.8",
         ),
         interrupted="Run the same command again; it continues where it was stopped.",
     ),
@@ -398,6 +503,9 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: %(default)s)")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--frames", type=int, help="of a clip, for models that make clips (default: the model's own)")
+    parser.add_argument("--fps", type=float, help="frames a second that clips are shown at (default: the model's own)")
+    parser.add_argument("--expert", choices=("high", "low"), help="whose LoRA it is, where a model has two denoisers")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub (default: its main one)")
     parser.add_argument("--variant", help="of the model's weight files, such as fp16")
     parser.add_argument("--single-file-config", help="folder or Hub id with the configuration of a single file")

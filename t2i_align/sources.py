@@ -107,7 +107,7 @@ def resolve_adapter(path: str | Path) -> Aligned:
 def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **told: str | None) -> ModelConfig:
     """The base model and how to load it: as told, and where not told, as the training run of `aligned` had it.
 
-    A run's revision, variant and single-file configuration hold where `model` is that run's or None.
+    A run's revision, variant, single-file configuration and expert hold where `model` is that run's or None.
 
     Raises:
         UserError: no such model, or none told and `aligned` is not a training run's.
@@ -118,7 +118,8 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **tol
     if run is None or (model is not None and Path(model) != Path(run.path)):
         run = ModelConfig(path=str(model))
     resolve_model(run.path)
-    return replace(run, **{key: value for key, value in told.items() if value is not None})
+    found: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
+    return replace(run, **found)
 
 
 def trained_from(aligned: Aligned) -> ModelConfig | None:
@@ -170,6 +171,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
+    expert: str | None = None,
 ) -> TrainablePipeline:
     """A model on `device` (default: the GPU if there is one), its weights in `precision`; else as `pipelines.load`."""
     import pipelines
@@ -179,9 +181,11 @@ def load_pipeline(
     return pipelines.load(
         resolve_model(path),
         dtype=PRECISIONS[precision],
+        large_encoder_dtype=torch.bfloat16 if precision == "fp16" else None,  # which overflow half precision
         revision=revision,
         variant=variant,
         single_file_config=single_file_config,
+        expert=expert,
     ).to(place)
 
 
@@ -222,7 +226,7 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0
         raise UserError(f"{pipeline.source}: this pipeline already carries an adapter; save it and give its path")
     path = adapter.path
     if adapter.kind == "soft_tokens":
-        soft_tokens.load(pipeline.pipe, path)
+        soft_tokens.load(pipeline.denoiser, path)
         try:
             yield
         finally:
@@ -246,13 +250,14 @@ def check_precision(precision: str) -> None:
 
 
 def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
-    """Scorers from their specs, each name checked before the first is built; the testbed's oracle is among them.
+    """Scorers from their specs, each name checked before the first is built; the testbed's oracles are among them.
 
     Raises:
         UserError: none given, an unknown name, weights that cannot be used, or two scorers of one name.
     """
     import reward_scorers
-    import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle`)
+    import t2i_align.testbed.scorer
+    import t2i_align.testbed.video.scorer  # noqa: F401  (the two register `oracle` and `motion_oracle`)
 
     given: list[Any] = [specs] if isinstance(specs, str | reward_scorers.Scorer) else list(specs)
     if not given:

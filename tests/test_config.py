@@ -67,6 +67,7 @@ def test_what_may_be_null_is_switched_on_and_off() -> None:
         ("lora.targets=[]", r"lora.targets must be a preset's name or at least one ending, found \[\]"),
         ("train.seed=-1", r"train.seed must be in \[0, 2\^63\), found -1"),
         ("data.resolution=0", "data.resolution must be at least 1 or null, found 0"),
+        ("data.resolution=[480, 0]", r"data.resolution must be at least 1 or null, found \(480, 0\)"),
         ("data.limit=0", "data.limit must be at least 1 or null, found 0"),
         ("data.workers=-1", "data.workers must be 0 or more, found -1"),
         ("validation.every=-1", r"validation.every must be 0 \(never\) or more, found -1"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -184,18 +185,6 @@ def test_a_finished_cache_is_reused_and_another_refused(tmp_path: Path) -> None:
         make(source, tmp_path / "full")
 
 
-def test_two_at_once_prepare_once(tmp_path: Path) -> None:
-    source = write_parquet(tmp_path / "a.parquet", pick_rows(12))
-    pipelines = [StandIn(delay=0.01), StandIn(delay=0.01)]
-    threads = [threading.Thread(target=make, args=(source, tmp_path / "out", pipeline)) for pipeline in pipelines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(pipeline.pictures for pipeline in pipelines) == [1, 25]
-    assert_paired(open_cache(tmp_path / "out"), list(range(12)))
-
-
 def test_a_kill_inside_the_first_write_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", pick_rows(3))
     (tmp_path / "out").mkdir()
@@ -344,3 +333,44 @@ def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
     assert table["captions"].to_pylist() == [["a", "b", "c"], ["a"], ["a", "b"]]
     assert table["user"].to_pylist() == [None, None, "ü"]
     assert table["scores"].to_pylist() == [[3, 2, 1], [1], [2, 1]]
+
+
+# Several processes --------------------------------------------------------------------------------------------------
+
+
+def test_several_writers_make_the_same_cache(tmp_path: Path) -> None:
+    """Each writes whole shards; a text is encoded by the one whose shard has it first. Locks part threads as well."""
+    rows = pick_rows(30)
+    rows["jpg_0"][5] = b"damaged"
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    make(source, tmp_path / "alone")
+    pipelines = [StandIn(delay=0.02) for _ in range(3)]
+    writers = [threading.Thread(target=make, args=(source, tmp_path / "shared", p)) for p in pipelines]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=120)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    assert sum(pipeline.pictures > 3 for pipeline in pipelines) > 1  # one picture is a trial of the size
+
+
+def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> None:
+    source, out = write_parquet(tmp_path / "a.parquet", pick_rows(14)), tmp_path / "out"
+    make(source, tmp_path / "alone")
+    (out / shards.LOCKS).mkdir(parents=True)
+    holds = threading.Event()
+
+    def write_and_stop() -> None:
+        with FileLock(out / shards.LOCKS / "1.lock"):
+            holds.set()
+            while not (out / "shard-00003").exists():
+                time.sleep(0.01)
+
+    other = threading.Thread(target=write_and_stop)
+    other.start()
+    holds.wait()
+    with pytest.raises(UserError, match="another process was stopped while it wrote shard-00001; run again"):
+        make(source, out)
+    assert (out / "shard-00002").is_dir() and not (out / "shard-00001").exists()
+    make(source, out)
+    assert contents(out) == contents(tmp_path / "alone")

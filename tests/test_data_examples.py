@@ -30,7 +30,9 @@ class StandIn:
         self.pictures = 0
         self.prompts: list[str] = []
 
-    def check_size(self, height: int, width: int) -> None:
+    family, sized, video = "stand-in", False, False
+
+    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         if height % 2 or width % 2:
             from pipelines import PipelineError  # heavy, and the processes that a test kills do without
 

@@ -338,7 +338,7 @@ def test_folder_links_stay_inside(tmp_path: Path) -> None:
 
 def test_formats_are_found_or_listed(tmp_path: Path) -> None:
     (tmp_path / "notes.xyz").write_text("?")
-    with pytest.raises(UserError, match=r"no reader recognises this file.*folders, jsonl, pickapic"):
+    with pytest.raises(UserError, match=r"no reader recognises this file.*folders, .*jsonl, pairs, pickapic"):
         read(tmp_path / "notes.xyz")
     with pytest.raises(UserError, match="no reader recognises this folder"):
         read(tmp_path)

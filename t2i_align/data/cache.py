@@ -1,4 +1,4 @@
-"""The latent cache: pictures and texts encoded once, then trained on without VAE or text encoder.
+"""The latent cache: pictures, clips and texts encoded once, then trained on without VAE or text encoder.
 
 Latents and embeddings are kept in half precision, each distinct prompt or caption once, the empty prompt always.
 """
@@ -15,7 +15,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Survey
+from t2i_align.data.images import time_ids
 from t2i_align.data.latents import CONTENT, Latents
 from t2i_align.data.layout import PROMPTS, Parts, read_table
 from t2i_align.data.sampling import Position
@@ -36,7 +38,7 @@ Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 class Item(NamedTuple):
     """A micro-batch as the loader hands it over, floats in half precision: latents [B, k, ...], conditioning [B, ...].
 
-    captions [B, k, ...] and negative_caption [B, ...] as in `Batch`.
+    captions [B, k, ...], negative_caption [B, ...] and sizes [B, k, 6] as in `Batch`.
     """
 
     keys: tuple[str, ...]
@@ -45,6 +47,7 @@ class Item(NamedTuple):
     conditioning: Conditioning
     captions: Conditioning | None = None
     negative_caption: Conditioning | None = None
+    sizes: Tensor | None = None
 
 
 def prepare(
@@ -55,23 +58,27 @@ def prepare(
     fingerprint: Parts,
     height: int,
     width: int,
+    frames: int | None = None,
+    fps: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
     survey: Survey | None = None,
     limit: Limit | None = None,
+    may_be_empty: bool = False,
 ) -> None:
     """Encode groups into a cache at `out`; continue one that was killed; leave a finished one as it is.
 
     Args:
         groups: as `readers.read` gives them, in the same order each time.
         fingerprint: named parts that decide what a cache holds (see `source.fingerprint_parts`).
-        batch_size: pictures the VAE encodes at once.
+        height, width, frames, fps: how candidates are wanted; see `clips.Extent`.
+        batch_size: pictures the VAE encodes at once; clips go one by one.
         survey: what the source holds, for the estimate of disk space and the progress bar's end.
 
     Raises:
         PipelineError: a size the VAE cannot take. UserError: another fingerprint, no space, nothing usable.
     """
-    payload = Latents(pipeline, height, width, batch_size)
+    payload = Latents(pipeline, Extent(height, width, frames, fps), batch_size)
     texts = 1 if survey is None else survey.texts_per_group
     row_bytes = 2 * payload.latent_bytes + texts * payload.prompt_bytes
     if survey is not None:
@@ -87,6 +94,7 @@ def prepare(
         limit=limit,
         progress=progress,
         what="encode",
+        may_be_empty=may_be_empty,
     )
 
 
@@ -98,6 +106,9 @@ class LatentShard(Shard):
         column, prompts = self.groups["latents"], read_table(folder / PROMPTS)
         self.starts = np.from_dlpack(column.offsets)
         self.latents = _array(column.values, np.dtype(np.float16), latent_shape)
+        self.sizes: np.ndarray | None = None
+        if "sizes" in self.groups.schema.names:
+            self.sizes = np.from_dlpack(self.groups["sizes"].values).reshape(-1, 2)
         self.embeddings = {
             name: _array(prompts[f"embedding:{name}"], dtype, shape) for name, (shape, dtype) in layout.items()
         }
@@ -110,6 +121,7 @@ class CachedGroups(Store):
         super().__init__(path)
         if self.manifest.get("content") != CONTENT:
             raise UserError(f"{path}: this folder holds {self.manifest.get('content')!r}, expected {CONTENT!r}")
+        self.extent = Extent(**self.manifest["extent"])
         self.latent_shape = tuple(self.manifest["latent_shape"])
         self.layout: Layout = {
             name: (tuple(entry["shape"]), np.dtype(entry["dtype"]))
@@ -124,6 +136,14 @@ class CachedGroups(Store):
         shard, row = self.group(number)
         return shard.latents[shard.starts[row] : shard.starts[row + 1]]
 
+    def sizes(self, number: int) -> list[list[int]] | None:
+        """What the model is told of each candidate's size and crop, [k, 6], best first."""
+        shard, row = self.group(number)
+        if shard.sizes is None:
+            return None
+        own = shard.sizes[shard.starts[row] : shard.starts[row + 1]].tolist()
+        return [time_ids((height, width), self.extent.height, self.extent.width) for height, width in own]
+
     def embedding(self, text: int) -> dict[str, np.ndarray]:
         """A text's conditioning without the batch dimension, over the mapped file. Text 0 is the empty one."""
         shard, row = self.prompt_row(text)
@@ -134,7 +154,7 @@ class CachedGroups(Store):
 
         columns: what to add of `captions` and `negative_caption`.
         """
-        keys, scores, latents = [], [], []
+        keys, scores, latents, sizes = [], [], [], []
         numbers = [number for _, number in rows]
         for epoch, number in rows:
             shard, row = self.group(number)
@@ -142,6 +162,8 @@ class CachedGroups(Store):
             keys.append(f"{epoch}/{shard.ids[row].as_py()}")
             scores.append(shard.scores_of(row)[taken])
             latents.append(self.latents(number)[taken])
+            if (told := self.sizes(number)) is not None:
+                sizes.append(told[taken])
         captions = negative = None
         if "captions" in columns:
             captions = self._conditioning(np.stack([self.captions(n)[self.taken(n, pairs)] for n in numbers]))
@@ -154,6 +176,7 @@ class CachedGroups(Store):
             conditioning=self._conditioning(self.prompt[numbers]),
             captions=captions,
             negative_caption=negative,
+            sizes=torch.tensor(sizes).float() if sizes else None,
         )
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
@@ -165,6 +188,7 @@ class CachedGroups(Store):
             conditioning=_all_widened(item.conditioning, device),
             captions=None if item.captions is None else _all_widened(item.captions, device),
             negative_caption=None if item.negative_caption is None else _all_widened(item.negative_caption, device),
+            sizes=None if item.sizes is None else _widened(item.sizes, device),
         )
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:

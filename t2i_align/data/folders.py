@@ -1,41 +1,49 @@
-"""Winner and loser folders: pictures of the same name form a pair.
+"""Winner and loser folders: pictures or clips of the same name form a pair.
 
     data/chosen/fox.png   data/rejected/fox.png   data/chosen/fox.txt
 
-The caption is `<name>.txt` beside the winner, or in `captions/`, or an entry of `metadata.jsonl` (keys `file_name`
-and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There, the entry of the winner
-(`chosen/fox.png`) comes before one without a folder (`fox.png`), and that before the loser's.
+A clip is a video file, or a folder with its frames. The two folders lie in the source itself or, as kohya's trainers
+have them, in each of several folders below it (`1_foxes/w`, `1_foxes/l`; the number of repeats in the name is of no
+account).
+
+The caption is `<name>.txt` or `.caption` beside the winner, or in `captions/`, or an entry of `metadata.jsonl` (keys
+`file_name` and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There, the entry of the
+winner (`chosen/fox.png`) comes before one without a folder (`fox.png`), and that before the loser's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
-from t2i_align.data.formats import PICTURE_SUFFIXES, Items, inside
+from t2i_align.data.formats import MEDIA_SUFFIXES, PICTURE_SUFFIXES, Items, inside
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
 WINNERS = ("winner", "winners", "chosen", "preferred", "good", "w")
 LOSERS = ("loser", "losers", "rejected", "bad", "l")
-CAPTIONS, CAPTION_SUFFIXES = "captions", (".txt", ".jsonl")
+CAPTIONS, CAPTION_SUFFIXES = "captions", (".txt", ".caption")
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("prompt", "caption", "text")
 
 
 def detects(path: Path) -> bool:
-    """A folder with a winner and a loser folder in it."""
-    return path.is_dir() and bool(_named(path, WINNERS)) and bool(_named(path, LOSERS))
+    """A folder with a winner and a loser folder in it, or in a folder of it."""
+    return path.is_dir() and all(map(_has_sides, _sets(path)))
 
 
 def files(path: Path) -> Iterator[Path]:
     """The pictures and captions; whatever else lies there, such as a run's output, does not make another source."""
-    winner_folder, loser_folder = _sides(path)
-    listings = [path / METADATA, winner_folder / METADATA]
-    pictures = [*_files(winner_folder, PICTURE_SUFFIXES), *_files(loser_folder, PICTURE_SUFFIXES)]
-    texts = [file for folder in (winner_folder, path / CAPTIONS) for file in _files(folder, CAPTION_SUFFIXES[:1])]
-    yield from (file for file in (*pictures, *texts, *listings) if file.is_file())
+    for folder in _sets(path):
+        winner_folder, loser_folder = _sides(folder)
+        for media in (*_media(winner_folder), *_media(loser_folder)):
+            yield from _pictures_in(media) if media.is_dir() else [media]
+        for place in (winner_folder, folder / CAPTIONS):
+            yield from (file for file in _entries(place) if file.suffix.lower() in CAPTION_SUFFIXES)
+        yield from (file for file in (folder / METADATA, winner_folder / METADATA) if file.is_file())
 
 
 def read_folders(path: Path) -> Items:
@@ -44,14 +52,20 @@ def read_folders(path: Path) -> Items:
     Raises:
         UserError: no winner or loser folder, or several; a link that leads outside; broken captions.
     """
-    winner_folder, loser_folder = _sides(path)
-    captions = _listed(path, winner_folder, loser_folder)
-    winners, losers = _pictures(winner_folder), _pictures(loser_folder)
-    for stem in sorted(winners.keys() | losers.keys()):
-        yield _pair(path, winner_folder, stem, winners.get(stem, []), losers.get(stem, []), captions.get(stem))
+    sets = _sets(path)
+    for folder in sets:
+        prefix = "" if folder == path else f"{folder.name}/"
+        winner_folder, loser_folder = _sides(folder)
+        captions = _listed(folder, winner_folder, loser_folder)
+        winners, losers = _by_stem(winner_folder), _by_stem(loser_folder)
+        for stem in sorted(winners.keys() | losers.keys()):
+            found = winners.get(stem, []), losers.get(stem, [])
+            item = _pair(folder, winner_folder, stem, *found, captions.get(stem))
+            yield replace(item, id=prefix + item.id)
     # Last, because they are no part of `files`: one more of them must not shift the pairs of an interrupted prepare.
-    yield from _not_pictures(winner_folder, path)
-    yield from _not_pictures(loser_folder, path)
+    for folder in sets:
+        for side in _sides(folder):
+            yield from _not_media(side, path)
 
 
 def _pair(
@@ -72,8 +86,8 @@ def _pair(
 
 
 def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
-    for folder in (winner_folder, root / CAPTIONS):
-        file = folder / f"{stem}.txt"
+    for place, suffix in product((winner_folder, root / CAPTIONS), CAPTION_SUFFIXES):
+        file = place / f"{stem}{suffix}"
         if file.is_file():
             file = inside(root, str(file.relative_to(root)), str(file))
             try:
@@ -114,24 +128,46 @@ def _metadata(folder: Path) -> list[tuple[Path, str]]:
     return captions
 
 
-def _pictures(folder: Path) -> dict[str, list[Path]]:
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for file in _files(folder, PICTURE_SUFFIXES):
-        found.setdefault(file.stem, []).append(file)
+    for file in _media(folder):
+        found.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
     return found
 
 
-def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+def _entries(folder: Path) -> list[Path]:
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [file for file in entries if file.suffix.lower() in endings and not file.name.startswith(".")]
+    return [file for file in entries if not file.name.startswith(".")]
 
 
-def _not_pictures(folder: Path, root: Path) -> Items:
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in (*PICTURE_SUFFIXES, *CAPTION_SUFFIXES) and not file.name.startswith("."):
-            kind = "a folder; pictures lie directly in the winner and loser folders" if file.is_dir() else "no picture"
+def _media(folder: Path) -> list[Path]:
+    """Pictures, clips, and folders of frames."""
+    return [file for file in _entries(folder) if file.suffix.lower() in MEDIA_SUFFIXES or _pictures_in(file)]
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return [file for file in _entries(folder) if file.suffix.lower() in PICTURE_SUFFIXES]
+
+
+def _not_media(folder: Path, root: Path) -> Items:
+    known = _media(folder)
+    for file in _entries(folder):
+        if file not in known and file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
+            kind = "a folder without frames" if file.is_dir() else "no picture or clip"
             yield Skipped(id=str(file.relative_to(root)), origin=str(file), reason=f"{kind} (known endings: "
-                          f"{' '.join(PICTURE_SUFFIXES)})")  # fmt: skip
+                          f"{' '.join(MEDIA_SUFFIXES)})")  # fmt: skip
+
+
+def _sets(path: Path) -> list[Path]:
+    """The folders that have a winner and a loser folder: the source itself, or those in it."""
+    if path.is_dir() and not (_named(path, WINNERS) or _named(path, LOSERS)):
+        below = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _has_sides(folder)]
+        return below or [path]
+    return [path]
+
+
+def _has_sides(path: Path) -> bool:
+    return bool(_named(path, WINNERS)) and bool(_named(path, LOSERS))
 
 
 def _sides(path: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from t2i_align.errors import UserError
 
 Items = Iterator[Group | Skipped]
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
+MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
 REASONS_SHOWN = 3
 COLUMNS = ("scores", "captions", "negative_caption", "user")  # what an objective may ask for, and annotations may add
 LABELS = (-1.0, 0.0, 0.5, 1.0)  # scores that say better, worse, equal and no more
@@ -91,8 +94,23 @@ def present_columns(group: Group) -> list[str]:
     return [name for name in COLUMNS if (graded if name == "scores" else getattr(group, name) is not None)]
 
 
+def frame_files(folder: Path) -> list[Path]:
+    """The pictures in a folder of frames, in natural order: 2.png comes before 10.png."""
+    found = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "."]
+
+    def natural(file: Path) -> list[str | int]:
+        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", file.name))]
+
+    return sorted(found, key=natural)
+
+
+def files_of(candidate: Path) -> list[Path]:
+    """What a candidate's contents are in: its file, or the frames of a folder."""
+    return frame_files(candidate) if candidate.is_dir() else [candidate]
+
+
 def inside(root: Path, name: str, origin: str) -> Path:
-    """The picture `name`, relative to `root`, as an absolute path.
+    """The picture or clip `name`, relative to `root`, as an absolute path.
 
     Raises:
         UserError: the path leaves `root` (absolute, through `..`, or through a symbolic link), or is no path at all.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.data.schema import Media
 
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest picture it may unpack.
@@ -35,13 +37,17 @@ def decode(media: Media) -> Image.Image:
     """
     if isinstance(media, bytes) and not media:
         raise ImageError("empty")
+    if isinstance(media, Path) and (media.suffix.lower() in VIDEO_SUFFIXES or media.is_dir()):
+        raise ImageError(f"{media.name} is a {'folder' if media.is_dir() else 'video'}, expected a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media, formats=FORMATS) as image:
-                _check(image)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                check_pixels(image.size)
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
+                    raise ImageError(f"{frames} frames or pages, expected a single picture")
+                return upright(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -70,15 +76,29 @@ def load_pixels(media: Media, height: int, width: int) -> Tensor:
     return to_pixels(decode(media), height, width)
 
 
-def _check(image: Image.Image) -> None:
-    width, height = image.size
+def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
+    """What SDXL is told of a picture of `size` (height, width) that `to_pixels` has fitted (arXiv 2307.01952, 2.2).
+
+    Its own height and width, the top and left of the crop in pixels of the scaled picture, and the target's size.
+    """
+    scale = max(height / size[0], width / size[1])
+    top, left = round((size[0] * scale - height) / 2), round((size[1] * scale - width) / 2)
+    return [*size, top, left, height, width]
+
+
+def check_pixels(size: tuple[int, int]) -> None:
+    """Raise ImageError for a picture of more than MAX_PIXELS. size: (width, height)."""
+    width, height = size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
-        raise ImageError(f"{frames} frames or pages, expected a single picture")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """What an open file shows at its current frame, as a picture of its own: RGB, turned by its EXIF entry."""
     if image.mode in ("I", "F"):
         raise ImageError(f"mode {image.mode!r} (32 bits a pixel) has no known range; save it with 8 or 16 bits")
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,8 @@
-"""JSON Lines (or a .json list) with paths to pictures, one group an entry:
+"""JSON Lines (or a .json list) with paths to pictures or clips, one group an entry:
 
     {"prompt": "a red fox", "chosen": "a.png", "rejected": "b.png"}
     {"prompt": "a red fox", "images": ["a.png", "b.png", "c.png"], "scores": [3, 1, 2]}
+    {"prompt": "a red fox runs", "videos": ["a.mp4", "folder of frames"], "scores": [1, 0]}
 
 Optional keys: "id", "user", "captions" (one a picture), "negative_caption"; others are left alone. Paths are relative
 to the file's own folder and may not leave it.
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.formats import Items, inside
+from t2i_align.data.formats import Items, files_of, inside
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
@@ -28,7 +29,7 @@ def detects(path: Path) -> bool:
 
 
 def files(path: Path) -> Iterator[Path]:
-    """The file itself and the pictures that it names."""
+    """The file itself and the pictures, videos and frames that it names."""
     yield path
     seen: set[Path] = set()
     for _, origin, entry in entries(path):
@@ -36,7 +37,7 @@ def files(path: Path) -> Iterator[Path]:
             picture = inside(path.parent, name, origin)
             if picture not in seen:
                 seen.add(picture)
-                yield picture
+                yield from files_of(picture)
 
 
 def read_jsonl(path: Path) -> Items:
@@ -91,7 +92,7 @@ def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Sk
             raise UserError(f"{origin}: {len(names)} pictures, but {len(captions)} captions")
     pictures = tuple(inside(path.parent, name, origin) for name in names)
     for name, picture in zip(names, pictures, strict=True):
-        if not picture.is_file():
+        if not picture.exists():  # a folder may hold the frames of a clip
             return Skipped(id=group_id, origin=origin, reason=f"no such picture: {name}")
     if not all(math.isfinite(score) for score in scores):
         return Skipped(id=group_id, origin=origin, reason=f"scores must be finite numbers, found {scores}")
@@ -111,14 +112,15 @@ def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Sk
 def _pictures_and_scores(entry: Entry, origin: str) -> tuple[list[str], list[float]]:
     if "chosen" in entry and "rejected" in entry:
         return [text(entry, "chosen", origin), text(entry, "rejected", origin)], [1.0, 0.0]
-    if "images" not in entry or "scores" not in entry:
+    key = "videos" if "videos" in entry else "images"
+    if key not in entry or "scores" not in entry:
         raise UserError(
-            f"{origin}: expected the keys 'prompt' with 'chosen' and 'rejected', or with 'images' and 'scores'; "
-            f"found {', '.join(map(repr, entry)) or 'none'}"
+            f"{origin}: expected the keys 'prompt' with 'chosen' and 'rejected', or with 'images' (or 'videos') and "
+            f"'scores'; found {', '.join(map(repr, entry)) or 'none'}"
         )
-    names, scores = texts(entry, "images", origin), numbers(entry, "scores", origin)
+    names, scores = texts(entry, key, origin), numbers(entry, "scores", origin)
     if not names or len(names) != len(scores):
-        raise UserError(f"{origin}: one score a picture is needed, found {len(names)} images and {len(scores)} scores")
+        raise UserError(f"{origin}: one score a picture is needed, found {len(names)} {key} and {len(scores)} scores")
     return names, scores
 
 

@@ -1,4 +1,4 @@
-"""What a latent cache stores of a group: its pictures and its texts, encoded by a pipeline, in half precision."""
+"""What a latent cache stores of a group: its pictures or clips and its texts, encoded, in half precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.images import ImageError, load_pixels
+from t2i_align.data.clips import Extent, Loaded, load
+from t2i_align.data.images import ImageError
 from t2i_align.data.layout import PROMPTS, read_table
 from t2i_align.data.schema import Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Row
@@ -26,22 +27,29 @@ CONTENT = "latents"
 
 
 class Latents:
-    """What a latent cache stores: encodes pictures, prompts and captions with a pipeline. See `shards.Payload`.
+    """What a latent cache stores: encodes candidates, prompts and captions with a pipeline. See `shards.Payload`.
+
+    at_once: how many candidates are in memory as pixels, and encoded together; clips go one by one.
 
     Raises:
-        PipelineError: the pipeline cannot take pictures of this size; raised at once.
+        PipelineError: the pipeline cannot take pictures or clips of this size; raised at once.
         UserError: the encoders give numbers that are not finite in half precision even for the empty prompt.
     """
 
-    def __init__(self, pipeline: TrainablePipeline, height: int, width: int, batch_size: int) -> None:
-        pipeline.check_size(height, width)
-        self.pipeline, self.height, self.width, self.batch_size = pipeline, height, width, batch_size
-        self.shape = tuple(pipeline.encode_pixels(torch.zeros(1, 3, height, width)).shape[1:])
+    def __init__(self, pipeline: TrainablePipeline, extent: Extent, batch_size: int) -> None:
+        height, width, frames, _ = extent
+        pipeline.check_size(height, width, frames)
+        self.pipeline, self.extent, self.batch_size = pipeline, extent, batch_size
+        self.at_once = batch_size if frames is None else 1
+        blank = torch.zeros(1, *(() if frames is None else (frames,)), 3, height, width)
+        self.shape = tuple(pipeline.encode_pixels(blank).shape[1:])
         empty = _halved(pipeline.encode_prompts([""]))
         if not all(_finite(tensor) for tensor in empty.values()):
             raise UserError("the text encoder's output for the empty prompt is not finite in half precision")
         self.layout = {name: (tuple(tensor.shape[1:]), tensor.numpy().dtype) for name, tensor in empty.items()}
-        self.columns = (("latents", pa.list_(pa.binary(self.latent_bytes))),)
+        self.columns: list[tuple[str, pa.DataType]] = [("latents", pa.list_(pa.binary(self.latent_bytes)))]
+        if pipeline.sized:
+            self.columns.append(("sizes", pa.list_(pa.int32())))  # height and width of each candidate in turn
         self.known = {""}
         self.unusable: set[str] = set()
         self.new: list[Row] = [{"prompt": "", **_as_bytes(empty, 0)}]
@@ -56,17 +64,12 @@ class Latents:
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.layout.values())
 
     def encode(self, groups: Sequence[Group]) -> list[Row | Skipped]:
-        media = [candidate for group in groups for candidate in group.candidates]
-        pixels = list(self.executor.map(self._pixels, media))
-        good = [picture for picture in pixels if isinstance(picture, Tensor)]
-        latents = iter(self._latents(good))
+        encoded = iter(self._encoded([candidate for group in groups for candidate in group.candidates]))
         self._meet([text for group in groups for text in group.texts])
         out: list[Row | Skipped] = []
-        taken = iter(pixels)
         for group in groups:
             # One result a candidate, good or bad: a picture that fails cannot shift its neighbours.
-            results = [next(latents) if isinstance(found, Tensor) else found
-                       for found in (next(taken) for _ in group.candidates)]  # fmt: skip
+            results = [next(encoded) for _ in group.candidates]
             reasons = [
                 f"candidate {place + 1} (best first): {result}"
                 for place, result in enumerate(results)
@@ -80,7 +83,11 @@ class Latents:
             if reasons:
                 out.append(Skipped(id=group.id, origin=group.origin, reason="; ".join(reasons)))
             else:
-                out.append({"latents": results})
+                good = [result for result in results if not isinstance(result, str)]
+                row: Row = {"latents": [latents for latents, _ in good]}
+                if self.pipeline.sized:
+                    row["sizes"] = [side for _, size in good for side in size]
+                out.append(row)
         return out
 
     def tables(self) -> dict[str, pa.Table]:
@@ -99,28 +106,39 @@ class Latents:
         self.new = []  # the empty prompt is in the first shard
         self.known.update(read_table(shard / PROMPTS)["prompt"].to_pylist())
 
+    def pass_over(self, groups: Sequence[Group]) -> None:
+        self.new = []
+        self.known.update(text for group in groups for text in group.texts)
+
     def describe(self) -> dict[str, Any]:
         self.executor.shutdown()
         return {
             "content": CONTENT,
+            "extent": self.extent._asdict(),
             "latent_shape": list(self.shape),
             "conditioning": {name: {"shape": list(shape), "dtype": dtype.name} for name, (shape, dtype) in
                              sorted(self.layout.items())},
         }  # fmt: skip
 
-    def _pixels(self, media: Media) -> Tensor | str:
+    def _encoded(self, media: Sequence[Media]) -> list[tuple[bytes, tuple[int, int]] | str]:
+        """The latents and original size of each candidate, or why there are none."""
+        out: list[tuple[bytes, tuple[int, int]] | str] = []
+        for start in range(0, len(media), self.at_once):
+            loaded = list(self.executor.map(self._load, media[start : start + self.at_once]))
+            pixels = [found.pixels for found in loaded if isinstance(found, Loaded)]
+            latents = iter(self.pipeline.encode_pixels(torch.stack(pixels)).half().cpu() if pixels else ())
+            for found in loaded:
+                out.append(found if isinstance(found, str) else self._stored(next(latents), found.size))
+        return out
+
+    def _load(self, media: Media) -> Loaded | str:
         try:
-            return load_pixels(media, self.height, self.width)
+            return load(media, self.extent)
         except ImageError as error:
             return str(error)
 
-    def _latents(self, pixels: Sequence[Tensor]) -> list[bytes | str]:
-        out: list[bytes | str] = []
-        for start in range(0, len(pixels), self.batch_size):
-            batch = torch.stack(list(pixels[start : start + self.batch_size]))
-            for latents in self.pipeline.encode_pixels(batch).half().cpu():
-                out.append(latents.numpy().tobytes() if _finite(latents) else "its latents are not finite")
-        return out
+    def _stored(self, latents: Tensor, size: tuple[int, int]) -> tuple[bytes, tuple[int, int]] | str:
+        return (latents.numpy().tobytes(), size) if _finite(latents) else "its latents are not finite"
 
     def _meet(self, texts: Sequence[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if text not in self.known and text not in self.unusable]

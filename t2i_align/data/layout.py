@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-LAYOUT = 2  # raise when a folder written before can no longer be read
+LAYOUT = 3  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX = "manifest.json", "fingerprint.json", "index.arrow"
 GROUPS, PROMPTS, SKIPPED, STATE = "groups.arrow", "prompts.arrow", "skipped.jsonl", "state.json"
 

@@ -1,7 +1,7 @@
-"""No latent cache: pictures are decoded in the loader's workers and encoded with each batch.
+"""No latent cache: pictures and clips are decoded in the loader's workers and encoded with each batch.
 
 What is stored is an index: groups with their pictures' paths, or for sources that hold pictures inside (parquet),
-their encoded bytes as they are. Each picture is decoded once while the index is made, so that a damaged one is
+their encoded bytes as they are. Each of them is decoded once while the index is made, so that a damaged one is
 skipped and recorded then, and not met in the middle of a run.
 """
 
@@ -19,8 +19,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from t2i_align.data.clips import ANY_PICTURE, Extent, check, load, to_bytes
 from t2i_align.data.formats import Survey
-from t2i_align.data.images import ImageError, decode, load_pixels
+from t2i_align.data.images import ImageError, time_ids
 from t2i_align.data.layout import Parts
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
@@ -37,7 +38,7 @@ ROWS_AT_ONCE = 16
 
 
 class LiveItem(NamedTuple):
-    """A micro-batch as the loader hands it over: pixels [B, k, 3, H, W] in [0, 1]."""
+    """A micro-batch as the loader hands it over: pixels [B, k, 3, H, W] or [B, k, F, 3, H, W] of 8 bits."""
 
     keys: tuple[str, ...]
     scores: Tensor
@@ -45,6 +46,7 @@ class LiveItem(NamedTuple):
     prompts: Sequence[str]
     captions: Sequence[Sequence[str]] | None = None
     negative_captions: Sequence[str] | None = None
+    sizes: Tensor | None = None
 
 
 class Pictures:
@@ -52,7 +54,8 @@ class Pictures:
 
     columns = (("paths", pa.list_(pa.binary())), ("bytes", pa.list_(pa.large_binary())))  # paths need not be UTF-8
 
-    def __init__(self) -> None:
+    def __init__(self, extent: Extent) -> None:
+        self.extent = extent
         self.executor = ThreadPoolExecutor(os.cpu_count())
 
     def encode(self, groups: Sequence[Group]) -> list[Row | Skipped]:
@@ -64,6 +67,9 @@ class Pictures:
     def resume(self, shard: Path) -> None:
         pass
 
+    def pass_over(self, groups: Sequence[Group]) -> None:
+        pass
+
     def describe(self) -> dict[str, Any]:
         self.executor.shutdown()
         return {"content": CONTENT}
@@ -71,7 +77,7 @@ class Pictures:
     def _row(self, group: Group) -> Row | Skipped:
         for place, media in enumerate(group.candidates):
             try:
-                decode(media)
+                check(media, self.extent)
             except ImageError as error:
                 return Skipped(id=group.id, origin=group.origin, reason=f"candidate {place + 1} (best first): {error}")
         return {
@@ -85,6 +91,7 @@ def index_pictures(
     out: Path,
     *,
     fingerprint: Parts,
+    extent: Extent,
     survey: Survey,
     source_bytes: int,
     limit: Limit | None = None,
@@ -93,6 +100,7 @@ def index_pictures(
     """Write the index of a source to `out`; continues like `cache.prepare`.
 
     Args:
+        extent: how candidates will be wanted, as it decides which of them can be used.
         source_bytes: size of pictures that the index will hold itself, for the check of disk space.
     """
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
@@ -101,7 +109,7 @@ def index_pictures(
         raise UserError(f"{out}: the index needs {source_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there")
     write(
         groups,
-        Pictures(),
+        Pictures(extent),
         out,
         fingerprint=fingerprint,
         rows_per_shard=ROWS_PER_SHARD,
@@ -118,16 +126,17 @@ class LiveGroups(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.height = self.width = 0
+        self.extent = ANY_PICTURE
         self.pipeline: TrainablePipeline | None = None
+        self.sized = False
 
-    def encode_with(self, pipeline: TrainablePipeline, height: int, width: int) -> LiveGroups:
-        """Say who encodes, and at which size in pixels."""
-        self.pipeline, self.height, self.width = pipeline, height, width
+    def encode_with(self, pipeline: TrainablePipeline, extent: Extent) -> LiveGroups:
+        """Say who encodes, and how candidates are wanted."""
+        self.pipeline, self.extent, self.sized = pipeline, extent, pipeline.sized
         return self
 
     def media(self, number: int) -> list[Media]:
-        """A group's pictures, best first."""
+        """A group's pictures or clips, best first."""
         shard, row = self.group(number)
         paths, contents = shard.groups["paths"][row].as_py(), shard.groups["bytes"][row].as_py()
         return [
@@ -135,8 +144,8 @@ class LiveGroups(Store):
         ]
 
     def fetch(self, rows: Sequence[Position], pairs: bool = False, columns: Sequence[str] = ()) -> LiveItem:
-        """The micro-batch of groups (epoch, number), as `CachedGroups.fetch` gives it; decodes their pictures."""
-        keys, scores, pixels, prompts, captions, negatives = [], [], [], [], [], []
+        """The micro-batch of groups (epoch, number), as `CachedGroups.fetch` gives it; decodes their candidates."""
+        keys, scores, pixels, prompts, captions, negatives, sizes = [], [], [], [], [], [], []
         for epoch, number in rows:
             shard, row = self.group(number)
             taken = self.taken(number, pairs)
@@ -147,7 +156,9 @@ class LiveGroups(Store):
                 captions.append(shard.groups["captions"][row].as_py()[taken])
             if "negative_caption" in columns:
                 negatives.append(shard.groups["negative_caption"][row].as_py())
-            pixels.append(torch.stack([self._pixels(media, keys[-1]) for media in self.media(number)[taken]]))
+            loaded = [self._load(media, keys[-1]) for media in self.media(number)[taken]]
+            pixels.append(torch.stack([picture for picture, _ in loaded]))
+            sizes.append([time_ids(size, self.extent.height, self.extent.width) for _, size in loaded])
         return LiveItem(
             keys=tuple(keys),
             scores=torch.from_numpy(np.stack(scores)).float(),
@@ -155,12 +166,17 @@ class LiveGroups(Store):
             prompts=tuple(prompts),
             captions=captions or None,
             negative_captions=negatives or None,
+            sizes=torch.tensor(sizes).float() if self.sized else None,
         )
 
     def to_batch(self, item: LiveItem, device: torch.device) -> Batch:
-        """Encode the micro-batch, in float32 on its device."""
+        """Encode the micro-batch, in float32 on its device: pictures together, clips one by one."""
         groups, k = item.pixels.shape[:2]
-        latents = self._encoder().encode_pixels(item.pixels.flatten(0, 1)).to(device).float()
+        pixels, encode = item.pixels.flatten(0, 1), self._encoder().encode_pixels
+        latents = torch.cat([
+            encode(part.float() / 255).to(device).float()
+            for part in pixels.split(len(pixels) if self.extent.frames is None else 1)
+        ])  # fmt: skip
         captions = negative = None
         if item.captions is not None:
             flat = self._conditioning([text for texts in item.captions for text in texts], device)
@@ -174,6 +190,7 @@ class LiveGroups(Store):
             conditioning=self._conditioning(item.prompts, device),
             captions=captions,
             negative_caption=negative,
+            sizes=None if item.sizes is None else item.sizes.to(device, non_blocking=True),
         )
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
@@ -192,15 +209,19 @@ class LiveGroups(Store):
             raise RuntimeError("LiveGroups.encode_with comes before batches")
         return self.pipeline
 
-    def _pixels(self, media: Media, key: str) -> Tensor:
+    def _load(self, media: Media, key: str) -> tuple[Tensor, tuple[int, int]]:
+        """A candidate's pixels in the 8 bits that it has, a quarter of what goes through the loader's queue, and its
+        original size."""
         try:
-            return load_pixels(media, self.height, self.width)
+            found = load(media, self.extent)
         except ImageError as error:  # it could be decoded when the index was made
             raise UserError(f"group {key}: a picture has changed since it was indexed: {error}") from error
+        return to_bytes(found.pixels), found.size
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "size": (self.height, self.width)}  # workers decode; the pipeline stays here
+        # Workers decode; the pipeline stays here.
+        return {"path": self.path, "extent": self.extent, "sized": self.sized}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.height, self.width = state["size"]
+        self.extent, self.sized = state["extent"], state["sized"]

@@ -1,6 +1,8 @@
 """Pick-a-Pic v1 and v2 (arXiv 2305.01569): parquet with two JPEGs, a caption and a label for each of them.
 
-A label of 1 is the preferred picture, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged.
+A label of 1 is the preferred picture, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged. With
+`caption_0` and `caption_1` it is Pick-Double-Caption (arXiv 2502.06023): a caption for each picture; where there is no
+`caption`, the preferred picture's is the prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import pyarrow.compute as pc
 from t2i_align.data.formats import Items, inside
 from t2i_align.data.parquet import open_parquet, rows
 from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.data.tables import missing_shards
 from t2i_align.errors import UserError
 
 PICTURES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
 REQUIRED = (*PICTURES, "caption", *LABELS)
-OPTIONAL = ("has_label", "user_id", "ranking_id")
+CAPTIONS = ("caption_0", "caption_1")
+OPTIONAL = ("has_label", "user_id", "ranking_id", *CAPTIONS)
 LABEL_SUM_TOLERANCE = 1e-3
 
 
@@ -68,8 +72,13 @@ def _checked_files(path: Path) -> list[Path]:
 def _check_columns(file: Path, schema: pa.Schema) -> None:
     types = pa.types
     for name in REQUIRED:
+        if name == "caption" and {*CAPTIONS} <= {*schema.names}:
+            continue
         if name not in schema.names:
-            raise UserError(f"{file}: column {name!r} is missing. Columns found: {', '.join(schema.names) or 'none'}.")
+            raise UserError(
+                f"{file}: column {name!r} is missing. Columns found: {', '.join(schema.names) or 'none'}. If this is "
+                "no Pick-a-Pic, a source file can say which column holds what (docs/data.md)."
+            )
         kind = schema.field(name).type
         if name in PICTURES:
             expected = "encoded pictures (binary, or a struct with `bytes` and `path`)"
@@ -88,7 +97,9 @@ def _groups(path: Path, found: list[Path], pictures: bool) -> Items:
     root = path if path.is_dir() else path.parent
     ranked = _ranking_ids_differ(found)
     columns = (*(REQUIRED if pictures else ("caption", *LABELS)), *OPTIONAL)
+    missing = missing_shards(found)
     for file in found:
+        yield from missing.get(file, [])
         name = file.relative_to(root).as_posix()
         for number, row in enumerate(rows(file, columns)):
             group_id = str(row["ranking_id"]) if ranked else f"{name}:{number}"
@@ -123,7 +134,11 @@ def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, pictures
             raise UserError(f"{origin}: {name} must lie in [0, 1], found {label}")
     if abs(sum(labels) - 1) > LABEL_SUM_TOLERANCE:
         return skipped(f"label_0 and label_1 must add up to 1, found {labels[0]} and {labels[1]}")
-    if row["caption"] is None:
+    captions: Any = None if row.get("caption_0") is None else (row["caption_0"], row.get("caption_1"))
+    prompt = row.get("caption")
+    if prompt is None and captions:
+        prompt = captions[labels[1] > labels[0]]
+    if prompt is None or (captions and None in captions):
         return skipped("the caption is missing")
     candidates: list[Media] = []
     for name in PICTURES:
@@ -134,10 +149,11 @@ def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, pictures
     user = row.get("user_id")
     return Group(
         id=group_id,
-        prompt=row["caption"],
+        prompt=prompt,
         candidates=tuple(candidates),
         scores=(float(labels[0]), float(labels[1])),
         origin=origin,
+        captions=captions,
         user=None if user is None else str(user),
     )
 

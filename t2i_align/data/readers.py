@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+import runpy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i_align.data import folders, jsonl, pickapic
+from t2i_align.data import described, folders, hub, jsonl, known, pickapic, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import PICTURE_SUFFIXES, Items, Survey
+from t2i_align.data.formats import MEDIA_SUFFIXES, Items, Survey
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
 
@@ -68,7 +70,17 @@ def register(
     return add
 
 
+register("described", detects=described.detects, files=described.files, outline=described.outline)(described.read)
 register("folders", detects=folders.detects, files=folders.files)(folders.read_folders)
+register("webdataset", detects=known.is_webdataset, outline=partial(known.read_webdataset, pictures=False),
+         files=tables.files)(known.read_webdataset)  # fmt: skip
+for _name in known.LAYOUTS:
+    register(
+        _name,
+        detects=partial(known.detects, name=_name),
+        outline=partial(known.read, name=_name, pictures=False),
+        files=partial(known.files, name=_name),
+    )(partial(known.read, name=_name))
 register("jsonl", detects=jsonl.detects, files=jsonl.files)(jsonl.read_jsonl)
 register("pickapic", detects=pickapic.detects, outline=pickapic.outline, files=pickapic.files)(pickapic.read_pickapic)
 
@@ -84,7 +96,7 @@ def read(
     """The groups of a source, best first, and its rows that cannot be used.
 
     Args:
-        path: file or folder, or `testbed:pairs` for the bundled preferences.
+        path: file or folder, `testbed:pairs` for the bundled preferences, or `hub:owner/name`.
         format: a name in READERS, or `auto`.
         annotations: what sidecar files add; see `Annotations.load`.
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
@@ -123,6 +135,8 @@ def resolve(path: str | Path) -> Path:
         from t2i_align.testbed import pairs_path
 
         return Path(pairs_path())
+    if str(path).startswith(hub.PREFIX):
+        return hub.folder(str(path))
     file = Path(path).expanduser()
     if not file.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -130,7 +144,14 @@ def resolve(path: str | Path) -> Path:
 
 
 def detect(path: Path, format: str = "auto") -> str:
-    """The name of the reader for `path`; `format` unless that is `auto`."""
+    """The name of the reader for `path`; `format` unless that is `auto`.
+
+    `formats.py:votes` runs a Python file, in which a reader of that name is registered.
+    """
+    file, separator, name = format.rpartition(".py:")
+    if separator:
+        _run_once(f"{file}.py")
+        format = name
     if format != "auto":
         if format not in READERS:
             raise unknown("data format", format, [*READERS, "auto"])
@@ -138,17 +159,26 @@ def detect(path: Path, format: str = "auto") -> str:
     for name, reader in READERS.items():
         if reader.detects(path):
             return name
+    found = tables.columns(path)
+    columns = f" Its columns: {', '.join(found)}; a source file can say what they hold (docs/data.md)." if found else ""
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}."
+        f"there are: {', '.join(sorted(READERS))}.{columns}"
     )
+
+
+@lru_cache
+def _run_once(file: str) -> None:
+    if not Path(file).is_file():
+        raise UserError(f"data.format: {file}: no such file with a format of your own")
+    runpy.run_path(file)
 
 
 def identity(path: Path, format: str) -> str:
     """A hash of a source: of its files' contents, or where these are large, of their names, sizes and times."""
-    files = READERS[format].files or _files_below
     root = path if path.is_dir() else path.parent
-    entries = [(str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file) for file in files(path)]
+    found = dict.fromkeys(files_of(path, format))
+    entries = [(str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file) for file in found]
     stats = [file.stat() for _, file in entries if file.exists()]
     small = sum(stat.st_size for stat in stats) <= CONTENT_HASHED_UP_TO
     digest = hashlib.sha256()
@@ -164,9 +194,15 @@ def identity(path: Path, format: str) -> str:
 
 
 def embedded_bytes(path: Path, format: str) -> int:
-    """An upper bound for pictures that a source holds inside its own files: the size of those that are no pictures."""
-    files = (READERS[format].files or _files_below)(path)
-    return sum(file.stat().st_size for file in files if file.exists() and file.suffix.lower() not in PICTURE_SUFFIXES)
+    """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
+    files = files_of(path, format)
+    return sum(file.stat().st_size for file in files if file.exists() and file.suffix.lower() not in MEDIA_SUFFIXES)
+
+
+def files_of(path: Path, format: str) -> Iterator[Path]:
+    """All files that make up a source; of a candidate that is a folder of frames, those in it."""
+    for file in (READERS[detect(path, format)].files or _files_below)(path):
+        yield from sorted(entry for entry in file.iterdir() if entry.is_file()) if file.is_dir() else [file]
 
 
 def _files_below(path: Path) -> list[Path]:

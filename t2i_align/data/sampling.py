@@ -6,8 +6,10 @@ over other processes sees the same samples, each exactly once an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count, islice
 
 import torch
 from torch.utils.data import Sampler
@@ -56,3 +58,43 @@ class StreamSampler(Sampler[list[Position]]):
     def _permutation(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
         return torch.randperm(self.n, generator=generator)
+
+
+class BucketSampler(StreamSampler):
+    """The same, with all groups of an optimiser step out of one bucket.
+
+    The stream is dealt out to its buckets, and a bucket that has G groups makes the next step; what it has at an
+    epoch's end is filled up from the next. So the steps depend on G only, and not on how a step is cut.
+
+    Args:
+        buckets: the bucket of each of the n groups.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[int],
+        seed: int,
+        start_step: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__(len(buckets), seed, start_step, batch_size, rank, world, accumulate)
+        self.buckets = buckets
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        for step in islice(self._steps(), self.start_step, None):
+            for micro in range(self.accumulate):
+                start = (micro * self.world + self.rank) * self.batch_size
+                yield step[start : start + self.batch_size]
+
+    def _steps(self) -> Iterator[list[Position]]:
+        waiting: defaultdict[int, list[Position]] = defaultdict(list)
+        size = self.batch_size * self.world * self.accumulate
+        for position in count():
+            epoch, index = self.at(position)
+            bucket = int(self.buckets[index])
+            waiting[bucket].append((epoch, index))
+            if len(waiting[bucket]) == size:
+                yield waiting.pop(bucket)

@@ -77,6 +77,8 @@ class Batch:
 
     keys: what each sample's randomness is keyed by ("epoch/group id"), [B].
     latents: [B, k, *latent shape], float32, best first. scores: [B, k].
+    sizes: what the model is told of each picture's size and crop, [B, k, 6] (see `images.time_ids`), float32; None for
+    families that are told nothing.
     conditioning: a dict of batch-first tensors [B, ...] that only the model family opens; the prompt's.
     captions: the candidates' own captions, [B, k, ...]; negative_caption: [B, ...]. Both only where the objective
         asked for them.
@@ -90,5 +92,16 @@ class Batch:
     conditioning: Conditioning
     captions: Conditioning | None = None
     negative_caption: Conditioning | None = None
+    sizes: Tensor | None = None
     empty: Conditioning | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, places: list[int]) -> Batch:
+        """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""
+        return replace(
+            self,
+            latents=self.latents[:, places],
+            scores=self.scores[:, places],
+            captions=None if self.captions is None else {name: t[:, places] for name, t in self.captions.items()},
+            sizes=None if self.sizes is None else self.sizes[:, places],
+        )

@@ -10,7 +10,7 @@
              manifest.json           written last: with it, the folder is finished
 
 A shard covers a fixed number of source rows, so an interrupted run continues with the same result, and several
-processes could each write their own.
+processes, on one machine or on many that share the folder, each write the next shard that nobody is writing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from t2i_align.data.formats import COLUMNS, REASONS_SHOWN, is_disliked, is_tie, present_columns
@@ -50,6 +51,7 @@ from t2i_align.data.layout import (
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
+LOCKS = ".locks"
 BASE_SCHEMA = (
     ("id", pa.string()),
     ("prompt", pa.string()),
@@ -86,6 +88,9 @@ class Payload(Protocol):
     def resume(self, shard: Path) -> None:
         """Take note of a complete shard of an interrupted run."""
 
+    def pass_over(self, groups: Sequence[Group]) -> None:
+        """Take note of groups whose shard another process is writing."""
+
     def describe(self) -> dict[str, Any]:
         """What the manifest should say of the payload."""
 
@@ -117,6 +122,7 @@ def write(
     limit: Limit | None = None,
     progress: bool = True,
     what: str = "prepare",
+    may_be_empty: bool = False,
 ) -> None:
     """Write all groups below `out`, or continue where an earlier call was killed; returns at once if it is finished.
 
@@ -125,6 +131,7 @@ def write(
         fingerprint: named parts, JSON values; a folder with another fingerprint is refused.
         rows_per_shard, rows_at_once: source rows a shard, and of these, how many the payload encodes together.
         total: how many items there are, for the progress bar.
+        may_be_empty: whether it is no error that nothing is usable.
 
     Raises:
         UserError: another fingerprint, the disk is full, nothing usable.
@@ -133,28 +140,29 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
-    with FileLock(out / ".lock"):  # a second process waits, then finds it finished; a kill releases it
+    with FileLock(out / ".lock"):
         _claim(out, fingerprint)
+    # Where a limit decides how far to go, what is before a shard has to be known: one process writes, others wait.
+    with FileLock(out / ".lock") if limit is not None else nullcontext():
         if (out / MANIFEST).exists():
             return
-        done = _complete_shards(out)
-        for shard in done:
-            payload.resume(shard)
-        states = [json.loads((shard / STATE).read_text()) for shard in done]
-        stream = iter(items)
-        covered = sum(state["rows"] for state in states)
-        if sum(1 for _ in islice(stream, covered)) < covered:
-            raise UserError(f"{out}: the source has become shorter than what was prepared of it; delete the folder")
-        with tqdm(total=total, initial=covered, desc=what, unit="row", disable=not progress) as bar:
+        writer = _Writer(payload, out, limit, rows_per_shard, rows_at_once)
+        with tqdm(total=total, desc=what, unit="row", disable=not progress) as writer.bar:
             try:
-                writer = _Writer(payload, out, limit, rows_per_shard, rows_at_once, states, bar)
-                while not (states and states[-1]["last"]):
-                    writer.next_shard(stream)
+                for lock in writer.walk(iter(items)):
+                    with lock:  # held while its shard is being written
+                        pass
+            except FileNotFoundError:  # the locks are gone: others have finished it all in the meantime
+                if not (out / MANIFEST).exists():
+                    raise
+                return
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
                 raise UserError(f"{out}: the disk is full. What is complete stays; run again to continue.") from error
-        _finish(out, fingerprint, payload, states)
+        with FileLock(out / ".lock") if limit is None else nullcontext():
+            if not (out / MANIFEST).exists():
+                _finish(out, fingerprint, payload, _states(out), may_be_empty)
 
 
 def _claim(out: Path, fingerprint: Parts) -> None:
@@ -164,38 +172,79 @@ def _claim(out: Path, fingerprint: Parts) -> None:
         found = differences(json.loads(file.read_text()), wanted, "this folder has", "this run wants")
         if found:
             raise UserError(f"{out}: this folder was prepared from something else. {found}. Choose another folder.")
-    elif any(entry.name != ".lock" and entry.suffix != ".tmp" for entry in out.iterdir()):  # .tmp: killed here before
+    elif any(
+        entry.name not in (".lock", LOCKS) and entry.suffix != ".tmp" for entry in out.iterdir()
+    ):  # .tmp: killed here before
         raise UserError(f"{out}: the folder is not empty and holds no prepared data; choose another")
     else:
         write_json(file, wanted)
 
 
-def _complete_shards(out: Path) -> list[Path]:
-    done: list[Path] = []
-    while (shard := out / shard_name(len(done))).is_dir():
-        done.append(shard)
-    for left_over in out.glob("shard-*"):  # half-written, or after a gap: written again
-        if left_over not in done:
-            shutil.rmtree(left_over)
-    return done
+def _states(out: Path) -> list[dict[str, Any]]:
+    """What all shards say of themselves."""
+    states: list[dict[str, Any]] = []
+    while not (states and states[-1]["last"]):
+        shard = out / shard_name(len(states))
+        if not shard.is_dir():
+            raise UserError(f"{out}: another process was stopped while it wrote {shard.name}; run again to continue")
+        states.append(json.loads((shard / STATE).read_text()))
+    return states
 
 
 @dataclass
 class _Writer:
-    """One call of `write`: what goes where, and the state of each shard so far."""
+    """One walk through the source: which shards are written here, and the state of each that is complete."""
 
     payload: Payload
     out: Path
     limit: Limit | None
     rows_per_shard: int
     rows_at_once: int
-    states: list[dict[str, Any]]
-    bar: Any
+    states: list[dict[str, Any]] = field(default_factory=list)
+    bar: Any = None
 
     def sum(self, name: str) -> int:
         return sum(state[name] for state in self.states)
 
-    def next_shard(self, stream: Iterator[Group | Skipped]) -> None:
+    def walk(self, stream: Iterator[Group | Skipped]) -> list[FileLock]:
+        """Write each shard that is neither complete nor being written; returns the locks of those that others write."""
+        busy: list[FileLock] = []
+        (self.out / LOCKS).mkdir(exist_ok=True)
+        number, last = 0, False
+        while not last:
+            lock = FileLock(self.out / LOCKS / f"{number}.lock")
+            try:
+                held = lock.acquire(blocking=False)
+            except Timeout:
+                busy.append(lock)
+                last = self._pass_over(stream)
+            else:
+                with held:
+                    there = (self.out / shard_name(number)).is_dir()
+                    last = (self._resume if there else self._write)(stream, number)
+            number += 1
+        return busy
+
+    def _resume(self, stream: Iterator[Group | Skipped], number: int) -> bool:
+        shard = self.out / shard_name(number)
+        state: dict[str, Any] = json.loads((shard / STATE).read_text())
+        if sum(1 for _ in islice(stream, state["rows"])) < state["rows"]:
+            raise UserError(f"{self.out}: the source has become shorter than what was prepared; delete the folder")
+        self.payload.resume(shard)
+        self.states.append(state)
+        self._show(state["rows"])
+        return bool(state["last"])
+
+    def _pass_over(self, stream: Iterator[Group | Skipped]) -> bool:
+        """Go through the rows of a shard that another process is writing, which stores their texts."""
+        covered = 0
+        while items := list(islice(stream, min(self.rows_at_once, self.rows_per_shard - covered))):
+            covered += len(items)
+            self.payload.pass_over([item for item in items if isinstance(item, Group)])
+            self._show(len(items))
+        return covered < self.rows_per_shard
+
+    def _write(self, stream: Iterator[Group | Skipped], number: int) -> bool:
         """Encode and store the next rows of the stream, one shard of them; the last may be empty."""
         rows: list[Row] = []
         skipped: list[Skipped] = []
@@ -217,8 +266,7 @@ class _Writer:
                 if self.limit is not None and self.sum("usable") + usable >= self.limit.groups:
                     last = True
                     break
-            self.bar.update(len(items))
-            self.bar.set_postfix(groups=self.sum("groups") + len(rows), skipped=self.sum("skipped") + len(skipped))
+            self._show(len(items), len(rows), len(skipped))
         state = {
             "rows": covered,
             "last": last,
@@ -227,8 +275,13 @@ class _Writer:
             "usable": usable,
             "counts": dict(sorted(counts.items())),
         }
-        _store(self.out / shard_name(len(self.states)), rows, skipped, self.payload, state)
+        _store(self.out / shard_name(number), rows, skipped, self.payload, state)
         self.states.append(state)
+        return last
+
+    def _show(self, rows: int, groups: int = 0, skipped: int = 0) -> None:
+        self.bar.update(rows)
+        self.bar.set_postfix(groups=self.sum("groups") + groups, skipped=self.sum("skipped") + skipped)
 
 
 def _encoded(items: list[Group | Skipped], payload: Payload) -> list[Row | Skipped]:
@@ -267,9 +320,9 @@ def _store(shard: Path, rows: list[Row], skipped: list[Skipped], payload: Payloa
     temporary.rename(shard)
 
 
-def _finish(out: Path, fingerprint: Parts, payload: Payload, states: Sequence[Parts]) -> None:
+def _finish(out: Path, fingerprint: Parts, payload: Payload, states: Sequence[Parts], may_be_empty: bool) -> None:
     skipped = [out / shard_name(number) / SKIPPED for number in range(len(states))]
-    if not any(state["groups"] for state in states):
+    if not may_be_empty and not any(state["groups"] for state in states):
         lines = [line for file in skipped for line in file.read_text().splitlines()]
         reasons = [json.loads(line) for line in lines[:REASONS_SHOWN]]
         shutil.rmtree(out)
@@ -302,6 +355,8 @@ def _finish(out: Path, fingerprint: Parts, payload: Payload, states: Sequence[Pa
             "shards": [{name: state[name] for name in ("groups", "prompts", "files")} for state in states],
         },
     )
+    for left_over in (out / LOCKS, *out.glob("shard-*.tmp")):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _index(out: Path, shards: int) -> pa.Table:
@@ -316,6 +371,8 @@ def _index(out: Path, shards: int) -> pa.Table:
                 known.setdefault(prompt, stored)
                 stored += 1
         groups = read_table(shard / GROUPS)
+        if stored:
+            _check_texts(out, groups, known)
         scores = groups["scores"].to_pylist()
         rows["k"] += map(len, scores)
         rows["best"] += map(max, scores)
@@ -324,3 +381,15 @@ def _index(out: Path, shards: int) -> pa.Table:
             rows[name] += [known.get(text, -1) for text in groups[name].to_pylist()]
         rows["captions"] += [[known.get(text, -1) for text in texts or ()] for texts in groups["captions"].to_pylist()]
     return pa.table(rows, pa.schema(INDEX_SCHEMA))
+
+
+def _check_texts(out: Path, groups: pa.RecordBatch, known: Mapping[str | None, int]) -> None:
+    """A text's first shard stores it, and its groups are skipped where it cannot be: those of that shard's process."""
+    texts = [*groups["prompt"].to_pylist(), *groups["negative_caption"].to_pylist()]
+    texts += [text for captions in groups["captions"].to_pylist() for text in captions or ()]
+    for text in texts:
+        if text is not None and text not in known:
+            raise UserError(
+                f"{out}: the embedding of {text!r} is not finite in half precision, and its groups were spread over "
+                "several processes. Delete the folder and prepare it with one, which skips them."
+            )

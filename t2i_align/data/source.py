@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +20,18 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
+from t2i_align.data.buckets import BucketedGroups, is_bucketed, prepare_buckets
 from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
+from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Survey
 from t2i_align.data.images import CROP
 from t2i_align.data.layout import LAYOUT, MANIFEST, differences
 from t2i_align.data.live import LiveGroups, LiveItem, index_pictures
-from t2i_align.data.sampling import Position, StreamSampler
+from t2i_align.data.sampling import BucketSampler, Position, StreamSampler
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.shards import Limit
 from t2i_align.data.stored import is_store
+from t2i_align.data.stream import Pieces, StreamedSource
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataFacts, Needs
 
@@ -35,6 +40,7 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 
 logger = logging.getLogger(__name__)
 ENCODE_BATCH = 8
+AnyGroups = CachedGroups | BucketedGroups | LiveGroups
 MAKES = {"captions": "caption", "negative_caption": "perturb", "scores": "relabel"}  # the command for each column
 
 
@@ -49,7 +55,7 @@ class Source:
 
     def __init__(
         self,
-        groups: CachedGroups | LiveGroups,
+        groups: AnyGroups,
         numbers: np.ndarray,
         counts: dict[str, int],
         pairs: bool,
@@ -69,7 +75,10 @@ class Source:
         self, *, seed: int, start_step: int, batch_size: int, accumulate: int, rank: int, world: int, workers: int
     ) -> Iterator[Item | LiveItem]:
         """Endless micro-batches of this process, from an optimiser step on; see `sampling.StreamSampler`."""
-        sampler = StreamSampler(len(self), seed, start_step, batch_size, rank, world, accumulate)
+        cut = (seed, start_step, batch_size, rank, world, accumulate)
+        sampler = StreamSampler(len(self), *cut)
+        if isinstance(self.groups, BucketedGroups):
+            sampler = BucketSampler(self.groups.bucket[self.numbers].tolist(), *cut)
         loader: DataLoader[Any] = DataLoader(
             _Chosen(self.groups, self.numbers, self.pairs, self.columns),
             batch_sampler=sampler,
@@ -95,6 +104,9 @@ class Source:
         return self.groups.empty_conditioning(device)
 
 
+AnySource = Source | StreamedSource
+
+
 def open_source(
     data: DataConfig,
     model: ModelConfig,
@@ -103,50 +115,57 @@ def open_source(
     pipeline: Callable[[], TrainablePipeline],
     encoder_fingerprint: Callable[[], str],
     size: tuple[int, int],
+    frames: int | None = None,
     cache_root: Path,
     progress: bool = True,
-) -> Source:
+) -> AnySource:
     """Open the configured data, preparing it first where that was not done yet.
 
     Args:
         needs: what the objective wants; checked before anything is encoded.
         pipeline: gives the pipeline with its encoders; called only when something must be encoded.
-        encoder_fingerprint: of the model's VAE and text encoders.
-        size: (height, width) in pixels.
+        encoder_fingerprint: of the model's VAE and text encoders, and how they run.
+        size: (height, width) in pixels. frames: of a clip; None for pictures.
         cache_root: the folder in which caches are kept, one a fingerprint.
 
     Raises:
         UserError: the source, the cache or what the objective needs do not fit, with what was expected and found.
         PipelineError: a size that the model cannot take.
     """
+    extent = Extent(*size, frames, data.fps)
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         if data.annotations:
             raise UserError(
                 f"{data.path}: data.annotations are added to a source before it is encoded, and this is a finished "
                 "cache. Name the source itself in data.path."
             )
-        cached = open_cache(Path(data.path))
-        _check_encoders(cached, model, encoder_fingerprint(), size)
-        groups: CachedGroups | LiveGroups = cached
+        cached = _open(Path(data.path))
+        _check_encoders(cached, model, encoder_fingerprint(), extent)
+        groups: AnyGroups = cached
+    elif data.stream:
+        return _streamed(data, needs, pipeline, extent, cache_root)
     else:
         path = readers.resolve(data.path)
         name = readers.detect(path, data.format)
         limit = None
         if data.limit is not None:
             limit = Limit(groups=data.limit, candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only)
-        if data.cache:
-            parts = fingerprint_parts(path, name, encoder_fingerprint(), size, limit, data.annotations)
+        if data.buckets:
+            groups = _bucketed(path, name, data, needs, pipeline, encoder_fingerprint(), extent, cache_root, limit,
+                               progress)  # fmt: skip
+        elif data.cache:
+            parts = fingerprint_parts(path, name, encoder_fingerprint(), extent, limit, data.annotations)
             folder = cache_root / _digest(parts)
             if not (folder / MANIFEST).exists():
                 added = Annotations.load(data.annotations)
                 survey = readers.survey(path, name, added)
                 check_needs(needs, survey, data.path, limit)
-                prepare(readers.read(path, name, added), pipeline(), folder, fingerprint=parts, height=size[0],
-                        width=size[1], batch_size=ENCODE_BATCH, progress=progress, survey=survey,
+                prepare(readers.read(path, name, added), pipeline(), folder, fingerprint=parts,
+                        **extent._asdict(), batch_size=ENCODE_BATCH, progress=progress, survey=survey,
                         limit=limit)  # fmt: skip
             groups = open_cache(folder)
         else:
-            groups = _live(path, name, data.annotations, needs, pipeline, size, cache_root, limit, progress)
+            groups = _live(path, name, data.annotations, needs, pipeline, extent, cache_root, limit, progress)
     return _select(groups, needs, data)
 
 
@@ -154,15 +173,14 @@ def fingerprint_parts(
     path: Path,
     reader: str,
     encoders: str,
-    size: tuple[int, int],
+    extent: Extent,
     limit: Limit | None = None,
     sidecars: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that decides what a latent cache holds, by name."""
     return {
         **_source_parts(path, reader, limit, sidecars),
-        "height": size[0],
-        "width": size[1],
+        **extent._asdict(),
         "crop": CROP,
         "dtype": "float16",
         "encoders": encoders,
@@ -230,9 +248,9 @@ def _check_columns(needs: Needs, columns: dict[str, int], groups: int, path: str
             )
 
 
-def _check_encoders(cached: CachedGroups, model: ModelConfig, encoders: str, size: tuple[int, int]) -> None:
-    found = {name: cached.manifest["fingerprint"].get(name) for name in ("encoders", "height", "width")}
-    wanted = {"encoders": encoders, "height": size[0], "width": size[1]}
+def _check_encoders(cached: CachedGroups | BucketedGroups, model: ModelConfig, encoders: str, extent: Extent) -> None:
+    wanted = {"encoders": encoders, **extent._asdict()}
+    found = {name: cached.manifest["fingerprint"].get(name) for name in wanted}
     if differing := differences(found, wanted, "the cache has", f"model {model.path} wants"):
         raise UserError(f"{cached.path}: this cache does not fit the run. {differing}.")
 
@@ -243,12 +261,13 @@ def _live(
     sidecars: Sequence[str],
     needs: Needs,
     pipeline: Callable[[], TrainablePipeline],
-    size: tuple[int, int],
+    extent: Extent,
     cache_root: Path,
     limit: Limit | None,
     progress: bool,
 ) -> LiveGroups:
     parts = {**_source_parts(path, reader, limit, sidecars), "content": "pictures", "root": str(path.resolve())}
+    parts |= {"frames": extent.frames, "fps": extent.fps}  # which decide what can be used
     folder = cache_root / f"pictures-{_digest(parts)}"
     encoder: TrainablePipeline | None = None
     if not (folder / MANIFEST).exists():
@@ -256,22 +275,77 @@ def _live(
         survey = readers.survey(path, reader, added)
         check_needs(needs, survey, str(path), limit)
         encoder = pipeline()
-        encoder.check_size(*size)
-        index_pictures(readers.read(path, reader, added), folder, fingerprint=parts, survey=survey, limit=limit,
-                       source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
+        encoder.check_size(extent.height, extent.width, extent.frames)
+        index_pictures(readers.read(path, reader, added), folder, fingerprint=parts, extent=extent, survey=survey,
+                       limit=limit, source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
     encoder = encoder or pipeline()
-    encoder.check_size(*size)
-    return LiveGroups(folder).encode_with(encoder, *size)
+    encoder.check_size(extent.height, extent.width, extent.frames)
+    return LiveGroups(folder).encode_with(encoder, extent)
 
 
-def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -> Source:
+def _open(folder: Path) -> CachedGroups | BucketedGroups:
+    return BucketedGroups(folder) if is_bucketed(folder) else open_cache(folder)
+
+
+def _bucketed(
+    path: Path,
+    reader: str,
+    data: DataConfig,
+    needs: Needs,
+    pipeline: Callable[[], TrainablePipeline],
+    encoders: str,
+    extent: Extent,
+    cache_root: Path,
+    limit: Limit | None,
+    progress: bool,
+) -> BucketedGroups:
+    parts = fingerprint_parts(path, reader, encoders, extent, limit, data.annotations) | {"buckets": True}
+    folder = cache_root / _digest(parts)
+    if not (folder / MANIFEST).exists():
+        added = Annotations.load(data.annotations)
+        survey = readers.survey(path, reader, added)
+        check_needs(needs, survey, data.path, limit)
+        prepare_buckets(partial(readers.read, path, reader, added), pipeline(), folder, fingerprint=parts,
+                        resolution=math.isqrt(extent.height * extent.width), batch_size=ENCODE_BATCH, survey=survey,
+                        limit=limit, progress=progress)  # fmt: skip
+    return BucketedGroups(folder)
+
+
+def _streamed(
+    data: DataConfig,
+    needs: Needs,
+    pipeline: Callable[[], TrainablePipeline],
+    extent: Extent,
+    cache_root: Path,
+) -> StreamedSource:
+    """Windows of `data.stream` rows, each an index of pictures like that of data without a cache."""
+    encoder = pipeline()
+    encoder.check_size(extent.height, extent.width, extent.frames)
+    pieces = Pieces.of(data.path, data.format, cache_root / "stream-pieces")
+    parts: dict[str, Any] = {"source": pieces.identity, "reader": pieces.format, "rows": data.stream, "layout": LAYOUT}
+    parts |= {"frames": extent.frames, "fps": extent.fps}
+    return StreamedSource(
+        pieces,
+        rows=data.stream or 0,
+        folder=cache_root / f"stream-{_digest(parts)}",
+        index=partial(
+            index_pictures, fingerprint=parts, extent=extent, survey=Survey.of(()), source_bytes=0, progress=False
+        ),
+        open_window=lambda folder: LiveGroups(folder).encode_with(encoder, extent),
+        usable=partial(usable, needs=needs),
+        pairs=_wants_pairs(needs),
+        columns=needs.columns,
+        fingerprint=_digest({**parts, "needs": str(vars(needs))}),
+    )
+
+
+def _select(groups: AnyGroups, needs: Needs, data: DataConfig) -> Source:
     counts: dict[str, Any] = groups.manifest["counts"]
     _check_candidates(needs, {int(k): count for k, count in counts["candidates"].items()}, data.path)
     _check_columns(needs, counts["columns"], counts["groups"], data.path)
     enough = groups.k >= needs.candidates
     disliked = (groups.k == 1) & (groups.best <= 0) & needs.likes_only
-    usable = enough & ~disliked & (needs.ties | ~groups.tie)
-    numbers = np.flatnonzero(usable)
+    numbers = usable(groups, needs)
     chosen = numbers[: data.limit]
     if not len(chosen):
         totals = (int(of.sum()) for of in (groups.tie, disliked, ~enough))
@@ -290,6 +364,12 @@ def _select(groups: CachedGroups | LiveGroups, needs: Needs, data: DataConfig) -
     return Source(groups, chosen, counted, pairs=_wants_pairs(needs), columns=needs.columns)
 
 
+def usable(groups: AnyGroups, needs: Needs) -> np.ndarray:
+    """The numbers of the groups that serve an objective."""
+    disliked = (groups.k == 1) & (groups.best <= 0) & needs.likes_only
+    return np.flatnonzero((groups.k >= needs.candidates) & ~disliked & (needs.ties | ~groups.tie))
+
+
 def _nothing_left(needs: Needs, path: str, groups: int, ties: int, disliked: int, few: int) -> UserError:
     return UserError(
         f"{path}: no group is left: of {groups}, {ties} are ties, {disliked} are disliked, "
@@ -300,9 +380,7 @@ def _nothing_left(needs: Needs, path: str, groups: int, ties: int, disliked: int
 class _Chosen(Dataset[Any]):
     """The chosen groups, a whole micro-batch at a time."""
 
-    def __init__(
-        self, groups: CachedGroups | LiveGroups, numbers: np.ndarray, pairs: bool, columns: Sequence[str]
-    ) -> None:
+    def __init__(self, groups: AnyGroups, numbers: np.ndarray, pairs: bool, columns: Sequence[str]) -> None:
         self.groups, self.numbers, self.pairs, self.columns = groups, numbers, pairs, columns
 
     def __getitem__(self, position: Position) -> Any:

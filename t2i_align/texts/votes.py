@@ -19,13 +19,19 @@ def majority(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.n
         scores: [n, k], each scorer on its own scale.
         margins: differences up to this size are no preference, one a scorer (default: 0).
     """
-    scores = _checked(scores)
-    if scores.shape[1] == 1:
+    k = _checked(scores).shape[1]
+    if k == 1:
         return np.full(1, 0.5)
+    return (shares(scores, margins).sum(1) - 0.5) / (k - 1)  # nobody competes with himself
+
+
+def shares(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.ndarray:
+    """The share of scorers that prefer candidate i to j, [k, k]; a comparison within a margin is half for each."""
+    scores = _checked(scores)
     margin = np.zeros(len(scores)) if margins is None else np.asarray(margins, float)
     gap = scores[:, :, None] - scores[:, None, :]
-    wins = np.where(np.abs(gap) <= margin[:, None, None], 0.5, gap > 0)
-    return (wins.sum(2) - 0.5).mean(0) / (scores.shape[1] - 1)  # nobody competes with himself
+    share: np.ndarray = np.where(np.abs(gap) <= margin[:, None, None], 0.5, gap > 0).mean(0)
+    return share
 
 
 def mean_rank(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.ndarray:

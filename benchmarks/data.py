@@ -1,0 +1,258 @@
+"""The data layer's figures: a million groups, prepare against the bare VAE, and kills at random moments.
+
+    python benchmarks/data.py                      # all three; writes benchmarks/results/data_<device>.md
+    python benchmarks/data.py --only kills --kills 20
+
+- size: a cache of synthetic latents is opened in a fresh process, which chooses, shuffles and takes a first batch; then
+  batches are timed, in turns with those of a cache of a thousand groups.
+- prepare: pictures per second of `cache.prepare`, which decodes them and encodes their prompts as well, against a loop
+  that does nothing but run the same VAE over the same pixels, already in memory. They take turns.
+- kills: a prepare is killed by `kill -9` at moments drawn from its own duration, continued, killed again; in the end,
+  every file must be what an uninterrupted prepare wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+import pipelines
+from t2i_align.config import DataConfig
+from t2i_align.data import cache, readers
+from t2i_align.data.images import load_pixels
+from t2i_align.data.layout import PROMPTS
+from t2i_align.data.schema import Group
+from t2i_align.data.shards import Row, write
+from t2i_align.data.source import Source, _select
+from t2i_align.objectives.base import Needs
+from t2i_align.sources import resolve_model
+
+RESULTS = Path(__file__).parent / "results"
+SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # of the synthetic latents and embeddings; a batch's cost is that of finding it
+PROMPTS_EVERY = 15  # groups a prompt, as in Pick-a-Pic v2
+BATCH = 8
+
+
+class Synthetic:
+    """A payload of random latents, which no model has to make."""
+
+    def __init__(self, extent: dict[str, Any]) -> None:
+        self.columns = (("latents", pa.list_(pa.binary(2 * int(np.prod(SHAPE))))),)
+        self.extent, self.new, self.known = extent, [""], {""}
+        self.values = np.random.default_rng(0).standard_normal((64, *SHAPE)).astype(np.float16)
+
+    def encode(self, groups: Sequence[Group]) -> list[Row]:
+        self.new += [text for text in dict.fromkeys(group.prompt for group in groups) if text not in self.known]
+        self.known.update(self.new)
+        return [
+            {"latents": [self.values[(2 * int(group.id) + n) % 64].tobytes() for n in range(2)]} for group in groups
+        ]
+
+    def tables(self) -> dict[str, pa.Table]:
+        embedding = np.zeros(PROMPT_SHAPE, np.float16).tobytes()
+        rows = [{"prompt": text, "embedding:prompt_embeds": embedding} for text in self.new]
+        self.new = []
+        kind = pa.binary(len(embedding))
+        return {
+            PROMPTS: pa.Table.from_pylist(rows, pa.schema({"prompt": pa.string(), "embedding:prompt_embeds": kind}))
+        }
+
+    def resume(self, shard: Path) -> None:
+        raise RuntimeError("a synthetic cache is made in one go")
+
+    def pass_over(self, groups: Sequence[Group]) -> None:
+        raise RuntimeError("a synthetic cache is made by one process")
+
+    def describe(self) -> dict[str, Any]:
+        layout = {"prompt_embeds": {"shape": list(PROMPT_SHAPE), "dtype": "float16"}}
+        return {"content": "latents", "latent_shape": list(SHAPE), "conditioning": layout, **self.extent}
+
+
+def synthetic(folder: Path, groups: int) -> Path:
+    """A finished cache of so many pairs; kept from run to run."""
+    out = folder / f"synthetic-{groups}"
+    items = (
+        Group(id=str(n), prompt=f"prompt {n // PROMPTS_EVERY}", candidates=(b"", b""), scores=(1.0, 0.0), origin="")
+        for n in range(groups)
+    )
+    extent = {"extent": {"height": 16, "width": 16}}
+    write(items, Synthetic(extent), out, fingerprint={"groups": groups}, rows_per_shard=1024, rows_at_once=256,
+          total=groups, what=f"make {groups} groups")  # fmt: skip
+    return out
+
+
+def opened(folder: Path) -> tuple[Source, Iterator[Any]]:
+    """What training opens: the source with its groups chosen, and its shuffled loader."""
+    source = _select(cache.open_cache(folder), Needs(candidates=2, ties=False), DataConfig(path=str(folder)))
+    return source, source.loader(seed=0, start_step=0, batch_size=BATCH, accumulate=1, rank=0, world=1, workers=0)
+
+
+def first_batch(folder: Path) -> None:
+    """In a process of its own: seconds to the first batch, and what that takes of memory beyond the imports."""
+    before = resident()
+    start = time.perf_counter()
+    source, loader = opened(folder)
+    source.to_batch(next(loader), torch.device("cpu"))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": seconds, "before": before, "peak": peak}))
+
+
+def resident() -> float:
+    """This process's resident memory in GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+def size(folder: Path, groups: int, batches: int) -> list[tuple[str, str, str]]:
+    large, small = synthetic(folder, groups), synthetic(folder, 1000)
+    command = [sys.executable, __file__, "--first-batch", str(large)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    times: dict[Path, list[float]] = {large: [], small: []}
+    loaders = {path: opened(path) for path in times}
+    for _ in range(batches):
+        for path, (source, loader) in loaders.items():
+            start = time.perf_counter()
+            source.to_batch(next(loader), torch.device("cpu"))
+            times[path].append(time.perf_counter() - start)
+    ratio = statistics.median(times[large]) / statistics.median(times[small])
+    return [
+        (f"{groups:,} groups: open, choose, shuffle, first batch", f"{found['seconds']:.2f} s", "<= 3 s"),
+        ("resident memory then, the imports with it", f"{found['peak']:.2f} GiB", "<= 1 GB"),
+        ("of that, the imports alone", f"{found['before']:.2f} GiB", ""),
+        (f"a batch of {BATCH} against one of 1,000 groups, median of {batches}", f"{ratio:.2f} x", "as with 1 k"),
+    ]
+
+
+def prepare(folder: Path, groups: int, rounds: int) -> list[tuple[str, str, str]]:
+    pipeline = pipelines.load(resolve_model("testbed:sd"))
+    some = [item for item in islice(readers.read("testbed:pairs"), groups) if isinstance(item, Group)]
+    height, width = pipeline.default_size
+    pixels = torch.stack([load_pixels(media, height, width) for group in some for media in group.candidates])
+    ours, bare = [], []
+    for turn in range(rounds):
+        out = folder / f"prepare-{turn}"
+        shutil.rmtree(out, ignore_errors=True)
+        start = time.perf_counter()
+        cache.prepare(some, pipeline, out, fingerprint={"turn": turn}, height=height, width=width, batch_size=BATCH,
+                      progress=False)  # fmt: skip
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for part in pixels.split(BATCH):
+            pipeline.encode_pixels(part).half().numpy()
+        bare.append(time.perf_counter() - start)
+    ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
+    rate = len(pixels) / statistics.median(ours)
+    return [
+        (f"prepare, {len(pixels)} pictures of {height} x {width} and {len({g.prompt for g in some})} prompts",
+         f"{rate:.0f} pictures/s", ""),
+        ("prepare against the VAE alone", f"{ratio:.2f} x", ">= 0.9 x"),
+    ]  # fmt: skip
+
+
+def kills(folder: Path, groups: int, number: int) -> list[tuple[str, str, str]]:
+    pipeline = pipelines.load(resolve_model("testbed:sd"))
+    some = [item for item in islice(readers.read("testbed:pairs"), groups) if isinstance(item, Group)]
+    height, width = pipeline.default_size
+    cache.MAX_ROWS_PER_SHARD = max(1, groups // 16)
+
+    def run(out: Path) -> None:
+        cache.prepare(some, pipeline, out, fingerprint={"kills": 0}, height=height, width=width, batch_size=BATCH,
+                      progress=False)  # fmt: skip
+
+    whole, killed = folder / "whole", folder / "killed"
+    for out in (whole, killed):
+        shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    run(whole)
+    duration = time.perf_counter() - start
+    draw, done, finished = random.Random(0), 0, 0
+    while done < number:
+        child = os.fork()
+        if child == 0:
+            run(killed)
+            os._exit(0)
+        time.sleep(draw.uniform(0, duration * 0.9))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        done += os.WIFSIGNALED(status)
+        if (killed / "manifest.json").exists():  # it was through; the next kills hit one from the start again
+            finished += check(whole, killed)
+            shutil.rmtree(killed)
+    run(killed)
+    finished += check(whole, killed)
+    return [(f"kill -9 at {number} random moments, continued each time", f"{finished} caches finished, all equal", "")]
+
+
+def check(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte; an error that names one that differs."""
+    hashes = [
+        {
+            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in folder.rglob("*")
+            if file.is_file() and file.name != ".lock"
+        }
+        for folder in (one, other)
+    ]
+    differing = {name for name in hashes[0].keys() | hashes[1].keys() if hashes[0].get(name) != hashes[1].get(name)}
+    if differing:
+        raise SystemExit(f"{min(differing)} differs in {len(differing)} files")
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("size", "prepare", "kills"), help="default: all three")
+    parser.add_argument("--groups", type=int, default=1_000_000, help="of the large cache (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=300, help="that are timed (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=128, help="that are prepared (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of prepare (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where caches are kept (default: a temporary folder)")
+    parser.add_argument("--first-batch", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.first_batch:
+        first_batch(options.first_batch)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {
+            "size": lambda: size(folder, options.groups, options.batches),
+            "prepare": lambda: prepare(folder, options.pairs, options.rounds),
+            "kills": lambda: kills(folder, options.pairs, options.kills),
+        }
+        rows = [row for name, part in parts.items() if options.only in (None, name) for row in part()]
+    table = ["| what | found | target |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    arguments = " ".join(["python benchmarks/data.py", *sys.argv[1:]])
+    text = "\n".join([f"`{arguments}`", "", f"{platform.processor() or platform.machine()}, one thread, torch "
+                      f"{torch.__version__}", "", *table, ""])  # fmt: skip
+    print(text)
+    file = RESULTS / f"data_{options.only or 'cpu'}.md"
+    file.write_text(text)
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()
