@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format bench notebooks clean
+.PHONY: help install quickstart test test-slow fuzz lint format bench notebooks clean
 # A stamp whose recipe failed half-way must not look up to date.
 .DELETE_ON_ERROR:
 
@@ -24,6 +24,9 @@ test: $(STAMP)  ## the test suite and the notebooks, without the tests marked sl
 
 test-slow: $(STAMP)  ## the tests marked slow
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+
+fuzz: $(STAMP)  ## the property tests on examples drawn anew each time
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m hypothesis --hypothesis-profile others
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(RUN) -m ruff check .

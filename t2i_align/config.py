@@ -363,6 +363,9 @@ def build_objective(values: Any) -> Objective:
 
 def _typed(hint: Any, value: Any, key: str) -> Any:
     """`value` checked against, and where sensible converted to, a type annotation (5e-6 in YAML is a string)."""
+    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if value is None and hint not in (Any, None) and type(None) not in get_args(hint):  # jsonargparse passes null
+        raise UserError(f"{key}: expected {expected}, found null")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
@@ -370,7 +373,6 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     except jsonargparse.ArgumentError as error:
         if get_origin(hint) is Literal:
             raise unknown(f"value for {key}:", str(value), map(str, get_args(hint))) from error
-        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         raise UserError(f"{key}: expected {expected}, found {value!r}") from error
 
 

@@ -55,6 +55,7 @@ def test_what_may_be_null_is_switched_on_and_off() -> None:
         ("trian.steps=1", r"unknown key 'trian'. Did you mean 'train'\? Choices: data, health, log"),
         ("train.stps=1", r"unknown key in train 'stps'. Did you mean 'steps'"),
         ("train.steps=many", "train.steps: expected int, found 'many'"),
+        ("train.steps=null", "train.steps: expected int, found null"),
         ("train.steps=0", "train.steps must be at least 1, found 0"),
         ("train.precision=int8", r"unknown value for train.precision: 'int8'.*Choices: bf16, fp16, fp32"),
         ("train.caption_dropout=2", r"train.caption_dropout must be in \[0, 1\]"),

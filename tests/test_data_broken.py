@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from t2i_align.data import readers
@@ -121,6 +121,7 @@ def test_any_shares_of_votes(folder: Path, rows: list[tuple[Any, ...]]) -> None:
 
 @pytest.mark.parametrize("name", sorted({**OF_PAIRS, **OF_RANKINGS}))
 @given(cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3))
+@example(cut=0.0625, flips=[])  # a source file that ends after its first key
 @settings(max_examples=12, deadline=None, suppress_health_check=UNMINDED)
 def test_every_format_damaged_anywhere(
     tmp_path_factory: pytest.TempPathFactory, name: str, cut: float, flips: list[tuple[float, int]]
