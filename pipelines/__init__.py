@@ -2,7 +2,7 @@
 
 from pipelines.base import Conditioning, PipelineError, TrainablePipeline
 from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
-from pipelines.registry import FAMILIES, encoder_fingerprint, load, wrap
+from pipelines.registry import FAMILIES, encoder_fingerprint, family_of, load, wrap
 
 __all__ = [
     "FAMILIES",
@@ -13,6 +13,7 @@ __all__ = [
     "TrainablePipeline",
     "VariancePreserving",
     "encoder_fingerprint",
+    "family_of",
     "load",
     "wrap",
 ]

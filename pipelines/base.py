@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -157,6 +158,24 @@ class TrainablePipeline(ABC):
         """Frames of a clip that the checkpoint was trained for; None where it makes pictures."""
         return None
 
+    @property
+    def default_steps(self) -> int:
+        """Denoising steps that the diffusers pipeline takes by itself: 50 of Stable Diffusion, 28 of SD3 and FLUX."""
+        return int(self._default("num_inference_steps"))
+
+    @property
+    def default_guidance(self) -> float:
+        """Its guidance scale: 7.5 of Stable Diffusion, 5 of SDXL, 7 of SD3, 3.5 of FLUX, 5 of Wan."""
+        return float(self._default("guidance_scale"))
+
+    @property
+    def default_batch_size(self) -> int:
+        """Samples drawn at a time: a clip is as large as many pictures."""
+        return 1 if self.video else 8
+
+    def _default(self, argument: str) -> Any:
+        return inspect.signature(type(self.pipe).__call__).parameters[argument].default
+
     def tokens(self, height: int, width: int, frames: int | None = None) -> int:
         """How many tokens the denoiser sees of a sample of this size, where its timesteps are shifted by that."""
         raise PipelineError(f"{self.family} has no timestep shift that depends on the resolution")
@@ -193,20 +212,20 @@ class TrainablePipeline(ABC):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int = 50,
-        guidance: float = 7.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         autocast: torch.dtype | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Samples through the genuine diffusers pipeline, float32 in [0, 1] on the CPU.
 
         Pictures [N, 3, H, W], or clips [N, F, 3, H, W] from video families. Sample i is drawn from its own generator
-        with seeds[i], so it does not depend on its neighbours. Sizes that are not given are the model's own.
+        with seeds[i], so it does not depend on its neighbours. Sizes, steps and guidance: None is the model's own.
         `on_batch` is told how many samples were just finished (for a progress bar).
 
         Raises:
@@ -217,6 +236,8 @@ class TrainablePipeline(ABC):
         default_height, default_width = self.default_size
         height, width = height or default_height, width or default_width
         frames = frames or self.default_frames
+        steps, batch_size = steps or self.default_steps, batch_size or self.default_batch_size
+        guidance = self.default_guidance if guidance is None else guidance
         self.check_size(height, width, frames)
         size = {"height": height, "width": width, **({"num_frames": frames} if self.video else {})}
         training = self.denoiser.training

@@ -120,6 +120,17 @@ def load(
     return pipeline
 
 
+def family_of(path: str | Path, revision: str | None = None) -> type[TrainablePipeline] | None:
+    """The family of a folder or Hub id, without loading it; None for a single file, which has to be opened for that.
+
+    Raises:
+        PipelineError: nothing there, not a pipeline, a family that is not known.
+    """
+    if Path(path).is_file():
+        return None
+    return _family_of(str(_model_index(path, revision).get("_class_name")), str(path))
+
+
 def wrap(pipe: DiffusionPipeline, source: str = "memory") -> TrainablePipeline:
     """The family around a diffusers pipeline that is loaded already; its networks are frozen.
 

@@ -499,8 +499,9 @@ def _run_parser(name: str) -> argparse.ArgumentParser:
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: %(default)s)")
+    own = "(default: what the model's diffusers pipeline takes)"
+    parser.add_argument("--steps", type=int, help=f"denoising steps {own}")
+    parser.add_argument("--guidance", type=float, help=f"guidance scale {own}")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--frames", type=int, help="of a clip, for models that make clips (default: the model's own)")
@@ -510,7 +511,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="of the model's weight files, such as fp16")
     parser.add_argument("--single-file-config", help="folder or Hub id with the configuration of a single file")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
-    _machine(parser)
+    _machine(parser, batch=None, of="samples at a time (default: 8 pictures, or 1 clip)")
 
 
 def _perturber(parser: argparse.ArgumentParser) -> None:
@@ -534,8 +535,10 @@ def _annotating(parser: argparse.ArgumentParser) -> None:
     _machine(parser)
 
 
-def _machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
+def _machine(
+    parser: argparse.ArgumentParser, batch: int | None = 8, of: str = "pictures at a time (default: %(default)s)"
+) -> None:
+    parser.add_argument("--batch-size", type=int, default=batch, help=of)
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
 
 

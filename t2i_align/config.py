@@ -190,24 +190,26 @@ class TrainConfig:
 class ValidationConfig:
     """Pictures and held-out scores on the way, every so many steps (0: never).
 
-    prompts: a text file with one prompt a line, or `testbed:dev`. count: so many of them. batch_size: pictures
-    sampled at a time.
+    prompts: a text file with one prompt a line, or `testbed:dev`. count: so many of them. batch_size: samples at a
+    time (null: 8 pictures or 1 clip). guidance: null is that of the model's diffusers pipeline.
     """
 
     every: int = 0
     prompts: str = "testbed:dev"
     count: int = 16
-    batch_size: int = 8
+    batch_size: int | None = None
     scorers: list[str] = field(default_factory=list)
     steps: int = 20
-    guidance: float = 7.5
+    guidance: float | None = None
     seed: int = 1000
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "validation.every", "0 (never) or more", self.every)
         for key in ("count", "batch_size", "steps"):
-            _require(getattr(self, key) >= 1, f"validation.{key}", "at least 1", getattr(self, key))
-        _require(0 <= self.guidance < math.inf, "validation.guidance", "0 or more", self.guidance)
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"validation.{key}", "at least 1", value)
+        _require(self.guidance is None or 0 <= self.guidance < math.inf, "validation.guidance", "0 or more",
+                 self.guidance)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

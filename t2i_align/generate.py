@@ -46,7 +46,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     **options: Any,
 ) -> list[Any]:
     """A `Sample` for each prompt and seed, 8 bits as it would be saved; `options` as `TrainablePipeline.generate` has.
@@ -54,6 +54,7 @@ def sample(
     Raises:
         UserError: the GPU's memory does not do for the batch.
     """
+    batch_size = batch_size or pipeline.default_batch_size
     with memory_for(batch_size):
         pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
     return list(to_bytes(pixels)) if pixels.ndim == 5 else to_pictures(pixels)
@@ -74,14 +75,14 @@ def generate(
     lora_scale: float = 1.0,
     per_prompt: int = 1,
     seed: int = 0,
-    steps: int = 50,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
     fps: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
@@ -102,9 +103,11 @@ def generate(
         prompt: further single prompts, after those.
         lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
         per_prompt: pictures a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
+        steps, guidance: of sampling (default: the diffusers pipeline's own).
         negative_prompt: what guidance leads away from.
         height, width, frames: in pixels, and of a clip (default: the model's own).
         fps: frames a second that a clip is shown at (default: the model's own).
+        batch_size: samples at a time (default: 8 pictures, or 1 clip).
         revision, variant, single_file_config, expert: of the model, as in `pipelines.load`; where None, and `lora`
             comes from a training run of this model, those of that run.
         force: replace the pictures of an earlier run in `out`.
@@ -127,6 +130,8 @@ def generate(
     pipeline: TrainablePipeline
     pipeline = load_pipeline(**source, precision=precision, device=device) if source else model  # type: ignore
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
+    steps, batch_size = steps or pipeline.default_steps, batch_size or pipeline.default_batch_size
+    guidance = pipeline.default_guidance if guidance is None else guidance
     how = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
     sampling: dict[str, Any] = {**how, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
     sampling["autocast"] = PRECISIONS[precision] if loaded and precision != "fp32" else None
@@ -165,10 +170,10 @@ def save_picture(picture: Image.Image, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def check_sampling(**counts: int) -> None:
-    """Raise UserError for a number of steps, pictures or a batch below 1."""
+def check_sampling(**counts: int | None) -> None:
+    """Raise UserError for a number of steps, pictures or a batch below 1; None is somebody's default."""
     for key, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
+SCORED_AT_ONCE = 8  # pictures, where no batch size is given
 BLOCK = 32  # prompts that one process makes and scores before what it knows is written down
 SETTINGS, GROUPS = "settings.json", "groups.jsonl"
 PAIRS = ("best_worst", "all")
@@ -75,12 +76,12 @@ def synthesize(
     pairs: str | None = None,
     agree: float = 0.0,
     seed: int = 0,
-    steps: int = 50,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
     progress: bool = True,
@@ -99,7 +100,8 @@ def synthesize(
         pairs: `best_worst` or `all` pairs instead of groups of all candidates.
         agree: of a pair, at least this share of the scorers must prefer the better one; of a group, its best to its
             worst.
-        seed, steps, guidance, negative_prompt, height, width, batch_size, precision, device: as for `generate`.
+        seed, steps, guidance, negative_prompt, height, width, batch_size, precision, device: as for `generate`; each
+            model's own where it is not given.
 
     Raises:
         UserError: anything above that cannot be used, or a folder begun with other settings.
@@ -126,7 +128,7 @@ def synthesize(
     refused = work.refused(built)
     for number, name in enumerate(names):
         work.draw(number, name, refused, {**sampling, "batch_size": batch_size}, precision, place)
-    work.score(built, refused, batch_size)
+    work.score(built, refused, batch_size or SCORED_AT_ONCE)
     return work.finish(built, pairs, agree)
 
 
@@ -180,9 +182,9 @@ class _Work:
         ]
         if not rows:
             return
-        batch_size = sampling["batch_size"]
         with _loaded(name, precision, device) as pipeline, self._bar(len(rows), f"draw {name}", "img") as bar:
             self._identify(name, pipeline.denoiser)
+            batch_size = sampling["batch_size"] or pipeline.default_batch_size
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, prompt, k) for prompt, k in part]

@@ -192,6 +192,18 @@ def test_generate_equals_plain_diffusers_and_so_does_a_saved_pipeline(
     torch.testing.assert_close(sample(again), sample(ours), rtol=0, atol=1e-6)
 
 
+def test_what_is_not_told_is_left_to_the_diffusers_pipeline(
+    shared: Callable[[str], TrainablePipeline], plain: Callable[[str], Any]
+) -> None:
+    own = {name: (shared(name).default_steps, shared(name).default_guidance) for name in FAMILIES}
+    assert own == {"sd": (50, 7.5), "sdxl": (50, 5), "sd3": (28, 7), "flux": (28, 3.5), "wan": (50, 5),
+                   "cogvideox": (50, 6), "ltx": (50, 3)}  # fmt: skip
+    height, width = shared("sd3").default_size
+    theirs = plain("sd3")(PROMPTS[0], height=height, width=width, max_sequence_length=16, output_type="pt",
+                          generator=torch.Generator().manual_seed(7)).images  # fmt: skip
+    assert torch.equal(shared("sd3").generate(PROMPTS[:1], [7]), theirs)
+
+
 @pytest.mark.parametrize("name", [*FAMILIES[1:], "wan-low"])
 def test_lora_loads_in_plain_diffusers_and_here_with_the_same_samples(
     name: str, path: Callable[[str], Path], fresh: Callable[[str], TrainablePipeline], plain: Callable[[str], Any],

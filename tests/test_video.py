@@ -310,7 +310,10 @@ def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: P
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
 
 
-def test_a_clip_model_is_not_compared_with_a_picture_model(wan_path: Path, sd_path: Path, tmp_path: Path) -> None:
+def test_a_clip_model_is_not_compared_with_a_picture_model(
+    wan_path: Path, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t2i_align.evaluation.compare.sample", None)  # it is refused before anything is drawn
     with pytest.raises(UserError, match=r"the base makes pictures and .*wan makes clips: they cannot be compared"):
         evaluate(base=sd_path, aligned=wan_path, prompts=["cat"], scorers=[Brightness()], out=tmp_path / "out",
                  steps=1, guidance=1.0, progress=False)  # fmt: skip

@@ -33,6 +33,7 @@ from t2i_align.sources import (
     memory_for,
     resolve_aligned,
     resolve_base,
+    resolve_model,
     resolve_prompts,
 )
 
@@ -65,15 +66,15 @@ def evaluate(
     out: str | Path,
     seeds_per_prompt: int = 1,
     seed: int = 0,
-    steps: int = 50,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
     fps: float | None = None,
     tie_margin: float | Mapping[str, float] | None = None,
     ties: Ties = "half",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     pictures: int = 24,
     revision: str | None = None,
     variant: str | None = None,
@@ -97,7 +98,9 @@ def evaluate(
         prompts: text file with one prompt a line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
+        steps, guidance: of sampling (default: those of the base's diffusers pipeline).
         height, width, frames: in pixels, and of a clip (default: the base's own).
+        batch_size: samples at a time (default: 8 pictures, or 1 clip).
         fps: frames a second at which the report shows clips (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
@@ -113,6 +116,8 @@ def evaluate(
         UserError, PipelineError: anything above that cannot be used, or an `out` that holds something; nothing was
             generated then.
     """
+    import pipelines  # with diffusers, whose import takes seconds
+
     started = time.monotonic()
     texts = resolve_prompts(prompts)
     check_sampling(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
@@ -134,7 +139,10 @@ def evaluate(
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline
     pipeline = load_pipeline(**source, precision=precision, device=device) if source else base  # type: ignore
-    if other.kind != "model":
+    if other.kind == "model":
+        if (family := pipelines.family_of(resolve_model(other.path))) is not None:
+            _check_media(pipeline.video, family.video, other.path)
+    else:
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
         with adapter_on(pipeline, other):
             pass
@@ -145,6 +153,8 @@ def evaluate(
     default_height, default_width = pipeline.default_size
     height, width, frames = height or default_height, width or default_width, frames or pipeline.default_frames
     pipeline.check_size(height, width, frames)
+    steps, batch_size = steps or pipeline.default_steps, batch_size or pipeline.default_batch_size
+    guidance = pipeline.default_guidance if guidance is None else guidance
     video, fps = pipeline.video, fps or pipeline.fps
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
@@ -168,10 +178,7 @@ def evaluate(
             del pipeline
             _release()
             pipeline = load_pipeline(other.path, precision, device, single_file_config=origin["single_file_config"])
-            if pipeline.video != video:
-                made = [f"{name} makes {'clips' if is_video else 'pictures'}" for name, is_video in
-                        (("the base", video), (other.path, pipeline.video))]  # fmt: skip
-                raise UserError(f"{' and '.join(made)}: they cannot be compared")
+            _check_media(video, pipeline.video, other.path)  # of a single file, nothing said so before
             after = _measure("aligned", pipeline, *what, **sampling)
         bar.close()
         made_with = {
@@ -268,6 +275,13 @@ def _results(
         total = every.pop(TOTAL)
         results[name] = ScorerResult(version=scorer.version, tie_margin=margin, total=total, parts=every)
     return results
+
+
+def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
+    if base != aligned:
+        made = [f"{name} makes {'clips' if video else 'pictures'}" for name, video in
+                (("the base", base), (path, aligned))]  # fmt: skip
+        raise UserError(f"{' and '.join(made)}: they cannot be compared")
 
 
 def _samples(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
