@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +49,7 @@ class Oracle:
     version = "1.0"
 
     def __init__(self, faithfulness_weight: float = 0.6) -> None:
-        if not 0.0 <= faithfulness_weight <= 1.0:
-            raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
-        self.faithfulness_weight = faithfulness_weight
+        self.faithfulness_weight = check_weight(faithfulness_weight)
 
     def judge(self, pixels: Tensor | np.ndarray, prompts: Sequence[str]) -> Verdict:
         """Judge pictures.
@@ -70,19 +69,27 @@ class Oracle:
         for start in range(0, len(pictures), 64):
             views += look(pictures[start : start + 64])
         rows = np.array([_check(view, statement) for view, statement in zip(views, statements, strict=True)], float)
-        rows = rows.reshape(-1, len(ATTRIBUTES))
-        with np.errstate(invalid="ignore"):
-            faithfulness = np.nanmean(rows, axis=1) if len(rows) else np.zeros(0)
         quality = np.array([picture_quality(view) for view in views], float)
-        weight = self.faithfulness_weight
-        return Verdict(
-            reward=weight * faithfulness + (1.0 - weight) * quality,
-            faithfulness=faithfulness,
-            strict=np.where(np.isnan(rows), 1.0, rows == 1.0).min(axis=1, initial=1.0),
-            quality=quality,
-            attributes={name: rows[:, i] for i, name in enumerate(ATTRIBUTES)},
-            views=tuple(views),
-        )
+        return Verdict(**grades(rows, ATTRIBUTES, quality, self.faithfulness_weight), views=tuple(views))
+
+
+def check_weight(faithfulness_weight: float) -> float:
+    if not 0.0 <= faithfulness_weight <= 1.0:
+        raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
+    return faithfulness_weight
+
+
+def grades(held: np.ndarray, names: Sequence[str], quality: np.ndarray, weight: float) -> dict[str, Any]:
+    """What pictures' and clips' verdicts have in common, from which attributes hold [B, len(names)] and quality [B]."""
+    held = held.reshape(-1, len(names))
+    faithfulness = np.nanmean(held, axis=1) if len(held) else np.zeros(0)
+    return {
+        "reward": weight * faithfulness + (1.0 - weight) * quality,
+        "faithfulness": faithfulness,
+        "strict": np.where(np.isnan(held), 1.0, held == 1.0).min(axis=1, initial=1.0),
+        "quality": quality,
+        "attributes": {name: held[:, i] for i, name in enumerate(names)},
+    }
 
 
 def to_pictures(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:

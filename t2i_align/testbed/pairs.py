@@ -237,40 +237,44 @@ def _annotator(args: argparse.Namespace) -> Annotator:
     return Biased()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Sample train prompts from a base and write the pairs."""
-    config = PairsConfig()
-    p = argparse.ArgumentParser(prog="t2i-align testbed pairs", description=__doc__.split("\n")[0])
-    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, or testbed:sd")
-    p.add_argument("--out", type=Path, required=True, help="parquet file to write")
-    p.add_argument("--prompts", type=int, default=2400, help="how many train prompts to sample")
+def sampling_arguments(p: argparse.ArgumentParser, *, number: int, bases: str) -> None:
+    """What `pairs` and `pairs-video` are both told; `begin` reads it."""
+    p.add_argument("model", type=model_folder, help=f"folder of a diffusers pipeline, or {bases}")
+    p.add_argument("--prompts", type=int, default=number, help="how many train prompts to sample")
     p.add_argument("--first", type=int, default=0, help="the first train prompt")
     p.add_argument("--limit", type=int, help="stop after so many pairs")
-    p.add_argument("--candidates", type=int, default=config.candidates)
-    p.add_argument("--per-prompt", type=int, default=config.per_prompt, help="most pairs of one prompt")
-    p.add_argument("--steps", type=int, default=config.steps, help="DDIM steps")
-    p.add_argument("--margin", type=float, default=config.margin, help="smallest difference of reward")
-    p.add_argument("--quality-only", type=float, default=config.quality_only, help="share kept of such pairs")
-    p.add_argument("--guidance", type=float, default=config.guidance)
-    p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
-    p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
-    p.add_argument("--temperature", type=float, help="of the noisy annotator; replaces --flip")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--candidates", type=int, default=PairsConfig.candidates)
+    p.add_argument("--per-prompt", type=int, default=PairsConfig.per_prompt, help="most pairs of one prompt")
+    p.add_argument("--steps", type=int, default=PairsConfig.steps, help="of the sampler")
+    p.add_argument("--margin", type=float, default=PairsConfig.margin, help="smallest difference of reward")
+    p.add_argument("--guidance", type=float, default=PairsConfig.guidance)
+    p.add_argument("--seed", type=int, default=PairsConfig.seed)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--force", action="store_true")
-    args = p.parse_args(argv)
+    p.add_argument("--force", action="store_true", help="replace what --out holds")
+
+
+def begin(args: argparse.Namespace) -> PairsConfig:
+    """The configuration, once `--out` is known to be free."""
     if args.out.exists() and not args.force:
         raise SystemExit(f"{args.out} exists; pass --force to replace it")
     torch.set_num_threads(args.threads)
-    config = PairsConfig(
-        candidates=args.candidates,
-        per_prompt=args.per_prompt,
-        steps=args.steps,
-        margin=args.margin,
-        quality_only=args.quality_only,
-        guidance=args.guidance,
-        seed=args.seed,
-    )
+    told = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(PairsConfig) if hasattr(args, field.name)
+    }
+    return PairsConfig(**told)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample train prompts from a base and write the pairs."""
+    p = argparse.ArgumentParser(prog="t2i-align testbed pairs", description=__doc__.split("\n")[0])
+    p.add_argument("--out", type=Path, required=True, help="parquet file to write")
+    sampling_arguments(p, number=2400, bases="testbed:sd")
+    p.add_argument("--quality-only", type=float, default=PairsConfig.quality_only, help="share kept of such pairs")
+    p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
+    p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
+    p.add_argument("--temperature", type=float, help="of the noisy annotator; replaces --flip")
+    args = p.parse_args(argv)
+    config = begin(args)
     captions = prompts("train")[args.first : args.first + args.prompts]
     rows = make_pairs(load(args.model), captions, _annotator(args), config, model=args.model.name, limit=args.limit)
     write_parquet(rows, args.out, force=args.force)

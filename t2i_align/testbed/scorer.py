@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,40 +14,48 @@ from t2i_align.testbed.captions import parse
 from t2i_align.testbed.oracle import Oracle
 
 
-class OracleScorer(Scorer):
-    """The oracle's reward; its parts are faithfulness, quality, strict and each attribute that a prompt may state.
+class TruthScorer(Scorer):
+    """An oracle's reward; its parts are faithfulness, quality, strict and each attribute that a prompt may state.
 
     It is the truth of the testbed and not a model, so no gradient flows. Prompts have to be the testbed's captions.
     """
 
-    name = "oracle"
     differentiable = False
     tie_margin = 0.02  # without one, traces of quality decide between pictures that look the same
-
-    def __init__(self) -> None:
-        self.oracle = Oracle()
-        self.version = str(self.oracle.version)
+    oracle: Any
+    parse: Callable[[str], object]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ScorerError for a prompt that is no caption of the testbed."""
         for row, prompt in enumerate(prompts):
             try:
-                parse(prompt)
+                self.parse(prompt)
             except ValueError as error:
-                raise ScorerError(f"oracle: prompts[{row}]: {error}") from error
+                raise ScorerError(f"{self.name}: prompts[{row}]: {error}") from error
 
     def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._judge(pixels, prompts)[0]
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        verdict = self.oracle.judge(pixels.detach().float().cpu(), prompts)
-        named = {
-            "faithfulness": verdict.faithfulness,
-            "quality": verdict.quality,
-            "strict": verdict.strict,
-            **verdict.attributes,
-        }
-        return _tensor(verdict.reward), {name: _tensor(values) for name, values in named.items()}
+        verdict = self._verdict(pixels, prompts)
+        return as_tensor(verdict.reward), {name: as_tensor(values) for name, values in self._columns(verdict).items()}
+
+    def _columns(self, verdict: Any) -> dict[str, np.ndarray]:
+        return {name: getattr(verdict, name) for name in ("faithfulness", "quality", "strict")} | verdict.attributes
+
+    def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
+        return self.oracle.judge(pixels.detach().float().cpu(), prompts)
+
+
+class OracleScorer(TruthScorer):
+    """The truth about pictures."""
+
+    name = "oracle"
+    version = Oracle.version
+    parse = staticmethod(parse)
+
+    def __init__(self) -> None:
+        self.oracle = Oracle()
 
 
 @register("oracle")
@@ -56,5 +65,5 @@ def _build(argument: str) -> OracleScorer:
     return OracleScorer()
 
 
-def _tensor(values: np.ndarray) -> Tensor:
+def as_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32))

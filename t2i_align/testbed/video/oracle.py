@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from t2i_align.testbed.oracle import fall, picture_quality, to_pictures
+from t2i_align.testbed.oracle import check_weight, fall, grades, picture_quality, to_pictures
 from t2i_align.testbed.video.captions import ClipStatement, parse
 from t2i_align.testbed.video.tracking import MIN_FRAMES, Motion, follow, read_motion
 from t2i_align.testbed.vision import Seen, View, look
@@ -55,9 +55,7 @@ class MotionOracle:
     version = "1.0"
 
     def __init__(self, faithfulness_weight: float = 0.6) -> None:
-        if not 0.0 <= faithfulness_weight <= 1.0:
-            raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
-        self.faithfulness_weight = faithfulness_weight
+        self.faithfulness_weight = check_weight(faithfulness_weight)
 
     def judge(self, pixels: Tensor | np.ndarray, prompts: Sequence[str]) -> ClipVerdict:
         """Judge clips [B, F, 3, H, W] in [0, 1]; squares of another side are resized to 64.
@@ -83,20 +81,9 @@ class MotionOracle:
             rows.append(_check(views, tracks, motions, statement))
             picture.append([picture_quality(view) for view in views])
             temporal.append(_temporal(views, tracks, motions))
-        held = np.array(rows, float).reshape(-1, len(ATTRIBUTES))
         pictures, times = (np.array(some, float).reshape(-1, number) for some in (picture, temporal))
-        faithfulness = np.nanmean(held, axis=1) if len(held) else np.zeros(0)
-        total = (pictures * times).mean(axis=1)
-        weight = self.faithfulness_weight
-        return ClipVerdict(
-            reward=weight * faithfulness + (1.0 - weight) * total,
-            faithfulness=faithfulness,
-            strict=np.where(np.isnan(held), 1.0, held == 1.0).min(axis=1, initial=1.0),
-            quality=total,
-            attributes={name: held[:, i] for i, name in enumerate(ATTRIBUTES)},
-            picture=pictures,
-            temporal=times,
-        )
+        common = grades(np.array(rows, float), ATTRIBUTES, (pictures * times).mean(axis=1), self.faithfulness_weight)
+        return ClipVerdict(**common, picture=pictures, temporal=times)
 
 
 def _mode(values: Iterable[H]) -> H | None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from t2i_align.data.clips import save_clip, to_bytes
-from t2i_align.testbed.pairs import PairsConfig, choose
+from t2i_align.testbed.pairs import PairsConfig, begin, choose, sampling_arguments
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import load, model_folder, sample
+from t2i_align.testbed.sampling import load, sample
 from t2i_align.testbed.video.oracle import MotionOracle
 
 FPS = 8
@@ -58,33 +57,11 @@ def make_pairs(pipeline: Any, captions: Sequence[str], config: PairsConfig, out:
 
 def main(argv: list[str] | None = None) -> None:
     """Sample train prompts from a base and write the pairs."""
-    config = PairsConfig()
     p = argparse.ArgumentParser(prog="t2i-align testbed pairs-video", description=__doc__.split("\n")[0])
-    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, or testbed:wan")
     p.add_argument("--out", type=Path, required=True, help=f"folder to write {PAIRS} and {CLIPS}/ to")
-    p.add_argument("--prompts", type=int, default=1000, help="how many train prompts to sample")
-    p.add_argument("--first", type=int, default=0, help="the first train prompt")
-    p.add_argument("--limit", type=int, help="stop after so many pairs")
-    p.add_argument("--candidates", type=int, default=config.candidates)
-    p.add_argument("--per-prompt", type=int, default=config.per_prompt, help="most pairs of one prompt")
-    p.add_argument("--steps", type=int, default=config.steps, help="of the sampler")
-    p.add_argument("--margin", type=float, default=config.margin, help="smallest difference of reward")
-    p.add_argument("--guidance", type=float, default=config.guidance)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--force", action="store_true")
+    sampling_arguments(p, number=1000, bases="testbed:wan")
     args = p.parse_args(argv)
-    if args.out.exists() and not args.force:
-        raise SystemExit(f"{args.out} exists; pass --force to replace it")
-    torch.set_num_threads(args.threads)
-    config = PairsConfig(
-        candidates=args.candidates,
-        per_prompt=args.per_prompt,
-        steps=args.steps,
-        margin=args.margin,
-        guidance=args.guidance,
-        seed=args.seed,
-    )
+    config = begin(args)
     captions = prompts("video-train")[args.first : args.first + args.prompts]
     temporary = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
