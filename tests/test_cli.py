@@ -228,7 +228,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
                 "--seed",
                 "7",
             ],
-            {"base": "b", "aligned": "a", "prompts": "p", "scorers": ["s"], "out": "o", "seed": 7, "batch_size": 8},
+            {"base": "b", "aligned": "a", "prompts": "p", "scorers": ["s"], "out": "o", "seed": 7, "guidance": None},
         ),
     ],
 )
