@@ -52,7 +52,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/preference_models"), help="where stages are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
-    parser.add_argument("--clip-steps", type=int, default=1500)
+    parser.add_argument("--look-steps", type=int, default=500, help="of the CLIP's vision tower alone")
+    parser.add_argument("--clip-steps", type=int, default=800)
     parser.add_argument("--pairs", type=int, default=6000, help="of the expert, for training")
     parser.add_argument("--steps", type=int, default=600, help="of each fine-tuning on them")
     parser.add_argument("--seeds", type=int, default=3)
@@ -72,7 +73,7 @@ def main() -> int:
 
 def clip_stage(options: argparse.Namespace) -> None:
     if not (options.work / "clip").exists():
-        save_clip(pretrain(options.clip_steps, batch=64, lr=1e-3), options.work / "clip")
+        save_clip(pretrain(options.look_steps, options.clip_steps, batch=64, lr=2.5e-3), options.work / "clip")
 
 
 def expert_stage(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import reward_scorers
 from t2i_align.testbed import base_path
 from t2i_align.testbed.captions import parse, write
 from t2i_align.testbed.clip import (
+    LookHeads,
     build_clip,
     contrastive_loss,
     draw_picture,
@@ -24,6 +25,7 @@ from t2i_align.testbed.clip import (
 )
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.prompts import split_of
+from t2i_align.testbed.scenes import Object, Scene
 from t2i_align.testbed.text import WordEncoder, build_tokenizer
 
 
@@ -50,6 +52,14 @@ def test_statements_are_of_the_train_split_and_wrong_pictures_are_wrong() -> Non
         assert right == 1 and wrong == 0
 
 
+def test_a_patch_is_told_from_what_is_drawn_at_it() -> None:
+    objects = (Object("cross", "blue", "large", 12.0, 12.0, 10.0), Object("circle", "red", "small", 50.0, 44.0, 6.0))
+    colours, shapes, sizes = LookHeads.targets(Scene("pair", "white", objects))
+    assert colours.shape == (8, 8) and set(colours.flatten()) == {0, 1, 6} and set(shapes.flatten()) == {0, 1, 5}
+    assert (colours[1, 1], shapes[1, 1], sizes[1, 1]) == (6, 5, 2)  # the patch from (8, 8) to (16, 16)
+    assert (colours[5, 6], shapes[5, 6], sizes[5, 6]) == (1, 1, 1) and colours[7, 7] == 0
+
+
 def test_the_loss_of_a_model_that_knows_nothing() -> None:
     """With equal features: half of log 2B over captions' pictures and log B over pictures' captions."""
     model = build_clip().eval()
@@ -62,7 +72,7 @@ def test_the_loss_of_a_model_that_knows_nothing() -> None:
 
 
 def test_the_command_leaves_a_scorer(tmp_path: Path) -> None:
-    arguments = ["--steps", "2", "--batch", "4", "--threads", "1"]
+    arguments = ["--look", "2", "--steps", "2", "--batch", "4", "--threads", "1"]
     main(["--out", str(tmp_path / "one"), *arguments])
     main(["--out", str(tmp_path / "two"), *arguments])
     pixels = torch.rand(2, 3, 64, 64)
