@@ -2,12 +2,12 @@
 
     python benchmarks/preference_models.py --work runs/preference_models     # writes benchmarks/results/
 
-Drawn pictures are free training data, and the oracle knows the truth. Four stages, each kept in --work:
+Drawn pictures are free training data, and the oracle knows the truth. Five stages, each kept in --work:
 
 - clip: `t2i-align testbed clip`, pretrained on captions, without a preference;
 - expert: pairs of a right picture against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
-  `train-scorer`, from different seeds, tried on pairs of held-out statements and on the bundled pairs that a base model
-  drew;
+  `train-scorer`, from different seeds, tried on pairs of held-out statements;
+- sampled: these three again on the bundled pairs, which a base model drew, tried on held-out prompts;
 - people: pairs that differ in what captions leave open, labelled by users of two opposed tastes; Bradley-Terry (PAL
   with one prototype) against PAL, for users seen and unseen;
 - audit: one scorer against combinations of the three, while they are optimised.
@@ -57,11 +57,14 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=6000, help="of the expert, for training")
     parser.add_argument("--steps", type=int, default=600, help="of each fine-tuning on them")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--stage", choices=("clip", "expert", "people", "audit", "table"), help="only this one")
+    parser.add_argument(
+        "--stage", choices=("clip", "expert", "sampled", "people", "audit", "table"), help="only this one"
+    )
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[argparse.Namespace], None]] = {
-        "clip": clip_stage, "expert": expert_stage, "people": people_stage, "audit": audit_stage, "table": table,
+        "clip": clip_stage, "expert": expert_stage, "sampled": sampled_stage, "people": people_stage,
+        "audit": audit_stage, "table": table,
     }  # fmt: skip
     for name, stage in stages.items():
         if options.stage in (None, name):
@@ -93,6 +96,17 @@ def expert_stage(options: argparse.Namespace) -> None:
                 "optim": {"lr": 3e-4 if tune == "full" else 3e-3, "schedule": "cosine", "warmup_steps": 30},
                 "train": {"steps": options.steps, "batch_size": 32, "seed": seed, "balance": "none"},
             })  # fmt: skip
+
+
+def sampled_stage(options: argparse.Namespace) -> None:
+    """Go on with pictures of a base model."""
+    for seed in range(options.seeds):
+        train(options.work / f"sampled_{seed}", {
+            "model": f"hf-clip:{options.work / f'expert_full_{seed}' / 'scorer'}", "tune": "full", "loss": "pickscore",
+            "data": {"path": "testbed:pairs", "holdout_prompts": 0.2},
+            "optim": {"lr": 1e-4, "schedule": "cosine", "warmup_steps": 20},
+            "train": {"steps": 200, "batch_size": 32, "seed": seed, "balance": "none"},
+        })  # fmt: skip
 
 
 def people_stage(options: argparse.Namespace) -> None:
@@ -237,6 +251,8 @@ def table(options: argparse.Namespace) -> None:
              "| fine-tuned on the expert's pairs | accuracy |", "|---|---|"]  # fmt: skip
     lines += [f"| all weights, seed {seed} | {row(f'expert_full_{seed}')} |" for seed in range(options.seeds)]
     lines += [f"| linear head | {row('expert_linear_0')} |", ""]
+    lines += ["| then on the bundled pairs of a base model | accuracy on held-out prompts |", "|---|---|"]
+    lines += [f"| seed {seed} | {row(f'sampled_{seed}', 'new_prompts')} |" for seed in range(options.seeds)] + [""]
     lines += ["| users of two opposed tastes | Bradley-Terry (K = 1) | PAL (K = 2) |", "|---|---|---|"]
     lines += [f"| seen | {row('people_bt')} | {row('people_pal')} |"]
     for few in FEW:
