@@ -104,11 +104,6 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(found, key=natural)
 
 
-def files_of(candidate: Path) -> list[Path]:
-    """What a candidate's contents are in: its file, or the frames of a folder."""
-    return frame_files(candidate) if candidate.is_dir() else [candidate]
-
-
 def inside(root: Path, name: str, origin: str) -> Path:
     """The picture or clip `name`, relative to `root`, as an absolute path.
 

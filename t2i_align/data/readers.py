@@ -21,7 +21,7 @@ from pathlib import Path
 
 from t2i_align.data import described, folders, hub, jsonl, known, pickapic, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import MEDIA_SUFFIXES, Items, Survey
+from t2i_align.data.formats import MEDIA_SUFFIXES, Items, Survey, frame_files
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
 
@@ -40,7 +40,7 @@ class Reader:
 
     read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
     outline: the same items with pictures left out, where reading them is costly. files: all files that make up the
-    source, where these are not simply those below its path.
+    source and the folders with a clip's frames, where these are not simply those below its path.
     """
 
     read: Read
@@ -177,8 +177,10 @@ def _run_once(file: str) -> None:
 def identity(path: Path, format: str) -> str:
     """A hash of a source: of its files' contents, or where these are large, of their names, sizes and times."""
     root = path if path.is_dir() else path.parent
-    found = dict.fromkeys(files_of(path, format))
-    entries = [(str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file) for file in found]
+    entries = [
+        (str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file)
+        for file in dict.fromkeys(files_of(path, format))
+    ]
     stats = [file.stat() for _, file in entries if file.exists()]
     small = sum(stat.st_size for stat in stats) <= CONTENT_HASHED_UP_TO
     digest = hashlib.sha256()
@@ -200,9 +202,9 @@ def embedded_bytes(path: Path, format: str) -> int:
 
 
 def files_of(path: Path, format: str) -> Iterator[Path]:
-    """All files that make up a source; of a candidate that is a folder of frames, those in it."""
-    for file in (READERS[detect(path, format)].files or _files_below)(path):
-        yield from sorted(entry for entry in file.iterdir() if entry.is_file()) if file.is_dir() else [file]
+    """All files that make up a source, each once; of a candidate that is a folder of frames, these."""
+    for file in dict.fromkeys((READERS[detect(path, format)].files or _files_below)(path)):
+        yield from frame_files(file) if file.is_dir() else [file]
 
 
 def _files_below(path: Path) -> list[Path]:
