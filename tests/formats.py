@@ -256,8 +256,8 @@ def ranked_webdataset(folder: Path) -> Path:
 OF_PAIRS: dict[str, Callable[[Path], Path]] = {
     function.__name__: function
     for function in (
-        pickapic, double_caption, rapidata, rapidata_counts, hpdv2, hpdv3, jsonl, comma_separated, parquet_pairs, vote_counts, demo,
-        folders, kohya, webdataset_roles, webdataset_labels, webdataset_pickapic,
+        pickapic, double_caption, rapidata, rapidata_counts, hpdv2, hpdv3, jsonl, comma_separated, parquet_pairs,
+        vote_counts, demo, folders, kohya, webdataset_roles, webdataset_labels, webdataset_pickapic,
     )
 }  # fmt: skip
 OF_RANKINGS: dict[str, Callable[[Path], Path]] = {

@@ -2,8 +2,8 @@
 
 A label of 1 is the preferred picture, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged. With
 `caption_0` and `caption_1` it is Pick-Double-Caption (arXiv 2502.06023): a caption for each picture; where there is no
-`caption`, the preferred picture's is the prompt. Its authors publish no list of columns: these names follow Pick-a-Pic's,
-and a file with others is told as such.
+`caption`, the preferred picture's is the prompt. Its authors publish no list of columns: these names follow
+Pick-a-Pic's, and a file with others is told as such.
 """
 
 from __future__ import annotations
