@@ -25,9 +25,16 @@ SIDES = [(64, 64), (40, 80), (80, 40), (64, 64), (50, 60), (120, 30)]  # width, 
 
 
 def test_the_sizes_are_those_of_sdxl() -> None:
-    """The largest of each height in the list of its paper's appendix I, and the same turned."""
-    high = [(2048, 512), (1792, 576), (1600, 640), (1472, 704), (1344, 768), (1216, 832), (1152, 896), (1088, 960)]
-    assert {*bucket_sizes(1024)} == {*high, (1024, 1024), *((width, height) for height, width in high)}
+    """The list of its paper's appendix I, and one of it turned; other resolutions have it in their unit."""
+    long_sides = {512: [2048, 1984, 1920, 1856], 576: [1792, 1728, 1664], 640: [1600, 1536], 704: [1472, 1408, 1344],
+                  768: [1344, 1280], 832: [1216, 1152], 896: [1152, 1088], 960: [1088, 1024]}  # fmt: skip
+    wide = {(height, width) for height, widths in long_sides.items() for width in widths}
+    listed = wide | {(width, height) for height, width in wide} | {(1024, 1024)}
+    assert {*bucket_sizes(1024)} == listed and len(listed) == 40 + 1
+    assert bucket_sizes(512) == tuple((height // 2, width // 2) for height, width in bucket_sizes(1024))
+    for resolution in (256, 480, 640, 768, 832, 1000):
+        assert all(side % 16 == 0 for size in bucket_sizes(resolution) for side in size)
+        assert bucket_sizes(resolution)[nearest([(1, 1)], bucket_sizes(resolution))][0] > 0.95 * resolution
 
 
 def test_the_nearest_ratio_of_a_group() -> None:
