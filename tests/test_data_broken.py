@@ -32,7 +32,7 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
     max_leaves=5,
 )
-names = st.sampled_from(["0.png", "1.png", "gone.png", "../0.png", "/etc/passwd", "a\0b", "loop", "", "."])
+names = st.sampled_from(["0.png", "1.png", "gone.png", "y" * 300, "../0.png", "/etc/passwd", "a\0b", "loop", "", "."])
 
 
 def outcome(source: Path, format: str = "auto") -> list[Group | Skipped] | str:
@@ -183,6 +183,70 @@ def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, k
         return
     with pytest.raises(UserError, match=rf"{kind}, (line|row|entry) \d: .*(leads outside|not a usable path)"):
         list(read(source))
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.csv", "votes.jsonl", "folders", "a.yaml"])
+def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
+    pictures(tmp_path)
+    long = "y" * 300
+    source = tmp_path / kind
+    row = {"prompt": "x", "chosen": "0.png", "rejected": f"{long}.png"}
+    if kind == "votes.jsonl":
+        lines(source, [{"prompt": "x", "left": "0.png", "right": long, "vote": "left"}])
+    elif kind == "a.jsonl":
+        lines(source, [row])
+    elif kind == "a.csv":
+        sheet(source, [row])
+    elif kind == "folders":
+        for side in ("chosen", "rejected"):
+            (source / side).mkdir(parents=True)
+            (source / side / f"{long[:250]}.png").write_bytes(png(0))  # the caption's would be too long
+    else:
+        source.write_text(f"path: {long}")
+    found = outcome(source)
+    if kind == "a.yaml":
+        assert "no such file or folder" in found
+    else:
+        (item,) = found
+        assert isinstance(item, Skipped) and ("no such picture" in item.reason or "no caption" in item.reason)
+        readers.identity(source, readers.detect(source))
+
+
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
+    """Row 1 of two, "\\xff"; Arrow's files do not check it."""
+    offsets, text = pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"ok\xff")
+    prompts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    rest = {"jpg_0": [png(0)] * 2, "jpg_1": [png(1)] * 2, "label_0": [1.0] * 2, "label_1": [0.0] * 2}
+    pairs = {"prompt": prompts, "chosen": [png(0)] * 2, "rejected": [png(1)] * 2}
+    for columns in ({"caption": prompts, **rest}, pairs):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+
+
+def test_columns_of_the_same_name_in_parquet(tmp_path: Path) -> None:
+    arrays = [pa.array(["x"]), pa.array(["y"]), pa.array([png(0)]), pa.array([png(1)])]
+    pq.write_table(pa.Table.from_arrays(arrays, ["prompt", "prompt", "chosen", "rejected"]), tmp_path / "a.parquet")
+    assert "two columns of the same name" in outcome(tmp_path / "a.parquet")
+
+
+def test_a_folder_named_like_a_file(tmp_path: Path) -> None:
+    formats.pickapic(tmp_path)
+    (tmp_path / "all.parquet").mkdir()
+    (tmp_path / "train.parquet").rename(tmp_path / "all.parquet" / "part-0.parquet")
+    assert [type(item).__name__ for item in outcome(tmp_path)] == ["Group", "Group"]
+
+
+def test_a_source_file_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("[" * 3000)
+    assert "not valid YAML" in outcome(tmp_path / "a.yaml")
+
+
+def test_a_shard_that_is_a_loop(tmp_path: Path) -> None:
+    formats.ranked_webdataset(tmp_path)
+    (tmp_path / "000001.tar").unlink()
+    (tmp_path / "000001.tar").symlink_to(tmp_path / "000001.tar")
+    (tmp_path / "up").symlink_to(tmp_path)
+    assert "000001.tar: cannot be read as a tar file" in outcome(tmp_path)
 
 
 def test_a_duplicate_id_keeps_the_first(folder: Path) -> None:

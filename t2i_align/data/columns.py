@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from t2i_align.data import tables
-from t2i_align.data.formats import Items, inside
+from t2i_align.data.formats import Items, exists, inside
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.errors import UserError
@@ -257,6 +257,6 @@ def _media(value: Any, root: Path, origin: str) -> Media:
     if not isinstance(value, str):
         raise _Unusable(f"expected a picture or its path, found {value!r}")
     path = inside(root, value, origin)
-    if not path.exists():
+    if not exists(path):
         raise _Unusable(f"no such picture: {value}")
     return path

@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_align.data.formats import MEDIA_SUFFIXES, Items, frame_files, inside
+from t2i_align.data.formats import MEDIA_SUFFIXES, Items, exists, frame_files, inside
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
@@ -87,7 +87,7 @@ def _pair(
 def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
     for place, suffix in product((winner_folder, root / CAPTIONS), CAPTION_SUFFIXES):
         file = place / f"{stem}{suffix}"
-        if file.is_file():
+        if exists(file) and file.is_file():
             file = inside(root, str(file.relative_to(root)), str(file))
             try:
                 return file.read_text(encoding="utf-8-sig").strip()

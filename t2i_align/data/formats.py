@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -102,6 +103,11 @@ def frame_files(folder: Path) -> list[Path]:
         return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", file.name))]
 
     return sorted(found, key=natural)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; `Path.exists` raises where a name is too long to be one."""
+    return os.path.exists(path)
 
 
 def inside(root: Path, name: str, origin: str) -> Path:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.formats import Items, inside
+from t2i_align.data.formats import Items, exists, inside
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
@@ -87,7 +87,7 @@ def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Sk
             raise UserError(f"{origin}: {len(names)} pictures, but {len(captions)} captions")
     pictures = tuple(inside(path.parent, name, origin) for name in names)
     for name, picture in zip(names, pictures, strict=True):
-        if not picture.exists():  # a folder may hold the frames of a clip
+        if not exists(picture):  # a folder may hold the frames of a clip
             return Skipped(id=group_id, origin=origin, reason=f"no such picture: {name}")
     if not all(math.isfinite(score) for score in scores):
         return Skipped(id=group_id, origin=origin, reason=f"scores must be finite numbers, found {scores}")

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from t2i_align.data.formats import Items, inside
 from t2i_align.data.parquet import open_parquet, rows
 from t2i_align.data.schema import Group, Media, Skipped
-from t2i_align.data.tables import missing_shards
+from t2i_align.data.tables import below, missing_shards
 from t2i_align.errors import UserError
 
 PICTURES = ("jpg_0", "jpg_1")
@@ -38,7 +38,7 @@ def detects(path: Path) -> bool:
 
 def files(path: Path) -> list[Path]:
     """The parquet files of a source: itself, or all below a folder."""
-    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    return below(path, ".parquet") if path.is_dir() else [path]
 
 
 def read_pickapic(path: Path) -> Items:
