@@ -182,6 +182,8 @@ class _Work:
             return
         batch_size = sampling["batch_size"]
         with _loaded(name, precision, device) as pipeline, self._bar(len(rows), f"draw {name}", "img") as bar:
+            if pipeline.video:
+                raise UserError(f"{name}: this model makes clips; preferences are made of pictures here")
             self._identify(name, pipeline.denoiser)
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
