@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: 
     reasons = (found.groups.path / "skipped.jsonl").read_text()
     assert "a label is missing" in reasons and "cannot be decoded" in reasons
     assert opened(found.groups.path, tmp_path / "cache", buckets=False).counts["groups"] == 22  # named as a cache
+
+
+def test_space_for_buckets_is_checked_before_the_start(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """23 pairs of 3 x 32 x 32 halves at most and 6 texts of 26 bytes: 282,780 bytes."""
+    for free, fits in ((282_779, False), (282_780, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
+        if fits:
+            opened(source, tmp_path / "cache")
+        else:
+            with pytest.raises(UserError, match="the cache needs about"):
+                opened(source, tmp_path / "cache")
+            assert not (tmp_path / "cache").exists()
 
 
 def test_an_interrupted_prepare_of_buckets_continues(tmp_path: Path, source: Path) -> None:

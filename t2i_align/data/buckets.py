@@ -29,9 +29,11 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
+from t2i_align.data.cache import CachedGroups, Item, check_space, open_cache, prepare
+from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Items, Survey
 from t2i_align.data.images import FORMATS
+from t2i_align.data.latents import Latents
 from t2i_align.data.layout import FINGERPRINT, LAYOUT, MANIFEST, SKIPPED, Parts, differences, write_json
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
@@ -95,10 +97,14 @@ def prepare_buckets(
         read: gives the source's items from the start, in the same order each time: once to measure the pictures, and
             once for each bucket that there is.
         resolution: side of the square whose area the sizes have.
+
+    Raises:
+        PipelineError: a size the VAE cannot take. UserError: another fingerprint, no space, nothing usable.
     """
     sizes = bucket_sizes(resolution)
     for size in sizes:
         pipeline.check_size(*size)
+    check_space(out, survey, Latents(pipeline, Extent(*max(sizes, key=math.prod)), batch_size), limit)
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
         _claim(out, fingerprint)

@@ -83,7 +83,7 @@ def prepare(
     texts = 1 if survey is None else survey.texts_per_group
     row_bytes = 2 * payload.latent_bytes + texts * payload.prompt_bytes
     if survey is not None:
-        _check_space(out, survey, payload, limit)
+        check_space(out, survey, payload, limit)
     write(
         groups,
         payload,
@@ -210,7 +210,8 @@ def open_cache(path: Path) -> CachedGroups:
     return CachedGroups(path)
 
 
-def _check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None) -> None:
+def check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None) -> None:
+    """Raise UserError where a cache at `out`, less what is there of it, is not expected to fit on the disk."""
     share = 1.0 if limit is None else min(1.0, limit.groups / max(1, survey.groups))
     candidates = sum(k * count for k, count in survey.candidates.items())
     needed = share * candidates * payload.latent_bytes
