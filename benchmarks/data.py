@@ -5,8 +5,9 @@
 
 - size: a cache of synthetic latents is opened in a fresh process, which chooses, shuffles and takes a first batch.
   Then, all shards having been touched, batches are timed, in turns with those of a cache of a thousand groups.
-- prepare: pictures per second of `cache.prepare`, which decodes them and encodes their prompts as well, against a loop
-  that does nothing but run the same VAE over the same pixels, already in memory. They take turns.
+- prepare: pictures per second of `cache.prepare`, which decodes them and encodes their prompts as well (one for 15
+  pairs, as in Pick-a-Pic v2), against a loop that does nothing but run the same VAE over the same pixels, already in
+  memory. They take turns.
 - kills: a prepare is killed by `kill -9` at moments drawn from its own duration, continued, killed again; in the end,
   every file must be what an uninterrupted prepare wrote.
 """
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -149,9 +151,15 @@ def size(folder: Path, groups: int, batches: int) -> list[tuple[str, str, str]]:
     ]
 
 
+def pairs(count: int) -> list[Group]:
+    """The testbed's first pairs, with as few distinct prompts as Pick-a-Pic has."""
+    some = [item for item in islice(readers.read("testbed:pairs"), count) if isinstance(item, Group)]
+    return [replace(group, prompt=some[n - n % PROMPTS_EVERY].prompt) for n, group in enumerate(some)]
+
+
 def prepare(folder: Path, groups: int, rounds: int) -> list[tuple[str, str, str]]:
     pipeline = pipelines.load(resolve_model("testbed:sd"))
-    some = [item for item in islice(readers.read("testbed:pairs"), groups) if isinstance(item, Group)]
+    some = pairs(groups)
     height, width = pipeline.default_size
     pixels = torch.stack([load_pixels(media, height, width) for group in some for media in group.candidates])
     ours, bare = [], []
@@ -177,7 +185,7 @@ def prepare(folder: Path, groups: int, rounds: int) -> list[tuple[str, str, str]
 
 def kills(folder: Path, groups: int, number: int) -> list[tuple[str, str, str]]:
     pipeline = pipelines.load(resolve_model("testbed:sd"))
-    some = [item for item in islice(readers.read("testbed:pairs"), groups) if isinstance(item, Group)]
+    some = pairs(groups)
     height, width = pipeline.default_size
     cache.MAX_ROWS_PER_SHARD = max(1, groups // 16)
 
