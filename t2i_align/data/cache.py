@@ -19,7 +19,7 @@ from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Survey
 from t2i_align.data.images import time_ids
 from t2i_align.data.latents import CONTENT, Latents
-from t2i_align.data.layout import PROMPTS, Parts, read_table
+from t2i_align.data.layout import PROMPTS, Parts, read_table, readable
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
 from t2i_align.data.shards import Limit, write
@@ -221,7 +221,7 @@ def check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None
     free = shutil.disk_usage(folder).free
     if needed - stored > free:
         raise UserError(
-            f"{out}: the cache needs about {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free there. "
+            f"{out}: the cache needs about {readable(needed - stored)}, but only {readable(free)} are free there. "
             "Choose another folder with data.cache_dir, a smaller data.limit or data.resolution, or data.cache=false."
         )
 

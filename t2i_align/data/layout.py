@@ -51,5 +51,13 @@ def read_table(file: Path) -> pa.RecordBatch:
         return stream.read_next_batch()
 
 
+def readable(size: float) -> str:
+    """A number of bytes as people read it."""
+    units = ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
+
+
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
