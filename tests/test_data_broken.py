@@ -94,6 +94,35 @@ def test_any_spreadsheet(folder: Path, rows: list[tuple[str, str, str]], garbage
     outcome(source)
 
 
+anything = st.one_of(values, names, st.sampled_from([[1, 0], ["a"], "0", 10**400]))
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"image_path": anything, "rank": anything, "prompt_id": anything,
+                                            "prompt": anything}), min_size=1, max_size=5))  # fmt: skip
+@example(rows=[{"image_path": "0.png", "rank": 1, "prompt_id": 1, "prompt": ["x"]}])
+@example(rows=[{"image_path": "0.png", "rank": 1, "prompt_id": "", "prompt": "x"}])
+@quick
+def test_any_rows_that_are_grouped(folder: Path, rows: list[dict[str, Any]]) -> None:
+    source = folder / "grouped.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome(source)
+
+
+keys = st.sampled_from(["candidates", "prompt", "scores", "ranks", "votes", "winner", "best_first", "captions", "user",
+                        "id", "group", "folder"])  # fmt: skip
+said = st.one_of(values, st.sampled_from(["left", ["left", "right"], True, "..", "y" * 300]))
+parts = st.fixed_dictionaries({}, optional={"format": said, "pairs": said, "ties": said, "part": said, "path": said})
+
+
+@given(columns=st.dictionaries(keys, said, max_size=5), others=parts)
+@example(columns={"candidates": "left"}, others={})
+@quick
+def test_any_source_file(folder: Path, columns: dict[str, Any], others: dict[str, Any]) -> None:
+    sheet(folder / "t.csv", [{"left": "0.png", "right": "1.png", "prompt": "x"}])
+    (folder / "s.yaml").write_text(json.dumps({"path": "t.csv", "columns": columns, **others}))  # which is YAML as well
+    outcome(folder / "s.yaml")
+
+
 numbers = st.one_of(st.none(), st.floats(), st.integers(-3, 9).map(float))
 
 
@@ -221,6 +250,14 @@ def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
     for columns in ({"caption": prompts, **rest}, pairs):
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
         assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+
+
+def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
+    """A nanosecond after 1970, in a column that names users."""
+    users = pa.array([1], pa.timestamp("ns"))
+    row = {"prompt": ["x"], "chosen": [png(0)], "rejected": [png(1)]}
+    pq.write_table(pa.table({**row, "user": users}), tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
 
 
 def test_columns_of_the_same_name_in_parquet(tmp_path: Path) -> None:

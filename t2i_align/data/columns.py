@@ -127,14 +127,15 @@ def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Ite
     for row in rows:
         if isinstance(row, Skipped):
             yield row
-        elif (value := row.values.get(columns.group)) is None:
+        elif (value := row.values.get(columns.group)) in (None, ""):
             yield Skipped(id=row.id, origin=row.origin, reason=f"no {columns.group!r}")
         elif isinstance(row.values.get(str(columns.candidates)), bytes | dict):
             raise UserError(f"{row.origin}: with a group column, pictures must be paths, not part of the table")
         else:
             found.setdefault(str(value), []).append(row)
     for value, members in found.items():
-        if len({member.values.get(columns.prompt) for member in members}) > 1:
+        prompts = [member.values.get(columns.prompt) for member in members]
+        if any(prompt != prompts[0] for prompt in prompts):
             reason = f"its {len(members)} rows have different prompts"
             yield Skipped(id=value, origin=members[0].origin, reason=reason)
         else:

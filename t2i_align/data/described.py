@@ -62,7 +62,10 @@ def load(file: Path) -> Description:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
-    return build(Description, values, where=str(file))
+    try:
+        return build(Description, values, where="")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def read(path: Path) -> Items:

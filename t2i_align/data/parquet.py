@@ -38,7 +38,7 @@ def rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         try:
             batch = next(batches, None)
             found = None if batch is None else batch.to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # or what Python has no value for
             raise UserError(f"{file}: cannot be read after row {done} (damaged?): {error}") from error
         if found is None:
             return
