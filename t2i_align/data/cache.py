@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
-BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for pictures
+BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for pictures; clips go one by one
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -90,7 +90,7 @@ def prepare(
         out,
         fingerprint=fingerprint,
         rows_per_shard=max(1, min(MAX_ROWS_PER_SHARD, SHARD_BYTES // row_bytes)),
-        rows_at_once=BATCHES_AT_ONCE * max(1, batch_size),
+        rows_at_once=max(1, batch_size) * (BATCHES_AT_ONCE if frames is None else 1),
         total=survey.rows if survey is not None else None,
         limit=limit,
         progress=progress,
