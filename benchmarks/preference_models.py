@@ -101,8 +101,9 @@ def expert_stage(options: argparse.Namespace) -> None:
 def sampled_stage(options: argparse.Namespace) -> None:
     """Go on with pictures of a base model."""
     for seed in range(options.seeds):
+        start = options.work / f"expert_full_{seed}" / "scorer" / "clip"
         train(options.work / f"sampled_{seed}", {
-            "model": f"hf-clip:{options.work / f'expert_full_{seed}' / 'scorer'}", "tune": "full", "loss": "pickscore",
+            "model": f"hf-clip:{start}", "tune": "full", "loss": "pickscore",
             "data": {"path": "testbed:pairs", "holdout_prompts": 0.2},
             "optim": {"lr": 1e-4, "schedule": "cosine", "warmup_steps": 20},
             "train": {"steps": 200, "batch_size": 32, "seed": seed, "balance": "none"},

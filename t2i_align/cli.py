@@ -498,18 +498,23 @@ def _run_parser(name: str) -> argparse.ArgumentParser:
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
-    own = "(default: what the model's diffusers pipeline takes)"
-    parser.add_argument("--steps", type=int, help=f"denoising steps {own}")
-    parser.add_argument("--guidance", type=float, help=f"guidance scale {own}")
-    parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
-    parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
+    _drawing(parser)
     parser.add_argument("--frames", type=int, help="of a clip, for models that make clips (default: the model's own)")
     parser.add_argument("--fps", type=float, help="frames a second that clips are shown at (default: the model's own)")
     parser.add_argument("--expert", choices=("high", "low"), help="whose LoRA it is, where a model has two denoisers")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub (default: its main one)")
     parser.add_argument("--variant", help="of the model's weight files, such as fp16")
     parser.add_argument("--single-file-config", help="folder or Hub id with the configuration of a single file")
+
+
+def _drawing(parser: argparse.ArgumentParser) -> None:
+    """How pictures are drawn, by any model."""
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
+    own = "(default: what the model's diffusers pipeline takes)"
+    parser.add_argument("--steps", type=int, help=f"denoising steps {own}")
+    parser.add_argument("--guidance", type=float, help=f"guidance scale {own}")
+    parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
     _machine(parser, batch=None, of="samples at a time (default: 8 pictures, or 1 clip)")
 

@@ -66,12 +66,8 @@ def synthesize(argv: list[str]) -> int:
     parser.add_argument("--per-prompt", type=int, default=4, help="pictures by each model (default: %(default)s)")
     parser.add_argument("--pairs", choices=("best_worst", "all"), help="pairs (default: groups of all candidates)")
     parser.add_argument("--agree", type=float, default=0.0, help="share of scorers that must prefer the better one")
-    cli._sampling(parser)
-    parser.set_defaults(revision=None, variant=None, single_file_config=None)
+    cli._drawing(parser)
     options = cli._keywords(cli._parse(parser, argv))
-    for name in ("revision", "variant", "single_file_config"):
-        if options.pop(name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is of one model; a run's own folder remembers it")
     options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
     from t2i_align.console import quiet
     from t2i_align.synthesize import synthesize as make

@@ -72,8 +72,8 @@ class DataConfig:
         _require(self.fps is None or 0 < self.fps < math.inf, "data.fps", "positive or null", self.fps)
         _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
         _require(self.cache or not self.buckets, "data.buckets", "false without data.cache", self.buckets)
-        whole = self.stream is None or not (self.limit or self.annotations)
-        _require(whole, "data.stream", "null with data.limit or data.annotations", self.stream)
+        whole = self.stream is None or not (self.limit or self.annotations or self.buckets)
+        _require(whole, "data.stream", "null with data.limit, data.annotations or data.buckets", self.stream)
         _expand_home(self, "path", "annotations", "cache_dir")
 
     @property

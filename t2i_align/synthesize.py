@@ -183,6 +183,8 @@ class _Work:
         if not rows:
             return
         with _loaded(name, precision, device) as pipeline, self._bar(len(rows), f"draw {name}", "img") as bar:
+            if pipeline.video:
+                raise UserError(f"{name}: this model makes clips; preferences are made of pictures here")
             self._identify(name, pipeline.denoiser)
             batch_size = sampling["batch_size"] or pipeline.default_batch_size
             for start in range(0, len(rows), batch_size):

@@ -98,6 +98,15 @@ def rapidata(folder: Path) -> Path:
     return table(folder / "train.parquet", rows)
 
 
+def rapidata_counts(folder: Path) -> Path:
+    rows = [
+        {"prompt": prompt, "image1": {"bytes": png(lost), "path": None}, "image2": {"bytes": png(won), "path": None},
+         "votes_image1": 8, "votes_image2": 18, "detailed_results": "[]", "image1_path": "l.png"}
+        for prompt, won, lost in PAIRS
+    ]  # fmt: skip
+    return table(folder / "train_0001-00000-of-00001.parquet", rows)
+
+
 def hpdv2(folder: Path) -> Path:
     pictures(folder / "train")
     entries = [
@@ -194,6 +203,15 @@ def webdataset_labels(folder: Path) -> Path:
     return shard(folder / "pairs.tar", members)
 
 
+def webdataset_pickapic(folder: Path) -> Path:
+    members = {}
+    for prompt, won, lost in PAIRS:
+        named = {"jpg_0.jpg": png(lost), "jpg_1.jpg": png(won), "label_0.txt": b"0.0", "label_1.txt": b"1.0",
+                 "original_prompt.txt": prompt.encode()}  # fmt: skip
+        members |= {f"{won}.{name}": content for name, content in named.items()}
+    return shard(folder / "00000.tar", members)
+
+
 def hpdv2_test(folder: Path) -> Path:
     pictures(folder / "test")
     entries = [
@@ -238,8 +256,8 @@ def ranked_webdataset(folder: Path) -> Path:
 OF_PAIRS: dict[str, Callable[[Path], Path]] = {
     function.__name__: function
     for function in (
-        pickapic, double_caption, rapidata, hpdv2, hpdv3, jsonl, comma_separated, parquet_pairs, vote_counts, demo,
-        folders, kohya, webdataset_roles, webdataset_labels,
+        pickapic, double_caption, rapidata, rapidata_counts, hpdv2, hpdv3, jsonl, comma_separated, parquet_pairs,
+        vote_counts, demo, folders, kohya, webdataset_roles, webdataset_labels, webdataset_pickapic,
     )
 }  # fmt: skip
 OF_RANKINGS: dict[str, Callable[[Path], Path]] = {

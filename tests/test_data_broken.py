@@ -32,7 +32,7 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
     max_leaves=5,
 )
-names = st.sampled_from(["0.png", "1.png", "gone.png", "../0.png", "/etc/passwd", "a\0b", "loop", "", "."])
+names = st.sampled_from(["0.png", "1.png", "gone.png", "y" * 300, "../0.png", "/etc/passwd", "a\0b", "loop", "", "."])
 
 
 def outcome(source: Path, format: str = "auto") -> list[Group | Skipped] | str:
@@ -92,6 +92,35 @@ def test_any_spreadsheet(folder: Path, rows: list[tuple[str, str, str]], garbage
     assert isinstance(found, str) or len(found) == len(rows)
     source.write_bytes(source.read_bytes() + garbage)
     outcome(source)
+
+
+anything = st.one_of(values, names, st.sampled_from([[1, 0], ["a"], "0", 10**400]))
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"image_path": anything, "rank": anything, "prompt_id": anything,
+                                            "prompt": anything}), min_size=1, max_size=5))  # fmt: skip
+@example(rows=[{"image_path": "0.png", "rank": 1, "prompt_id": 1, "prompt": ["x"]}])
+@example(rows=[{"image_path": "0.png", "rank": 1, "prompt_id": "", "prompt": "x"}])
+@quick
+def test_any_rows_that_are_grouped(folder: Path, rows: list[dict[str, Any]]) -> None:
+    source = folder / "grouped.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome(source)
+
+
+keys = st.sampled_from(["candidates", "prompt", "scores", "ranks", "votes", "winner", "best_first", "captions", "user",
+                        "id", "group", "folder"])  # fmt: skip
+said = st.one_of(values, st.sampled_from(["left", ["left", "right"], True, "..", "y" * 300]))
+parts = st.fixed_dictionaries({}, optional={"format": said, "pairs": said, "ties": said, "part": said, "path": said})
+
+
+@given(columns=st.dictionaries(keys, said, max_size=5), others=parts)
+@example(columns={"candidates": "left"}, others={})
+@quick
+def test_any_source_file(folder: Path, columns: dict[str, Any], others: dict[str, Any]) -> None:
+    sheet(folder / "t.csv", [{"left": "0.png", "right": "1.png", "prompt": "x"}])
+    (folder / "s.yaml").write_text(json.dumps({"path": "t.csv", "columns": columns, **others}))  # which is YAML as well
+    outcome(folder / "s.yaml")
 
 
 numbers = st.one_of(st.none(), st.floats(), st.integers(-3, 9).map(float))
@@ -183,6 +212,78 @@ def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, k
         return
     with pytest.raises(UserError, match=rf"{kind}, (line|row|entry) \d: .*(leads outside|not a usable path)"):
         list(read(source))
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.csv", "votes.jsonl", "folders", "a.yaml"])
+def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
+    pictures(tmp_path)
+    long = "y" * 300
+    source = tmp_path / kind
+    row = {"prompt": "x", "chosen": "0.png", "rejected": f"{long}.png"}
+    if kind == "votes.jsonl":
+        lines(source, [{"prompt": "x", "left": "0.png", "right": long, "vote": "left"}])
+    elif kind == "a.jsonl":
+        lines(source, [row])
+    elif kind == "a.csv":
+        sheet(source, [row])
+    elif kind == "folders":
+        for side in ("chosen", "rejected"):
+            (source / side).mkdir(parents=True)
+            (source / side / f"{long[:250]}.png").write_bytes(png(0))  # the caption's would be too long
+    else:
+        source.write_text(f"path: {long}")
+    found = outcome(source)
+    if kind == "a.yaml":
+        assert "no such file or folder" in found
+    else:
+        (item,) = found
+        assert isinstance(item, Skipped) and ("no such picture" in item.reason or "no caption" in item.reason)
+        readers.identity(source, readers.detect(source))
+
+
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
+    """Row 1 of two, "\\xff"; Arrow's files do not check it."""
+    offsets, text = pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"ok\xff")
+    prompts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    rest = {"jpg_0": [png(0)] * 2, "jpg_1": [png(1)] * 2, "label_0": [1.0] * 2, "label_1": [0.0] * 2}
+    pairs = {"prompt": prompts, "chosen": [png(0)] * 2, "rejected": [png(1)] * 2}
+    for columns in ({"caption": prompts, **rest}, pairs):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+
+
+def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
+    """A nanosecond after 1970, in a column that names users."""
+    users = pa.array([1], pa.timestamp("ns"))
+    row = {"prompt": ["x"], "chosen": [png(0)], "rejected": [png(1)]}
+    pq.write_table(pa.table({**row, "user": users}), tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+
+
+def test_columns_of_the_same_name_in_parquet(tmp_path: Path) -> None:
+    arrays = [pa.array(["x"]), pa.array(["y"]), pa.array([png(0)]), pa.array([png(1)])]
+    pq.write_table(pa.Table.from_arrays(arrays, ["prompt", "prompt", "chosen", "rejected"]), tmp_path / "a.parquet")
+    assert "two columns of the same name" in outcome(tmp_path / "a.parquet")
+
+
+def test_a_folder_named_like_a_file(tmp_path: Path) -> None:
+    formats.pickapic(tmp_path)
+    (tmp_path / "all.parquet").mkdir()
+    (tmp_path / "train.parquet").rename(tmp_path / "all.parquet" / "part-0.parquet")
+    assert [type(item).__name__ for item in outcome(tmp_path)] == ["Group", "Group"]
+
+
+def test_a_source_file_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("[" * 3000)
+    assert "not valid YAML" in outcome(tmp_path / "a.yaml")
+
+
+def test_a_shard_that_is_a_loop(tmp_path: Path) -> None:
+    formats.ranked_webdataset(tmp_path)
+    (tmp_path / "000001.tar").unlink()
+    (tmp_path / "000001.tar").symlink_to(tmp_path / "000001.tar")
+    (tmp_path / "up").symlink_to(tmp_path)
+    assert "000001.tar: cannot be read as a tar file" in outcome(tmp_path)
 
 
 def test_a_duplicate_id_keeps_the_first(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,16 @@ SIDES = [(64, 64), (40, 80), (80, 40), (64, 64), (50, 60), (120, 30)]  # width, 
 
 
 def test_the_sizes_are_those_of_sdxl() -> None:
-    """The largest of each height in the list of its paper's appendix I, and the same turned."""
-    high = [(2048, 512), (1792, 576), (1600, 640), (1472, 704), (1344, 768), (1216, 832), (1152, 896), (1088, 960)]
-    assert {*bucket_sizes(1024)} == {*high, (1024, 1024), *((width, height) for height, width in high)}
+    """The list of its paper's appendix I, and one of it turned; other resolutions have it in their unit."""
+    long_sides = {512: [2048, 1984, 1920, 1856], 576: [1792, 1728, 1664], 640: [1600, 1536], 704: [1472, 1408, 1344],
+                  768: [1344, 1280], 832: [1216, 1152], 896: [1152, 1088], 960: [1088, 1024]}  # fmt: skip
+    wide = {(height, width) for height, widths in long_sides.items() for width in widths}
+    listed = wide | {(width, height) for height, width in wide} | {(1024, 1024)}
+    assert {*bucket_sizes(1024)} == listed and len(listed) == 40 + 1
+    assert bucket_sizes(512) == tuple((height // 2, width // 2) for height, width in bucket_sizes(1024))
+    for resolution in (256, 480, 640, 768, 832, 1000):
+        assert all(side % 16 == 0 for size in bucket_sizes(resolution) for side in size)
+        assert bucket_sizes(resolution)[nearest([(1, 1)], bucket_sizes(resolution))][0] > 0.95 * resolution
 
 
 def test_the_nearest_ratio_of_a_group() -> None:
@@ -106,6 +114,20 @@ def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: 
     reasons = (found.groups.path / "skipped.jsonl").read_text()
     assert "a label is missing" in reasons and "cannot be decoded" in reasons
     assert opened(found.groups.path, tmp_path / "cache", buckets=False).counts["groups"] == 22  # named as a cache
+
+
+def test_space_for_buckets_is_checked_before_the_start(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """23 pairs of 3 x 32 x 32 halves at most and 6 texts of 26 bytes: 282,780 bytes."""
+    for free, fits in ((282_779, False), (282_780, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
+        if fits:
+            opened(source, tmp_path / "cache")
+        else:
+            with pytest.raises(UserError, match="the cache needs about"):
+                opened(source, tmp_path / "cache")
+            assert not (tmp_path / "cache").exists()
 
 
 def test_an_interrupted_prepare_of_buckets_continues(tmp_path: Path, source: Path) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipelines import PipelineError
-from t2i_align.data import cache, shards
+from t2i_align.data import cache, latents, shards
 from t2i_align.data.cache import CachedGroups, open_cache, prepare
 from t2i_align.data.readers import read, survey
 from t2i_align.data.schema import Group
@@ -112,6 +112,26 @@ def test_a_bad_picture_never_mispairs_its_neighbours(
     assert [row["id"] for row in skipped] == [str(1000 + row) for row in lost]
     assert all("cannot be decoded" in row["reason"] and "a.parquet, row" in row["origin"] for row in skipped)
     assert groups.manifest["counts"]["skipped"] == len(lost)
+
+
+def test_pictures_are_decoded_while_those_before_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pairs, four pictures at once: each encoder but the last waits until one of the next is there."""
+    loaded: list[Any] = []
+    genuine = latents.load
+    monkeypatch.setattr(latents, "load", lambda *args: loaded.append(genuine(*args)) or loaded[-1])
+
+    class Waiting(StandIn):
+        def encode_pixels(self, pixels: Tensor) -> Tensor:
+            encoded = super().encode_pixels(pixels)
+            deadline = time.monotonic() + 20
+            while len(loaded) < min(self.pictures, 16) and len(pixels) > 1:  # the first was a blank one
+                assert time.monotonic() < deadline, "nothing is decoded meanwhile"
+                time.sleep(0.001)
+            return encoded
+
+    monkeypatch.setattr(cache, "MAX_ROWS_PER_SHARD", 8)
+    groups = make(write_parquet(tmp_path / "a.parquet", pick_rows(8)), tmp_path / "out", Waiting(), batch_size=4)
+    assert_paired(groups, list(range(8)))
 
 
 @pytest.mark.parametrize("after", [1, 5, 8, 9, 14, 23, 24])
@@ -259,7 +279,7 @@ def test_space_is_checked_before_the_start(tmp_path: Path, monkeypatch: pytest.M
         if fits:
             make(source, tmp_path / "out", survey=survey(source))
         else:
-            with pytest.raises(UserError, match="the cache needs about"):
+            with pytest.raises(UserError, match=r"needs about 2\.027 KiB, but only 2\.026 KiB are free"):
                 make(source, tmp_path / "out", survey=survey(source))
             assert not (tmp_path / "out").exists()
 

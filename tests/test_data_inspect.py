@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from PIL import Image
 
 from t2i_align.cli import main
+from t2i_align.data import readers
 from t2i_align.data.described import split
 from t2i_align.data.inspect import fingerprint, inspect
 from t2i_align.data.readers import read
@@ -67,6 +70,22 @@ def test_what_is_counted(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "a &lt;b&gt;owl" in page and "<svg" in page and page.count("<img") == 2 * 5 + 3
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_only_what_is_opened_is_read_with_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six groups, of which two are opened; charts are of one scale however few bars they have."""
+    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+
+    def groups(path: Path, picture: bytes = b"") -> Iterator[Group]:
+        for n in range(6):
+            assert not picture or n < 3, "pictures are read that nobody looks at"
+            yield Group(id=str(n), prompt="x", candidates=(picture or b"left out",), scores=(1.0,), origin=f"row {n}")
+
+    readers.register("big", outline=groups)(lambda path: groups(path, formats.png(0)))
+    (tmp_path / "a.big").write_text("")
+    found = inspect(tmp_path / "a.big", tmp_path / "r.html", format="big", pictures=2)
+    assert (found.groups, found.opened, sum(found.sizes.values()), len(found.examples)) == (6, 2, 2, 2)
+    assert set(re.findall('viewBox="0 0 ([0-9]+)', (tmp_path / "r.html").read_text())) == {"532"}
 
 
 def test_prompts_are_held_against_a_models_limit(tmp_path: Path, sd_path: Path) -> None:

@@ -114,8 +114,11 @@ def test_what_cannot_be_used_is_written_down(shards: Path) -> None:
 
 
 def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.stream must be null with data\.limit"):
-        opened(shards, limit=3)
+    for other in ({"limit": 3}, {"annotations": ["a.jsonl"]}, {"buckets": True}):
+        with pytest.raises(
+            UserError, match=r"data\.stream must be null with data\.limit, data\.ann.* or data\.buckets"
+        ):
+            opened(shards, **other)
     ties = [{"prompt": "x", "images": ["a.jpg", "a.jpg"], "scores": [1, 1]}] * 3
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     with pytest.raises(UserError, match="of the first 5 rows, none serves this objective"):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from reward_scorers import Scorer, ScorerError
+from reward_scorers import Scorer, ScorerError, registry
 from t2i_align import synthesize as module
+from t2i_align.cli import main
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
@@ -117,6 +118,36 @@ def test_pairs_that_scorers_agree_on(made: Path, sd_path: Path) -> None:
     with pytest.raises(UserError, match="no group is left of 4 prompts"):
         synthesize(PROMPTS, [sd_path], [Channel(0, 2.0), Channel(2, 2.0)], made.parent / "never", per_prompt=2,
                    steps=1, guidance=1.0, height=32, width=32, agree=0.9, progress=False)  # fmt: skip
+
+
+def test_the_command(
+    tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(registry._FACTORIES, "channel", lambda argument: Channel(int(argument)))
+    (tmp_path / "prompts.txt").write_text("a red fox\na blue owl\n")
+    size = ["--steps", "1", "--height", "32", "--width", "32", "--guidance", "1"]
+    command = [
+        "synthesize",
+        str(tmp_path / "prompts.txt"),
+        "--models",
+        str(sd_path),
+        "--scorers",
+        "channel:0,channel:2",
+    ]
+    assert main([*command, "--out", str(tmp_path / "out"), "--per-prompt", "2", *size]) == 0
+    assert f"2 groups in {tmp_path / 'out' / 'groups.jsonl'}, 0 skipped" in capsys.readouterr().out
+
+
+def test_models_that_make_clips_are_refused(tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = module.load_pipeline
+    monkeypatch.setattr(module, "load_pipeline", lambda *args: as_video(genuine(*args)))
+    with pytest.raises(UserError, match="this model makes clips"):
+        make(tmp_path / "out", sd_path)
+
+
+def as_video(pipeline: Any) -> Any:
+    pipeline.video = True
+    return pipeline
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
              00896x01152/                a latent cache of the groups in that bucket, as `cache.prepare` makes it
              manifest.json               written last
 
-Of the sizes of SDXL's training (arXiv 2307.01952, appendix I), these are the largest: both sides are multiples of a
-sixteenth of the resolution, neither is more than twice as long, and the area is just below the square's. A group is in
-one bucket, so that its candidates have latents of one shape; a batch holds groups of one bucket
-(`sampling.BucketSampler`).
+The sizes are those of SDXL's training (arXiv 2307.01952, appendix I): both sides are multiples of a sixteenth of the
+resolution, from half of it to twice, and the area is at least 0.9 of the square's and not above it. At 1024 that gives
+the 40 of the paper and 1344 x 704, which it lists the other way round only. SD3 (arXiv 2403.03206) buckets by area as
+well, and lists no sizes. A group is in one bucket, so that its candidates have latents of one shape; a batch holds
+groups of one bucket (`sampling.BucketSampler`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,11 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
+from t2i_align.data.cache import CachedGroups, Item, check_space, open_cache, prepare
+from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Items, Survey
 from t2i_align.data.images import FORMATS
+from t2i_align.data.latents import Latents
 from t2i_align.data.layout import FINGERPRINT, LAYOUT, MANIFEST, SKIPPED, Parts, differences, write_json
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
@@ -41,6 +45,7 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 
 CONTENT = "buckets"
 NUMBERS = "buckets.npy"
+LEAST_AREA = 0.9  # of the square's
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values that swap height and width
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -48,12 +53,11 @@ Size = tuple[int, int]  # (height, width) in pixels
 @lru_cache
 def bucket_sizes(resolution: int) -> tuple[Size, ...]:
     """The sizes for a resolution, by aspect ratio; at 1024, from 512 x 2048 to 2048 x 512 in steps of 64."""
-    step = max(8, resolution // 16)
-    sizes = set()
-    for width in range(resolution // 2 // step * step, resolution + 1, step):
-        height = min(2 * resolution, resolution**2 // width) // step * step
-        sizes |= {(height, width), (width, height)}
-    return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
+    step = max(8, 16 * round(resolution / 256))  # what VAE and patches can divide, whatever the resolution
+    sides = range(step * (resolution // 2 // step), 2 * resolution + 1, step)
+    area = resolution**2
+    of_ratio = {h / w: (h, w) for h, w in product(sides, sides) if LEAST_AREA * area <= h * w <= area}  # the largest
+    return tuple(size for _, size in sorted(of_ratio.items()))
 
 
 def nearest(found: Sequence[Size], sizes: Sequence[Size]) -> int:
@@ -93,10 +97,14 @@ def prepare_buckets(
         read: gives the source's items from the start, in the same order each time: once to measure the pictures, and
             once for each bucket that there is.
         resolution: side of the square whose area the sizes have.
+
+    Raises:
+        PipelineError: a size the VAE cannot take. UserError: another fingerprint, no space, nothing usable.
     """
     sizes = bucket_sizes(resolution)
     for size in sizes:
         pipeline.check_size(*size)
+    check_space(out, survey, Latents(pipeline, Extent(*max(sizes, key=math.prod)), batch_size), limit)
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
         _claim(out, fingerprint)

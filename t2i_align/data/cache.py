@@ -19,7 +19,7 @@ from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Survey
 from t2i_align.data.images import time_ids
 from t2i_align.data.latents import CONTENT, Latents
-from t2i_align.data.layout import PROMPTS, Parts, read_table
+from t2i_align.data.layout import PROMPTS, Parts, read_table, readable
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
 from t2i_align.data.shards import Limit, write
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
+BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for pictures; clips go one by one
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -82,14 +83,14 @@ def prepare(
     texts = 1 if survey is None else survey.texts_per_group
     row_bytes = 2 * payload.latent_bytes + texts * payload.prompt_bytes
     if survey is not None:
-        _check_space(out, survey, payload, limit)
+        check_space(out, survey, payload, limit)
     write(
         groups,
         payload,
         out,
         fingerprint=fingerprint,
         rows_per_shard=max(1, min(MAX_ROWS_PER_SHARD, SHARD_BYTES // row_bytes)),
-        rows_at_once=max(1, batch_size),
+        rows_at_once=max(1, batch_size) * (BATCHES_AT_ONCE if frames is None else 1),
         total=survey.rows if survey is not None else None,
         limit=limit,
         progress=progress,
@@ -209,7 +210,8 @@ def open_cache(path: Path) -> CachedGroups:
     return CachedGroups(path)
 
 
-def _check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None) -> None:
+def check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None) -> None:
+    """Raise UserError where a cache at `out`, less what is there of it, is not expected to fit on the disk."""
     share = 1.0 if limit is None else min(1.0, limit.groups / max(1, survey.groups))
     candidates = sum(k * count for k, count in survey.candidates.items())
     needed = share * candidates * payload.latent_bytes
@@ -219,7 +221,7 @@ def _check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | Non
     free = shutil.disk_usage(folder).free
     if needed - stored > free:
         raise UserError(
-            f"{out}: the cache needs about {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free there. "
+            f"{out}: the cache needs about {readable(needed - stored)}, but only {readable(free)} are free there. "
             "Choose another folder with data.cache_dir, a smaller data.limit or data.resolution, or data.cache=false."
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from t2i_align.data import tables
-from t2i_align.data.formats import Items, inside
+from t2i_align.data.formats import Items, exists, inside
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.errors import UserError
@@ -127,14 +127,15 @@ def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Ite
     for row in rows:
         if isinstance(row, Skipped):
             yield row
-        elif (value := row.values.get(columns.group)) is None:
+        elif (value := row.values.get(columns.group)) in (None, ""):
             yield Skipped(id=row.id, origin=row.origin, reason=f"no {columns.group!r}")
         elif isinstance(row.values.get(str(columns.candidates)), bytes | dict):
             raise UserError(f"{row.origin}: with a group column, pictures must be paths, not part of the table")
         else:
             found.setdefault(str(value), []).append(row)
     for value, members in found.items():
-        if len({member.values.get(columns.prompt) for member in members}) > 1:
+        prompts = [member.values.get(columns.prompt) for member in members]
+        if any(prompt != prompts[0] for prompt in prompts):
             reason = f"its {len(members)} rows have different prompts"
             yield Skipped(id=value, origin=members[0].origin, reason=reason)
         else:
@@ -257,6 +258,6 @@ def _media(value: Any, root: Path, origin: str) -> Media:
     if not isinstance(value, str):
         raise _Unusable(f"expected a picture or its path, found {value!r}")
     path = inside(root, value, origin)
-    if not path.exists():
+    if not exists(path):
         raise _Unusable(f"no such picture: {value}")
     return path

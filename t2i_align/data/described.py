@@ -22,7 +22,7 @@ import yaml
 
 from t2i_align.data import columns, hub
 from t2i_align.data.columns import Columns
-from t2i_align.data.formats import Items, is_tie
+from t2i_align.data.formats import Items, exists, is_tie
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.splits import By, Part
 from t2i_align.errors import UserError
@@ -60,9 +60,12 @@ def load(file: Path) -> Description:
 
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
-    return build(Description, values, where=str(file))
+    try:
+        return build(Description, values, where="")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def read(path: Path) -> Items:
@@ -113,7 +116,7 @@ def _resolve(file: Path, description: Description) -> Path:
     if description.path.startswith(hub.PREFIX):
         return hub.folder(description.path)
     inner = (file.parent / Path(description.path).expanduser()).resolve()
-    if not inner.exists():
+    if not exists(inner):
         raise UserError(f"{file}: path: no such file or folder: {inner}")
     if inner == file.resolve() or detects(inner):
         raise UserError(f"{file}: path: {inner} is a source file itself; name what it describes")

@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_align.data.formats import MEDIA_SUFFIXES, PICTURE_SUFFIXES, Items, inside
+from t2i_align.data.formats import MEDIA_SUFFIXES, Items, exists, frame_files, inside
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
@@ -39,8 +39,7 @@ def files(path: Path) -> Iterator[Path]:
     """The pictures and captions; whatever else lies there, such as a run's output, does not make another source."""
     for folder in _sets(path):
         winner_folder, loser_folder = _sides(folder)
-        for media in (*_media(winner_folder), *_media(loser_folder)):
-            yield from _pictures_in(media) if media.is_dir() else [media]
+        yield from (*_media(winner_folder), *_media(loser_folder))
         for place in (winner_folder, folder / CAPTIONS):
             yield from (file for file in _entries(place) if file.suffix.lower() in CAPTION_SUFFIXES)
         yield from (file for file in (folder / METADATA, winner_folder / METADATA) if file.is_file())
@@ -88,7 +87,7 @@ def _pair(
 def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
     for place, suffix in product((winner_folder, root / CAPTIONS), CAPTION_SUFFIXES):
         file = place / f"{stem}{suffix}"
-        if file.is_file():
+        if exists(file) and file.is_file():
             file = inside(root, str(file.relative_to(root)), str(file))
             try:
                 return file.read_text(encoding="utf-8-sig").strip()
@@ -142,11 +141,11 @@ def _entries(folder: Path) -> list[Path]:
 
 def _media(folder: Path) -> list[Path]:
     """Pictures, clips, and folders of frames."""
-    return [file for file in _entries(folder) if file.suffix.lower() in MEDIA_SUFFIXES or _pictures_in(file)]
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    return [file for file in _entries(folder) if file.suffix.lower() in PICTURE_SUFFIXES]
+    return [
+        file
+        for file in _entries(folder)
+        if (frame_files(file) if file.is_dir() else file.suffix.lower() in MEDIA_SUFFIXES)
+    ]
 
 
 def _not_media(folder: Path, root: Path) -> Items:

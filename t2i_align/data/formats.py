@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -104,9 +105,9 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(found, key=natural)
 
 
-def files_of(candidate: Path) -> list[Path]:
-    """What a candidate's contents are in: its file, or the frames of a folder."""
-    return frame_files(candidate) if candidate.is_dir() else [candidate]
+def exists(path: Path) -> bool:
+    """Whether something is there; `Path.exists` raises where a name is too long to be one."""
+    return os.path.exists(path)
 
 
 def inside(root: Path, name: str, origin: str) -> Path:

@@ -6,9 +6,10 @@ import base64
 import io
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from functools import partial
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from t2i_align.data import jsonl, readers, tables
 from t2i_align.data.annotations import Annotations
-from t2i_align.data.formats import REASONS_SHOWN, is_tie, present_columns
+from t2i_align.data.formats import REASONS_SHOWN, Items, is_tie, present_columns
 from t2i_align.data.images import ImageError, decode
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
@@ -126,8 +127,8 @@ def inspect(
         source: file or folder of preference data, or anything else that `data.path` takes.
         out: HTML file.
         model: path of a model whose tokenizers prompts are measured with; without one, words are counted.
-        pictures: groups whose pictures are opened: the first ones.
-        examples: groups that are shown, chosen by their ids.
+        pictures: groups whose pictures are opened: the first ones. Those of the rest are not even read.
+        examples: groups that are shown, chosen among these by their ids.
 
     Raises:
         UserError: a source or model that cannot be used.
@@ -140,7 +141,7 @@ def inspect(
     added = Annotations.load(annotations)
     found = Findings(str(source), name, tables.columns(path))
     scorers = dict(_by_scorer([path, *map(Path, annotations)]))
-    for item in readers.read(path, name, added, best_first=False):
+    for item in _items(partial(readers.read, path, name, added, best_first=False), pictures):
         _count(item, found, pictures, examples, scorers)
     if not found.groups:
         raise UserError(f"{source}: no usable group. First reasons: {'; '.join(found.skips)}")
@@ -171,10 +172,11 @@ def render(found: Findings) -> str:
         found=found,
         lengths=lengths,
         sizes=_bars(common),
+        bins=BINS,
         ratios=_histogram(ratios),
         candidates=_bars({str(k): count for k, count in sorted(found.candidates.items())}),
         users=_histogram(per_user) if per_user else None,
-        shares=_histogram([round(100 * share) for share in found.shares]) if found.shares else None,
+        shares=_histogram([round(100 * share) for share in found.shares]) if {*found.shares} - {0, 0.5} else None,
         disagreement=found.disagreement,
         agreement=sorted(found.agreement().items()),
         skips=found.skips.most_common(SIZES_SHOWN),
@@ -182,6 +184,17 @@ def render(found: Findings) -> str:
         repeated=[(prompt, count) for prompt, count in found.prompts.most_common(REASONS_SHOWN) if count > 1],
         examples=[_example(group) for group in found.examples],
     )
+
+
+def _items(read: Callable[..., Items], pictures: int) -> Items:
+    """The first groups with their pictures, all others without: a source may hold terabytes of them."""
+    rows = opened = 0
+    for item in read():
+        if opened == pictures:
+            break
+        rows, opened = rows + 1, opened + isinstance(item, Group)
+        yield item
+    yield from islice(read(pictures=False), rows, None)
 
 
 def _count(
@@ -204,8 +217,8 @@ def _count(
     if found.opened < pictures:
         found.opened += 1
         _open(item, found)
-    # The groups with the least hashes are a sample that depends on neither order nor number.
-    found.examples = sorted([*found.examples, item], key=lambda group: stable_seed(0, group.id))[:examples]
+        # The groups with the least hashes are a sample that depends on neither order nor number.
+        found.examples = sorted([*found.examples, item], key=lambda group: stable_seed(0, group.id))[:examples]
 
 
 def _open(group: Group, found: Findings) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.formats import Items, files_of, inside
+from t2i_align.data.formats import Items, exists, inside
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
@@ -29,15 +29,10 @@ def detects(path: Path) -> bool:
 
 
 def files(path: Path) -> Iterator[Path]:
-    """The file itself and the pictures, videos and frames that it names."""
+    """The file itself and the pictures and clips that it names."""
     yield path
-    seen: set[Path] = set()
     for _, origin, entry in entries(path):
-        for name in _pictures_and_scores(entry, origin)[0]:
-            picture = inside(path.parent, name, origin)
-            if picture not in seen:
-                seen.add(picture)
-                yield from files_of(picture)
+        yield from (inside(path.parent, name, origin) for name in _pictures_and_scores(entry, origin)[0])
 
 
 def read_jsonl(path: Path) -> Items:
@@ -92,7 +87,7 @@ def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Sk
             raise UserError(f"{origin}: {len(names)} pictures, but {len(captions)} captions")
     pictures = tuple(inside(path.parent, name, origin) for name in names)
     for name, picture in zip(names, pictures, strict=True):
-        if not picture.exists():  # a folder may hold the frames of a clip
+        if not exists(picture):  # a folder may hold the frames of a clip
             return Skipped(id=group_id, origin=origin, reason=f"no such picture: {name}")
     if not all(math.isfinite(score) for score in scores):
         return Skipped(id=group_id, origin=origin, reason=f"scores must be finite numbers, found {scores}")

@@ -1,9 +1,10 @@
 """The layouts of published data sets and of this project's own votes: formats that are told by their columns.
 
 HPDv2 (arXiv 2306.09341): train.json with `human_preference` 1 for the better of two, test.json with ranks of many; the
-pictures lie in `train/` or `test/` beside it. HPDv3 (arXiv 2508.03789): `path1` is the better picture. ImageRewardDB
-(arXiv 2304.05977): a row a picture, ranked among those of its prompt. Rapidata: the answers of many people, weighted.
-Demo: one person's choice between two a row, as the demo writes them.
+pictures lie in `train/` or `test/` beside it. HPDv3 (arXiv 2508.03789): `path1` is the better picture; `confidence` and
+`choice_dist`, which many rows lack, are left alone. ImageRewardDB (arXiv 2304.05977): a row a picture, ranked among
+those of its prompt. Rapidata: counts of answers, or their sums weighted by who gave them. Demo: one person's choice
+between two a row, as the demo writes them. Pick-a-Pic in webdataset shards: `original_prompt`, `jpg_0`, `label_0` ….
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ LAYOUTS: dict[str, tuple[Columns, ...]] = {
             candidates=["image1", "image2"],
             votes=["weighted_results_image1_preference", "weighted_results_image2_preference"],
         ),
+        Columns(candidates=["image1", "image2"], votes=["votes_image1", "votes_image2"]),
     ),
     "demo": (Columns(candidates=["left", "right"], winner="vote", user="user", id="id"),),
     "pairs": (
@@ -40,7 +42,7 @@ LAYOUTS: dict[str, tuple[Columns, ...]] = {
     ),
 }
 ANY = Columns(candidates="candidates", scores="scores", user="user", captions="captions")
-PROMPTS = ("prompt", "caption", "txt")
+PROMPTS = ("prompt", "caption", "txt", "original_prompt")
 ROLES = ("chosen", "rejected")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ CONTENT = "latents"
 class Latents:
     """What a latent cache stores: encodes candidates, prompts and captions with a pipeline. See `shards.Payload`.
 
-    at_once: how many candidates are in memory as pixels, and encoded together; clips go one by one.
+    at_once: how many candidates are encoded together, and as many are decoded meanwhile; clips go one by one.
 
     Raises:
         PipelineError: the pipeline cannot take pictures or clips of this size; raised at once.
@@ -123,13 +123,21 @@ class Latents:
     def _encoded(self, media: Sequence[Media]) -> list[tuple[bytes, tuple[int, int]] | str]:
         """The latents and original size of each candidate, or why there are none."""
         out: list[tuple[bytes, tuple[int, int]] | str] = []
-        for start in range(0, len(media), self.at_once):
-            loaded = list(self.executor.map(self._load, media[start : start + self.at_once]))
+        for loaded in self._loaded(media):
             pixels = [found.pixels for found in loaded if isinstance(found, Loaded)]
             latents = iter(self.pipeline.encode_pixels(torch.stack(pixels)).half().cpu() if pixels else ())
             for found in loaded:
                 out.append(found if isinstance(found, str) else self._stored(next(latents), found.size))
         return out
+
+    def _loaded(self, media: Sequence[Media]) -> Iterator[list[Loaded | str]]:
+        """Batches of pictures; while one is encoded, the next is decoded."""
+        starts = range(0, len(media), self.at_once)
+        batches = (self.executor.map(self._load, media[start : start + self.at_once]) for start in starts)
+        coming = next(batches, None)
+        while coming is not None:
+            loaded, coming = list(coming), next(batches, None)  # in this order: `map` begins at once
+            yield loaded
 
     def _load(self, media: Media) -> Loaded | str:
         try:

@@ -42,9 +42,21 @@ def write_table(file: Path, table: pa.Table) -> None:
 
 
 def read_table(file: Path) -> pa.RecordBatch:
-    """The record batch of an Arrow file, memory-mapped; the file descriptor is closed, the mapping stays."""
-    with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_file(source).get_batch(0)
+    """The record batch of an Arrow file, memory-mapped; the file descriptor is closed, the mapping stays.
+
+    Such a file is a stream behind 8 bytes. Read as one it opens in a fraction of the time, as no other thread is asked
+    for the index at its end.
+    """
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source.read_buffer().slice(8)) as stream:
+        return stream.read_next_batch()
+
+
+def readable(size: float) -> str:
+    """A number of bytes as people read it."""
+    units = ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
 
 
 def shard_name(number: int) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from t2i_align.data.clips import ANY_PICTURE, Extent, check, load, to_bytes
 from t2i_align.data.formats import Survey
 from t2i_align.data.images import ImageError, time_ids
-from t2i_align.data.layout import Parts
+from t2i_align.data.layout import Parts, readable
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Limit, Row, write
@@ -106,7 +106,7 @@ def index_pictures(
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if source_bytes > free:
-        raise UserError(f"{out}: the index needs {source_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there")
+        raise UserError(f"{out}: the index needs {readable(source_bytes)}, {readable(free)} are free there")
     write(
         groups,
         Pictures(extent),

@@ -19,9 +19,13 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty")
     try:
-        return pq.ParquetFile(file, memory_map=True)
+        parquet = pq.ParquetFile(file, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file (damaged or cut short?): {error}") from error
+    names = parquet.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: two columns of the same name among {', '.join(names)}")
+    return parquet
 
 
 def rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -33,9 +37,10 @@ def rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     while True:
         try:
             batch = next(batches, None)
-        except (pa.ArrowException, OSError) as error:
+            found = None if batch is None else batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:  # or what Python has no value for
             raise UserError(f"{file}: cannot be read after row {done} (damaged?): {error}") from error
-        if batch is None:
+        if found is None:
             return
-        yield from batch.to_pylist()
-        done += batch.num_rows
+        yield from found
+        done += len(found)

@@ -2,7 +2,8 @@
 
 A label of 1 is the preferred picture, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged. With
 `caption_0` and `caption_1` it is Pick-Double-Caption (arXiv 2502.06023): a caption for each picture; where there is no
-`caption`, the preferred picture's is the prompt.
+`caption`, the preferred picture's is the prompt. Its authors publish no list of columns: these names follow
+Pick-a-Pic's, and a file with others is told as such.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 from t2i_align.data.formats import Items, inside
 from t2i_align.data.parquet import open_parquet, rows
 from t2i_align.data.schema import Group, Media, Skipped
-from t2i_align.data.tables import missing_shards
+from t2i_align.data.tables import below, missing_shards
 from t2i_align.errors import UserError
 
 PICTURES = ("jpg_0", "jpg_1")
@@ -37,7 +38,7 @@ def detects(path: Path) -> bool:
 
 def files(path: Path) -> list[Path]:
     """The parquet files of a source: itself, or all below a folder."""
-    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    return below(path, ".parquet") if path.is_dir() else [path]
 
 
 def read_pickapic(path: Path) -> Items:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from t2i_align.data import described, folders, hub, jsonl, known, pickapic, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import MEDIA_SUFFIXES, Items, Survey
+from t2i_align.data.formats import MEDIA_SUFFIXES, Items, Survey, exists, frame_files
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
 
@@ -40,7 +40,7 @@ class Reader:
 
     read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
     outline: the same items with pictures left out, where reading them is costly. files: all files that make up the
-    source, where these are not simply those below its path.
+    source and the folders with a clip's frames, where these are not simply those below its path.
     """
 
     read: Read
@@ -138,7 +138,7 @@ def resolve(path: str | Path) -> Path:
     if str(path).startswith(hub.PREFIX):
         return hub.folder(str(path))
     file = Path(path).expanduser()
-    if not file.exists():
+    if not exists(file):
         raise UserError(f"{path}: no such file or folder")
     return file
 
@@ -177,14 +177,16 @@ def _run_once(file: str) -> None:
 def identity(path: Path, format: str) -> str:
     """A hash of a source: of its files' contents, or where these are large, of their names, sizes and times."""
     root = path if path.is_dir() else path.parent
-    found = dict.fromkeys(files_of(path, format))
-    entries = [(str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file) for file in found]
-    stats = [file.stat() for _, file in entries if file.exists()]
+    entries = [
+        (str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file)
+        for file in dict.fromkeys(files_of(path, format))
+    ]
+    stats = [file.stat() for _, file in entries if exists(file)]
     small = sum(stat.st_size for stat in stats) <= CONTENT_HASHED_UP_TO
     digest = hashlib.sha256()
     for name, file in sorted(entries):
         digest.update(f"{name}\x1f".encode(errors="surrogateescape"))
-        if not file.exists():
+        if not exists(file):
             digest.update(b"missing")
         elif small:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -196,13 +198,13 @@ def identity(path: Path, format: str) -> str:
 def embedded_bytes(path: Path, format: str) -> int:
     """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
     files = files_of(path, format)
-    return sum(file.stat().st_size for file in files if file.exists() and file.suffix.lower() not in MEDIA_SUFFIXES)
+    return sum(file.stat().st_size for file in files if exists(file) and file.suffix.lower() not in MEDIA_SUFFIXES)
 
 
 def files_of(path: Path, format: str) -> Iterator[Path]:
-    """All files that make up a source; of a candidate that is a folder of frames, those in it."""
-    for file in (READERS[detect(path, format)].files or _files_below)(path):
-        yield from sorted(entry for entry in file.iterdir() if entry.is_file()) if file.is_dir() else [file]
+    """All files that make up a source, each once; of a candidate that is a folder of frames, these."""
+    for file in dict.fromkeys((READERS[detect(path, format)].files or _files_below)(path)):
+        yield from frame_files(file) if exists(file) and file.is_dir() else [file]
 
 
 def _files_below(path: Path) -> list[Path]:

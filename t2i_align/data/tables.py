@@ -39,10 +39,12 @@ def files(path: Path) -> list[Path]:
     """The files that make up a table: itself, or all parquet files below a folder, or all webdataset shards."""
     if path.is_file():
         return [path]
-    for suffix in SHARDED:
-        if found := sorted(path.rglob(f"*{suffix}")):
-            return found
-    return []
+    return next((found for suffix in SHARDED if (found := below(path, suffix))), [])
+
+
+def below(folder: Path, suffix: str) -> list[Path]:
+    """All files of a kind below a folder; some programs write a folder of that name with the files in it."""
+    return sorted(file for file in folder.rglob(f"*{suffix}") if not file.is_dir())
 
 
 def columns(path: Path) -> list[str]:

@@ -4,7 +4,8 @@
     000017.0.jpg  000017.1.jpg
 
 A sample becomes a row: each member is a column named by the rest of its name (`0.jpg`), the keys of `json` are columns
-themselves, and `txt` is text. Nothing is unpacked to disk, so names that lead elsewhere lead nowhere.
+themselves, `txt` is text, and so is `label_0.txt`, as the column `label_0`. Nothing is unpacked to disk, so names that
+lead elsewhere lead nowhere.
 """
 
 from __future__ import annotations
@@ -64,13 +65,15 @@ def _finished(file: Path, key: str, values: dict[str, Any], bad: str) -> Iterato
 
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, column: str, values: dict[str, Any], wanted: bool) -> str:
     """Add a member to its sample's row; why that cannot be, or nothing."""
+    kind = column.rpartition(".")[2]
+    if kind in TEXTS:
+        column = column.removesuffix(f".{kind}")
     if column in values:
         return f"two members named {column!r}: samples of the same key must not follow each other"
     if not member.isfile():
         return f"{column!r} is a link, not a file"
     if member.size > MAX_MEMBER:
         return f"{column!r} has {member.size} bytes, more than {MAX_MEMBER}"
-    kind = column.rpartition(".")[2]
     if not wanted and kind not in (*TEXTS, "json"):
         values[column] = b"left out"
         return ""
