@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 PICTURE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
-PARQUET = ".parquet"
+JSONL, PARQUET = ".jsonl", ".parquet"
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in (*PICTURE, *SCORER)),
@@ -69,6 +69,8 @@ def score(
     place = pick_device(device)
     entries, total = pictures_of(pictures)
     target = None if out is None else Path(out)
+    if target is not None and (target.suffix not in (JSONL, PARQUET) or target.is_dir()):
+        raise UserError(f"{target}: expected a file that ends in {JSONL} or {PARQUET}")
     if target is not None and crew.first:
         _gather(target)
     crew.wait()
@@ -132,6 +134,8 @@ def _score_batch(
     scorers: Sequence[Scorer], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
+    from reward_scorers import ScorerError
+
     loaded = list(pool.map(_load, entries))
     rows = []
     for scorer in scorers:
@@ -144,8 +148,12 @@ def _score_batch(
         readable = [i for i in todo if not isinstance(loaded[i], str)]
         if not readable:
             continue
-        with memory_for(len(readable)):
-            total, parts = scorer.judge_images([loaded[i] for i in readable], [entries[i].prompt for i in readable])
+        images, prompts = [loaded[i] for i in readable], [entries[i].prompt for i in readable]
+        try:
+            with memory_for(len(readable)):
+                total, parts = scorer.judge_images(images, prompts)
+        except ScorerError as error:  # its rows are the batch's
+            raise UserError(f"{entries[readable[0]].image} ... {entries[readable[-1]].image}: {error}") from error
         for place, i in enumerate(readable):
             values = {name: number(part[place].item()) for name, part in parts.items()}
             told = {"parts": values} if values else {}
@@ -155,15 +163,14 @@ def _score_batch(
 
 def _load(entry: Entry) -> Any:
     """The picture, or why there is none."""
+    from reward_scorers.base import unusable
+
     entry.sha256  # noqa: B018  (read in this thread, and kept)
     try:
         picture = open_picture(entry.media)
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1:
-            raise ValueError(f"animated, {frames} frames")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"{type(error).__name__}: {error}"
-    return picture
+    return unusable(picture) or picture
 
 
 def number(value: float) -> float | None:

@@ -125,7 +125,7 @@ def pictures(folder: Path, count: int, sizes: list[tuple[int, int]]) -> list[tup
     return rows
 
 
-def original(script: str, *arguments: object, timeout: int = 1500) -> None:
+def original(script: str, *arguments: object, timeout: int = 5400) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -157,7 +157,7 @@ def test_hpsv2s_own_code_on_100_pictures_with_a_reduced_model(hpsv2_code: Path, 
 
 
 def test_hpsv2s_own_code_on_100_pictures_with_vit_h(hpsv2_code: Path, tmp_path: Path) -> None:
-    """The published size, random weights: some 5 GB and 20 minutes on one core."""
+    """The published size, random weights: some 6 GB, and 20 minutes or more on one core."""
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": open_clip.create_model("ViT-H-14").state_dict()}, weights)

@@ -39,6 +39,8 @@ class OracleScorer(Scorer):
         return self._judge(pixels, prompts)[0]
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        if pixels.shape[-1] != pixels.shape[-2]:
+            raise ScorerError(f"oracle: expected square pictures, found {pixels.shape[-1]} x {pixels.shape[-2]}")
         verdict = self.oracle.judge(pixels.detach().float().cpu(), prompts)
         named = {
             "faithfulness": verdict.faithfulness,

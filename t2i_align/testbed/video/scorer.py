@@ -48,6 +48,8 @@ class MotionScorer(Scorer):
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if pixels.shape[1] < MIN_FRAMES:
             raise ScorerError(f"{self.name}: expected clips of {MIN_FRAMES} frames or more, found {pixels.shape[1]}")
+        if pixels.shape[-1] != pixels.shape[-2]:
+            raise ScorerError(f"{self.name}: expected square clips, found {pixels.shape[-1]} x {pixels.shape[-2]}")
         verdict = self.oracle.judge(pixels.detach().float().cpu(), prompts)
         named = {
             "faithfulness": verdict.faithfulness,
