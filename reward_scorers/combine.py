@@ -44,7 +44,7 @@ MEMBER_KEYS = {"scorer", "weight", "centre", "spread", "reference"}
 @register("combine")
 def from_file(argument: str) -> Combined:
     """`combine:FILE.yaml`."""
-    file = Path(argument).expanduser()
+    file = Path(argument)
     if not argument or not file.is_file():
         raise ScorerError(f"combine: {argument or 'nothing'}: no such file; expected combine:FILE.yaml")
     try:

@@ -129,6 +129,15 @@ def test_registry_builds_by_name_and_names_the_choices() -> None:
         reward_scorers.build("red-for-tes")
 
 
+def test_home_is_found_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    reward_scorers.register("path-for-test")(lambda argument: given.append(argument) or Red())
+    monkeypatch.setenv("HOME", "/home/me")
+    for argument in ("~/a.pt", "b:~/a.pt", "a~/b"):
+        reward_scorers.build(f"path-for-test:{argument}")
+    assert given == ["/home/me/a.pt", "b:/home/me/a.pt", "a~/b"]
+
+
 def test_the_package_stands_alone() -> None:
     """Scorers import nothing of t2i_align or pipelines, and a model's library only when it is built."""
     foreign = "('t2i_align', 'pipelines', 'open_clip', 'timm')"
