@@ -41,6 +41,7 @@ class OracleScorer(Scorer):
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if pixels.shape[-1] != pixels.shape[-2]:
             raise ScorerError(f"oracle: expected square pictures, found {pixels.shape[-1]} x {pixels.shape[-2]}")
+        self.check_prompts(prompts)
         verdict = self.oracle.judge(pixels.detach().float().cpu(), prompts)
         named = {
             "faithfulness": verdict.faithfulness,

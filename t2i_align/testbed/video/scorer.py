@@ -50,6 +50,7 @@ class MotionScorer(Scorer):
             raise ScorerError(f"{self.name}: expected clips of {MIN_FRAMES} frames or more, found {pixels.shape[1]}")
         if pixels.shape[-1] != pixels.shape[-2]:
             raise ScorerError(f"{self.name}: expected square clips, found {pixels.shape[-1]} x {pixels.shape[-2]}")
+        self.check_prompts(prompts)
         verdict = self.oracle.judge(pixels.detach().float().cpu(), prompts)
         named = {
             "faithfulness": verdict.faithfulness,
