@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from t2i_align.data.clips import whole
+from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.errors import UserError
 from t2i_align.generate import check_sampling
 from t2i_align.listing import Entry, open_picture, parse, pictures_of
@@ -52,8 +56,8 @@ def score(
     Under torchrun the processes share the work; each writes beside `out`, and the first one gathers.
 
     Args:
-        pictures: folder with the `samples.jsonl` of `generate`; JSONL or parquet with `image` and `prompt` a row;
-            preference data of any format, all of whose candidates are scored; or prepared pictures.
+        pictures: folder with the `samples.jsonl` of `generate`, pictures or clips; JSONL or parquet with `image` and
+            `prompt` a row; preference data of any format, all of whose candidates are scored; or prepared pictures.
         scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
         out: JSONL file to append to, or a .parquet: image, sha256 (of the file), prompt, scorer, version, score and
             parts; for a picture that cannot be read `error` instead of a score. What it already holds is not scored
@@ -110,7 +114,6 @@ class Crew:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.first = self.rank == 0
         if self.world > 1:
-            import torch
             from accelerate import PartialState
 
             self.state = PartialState(cpu=not torch.accelerator.is_available())
@@ -145,28 +148,38 @@ def _score_batch(
         todo = [i for i, row in enumerate(known) if row is None]
         rows += [row for row in known if row is not None]
         rows += [{**heads[i], "error": loaded[i]} for i in todo if isinstance(loaded[i], str)]
-        readable = [i for i in todo if not isinstance(loaded[i], str)]
-        if not readable:
-            continue
-        images, prompts = [loaded[i] for i in readable], [entries[i].prompt for i in readable]
-        try:
-            with memory_for(len(readable)):
-                total, parts = scorer.judge_images(images, prompts)
-        except ScorerError as error:  # its rows are the batch's
-            raise UserError(f"{entries[readable[0]].image} ... {entries[readable[-1]].image}: {error}") from error
-        for place, i in enumerate(readable):
-            values = {name: number(part[place].item()) for name, part in parts.items()}
-            told = {"parts": values} if values else {}
-            rows.append({**heads[i], "score": number(total[place].item()), **told})
+        pictures = [i for i in todo if isinstance(loaded[i], Image.Image)]
+        for some in (pictures, *([i] for i in todo if isinstance(loaded[i], Tensor))):
+            if not some:
+                continue
+            try:
+                with memory_for(len(some)):
+                    total, parts = _judge(scorer, [loaded[i] for i in some], [entries[i].prompt for i in some])
+            except ScorerError as error:  # its rows are the batch's
+                raise UserError(f"{entries[some[0]].image} ... {entries[some[-1]].image}: {error}") from error
+            for place, i in enumerate(some):
+                values = {name: number(part[place].item()) for name, part in parts.items()}
+                told = {"parts": values} if values else {}
+                rows.append({**heads[i], "score": number(total[place].item()), **told})
     return rows
 
 
+@torch.no_grad()
+def _judge(scorer: Scorer, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores and parts of pictures, or of one clip."""
+    if isinstance(media[0], Tensor):
+        return scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
+    return scorer.judge_images(media, prompts)
+
+
 def _load(entry: Entry) -> Any:
-    """The picture, or why there is none."""
+    """The picture or clip, or why there is none."""
     from reward_scorers.base import unusable
 
     entry.sha256  # noqa: B018  (read in this thread, and kept)
     try:
+        if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
+            return whole(entry.media)
         picture = open_picture(entry.media)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"{type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from reward_scorers import Scorer
+from t2i_align.data.clips import save_clip
 from t2i_align.errors import UserError
 from t2i_align.rewards.preferences import open_preferences
 from t2i_align.score import score
@@ -165,6 +166,22 @@ def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
 def test_pictures_that_a_scorer_refuses_are_named(pictures: Path) -> None:
     with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single pictures"):
         score(pictures, ["motion"], batch_size=2, progress=False)
+
+
+def test_clips_are_scored_as_generate_writes_them(tmp_path: Path) -> None:
+    """Reds of 0.2 and 0.6 in turn: 0.4 on average, and 0.4 / 3 of all three channels change from frame to frame."""
+    clip = torch.zeros(6, 3, 16, 16)
+    clip[::2, 0], clip[1::2, 0] = 0.2, 0.6
+    save_clip(clip, tmp_path / "0.mp4", fps=8, lossless=True)
+    save_clip(clip, tmp_path / "frames", fps=8)
+    save_clip(clip[:1], tmp_path / "still", fps=8)
+    names = ["0.mp4", "frames", "still"]
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"prompt": "x", "file": "{name}"}}\n' for name in names))
+    means = score(tmp_path, [Red(), "motion"], tmp_path / "scores.jsonl", progress=False)
+    assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
+    rows = read(tmp_path / "scores.jsonl")
+    assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
+    assert "a single picture, expected a clip of 2 frames" in rows[0]["error"]
 
 
 def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path) -> None:
