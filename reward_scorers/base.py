@@ -69,7 +69,10 @@ class Scorer(ABC):
         check_images(images, prompts)
         if self.clips:
             raise ScorerError(f"{self.name}: judges clips, not pictures")
-        return self._judge_images(images, prompts)
+        try:
+            return self._judge_images(images, prompts)
+        except (OSError, SyntaxError) as error:  # PIL opens a file without decoding it
+            raise ScorerError(f"images: one of them cannot be decoded: {error}") from error
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
         """Raise ScorerError for a prompt that this scorer cannot judge; asked before pictures are made for it."""
@@ -141,19 +144,34 @@ def check(pixels: Tensor, prompts: Sequence[str]) -> None:
 
 def check_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     """Raise ScorerError unless these PIL pictures and prompts can be scored."""
+    if not hasattr(images, "__len__") or not len(images):
+        found = "none" if hasattr(images, "__len__") else type(images).__name__
+        raise ScorerError(f"images: expected a list of PIL pictures, found {found}")
     check_prompts(prompts, len(images))
     for row, image in enumerate(images):
         if not isinstance(image, Image.Image):
             raise ScorerError(f"images[{row}]: expected a PIL picture, found {type(image).__name__}")
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            raise ScorerError(f"images[{row}]: an animated picture of {frames} frames; pick one frame")
+        if reason := unusable(image):
+            raise ScorerError(f"images[{row}]: {reason}")
+
+
+def unusable(image: Image.Image) -> str | None:
+    """Why a PIL picture cannot be scored; None if it can."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
+        return f"an animated picture of {frames} frames; pick one frame"
+    if 0 in image.size:
+        return f"a picture of {image.width} x {image.height} pixels"
+    if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255, NaN to black
+        return f"pixels of mode {image.mode} have no known range; convert them to 8 bits"
+    return None
 
 
 def check_prompts(prompts: Sequence[str], count: int) -> None:
     """Raise ScorerError unless there are `count` prompts, each a string with something in it."""
-    if isinstance(prompts, str) or len(prompts) != count:
-        found = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+    listed = hasattr(prompts, "__len__") and not isinstance(prompts, str)
+    if not listed or len(prompts) != count:
+        found = f"{len(prompts)} prompts" if listed else repr(prompts)
         raise ScorerError(f"prompts: expected a list of {count}, one a picture, found {found}")
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 import yaml
 from PIL import Image
@@ -44,7 +46,7 @@ MEMBER_KEYS = {"scorer", "weight", "centre", "spread", "reference"}
 @register("combine")
 def from_file(argument: str) -> Combined:
     """`combine:FILE.yaml`."""
-    file = Path(argument).expanduser()
+    file = Path(argument)
     if not argument or not file.is_file():
         raise ScorerError(f"combine: {argument or 'nothing'}: no such file; expected combine:FILE.yaml")
     try:
@@ -83,7 +85,7 @@ def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:
         scorer = entry["scorer"] if isinstance(entry["scorer"], Scorer) else build(entry["scorer"])
         reference = None
         if "reference" in entry:
-            reference = read_reference(root / Path(entry["reference"]).expanduser(), scorer, quantile)
+            reference = read_reference(root / Path(str(entry["reference"])).expanduser(), scorer, quantile)
         weight, centre = _number(entry, "weight", 1.0, where), _number(entry, "centre", 0.0, where)
         members.append(Member(scorer, weight, centre, spread, reference))
     return Combined(str(rule), members, _number(values, "strength", 1.0, "combine"), str(values.get("name", rule)))
@@ -199,20 +201,21 @@ def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, flo
     """
     if not file.is_file():
         raise ScorerError(f"combine: {file}: no such file of reference scores")
+    try:
+        if file.suffix == ".parquet":
+            rows = pq.read_table(file).to_pylist()
+        else:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        told = [(row["scorer"], row["version"], row.get("score"), row["prompt"]) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ScorerError(f"combine: {file}: not a file of scores ({error!r})") from error
     found: dict[str, list[float]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, version, score, prompt = row["scorer"], row["version"], row.get("score"), row["prompt"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ScorerError(f"combine: {file}, line {number}: not a line of scores ({error!r})") from error
+    for number, (name, version, score, prompt) in enumerate(told, 1):
         if name != scorer.name or score is None:
             continue
         if version != scorer.version:
             raise ScorerError(
-                f"combine: {file}, line {number}: scores of {name} version {version!r}, but this is {scorer.version!r}"
+                f"combine: {file}, row {number}: scores of {name} version {version!r}, but this is {scorer.version!r}"
             )
         found.setdefault(prompt, []).append(float(score))
     if not found:
@@ -228,6 +231,6 @@ def _known(values: Mapping[str, Any], keys: set[str], where: str) -> None:
 
 def _number(values: Mapping[str, Any], key: str, default: float, where: str) -> float:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ScorerError(f"{where}: {key}: expected a number, found {value!r}")
     return float(value)

@@ -16,12 +16,12 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, CLIPModel
+from transformers import AutoConfig, CLIPModel
 
 from reward_scorers.base import ScorerError
 from reward_scorers.registry import register
 from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers
-from reward_scorers.weights import from_hub, identity, load_pretrained
+from reward_scorers.weights import from_hub, identity, load_pretrained, load_tokenizer
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and preprocessing, as published
@@ -63,10 +63,7 @@ class HFClipScorer(TwoTowers):
         self.model.eval().requires_grad_(False)
         self.version = f"transformers {transformers.__version__}, {identity(self.model)}"
         self.scale = float(self.model.logit_scale.exp())
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or path)
-        except Exception as error:  # whatever transformers, tokenizers or the Hub raise
-            raise ScorerError(f"{self.name}: the tokenizer of {processor or path!r}: {error}") from error
+        self.tokenizer = load_tokenizer(processor or path, self.name)
         self.length = self.model.config.text_config.max_position_embeddings
         self.steps = _steps(processor or path, self.model.config.vision_config.image_size, self.name)
 
@@ -122,8 +119,8 @@ def _steps(path: str, side: int, who: str) -> Preprocess:
     local = Path(path) / "preprocessor_config.json"
     file = local if Path(path).is_dir() else from_hub(path, local.name, who)
     try:
-        settings = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        settings = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ScorerError(f"{who}: {file}: the preprocessing cannot be read: {error}") from error
     resize, crop = settings.get("size", side), settings.get("crop_size", side)
     if isinstance(resize, dict):

@@ -56,7 +56,7 @@ class HPSv2Scorer(ClipScorer):
         other = next(name for version, name in FILES.items() if version != hps)
         if checkpoint and Path(checkpoint).stem == Path(other).stem:
             raise ScorerError(f"hpsv{hps}: {checkpoint} is the checkpoint of the other version; {hps} is {FILES[hps]}")
-        path = str(Path(checkpoint).expanduser() if checkpoint else from_hub(REPOSITORY, FILES[hps], f"hpsv{hps}"))
+        path = str(checkpoint or from_hub(REPOSITORY, FILES[hps], f"hpsv{hps}"))
         if path != "random" and not Path(path).is_file():
             raise ScorerError(f"hpsv{hps}: {path}: no such file")
         super().__init__(model, path)

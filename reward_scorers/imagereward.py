@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from reward_scorers.base import Judgement, Scorer, ScorerError
+from reward_scorers.base import Judgement, Scorer
 from reward_scorers.registry import register
 from reward_scorers.towers import CLIP_MEAN, CLIP_STD, in_threads
-from reward_scorers.weights import digest, fit, from_hub, read_state
+from reward_scorers.weights import digest, fit, from_hub, load_tokenizer, read_state
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -85,10 +85,7 @@ class ImageRewardScorer(Scorer):
     ) -> None:
         path = Path(checkpoint) if checkpoint else from_hub(REPOSITORY, FILE, self.name)
         state = None if checkpoint == "random" else read_state(path, self.name)
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
-        except Exception as error:  # whatever transformers, tokenizers or the Hub raise
-            raise ScorerError(f"imagereward: the tokenizer of {tokenizer!r}: {error}") from error
+        self.tokenizer = load_tokenizer(tokenizer, self.name)
         self.model = _Network(vision, text).eval().requires_grad_(False)
         told = "random"
         if state is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from reward_scorers.base import Scorer, ScorerError
 
@@ -54,7 +56,7 @@ def check_spec(spec: str) -> None:
 
 
 def build(spec: str) -> Scorer:
-    """A scorer from `name` or `name:argument`; what the argument means is the scorer's own business.
+    """A scorer from `name` or `name:argument`; what the argument means is the scorer's own business, but `~` is home.
 
     Raises:
         ScorerError: a name that is not registered, or an argument that the scorer cannot use.
@@ -63,4 +65,4 @@ def build(spec: str) -> Scorer:
     name, _, argument = spec.partition(":")
     if name not in _FACTORIES:
         importlib.import_module(MODULES[name])
-    return _FACTORIES[name](argument)
+    return _FACTORIES[name](re.sub("(^|:)~/", rf"\1{Path.home()}/", argument))  # shells leave it as it is after a colon

@@ -62,12 +62,15 @@ class TwoTowers(Scorer):
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """`encode_texts`, each distinct prompt once."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._texts))
+        """`encode_texts`, each distinct prompt once; what autocast rounded is kept apart."""
+        kind = self.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        keys = [(prompt, precision) for prompt in prompts]
+        new = list(dict.fromkeys(key for key in keys if key not in self._texts))
         for start in range(0, len(new), TEXT_BATCH):
             some = new[start : start + TEXT_BATCH]
-            self._texts.update(zip(some, self.encode_texts(some), strict=True))
-        out = torch.stack([self._texts[prompt] for prompt in prompts])
+            self._texts.update(zip(some, self.encode_texts([prompt for prompt, _ in some]), strict=True))
+        out = torch.stack([self._texts[key] for key in keys])
         while len(self._texts) > TEXT_CACHE:
             self._texts.pop(next(iter(self._texts)))
         return out
@@ -86,7 +89,7 @@ class TwoTowers(Scorer):
         return self.scale * (self.encode_images(inputs) * self.text_features(prompts)).sum(-1)
 
     @property
-    def _texts(self) -> dict[str, Tensor]:
+    def _texts(self) -> dict[tuple[str, torch.dtype | None], Tensor]:
         return self.__dict__.setdefault("_kept_texts", {})
 
 

@@ -45,9 +45,9 @@ def describe(path: Path) -> tuple[Path, dict[str, Any]]:
     if folder is None:
         raise ScorerError(f"trained: {path}: no {DESCRIPTION} in it; expected what `t2i-align train-scorer` leaves")
     try:
-        told = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ScorerError(f"trained: {folder / DESCRIPTION}: not valid JSON: {error}") from error
+        told = dict(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ScorerError(f"trained: {folder / DESCRIPTION}: not a description: {error}") from error
     if told.get("layout") != LAYOUT:
         raise ScorerError(f"trained: {folder}: written with layout {told.get('layout')!r}, this version reads {LAYOUT}")
     return folder, told

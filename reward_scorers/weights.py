@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def read_state(path: str | Path, who: str) -> dict[str, Tensor]:
     Raises:
         ScorerError: no such file, another ending, damaged, or no named tensors in it.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise ScorerError(f"{who}: {path}: no such file")
     if file.suffix not in ENDINGS:
@@ -36,12 +37,16 @@ def read_state(path: str | Path, who: str) -> dict[str, Tensor]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, pickle and torch each raise their own for a damaged file
-        reason = " ".join(str(error).split())[:300]
+    except pickle.UnpicklingError as error:  # torch's own message advises to open it all the same
+        reason = "damaged, or more than tensors and plain values in it"
+        raise ScorerError(f"{who}: {path}: not a readable checkpoint: {reason}") from error
+    except Exception as error:  # safetensors and torch each raise their own for a damaged file
+        reason = str(error).partition(". ")[0] or type(error).__name__
         raise ScorerError(f"{who}: {path}: not a readable checkpoint: {reason}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
         raise ScorerError(f"{who}: {path}: expected named tensors, found {type(state).__name__} of something else")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -50,7 +55,7 @@ def fit(network: nn.Module, state: State, where: str) -> None:
     """Load `state` into `network`, every key and shape of it.
 
     Raises:
-        ScorerError: keys that are missing or unknown, other shapes, or values that are not finite.
+        ScorerError: keys that are missing or unknown, other shapes, quantised values or such that are not finite.
     """
     own = network.state_dict()
     state = dict(state)
@@ -66,10 +71,19 @@ def fit(network: nn.Module, state: State, where: str) -> None:
             f"{where}: {len(missing)} keys missing ({listed(missing[:3])}), "
             f"{len(extra)} unknown ({listed(extra[:3])}), {len(shapes)} of another shape{example}"
         )
-    bad = [key for key in own if state[key].is_floating_point() and not bool(state[key].isfinite().all())]
+    coarse = [key for key in own if own[key].is_floating_point() and not state[key].is_floating_point()]
+    if coarse:
+        kind = state[coarse[0]].dtype
+        raise ScorerError(f"{where}: {len(coarse)} tensors are of {kind}, not floating-point ({listed(coarse[:3])})")
+    check_finite(state, where)
+    network.load_state_dict({key: state[key] for key in own})
+
+
+def check_finite(state: State, where: str) -> None:
+    """Raise ScorerError for tensors with NaN or infinite values."""
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ScorerError(f"{where}: {len(bad)} tensors hold NaN or infinite values ({listed(bad[:3])})")
-    network.load_state_dict({key: state[key] for key in own})
 
 
 def from_hub(repository: str, name: str, who: str) -> Path:
@@ -83,11 +97,12 @@ def from_hub(repository: str, name: str, who: str) -> Path:
         raise ScorerError(f"{who}: {name} of {repository} could not be fetched: {reason}") from error
 
 
-def load_pretrained(load: Callable[..., Any], path: str, who: str, **options: Any) -> Any:
+def load_pretrained(load: Callable[..., Any], path: str, who: str, *, strict: bool = True, **options: Any) -> Any:
     """A transformers model through its `from_pretrained`, without the weights that this would fill in at random.
 
     Raises:
-        ScorerError: not there, damaged, or with weights missing or of other shapes.
+        ScorerError: not there, damaged, or with weights missing, of other shapes, not finite, or when `strict` without
+            a place.
     """
     try:
         network, info = load(path, output_loading_info=True, **options)
@@ -97,7 +112,24 @@ def load_pretrained(load: Callable[..., Any], path: str, who: str, **options: An
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
         raise ScorerError(f"{who}: {path!r} lacks {len(lacking)} weights ({listed(lacking[:3])})")
+    extra = sorted(key for key in info["unexpected_keys"] if not key.endswith("position_ids"))
+    if extra and strict:  # such as the layers that config.json does not know of
+        raise ScorerError(f"{who}: {path!r} has {len(extra)} weights without a place ({listed(extra[:3])})")
+    check_finite(network.state_dict(), f"{who}: {path!r}")
     return network
+
+
+def load_tokenizer(path: str, who: str) -> Any:
+    """A tokenizer of transformers, which makes an empty one where its files are missing: an error here."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever transformers, tokenizers or the Hub raise
+        raise ScorerError(f"{who}: the tokenizer of {path!r}: {error}") from error
+    if tokenizer("a").input_ids == tokenizer("b").input_ids:
+        raise ScorerError(f"{who}: the tokenizer of {path!r}: no vocabulary there")
+    return tokenizer
 
 
 def identity(network: Any) -> str:

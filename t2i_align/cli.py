@@ -140,7 +140,7 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--lora", help="LoRA to put on the model: file, folder, training run, or Hub id")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: %(default)s)")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it several times for several")
-    parser.add_argument("--prompts", help="text file with one prompt a line, or testbed:dev")
+    parser.add_argument("--prompts", help="text file with one prompt a line, testbed:dev or hpsv2:photo")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder for the pictures and their list")

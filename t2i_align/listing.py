@@ -100,18 +100,21 @@ def _known(source: str | Path, path: Path) -> bool:
 def _is_preferences(file: Path) -> bool:
     if file.suffix == ".json":
         return True
-    with open(file, encoding="utf-8-sig") as lines:
-        first = next((line for line in lines if line.strip()), "{}")
     try:
-        row = json.loads(first)
-    except json.JSONDecodeError:
+        with open(file, encoding="utf-8-sig") as lines:
+            row = json.loads(next((line for line in lines if line.strip()), "{}"))
+    except ValueError:  # no UTF-8 or no JSON
         return False  # the list's own reader says what is wrong
     return isinstance(row, dict) and any(key in row for key in GROUP_KEYS)
 
 
 def _lines(file: Path) -> list[Entry]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); expected a list of pictures") from error
     entries = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             entries.append(_entry(parse(line, f"{file}, line {number}"), file, f"{file}, line {number}"))
     if not entries:

@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from t2i_align.data.clips import whole
+from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.errors import UserError
 from t2i_align.generate import check_sampling
 from t2i_align.listing import Entry, open_picture, parse, pictures_of
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 PICTURE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
-PARQUET = ".parquet"
+JSONL, PARQUET = ".jsonl", ".parquet"
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in (*PICTURE, *SCORER)),
@@ -52,8 +56,8 @@ def score(
     Under torchrun the processes share the work; each writes beside `out`, and the first one gathers.
 
     Args:
-        pictures: folder with the `samples.jsonl` of `generate`; JSONL or parquet with `image` and `prompt` a row;
-            preference data of any format, all of whose candidates are scored; or prepared pictures.
+        pictures: folder with the `samples.jsonl` of `generate`, pictures or clips; JSONL or parquet with `image` and
+            `prompt` a row; preference data of any format, all of whose candidates are scored; or prepared pictures.
         scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
         out: JSONL file to append to, or a .parquet: image, sha256 (of the file), prompt, scorer, version, score and
             parts; for a picture that cannot be read `error` instead of a score. What it already holds is not scored
@@ -69,6 +73,8 @@ def score(
     place = pick_device(device)
     entries, total = pictures_of(pictures)
     target = None if out is None else Path(out)
+    if target is not None and (target.suffix not in (JSONL, PARQUET) or target.is_dir()):
+        raise UserError(f"{target}: expected a file that ends in {JSONL} or {PARQUET}")
     if target is not None and crew.first:
         _gather(target)
     crew.wait()
@@ -108,7 +114,6 @@ class Crew:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.first = self.rank == 0
         if self.world > 1:
-            import torch
             from accelerate import PartialState
 
             self.state = PartialState(cpu=not torch.accelerator.is_available())
@@ -132,6 +137,8 @@ def _score_batch(
     scorers: Sequence[Scorer], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
+    from reward_scorers import ScorerError
+
     loaded = list(pool.map(_load, entries))
     rows = []
     for scorer in scorers:
@@ -141,29 +148,42 @@ def _score_batch(
         todo = [i for i, row in enumerate(known) if row is None]
         rows += [row for row in known if row is not None]
         rows += [{**heads[i], "error": loaded[i]} for i in todo if isinstance(loaded[i], str)]
-        readable = [i for i in todo if not isinstance(loaded[i], str)]
-        if not readable:
-            continue
-        with memory_for(len(readable)):
-            total, parts = scorer.judge_images([loaded[i] for i in readable], [entries[i].prompt for i in readable])
-        for place, i in enumerate(readable):
-            values = {name: number(part[place].item()) for name, part in parts.items()}
-            told = {"parts": values} if values else {}
-            rows.append({**heads[i], "score": number(total[place].item()), **told})
+        pictures = [i for i in todo if isinstance(loaded[i], Image.Image)]
+        for some in (pictures, *([i] for i in todo if isinstance(loaded[i], Tensor))):
+            if not some:
+                continue
+            try:
+                with memory_for(len(some)):
+                    total, parts = _judge(scorer, [loaded[i] for i in some], [entries[i].prompt for i in some])
+            except ScorerError as error:  # its rows are the batch's
+                raise UserError(f"{entries[some[0]].image} ... {entries[some[-1]].image}: {error}") from error
+            for place, i in enumerate(some):
+                values = {name: number(part[place].item()) for name, part in parts.items()}
+                told = {"parts": values} if values else {}
+                rows.append({**heads[i], "score": number(total[place].item()), **told})
     return rows
 
 
+@torch.no_grad()
+def _judge(scorer: Scorer, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores and parts of pictures, or of one clip."""
+    if isinstance(media[0], Tensor):
+        return scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
+    return scorer.judge_images(media, prompts)
+
+
 def _load(entry: Entry) -> Any:
-    """The picture, or why there is none."""
+    """The picture or clip, or why there is none."""
+    from reward_scorers.base import unusable
+
     entry.sha256  # noqa: B018  (read in this thread, and kept)
     try:
+        if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
+            return whole(entry.media)
         picture = open_picture(entry.media)
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1:
-            raise ValueError(f"animated, {frames} frames")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"{type(error).__name__}: {error}"
-    return picture
+    return unusable(picture) or picture
 
 
 def number(value: float) -> float | None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # loaded only by the functions that need them
     from reward_scorers import Scorer
 
 TESTBED = "testbed:"
+HPSV2 = "hpsv2:"
+STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark, 800 prompts each (arXiv 2306.09341)
 LORA_ENDING = ".safetensors"
 HUB_KINDS: dict[str, Literal["lora", "model"]] = {  # the file by which a Hub repository is told
     "model_index.json": "model",
@@ -135,10 +137,10 @@ def trained_from(aligned: Aligned) -> ModelConfig | None:
 
 
 def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompts from a text file (UTF-8, one a line, blank lines skipped), `testbed:dev`, or a list of strings.
+    """Prompts from a text file (UTF-8, one a line, blank lines skipped), `testbed:dev`, `hpsv2:photo`, or a list.
 
     Raises:
-        UserError: no such file or split, not text, no prompt in it, or an empty one in a list.
+        UserError: no such file, split or style, not text, no prompt in it, or an empty one in a list.
     """
     if not isinstance(source, str | Path):
         prompts = list(source)
@@ -149,6 +151,8 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
         from t2i_align.testbed.prompts import prompts as testbed_prompts
 
         prompts = list(_bundled(testbed_prompts, str(source)))
+    elif str(source).startswith(HPSV2):
+        prompts = _benchmark(str(source).removeprefix(HPSV2))
     else:
         file = Path(source).expanduser()
         if not file.is_file():
@@ -273,6 +277,19 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     if len(set(names)) < len(names):
         raise UserError(f"scorers: two of the same name among {', '.join(names)}")
     return built
+
+
+def _benchmark(style: str) -> list[str]:
+    """A style of HPSv2's benchmark, from where its own package fetches it."""
+    from huggingface_hub import hf_hub_download
+
+    if style not in STYLES:
+        raise unknown("style", style, STYLES)
+    try:
+        file = hf_hub_download("zhwang/HPDv2", f"{style}.json", subfolder="benchmark", repo_type="dataset")
+    except Exception as error:  # no connection, no access: the Hub's own kinds
+        raise UserError(f"{HPSV2}{style}: could not be fetched: {_first_line(error)}") from error
+    return list(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def _bundled(find: Callable[[Any], Any], spec: str) -> Any:

@@ -200,6 +200,22 @@ def test_prompts_keep_unusual_characters_within_a_line(tmp_path: Path) -> None:
     assert resolve_prompts(file) == ["a\u2028b\x0bc", "猫 🐈"]
 
 
+def test_hpsv2s_benchmark_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(repository: str, name: str, subfolder: str, repo_type: str) -> str:
+        assert (repository, subfolder, repo_type) == ("zhwang/HPDv2", "benchmark", "dataset")
+        if name != "photo.json":
+            raise ConnectionError("no connection")
+        (tmp_path / name).write_text('["a cat", "\\u732b"]')
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert resolve_prompts("hpsv2:photo") == ["a cat", "猫"]
+    with pytest.raises(UserError, match="hpsv2:anime: could not be fetched: no connection"):
+        resolve_prompts("hpsv2:anime")
+    with pytest.raises(UserError, match=r"unknown style 'foto'. Did you mean 'photo'"):
+        resolve_prompts("hpsv2:foto")
+
+
 def test_a_folder_with_both_or_several_is_not_guessed(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")

@@ -100,3 +100,5 @@ def test_sources_without_comparisons_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "images": ["a.png"], "scores": [1]}\n')
     with pytest.raises(UserError, match="need groups of two candidates or more"):
         audit(tmp_path / "one.jsonl", [Contrast()], tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match=r"one.jsonl: is a file; expected a folder"):
+        audit("testbed:pairs", [Contrast()], tmp_path / "one.jsonl", progress=False)

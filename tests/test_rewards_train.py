@@ -212,6 +212,9 @@ def test_a_trained_scorer_refuses_another_base(clip: str, source: Path, tmp_path
     file.write_text(json.dumps({**told, "layout": 99}))
     with pytest.raises(ScorerError, match="written with layout 99, this version reads 1"):
         reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    file.write_text("[1]")
+    with pytest.raises(ScorerError, match=r"scorer.json: not a description"):
+        reward_scorers.build(f"trained:{tmp_path / 'run'}")
     with pytest.raises(ScorerError, match=r"no scorer.json in it"):
         reward_scorers.build(f"trained:{tmp_path}")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +63,8 @@ PIXELS = torch.rand(2, 3, 4, 4)
     ("pixels", "prompts", "match"),
     [
         (PIXELS, ["a"], "expected a list of 2, one a picture, found 1 prompts"),
-        (PIXELS, "ab", "found one string"),
+        (PIXELS, "ab", "found 'ab'"),
+        (PIXELS, None, "expected a list of 2, one a picture, found None"),
         (PIXELS, ["a", " "], r"prompts\[1\]: expected text, found ' '"),
         (PIXELS, [None, "a"], r"prompts\[0\]: expected text, found None"),
         (PIXELS * 2 - 1.5, ["a", "b"], r"expected values in \[0, 1\]"),
@@ -90,8 +94,32 @@ def test_animated_and_foreign_pictures_are_named(tmp_path) -> None:
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(ScorerError, match=r"images\[1\]: an animated picture of 2 frames"):
         Red().score_images([frames[0], Image.open(tmp_path / "two.gif")], ["a", "b"])
-    with pytest.raises(ScorerError, match=r"images\[0\]: expected a PIL picture, found str"):
-        Red().score_images(["a.png"], ["a"])
+    (tmp_path / "cut.png").write_bytes(noise_png()[:200])
+    cases: list[tuple[Any, str]] = [
+        (["a.png"], r"images\[0\]: expected a PIL picture, found str"),
+        (frames[0], "images: expected a list of PIL pictures, found Image"),
+        ([], "images: expected a list of PIL pictures, found none"),
+        ([Image.new("RGB", (0, 5))], r"images\[0\]: a picture of 0 x 5 pixels"),
+        ([Image.open(tmp_path / "cut.png")], "images: one of them cannot be decoded: image file is truncated"),
+        *(([Image.new(mode, (4, 4))], f"pixels of mode {mode} have no known range") for mode in ("F", "I", "I;16")),
+    ]
+    for images, match in cases:
+        with pytest.raises(ScorerError, match=match):
+            Red().score_images(images, ["a"])
+
+
+def test_a_phones_jpeg_with_its_preview_is_one_picture(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8), (51, 0, 0))
+    picture.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[picture.resize((4, 4))])
+    opened = Image.open(tmp_path / "phone.jpg")
+    assert opened.n_frames == 2  # type: ignore[attr-defined]
+    assert Red().score_images([opened], ["a"]).item() == pytest.approx(0.2, abs=0.01)
+
+
+def noise_png() -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise((32, 32), 50).save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def test_registry_builds_by_name_and_names_the_choices() -> None:
@@ -99,6 +127,15 @@ def test_registry_builds_by_name_and_names_the_choices() -> None:
     assert isinstance(reward_scorers.build("red-for-test:whatever:else"), Red)
     with pytest.raises(ScorerError, match=r"Did you mean 'red-for-test'.*Choices: aesthetic, clip,"):
         reward_scorers.build("red-for-tes")
+
+
+def test_home_is_found_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    reward_scorers.register("path-for-test")(lambda argument: given.append(argument) or Red())
+    monkeypatch.setenv("HOME", "/home/me")
+    for argument in ("~/a.pt", "b:~/a.pt", "a~/b"):
+        reward_scorers.build(f"path-for-test:{argument}")
+    assert given == ["/home/me/a.pt", "b:/home/me/a.pt", "a~/b"]
 
 
 def test_the_package_stands_alone() -> None:

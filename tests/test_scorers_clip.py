@@ -122,6 +122,12 @@ def test_each_prompt_goes_through_the_text_tower_once(tiny: str, weights: Path, 
     assert torch.equal(first, scorer.score(pixels, ["a", "b", "a"]))
     scorer.score(pixels, ["c", "b", "a"])
     assert seen == [2, 1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = scorer.score(pixels, ["a", "b", "d"])
+    assert seen == [2, 1, 3] and not torch.equal(rounded, first)
+    assert torch.equal(scorer.score(pixels, ["a", "b", "a"]), first)
+    scorer.score(pixels, ["d", "d", "d"])
+    assert seen == [2, 1, 3, 1]  # not what autocast left of it
 
 
 def test_weights_that_do_not_fit_are_refused(tiny: str, weights: Path, tmp_path: Path) -> None:

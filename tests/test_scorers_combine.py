@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from torch import Tensor
 
 import reward_scorers
 from reward_scorers import Scorer, ScorerError
-from reward_scorers.combine import Combined, from_mapping
+from reward_scorers.combine import Combined, from_mapping, read_reference
 
 
 class Channel(Scorer):
@@ -74,8 +76,15 @@ def test_a_reference_gives_each_prompt_its_own_centre(tmp_path: Path) -> None:
     torch.testing.assert_close(scorer.score(PIXELS, ["a", "b"]), torch.tensor([1.0 - 4, 5.0 - 3]))
     with pytest.raises(ScorerError, match=r"prompts\[1\]: the reference of channel-0 lacks 'c'"):
         scorer.check_prompts(["a", "c"])
+    table = pa.Table.from_pylist([{"score": None, **row} for row in rows])
+    pq.write_table(table, tmp_path / "base.parquet")
+    assert read_reference(tmp_path / "base.parquet", Channel(0), 0.75) == read_reference(file, Channel(0), 0.75)
+    for text in ("{", "[1]", '{"scorer": "channel-0"}'):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(ScorerError, match=r"bad.jsonl: not a file of scores"):
+            read_reference(tmp_path / "bad.jsonl", Channel(0), 0.5)
     file.write_text(json.dumps({**rows[0], "version": "0"}) + "\n")
-    with pytest.raises(ScorerError, match="line 1: scores of channel-0 version '0', but this is '1'"):
+    with pytest.raises(ScorerError, match="row 1: scores of channel-0 version '0', but this is '1'"):
         from_mapping({"rule": "min", "scorers": members}, root=tmp_path)
 
 
@@ -110,6 +119,8 @@ def test_the_version_tells_every_setting_apart() -> None:
         ("rule: min\nscorers: [{scorer: motion, weight: 1}]", "weight belongs to the rule weighted_sum"),
         ("rule: min\nscorers: [{scorer: motion, spread: 0}]", "spread must be positive, found 0.0"),
         ("rule: min\nscorers: [{scorer: motion, centre: x}]", "centre: expected a number, found 'x'"),
+        ("rule: min\nscorers: [{scorer: motion, centre: .inf}]", "centre: expected a number, found inf"),
+        ("rule: min\nscorers: [{scorer: motion, reference: 3}]", "3: no such file of reference scores"),
         ("rule: min\nscorers: [{scorer: motion, spred: 1}]", "unknown key 'spred'"),
         ("rule: min\nquantile: 2\nscorers: [motion]", r"quantile must be in \[0, 1\]"),
         ("rule: min\nscorers: [{scorer: motion, reference: no.jsonl}]", "no such file of reference scores"),

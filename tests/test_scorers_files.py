@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from reward_scorers import Scorer
+from t2i_align.data.clips import save_clip
 from t2i_align.errors import UserError
 from t2i_align.rewards.preferences import open_preferences
 from t2i_align.score import score
@@ -122,12 +124,14 @@ def test_pictures_that_cannot_be_read_are_recorded_and_the_others_keep_their_sco
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
-    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx((0.4 + 0.8) / 2)
+    Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
+    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
     rows = {row["image"]: row for row in read(tmp_path / "scores.jsonl")}
     assert "FileNotFoundError" in rows["0.png"]["error"] and "score" not in rows["0.png"]
     assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
+    assert "mode F have no known range" in rows["2.png"]["error"]
     assert rows["4.png"]["score"] == pytest.approx(0.8)
-    assert "over 2 pictures; 3 could not be read" in capsys.readouterr().out
+    assert "over 1 pictures; 4 could not be read" in capsys.readouterr().out
 
 
 def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
@@ -151,6 +155,33 @@ def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
     (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(UserError, match=r"foreign.jsonl, line 1: not a line of scores"):
         run(file, Red(), tmp_path / "foreign.jsonl")
+    for out in (tmp_path / "scores.csv", tmp_path):
+        with pytest.raises(UserError, match=r"expected a file that ends in .jsonl or .parquet"):
+            run(file, Red(), out)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: not UTF-8 text \(byte 0\); expected a list of pictures"):
+        run(tmp_path / "a.png", Red())
+
+
+def test_pictures_that_a_scorer_refuses_are_named(pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single pictures"):
+        score(pictures, ["motion"], batch_size=2, progress=False)
+
+
+def test_clips_are_scored_as_generate_writes_them(tmp_path: Path) -> None:
+    """Reds of 0.2 and 0.6 in turn: 0.4 on average, and 0.4 / 3 of all three channels change from frame to frame."""
+    clip = torch.zeros(6, 3, 16, 16)
+    clip[::2, 0], clip[1::2, 0] = 0.2, 0.6
+    save_clip(clip, tmp_path / "0.mp4", fps=8, lossless=True)
+    save_clip(clip, tmp_path / "frames", fps=8)
+    save_clip(clip[:1], tmp_path / "still", fps=8)
+    names = ["0.mp4", "frames", "still"]
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"prompt": "x", "file": "{name}"}}\n' for name in names))
+    means = score(tmp_path, [Red(), "motion"], tmp_path / "scores.jsonl", progress=False)
+    assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
+    rows = read(tmp_path / "scores.jsonl")
+    assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
+    assert "a single picture, expected a clip of 2 frames" in rows[0]["error"]
 
 
 def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path) -> None:
@@ -214,7 +245,7 @@ def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
     assert done.stdout.count("over 5 pictures") == 1 and not list(tmp_path.glob(".both*"))
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1"])
 def test_pictures_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: Path) -> None:
     Image.new("RGB" if mode == "P" else mode, (1, 1)).convert(mode).save(tmp_path / "a.tif")
     (tmp_path / "list.jsonl").write_text('{"image": "a.tif", "prompt": "x"}\n')

@@ -251,8 +251,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny: str, weights: Path, tmp
 
     refused(r"1 keys missing \(visual.proj\)", {key: value for key, value in state.items() if key != "visual.proj"})
     refused("1 tensors hold NaN", {**state, "visual.proj": state["visual.proj"] * float("nan")})
+    refused("tensors are of torch.int8, not floating-point", {k: (10 * v).to(torch.int8) for k, v in state.items()})
     refused("expected named tensors, found list", [1, 2])
-    refused("not a readable checkpoint", {"state_dict": state, "args": Path("x")})  # weights_only refuses the class
+    refused("expected named tensors, found dict", {0: state["visual.proj"]})
+    refused("more than tensors", {"state_dict": state, "args": Path("x")})  # weights_only refuses the class
     refused("is the checkpoint of the other version; 2.0 is HPS_v2_compressed.pt", state, "HPS_v2.1_compressed.pt")
     (tmp_path / "cut.pt").write_bytes(weights.read_bytes()[:-5000])
     with pytest.raises(ScorerError, match="not a readable checkpoint"):
@@ -273,6 +275,17 @@ def test_transformers_never_fills_a_tower_at_random(hf_folder: Path, tmp_path: P
     (bad / "model.safetensors").write_bytes((bad / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ScorerError, match="could not be loaded"):
         reward_scorers.build(f"hf-clip:{bad}")
+    for change, match in (
+        ({"vision_model.encoder.layers.2.mlp.fc1.bias": torch.zeros(64)}, r"has 1 weights without a place"),
+        ({"visual_projection.weight": torch.full((16, 32), torch.nan)}, "1 tensors hold NaN"),
+    ):
+        save_file({**state, **change}, bad / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ScorerError, match=match):
+            reward_scorers.build(f"hf-clip:{bad}")
+    save_file(state, bad / "model.safetensors", {"format": "pt"})
+    (bad / "tokenizer.json").unlink()  # transformers then makes a tokenizer that knows no word
+    with pytest.raises(ScorerError, match=r"the tokenizer of .*: no vocabulary there"):
+        reward_scorers.build(f"hf-clip:{bad}")
     config = json.loads((hf_folder / "config.json").read_text())
     (bad / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
     with pytest.raises(ScorerError, match="of type 'siglip', expected 'clip'"):
@@ -289,6 +302,9 @@ def test_preprocessing_that_is_not_clips_is_refused(tmp_path: Path) -> None:
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "do_center_crop": False}))
     with pytest.raises(ScorerError, match="expected CLIP's preprocessing"):
+        reward_scorers.build(f"hf-clip:{folder}")
+    file.write_text("[1]")
+    with pytest.raises(ScorerError, match="the preprocessing cannot be read"):
         reward_scorers.build(f"hf-clip:{folder}")
 
 

@@ -21,6 +21,7 @@ import imageio_ffmpeg
 import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from t2i_align.data.formats import frame_files
 from t2i_align.data.images import FORMATS, MAX_PIXELS, ImageError, check_pixels, decode, to_pixels, upright
@@ -85,8 +86,15 @@ def check(media: Media, extent: Extent) -> None:
             pass
 
 
-def frames_of(media: Media, count: int, fps: float | None = None) -> Iterator[Image.Image]:
+def whole(media: Media) -> Tensor:
+    """All frames of a clip, 8 bits [F, 3, H, W]. Raises ImageError with the reason where it cannot be used."""
+    return torch.stack([pil_to_tensor(frame) for frame in frames_of(media)])
+
+
+def frames_of(media: Media, count: int | None = None, fps: float | None = None) -> Iterator[Image.Image]:
     """The first `count` frames, RGB and of one size: at `fps` those that are shown at times 0, 1/fps, 2/fps …
+
+    count: None takes all; two at least are a clip.
 
     Raises:
         ImageError: no clip, damaged, too large (MAX_PIXELS), too short, frames of different sizes, no known frame rate
@@ -107,10 +115,10 @@ def frames_of(media: Media, count: int, fps: float | None = None) -> Iterator[Im
         raise ImageError(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # a damaged file can make the decoders raise anything
         raise ImageError(f"cannot be decoded: {error}") from error
-    if found < count:
+    if found < (count or 2):
         rate = "" if fps is None else f" at {fps:g} a second"
         what = f"{found} frames{rate}" if found > 1 else "a single picture" if found else "no frames"
-        raise ImageError(f"{what}, expected a clip of {count} frames")
+        raise ImageError(f"{what}, expected a clip of {count or 2} frames")
 
 
 def save_clip(clip: Tensor, path: Path, fps: float, *, lossless: bool = False) -> None:

@@ -106,6 +106,8 @@ def audit(
     asked = resolve_prompts(prompts)[:prompt_count] if optimise else []
     for prompt in asked:
         _kind(prompt, strict=True)
+    if folder.is_file():
+        raise UserError(f"{out}: is a file; expected a folder")
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
     folder.mkdir(parents=True, exist_ok=True)
     data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)

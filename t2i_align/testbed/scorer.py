@@ -44,6 +44,10 @@ class TruthScorer(Scorer):
         return {name: getattr(verdict, name) for name in ("faithfulness", "quality", "strict")} | verdict.attributes
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
+        if pixels.shape[-1] != pixels.shape[-2]:
+            what, size = "clips" if self.clips else "pictures", f"{pixels.shape[-1]} x {pixels.shape[-2]}"
+            raise ScorerError(f"{self.name}: expected square {what}, found {size}")
+        self.check_prompts(prompts)
         return self.oracle.judge(pixels.detach().float().cpu(), prompts)
 
 
