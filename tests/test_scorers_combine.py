@@ -145,5 +145,5 @@ def test_a_file_gives_the_scorer_its_name(tmp_path: Path) -> None:
 def test_a_combination_of_itself_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(f"rule: min\nscorers: ['combine:{file}']\n")
-    with pytest.raises(ScorerError, match="a.yaml: it is among its own scorers"):
-        build(f"combine:{file}")
+    with pytest.raises(ScorerError, match=r"a\.yaml: it is among its own scorers"):
+        reward_scorers.build(f"combine:{file}")
