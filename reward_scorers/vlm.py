@@ -25,6 +25,27 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # the p
 SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " No")}
 
 
+def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+    """What a chat model takes, each picture with its question, padded to one batch."""
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    asked = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token
+    return processor(
+        images=[[image] for image in images],
+        text=asked,
+        add_special_tokens=bos is None or not asked[0].startswith(bos),
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def without_special_tokens(tokenizer: Any, prompt: str) -> str:
+    """The prompt without what the model would take for more than text, such as a second "<image>"."""
+    for token in tokenizer.all_special_tokens:
+        prompt = prompt.replace(token, " ")
+    return prompt
+
+
 @register("vlm")
 def from_spec(argument: str) -> VLMScorer:
     """`vlm:FOLDER` or `vlm:owner/name`."""
@@ -105,25 +126,10 @@ class VLMScorer(Scorer):
         return yes.exp(), yes - no
 
     def _inputs(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
-        texts = [self.question.replace("{prompt}", self._plain(prompt)) for prompt in prompts]
-        if not self.chats:
-            return self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-        asked = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        bos = self.tokenizer.bos_token
-        return self.processor(
-            images=[[image] for image in images],
-            text=asked,
-            add_special_tokens=bos is None or not asked[0].startswith(bos),
-            padding=True,
-            return_tensors="pt",
-        )
-
-    def _plain(self, prompt: str) -> str:
-        """The prompt without what the model would take for more than text, such as a second "<image>"."""
-        for token in self.tokenizer.all_special_tokens:
-            prompt = prompt.replace(token, " ")
-        return prompt
+        texts = [self.question.replace("{prompt}", without_special_tokens(self.tokenizer, text)) for text in prompts]
+        if self.chats:
+            return chat_inputs(self.processor, images, texts)
+        return self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
 
     def _answers(self) -> tuple[list[int], list[int]]:
         """The first tokens of yes and of no; one that both begin with, such as a bare space, tells nothing."""

@@ -49,9 +49,7 @@ class PalConfig:
     score: Literal["distance", "angle"] = "distance"
 
     def __post_init__(self) -> None:
-        for key in ("prototypes", "latent", "hidden"):
-            if getattr(self, key) < 1:
-                raise UserError(f"pal.{key} must be at least 1, found {getattr(self, key)!r}")
+        _at_least_one(self, "pal", "prototypes", "latent", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +63,7 @@ class ScorerTrainConfig:
     balance: Literal["none", "prompt", "user"] = "prompt"
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"train.{key} must be at least 1, found {getattr(self, key)!r}")
+        _at_least_one(self, "train", "steps", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +75,13 @@ class ScorerLogConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for key in ("every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise UserError(f"log.{key} must be at least 1, found {getattr(self, key)!r}")
+        _at_least_one(self, "log", "every", "checkpoint_every", "keep_checkpoints")
+
+
+def _at_least_one(config: object, group: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise UserError(f"{group}.{key} must be at least 1, found {getattr(config, key)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

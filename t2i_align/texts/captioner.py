@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from reward_scorers.vlm import chat_inputs, without_special_tokens
 from t2i_align.errors import unknown
 from t2i_align.sources import TESTBED
 from t2i_align.texts.models import TextModel, one_line, padded_in_front
@@ -75,7 +76,9 @@ class PictureModel(TextModel):
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         if self.template is None:
             return self._answers(pictures, None)
-        texts = [self.template.replace("{prompt}", self._plain(prompt)) for prompt in prompts]
+        texts = [
+            self.template.replace("{prompt}", without_special_tokens(self.tokenizer, prompt)) for prompt in prompts
+        ]
         if self.chats or len(set(texts)) == 1:
             return self._answers(pictures, texts)
         # Not all of the older models can pad: BLIP puts its first token where the padding is.
@@ -95,19 +98,4 @@ class PictureModel(TextModel):
             return self.processor(images=list(pictures), return_tensors="pt")
         if not self.chats:
             return self.processor(images=list(pictures), text=list(texts), return_tensors="pt")
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-        asked = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        bos = self.tokenizer.bos_token
-        return self.processor(
-            images=[[picture] for picture in pictures],
-            text=asked,
-            add_special_tokens=bos is None or not asked[0].startswith(bos),
-            padding=True,
-            return_tensors="pt",
-        )
-
-    def _plain(self, prompt: str) -> str:
-        """The prompt without what the model would take for more than text, such as a second "<image>"."""
-        for token in self.tokenizer.all_special_tokens:
-            prompt = prompt.replace(token, " ")
-        return prompt
+        return chat_inputs(self.processor, pictures, texts)
