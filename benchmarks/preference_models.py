@@ -54,8 +54,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     parser.add_argument("--look-steps", type=int, default=500, help="of the CLIP's vision tower alone")
     parser.add_argument("--clip-steps", type=int, default=800)
-    parser.add_argument("--pairs", type=int, default=6000, help="of the expert, for training")
-    parser.add_argument("--steps", type=int, default=600, help="of each fine-tuning on them")
+    parser.add_argument("--pairs", type=int, default=8000, help="of the expert, for training")
+    parser.add_argument("--steps", type=int, default=800, help="of each fine-tuning on them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--stage", choices=("clip", "expert", "sampled", "people", "audit", "table"), help="only this one"
@@ -246,8 +246,8 @@ def table(options: argparse.Namespace) -> None:
         found = json.loads(file.read_text())[key]
         return f"{found['accuracy']:.1%} [{found['interval'][0]:.1%}, {found['interval'][1]:.1%}]"
 
-    command = " ".join(["python", "benchmarks/preference_models.py", *sys.argv[1:]])
-    lines = ["# Preference models on the testbed", "", f"`{command}`", "",
+    lines = ["# Preference models on the testbed", "",
+             f"`python benchmarks/preference_models.py --pairs {options.pairs} --steps {options.steps}`", "",
              "Pair accuracy on held-out statements, 95 % intervals over prompts.", "",
              "| fine-tuned on the expert's pairs | accuracy |", "|---|---|"]  # fmt: skip
     lines += [f"| all weights, seed {seed} | {row(f'expert_full_{seed}')} |" for seed in range(options.seeds)]
@@ -257,7 +257,9 @@ def table(options: argparse.Namespace) -> None:
     lines += ["| users of two opposed tastes | Bradley-Terry (K = 1) | PAL (K = 2) |", "|---|---|---|"]
     lines += [f"| seen | {row('people_bt')} | {row('people_pal')} |"]
     for few in FEW:
-        lines += [f"| unseen, {few} pairs | {row(f'people_bt_new_{few}')} | {row(f'people_pal_new_{few}')} |"]
+        lines += [
+            f"| unseen, {few} pair{'s' * (few > 1)} | {row(f'people_bt_new_{few}')} | {row(f'people_pal_new_{few}')} |"
+        ]
     file = work / "audit" / "audit.json"
     if file.exists():
         found = json.loads(file.read_text())
@@ -267,7 +269,8 @@ def table(options: argparse.Namespace) -> None:
             cells = [f"{accuracy['accuracy']:.1%} [{accuracy['interval'][0]:.1%}, {accuracy['interval'][1]:.1%}]"]
             for curve in found["curves"].get(name, []):
                 oracle = curve["oracle"]
-                cells += [f"{oracle[0]:.3f}, {max(oracle):.3f}, {oracle[-1]:.3f}", f"{curve['gap'][-1]:.2f}"]
+                end = f"{oracle[-1]:.3f} [{curve['low'][-1]:.3f}, {curve['high'][-1]:.3f}]"
+                cells += [f"{oracle[0]:.3f}, {max(oracle):.3f}, {end}", f"{curve['gap'][-1]:.2f}"]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / "preference_models.md"
