@@ -114,7 +114,9 @@ def pickscore(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
     CLIPModel(config).save_pretrained(folder)
     vocabulary = open_clip.tokenizer.SimpleTokenizer()
     merges = [tuple(pair) for pair in vocabulary.bpe_ranks]
-    CLIPTokenizer(vocab=vocabulary.encoder, merges=merges, pad_token="<|endoftext|>").save_pretrained(folder)
+    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # what transformers calls them
+    words = {named.get(word, word): number for word, number in vocabulary.encoder.items()}
+    CLIPTokenizer(vocab=words, merges=merges, pad_token="<|endoftext|>").save_pretrained(folder)
     processor = CLIPImageProcessorPil()
     processor.save_pretrained(folder)
     scorer = HFClipScorer(str(folder), name="pickscore")
