@@ -173,6 +173,11 @@ class TrainablePipeline(ABC):
         """Samples drawn at a time: a clip is as large as many pictures."""
         return 1 if self.video else 8
 
+    def sampling(self, steps: int | None, guidance: float | None, batch_size: int | None) -> tuple[int, float, int]:
+        """The three of them, the model's own where None."""
+        guidance = self.default_guidance if guidance is None else guidance
+        return steps or self.default_steps, guidance, batch_size or self.default_batch_size
+
     def _default(self, argument: str) -> Any:
         return inspect.signature(type(self.pipe).__call__).parameters[argument].default
 
@@ -236,8 +241,7 @@ class TrainablePipeline(ABC):
         default_height, default_width = self.default_size
         height, width = height or default_height, width or default_width
         frames = frames or self.default_frames
-        steps, batch_size = steps or self.default_steps, batch_size or self.default_batch_size
-        guidance = self.default_guidance if guidance is None else guidance
+        steps, guidance, batch_size = self.sampling(steps, guidance, batch_size)
         self.check_size(height, width, frames)
         size = {"height": height, "width": width, **({"num_frames": frames} if self.video else {})}
         training = self.denoiser.training

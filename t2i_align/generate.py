@@ -130,8 +130,7 @@ def generate(
     pipeline: TrainablePipeline
     pipeline = load_pipeline(**source, precision=precision, device=device) if source else model  # type: ignore
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
-    steps, batch_size = steps or pipeline.default_steps, batch_size or pipeline.default_batch_size
-    guidance = pipeline.default_guidance if guidance is None else guidance
+    steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     how = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
     sampling: dict[str, Any] = {**how, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
     sampling["autocast"] = PRECISIONS[precision] if loaded and precision != "fp32" else None

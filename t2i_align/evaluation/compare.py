@@ -153,8 +153,7 @@ def evaluate(
     default_height, default_width = pipeline.default_size
     height, width, frames = height or default_height, width or default_width, frames or pipeline.default_frames
     pipeline.check_size(height, width, frames)
-    steps, batch_size = steps or pipeline.default_steps, batch_size or pipeline.default_batch_size
-    guidance = pipeline.default_guidance if guidance is None else guidance
+    steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     video, fps = pipeline.video, fps or pipeline.fps
     rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
