@@ -115,9 +115,9 @@ def caption(
                 texts[key][losers[key]] = text
         return batch.results({key: {"captions": value} for key, value in texts.items()})
 
-    sidecar.begin({"source": opened.identity, **settings})
-    items = opened.items(pictures=describe is not None)
-    return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
+    with sidecar.begun({"source": opened.identity, **settings}):
+        items = opened.items(pictures=describe is not None)
+        return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
 
 
 def perturb(
@@ -154,9 +154,9 @@ def perturb(
         changed = _changed(batch, {group.id: group.prompt for group in groups}, change, seed)
         return batch.results({key: {"negative_caption": text} for key, text in changed.items()})
 
-    sidecar.begin({"source": opened.identity, "perturber": {"name": _name(change), **own, "seed": seed}})
-    items = opened.items(pictures=False)
-    return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
+    with sidecar.begun({"source": opened.identity, "perturber": {"name": _name(change), **own, "seed": seed}}):
+        items = opened.items(pictures=False)
+        return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
 
 
 def relabel(
@@ -209,10 +209,9 @@ def relabel(
             rows[group.id] = {"scores": VOTES[rule](raw[group.id], margins).tolist(), "by_scorer": by_scorer}
         return batch.results(rows)
 
-    sidecar.begin(
-        {"source": opened.identity, "rule": rule, "scorers": {scorer.name: scorer.version for scorer in built}}
-    )
-    return sidecar.fill(opened.items(), annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
+    versions = {scorer.name: scorer.version for scorer in built}
+    with sidecar.begun({"source": opened.identity, "rule": rule, "scorers": versions}):
+        return sidecar.fill(opened.items(), annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from t2i_align.data.clips import save_clip, to_bytes
 from t2i_align.errors import UserError
+from t2i_align.exclusive import only_writer
 from t2i_align.randomness import stable_seed
 from t2i_align.sources import (
     PRECISIONS,
@@ -143,7 +144,8 @@ def generate(
     }
     if pipeline.video:
         identity["fps"] = fps = fps or pipeline.fps
-    with adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
+    with only_writer(folder), adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
+        _check_free(folder, force)  # another run may have come and gone meanwhile
         _clear(folder)
         with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
             for start in range(0, len(rows), batch_size):
@@ -179,13 +181,12 @@ def check_sampling(**counts: int | None) -> None:
 def _check_free(folder: Path, force: bool) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; expected a folder to write pictures to")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
+    if folder.is_dir() and not all(entry.name.startswith(".") for entry in folder.iterdir()) and not force:
         raise UserError(f"{folder}: not empty; choose another folder, or force to replace its pictures")
 
 
 def _clear(folder: Path) -> None:
     """Take away what an earlier run wrote, and nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / LIST).is_file():
         for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.*"):
             if file.suffix in (".png", ".mp4"):

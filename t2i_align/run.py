@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from t2i_align.config import RunConfig
 from t2i_align.data.schema import Model
 from t2i_align.data.source import AnySource, open_source
 from t2i_align.errors import UserError
+from t2i_align.exclusive import only_writer
 from t2i_align.optim import check_optimizer
 from t2i_align.reference import build_reference, choose_kind, no_reference
 from t2i_align.sources import resolve_model
@@ -88,7 +90,8 @@ def align(
         project_dir=str(output),
     )
     if accelerator.is_main_process:
-        check_output(config)
+        with only_writer(output) if output.is_dir() else nullcontext():  # another run's is refused before long work
+            check_output(config)
     lora, needs_reference = config.lora is not None, config.objective.needs.reference
     moving = config.train.reference_update is not None
     if needs_reference:
@@ -113,23 +116,25 @@ def align(
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
-    if config.resume:
-        trainer.resume()
-    if accelerator.is_main_process:  # all that can be wrong has been seen: from here on the folder holds this run
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
-        print(describe(config, pipeline, source))
-    if config.log.trackers:
-        accelerator.init_trackers(config.log.project)
-    try:
-        metrics = trainer.run()
-        weights = output / config.trains
+    with only_writer(output, first=accelerator.is_main_process):
         if accelerator.is_main_process:
-            with trainer.averaged():
-                weights = save_weights(pipeline, weights, config.trains)
-        accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
-    finally:
-        accelerator.end_training()
+            check_output(config)  # another run may have come and gone meanwhile
+        if config.resume:
+            trainer.resume()
+        if accelerator.is_main_process:  # all that can be wrong has been seen: from here on the folder holds this run
+            write_atomically(output / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
+            print(describe(config, pipeline, source))
+        if config.log.trackers:
+            accelerator.init_trackers(config.log.project)
+        try:
+            metrics = trainer.run()
+            weights = output / config.trains
+            if accelerator.is_main_process:
+                with trainer.averaged():
+                    weights = save_weights(pipeline, weights, config.trains)
+            accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
+        finally:
+            accelerator.end_training()
     return RunResult(output_dir=output, weights=weights, steps=trainer.step, metrics=metrics)
 
 

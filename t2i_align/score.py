@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from t2i_align.data.clips import whole
 from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.errors import UserError
+from t2i_align.exclusive import only_writer
 from t2i_align.generate import check_sampling
 from t2i_align.listing import Entry, open_picture, parse, pictures_of
 from t2i_align.sources import build_scorers, memory_for, pick_device
@@ -40,6 +42,7 @@ SCHEMA = pa.schema(
     ]
 )
 Row = dict[str, Any]
+key_of = itemgetter(*PICTURE, *SCORER)
 
 
 def score(
@@ -75,22 +78,17 @@ def score(
     target = None if out is None else Path(out)
     if target is not None and (target.suffix not in (JSONL, PARQUET) or target.is_dir()):
         raise UserError(f"{target}: expected a file that ends in {JSONL} or {PARQUET}")
-    if target is not None and crew.first:
-        _gather(target)
-    crew.wait()
-    done = {} if target is None else {itemgetter(*PICTURE, *SCORER)(row): row for row in _read(target)}
-    built = [scorer.to(place) for scorer in build_scorers(scorers)]
-    journal = None if target is None else _journal(target, crew.rank)
-    totals = {scorer.name: [0.0, 0, 0] for scorer in built}  # sum, scored, unreadable
-    batches = iter(lambda: list(islice(entries, batch_size)), [])
-    with (
-        ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
-        tqdm(total=total, unit="img", disable=not (progress and crew.first)) as bar,
-    ):
-        for number, batch in enumerate(batches):
-            if number % crew.world == crew.rank:
-                rows = _score_batch(built, batch, done, pool)
-                new = [row for row in rows if itemgetter(*PICTURE, *SCORER)(row) not in done]
+    with nullcontext() if target is None else only_writer(target, file=True, first=crew.first):
+        if target is not None and crew.first:
+            _gather(target)
+        crew.wait()
+        done = {} if target is None else {key_of(row): row for row in _read(target)}
+        built = [scorer.to(place) for scorer in build_scorers(scorers)]
+        journal = None if target is None else _journal(target, crew.rank)
+        totals = {scorer.name: [0.0, 0, 0] for scorer in built}  # sum, scored, unreadable
+        with tqdm(total=total, unit="img", disable=not (progress and crew.first)) as bar:
+            for rows in _batches(built, entries, done, crew, batch_size, bar):
+                new = [row for row in rows if key_of(row) not in done]
                 if journal is not None and new:
                     with open(journal, "a", encoding="utf-8") as lines:
                         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
@@ -100,10 +98,9 @@ def score(
                         count[2] += 1
                     elif row.get("score") is not None:
                         count[0], count[1] = count[0] + row["score"], count[1] + 1
-            bar.update(len(batch))
-    crew.wait()
-    if target is not None and crew.first:
-        _gather(target)
+        crew.wait()
+        if target is not None and crew.first:
+            _gather(target)
     return _summary(crew.summed(totals), crew.first)
 
 
@@ -133,20 +130,39 @@ class Crew:
         return {name: [sum(one[name][i] for one in everyone) for i in range(3)] for name in totals}
 
 
+def _batches(
+    scorers: Sequence[Scorer],
+    entries: Iterator[Entry],
+    done: dict[Any, Row],
+    crew: Crew,
+    batch_size: int,
+    bar: tqdm[Any],
+) -> Iterator[list[Row]]:
+    """The rows of each batch that is this process's."""
+    batches = iter(lambda: list(islice(entries, batch_size)), [])
+    with ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool:
+        for number, batch in enumerate(batches):
+            if number % crew.world == crew.rank:
+                yield _score_batch(scorers, batch, done, pool)
+            bar.update(len(batch))
+
+
 def _score_batch(
     scorers: Sequence[Scorer], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
     from reward_scorers import ScorerError
 
-    loaded = list(pool.map(_load, entries))
+    subjects = list(pool.map(attrgetter(*PICTURE), entries))  # which hashes the files
+    judges = [(scorer.name, scorer.version) for scorer in scorers]
+    wanted = [i for i, about in enumerate(subjects) if any((*about, *judge) not in done for judge in judges)]
+    loaded = dict(zip(wanted, pool.map(_load, [entries[i] for i in wanted]), strict=True))  # the others stay closed
     rows = []
-    for scorer in scorers:
-        judge = {"scorer": scorer.name, "version": scorer.version}
-        heads = [dict(zip(PICTURE, attrgetter(*PICTURE)(entry), strict=True)) | judge for entry in entries]
-        known = [done.get(itemgetter(*PICTURE, *SCORER)(head)) for head in heads]
-        todo = [i for i, row in enumerate(known) if row is None]
-        rows += [row for row in known if row is not None]
+    for scorer, judge in zip(scorers, judges, strict=True):
+        keys = [(*about, *judge) for about in subjects]
+        heads = [dict(zip((*PICTURE, *SCORER), key, strict=True)) for key in keys]
+        rows += [done[key] for key in keys if key in done]
+        todo = [i for i, key in enumerate(keys) if key not in done]
         rows += [{**heads[i], "error": loaded[i]} for i in todo if isinstance(loaded[i], str)]
         pictures = [i for i in todo if isinstance(loaded[i], Image.Image)]
         for some in (pictures, *([i] for i in todo if isinstance(loaded[i], Tensor))):
@@ -176,7 +192,6 @@ def _load(entry: Entry) -> Any:
     """The picture or clip, or why there is none."""
     from reward_scorers.base import unusable
 
-    entry.sha256  # noqa: B018  (read in this thread, and kept)
     try:
         if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
             return whole(entry.media)
@@ -210,8 +225,8 @@ def _gather(target: Path) -> None:
             pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), temporary)
             temporary.replace(target)
     else:
-        have = {itemgetter(*PICTURE, *SCORER)(row) for row in _lines(target)}
-        new = [row for part in parts for row in _lines(part) if itemgetter(*PICTURE, *SCORER)(row) not in have]
+        have = {key_of(row) for row in _lines(target)}
+        new = [row for part in parts for row in _lines(part) if key_of(row) not in have]
         if new:
             with open(target, "a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)

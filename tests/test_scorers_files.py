@@ -92,6 +92,17 @@ def test_a_killed_run_continues_where_it_was(pictures: Path, tmp_path: Path) -> 
     assert again.seen == 6 and len(read(out)) == 10
 
 
+def test_what_is_scored_already_is_not_decoded_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pictures, Red(), tmp_path / "scores.jsonl")
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")  # another picture under the same name
+    run(pictures, Red(), tmp_path / "scores.jsonl")
+    assert opened == [tmp_path / "3.png"]
+
+
 def test_another_models_pictures_of_the_same_names_are_scored_and_reported(tmp_path: Path) -> None:
     """Red 51 and 204 of 255: the means of the two folders are 0.2 and 0.8, whichever is scored first or again."""
     for name, red in (("base", 51), ("aligned", 204)):

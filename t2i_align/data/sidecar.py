@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from t2i_align.data import jsonl
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
+from t2i_align.exclusive import only_writer
 
 Row = dict[str, Any]
 Annotate = Callable[[Sequence[Group]], Sequence[Row | Skipped]]
@@ -35,7 +37,7 @@ class Summary:
 
 
 class Sidecar:
-    """The file of annotations `out`; nothing is written before `begin`.
+    """The file of annotations `out`; nothing is written before `begun`.
 
     Raises:
         UserError: not a .jsonl file, or one that is finished or was not made here, unless `force`.
@@ -53,23 +55,25 @@ class Sidecar:
         if self._stored().get("finished"):
             raise UserError(f"{out}: exists and is finished; choose another file, or --force to make it anew")
 
-    def begin(self, settings: Row) -> None:
-        """Start a file that is made with these settings, or continue it.
+    @contextmanager
+    def begun(self, settings: Row) -> Iterator[None]:
+        """Start a file that is made with these settings, or continue it; no other run writes to it meanwhile.
 
         Raises:
-            UserError: it was begun with other settings; says which.
+            UserError: it was begun with other settings, says which; or another run is at it.
         """
-        self.settings: Row = json.loads(json.dumps(settings))
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        if self.force:
-            for file in (self.out, self.skipped_file, self.settings_file):
-                file.unlink(missing_ok=True)
-        if self.settings_file.exists():
-            self._compare(self._stored())
-        else:
-            self._store(finished=False)
-        self.written = {str(row["id"]) for row in _whole_lines(self.out)}
-        self.skipped = {(row["id"], row["origin"]) for row in _whole_lines(self.skipped_file)}
+        with only_writer(self.out, file=True):
+            self.settings: Row = json.loads(json.dumps(settings))
+            if self.force:
+                for file in (self.out, self.skipped_file, self.settings_file):
+                    file.unlink(missing_ok=True)
+            if self.settings_file.exists():
+                self._compare(self._stored())
+            else:
+                self._store(finished=False)
+            self.written = {str(row["id"]) for row in _whole_lines(self.out)}
+            self.skipped = {(row["id"], row["origin"]) for row in _whole_lines(self.skipped_file)}
+            yield
 
     def fill(
         self, items: Iterable[Group | Skipped], annotate: Annotate, *, total: int, batch: int, progress: bool

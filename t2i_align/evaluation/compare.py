@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
+from t2i_align.exclusive import only_writer
 from t2i_align.generate import Sample, check_sampling, sample, sample_seed
 from t2i_align.sources import (
     PRECISIONS,
@@ -160,14 +162,7 @@ def evaluate(
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
     origin = source or {"path": pipeline.source, **version}
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
-        shutil.rmtree(left_over)
-    with (
-        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary,
-        tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar,
-    ):
-        store = Path(temporary)
+    with _workplace(folder, force) as store, tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
         what = (rows, judges, store, bar, batch_size, fps)
         before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
         if other.kind != "model":
@@ -203,9 +198,9 @@ def evaluate(
         result = Evaluation(out=folder, scorers=scores, settings=made_with)
         report = render(result.to_json(), _samples(rows, before, after, margins), store, pictures)
         _write(folder / REPORT, report)
-    lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
-    _write(folder / PAIRS, "\n".join(lines) + "\n")
-    _write(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
+        _write(folder / PAIRS, "\n".join(lines) + "\n")
+        _write(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return result
 
 
@@ -320,6 +315,17 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
+
+
+@contextmanager
+def _workplace(folder: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder in `folder`, which no other run may write to meanwhile."""
+    with only_writer(folder):
+        _check_free(folder, force)  # another run may have come and gone since it was asked first
+        for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
+            shutil.rmtree(left_over)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
+            yield Path(temporary)
 
 
 def _check_free(folder: Path, force: bool) -> None:

@@ -35,6 +35,7 @@ from t2i_align.data.sampling import StreamSampler
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.evaluation.stats import compare
+from t2i_align.exclusive import only_writer
 from t2i_align.interrupts import interruptible
 from t2i_align.metrics import Tally
 from t2i_align.optim import make_optimizer, make_schedule
@@ -87,8 +88,12 @@ def train_scorer(
     precision = {"fp32": "no"}.get(run.train.precision, run.train.precision)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     output = Path(run.output_dir).expanduser()
-    check_folder(run, output)
-    output.mkdir(parents=True, exist_ok=True)
+    with only_writer(output, first=accelerator.is_main_process):
+        check_folder(run, output)
+        return _train_into(output, run, accelerator, progress)
+
+
+def _train_into(output: Path, run: ScorerRun, accelerator: Accelerator, progress: bool) -> ScorerResult:
     opened: dict[str, Any] = {"root": output, "progress": progress and accelerator.is_main_process}
     with accelerator.main_process_first():
         data = open_preferences(run.data.path, format=run.data.format, annotations=run.data.annotations,
