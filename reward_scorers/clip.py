@@ -28,7 +28,7 @@ from torchvision.transforms import Normalize
 
 from reward_scorers.base import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.towers import TwoTowers
+from reward_scorers.towers import TwoTowers, unit
 from reward_scorers.weights import digest, digest_of_tensors, fit, listed, read_state
 
 DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
@@ -82,10 +82,10 @@ class ClipScorer(TwoTowers):
         return pixels
 
     def encode_images(self, inputs: Tensor) -> Tensor:
-        return self.model.encode_image(inputs, normalize=True)
+        return unit(self.model.encode_image(inputs, normalize=False))
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=True)
+        return unit(self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=False))
 
 
 def _load(model: str, pretrained: str | None) -> tuple[Any, str]:

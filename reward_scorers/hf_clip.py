@@ -15,12 +15,11 @@ from typing import Any
 import transformers
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, CLIPModel
 
 from reward_scorers.base import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers
+from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers, unit
 from reward_scorers.weights import from_hub, identity, load_pretrained, load_tokenizer
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -76,11 +75,11 @@ class HFClipScorer(TwoTowers):
         return self.steps.pixels(pixels)
 
     def encode_images(self, inputs: Tensor) -> Tensor:
-        return F.normalize(self.model.get_image_features(pixel_values=inputs).pooler_output, dim=-1)
+        return unit(self.model.get_image_features(pixel_values=inputs).pooler_output)
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         tokens = {name: tensor.to(self.device) for name, tensor in self.tokens(prompts).items()}
-        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        return unit(self.model.get_text_features(**tokens).pooler_output)
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, L] of prompts, cut where they are too long."""

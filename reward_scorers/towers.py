@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -91,6 +92,11 @@ class TwoTowers(Scorer):
     @property
     def _texts(self) -> dict[tuple[str, torch.dtype | None], Tensor]:
         return self.__dict__.setdefault("_kept_texts", {})
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features [B, D] at length one, in single precision at least: a cosine needs the digits that autocast drops."""
+    return normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ def _score(argv: list[str]) -> int:
                         "preference data")  # fmt: skip
     parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as clip:ViT-B-32:laion400m_e32")
     parser.add_argument("--out", help=".jsonl or .parquet to add the scores to (default: only the means are printed)")
+    _precision(parser)
     _machine(parser)
     options = _parse(parser, argv)
     from t2i_align.score import score
@@ -515,7 +516,7 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help=f"guidance scale {own}")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    _precision(parser)
     _machine(parser, batch=None, of="samples at a time (default: 8 pictures, or 1 clip)")
 
 
@@ -529,7 +530,7 @@ def _perturber(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of edits by rules (default: all)")
     parser.add_argument("--strength", type=int, default=1, help="number of edits by rules (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of a model's answer (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    _precision(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the perturber (default: %(default)s)")
 
 
@@ -538,6 +539,10 @@ def _annotating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="auto", help="of the source (default: as it looks)")
     parser.add_argument("--force", action="store_true", help="replace what that file holds")
     _machine(parser)
+
+
+def _precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
 
 
 def _machine(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -26,7 +27,7 @@ from t2i_align.errors import UserError
 from t2i_align.exclusive import only_writer
 from t2i_align.generate import check_sampling
 from t2i_align.listing import Entry, open_picture, parse, pictures_of
-from t2i_align.sources import build_scorers, memory_for, pick_device
+from t2i_align.sources import PRECISIONS, build_scorers, check_precision, memory_for, pick_device
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -51,6 +52,7 @@ def score(
     out: str | Path | None = None,
     *,
     batch_size: int = 8,
+    precision: str = "fp32",
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -66,12 +68,14 @@ def score(
             parts; for a picture that cannot be read `error` instead of a score. What it already holds is not scored
             again: delete a line to repeat it. Another picture under the same name is another picture.
         batch_size: pictures at a time.
+        precision: "bf16" or "fp16" runs the networks under autocast, and says so in the version.
         device: default: the GPU if there is one.
 
     Raises:
         UserError: a list, line, scorer or device that cannot be used.
     """
     check_sampling(batch_size=batch_size)
+    check_precision(precision)
     crew = Crew()
     place = pick_device(device)
     entries, total = pictures_of(pictures)
@@ -83,11 +87,11 @@ def score(
             _gather(target)
         crew.wait()
         done = {} if target is None else {key_of(row): row for row in _read(target)}
-        built = [scorer.to(place) for scorer in build_scorers(scorers)]
+        judges = [Judge(scorer.to(place), torch.device(place).type, precision) for scorer in build_scorers(scorers)]
         journal = None if target is None else _journal(target, crew.rank)
-        totals = {scorer.name: [0.0, 0, 0] for scorer in built}  # sum, scored, unreadable
+        totals = {judge.scorer.name: [0.0, 0, 0] for judge in judges}  # sum, scored, unreadable
         with tqdm(total=total, unit="img", disable=not (progress and crew.first)) as bar:
-            for rows in _batches(built, entries, done, crew, batch_size, bar):
+            for rows in _batches(judges, entries, done, crew, batch_size, bar):
                 new = [row for row in rows if key_of(row) not in done]
                 if journal is not None and new:
                     with open(journal, "a", encoding="utf-8") as lines:
@@ -102,6 +106,29 @@ def score(
         if target is not None and crew.first:
             _gather(target)
     return _summary(crew.summed(totals), crew.first)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A scorer, and how its networks run."""
+
+    scorer: Scorer
+    device: str
+    precision: str
+
+    @property
+    def named(self) -> tuple[str, str]:
+        """Name and version; rounded numbers are another version's."""
+        version = self.scorer.version
+        return self.scorer.name, version if self.precision == "fp32" else f"{version}, {self.precision} autocast"
+
+    @torch.no_grad()
+    def __call__(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores and parts of pictures, or of one clip."""
+        with torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
+            if isinstance(media[0], Tensor):
+                return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
+            return self.scorer.judge_images(media, prompts)
 
 
 class Crew:
@@ -131,7 +158,7 @@ class Crew:
 
 
 def _batches(
-    scorers: Sequence[Scorer],
+    judges: Sequence[Judge],
     entries: Iterator[Entry],
     done: dict[Any, Row],
     crew: Crew,
@@ -143,23 +170,22 @@ def _batches(
     with ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool:
         for number, batch in enumerate(batches):
             if number % crew.world == crew.rank:
-                yield _score_batch(scorers, batch, done, pool)
+                yield _score_batch(judges, batch, done, pool)
             bar.update(len(batch))
 
 
 def _score_batch(
-    scorers: Sequence[Scorer], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
+    judges: Sequence[Judge], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
     from reward_scorers import ScorerError
 
     subjects = list(pool.map(attrgetter(*PICTURE), entries))  # which hashes the files
-    judges = [(scorer.name, scorer.version) for scorer in scorers]
-    wanted = [i for i, about in enumerate(subjects) if any((*about, *judge) not in done for judge in judges)]
+    wanted = [i for i, about in enumerate(subjects) if any((*about, *judge.named) not in done for judge in judges)]
     loaded = dict(zip(wanted, pool.map(_load, [entries[i] for i in wanted]), strict=True))  # the others stay closed
     rows = []
-    for scorer, judge in zip(scorers, judges, strict=True):
-        keys = [(*about, *judge) for about in subjects]
+    for judge in judges:
+        keys = [(*about, *judge.named) for about in subjects]
         heads = [dict(zip((*PICTURE, *SCORER), key, strict=True)) for key in keys]
         rows += [done[key] for key in keys if key in done]
         todo = [i for i, key in enumerate(keys) if key not in done]
@@ -170,7 +196,7 @@ def _score_batch(
                 continue
             try:
                 with memory_for(len(some)):
-                    total, parts = _judge(scorer, [loaded[i] for i in some], [entries[i].prompt for i in some])
+                    total, parts = judge([loaded[i] for i in some], [entries[i].prompt for i in some])
             except ScorerError as error:  # its rows are the batch's
                 raise UserError(f"{entries[some[0]].image} ... {entries[some[-1]].image}: {error}") from error
             for place, i in enumerate(some):
@@ -178,14 +204,6 @@ def _score_batch(
                 told = {"parts": values} if values else {}
                 rows.append({**heads[i], "score": number(total[place].item()), **told})
     return rows
-
-
-@torch.no_grad()
-def _judge(scorer: Scorer, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores and parts of pictures, or of one clip."""
-    if isinstance(media[0], Tensor):
-        return scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
-    return scorer.judge_images(media, prompts)
 
 
 def _load(entry: Entry) -> Any:

@@ -23,6 +23,7 @@ from t2i_align.data.clips import save_clip
 from t2i_align.errors import UserError
 from t2i_align.rewards.preferences import open_preferences
 from t2i_align.score import score
+from tests.test_scorers_towers import write_hf_clip
 
 
 class Red(Scorer):
@@ -90,6 +91,20 @@ def test_a_killed_run_continues_where_it_was(pictures: Path, tmp_path: Path) -> 
     again.version = "2"  # other numbers: nothing counts as done
     run(pictures, again, out)
     assert again.seen == 6 and len(read(out)) == 10
+
+
+def test_scores_under_autocast_are_another_versions_and_keep_their_digits(pictures: Path, tmp_path: Path) -> None:
+    spec = f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"
+    out = tmp_path / "scores.jsonl"
+    for precision in ("fp32", "bf16", "bf16"):
+        score(pictures, spec, out, batch_size=5, precision=precision, progress=False)
+    rows = read(out)
+    exact, rounded = (torch.tensor([row["score"] for row in rows[i : i + 5]]) for i in (0, 5))
+    assert len(rows) == 10 and rows[5]["version"] == f"{rows[0]['version']}, bf16 autocast"
+    assert 0 < (exact - rounded).abs().max() < 1  # of 100 times a cosine
+    assert not torch.equal(rounded, rounded.bfloat16().float())  # the cosine itself is not rounded
+    with pytest.raises(UserError, match="unknown precision 'half'"):
+        score(pictures, spec, out, precision="half", progress=False)
 
 
 def test_what_is_scored_already_is_not_decoded_again(

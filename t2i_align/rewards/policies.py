@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from reward_scorers.hf_clip import HFClipScorer
-from reward_scorers.towers import TwoTowers, in_threads
+from reward_scorers.towers import TwoTowers, in_threads, unit
 from t2i_align.config import LoraConfig
 from t2i_align.rewards.preferences import Preferences
 
@@ -75,9 +74,9 @@ class _Scores(nn.Module):
 
     def forward(self, pixel_values: Tensor, owner: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores [N] of pictures [N, 3, H, W] with the prompts [G, L] that `owner` [N] points to."""
-        images = F.normalize(self.model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+        images = unit(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
         texts = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        cosines = (images * F.normalize(texts, dim=-1)[owner]).sum(-1)
+        cosines = (images * unit(texts)[owner]).sum(-1)
         return self.model.logit_scale.exp() * cosines
 
 
