@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reward_scorers.base import Judgement, Scorer
 from reward_scorers.clip import DEFAULT, ClipScorer
 from reward_scorers.registry import register
+from reward_scorers.towers import rated
 from reward_scorers.weights import digest, fit, from_hub, read_state
 
 REPOSITORY, FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"  # the v2 head, as DDPO used it
@@ -76,7 +77,7 @@ class AestheticScorer(Scorer):
         return self._rated(self.clip.inputs(images)), {}
 
     def _rated(self, inputs: Tensor) -> Tensor:
-        return self.head(self.clip.encode_images(inputs)).squeeze(-1)
+        return rated(self.head, self.clip.encode_images(inputs)).squeeze(-1)
 
 
 def _size(clip: ClipScorer) -> tuple[int, int]:

@@ -70,9 +70,10 @@ class Scorer(ABC):
         if self.clips:
             raise ScorerError(f"{self.name}: judges clips, not pictures")
         try:
-            return self._judge_images(images, prompts)
+            total, parts = self._judge_images(images, prompts)
         except (OSError, SyntaxError) as error:  # PIL opens a file without decoding it
             raise ScorerError(f"images: one of them cannot be decoded: {error}") from error
+        return total.float(), {name: part.float() for name, part in parts.items()}
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
         """Raise ScorerError for a prompt that this scorer cannot judge; asked before pictures are made for it."""
@@ -126,6 +127,14 @@ class Scorer(ABC):
         return total, parts
 
 
+def rounding() -> str:
+    """What autocast, where it is on, adds to the version of scores: its numbers are others."""
+    kinds = (
+        torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind)
+    )
+    return "".join(f", {str(dtype).removeprefix('torch.')} autocast" for dtype in kinds)
+
+
 def check(pixels: Tensor, prompts: Sequence[str]) -> None:
     """Raise ScorerError unless pixels and prompts can be scored."""
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
@@ -176,6 +185,10 @@ def check_prompts(prompts: Sequence[str], count: int) -> None:
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScorerError(f"prompts[{row}]: expected text, found {prompt!r}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # which tokenizers refuse
+            raise ScorerError(f"prompts[{row}]: not valid Unicode text: {prompt!r}") from error
 
 
 def _frames(pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from reward_scorers.base import Judgement, Scorer, ScorerError
+from reward_scorers.base import Judgement, Scorer, ScorerError, rounding
 from reward_scorers.registry import build, register
 
 KEYS = {"name", "rule", "strength", "quantile", "scorers"}
@@ -91,31 +91,45 @@ def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:
             reference = read_reference(root / Path(str(entry["reference"])).expanduser(), scorer, quantile)
         weight, centre = _number(entry, "weight", 1.0, where), _number(entry, "centre", 0.0, where)
         members.append(Member(scorer, weight, centre, spread, reference))
+    if "strength" in values and rule != "mean_minus_std":
+        raise ScorerError(f"combine: strength belongs to the rule mean_minus_std, not to {rule!r}")
+    if "quantile" in values and all(member.reference is None for member in members):
+        raise ScorerError("combine: quantile is of a reference's scores, and no scorer has a reference")
     return Combined(str(rule), members, _number(values, "strength", 1.0, "combine"), str(values.get("name", rule)))
 
 
 @dataclass(frozen=True)
 class Member:
-    """A scorer and how its scores reach the common scale. reference: by prompt, what `centre` is there."""
+    """A scorer and how its scores reach the common scale.
+
+    reference: by what `rounding` says, and then by prompt, what `centre` is there.
+    """
 
     scorer: Scorer
     weight: float = 1.0
     centre: float = 0.0
     spread: float = 1.0
-    reference: Mapping[str, float] | None = None
+    reference: Mapping[str, Mapping[str, float]] | None = None
 
     def value(self, scores: Tensor, prompts: Sequence[str]) -> Tensor:
         """(score - centre) / spread, [B]."""
         centre: float | Tensor = self.centre
         if self.reference is not None:
             self.check(prompts)
-            centre = torch.tensor([self.reference[prompt] for prompt in prompts], device=scores.device)
+            known = self.reference[rounding()]
+            centre = torch.tensor([known[prompt] for prompt in prompts], device=scores.device)
         return (scores - centre) / self.spread
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise ScorerError for a prompt that the reference has no scores of."""
+        """Raise ScorerError for a prompt that the reference has no scores of, in the precision it is judged in."""
+        if self.reference is None:
+            return
+        precision = rounding()
+        if precision not in self.reference:
+            there, here = (kind.removeprefix(", ") or "float32" for kind in (next(iter(self.reference)), precision))
+            raise ScorerError(f"combine: the reference of {self.scorer.name} was scored in {there}, this is {here}")
         for row, prompt in enumerate(prompts):
-            if self.reference is not None and prompt not in self.reference:
+            if prompt not in self.reference[precision]:
                 raise ScorerError(f"combine: prompts[{row}]: the reference of {self.scorer.name} lacks {prompt!r}")
 
 
@@ -139,10 +153,7 @@ class Combined(Scorer):
         self.rule, self.members, self.strength = rule, list(members), strength
         self.name = f"combine:{name or rule}"
         self.differentiable = rule != "majority" and all(member.scorer.differentiable for member in members)
-        told = [
-            [m.scorer.name, m.scorer.version, m.weight, m.centre, m.spread, m.reference and sorted(m.reference.items())]
-            for m in members
-        ]
+        told = [[m.scorer.name, m.scorer.version, m.weight, m.centre, m.spread, m.reference] for m in members]
         settings = json.dumps([rule, strength, told], sort_keys=True)
         self.version = f"{rule} of {', '.join(names)}, sha256 {hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
@@ -196,11 +207,13 @@ RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
 }
 
 
-def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, float]:
-    """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's pictures.
+def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, dict[str, float]]:
+    """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's pictures, by precision.
+
+    Scores of other scorers and versions are left out.
 
     Raises:
-        ScorerError: no such file, no scores of this scorer in it, or scores of another version of it.
+        ScorerError: no such file, or no scores of this scorer and version in it.
     """
     if not file.is_file():
         raise ScorerError(f"combine: {file}: no such file of reference scores")
@@ -212,18 +225,22 @@ def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, flo
         told = [(row["scorer"], row["version"], row.get("score"), row["prompt"]) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ScorerError(f"combine: {file}: not a file of scores ({error!r})") from error
-    found: dict[str, list[float]] = {}
-    for number, (name, version, score, prompt) in enumerate(told, 1):
-        if name != scorer.name or score is None:
-            continue
-        if version != scorer.version:
-            raise ScorerError(
-                f"combine: {file}, row {number}: scores of {name} version {version!r}, but this is {scorer.version!r}"
-            )
-        found.setdefault(prompt, []).append(float(score))
+    found: dict[str, dict[str, list[float]]] = {}
+    others: dict[str, None] = {}
+    for name, version, score, prompt in told:
+        precision = str(version).removeprefix(scorer.version)
+        if name == scorer.name and (precision == "" or precision.endswith(" autocast")):
+            if score is not None:
+                found.setdefault(precision, {}).setdefault(prompt, []).append(float(score))
+        elif name == scorer.name:
+            others[version] = None
     if not found:
-        raise ScorerError(f"combine: {file}: no scores of {scorer.name} in it")
-    return {prompt: float(torch.tensor(scores).quantile(quantile)) for prompt, scores in found.items()}
+        known = f" of version {scorer.version!r}, only of {', '.join(map(repr, others))}" if others else ""
+        raise ScorerError(f"combine: {file}: no scores of {scorer.name}{known} in it")
+    return {
+        precision: {prompt: float(torch.tensor(scores).quantile(quantile)) for prompt, scores in by_prompt.items()}
+        for precision, by_prompt in found.items()
+    }
 
 
 def _known(values: Mapping[str, Any], keys: set[str], where: str) -> None:

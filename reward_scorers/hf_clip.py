@@ -20,7 +20,7 @@ from transformers import AutoConfig, CLIPModel
 from reward_scorers.base import ScorerError
 from reward_scorers.registry import register
 from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers, unit
-from reward_scorers.weights import from_hub, identity, load_pretrained, load_tokenizer
+from reward_scorers.weights import check_local, from_hub, identity, load_pretrained, load_tokenizer
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and preprocessing, as published
@@ -104,6 +104,7 @@ class HFClipScorer(TwoTowers):
 
 
 def _check_kind(path: str, who: str) -> None:
+    check_local(path, who)
     try:
         kind = AutoConfig.from_pretrained(path).model_type
     except Exception as error:  # no such folder, no config.json, no connection

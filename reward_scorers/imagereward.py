@@ -23,7 +23,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 
 from reward_scorers.base import Judgement, Scorer
 from reward_scorers.registry import register
-from reward_scorers.towers import CLIP_MEAN, CLIP_STD, in_threads
+from reward_scorers.towers import CLIP_MEAN, CLIP_STD, in_threads, rated
 from reward_scorers.weights import digest, fit, from_hub, load_tokenizer, read_state
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -145,7 +145,7 @@ class _Network(nn.Module):
         """Ratings [B] before they are normalised."""
         seen = self.vision(pixel_values=inputs).last_hidden_state
         read = self.text(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=seen)
-        return self.head(read.last_hidden_state[:, 0]).squeeze(-1)
+        return rated(self.head, read.last_hidden_state[:, 0]).squeeze(-1)
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -96,7 +96,18 @@ class TwoTowers(Scorer):
 
 def unit(features: Tensor) -> Tensor:
     """Features [B, D] at length one, in single precision at least: a cosine needs the digits that autocast drops."""
-    return normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    return normalize(single(features), dim=-1)
+
+
+def rated(head: Callable[..., Tensor], *features: Tensor, **more: Any) -> Tensor:
+    """What a head makes of features, outside of autocast: rounded, ratings would be ties where there are none."""
+    with torch.autocast(features[0].device.type, enabled=False):
+        return head(*map(single, features), **more)
+
+
+def single(values: Tensor) -> Tensor:
+    """In single precision, or in double where it was that."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

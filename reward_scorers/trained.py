@@ -15,10 +15,12 @@ from reward_scorers.base import Judgement, Scorer, ScorerError
 from reward_scorers.heads import PAL, LinearHead
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.registry import build, register
-from reward_scorers.towers import TwoTowers
+from reward_scorers.towers import TwoTowers, rated
 from reward_scorers.weights import digest, fit, read_state
 
 DESCRIPTION, HEAD, CLIP = "scorer.json", "head.safetensors", "clip"
+HEADS = {"name", "base", "base_weights", "width"}
+NEEDED = {"clip": {"name"}, "linear": HEADS, "pal": HEADS | {"users", "pal"}}  # kinds, and what describes them
 LAYOUT = 1  # raised when a folder written before can no longer be read
 
 
@@ -50,6 +52,10 @@ def describe(path: Path) -> tuple[Path, dict[str, Any]]:
         raise ScorerError(f"trained: {folder / DESCRIPTION}: not a description: {error}") from error
     if told.get("layout") != LAYOUT:
         raise ScorerError(f"trained: {folder}: written with layout {told.get('layout')!r}, this version reads {LAYOUT}")
+    kind = told.get("kind")
+    if kind not in NEEDED or (lacking := NEEDED[kind] - told.keys()):
+        found = f"lacks {', '.join(sorted(lacking))}" if kind in NEEDED else f"the kind {kind!r}"
+        raise ScorerError(f"trained: {folder / DESCRIPTION}: expected a description of {' or '.join(NEEDED)}: {found}")
     return folder, told
 
 
@@ -107,4 +113,4 @@ class HeadScorer(Scorer):
 
     def _rated(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         users = torch.full((len(inputs),), self.user, device=inputs.device)
-        return self.head(self.base.encode_images(inputs), self.base.text_features(prompts), users)
+        return rated(self.head, self.base.encode_images(inputs), self.base.text_features(prompts), users=users)

@@ -104,6 +104,7 @@ def load_pretrained(load: Callable[..., Any], path: str, who: str, *, strict: bo
         ScorerError: not there, damaged, or with weights missing, of other shapes, not finite, or when `strict` without
             a place.
     """
+    check_local(path, who)
     try:
         network, info = load(path, output_loading_info=True, **options)
     except Exception as error:  # transformers, the Hub and safetensors each raise their own
@@ -117,6 +118,12 @@ def load_pretrained(load: Callable[..., Any], path: str, who: str, *, strict: bo
         raise ScorerError(f"{who}: {path!r} has {len(extra)} weights without a place ({listed(extra[:3])})")
     check_finite(network.state_dict(), f"{who}: {path!r}")
     return network
+
+
+def check_local(path: str, who: str) -> None:
+    """Raise ScorerError for a folder that is not there, which transformers would take for an id of the Hub."""
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).exists():
+        raise ScorerError(f"{who}: {path}: no such folder")
 
 
 def load_tokenizer(path: str, who: str) -> Any:

@@ -23,7 +23,7 @@ from t2i_align.data.sidecar import Row, Sidecar, Summary
 from t2i_align.errors import UserError, unknown
 from t2i_align.generate import check_sampling
 from t2i_align.randomness import stable_seed
-from t2i_align.sources import build_scorers, memory_for, pick_device
+from t2i_align.sources import build_scorers, memory_for, not_for, pick_device
 from t2i_align.texts.captioner import DRAWN, Captioner, load_captioner
 from t2i_align.texts.perturber import RULES, Perturber, load_perturber
 from t2i_align.texts.rules import KINDS
@@ -329,18 +329,6 @@ def _without_a_winner(group: Group) -> str:
     if len(group.candidates) != 2:
         return f"{len(group.candidates)} candidates; this variant is defined on pairs"
     return "a tie: neither candidate is the winner" if is_tie(group.scores) else ""
-
-
-def not_for(scorers: Sequence[Scorer], prompt: str) -> str:
-    """Why one of the scorers cannot judge pictures of a prompt, or nothing."""
-    from reward_scorers import ScorerError
-
-    try:
-        for scorer in scorers:
-            scorer.check_prompts([prompt])
-    except ScorerError as error:
-        return str(error)
-    return ""
 
 
 def _not_finite(names: Sequence[str], scores: np.ndarray) -> str:

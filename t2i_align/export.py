@@ -26,7 +26,7 @@ def export_lora(lora: str | Path, out: str | Path, *, format: str = "kohya", mod
     adapter = resolve_adapter(lora)
     if adapter.kind != "lora":
         raise UserError(f"{lora}: these are soft tokens, which no other tool reads")
-    file = Path(out)
+    file = Path(out).expanduser()
     if file.suffix != LORA_ENDING or file.exists():
         problem = "is there already" if file.exists() else f"does not end in {LORA_ENDING}"
         raise UserError(f"{out}: {problem}; choose another file to write")

@@ -125,7 +125,7 @@ def generate(
     adapter = None if lora is None else resolve_adapter(lora)
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     source = None if loaded else asdict(resolve_base(model, adapter, **version))  # type: ignore[arg-type]
-    folder = Path(out)
+    folder = Path(out).expanduser()
     _check_free(folder, force)
 
     pipeline: TrainablePipeline

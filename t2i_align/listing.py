@@ -14,7 +14,9 @@ from typing import Any
 from PIL import Image
 
 from t2i_align.data import parquet, readers
+from t2i_align.data.formats import frame_files
 from t2i_align.data.live import CONTENT, LiveGroups
+from t2i_align.data.readers import has_lone_surrogate
 from t2i_align.data.schema import Group, Media
 from t2i_align.data.stored import is_store
 from t2i_align.errors import UserError
@@ -27,18 +29,30 @@ GROUP_KEYS = ("images", "chosen")  # a JSONL with one of these is preference dat
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture to score. `image`: as the list names it; `media`: where that is, or its encoded bytes."""
+    """A picture to score.
+
+    image: as the list names it. media: where that is, or its encoded bytes. error: why there is none.
+    """
 
     image: str
     media: Media
     prompt: str
+    error: str | None = None
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the file: every `generate` gives its pictures the same names. None if it cannot be read."""
+        """Of the file, or of a clip's folder of frames: every `generate` gives its pictures the same names.
+
+        None if it cannot be read.
+        """
+        if isinstance(self.media, bytes):
+            return hashlib.sha256(self.media).hexdigest()
         try:
-            return hashlib.sha256(self.media if isinstance(self.media, bytes) else self.media.read_bytes()).hexdigest()
-        except OSError:
+            if not self.media.is_dir():
+                return hashlib.sha256(self.media.read_bytes()).hexdigest()
+            names = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in frame_files(self.media)]
+            return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             return None
 
 
@@ -68,7 +82,8 @@ def pictures_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
     survey = readers.survey(source)
     if not survey.groups:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
-    return _candidates(source), sum(k * count for k, count in survey.candidates.items())
+    unusable = survey.rows - survey.groups
+    return _candidates(source), sum(k * count for k, count in survey.candidates.items()) + unusable
 
 
 def open_picture(media: Media) -> Image.Image:
@@ -134,21 +149,26 @@ def _entry(row: dict[str, Any], file: Path, where: str, number: int = 0) -> Entr
     if isinstance(value, dict):  # the Image feature of `datasets`
         name, value = value.get("path"), value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes) or not value:
-        raise UserError(f"{where}: expected a path under 'image', found the keys {', '.join(row)}")
+        found = {key: row[key] for key in IMAGE_KEYS if key in row} or f"the keys {', '.join(row)}"
+        raise UserError(f"{where}: expected a path under 'image', found {found}")
     prompt = next((row[key] for key in PROMPT_KEYS if key in row), None)
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or has_lone_surrogate(prompt):
         raise UserError(f"{where}: expected text under 'prompt', found {prompt!r}")
+    if has_lone_surrogate(f"{value if isinstance(value, str) else name}"):
+        raise UserError(f"{where}: expected a path under 'image', found {value!r}")
     if isinstance(value, bytes):
         return Entry(name or f"{file.name}:{number}", value, prompt)
     return Entry(value, file.parent / value, prompt)
 
 
 def _candidates(source: str | Path) -> Iterator[Entry]:
-    """In the source's order; rows that cannot be used have no candidates, and `prepare` says why."""
+    """In the source's order; a row that cannot be used is one entry that says why."""
     for item in readers.read(source, best_first=False):
         if isinstance(item, Group):
             for place, media in enumerate(item.candidates):
                 yield Entry(f"{item.id}#{place}", media, item.prompt)
+        else:
+            yield Entry(f"{item.id} ({item.origin})", b"", "", item.reason)
 
 
 def _stored(store: LiveGroups) -> Iterator[Entry]:

@@ -51,7 +51,7 @@ def quickstart(
     started = time.monotonic()
     if any(override.partition("=")[0] == "output_dir" for override in overrides):
         raise UserError("output_dir: the quickstart's run lies in its own output folder; choose that with --output")
-    folder = Path(output)
+    folder = Path(output).expanduser()
     config = configuration.load(CONFIG, [f"output_dir={folder / 'run'}", *overrides])
     # The latents outlive the folder that is replaced: they are the same next time.
     data = replace(config.data, cache_dir=config.data.cache_dir or str(folder.parent / "cache"))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from glob import escape
 from itertools import islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -21,13 +22,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from reward_scorers.base import ScorerError, rounding, unusable
 from t2i_align.data.clips import whole
 from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.errors import UserError
 from t2i_align.exclusive import only_writer
 from t2i_align.generate import check_sampling
 from t2i_align.listing import Entry, open_picture, parse, pictures_of
-from t2i_align.sources import PRECISIONS, build_scorers, check_precision, memory_for, pick_device
+from t2i_align.sources import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -79,7 +81,7 @@ def score(
     crew = Crew()
     place = pick_device(device)
     entries, total = pictures_of(pictures)
-    target = None if out is None else Path(out)
+    target = None if out is None else Path(out).expanduser().resolve()  # a link stays one
     if target is not None and (target.suffix not in (JSONL, PARQUET) or target.is_dir()):
         raise UserError(f"{target}: expected a file that ends in {JSONL} or {PARQUET}")
     with nullcontext() if target is None else only_writer(target, file=True, first=crew.first):
@@ -87,9 +89,10 @@ def score(
             _gather(target)
         crew.wait()
         done = {} if target is None else {key_of(row): row for row in _read(target)}
+        crew.wait()  # until all have read it, and nobody takes a line in the making for one that was cut off
         judges = [Judge(scorer.to(place), torch.device(place).type, precision) for scorer in build_scorers(scorers)]
         journal = None if target is None else _journal(target, crew.rank)
-        totals = {judge.scorer.name: [0.0, 0, 0] for judge in judges}  # sum, scored, unreadable
+        totals = {judge.scorer.name: [0.0, 0, 0] for judge in judges}  # sum, scored, not scored
         with tqdm(total=total, unit="img", disable=not (progress and crew.first)) as bar:
             for rows in _batches(judges, entries, done, crew, batch_size, bar):
                 new = [row for row in rows if key_of(row) not in done]
@@ -110,7 +113,7 @@ def score(
 
 @dataclass(frozen=True)
 class Judge:
-    """A scorer, and how its networks run."""
+    """A scorer, on what, and in which precision."""
 
     scorer: Scorer
     device: str
@@ -119,13 +122,22 @@ class Judge:
     @property
     def named(self) -> tuple[str, str]:
         """Name and version; rounded numbers are another version's."""
-        version = self.scorer.version
-        return self.scorer.name, version if self.precision == "fp32" else f"{version}, {self.precision} autocast"
+        with self.autocast():
+            return self.scorer.name, self.scorer.version + rounding()
+
+    def autocast(self) -> torch.autocast:
+        """How its networks run."""
+        return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
+
+    def refusal(self, prompt: str) -> str:
+        """Why this prompt cannot be judged, or nothing."""
+        with self.autocast():
+            return not_for([self.scorer], prompt)
 
     @torch.no_grad()
     def __call__(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores and parts of pictures, or of one clip."""
-        with torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
+        with self.autocast():
             if isinstance(media[0], Tensor):
                 return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
             return self.scorer.judge_images(media, prompts)
@@ -178,8 +190,6 @@ def _score_batch(
     judges: Sequence[Judge], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
-    from reward_scorers import ScorerError
-
     subjects = list(pool.map(attrgetter(*PICTURE), entries))  # which hashes the files
     wanted = [i for i, about in enumerate(subjects) if any((*about, *judge.named) not in done for judge in judges)]
     loaded = dict(zip(wanted, pool.map(_load, [entries[i] for i in wanted]), strict=True))  # the others stay closed
@@ -189,9 +199,11 @@ def _score_batch(
         heads = [dict(zip((*PICTURE, *SCORER), key, strict=True)) for key in keys]
         rows += [done[key] for key in keys if key in done]
         todo = [i for i, key in enumerate(keys) if key not in done]
-        rows += [{**heads[i], "error": loaded[i]} for i in todo if isinstance(loaded[i], str)]
-        pictures = [i for i in todo if isinstance(loaded[i], Image.Image)]
-        for some in (pictures, *([i] for i in todo if isinstance(loaded[i], Tensor))):
+        why_not = {i: loaded[i] if isinstance(loaded[i], str) else judge.refusal(entries[i].prompt) for i in todo}
+        rows += [{**heads[i], "error": why} for i, why in why_not.items() if why]
+        usable = [i for i in todo if not why_not[i]]
+        pictures = [i for i in usable if isinstance(loaded[i], Image.Image)]
+        for some in (pictures, *([i] for i in usable if isinstance(loaded[i], Tensor))):
             if not some:
                 continue
             try:
@@ -208,8 +220,8 @@ def _score_batch(
 
 def _load(entry: Entry) -> Any:
     """The picture or clip, or why there is none."""
-    from reward_scorers.base import unusable
-
+    if entry.error:
+        return entry.error
     try:
         if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
             return whole(entry.media)
@@ -234,20 +246,18 @@ def _journal(target: Path, rank: int) -> Path:
 def _gather(target: Path) -> None:
     """Move what the processes, of this run or of one that was stopped, wrote beside `target` into it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    parts = sorted(target.parent.glob(f".{target.name}.*.jsonl"))
-    if target.suffix == PARQUET:
-        rows = _read(target) + [row for part in parts for row in _lines(part)]
-        if parts:
-            temporary = target.with_name(f".{target.name}.tmp")
-            table = [{**row, "parts": list((row.get("parts") or {}).items()) or None} for row in rows]
-            pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), temporary)
-            temporary.replace(target)
-    else:
-        have = {key_of(row) for row in _lines(target)}
-        new = [row for part in parts for row in _lines(part) if key_of(row) not in have]
-        if new:
-            with open(target, "a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+    parts = sorted(target.parent.glob(f".{escape(target.name)}.*.jsonl"))
+    rows = _read(target)
+    have = {key_of(row) for row in rows}  # all, where a run was killed between writing and unlinking
+    new = [row for part in parts for row in _lines(part) if key_of(row) not in have]
+    if new and target.suffix == PARQUET:
+        temporary = target.with_name(f".{target.name}.tmp")
+        table = [{**row, "parts": list((row.get("parts") or {}).items()) or None} for row in rows + new]
+        pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), temporary)
+        temporary.replace(target)
+    elif new:
+        with open(target, "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
     for part in parts:
         part.unlink()
 
@@ -290,7 +300,7 @@ def _summary(totals: dict[str, list[float]], say: bool) -> dict[str, float]:
     means = {}
     for name, (sum_of, count, unreadable) in totals.items():
         means[name] = sum_of / count if count else math.nan
-        note = f"; {unreadable:.0f} could not be read" if unreadable else ""
+        note = f"; {unreadable:.0f} could not be scored" if unreadable else ""
         if say:
             print(f"{name}: mean {means[name]:.4f} over {count:.0f} pictures{note}")
     return means

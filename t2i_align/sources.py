@@ -279,6 +279,18 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     return built
 
 
+def not_for(scorers: Sequence[Scorer], prompt: str) -> str:
+    """Why one of the scorers cannot judge pictures of a prompt, or nothing."""
+    from reward_scorers import ScorerError
+
+    try:
+        for scorer in scorers:
+            scorer.check_prompts([prompt])
+    except ScorerError as error:
+        return str(error)
+    return ""
+
+
 def _benchmark(style: str) -> list[str]:
     """A style of HPSv2's benchmark, from where its own package fetches it."""
     from huggingface_hub import hf_hub_download

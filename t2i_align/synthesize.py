@@ -29,7 +29,7 @@ from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
-from t2i_align.annotate import Batch, not_for, raw_scores
+from t2i_align.annotate import Batch, raw_scores
 from t2i_align.data.layout import SKIPPED, differences, write_json
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
@@ -39,6 +39,7 @@ from t2i_align.sources import (
     build_scorers,
     check_precision,
     load_pipeline,
+    not_for,
     pick_device,
     resolve_aligned,
     resolve_base,
@@ -121,7 +122,9 @@ def synthesize(
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = pick_device(device or _own_device())
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
-    work = _Work(Path(out), texts, names, per_prompt, seed, range(rank, -(-len(texts) // BLOCK), world), progress)
+    work = _Work(
+        Path(out).expanduser(), texts, names, per_prompt, seed, range(rank, -(-len(texts) // BLOCK), world), progress
+    )
     sampling = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "height": height,
                 "width": width}  # fmt: skip
     work.begin({**sampling, "precision": precision}, {scorer.name: scorer.version for scorer in built})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation.compare import evaluate
 from t2i_align.exclusive import only_writer
 from t2i_align.generate import generate
+from t2i_align.rewards.audit import audit
 from t2i_align.rewards.config import ScorerRun
 from t2i_align.rewards.train import train_scorer
 from t2i_align.run import align
@@ -71,6 +73,10 @@ def write_scores(model: Path, data: Path, out: Path) -> Any:
     return score(data, "oracle", out, progress=False)
 
 
+def write_audit(model: Path, data: Path, out: Path) -> Any:
+    return audit(data, "motion", out, progress=False)
+
+
 def write_annotations(model: Path, data: Path, out: Path) -> Any:
     return relabel(data, "oracle", out, progress=False)
 
@@ -85,6 +91,7 @@ def write_annotations(model: Path, data: Path, out: Path) -> Any:
         (write_scores, "scores.jsonl"),
         (write_scores, "scores.parquet"),
         (write_annotations, "scores.jsonl"),
+        (write_audit, "audit"),
     ],
 )
 def test_a_second_run_is_refused_while_the_first_lives(
@@ -106,6 +113,30 @@ def test_a_killed_run_stands_in_nobodys_way(tmp_path: Path) -> None:
         assert list(out.iterdir())  # its lock is left
         write_pictures(model, tmp_path, out)
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", "samples.jsonl"]
+
+
+def test_a_link_is_held_as_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
+    with another_run(tmp_path / "there.jsonl", "file"), pytest.raises(UserError, match=r"link.jsonl: another run"):
+        only_writer(tmp_path / "link.jsonl", file=True).__enter__()
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for output, file in ((tmp_path / "a", False), (tmp_path / "a" / "b.jsonl", True)):
+        with pytest.raises(UserError, match=r"a is a file; a folder is needed there"):
+            only_writer(output, file=file).__enter__()
+
+
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with only_writer(tmp_path / "out"):
+        assert "keeps a second run from it" in caplog.text
 
 
 def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from reward_scorers import Scorer
@@ -100,5 +101,12 @@ def test_sources_without_comparisons_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "images": ["a.png"], "scores": [1]}\n')
     with pytest.raises(UserError, match="need groups of two candidates or more"):
         audit(tmp_path / "one.jsonl", [Contrast()], tmp_path / "out", progress=False)
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "tie.jsonl").write_text('{"prompt": "a", "images": ["a.png", "b.png"], "scores": [1, 1]}\n')
+    with pytest.raises(UserError, match=r"tie.jsonl: only ties in it"):
+        audit(tmp_path / "tie.jsonl", [Contrast()], tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="limit must be a whole number of at least 1, found 0"):
+        audit("testbed:pairs", [Contrast()], tmp_path / "out", limit=0, progress=False)
     with pytest.raises(UserError, match=r"one.jsonl: is a file; expected a folder"):
         audit("testbed:pairs", [Contrast()], tmp_path / "one.jsonl", progress=False)

@@ -189,8 +189,17 @@ def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, 
             train_scorer(run_of(tmp_path / "bad", warm, **{"model": clip, **change}), progress=False)
     with pytest.raises(UserError, match="no such file or folder"):
         train_scorer(run_of(tmp_path / "bad", tmp_path / "nothing.jsonl", clip), progress=False)
-    with pytest.raises(UserError, match=r"model: .*could not be loaded"):
+    with pytest.raises(UserError, match=r"model: .*/no/such/folder: no such folder"):
         train_scorer(run_of(tmp_path / "bad2", warm, "hf-clip:/no/such/folder"), progress=False)
+    lines = [{**json.loads(line), "scores": [1, 1], "user": None} for line in warm.read_text().splitlines()]
+    ties = source / "ties.jsonl"
+    ties.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        UserError, match="only ties to train on, of which hpsv2 learns nothing; loss=pickscore or btt does"
+    ):
+        train_scorer(run_of(tmp_path / "bad3", ties, clip, loss="hpsv2"), progress=False)
+    with pytest.raises(UserError, match="names no users, whom tune=pal is about"):
+        train_scorer(run_of(tmp_path / "bad4", ties, clip, tune="pal"), progress=False)
     run = run_of(tmp_path / "good", warm, clip, tune="linear")
     train_scorer(run, progress=False)
     with pytest.raises(UserError, match="holds a run already; resume=true continues it"):
@@ -212,6 +221,10 @@ def test_a_trained_scorer_refuses_another_base(clip: str, source: Path, tmp_path
     file.write_text(json.dumps({**told, "layout": 99}))
     with pytest.raises(ScorerError, match="written with layout 99, this version reads 1"):
         reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    for change, found in (({"kind": "tree"}, "the kind 'tree'"), ({"width": None, "base": None}, "lacks base, width")):
+        file.write_text(json.dumps({key: value for key, value in {**told, **change}.items() if value is not None}))
+        with pytest.raises(ScorerError, match=f"expected a description of clip or linear or pal: {found}"):
+            reward_scorers.build(f"trained:{tmp_path / 'run'}")
     file.write_text("[1]")
     with pytest.raises(ScorerError, match=r"scorer.json: not a description"):
         reward_scorers.build(f"trained:{tmp_path / 'run'}")

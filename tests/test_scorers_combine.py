@@ -84,8 +84,23 @@ def test_a_reference_gives_each_prompt_its_own_centre(tmp_path: Path) -> None:
         with pytest.raises(ScorerError, match=r"bad.jsonl: not a file of scores"):
             read_reference(tmp_path / "bad.jsonl", Channel(0), 0.5)
     file.write_text(json.dumps({**rows[0], "version": "0"}) + "\n")
-    with pytest.raises(ScorerError, match="row 1: scores of channel-0 version '0', but this is '1'"):
+    with pytest.raises(ScorerError, match="no scores of channel-0 of version '1', only of '0' in it"):
         from_mapping({"rule": "min", "scorers": members}, root=tmp_path)
+
+
+def test_scores_under_autocast_are_measured_against_a_reference_scored_so(tmp_path: Path) -> None:
+    rounded = "1, bfloat16 autocast"
+    rows = [{"scorer": "channel-0", "version": rounded, "prompt": p, "score": 2.0} for p in ("a", "b")]
+    file = tmp_path / "base.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    members = {"rule": "min", "scorers": [{"scorer": Channel(0), "reference": "base.jsonl"}]}
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = from_mapping(members, root=tmp_path).score(PIXELS, ["a", "b"])
+    torch.testing.assert_close(scores, torch.tensor([1.0 - 2, 5.0 - 2]))
+    with pytest.raises(ScorerError, match="reference of channel-0 was scored in bfloat16 autocast, this is float32"):
+        from_mapping(members, root=tmp_path).check_prompts(["a"])
+    file.write_text("".join(json.dumps({**row, "version": v}) + "\n" for row in rows for v in ("1", rounded, "0")))
+    assert from_mapping(members, root=tmp_path).score(PIXELS, ["a", "b"])[0].item() == pytest.approx(-1)
 
 
 def test_parts_are_the_members_and_pictures_go_through_their_own_path() -> None:
@@ -117,6 +132,8 @@ def test_the_version_tells_every_setting_apart() -> None:
         ("rule: min\nscorers: [motion, motion]", "two scorers of the same name among motion, motion"),
         ("rule: min\nscorers: [{weight: 1}]", r"scorers\[0\]: expected a scorer's spec or a mapping"),
         ("rule: min\nscorers: [{scorer: motion, weight: 1}]", "weight belongs to the rule weighted_sum"),
+        ("rule: min\nstrength: 1\nscorers: [motion]", "strength belongs to the rule mean_minus_std, not to 'min'"),
+        ("rule: min\nquantile: 0.2\nscorers: [motion]", "no scorer has a reference"),
         ("rule: min\nscorers: [{scorer: motion, spread: 0}]", "spread must be positive, found 0.0"),
         ("rule: min\nscorers: [{scorer: motion, centre: x}]", "centre: expected a number, found 'x'"),
         ("rule: min\nscorers: [{scorer: motion, centre: .inf}]", "centre: expected a number, found inf"),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import reward_scorers
 from reward_scorers import Scorer
 from t2i_align.data.clips import save_clip
 from t2i_align.errors import UserError
 from t2i_align.rewards.preferences import open_preferences
 from t2i_align.score import score
-from tests.test_scorers_towers import write_hf_clip
+from tests.test_scorers_towers import TINY, noise, write_hf_clip
 
 
 class Red(Scorer):
@@ -100,7 +102,7 @@ def test_scores_under_autocast_are_another_versions_and_keep_their_digits(pictur
         score(pictures, spec, out, batch_size=5, precision=precision, progress=False)
     rows = read(out)
     exact, rounded = (torch.tensor([row["score"] for row in rows[i : i + 5]]) for i in (0, 5))
-    assert len(rows) == 10 and rows[5]["version"] == f"{rows[0]['version']}, bf16 autocast"
+    assert len(rows) == 10 and rows[5]["version"] == f"{rows[0]['version']}, bfloat16 autocast"
     assert 0 < (exact - rounded).abs().max() < 1  # of 100 times a cosine
     assert not torch.equal(rounded, rounded.bfloat16().float())  # the cosine itself is not rounded
     with pytest.raises(UserError, match="unknown precision 'half'"):
@@ -157,7 +159,7 @@ def test_pictures_that_cannot_be_read_are_recorded_and_the_others_keep_their_sco
     assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
     assert "mode F have no known range" in rows["2.png"]["error"]
     assert rows["4.png"]["score"] == pytest.approx(0.8)
-    assert "over 1 pictures; 4 could not be read" in capsys.readouterr().out
+    assert "over 1 pictures; 4 could not be scored" in capsys.readouterr().out
 
 
 def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
@@ -166,7 +168,10 @@ def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not JSON"),
         ("[1]", "line 1: expected an object, found list"),
         ('{"picture": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys picture, prompt"),
+        ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
+        ('{"image": "a.png", "prompt": "\\ud800"}', "expected text under 'prompt', found"),
+        ('{"image": "\\ud800", "prompt": "x"}', "expected a path under 'image', found"),
         ("\n", "no picture listed"),
     ]
     for text, match in cases:
@@ -247,6 +252,74 @@ def test_parquet_of_scores_continues_and_keeps_parts_and_errors(pictures: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_any_name_of_an_output_and_a_link_to_it_will_do(ending: str, pictures: Path, tmp_path: Path) -> None:
+    out, link = tmp_path / "there" / f"s[1]*.{ending}", tmp_path / f"link.{ending}"
+    out.parent.mkdir()
+    link.symlink_to(out)
+    scorer = Red()
+    run(pictures, scorer, out)
+    run(pictures, scorer, link)
+    assert scorer.seen == 5 and link.is_symlink() and [file.name for file in out.parent.iterdir()] == [out.name]
+
+
+def test_a_parquet_that_was_gathered_before_the_kill_is_not_gathered_twice(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, Red(), tmp_path / "a.jsonl")
+    run(pictures, Red(), tmp_path / "b.parquet")
+    (tmp_path / ".b.parquet.0.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert run(pictures, Red(), tmp_path / "b.parquet") == pytest.approx(0.4)
+    assert pq.read_table(tmp_path / "b.parquet").num_rows == 5
+
+
+def test_rows_of_preference_data_that_cannot_be_used_are_recorded(pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "x", "chosen": "0.png", "rejected": "1.png"},
+        {"prompt": "y", "chosen": "2.png", "rejected": "no"},
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        assert run(source, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.1)
+    lines = read(tmp_path / "scores.jsonl")
+    assert len(lines) == 3 and "pairs.jsonl:2" in lines[2]["image"] and "no" in lines[2]["error"]
+
+
+def test_a_prompt_that_a_scorer_cannot_judge_is_recorded(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    prompts = ["a large red circle on a white background", "a photo of my cat", "x\u0000"]
+    names = ["a.png", "a.png", "a\u0000.png"]
+    rows = [{"image": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score(tmp_path / "list.jsonl", "oracle", tmp_path / "scores.jsonl", progress=False)
+    scored, unknown, unreadable = sorted(read(tmp_path / "scores.jsonl"), key=lambda row: prompts.index(row["prompt"]))
+    assert scored["score"] is not None and "my cat" in unknown["error"] and "null byte" in unreadable["error"]
+
+
+def test_a_frame_changed_in_its_folder_is_another_clip(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 16), (51, 0, 0)).save(tmp_path / "clip" / f"{number}.png")
+    (tmp_path / "list.jsonl").write_text('{"image": "clip", "prompt": "x"}\n')
+    for red in (51, 204):
+        Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / "clip" / "0.png")
+        means = run(tmp_path / "list.jsonl", Red(), tmp_path / "scores.jsonl")
+        assert means == pytest.approx((0.2 * 2 + red / 255) / 3)
+
+
+def test_ratings_of_heads_keep_their_digits_under_autocast(tmp_path: Path) -> None:
+    """Of 24 pictures no two are rated alike, and in nearly the same order as in float32."""
+    (tmp_path / "tiny-rated.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(tmp_path / "tiny-rated.json")
+    scorer = reward_scorers.build("aesthetic:random:tiny-rated:random")
+    images, prompts = [noise((64, 64), seed) for seed in range(24)], ["x"] * 24
+    exact = scorer.score_images(images, prompts)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            rounded = scorer.score_images(images, prompts)
+        assert rounded.dtype == torch.float32 and len(rounded.unique()) == 24
+        assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.99
+
+
 def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
     """Under torchrun: each picture is scored once, and the first process gathers."""
     code = (

@@ -195,7 +195,7 @@ def split(
             prompts[" ".join(item.prompt.split())] = None
     if empty := [name for name in sides if not counts[name]]:
         raise UserError(f"{source}: with held_out={held_out:g} and seed={seed}, {empty[0]} is empty; choose others")
-    folder = Path(out)
+    folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for name in sides:
         text = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)

@@ -133,7 +133,7 @@ def inspect(
     Raises:
         UserError: a source or model that cannot be used.
     """
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.suffix not in (".html", ".htm"):
         raise UserError(f"{out}: expected the name of an .html file to write")
     path = readers.resolve(source)

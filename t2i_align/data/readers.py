@@ -239,14 +239,15 @@ def _without(ids: dict[str, None], items: Items) -> Items:
 def _unusable(group: Group, seen: set[str]) -> str | None:
     if group.id in seen:
         return f"duplicate id {group.id!r}; the first group with it was kept"
-    if any(_has_lone_surrogate(text) for text in (group.id, group.user or "", *group.texts)):
+    if any(has_lone_surrogate(text) for text in (group.id, group.user or "", *group.texts)):
         return "its id, prompt or captions are not valid Unicode text"
     if not group.prompt.strip():
         return "the prompt is empty"
     return None if all(text.strip() for text in group.texts) else "a caption is empty"
 
 
-def _has_lone_surrogate(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a string is no valid Unicode, which neither tokenizers nor files take."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -44,8 +44,9 @@ class Sidecar:
     """
 
     def __init__(self, out: str | Path, *, force: bool = False) -> None:
-        self.out, self.force = Path(out), force
-        self.settings_file, self.skipped_file = Path(f"{out}.settings.json"), Path(f"{out}.skipped{ENDING}")
+        self.out, self.force = Path(out).expanduser().resolve(), force  # what a link leads to is written
+        self.settings_file = Path(f"{self.out}.settings.json")
+        self.skipped_file = Path(f"{self.out}.skipped{ENDING}")
         if self.out.suffix != ENDING or self.out.is_dir():
             raise UserError(f"{out}: expected the name of a {ENDING} file to write")
         if force:

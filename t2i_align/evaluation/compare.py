@@ -130,7 +130,7 @@ def evaluate(
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     loaded = not isinstance(base, str | Path | None)
     source = None if loaded else asdict(resolve_base(base, other, **version))  # type: ignore[arg-type]
-    folder = Path(out)
+    folder = Path(out).expanduser()
     _check_free(folder, force)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)

@@ -18,12 +18,13 @@ from tqdm import tqdm
 from t2i_align.data.layout import write_json
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
+from t2i_align.exclusive import only_writer
 from t2i_align.generate import check_sampling
 from t2i_align.randomness import stable_seed
 from t2i_align.rewards.plots import line_plot, reliability_plot
 from t2i_align.rewards.preferences import NOBODY, Preferences, open_preferences
 from t2i_align.rewards.train import Accuracy, measure, pairs
-from t2i_align.sources import build_scorers, memory_for, pick_device, resolve_prompts
+from t2i_align.sources import build_scorers, memory_for, not_for, pick_device, resolve_prompts
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -101,46 +102,50 @@ def audit(
     Raises:
         UserError: data, scorers or prompts that cannot be used.
     """
-    check_sampling(batch_size=batch_size, prompt_count=prompt_count)
-    place, folder = pick_device(device), Path(out)
+    check_sampling(batch_size=batch_size, prompt_count=prompt_count, limit=limit)
+    place, folder = pick_device(device), Path(out).expanduser()
     asked = resolve_prompts(prompts)[:prompt_count] if optimise else []
     for prompt in asked:
         _kind(prompt, strict=True)
     if folder.is_file():
         raise UserError(f"{out}: is a file; expected a folder")
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
-    folder.mkdir(parents=True, exist_ok=True)
-    data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)
-    scores, sharpness = _score(data, built, batch_size, progress)
-    rows = list(range(len(data)))
-    kinds = slices(data, sharpness)
-    labels, texts = list(data.labels), list(data.prompts)
+    with only_writer(folder):
+        data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)
+        if not any(_pairs(data, row) for row in range(len(data))):
+            raise UserError(f"{source}: only ties in it; an audit needs candidates of which one is preferred")
+        if reason := next(filter(None, (not_for(built, prompt) for prompt in data.prompts)), None):
+            raise UserError(f"{source}: {reason}")
+        scores, sharpness = _score(data, built, batch_size, progress)
+        rows = list(range(len(data)))
+        kinds = slices(data, sharpness)
+        labels, texts = list(data.labels), list(data.prompts)
 
-    def accuracy_of(name: str, chosen: Sequence[int]) -> Accuracy:
-        return measure(torch.cat([scores[name][row] for row in chosen]), [labels[row] for row in chosen],
-                       [texts[row] for row in chosen])  # fmt: skip
+        def accuracy_of(name: str, chosen: Sequence[int]) -> Accuracy:
+            return measure(torch.cat([scores[name][row] for row in chosen]), [labels[row] for row in chosen],
+                           [texts[row] for row in chosen])  # fmt: skip
 
-    names = [scorer.name for scorer in built]
-    curves = {scorer.name: _curves(scorer, asked, seed, batch_size) for scorer in built} if optimise else {}
-    result = Audit(
-        out=folder,
-        versions={scorer.name: scorer.version for scorer in built},
-        accuracy={name: accuracy_of(name, rows) for name in names},
-        slices={
-            name: {
-                kind: {value: accuracy_of(name, chosen) for value, chosen in found.items()}
-                for kind, found in kinds.items()
-            }
-            for name in names
-        },
-        calibration={name: calibrate(scores[name], labels, texts) for name in names},
-        names=[*names, "labels"],
-        agreement=agreement([*(scores[name] for name in names), labels]),
-        curves=curves,
-    )
-    write_json(folder / "audit.json", _plain(dataclasses.asdict(dataclasses.replace(result, out=folder))))
-    (folder / "report.html").write_text(_render(result, str(source), len(data)), encoding="utf-8")
-    return result
+        names = [scorer.name for scorer in built]
+        curves = {scorer.name: _curves(scorer, asked, seed, batch_size) for scorer in built} if optimise else {}
+        result = Audit(
+            out=folder,
+            versions={scorer.name: scorer.version for scorer in built},
+            accuracy={name: accuracy_of(name, rows) for name in names},
+            slices={
+                name: {
+                    kind: {value: accuracy_of(name, chosen) for value, chosen in found.items()}
+                    for kind, found in kinds.items()
+                }
+                for name in names
+            },
+            calibration={name: calibrate(scores[name], labels, texts) for name in names},
+            names=[*names, "labels"],
+            agreement=agreement([*(scores[name] for name in names), labels]),
+            curves=curves,
+        )
+        write_json(folder / "audit.json", _plain(dataclasses.asdict(dataclasses.replace(result, out=folder))))
+        (folder / "report.html").write_text(_render(result, str(source), len(data)), encoding="utf-8")
+        return result
 
 
 def slices(data: Preferences, sharpness: NDArray) -> Slices:

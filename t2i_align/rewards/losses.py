@@ -59,6 +59,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "imagereward": imagereward,
     "btt": btt,
 }
+LEARN_FROM_TIES = ("pickscore", "btt")
 
 
 def get(name: str) -> Callable[[Tensor, Tensor], Tensor]:

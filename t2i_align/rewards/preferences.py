@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from t2i_align.errors import UserError
 from t2i_align.randomness import stable_seed
 from t2i_align.rewards.config import PreferenceConfig
 
+logger = logging.getLogger(__name__)
 NOBODY = ""  # the user of preferences that name none
 
 
@@ -126,6 +128,14 @@ def split(preferences: Preferences, config: PreferenceConfig) -> Split:
             parts.new_prompts.append(row)
         else:
             parts.train.append(row)
+    for share, held, what in (
+        (config.holdout_prompts, parts.new_prompts, "prompt"),
+        (config.holdout_users, parts.new_users, "user"),
+    ):
+        if share and not held:
+            logger.warning(
+                "%s: no %s fell into the %.0f %% to be held out; there are few", config.path, what, 100 * share
+            )
     if not parts.train:
         raise UserError(f"{config.path}: nothing is left to train on: all {len(preferences)} groups are held out")
     return parts

@@ -43,7 +43,7 @@ from t2i_align.randomness import stable_seed
 from t2i_align.rewards import losses
 from t2i_align.rewards.config import ScorerRun, load
 from t2i_align.rewards.policies import Features, FrozenFeatures, Policy, WholeClip
-from t2i_align.rewards.preferences import Preferences, open_preferences, split
+from t2i_align.rewards.preferences import NOBODY, Preferences, open_preferences, split
 from t2i_align.run import RUN_FILE, write_atomically
 from t2i_align.trainer import METRICS_FILE
 
@@ -100,6 +100,7 @@ def _train_into(output: Path, run: ScorerRun, accelerator: Accelerator, progress
                                 limit=run.data.limit, **opened)  # fmt: skip
         test = open_preferences(run.data.test, **opened) if run.data.test else None
     parts = split(data, run.data)
+    check_learnable(run, data, parts.train)
     torch.manual_seed(stable_seed(run.train.seed, "weights"))
     try:
         with accelerator.main_process_first():
@@ -317,6 +318,17 @@ def check_folder(run: ScorerRun, output: Path) -> None:
     stored = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key not in FREE_ON_RESUME}
     if changed := differences(stored, json.loads(json.dumps(plain)), "there", "here"):
         raise UserError(f"{output}: this is another run. {changed}. Choose another output_dir.")
+
+
+def check_learnable(run: ScorerRun, data: Preferences, rows: Sequence[int]) -> None:
+    """Raise UserError for data of which this loss, or this kind of model, learns nothing."""
+    if run.loss not in losses.LEARN_FROM_TIES and not any(data.labels[row].unique().numel() > 1 for row in rows):
+        wants = " or ".join(losses.LEARN_FROM_TIES)
+        raise UserError(
+            f"{run.data.path}: only ties to train on, of which {run.loss} learns nothing; loss={wants} does"
+        )
+    if run.tune in ("pal", "users") and all(data.users[row] == NOBODY for row in rows):
+        raise UserError(f"{run.data.path}: names no users, whom tune={run.tune} is about; linear or lora need none")
 
 
 def balance(kind: str, data: Preferences, rows: Sequence[int]) -> dict[int, float]:
