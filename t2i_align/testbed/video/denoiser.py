@@ -30,9 +30,9 @@ from t2i_align.testbed.video.vae import CHANNELS
 FLOW_SHIFT = 3.0  # Wan's own for its smaller pictures
 FAULT_RATES = {"path": 0.25, "speed": 0.25, "background": 0.35, "size": 0.2, "colour": 0.03, "shape": 0.03}
 RECIPE = DenoiserConfig(
-    steps=3000,
+    steps=2600,
     clean_fraction=0.75,
-    batch=32,
+    batch=64,
     lr=3e-3,
     faulty_pictures=(0.0, 0.6),
     fault_rates=FAULT_RATES,

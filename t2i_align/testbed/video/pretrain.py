@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=RECIPE.batch)
     p.add_argument("--clean-fraction", type=float, default=RECIPE.clean_fraction, help="share of steps without faults")
     p.add_argument("--lr", type=float, default=RECIPE.lr)
-    p.add_argument("--every", type=int, default=600, help="steps between checkpoints, each of which is evaluated")
+    p.add_argument("--every", type=int, default=650, help="steps between checkpoints, each of which is evaluated")
     p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
