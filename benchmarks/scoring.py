@@ -64,7 +64,7 @@ def main() -> int:
                 rows.append((name, *measure(scorer, one, reload, pictures, prompts, options)))
     text = report(options, device, rows)
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"scoring_{options.model}_{device.type}.md"
+    file = options.out / f"scoring_{options.model}_{device.type}{'_bf16' if options.bf16 else ''}.md"
     file.write_text(text)
     print(text)
     return 0
