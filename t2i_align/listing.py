@@ -45,6 +45,8 @@ class Entry:
 
         None if it cannot be read.
         """
+        if self.error:
+            return None
         if isinstance(self.media, bytes):
             return hashlib.sha256(self.media).hexdigest()
         try:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from glob import escape
 from itertools import islice
 from operator import attrgetter, itemgetter
@@ -119,7 +120,7 @@ class Judge:
     device: str
     precision: str
 
-    @property
+    @cached_property
     def named(self) -> tuple[str, str]:
         """Name and version; rounded numbers are another version's."""
         with self.autocast():

@@ -251,7 +251,6 @@ def test_parquet_of_scores_continues_and_keeps_parts_and_errors(pictures: Path, 
         run(pictures, Red(), out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_any_name_of_an_output_and_a_link_to_it_will_do(ending: str, pictures: Path, tmp_path: Path) -> None:
     out, link = tmp_path / "there" / f"s[1]*.{ending}", tmp_path / f"link.{ending}"
@@ -282,6 +281,7 @@ def test_rows_of_preference_data_that_cannot_be_used_are_recorded(pictures: Path
         assert run(source, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.1)
     lines = read(tmp_path / "scores.jsonl")
     assert len(lines) == 3 and "pairs.jsonl:2" in lines[2]["image"] and "no" in lines[2]["error"]
+    assert lines[2]["sha256"] is None
 
 
 def test_a_prompt_that_a_scorer_cannot_judge_is_recorded(tmp_path: Path) -> None:
@@ -320,6 +320,7 @@ def test_ratings_of_heads_keep_their_digits_under_autocast(tmp_path: Path) -> No
         assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
     """Under torchrun: each picture is scored once, and the first process gathers."""
     code = (
