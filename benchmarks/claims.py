@@ -30,9 +30,9 @@ import yaml
 from claims_data import POOL_SEED, frame_score, make_conditions
 
 from t2i_align.evaluation.stats import Comparison, compare
-from t2i_align.generate import sample, sample_seed
-from t2i_align.run import align
-from t2i_align.sources import adapter_on, build_scorers, load_pipeline, resolve_aligned
+from t2i_align.inference.generate import sample, sample_seed
+from t2i_align.training.run import align
+from t2i_align.inference.resolve import adapter_on, build_scorers, load_pipeline, resolve_aligned
 from t2i_align.testbed import prompts
 
 ROOT = Path(__file__).parent.parent

@@ -22,9 +22,9 @@ from claims import BASE, CLAIMS, METHODS, ROOT, Budget, Run, configuration, writ
 from torch import Tensor
 
 from t2i_align import config as plain
-from t2i_align.randomness import Draw
-from t2i_align.run import load_data, load_model, prepare_denoiser, reference_for
-from t2i_align.trainer import Trainer
+from t2i_align.diffusion.randomness import Draw
+from t2i_align.training.run import load_data, load_model, prepare_denoiser, reference_for
+from t2i_align.training.trainer import Trainer
 
 Step = Callable[[], Tensor]
 

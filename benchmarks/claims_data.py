@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from t2i_align.generate import sample
-from t2i_align.sources import build_scorers, load_pipeline
+from t2i_align.inference.generate import sample
+from t2i_align.inference.resolve import build_scorers, load_pipeline
 from t2i_align.testbed import prompts
-from t2i_align.texts.captioner import DRAWN, load_captioner
-from t2i_align.texts.perturber import load_perturber
+from t2i_align.labeling.captioner import DRAWN, load_captioner
+from t2i_align.labeling.perturber import load_perturber
 
 CANDIDATES = 4
 POOL_SEED = 5_000_000  # no other pictures of the project are drawn from these seeds

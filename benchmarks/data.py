@@ -41,13 +41,13 @@ from diffusers import AutoencoderKL
 import pipelines
 from t2i_align.config import DataConfig
 from t2i_align.data import cache, readers
-from t2i_align.data.images import load_pixels
+from t2i_align.data.media import load_pixels
 from t2i_align.data.layout import PROMPTS
 from t2i_align.data.schema import Group
 from t2i_align.data.shards import Row, write
-from t2i_align.data.source import Source, _select
+from t2i_align.data.loader import Source, _select
 from t2i_align.objectives.base import Needs
-from t2i_align.sources import resolve_model
+from t2i_align.inference.resolve import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # of the synthetic latents and embeddings; a batch's cost is that of finding it

@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import pipelines
 from t2i_align.data.schema import Batch
 from t2i_align.objectives import DiffusionDPO
-from t2i_align.randomness import Draw
-from t2i_align.reference import build_reference
+from t2i_align.diffusion.randomness import Draw
+from t2i_align.training.reference import build_reference
 
 RESULTS = Path(__file__).parent / "results"
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "L40S": 362e12}  # dense bf16, by the makers

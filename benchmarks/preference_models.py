@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 import torch
 
 from t2i_align.config import build
-from t2i_align.rewards.audit import audit
-from t2i_align.rewards.config import ScorerRun
-from t2i_align.rewards.train import ACCURACY, train_scorer
+from t2i_align.reward_models.audit import audit
+from t2i_align.reward_models.config import ScorerRun
+from t2i_align.reward_models.train import ACCURACY, train_scorer
 from t2i_align.testbed.annotators import TRAITS, Annotator, Expert, Person
 from t2i_align.testbed.captions import Statement, describe, draw_for, write
 from t2i_align.testbed.clip import draw_picture, draw_wrong, pretrain, save_clip

@@ -35,12 +35,12 @@ import pipelines
 from t2i_align import config as configuration
 from t2i_align.config import RunConfig
 from t2i_align.data.schema import Batch
-from t2i_align.data.source import Source
-from t2i_align.randomness import Draw
-from t2i_align.reference import adapters_off, build_reference
-from t2i_align.run import load_data, load_model, prepare_denoiser
-from t2i_align.sources import resolve_model
-from t2i_align.trainer import Trainer
+from t2i_align.data.loader import Source
+from t2i_align.diffusion.randomness import Draw
+from t2i_align.training.reference import adapters_off, build_reference
+from t2i_align.training.run import load_data, load_model, prepare_denoiser
+from t2i_align.inference.resolve import resolve_model
+from t2i_align.training.trainer import Trainer
 
 BATCHES = 8  # so many are kept in memory for the bare loops
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ import numpy as np
 from claims import MARGINS, TEST_FIRST, summary, versus
 from claims_table import percent
 
-from t2i_align.annotate import relabel
+from t2i_align.labeling.annotate import relabel
 from t2i_align.quickstart import quickstart
-from t2i_align.synthesize import synthesize
+from t2i_align.labeling.synthesize import synthesize
 from t2i_align.testbed import prompts
 
 RESULTS = Path(__file__).parent / "results"

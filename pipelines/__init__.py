@@ -2,7 +2,7 @@
 
 from pipelines.base import Conditioning, PipelineError, TrainablePipeline
 from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
-from pipelines.registry import FAMILIES, encoder_fingerprint, family_of, load, wrap
+from pipelines.load import FAMILIES, encoder_fingerprint, family_of, load, wrap
 
 __all__ = [
     "FAMILIES",

@@ -8,7 +8,7 @@ does.
 Two paths to the network's input: PIL pictures go through open_clip's own transform; tensors through the same steps in
 torchvision (antialiased, so that gradients are right and small pictures agree), then cut to [0, 1] as 8-bit pictures
 are. What is left between them is PIL's rounding to 8 bits after the resize: at most 0.08 of a score that reaches from
--100 to 100, on 24 pictures of white noise (the worst case) and a small random CLIP (tests/test_scorers_clip.py).
+-100 to 100, on 24 pictures of white noise (the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.compare import evaluate
-    from t2i_align.run import align
+    from t2i_align.training.run import align
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "align", "evaluate"]
@@ -15,7 +15,7 @@ __all__ = ["__version__", "align", "evaluate"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import t2i_align.objectives` loads neither diffusers nor a user's own `pipelines` folder.
     if name == "align":
-        from t2i_align.run import align
+        from t2i_align.training.run import align
 
         return align
     if name == "evaluate":

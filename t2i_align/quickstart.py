@@ -58,10 +58,10 @@ def quickstart(
     config = replace(config, data=data)
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
-        from t2i_align.console import quiet
+        from t2i_align.utils.logging import quiet
         from t2i_align.evaluation.compare import RESULT, evaluate
-        from t2i_align.run import RUN_FILE, align, write_atomically
-        from t2i_align.sources import resolve_prompts
+        from t2i_align.training.run import RUN_FILE, align, write_atomically
+        from t2i_align.inference.resolve import resolve_prompts
 
         quiet()
         texts = resolve_prompts(prompts)[:count]

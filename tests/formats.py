@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.test_data_examples import colour
+from tests.data.test_examples import colour
 
 EXAMPLES = Path(__file__).parent / "data"
 PAIRS = [("a red fox", 0, 1), ("a blue owl, « à l'aube »", 2, 3)]  # prompt, better, worse

@@ -32,7 +32,7 @@ from PIL import Image
 from t2i_align.data.cache import CachedGroups, Item, check_space, open_cache, prepare
 from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Items, Survey
-from t2i_align.data.images import FORMATS
+from t2i_align.data.media import FORMATS
 from t2i_align.data.latents import Latents
 from t2i_align.data.layout import FINGERPRINT, LAYOUT, MANIFEST, SKIPPED, Parts, differences, write_json
 from t2i_align.data.sampling import Position

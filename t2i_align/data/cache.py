@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2i_align.data.clips import Extent
 from t2i_align.data.formats import Survey
-from t2i_align.data.images import time_ids
+from t2i_align.data.media import time_ids
 from t2i_align.data.latents import CONTENT, Latents
 from t2i_align.data.layout import PROMPTS, Parts, read_table, readable
 from t2i_align.data.sampling import Position

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from t2i_align.data.formats import frame_files
-from t2i_align.data.images import FORMATS, MAX_PIXELS, ImageError, check_pixels, decode, to_pixels, upright
+from t2i_align.data.media import FORMATS, MAX_PIXELS, ImageError, check_pixels, decode, to_pixels, upright
 from t2i_align.data.schema import Media
 
 # ffmpeg also opens playlists, which name other files and addresses: only these containers, and nothing but the file.

@@ -20,11 +20,11 @@ from PIL import Image
 from t2i_align.data import jsonl, readers, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.formats import REASONS_SHOWN, Items, is_tie, present_columns
-from t2i_align.data.images import ImageError, decode
+from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
-from t2i_align.randomness import stable_seed
-from t2i_align.sources import resolve_model
+from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.inference.resolve import resolve_model
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
 BINS = 24

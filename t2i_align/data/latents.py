@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.clips import Extent, Loaded, load
-from t2i_align.data.images import ImageError
+from t2i_align.data.media import ImageError
 from t2i_align.data.layout import PROMPTS, read_table
 from t2i_align.data.schema import Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Row

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from t2i_align.data.clips import ANY_PICTURE, Extent, check, load, to_bytes
 from t2i_align.data.formats import Survey
-from t2i_align.data.images import ImageError, time_ids
+from t2i_align.data.media import ImageError, time_ids
 from t2i_align.data.layout import Parts, readable
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped

@@ -14,7 +14,7 @@ from itertools import count, islice
 import torch
 from torch.utils.data import Sampler
 
-from t2i_align.randomness import stable_seed
+from t2i_align.diffusion.randomness import stable_seed
 
 Position = tuple[int, int]  # (epoch, index)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
-from t2i_align.randomness import stable_seed
+from t2i_align.diffusion.randomness import stable_seed
 
 By = Literal["prompt", "user"]
 

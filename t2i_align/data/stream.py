@@ -36,7 +36,7 @@ from t2i_align.data.live import LiveGroups, LiveItem
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataFacts
-from t2i_align.randomness import stable_seed
+from t2i_align.diffusion.randomness import stable_seed
 
 KEPT = 3  # windows: processes are not at the same batch, and the loader's workers run ahead
 Place = tuple[int, int]  # (piece in the epoch's order, row in it)

@@ -24,9 +24,9 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.exclusive import only_writer
-from t2i_align.generate import Sample, check_sampling, sample, sample_seed
-from t2i_align.sources import (
+from t2i_align.utils.files import only_writer
+from t2i_align.inference.generate import Sample, check_sampling, sample, sample_seed
+from t2i_align.inference.resolve import (
     PRECISIONS,
     adapter_on,
     build_scorers,

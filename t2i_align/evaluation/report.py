@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import resize
 
 from t2i_align.data.clips import save_clip
-from t2i_align.generate import Sample, save_picture
+from t2i_align.inference.generate import Sample, save_picture
 
 SHOWN_SIDE = 384  # pixels; larger pictures are shrunk so that a report stays a file one can mail
 SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames

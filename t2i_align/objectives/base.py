@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 Metrics = dict[str, Tensor]  # [B] each; NaN where a metric does not apply to a group
 

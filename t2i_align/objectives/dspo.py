@@ -23,12 +23,12 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError
-from t2i_align.noising import random_noise, squared_error
+from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
 from t2i_align.objectives.guard import check_guard, safeguard, scale_gradient
 from t2i_align.objectives.monitoring import preference_metrics
 from t2i_align.objectives.pairwise import dpo_logit
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 
 def dspo_loss(residual_w: Tensor, ref_residual_w: Tensor, h: Tensor, *, beta: float) -> Tensor:

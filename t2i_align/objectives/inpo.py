@@ -15,10 +15,10 @@ from typing import Literal
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError, unknown
-from t2i_align.inversion import inverted_noise
-from t2i_align.noising import Noised
+from t2i_align.diffusion.inversion import inverted_noise
+from t2i_align.diffusion.noising import Noised
 from t2i_align.objectives.pairwise import Pairwise
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 INVERSION_MODELS = ("reference", "policy")
 

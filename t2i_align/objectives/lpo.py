@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.noising import random_noise
+from t2i_align.diffusion.noising import random_noise
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
 from t2i_align.objectives.monitoring import list_metrics
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 
 def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:

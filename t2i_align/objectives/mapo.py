@@ -19,9 +19,9 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError, unknown
-from t2i_align.noising import random_noise, squared_error
+from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 SERIES_BELOW = 1e-3
 

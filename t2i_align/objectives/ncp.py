@@ -24,10 +24,10 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.errors import unknown
-from t2i_align.noising import Noised, random_noise
+from t2i_align.diffusion.noising import Noised, random_noise
 from t2i_align.objectives.base import Needs
 from t2i_align.objectives.pairwise import Pairwise
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import ForwardProcess
@@ -36,7 +36,7 @@ STEPS = ("posterior", "uniform")
 
 
 class Perceiving(Protocol):
-    """A reference that also gives features, differentiable in the noisy latents (see `t2i_align.reference`)."""
+    """A reference that also gives features, differentiable in the noisy latents (see `t2i_align.training.reference`)."""
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor: ...
 

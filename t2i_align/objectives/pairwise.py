@@ -22,12 +22,12 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError
-from t2i_align.noising import Noised, random_noise, squared_error
+from t2i_align.diffusion.noising import Noised, random_noise, squared_error
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
 from t2i_align.objectives.guard import check_guard, safeguard, scale_gradient
 from t2i_align.objectives.links import Link
 from t2i_align.objectives.monitoring import by_time, preference_metrics
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 BETA_RATE = 0.5  # how fast log(beta) follows the gradient factor's distance from its target, per optimiser step
 

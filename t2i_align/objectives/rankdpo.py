@@ -20,10 +20,10 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.errors import UserError, unknown
-from t2i_align.noising import random_noise
+from t2i_align.diffusion.noising import random_noise
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
 from t2i_align.objectives.monitoring import list_metrics
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 
 def win_rates(scores: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Literal
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.noising import random_noise
+from t2i_align.diffusion.noising import random_noise
 from t2i_align.objectives.base import Metrics, Needs, Objective
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.errors import UserError
-from t2i_align.noising import Noised, with_sizes
+from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 
 def contrastive_loss(errors: Tensor, other: Tensor, *, scale: float, temperature: float | Tensor) -> Tensor:

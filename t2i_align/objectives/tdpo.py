@@ -18,7 +18,7 @@ from t2i_align.data.schema import Batch, Model
 from t2i_align.objectives.base import Metrics, Needs, require_positive
 from t2i_align.objectives.kto import DiffusionKTO
 from t2i_align.objectives.pairwise import Pairwise, dpo_logit
-from t2i_align.randomness import Draw
+from t2i_align.diffusion.randomness import Draw
 
 NEEDS = Needs(candidates=1, ties=True, likes_only=True, reference=True, columns=("negative_caption",))
 

@@ -1,0 +1,103 @@
+"""How candidates become noisy latents with a target: the first of the three axes an objective chooses on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from t2i_align.data.schema import Batch, Conditioning, Model
+from t2i_align.diffusion.randomness import Draw
+
+Reduction = Literal["mean", "sum"]
+NoiseSharing = Literal["shared", "independent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noised:
+    """Candidates at a training time, flattened to [B * k, ...] so that one forward pass sees them all."""
+
+    latents: Tensor
+    timesteps: Tensor
+    target: Tensor
+    conditioning: Conditioning
+    groups: int
+
+    def residuals(self, model: Model) -> Tensor:
+        """A model's native prediction minus the target, [B, k, D], float32 or better.
+
+        Both are cast before the difference is squared: rounding an error of 0.1 to bf16 and multiplying by beta
+        would put noise of order 1 into the logit.
+        """
+        prediction = model(self.latents, self.timesteps, self.conditioning)
+        dtype = torch.promote_types(torch.promote_types(prediction.dtype, self.target.dtype), torch.float32)
+        difference = prediction.to(dtype) - self.target.to(dtype)
+        return difference.flatten(1).unflatten(0, (self.groups, -1))
+
+    def errors(self, model: Model, reduction: Reduction = "mean") -> Tensor:
+        """Per-candidate squared error of a model's native prediction, [B, k], float32 or better."""
+        return squared_error(self.residuals(model), reduction)
+
+
+def squared_error(residuals: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Squared error over the last dimension: its mean, or its sum."""
+    squared = residuals.square()
+    return squared.mean(-1) if reduction == "mean" else squared.sum(-1)
+
+
+def random_noise(batch: Batch, draw: Draw, sharing: NoiseSharing = "shared") -> Noised:
+    """x_t = alpha_t x + sigma_t noise at one training time a group.
+
+    `shared`: the candidates of a group get the same noise, as all released code does (Diffusion-DPO, arXiv
+    2311.12908, algorithm in appendix); `independent`: each its own, which the objective's derivation permits.
+    """
+    groups, k, *shape = batch.latents.shape
+    noise = draw.normal("noise", (1 if sharing == "shared" else k, *shape)).expand_as(batch.latents)
+    timesteps = draw.timesteps().repeat_interleave(k)
+    latents, noise = batch.latents.flatten(0, 1), noise.flatten(0, 1)
+    return Noised(
+        latents=draw.process.add_noise(latents, noise, timesteps),
+        timesteps=timesteps,
+        target=draw.process.target(latents, noise, timesteps),
+        conditioning=candidates_conditioning(batch),
+        groups=groups,
+    )
+
+
+def candidates_conditioning(batch: Batch) -> Conditioning:
+    """What each candidate is denoised under, [B * k, ...]: its own caption where the batch has these, or the prompt;
+    and where the model is told sizes, its own."""
+    if batch.captions is not None:
+        return with_sizes({name: tensor.flatten(0, 1) for name, tensor in batch.captions.items()}, batch)
+    k = batch.latents.shape[1]
+    return with_sizes({name: tensor.repeat_interleave(k, dim=0) for name, tensor in batch.conditioning.items()}, batch)
+
+
+def with_sizes(conditioning: Conditioning, batch: Batch) -> Conditioning:
+    """The texts' conditioning, [B * k, ...], with each candidate's size and crop, where the model is told these."""
+    return conditioning if batch.sizes is None else {**conditioning, "time_ids": batch.sizes.flatten(0, 1)}
+
+
+def drop_captions(batch: Batch, empty: Conditioning, draw: Draw, share: float) -> Batch:
+    """The batch with the empty prompt's conditioning for a random `share` of its groups, whole groups at a time.
+
+    empty: the conditioning of one empty prompt, [1, ...].
+    """
+    if share == 0:
+        return batch
+    dropped = draw.uniform("caption dropout") < share
+
+    def emptied(conditioning: Conditioning) -> Conditioning:
+        return {
+            name: torch.where(dropped.view(-1, *([1] * (tensor.ndim - 1))), empty[name].to(tensor.dtype), tensor)
+            for name, tensor in conditioning.items()
+        }
+
+    return replace(
+        batch,
+        conditioning=emptied(batch.conditioning),
+        captions=None if batch.captions is None else emptied(batch.captions),
+        negative_caption=None if batch.negative_caption is None else emptied(batch.negative_caption),
+    )

@@ -1,0 +1,194 @@
+"""Pictures or clips from a model: PNG or MP4 files and a list of what each of them is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from t2i_align.data.clips import save_clip, to_bytes
+from t2i_align.errors import UserError
+from t2i_align.utils.files import only_writer
+from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.inference.resolve import (
+    PRECISIONS,
+    adapter_on,
+    check_precision,
+    load_pipeline,
+    memory_for,
+    resolve_adapter,
+    resolve_base,
+    resolve_prompts,
+)
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+
+LIST = "samples.jsonl"
+Sample = Image.Image | Tensor  # a picture, or a clip [F, 3, H, W] of 8 bits
+
+
+def sample_seed(seed: int, prompt: int, k: int) -> int:
+    """The seed of the k-th picture of the prompt at this index, 32 bits: what both sides of a comparison share."""
+    return stable_seed(seed, prompt, k) % 2**32
+
+
+def sample(
+    pipeline: TrainablePipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int | None = None,
+    **options: Any,
+) -> list[Any]:
+    """A `Sample` for each prompt and seed, 8 bits as it would be saved; `options` as `TrainablePipeline.generate` has.
+
+    Raises:
+        UserError: the GPU's memory does not do for the batch.
+    """
+    batch_size = batch_size or pipeline.default_batch_size
+    with memory_for(batch_size):
+        pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
+    return list(to_bytes(pixels)) if pixels.ndim == 5 else to_pictures(pixels)
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [0, 1] to 8-bit RGB, rounded as diffusers does."""
+    return [to_pil_image(picture) for picture in to_bytes(pixels)]
+
+
+def generate(
+    model: str | Path | TrainablePipeline,
+    prompts: str | Path | Sequence[str] | None = None,
+    out: str | Path = "pictures",
+    *,
+    prompt: Sequence[str] = (),
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    per_prompt: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    batch_size: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+    expert: str | None = None,
+    precision: str = "fp32",
+    device: str | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write `00000.png` … and `samples.jsonl` (one line a picture) to the folder `out`; returns the list's path.
+
+    Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
+    leaves a usable shorter list.
+
+    Args:
+        model: path, Hub id, `testbed:sd`, or a loaded pipeline.
+        prompts: text file with one prompt a line (blank lines are skipped), `testbed:dev`, or a list.
+        prompt: further single prompts, after those.
+        lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
+        per_prompt: pictures a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
+        steps, guidance: of sampling (default: the diffusers pipeline's own).
+        negative_prompt: what guidance leads away from.
+        height, width, frames: in pixels, and of a clip (default: the model's own).
+        fps: frames a second that a clip is shown at (default: the model's own).
+        batch_size: samples at a time (default: 8 pictures, or 1 clip).
+        revision, variant, single_file_config, expert: of the model, as in `pipelines.load`; where None, and `lora`
+            comes from a training run of this model, those of that run.
+        force: replace the pictures of an earlier run in `out`.
+
+    Raises:
+        UserError: anything above that cannot be used, or an `out` that is not empty.
+    """
+    texts = [*(resolve_prompts(prompts) if prompts is not None else ()), *(resolve_prompts(prompt) if prompt else ())]
+    if not texts:
+        raise UserError("no prompts: give a prompt file or single prompts")
+    check_sampling(steps=steps, batch_size=batch_size, per_prompt=per_prompt)
+    check_precision(precision)
+    loaded = not isinstance(model, str | Path)
+    adapter = None if lora is None else resolve_adapter(lora)
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
+    source = None if loaded else asdict(resolve_base(model, adapter, **version))  # type: ignore[arg-type]
+    folder = Path(out).expanduser()
+    _check_free(folder, force)
+
+    pipeline: TrainablePipeline
+    pipeline = load_pipeline(**source, precision=precision, device=device) if source else model  # type: ignore
+    rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
+    steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
+    how = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+    sampling: dict[str, Any] = {**how, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    sampling["autocast"] = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    identity = {
+        "model": source["path"] if source else pipeline.source,
+        "revision": source["revision"] if source else None,
+        "lora": None if lora is None else str(lora),
+        "lora_scale": None if lora is None else lora_scale,
+        **how,
+    }
+    if pipeline.video:
+        identity["fps"] = fps = fps or pipeline.fps
+    with only_writer(folder), adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
+        _check_free(folder, force)  # another run may have come and gone meanwhile
+        _clear(folder)
+        with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                texts, seeds = [text for text, _ in part], [number for _, number in part]
+                samples = sample(pipeline, texts, seeds, **sampling)
+                for index, ((text, number), made) in enumerate(zip(part, samples, strict=True), start):
+                    if isinstance(made, Tensor):
+                        save_clip(made, folder / (name := f"{index:05d}.mp4"), fps or pipeline.fps)
+                    else:
+                        save_picture(made, folder / (name := f"{index:05d}.png"))
+                    row = {"prompt": text, "seed": number, "file": name, **identity}
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                lines.flush()
+                bar.update(len(part))
+    return folder / LIST
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """Write a PNG under a temporary name and rename it, so that it is there whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, file)
+
+
+def check_sampling(**counts: int | None) -> None:
+    """Raise UserError for a number of steps, pictures or a batch below 1; None is somebody's default."""
+    for key, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder to write pictures to")
+    if folder.is_dir() and not all(entry.name.startswith(".") for entry in folder.iterdir()) and not force:
+        raise UserError(f"{folder}: not empty; choose another folder, or force to replace its pictures")
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier run wrote, and nothing else."""
+    if (folder / LIST).is_file():
+        for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.*"):
+            if file.suffix in (".png", ".mp4"):
+                file.unlink()
+        (folder / LIST).unlink()

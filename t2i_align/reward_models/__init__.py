@@ -1,0 +1,1 @@
+"""Preference models: training, users, audits."""

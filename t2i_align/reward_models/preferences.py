@@ -1,0 +1,145 @@
+"""Preferences as scorers learn them: who said what of which pictures, split by prompt and by user."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i_align.data import readers
+from t2i_align.data.annotations import Annotations, sidecar_identity
+from t2i_align.data.clips import ANY_PICTURE
+from t2i_align.data.media import ImageError, decode
+from t2i_align.data.layout import MANIFEST
+from t2i_align.data.live import LiveGroups, index_pictures
+from t2i_align.data.shards import Limit
+from t2i_align.errors import UserError
+from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.reward_models.config import PreferenceConfig
+
+logger = logging.getLogger(__name__)
+NOBODY = ""  # the user of preferences that name none
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """All groups of a source with two candidates or more, best first. `media` decodes a group's pictures.
+
+    prompts, users, labels: one a group; labels [k].
+    """
+
+    store: LiveGroups
+    numbers: Sequence[int]
+    ids: Sequence[str]
+    prompts: Sequence[str]
+    users: Sequence[str]
+    labels: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def pictures(self, row: int) -> list[Image.Image]:
+        """A group's pictures, best first."""
+        try:
+            return [decode(media) for media in self.store.media(self.numbers[row])]
+        except ImageError as error:  # it could be decoded when the index was made
+            raise UserError(f"group {self.ids[row]}: a picture has changed since it was indexed: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Of ids, prompts, users and labels."""
+        rows = [list(self.ids), list(self.prompts), list(self.users), [label.tolist() for label in self.labels]]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def open_preferences(
+    path: str,
+    root: Path,
+    *,
+    format: str = "auto",
+    annotations: Sequence[str] = (),
+    limit: int | None = None,
+    progress: bool = True,
+) -> Preferences:
+    """Index a source under `root`, each picture decoded once to see that it can be; a finished index is kept.
+
+    Raises:
+        UserError: a source that cannot be read, or without a group of two candidates.
+    """
+    file = readers.resolve(path)
+    kind, added = readers.detect(file, format), Annotations.load(list(annotations))
+    survey = readers.survey(file, kind, added)
+    if not any(k >= 2 for k in survey.candidates):
+        raise UserError(f"{path}: preferences need groups of two candidates or more, found {survey.candidates}")
+    parts = {
+        "content": "pictures",
+        "root": str(file.resolve()),
+        "source": readers.identity(file, kind),
+        "annotations": sidecar_identity(list(annotations)),
+        "limit": limit,
+    }
+    folder = root / f"pictures-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
+    if not (folder / MANIFEST).exists():
+        some = None if limit is None else Limit(groups=limit, candidates=2)
+        index_pictures(readers.read(file, kind, added), folder, fingerprint=parts, extent=ANY_PICTURE, survey=survey,
+                       limit=some, source_bytes=readers.embedded_bytes(file, kind), progress=progress)  # fmt: skip
+    store = LiveGroups(folder)
+    numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]
+    if not numbers:
+        raise UserError(f"{path}: no group of two candidates or more could be used; {folder}/skipped.jsonl says why")
+    found = [store.group(number) for number in numbers]
+    return Preferences(
+        store,
+        numbers,
+        [shard.ids[row].as_py() for shard, row in found],
+        [shard.groups["prompt"][row].as_py() for shard, row in found],
+        [shard.groups["user"][row].as_py() or NOBODY for shard, row in found],
+        [torch.tensor(shard.scores_of(row).copy(), dtype=torch.float32) for shard, row in found],
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of preferences. new_prompts: of users that are trained on. new_users: of nobody that is, any prompt."""
+
+    train: list[int]
+    new_prompts: list[int]
+    new_users: list[int]
+
+
+def split(preferences: Preferences, config: PreferenceConfig) -> Split:
+    """By hashes of prompt and user alone, so that it does not depend on what else is there.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    parts = Split([], [], [])
+    for row, (prompt, user) in enumerate(zip(preferences.prompts, preferences.users, strict=True)):
+        if user != NOBODY and _held_out("user", user, config.holdout_users):
+            parts.new_users.append(row)
+        elif _held_out("prompt", " ".join(prompt.casefold().split()), config.holdout_prompts):
+            parts.new_prompts.append(row)
+        else:
+            parts.train.append(row)
+    for share, held, what in (
+        (config.holdout_prompts, parts.new_prompts, "prompt"),
+        (config.holdout_users, parts.new_users, "user"),
+    ):
+        if share and not held:
+            logger.warning(
+                "%s: no %s fell into the %.0f %% to be held out; there are few", config.path, what, 100 * share
+            )
+    if not parts.train:
+        raise UserError(f"{config.path}: nothing is left to train on: all {len(preferences)} groups are held out")
+    return parts
+
+
+def _held_out(what: str, text: str, share: float) -> bool:
+    return stable_seed("holdout", what, text) / 2**63 < share

@@ -1,0 +1,363 @@
+"""`t2i-align train-scorer`: a preference model from pairs, ties and rankings.
+
+The folder of a run holds run.yaml, metrics.jsonl, checkpoints/, and when it is done scorer/, which `trained:FOLDER`
+builds, and accuracy.json, what it orders rightly of the held-out preferences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reward_scorers import ScorerError, build
+from reward_scorers.heads import PAL
+from reward_scorers.hf_clip import HFClipScorer
+from reward_scorers.towers import TwoTowers
+from reward_scorers.trained import CLIP, DESCRIPTION, HEAD, LAYOUT, describe, load_head, make_head
+from t2i_align import checkpoint
+from t2i_align.data.layout import differences, write_json
+from t2i_align.data.sampling import StreamSampler
+from t2i_align.errors import UserError
+from t2i_align.evaluation.result import number
+from t2i_align.evaluation.stats import compare
+from t2i_align.utils.files import only_writer
+from t2i_align.training.signals import interruptible
+from t2i_align.training.monitor import Tally
+from t2i_align.training.optim import make_optimizer, make_schedule
+from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.rewards import losses
+from t2i_align.reward_models.config import ScorerRun, load
+from t2i_align.reward_models.policies import Features, FrozenFeatures, Policy, WholeClip
+from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences, split
+from t2i_align.training.run import RUN_FILE, write_atomically
+from t2i_align.training.trainer import METRICS_FILE
+
+ACCURACY, SCORER = "accuracy.json", "scorer"
+FREE_ON_RESUME = ("resume", "log")
+EVALUATION_BATCH = 64  # groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How many pairs with a winner are ordered rightly, draws half, with a 95 % interval over prompts."""
+
+    pairs: int
+    prompts: int
+    accuracy: float
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.pairs} pairs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerResult:
+    """folder: of the scorer, for `trained:FOLDER`. accuracy: by part of the data."""
+
+    folder: Path
+    steps: int
+    accuracy: dict[str, Accuracy]
+
+
+def train_scorer(
+    config: ScorerRun | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
+) -> ScorerResult:
+    """Train a preference model; see `ScorerRun`.
+
+    Raises:
+        UserError: a configuration, data or model that cannot be used, or a folder of another run.
+    """
+    run = config if isinstance(config, ScorerRun) else load(config, overrides)
+    AcceleratorState._reset_state()
+    precision = {"fp32": "no"}.get(run.train.precision, run.train.precision)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    output = Path(run.output_dir).expanduser()
+    with only_writer(output, first=accelerator.is_main_process):
+        check_folder(run, output)
+        return _train_into(output, run, accelerator, progress)
+
+
+def _train_into(output: Path, run: ScorerRun, accelerator: Accelerator, progress: bool) -> ScorerResult:
+    opened: dict[str, Any] = {"root": output, "progress": progress and accelerator.is_main_process}
+    with accelerator.main_process_first():
+        data = open_preferences(run.data.path, format=run.data.format, annotations=run.data.annotations,
+                                limit=run.data.limit, **opened)  # fmt: skip
+        test = open_preferences(run.data.test, **opened) if run.data.test else None
+    parts = split(data, run.data)
+    check_learnable(run, data, parts.train)
+    torch.manual_seed(stable_seed(run.train.seed, "weights"))
+    try:
+        with accelerator.main_process_first():
+            model = Model.begin(run, data, test, parts.train, output, accelerator.device, opened["progress"])
+    except ScorerError as error:
+        raise UserError(f"model: {error}") from error
+    if accelerator.is_main_process:
+        plain = json.loads(json.dumps(dataclasses.asdict(run)))
+        write_atomically(output / RUN_FILE, yaml.safe_dump(plain, sort_keys=False))
+    train(run, accelerator, model, data, parts.train, output, opened["progress"])
+    held_out = {"new_prompts": (data, parts.new_prompts), "new_users": (data, parts.new_users)}
+    if test is not None:
+        held_out["test"] = (test, list(range(len(test))))
+    accuracy = {}
+    model.policy.network.eval()
+    for name, (preferences, rows) in held_out.items():
+        if rows:
+            scores = model.scores(preferences, rows, accelerator.device)
+            accuracy[name] = measure(scores, [preferences.labels[row] for row in rows],
+                                     [preferences.prompts[row] for row in rows])  # fmt: skip
+    if accelerator.is_main_process:
+        model.save(run, output / SCORER)
+        told = {name: dataclasses.asdict(value) for name, value in accuracy.items()}
+        numbers = {name: {**v, "accuracy": number(v["accuracy"]), "interval": [number(x) for x in v["interval"]]}
+                   for name, v in told.items()}  # fmt: skip
+        write_json(output / ACCURACY, numbers)
+    accelerator.wait_for_everyone()
+    return ScorerResult(folder=output / SCORER, steps=run.train.steps, accuracy=accuracy)
+
+
+@dataclass
+class Model:
+    """A policy for the data, one for the test source where features differ, and how to save it."""
+
+    policy: Policy
+    test_policy: Policy
+    test: Preferences | None
+    told: dict[str, Any]
+
+    @classmethod
+    def begin(
+        cls, run: ScorerRun, data: Preferences, test: Preferences | None, rows: Sequence[int], output: Path,
+        device: torch.device, progress: bool,
+    ) -> Model:  # fmt: skip
+        """The model with its first weights."""
+        name = run.name or Path(run.output_dir).name
+        told: dict[str, Any] = {"layout": LAYOUT, "name": name, "kind": "clip", "users": []}
+        if run.tune in ("full", "lora"):
+            base = build(run.model)
+            assert isinstance(base, HFClipScorer)
+            whole = WholeClip(base.to(device), run.lora if run.tune == "lora" else None)
+            return cls(whole, whole, test, told)
+        trained: nn.Module | None = None
+        if run.tune == "users":
+            folder, told = describe(Path(run.model).expanduser())
+            if told["kind"] != "pal":
+                raise UserError(f"model: {run.model} is of the kind {told['kind']!r}; only PAL has users")
+            trained, told = load_head(folder, told), {**told, "name": name}
+        base = build(told.get("base", run.model))
+        if not isinstance(base, TwoTowers):
+            raise UserError(f"model: {run.model}: {run.tune} needs a CLIP-style scorer's features")
+        base.to(device)
+        features = Features.of(base, data, output, progress)
+        other = Features.of(base, test, output, progress) if test is not None else features
+        seen = sorted({data.users[row] for row in rows})
+        if trained is not None:
+            assert isinstance(trained, PAL)
+            new = [user for user in seen if user not in told["users"]]
+            if not new:
+                raise UserError(f"{run.data.path}: the scorer {run.model} knows all of its users")
+            head: nn.Module = trained
+            with_users(trained, len(new))
+            told["users"] = [*told["users"], *new]
+        else:
+            weights = base.version.rpartition(", ")[2]
+            told |= {"kind": run.tune, "base": _from_anywhere(run.model), "base_weights": weights}
+            told["width"] = features.width
+            if run.tune == "pal":
+                told |= {"users": seen, "pal": dataclasses.asdict(run.pal)}
+            head = make_head(told)
+        head.to(device)
+        users = told["users"]
+        return cls(FrozenFeatures(head, features, users), FrozenFeatures(head, other, users), test, told)
+
+    @torch.no_grad()
+    def scores(self, preferences: Preferences, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Scores of all candidates of these groups, one after another."""
+        policy = self.test_policy if preferences is self.test else self.policy
+        found = []
+        for start in range(0, len(rows), EVALUATION_BATCH):
+            batch = policy.batch(preferences, rows[start : start + EVALUATION_BATCH])
+            found.append(policy.network(**{key: value.to(device) for key, value in batch.items()}).float().cpu())
+        return torch.cat(found)
+
+    def save(self, run: ScorerRun, folder: Path) -> None:
+        """Write the scorer as `trained:` reads it, to a temporary name first."""
+        temporary = folder.with_name(f".writing_{folder.name}")
+        temporary.mkdir(exist_ok=True)
+        if isinstance(self.policy, WholeClip):
+            self.policy.save(temporary / CLIP)
+        else:
+            state = self.policy.network.state_dict()
+            save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / HEAD)
+        write_json(temporary / DESCRIPTION, self.told)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+
+
+def with_users(head: PAL, count: int) -> None:
+    """Add rows of w, where the known users are on average, and leave nothing else to train."""
+    head.requires_grad_(False)
+    start = head.w.mean(0, keepdim=True).repeat(count, 1)
+    known = len(head.w)
+    head.w = nn.Parameter(torch.cat([head.w.detach(), start]))
+
+    def only_new(gradient: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(gradient[:known]), gradient[known:]])
+
+    head.w.register_hook(only_new)
+
+
+def train(
+    run: ScorerRun, accelerator: Accelerator, model: Model, data: Preferences, rows: Sequence[int], output: Path,
+    progress: bool,
+) -> None:  # fmt: skip
+    """From the newest checkpoint, or from the start, to the configured step."""
+    network, config = model.policy.network, run.train
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    # Decay would pull known users' weights as well, whose gradients are none.
+    optim = dataclasses.replace(run.optim, weight_decay=0.0) if run.tune == "users" else run.optim
+    optimizer = make_optimizer(optim, list(parameters.values()))
+    schedule = make_schedule(optim, optimizer, config.steps)
+    fingerprint = f"{data.fingerprint} {len(rows)} {config.batch_size * accelerator.num_processes}"
+    window = Tally()  # of the metrics since the last logged line
+    step = restore(run, output, parameters, optimizer, schedule, fingerprint, window) if run.resume else 0
+    if accelerator.is_main_process:
+        checkpoint.truncate_lines(output / METRICS_FILE, step)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
+    weights = balance(config.balance, data, rows)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    places = iter(StreamSampler(len(rows), config.seed, step, config.batch_size, rank, world))
+    bar = tqdm(initial=step, total=config.steps, desc="train", disable=not progress)
+    with bar, interruptible() as stop:
+        while step < config.steps:
+            torch.manual_seed(stable_seed(config.seed, "step", step, accelerator.process_index))
+            prepared.train()
+            taken = [rows[index] for _, index in next(places)]
+            batch = {key: value.to(accelerator.device) for key, value in model.policy.batch(data, taken).items()}
+            labels = [data.labels[row].to(accelerator.device) for row in taken]
+            with accelerator.autocast():
+                scores = prepared(**batch).float()
+            weight = torch.tensor([weights[row] for row in taken], device=accelerator.device)
+            loss = losses.per_group(run.loss, scores, labels)
+            accelerator.backward((loss * weight / weight.mean()).mean())
+            norm = accelerator.clip_grad_norm_(prepared.parameters(), optim.max_grad_norm)
+            if not bool(torch.isfinite(torch.as_tensor(norm))) and run.train.precision != "fp16":
+                raise UserError(f"step {step + 1}: the gradient is not finite; a smaller optim.lr usually helps")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            window.add({"loss": loss, "accuracy": losses.right(scores.detach(), labels)})
+            step += 1
+            bar.update()
+            last = step == config.steps
+            if step % run.log.every == 0 or last:
+                means = window.numbers(accelerator)
+                window = Tally()
+                if accelerator.is_main_process:
+                    checkpoint.append_line(
+                        output / METRICS_FILE, {"step": step, **means, "lr": schedule.get_last_lr()[0]}
+                    )
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+            if step % run.log.checkpoint_every == 0 or last or stop.is_set():
+                counted = window.reduced(accelerator)
+                if accelerator.is_main_process:
+                    state: dict[str, Any] = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                    state |= {"data": fingerprint, "window": counted}
+                    checkpoint.save(output, step, dict(parameters), state, run.log.keep_checkpoints)
+                accelerator.wait_for_everyone()
+            if stop.is_set() and not last:
+                raise KeyboardInterrupt(f"stopped after step {step}; its checkpoint is saved")
+
+
+def restore(
+    run: ScorerRun, output: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR, fingerprint: str, window: Tally,
+) -> int:  # fmt: skip
+    """Continue from the newest checkpoint; returns its step, 0 where there is none."""
+    saved = checkpoint.all_steps(output)
+    if not saved:
+        return 0
+    weights, state = checkpoint.load(saved[-1])
+    if state["data"] != fingerprint:
+        raise UserError(f"{output}: data, batch size or processes have changed since {saved[-1].name} was saved")
+    if set(weights) != set(parameters) or state["step"] > run.train.steps:
+        raise UserError(f"{saved[-1]}: does not fit this run; choose another output_dir")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    window.totals = dict(state["window"])
+    return int(state["step"])
+
+
+def check_folder(run: ScorerRun, output: Path) -> None:
+    """Raise UserError where the folder holds another run, or this one and `resume` is not asked for."""
+    file = output / RUN_FILE
+    if not file.is_file():
+        return
+    if not run.resume:
+        raise UserError(f"{output}: holds a run already; resume=true continues it, or choose another output_dir")
+    plain = {key: value for key, value in dataclasses.asdict(run).items() if key not in FREE_ON_RESUME}
+    stored = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key not in FREE_ON_RESUME}
+    if changed := differences(stored, json.loads(json.dumps(plain)), "there", "here"):
+        raise UserError(f"{output}: this is another run. {changed}. Choose another output_dir.")
+
+
+def check_learnable(run: ScorerRun, data: Preferences, rows: Sequence[int]) -> None:
+    """Raise UserError for data of which this loss, or this kind of model, learns nothing."""
+    if run.loss not in losses.LEARN_FROM_TIES and not any(data.labels[row].unique().numel() > 1 for row in rows):
+        wants = " or ".join(losses.LEARN_FROM_TIES)
+        raise UserError(
+            f"{run.data.path}: only ties to train on, of which {run.loss} learns nothing; loss={wants} does"
+        )
+    if run.tune in ("pal", "users") and all(data.users[row] == NOBODY for row in rows):
+        raise UserError(f"{run.data.path}: names no users, whom tune={run.tune} is about; linear or lora need none")
+
+
+def balance(kind: str, data: Preferences, rows: Sequence[int]) -> dict[int, float]:
+    """Each group's weight by its row: 1 over the number of groups of its prompt or user."""
+    if kind == "none":
+        return dict.fromkeys(rows, 1.0)
+    of = data.prompts if kind == "prompt" else data.users
+    counts = Counter(of[row] for row in rows)
+    return {row: 1.0 / counts[of[row]] for row in rows}
+
+
+def measure(scores: Tensor, labels: Sequence[Tensor], prompts: Sequence[str]) -> Accuracy:
+    """Pair accuracy of scores [N] of groups one after another."""
+    won, lost, owner = [], [], []
+    for group, (r, label) in enumerate(zip(scores.split([len(x) for x in labels]), labels, strict=True)):
+        for i, j in pairs(label):
+            won.append(float(r[i]))
+            lost.append(float(r[j]))
+            owner.append(prompts[group])
+    found = compare(lost, won, np.unique(np.array(owner, dtype=str), return_inverse=True)[1])
+    return Accuracy(pairs=found.n, prompts=found.prompts, accuracy=found.win_rate, interval=found.win_rate_ci)
+
+
+def pairs(labels: Tensor) -> Iterator[tuple[int, int]]:
+    """(better, worse) of all candidates that differ."""
+    yield from map(tuple, (labels[:, None] > labels[None, :]).nonzero().tolist())
+
+
+def _from_anywhere(spec: str) -> str:
+    """A spec whose path, if it ends in one, does not depend on where the command is run."""
+    kind, _, rest = spec.rpartition(":")
+    return f"{kind}:{Path(rest).expanduser().absolute()}" if kind and Path(rest).expanduser().exists() else spec

@@ -1,1 +1,0 @@
-"""Preference models: trained on one's own data, and audited."""

@@ -1,0 +1,108 @@
+"""The quickstart's own part: what it replaces and when, what it refuses, what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from t2i_align import run as runs
+from t2i_align.errors import UserError
+from t2i_align.evaluation import compare
+from t2i_align.quickstart import BATCH_SIZE, COMPLETE, MARKER, TEST_SEED, quickstart, replacing
+from t2i_align.inference.resolve import resolve_prompts
+
+SMALL = ["data.limit=8", "train.steps=2", "train.batch_size=4", "optim.warmup_steps=1", "validation.steps=2"]
+
+
+def written(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def put(folder: Path, text: str) -> None:
+    """What a quickstart would leave in `folder`."""
+    with replacing(folder) as temporary:
+        (temporary / COMPLETE).mkdir()
+        (temporary / "cache").mkdir()
+        (temporary / COMPLETE / f"{text}.txt").write_text(text)
+
+
+def test_a_complete_result_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    put(folder, "first")
+    assert written(tmp_path) == {f"runs/a/{MARKER}", "runs/a/first.txt"}
+    put(folder, "second")
+    assert written(tmp_path) == {f"runs/a/{MARKER}", "runs/a/second.txt"}
+    assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, UserError])
+def test_an_unfinished_one_leaves_the_earlier_and_nothing_else(stop: type[BaseException], tmp_path: Path) -> None:
+    put(tmp_path / "a", "first")
+    with pytest.raises(stop), replacing(tmp_path / "a") as temporary:
+        (temporary / COMPLETE).mkdir()
+        assert written(tmp_path / "a") == {MARKER, "first.txt"}
+        raise stop
+    assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    put(tmp_path / "a", "second")
+
+
+def test_anything_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that no quickstart wrote"):
+        quickstart(output=tmp_path)
+    with pytest.raises(UserError, match="this is a file"):
+        quickstart(output=tmp_path / "mine.txt")
+    assert written(tmp_path) == {"mine.txt"}
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(UserError, match="this is a mount point"):
+        quickstart(output=tmp_path / "volume")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stesp=3", "unknown key in train 'stesp'"),
+        ("data.path=typo.jsonl", "typo.jsonl: no such file"),
+        ("output_dir=elsewhere", "choose that with --output"),
+    ],
+)
+def test_a_wrong_override_leaves_the_earlier_result_in_place(override: str, says: str, tmp_path: Path) -> None:
+    put(tmp_path / "a", "first")
+    with pytest.raises(UserError, match=says):
+        quickstart([override], output=tmp_path / "a", progress=False)
+    assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
+
+
+def test_the_whole_job_in_small_and_a_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = resolve_prompts("testbed:test")[:4]
+    folder, sizes, sample = tmp_path / "q", [], compare.sample
+
+    def recorded(*arguments, batch_size, **options):
+        sizes.append(batch_size)
+        return sample(*arguments, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(compare, "sample", recorded)
+    for _ in range(2):
+        result = quickstart(SMALL, output=folder, prompts=prompts, progress=False)
+    values = json.loads((folder / "result.json").read_text())
+    for name in ("", "faithfulness_", "quality_"):
+        low, high = values[f"{name}win_rate_ci"]
+        assert low <= values[f"{name}win_rate"] <= high
+    assert values["win_rate"] == result.win_rate
+    assert {"mean_before", "mean_after"} <= values.keys()
+    assert (values["samples"], values["seed"], values["training_steps"]) == (4, TEST_SEED, 2)
+    assert 0 < values["seconds_training"] < values["seconds"]
+    assert set(sizes) == {BATCH_SIZE}
+    weights = folder / "run" / "lora" / "pytorch_lora_weights.safetensors"
+    assert weights.is_file() and values["aligned"] == str(weights)
+    html = (folder / "report.html").read_text()
+    assert "<html" in html and str(weights) in html
+    assert f"output_dir: {folder / 'run'}" in (folder / "run" / runs.RUN_FILE).read_text()
+    assert f"report: {folder / 'report.html'}" in result.summary()
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"-unfinished-" not in file.read_bytes(), f"{file.name} names the temporary folder"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"q", "cache"}
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1, "the second job takes the first one's latents"

@@ -1,0 +1,307 @@
+"""Whatever is wrong with a source, its rows end as groups, as skips with a reason, or in one clear error."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from t2i_align.data import readers
+from t2i_align.data.media import ImageError, decode
+from t2i_align.data.readers import read
+from t2i_align.data.schema import Group, Skipped
+from t2i_align.errors import UserError
+from tests import formats
+from tests.formats import OF_PAIRS, OF_RANKINGS, lines, pictures, png, shard, sheet
+
+UNMINDED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # of a busy machine
+quick = settings(max_examples=30, deadline=None, suppress_health_check=UNMINDED)
+texts = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(["a fox", "\ud800", "x" * 10_000, "🦊\u200d\u202e", "\x00", "ﷺ" * 300, "a\r\nb", '"', "  "]),
+)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=5,
+)
+names = st.sampled_from(["0.png", "1.png", "gone.png", "y" * 300, "../0.png", "/etc/passwd", "a\0b", "loop", "", "."])
+
+
+def outcome(source: Path, format: str = "auto") -> list[Group | Skipped] | str:
+    """The items, or the message of the error; both must say where they are from."""
+    try:
+        items = list(read(source, format))
+    except UserError as error:
+        assert source.name in str(error) or str(source.parent) in str(error)
+        return str(error)
+    for item in items:
+        assert item.id and item.origin
+        if isinstance(item, Skipped):
+            assert item.reason
+        else:
+            assert item.prompt.strip() and list(item.scores) == sorted(item.scores, reverse=True)
+            root = source.parent.resolve()
+            assert all(isinstance(c, bytes) or c.is_relative_to(root) for c in item.candidates)
+    return items
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "data"
+    pictures(folder)
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"prompt": values, "left": st.one_of(names, values), "right": names,
+                                            "vote": st.one_of(values, st.sampled_from(["left", "tie"])),
+                                            "user": values}), min_size=1, max_size=4))  # fmt: skip
+@quick
+def test_any_votes(folder: Path, rows: list[dict[str, Any]]) -> None:
+    source = folder / "votes.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = outcome(source)
+    assert isinstance(found, str) or len(found) == len(rows)
+
+
+@given(rows=st.lists(st.tuples(texts, st.lists(names, max_size=3), st.lists(values, max_size=3)), min_size=1))
+@quick
+def test_any_ranking(folder: Path, rows: list[tuple[str, list[str], list[Any]]]) -> None:
+    source = folder / "test.json"
+    entries = [{"prompt": prompt, "image_path": paths, "rank": ranks} for prompt, paths, ranks in rows]
+    source.write_text(json.dumps(entries))
+    found = outcome(source)
+    assert isinstance(found, str) or len(found) == len(rows)
+
+
+@given(rows=st.lists(st.tuples(texts, names, names), min_size=1, max_size=5), garbage=st.binary(max_size=20))
+@quick
+def test_any_spreadsheet(folder: Path, rows: list[tuple[str, str, str]], garbage: bytes) -> None:
+    source = folder / "a.csv"
+    clean = [{"prompt": p.encode(errors="replace").decode(), "chosen": w, "rejected": l} for p, w, l in rows]  # noqa: E741
+    sheet(source, clean)
+    found = outcome(source)
+    assert isinstance(found, str) or len(found) == len(rows)
+    source.write_bytes(source.read_bytes() + garbage)
+    outcome(source)
+
+
+anything = st.one_of(values, names, st.sampled_from([[1, 0], ["a"], "0", 10**400]))
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"image_path": anything, "rank": anything, "prompt_id": anything,
+                                            "prompt": anything}), min_size=1, max_size=5))  # fmt: skip
+@example(rows=[{"image_path": "0.png", "rank": 1, "prompt_id": 1, "prompt": ["x"]}])
+@example(rows=[{"image_path": "0.png", "rank": 1, "prompt_id": "", "prompt": "x"}])
+@quick
+def test_any_rows_that_are_grouped(folder: Path, rows: list[dict[str, Any]]) -> None:
+    source = folder / "grouped.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome(source)
+
+
+keys = st.sampled_from(["candidates", "prompt", "scores", "ranks", "votes", "winner", "best_first", "captions", "user",
+                        "id", "group", "folder"])  # fmt: skip
+said = st.one_of(values, st.sampled_from(["left", ["left", "right"], True, "..", "y" * 300]))
+parts = st.fixed_dictionaries({}, optional={"format": said, "pairs": said, "ties": said, "part": said, "path": said})
+
+
+@given(columns=st.dictionaries(keys, said, max_size=5), others=parts)
+@example(columns={"candidates": "left"}, others={})
+@quick
+def test_any_source_file(folder: Path, columns: dict[str, Any], others: dict[str, Any]) -> None:
+    sheet(folder / "t.csv", [{"left": "0.png", "right": "1.png", "prompt": "x"}])
+    (folder / "s.yaml").write_text(json.dumps({"path": "t.csv", "columns": columns, **others}))  # which is YAML as well
+    outcome(folder / "s.yaml")
+
+
+numbers = st.one_of(st.none(), st.floats(), st.integers(-3, 9).map(float))
+
+
+@given(rows=st.lists(st.tuples(st.one_of(st.none(), texts), st.one_of(st.none(), st.binary(max_size=9)), numbers,
+                               numbers), min_size=1, max_size=8))  # fmt: skip
+@quick
+def test_any_shares_of_votes(folder: Path, rows: list[tuple[Any, ...]]) -> None:
+    prompts, images, first, second = zip(*rows, strict=True)
+    clean = [prompt if prompt is None else prompt.encode(errors="replace").decode() for prompt in prompts]
+    table = pa.table({
+        "prompt": pa.array(clean, pa.string()),
+        "image1": pa.array(images, pa.binary()),
+        "image2": pa.array([png(0)] * len(rows), pa.binary()),
+        "weighted_results_image1_preference": pa.array(first, pa.float64()),
+        "weighted_results_image2_preference": pa.array(second, pa.float64()),
+    })  # fmt: skip
+    source = folder / "a.parquet"
+    pq.write_table(table, source)
+    found = outcome(source)
+    assert isinstance(found, list) and len(found) == len(rows)
+    for item, (prompt, image, one, two) in zip(found, rows, strict=True):
+        fine = all(share is not None and 0 <= share < float("inf") for share in (one, two)) and one + two > 0
+        assert isinstance(item, Group) == bool(fine and image and prompt and prompt.strip())
+
+
+@pytest.mark.parametrize("name", sorted({**OF_PAIRS, **OF_RANKINGS}))
+@given(cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3))
+@example(cut=0.0625, flips=[])  # a source file that ends after its first key
+@settings(max_examples=12, deadline=None, suppress_health_check=UNMINDED)
+def test_every_format_damaged_anywhere(
+    tmp_path_factory: pytest.TempPathFactory, name: str, cut: float, flips: list[tuple[float, int]]
+) -> None:
+    """Bytes changed and the file cut short: no other exception than UserError, and no picture in another's place."""
+    source = formats.write(tmp_path_factory.mktemp("cut"), name)
+    damaged = source
+    if source.is_dir():
+        damaged = next(iter(sorted(file for file in source.rglob("*") if file.suffix in (".txt", ".caption", ".tar"))))
+    content = bytearray(damaged.read_bytes())
+    for place, change in flips:
+        content[min(int(place * len(content)), len(content) - 1)] ^= change
+    damaged.write_bytes(content[: max(1, int(cut * len(content)))])
+    outcome(source)
+    try:
+        readers.survey(source)
+    except UserError:
+        pass
+    else:
+        readers.identity(source, readers.detect(source))
+
+
+def test_columns_of_the_wrong_type(folder: Path) -> None:
+    for column, values_ in (("image1", [1.5]), ("prompt", [7]), ("image1", [["a"]]), ("prompt", [None])):
+        row = {"prompt": ["x"], "image1": [png(0)], "image2": [png(1)]}
+        row |= {f"weighted_results_image{n}_preference": [0.5] for n in (1, 2)}
+        pq.write_table(pa.table({**row, column: values_}), folder / "b.parquet")
+        (item,) = read(folder / "b.parquet")
+        assert isinstance(item, Skipped), column
+    scores = {f"weighted_results_image{n}_preference": ["high"] for n in (1, 2)}
+    pq.write_table(pa.table({"prompt": ["x"], "image1": [png(0)], "image2": [png(1)], **scores}), folder / "b.parquet")
+    (item,) = read(folder / "b.parquet")
+    assert isinstance(item, Skipped) and "finite numbers, found 'high'" in item.reason
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "link.png", "sub/../../secret.png", "loop"])
+@pytest.mark.parametrize("kind", ["demo.jsonl", "pairs.csv", "train.json", "pairs.parquet", "a.tar"])
+def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "secret.png").write_bytes(png(0))
+    root = tmp_path / "data"
+    pictures(root)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "loop").symlink_to(root / "loop")
+    path = name.format(root=tmp_path)
+    source = root / kind
+    if kind == "demo.jsonl":
+        lines(source, [{"prompt": "x", "left": "0.png", "right": path, "vote": "left"}])
+    elif kind == "pairs.csv":
+        sheet(source, [{"prompt": "x", "chosen": "0.png", "rejected": path}])
+    elif kind == "train.json":
+        source.write_text(json.dumps([{"prompt": "x", "path1": "0.png", "path2": path}]))
+    elif kind == "pairs.parquet":
+        rejected = [{"bytes": None, "path": path}]
+        pq.write_table(pa.table({"prompt": ["x"], "chosen": ["0.png"], "rejected": rejected}), source)
+    else:  # a name in an archive leads nowhere: nothing is unpacked
+        key = path.removesuffix(".png")
+        shard(source, {f"{key}.chosen.png": png(0), f"{key}.rejected.png": png(1), f"{key}.txt": b"x"})
+        assert [item.candidates for item in read(source) if isinstance(item, Group)] == [(png(0), png(1))]
+        return
+    with pytest.raises(UserError, match=rf"{kind}, (line|row|entry) \d: .*(leads outside|not a usable path)"):
+        list(read(source))
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.csv", "votes.jsonl", "folders", "a.yaml"])
+def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
+    pictures(tmp_path)
+    long = "y" * 300
+    source = tmp_path / kind
+    row = {"prompt": "x", "chosen": "0.png", "rejected": f"{long}.png"}
+    if kind == "votes.jsonl":
+        lines(source, [{"prompt": "x", "left": "0.png", "right": long, "vote": "left"}])
+    elif kind == "a.jsonl":
+        lines(source, [row])
+    elif kind == "a.csv":
+        sheet(source, [row])
+    elif kind == "folders":
+        for side in ("chosen", "rejected"):
+            (source / side).mkdir(parents=True)
+            (source / side / f"{long[:250]}.png").write_bytes(png(0))  # the caption's would be too long
+    else:
+        source.write_text(f"path: {long}")
+    found = outcome(source)
+    if kind == "a.yaml":
+        assert "no such file or folder" in found
+    else:
+        (item,) = found
+        assert isinstance(item, Skipped) and ("no such picture" in item.reason or "no caption" in item.reason)
+        readers.identity(source, readers.detect(source))
+
+
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
+    """Row 1 of two, "\\xff"; Arrow's files do not check it."""
+    offsets, text = pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"ok\xff")
+    prompts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    rest = {"jpg_0": [png(0)] * 2, "jpg_1": [png(1)] * 2, "label_0": [1.0] * 2, "label_1": [0.0] * 2}
+    pairs = {"prompt": prompts, "chosen": [png(0)] * 2, "rejected": [png(1)] * 2}
+    for columns in ({"caption": prompts, **rest}, pairs):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+
+
+def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
+    """A nanosecond after 1970, in a column that names users."""
+    users = pa.array([1], pa.timestamp("ns"))
+    row = {"prompt": ["x"], "chosen": [png(0)], "rejected": [png(1)]}
+    pq.write_table(pa.table({**row, "user": users}), tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+
+
+def test_columns_of_the_same_name_in_parquet(tmp_path: Path) -> None:
+    arrays = [pa.array(["x"]), pa.array(["y"]), pa.array([png(0)]), pa.array([png(1)])]
+    pq.write_table(pa.Table.from_arrays(arrays, ["prompt", "prompt", "chosen", "rejected"]), tmp_path / "a.parquet")
+    assert "two columns of the same name" in outcome(tmp_path / "a.parquet")
+
+
+def test_a_folder_named_like_a_file(tmp_path: Path) -> None:
+    formats.pickapic(tmp_path)
+    (tmp_path / "all.parquet").mkdir()
+    (tmp_path / "train.parquet").rename(tmp_path / "all.parquet" / "part-0.parquet")
+    assert [type(item).__name__ for item in outcome(tmp_path)] == ["Group", "Group"]
+
+
+def test_a_source_file_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("[" * 3000)
+    assert "not valid YAML" in outcome(tmp_path / "a.yaml")
+
+
+def test_a_shard_that_is_a_loop(tmp_path: Path) -> None:
+    formats.ranked_webdataset(tmp_path)
+    (tmp_path / "000001.tar").unlink()
+    (tmp_path / "000001.tar").symlink_to(tmp_path / "000001.tar")
+    (tmp_path / "up").symlink_to(tmp_path)
+    assert "000001.tar: cannot be read as a tar file" in outcome(tmp_path)
+
+
+def test_a_duplicate_id_keeps_the_first(folder: Path) -> None:
+    rows = [{"id": "a", "prompt": f"x{n}", "chosen": "0.png", "rejected": "1.png"} for n in range(3)]
+    found = list(read(sheet(folder / "c.csv", rows)))
+    assert [(type(item).__name__, item.id) for item in found] == [("Group", "a"), ("Skipped", "a"), ("Skipped", "a")]
+
+
+def test_a_bomb_of_a_picture_is_refused() -> None:
+    """40,000 x 40,000 pixels of one colour in some kilobytes: 1.6 billion pixels, of which none is unpacked."""
+    side = 40_000
+    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel
+    content = zlib.compress(bytes(100_000))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    assert len(bomb) < 1000
+    with pytest.raises(ImageError, match="pixels"):
+        decode(bomb)

@@ -1,0 +1,396 @@
+"""The latent cache: what goes in comes out, whatever is skipped, and whenever it is killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipelines import PipelineError
+from t2i_align.data import cache, latents, shards
+from t2i_align.data.cache import CachedGroups, open_cache, prepare
+from t2i_align.data.readers import read, survey
+from t2i_align.data.schema import Group
+from t2i_align.data.shards import Limit
+from t2i_align.errors import UserError
+from tests.data.test_examples import (
+    StandIn,
+    colour,
+    contents,
+    jpeg,
+    pick_rows,
+    write_jsonl,
+    write_parquet,
+    write_pictures,
+)
+
+PARTS = {"source": "abc", "height": 8}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MAX_ROWS_PER_SHARD", 4)
+
+
+def make(source: Path, out: Path, pipeline: StandIn | None = None, batch_size: int = 3, **options: Any) -> CachedGroups:
+    options = {"fingerprint": PARTS, "progress": False, **options}
+    prepare(read(source), pipeline or StandIn(), out, height=8, width=8, batch_size=batch_size, **options)
+    return open_cache(out)
+
+
+def pictures(groups: CachedGroups) -> dict[str, list[tuple[int, ...]]]:
+    """The colours of each group's candidates, read back from its latents."""
+    return {
+        groups.group(number)[0].ids[groups.group(number)[1]].as_py(): [
+            tuple(int(value) for value in np.round(latents.mean((1, 2)).astype(float) * 255))
+            for latents in groups.latents(number)
+        ]
+        for number in range(len(groups))
+    }
+
+
+def assert_paired(groups: CachedGroups, rows: list[int]) -> None:
+    """Exactly these rows of `pick_rows`, each with its own two pictures, the preferred first."""
+    found = pictures(groups)
+    assert list(found) == [str(1000 + row) for row in rows]
+    for row in rows:
+        expected = [colour(2 * row), colour(2 * row + 1)]
+        assert np.abs(np.array(found[str(1000 + row)]) - np.array(expected)).max() <= 3, row
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_what_goes_in_comes_out(tmp_path: Path, batch_size: int) -> None:
+    pipeline = StandIn()
+    groups = make(write_parquet(tmp_path / "a.parquet", pick_rows(10)), tmp_path / "out", pipeline, batch_size)
+    assert_paired(groups, list(range(10)))
+    assert sorted(pipeline.prompts) == sorted(["", *(f"caption {n}" for n in range(5))])  # each of them once
+    item = groups.fetch([(2, 7), (0, 1)])
+    assert item.keys == ("2/1007", "0/1001")
+    batch = groups.to_batch(item, torch.device("cpu"))
+    assert batch.latents.shape == (2, 2, 3, 4, 4) and batch.latents.dtype == torch.float32
+    assert batch.scores.tolist() == [[1.0, 0.0]] * 2
+    expected = StandIn().encode_prompts(["caption 2", "caption 1"])
+    assert torch.equal(batch.conditioning["embeds"], expected["embeds"])
+    assert torch.equal(batch.conditioning["mask"], expected["mask"])  # stays bool
+    empty = groups.empty_conditioning(torch.device("cpu"))
+    assert all(torch.equal(empty[name], tensor) for name, tensor in StandIn().encode_prompts([""]).items())
+    assert groups.manifest["counts"] == {
+        "groups": 10, "skipped": 0, "ties": 0, "prompts": 6, "candidates": {"2": 10},
+        "columns": {"scores": 0, "captions": 0, "negative_caption": 0, "user": 10},
+    }  # fmt: skip
+
+
+@given(bad=st.sets(st.tuples(st.integers(0, 10), st.sampled_from(["jpg_0", "jpg_1"])), max_size=14))
+@settings(max_examples=25, deadline=None)
+def test_a_bad_picture_never_mispairs_its_neighbours(
+    tmp_path_factory: pytest.TempPathFactory, bad: set[tuple[int, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("bad")
+    rows = pick_rows(12)  # row 11 stays good
+    for row, name in bad:
+        rows[name][row] = rows[name][row][: len(rows[name][row]) // 2]
+    groups = make(write_parquet(folder / "a.parquet", rows), folder / "out")
+    skipped = [json.loads(line) for line in (folder / "out" / "skipped.jsonl").read_text().splitlines()]
+    lost = sorted({row for row, _ in bad})
+    assert_paired(groups, [row for row in range(12) if row not in lost])
+    assert [row["id"] for row in skipped] == [str(1000 + row) for row in lost]
+    assert all("cannot be decoded" in row["reason"] and "a.parquet, row" in row["origin"] for row in skipped)
+    assert groups.manifest["counts"]["skipped"] == len(lost)
+
+
+def test_pictures_are_decoded_while_those_before_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pairs, four pictures at once: each encoder but the last waits until one of the next is there."""
+    loaded: list[Any] = []
+    genuine = latents.load
+    monkeypatch.setattr(latents, "load", lambda *args: loaded.append(genuine(*args)) or loaded[-1])
+
+    class Waiting(StandIn):
+        def encode_pixels(self, pixels: Tensor) -> Tensor:
+            encoded = super().encode_pixels(pixels)
+            deadline = time.monotonic() + 20
+            while len(loaded) < min(self.pictures, 16) and len(pixels) > 1:  # the first was a blank one
+                assert time.monotonic() < deadline, "nothing is decoded meanwhile"
+                time.sleep(0.001)
+            return encoded
+
+    monkeypatch.setattr(cache, "MAX_ROWS_PER_SHARD", 8)
+    groups = make(write_parquet(tmp_path / "a.parquet", pick_rows(8)), tmp_path / "out", Waiting(), batch_size=4)
+    assert_paired(groups, list(range(8)))
+
+
+@pytest.mark.parametrize("after", [1, 5, 8, 9, 14, 23, 24])
+def test_an_interrupted_prepare_continues_to_the_same_cache(tmp_path: Path, after: int) -> None:
+    rows = pick_rows(12)
+    rows["jpg_0"][5] = b"damaged"
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    make(source, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="stopped in the middle"):
+        make(source, tmp_path / "out", StandIn(fail_after=after - 1))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    if (tmp_path / "out").exists():
+        with pytest.raises(UserError, match="unfinished"):
+            open_cache(tmp_path / "out")
+    complete = len(list((tmp_path / "out").glob("shard-?????")))
+    pipeline = StandIn()
+    make(source, tmp_path / "out", pipeline)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert pipeline.pictures <= 1 + 2 * (12 - 4 * complete)  # complete shards are not encoded again
+
+
+def test_kill_nine_continues_to_the_same_cache(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(40))
+    make(source, tmp_path / "whole")
+    script = (
+        "import sys; from pathlib import Path; from tests.data.test_examples import StandIn\n"
+        "from t2i_align.data import cache, readers\n"
+        "cache.MAX_ROWS_PER_SHARD = 4; source, out = map(Path, sys.argv[1:])\n"
+        "cache.prepare(readers.read(source), StandIn(delay=0.03), out, fingerprint={'source': 'abc', 'height': 8},\n"
+        "              height=8, width=8, batch_size=3, progress=False)\n"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", script, str(source), str(out)], cwd=Path(__file__).parents[1])
+    try:
+        while not (out / "shard-00003").exists():
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (out / "manifest.json").exists()
+    make(source, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_left_overs_are_not_taken_for_shards(tmp_path: Path) -> None:
+    """A half-written shard, and shards after one that is gone, are written again."""
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(12))
+    make(source, tmp_path / "whole")
+    out = tmp_path / "out"
+    make(source, out)
+    (out / "manifest.json").unlink()
+    shutil.rmtree(out / "shard-00001")
+    (out / "shard-00001.tmp").mkdir()
+    (out / "shard-00001.tmp" / "groups.arrow").write_bytes(b"half")
+    make(source, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_finished_cache_is_reused_and_another_refused(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(3))
+    make(source, tmp_path / "out")
+    pipeline = StandIn()
+    make(source, tmp_path / "out", pipeline)
+    assert pipeline.pictures == 1  # the blank one that tells the latents' shape
+    with pytest.raises(UserError, match="height: this folder has 8, this run wants 16"):
+        make(source, tmp_path / "out", fingerprint={**PARTS, "height": 16})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        make(source, tmp_path / "full")
+
+
+def test_a_kill_inside_the_first_write_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fingerprint.json.tmp").write_text('{"sour')
+    assert_paired(make(source, tmp_path / "out"), [0, 1, 2])
+
+
+def test_names_that_are_not_unicode_are_skipped_and_written_down(tmp_path: Path) -> None:
+    """A file system's names are bytes, and JSON can escape half a surrogate pair; neither can be an id."""
+    name = os.fsdecode(b"caf\xe9")
+    for folder in ("chosen", "rejected"):
+        write_pictures(tmp_path / "pairs" / folder, ["fox.jpg", f"{name}.jpg"])
+    for stem in ("fox", name):
+        (tmp_path / "pairs" / "chosen" / f"{stem}.txt").write_text("a caption")
+    pair = {"prompt": "x", "chosen": "chosen/fox.jpg", "rejected": "rejected/fox.jpg"}
+    lines = write_jsonl(tmp_path / "pairs" / "d.jsonl", [{**pair, "id": "\ud800"}, {**pair, "id": "fine"}])
+    for source, kept, lost in ((tmp_path / "pairs", "fox", name), (lines, "fine", "\ud800")):
+        out = tmp_path / f"out of {source.name}"
+        assert list(pictures(make(source, out, fingerprint={"source": os.fsdecode(b"\xff")}))) == [kept]
+        skipped = json.loads((out / "skipped.jsonl").read_text())
+        assert skipped["id"] == lost and "not valid Unicode" in skipped["reason"]
+
+
+class NotFinite(StandIn):
+    """Overflows half precision for picture 4 and for one prompt."""
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        latents = super().encode_pixels(pixels)
+        for row, picture in enumerate(pixels):
+            if abs(picture[0].mean() * 255 - colour(4)[0]) < 3:
+                latents[row, 0, 0, 0] = 1e6
+        return latents
+
+    def encode_prompts(self, prompts: Any) -> dict[str, Tensor]:
+        encoded = super().encode_prompts(prompts)
+        for row, prompt in enumerate(prompts):
+            if prompt == "caption 1":
+                encoded["embeds"][row] = float("nan")
+        return encoded
+
+
+def test_what_half_precision_cannot_hold_is_skipped(tmp_path: Path) -> None:
+    groups = make(write_parquet(tmp_path / "a.parquet", pick_rows(7)), tmp_path / "out", NotFinite())
+    assert_paired(groups, [0, 3, 4, 5])
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert ["embedding" in reason for reason in reasons] == [True, False, True]
+    assert "latents are not finite" in reasons[1]
+
+
+def test_nothing_usable_leaves_nothing(tmp_path: Path) -> None:
+    rows = pick_rows(5)
+    rows["jpg_0"] = [b"x"] * 5
+    with pytest.raises(UserError, match=r"no usable group among 5 rows.*row 0: candidate.*known format"):
+        make(write_parquet(tmp_path / "a.parquet", rows), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_the_vae_cannot_take_is_found_first(tmp_path: Path) -> None:
+    def unread() -> Any:
+        yield pytest.fail("data was read")
+
+    with pytest.raises(PipelineError, match="7 x 8"):
+        prepare(unread(), StandIn(), tmp_path / "out", fingerprint=PARTS, height=7, width=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_space_is_checked_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 pairs of 3 x 4 x 4 halves and 6 prompts of 9 halves and 8 bytes: 10 * 2 * 96 + 6 * 26 = 2076 bytes."""
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(10))
+    for free, fits in ((2075, False), (2076, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
+        if fits:
+            make(source, tmp_path / "out", survey=survey(source))
+        else:
+            with pytest.raises(UserError, match=r"needs about 2\.027 KiB, but only 2\.026 KiB are free"):
+                make(source, tmp_path / "out", survey=survey(source))
+            assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_an_error_that_one_continues_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(12))
+    make(source, tmp_path / "whole")
+    written = []
+
+    def full(file: Path, table: Any) -> None:
+        written.append(file)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        genuine(file, table)
+
+    genuine = shards.write_table
+    monkeypatch.setattr(shards, "write_table", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        make(source, tmp_path / "out")
+    monkeypatch.setattr(shards, "write_table", genuine)
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_missing_and_cut_parts_are_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(write_parquet(tmp_path / "a.parquet", pick_rows(12)), out)
+    file = out / "shard-00001" / "groups.arrow"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"shard-00001/groups\.arrow: .* has \d+ bytes instead of \d+"):
+        open_cache(out)
+    file.unlink()
+    with pytest.raises(UserError, match=r"shard-00001/groups\.arrow: .* is missing"):
+        open_cache(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "layout": 99}))
+    with pytest.raises(UserError, match="prepared with layout 99"):
+        open_cache(out)
+    with pytest.raises(UserError, match="no prepared data"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [None, 9])
+def test_a_limit_counts_what_the_objective_can_use(tmp_path: Path, stop: int | None) -> None:
+    """Ties at rows 0 and 2, a bad picture at 3: five usable groups end with row 7, also after an interruption."""
+    rows = pick_rows(12)
+    for row in (0, 2):
+        rows["label_0"][row] = rows["label_1"][row] = 0.5
+    rows["jpg_0"][3] = b"x"
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    limit = Limit(groups=5, candidates=2, ties=False)
+    if stop is not None:
+        with pytest.raises(RuntimeError):
+            make(source, tmp_path / "out", StandIn(fail_after=stop), limit=limit)
+    groups = make(source, tmp_path / "out", limit=limit)
+    assert list(pictures(groups)) == [str(1000 + row) for row in (0, 1, 2, 4, 5, 6, 7)]
+
+
+def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
+    items = [
+        Group(id=f"g{k}", prompt="p", candidates=tuple(jpeg(n) for n in range(k)), scores=tuple(range(k, 0, -1)),
+              origin="here", captions=tuple("abc"[:k]), user="ü" if k == 2 else None)
+        for k in (3, 1, 2)
+    ]  # fmt: skip
+    prepare(items, StandIn(), tmp_path / "out", fingerprint=PARTS, height=8, width=8, progress=False)
+    groups = open_cache(tmp_path / "out")
+    assert groups.k.tolist() == [3, 1, 2]
+    assert [len(colours) for colours in pictures(groups).values()] == [3, 1, 2]
+    table = groups.shard(0).groups
+    assert table["captions"].to_pylist() == [["a", "b", "c"], ["a"], ["a", "b"]]
+    assert table["user"].to_pylist() == [None, None, "ü"]
+    assert table["scores"].to_pylist() == [[3, 2, 1], [1], [2, 1]]
+
+
+# Several processes --------------------------------------------------------------------------------------------------
+
+
+def test_several_writers_make_the_same_cache(tmp_path: Path) -> None:
+    """Each writes whole shards; a text is encoded by the one whose shard has it first. Locks part threads as well."""
+    rows = pick_rows(30)
+    rows["jpg_0"][5] = b"damaged"
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    make(source, tmp_path / "alone")
+    pipelines = [StandIn(delay=0.02) for _ in range(3)]
+    writers = [threading.Thread(target=make, args=(source, tmp_path / "shared", p)) for p in pipelines]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=120)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    assert sum(pipeline.pictures > 3 for pipeline in pipelines) > 1  # one picture is a trial of the size
+
+
+def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> None:
+    source, out = write_parquet(tmp_path / "a.parquet", pick_rows(14)), tmp_path / "out"
+    make(source, tmp_path / "alone")
+    (out / shards.LOCKS).mkdir(parents=True)
+    holds = threading.Event()
+
+    def write_and_stop() -> None:
+        with FileLock(out / shards.LOCKS / "1.lock"):
+            holds.set()
+            while not (out / "shard-00003").exists():
+                time.sleep(0.01)
+
+    other = threading.Thread(target=write_and_stop)
+    other.start()
+    holds.wait()
+    with pytest.raises(UserError, match="another process was stopped while it wrote shard-00001; run again"):
+        make(source, out)
+    assert (out / "shard-00002").is_dir() and not (out / "shard-00001").exists()
+    make(source, out)
+    assert contents(out) == contents(tmp_path / "alone")

@@ -1,0 +1,305 @@
+"""Every format comes to the same groups; columns, source files and splits do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from t2i_align.data import readers
+from t2i_align.data.media import decode
+from t2i_align.data.readers import read
+from t2i_align.data.schema import Group, Skipped
+from t2i_align.errors import UserError
+from tests import formats
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, lines, pictures, shard, sheet
+from tests.data.test_examples import colour
+
+
+def groups(path: Path, format: str = "auto") -> list[Group]:
+    return [item for item in read(path, format) if isinstance(item, Group)]
+
+
+def skips(path: Path, format: str = "auto") -> dict[str, str]:
+    return {item.id: item.reason for item in read(path, format) if isinstance(item, Skipped)}
+
+
+def seen(group: Group) -> list[int]:
+    """The numbers of a group's pictures, by their colours."""
+    known = {colour(number): number for number in range(6)}
+    return [known[decode(media).getpixel((0, 0))] for media in group.candidates]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_every_format_comes_to_the_same_pairs(tmp_path: Path, name: str) -> None:
+    """As made here and as kept under tests/data, recognised without being told its format."""
+    kept = formats.EXAMPLES / formats.write(tmp_path, name).relative_to(tmp_path)
+    for source in (kept, tmp_path / kept.relative_to(formats.EXAMPLES)):
+        found = groups(source)
+        assert {group.prompt: seen(group) for group in found} == {prompt: [won, lost] for prompt, won, lost in PAIRS}
+        assert all(group.scores[0] > group.scores[1] for group in found) and not skips(source)
+        survey = readers.survey(source)
+        assert (survey.rows, survey.candidates, survey.ties) == (2, {2: 2}, {})
+
+
+@pytest.mark.parametrize("name", OF_RANKINGS)
+def test_every_ranking_comes_to_the_same_groups(tmp_path: Path, name: str) -> None:
+    kept = formats.EXAMPLES / formats.write(tmp_path, name).relative_to(tmp_path)
+    for source in (kept, tmp_path / kept.relative_to(formats.EXAMPLES)):
+        found = {group.prompt: group for group in groups(source)}
+        assert {prompt: seen(group) for prompt, group in found.items()} == {prompt: of for prompt, of, _ in RANKINGS}
+        first, second = (found[prompt].scores for prompt, _, _ in RANKINGS)
+        assert first[0] > first[1] == first[2] and second[0] > second[1] > second[2]
+        assert readers.survey(source).candidates == {3: 2}
+
+
+def test_what_else_formats_say(tmp_path: Path) -> None:
+    """Captions, users and shares of votes; ranks are shares of the others that one beats.
+
+    In the first ranking the best beats both, (1 + 1) / 2, and each of the others half of the other, (0 + 1/2) / 2.
+    """
+    doubled = groups(formats.write(tmp_path, "double_caption"))
+    assert doubled[0].captions == (PAIRS[0][0], "a failure")
+    assert [group.user for group in groups(formats.write(tmp_path, "demo"))] == ["anna", "anna"]
+    votes = groups(formats.write(tmp_path, "vote_counts"))
+    assert votes[0].scores == (7 / 9, 2 / 9)
+    assert {group.scores for group in groups(formats.write(tmp_path, "hpdv2_test"))} == {
+        (1.0, 0.25, 0.25),
+        (1.0, 0.5, 0.0),
+    }
+
+
+def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
+    source = formats.write(tmp_path, "hpdv2_test")
+    described = tmp_path / "source.yaml"
+    described.write_text("path: hpdv2_test/test.json\npairs: all\nties: false\n")
+    found = groups(described)
+    assert source.exists() and [seen(group) for group in found] == [[0, 1], [0, 2], [5, 4], [5, 3], [4, 3]]
+    assert skips(described) == {"test.json:0#1-2": "a tie"}
+    described.write_text("path: hpdv2_test/test.json\npairs: best_worst\n")
+    assert [seen(group) for group in groups(described)] == [[0, 2], [5, 3]]
+
+
+def test_a_vote_names_its_winner(tmp_path: Path) -> None:
+    pictures(tmp_path / "p")
+    said = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
+    entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in said]
+    source = lines(tmp_path / "votes.jsonl", entries)
+    scores = {group.id: (seen(group)[0], group.scores[0]) for group in groups(source)}
+    expected = [(0, 1.0), (1, 1.0), (0, 0.5), (0, 1.0), (1, 1.0), (1, 1.0), None, None, (0, 0.5)]
+    assert scores == {f"votes.jsonl:{n}": want for n, want in enumerate(expected, 1) if want}
+    assert "'vote' must be left or right or 0 to 1 or tie, found 'p/5.png'" in skips(source)["votes.jsonl:7"]
+
+
+def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    row = {"prompt": "x", "images": '["0.png", "1.png"]', "scores": "[1, 2]"}
+    changed = [
+        ({}, ""),
+        ({"prompt": ""}, "no 'prompt'"),
+        ({"images": ""}, "1 candidates, but 2 scores"),
+        ({"images": "[0"}, "'images' is not a list"),
+        ({"images": '["0.png", "gone.png"]'}, "no such picture: gone.png"),
+        ({"images": '["0.png", 7]'}, "expected a picture or its path, found 7"),
+        ({"scores": "[1, NaN]"}, "scores must be finite numbers"),
+        ({"scores": '[1, "best"]'}, "scores must be finite numbers, found 'best'"),
+        ({"images": "[]", "scores": "[]"}, "no candidates"),
+    ]
+    source = sheet(tmp_path / "a.csv", [{**row, **change} for change, _ in changed])
+    with open(source, "a") as stream:
+        stream.write('only one field\n"and, one", [2], 3, 4\n')
+    reasons = skips(source)
+    for number, (_, reason) in enumerate(changed):
+        assert (f"a.csv:{number}" in reasons) == bool(reason) and reason in reasons.get(f"a.csv:{number}", "")
+    assert reasons["a.csv:9"] == "1 fields, but 3 columns" and reasons["a.csv:10"] == "4 fields, but 3 columns"
+
+
+def test_tables_that_are_broken(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    for content, expected in (
+        (b"", "the file is empty"),
+        (b"prompt,chosen,chosen\n", "two columns of the same name"),
+        (b"prompt,chosen,rejected\n", "no rows in it"),
+        (b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8 text"),
+        (b'prompt,chosen,rejected\n"x,0.png,1.png\n', "not valid CSV"),
+        (b"text,left,right\nx,0.png,1.png\n", r"no reader recognises .* Its columns: text, left, right; a source file"),
+        (b"prompt,chosen,rejected\nx,0.png,../1.png\n", "leads outside"),
+    ):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(UserError, match=expected):
+            list(read(tmp_path / "a.csv"))
+
+
+def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    rows = [
+        {"prompt": "x", "image_path": "0.png", "rank": 1, "prompt_id": "a"},
+        {"prompt": "x", "image_path": "1.png", "rank": 2, "prompt_id": "b"},
+        {"prompt": "y", "image_path": "2.png", "rank": 2, "prompt_id": "a"},
+        {"prompt": "x", "image_path": "3.png", "rank": 1, "prompt_id": None},
+        {"prompt": "x", "image_path": "4.png", "rank": 1, "prompt_id": "b"},
+    ]
+    source = lines(tmp_path / "a.jsonl", rows)
+    assert [(group.id, seen(group), group.scores) for group in groups(source)] == [("b", [4, 1], (1.0, 0.0))]
+    assert skips(source) == {"a.jsonl:4": "no 'prompt_id'", "a": "its 2 rows have different prompts"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("path: gone.csv", "no such file or folder"),
+        ("format: auto", "missing key"),
+        ("path: a.csv\ncolour: red", "unknown key .*'colour'"),
+        ("path: a.csv\ncolumns: {candidates: [left, right]}", "exactly one of .* found none"),
+        ("path: a.csv\ncolumns: {candidates: x, scores: s, ranks: r}", "exactly one of .* found scores, ranks"),
+        ("path: a.csv\ncolumns: {candidates: [left, right], scores: [s]}", "scores names 1 columns"),
+        (
+            "path: a.csv\ncolumns: {candidates: [left, right], winner: won, prompt: text}",
+            r"'won' is missing. Columns found: text",
+        ),
+        ("path: a.csv\npart: {of: train, held_out: 2}", "between 0 and 1"),
+        ("path: s.yaml", "a source file itself"),
+        ("{", "not valid YAML"),
+        ("path: hub:nobody", "expected hub:owner/name"),
+    ],
+)
+def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -> None:
+    sheet(tmp_path / "a.csv", [{"text": "x", "left": "0.png", "right": "1.png"}])
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=expected):
+        list(read(tmp_path / "s.yaml"))
+
+
+def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
+    source = formats.write(tmp_path, "vote_counts")
+    seen = {readers.identity(source, "described")}
+    for file in (source, tmp_path / "vote_counts" / "votes.tsv", tmp_path / "vote_counts" / "p" / "1.png"):
+        file.write_bytes(file.read_bytes() + b"\n")
+        seen.add(readers.identity(source, "described"))
+    assert len(seen) == 4
+
+
+# Shards -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_is_missing_is_written_down(tmp_path: Path) -> None:
+    for number in (1, 4):  # the sixth may not have been written yet, the others are known to be
+        formats.pickapic(tmp_path).rename(tmp_path / f"train-{number:05d}-of-00006.parquet")
+    found = [item.id if isinstance(item, Skipped) else "" for item in read(tmp_path)]
+    names = [f"train-{number:05d}-of-00006.parquet" for number in (0, 2, 3)]
+    assert found[0] == names[0] and found[3:5] == names[1:]
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in ("000003", "000005"):
+        formats.webdataset_roles(tars).rename(tars / f"{name}.tar")
+    assert list(skips(tars)) == ["000004.tar"]
+
+
+def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
+    png = formats.png(0)
+    good = {"chosen.png": png, "rejected.png": png, "txt": b"x"}
+    bad = {
+        "b": ({"json": b"{"}, "not valid JSON"),
+        "c": ({"txt": b"\xff"}, "not UTF-8"),
+        "d": ({"json": b"[1]"}, "must hold an object"),
+        "e": ({"rejected.png": b""}, "a picture is missing"),
+        "f": ({"txt": b" "}, "no 'prompt'"),
+    }
+    members = {f"a.{name}": content for name, content in good.items()}
+    for key, (change, _) in bad.items():
+        members |= {f"{key}.{name}": content for name, content in {**good, **change}.items()}
+    source = shard(tmp_path / "a.tar", members)
+    assert [group.id for group in groups(source)] == ["a.tar:a"]
+    reasons = skips(source)
+    for key, (_, reason) in bad.items():
+        assert reason in reasons[f"a.tar:{key}"]
+    whole = source.read_bytes()
+    for length in (1536, 3000, 4096):  # between two members, within one, and at a boundary again
+        source.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.tar: cannot be read as a tar file after sample"):
+            list(read(source))
+    source.write_bytes(b"no tar")
+    with pytest.raises(UserError, match="cannot be read as a tar file"):
+        list(read(source))
+
+
+def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
+    for side in ("chosen", "rejected"):
+        pictures(tmp_path / side / "running", 2)
+        (tmp_path / side / "jumping.mp4").write_bytes(b"a clip")
+        for name in ("running", "jumping"):
+            (tmp_path / side / f"{name}.txt").write_text(name)
+    (tmp_path / "chosen" / "empty").mkdir()
+    found = {group.prompt: group for group in groups(tmp_path)}
+    assert found["running"].candidates == (tmp_path / "chosen" / "running", tmp_path / "rejected" / "running")
+    assert found["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
+    assert skips(tmp_path)["chosen/empty"].startswith("a folder without frames")
+    entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
+    source = lines(tmp_path / "clips.jsonl", [entry])
+    assert groups(source)[0].candidates[0] == tmp_path / "chosen" / "running"
+    before = readers.identity(source, "jsonl")
+    (tmp_path / "chosen" / "running" / "1.png").write_bytes(b"another frame")
+    assert readers.identity(source, "jsonl") != before
+
+
+def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+    (tmp_path / "mine.py").write_text(
+        "from t2i_align.data.readers import register\n"
+        "from t2i_align.data.schema import Group\n"
+        "@register('lines')\n"
+        "def read(path):\n"
+        "    for n, text in enumerate(path.read_text().splitlines()):\n"
+        "        yield Group(id=str(n), prompt=text, candidates=(b'a', b'b'), scores=(0.0, 1.0), origin=str(n))\n"
+    )
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    found = groups(tmp_path / "a.txt", f"{tmp_path}/mine.py:lines")
+    assert [(group.prompt, group.candidates) for group in found] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
+    with pytest.raises(UserError, match="no such file with a format"):
+        read(tmp_path / "a.txt", f"{tmp_path}/gone.py:lines")
+
+
+# Splits -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
+    """Prompts that differ in case and spaces only are one; the other part of a pair's rows is in the other file."""
+    pictures(tmp_path)
+    entries = [
+        {"prompt": text, "chosen": "0.png", "rejected": "1.png", "user": n % 7}
+        for n in range(60)
+        for text in (f"A fox  {n % 30}", f"a fox {n % 30} ")
+    ]
+    lines(tmp_path / "d.jsonl", entries)
+    parts = {}
+    for of in ("train", "held_out"):
+        (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.3}}\n")
+        parts[of] = groups(tmp_path / f"{of}.yaml")
+    assert sorted(group.id for part in parts.values() for group in part) == sorted(
+        group.id for group in groups(tmp_path / "d.jsonl")
+    )
+    texts = [{" ".join(group.prompt.lower().split()) for group in part} for part in parts.values()]
+    assert not texts[0] & texts[1] and 3 <= len(texts[1]) <= 16 and len(texts[0] | texts[1]) == 30
+    # More data and another order leave each prompt where it was.
+    more = [{"prompt": f"new {n}", "chosen": "0.png", "rejected": "1.png"} for n in range(20)]
+    lines(tmp_path / "d.jsonl", more + entries[::-1])
+    again = {" ".join(group.prompt.lower().split()) for group in groups(tmp_path / "held_out.yaml")}
+    assert {text for text in again if text.startswith("a fox")} == texts[1]
+
+
+def test_by_prompt_and_user_nothing_is_shared(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    entries = [
+        {"prompt": f"fox {n % 12}", "chosen": "0.png", "rejected": "1.png", "user": n // 12, "id": str(n)}
+        for n in range(144)
+    ]
+    lines(tmp_path / "d.jsonl", entries)
+    parts, neither = {}, {}
+    for of in ("train", "held_out"):
+        (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.4, by: [prompt, user]}}\n")
+        parts[of], neither[of] = groups(tmp_path / f"{of}.yaml"), skips(tmp_path / f"{of}.yaml")
+    assert parts["train"] and parts["held_out"] and neither["train"] == neither["held_out"]
+    for what in ("prompt", "user"):
+        assert not {getattr(g, what) for g in parts["train"]} & {getattr(g, what) for g in parts["held_out"]}
+    assert sum(map(len, parts.values())) + len(neither["train"]) == 144
+    assert set(neither["train"].values()) == {"its prompt and its user are on two sides of the split"}

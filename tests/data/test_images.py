@@ -1,0 +1,131 @@
+"""Pictures: decoded whole or refused with a reason; upright, RGB, the size that is wanted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from t2i_align.data import images
+from t2i_align.data.media import ImageError, decode, to_pixels
+from tests.data.test_examples import noise_jpeg
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def test_exif_orientation_is_applied() -> None:
+    """Orientation 6: the stored picture must be turned by 90 degrees clockwise, so its left edge becomes the top."""
+    stored = Image.new("RGB", (4, 2), "black")
+    stored.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = decode(encoded(stored, exif=exif))
+    assert upright.size == (2, 4)
+    assert upright.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_transparency_is_laid_on_white() -> None:
+    half = Image.new("RGBA", (1, 1), (200, 0, 0, 128))
+    # 200 * 128/255 + 255 * 127/255 = 227.4, 0 + 127 = 127
+    assert np.allclose(decode(encoded(half)).getpixel((0, 0)), (227, 127, 127), atol=1)
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([10, 20, 30])
+    assert decode(encoded(palette)).getpixel((0, 0)) == (10, 20, 30)
+    assert decode(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    grey = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
+    picture = decode(encoded(grey))
+    assert [picture.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+
+
+def test_cmyk_and_grey_become_rgb() -> None:
+    assert decode(encoded(Image.new("CMYK", (2, 2), (0, 0, 0, 255)), "JPEG")).getpixel((0, 0)) == (0, 0, 0)
+    assert decode(encoded(Image.new("L", (2, 2), 77))).getpixel((0, 0)) == (77, 77, 77)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"not a picture at all", "known format"),
+        (noise_jpeg(0)[:-200], "cannot be decoded"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "known format"),
+        (encoded(Image.new("F", (2, 2)), "TIFF"), "no known range"),
+        (
+            encoded(Image.new("L", (2, 2)), "GIF", save_all=True, append_images=[Image.new("L", (2, 2), 9)]),
+            "2 frames",
+        ),
+    ],
+)
+def test_what_cannot_be_used_has_a_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason):
+        decode(content)
+
+
+def test_bombs_are_refused_before_they_unpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    picture = encoded(Image.new("RGB", (10, 10)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was unpacked"))
+    with pytest.raises(ImageError, match="10 x 10 is more than 99 pixels"):
+        decode(picture)
+
+
+def test_pillows_own_bomb_check_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # 100 is more, but not twice: Pillow would only warn
+    with pytest.raises(ImageError, match="pixels"):
+        decode(encoded(Image.new("RGB", (10, 10))))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"no such file: .*gone\.png"):
+        decode(tmp_path / "gone.png")
+
+
+@given(cut=st.integers(0, 2000), flips=st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 255)), max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_damage_gives_a_picture_or_an_image_error(cut: int, flips: list[tuple[int, int]]) -> None:
+    damaged = bytearray(noise_jpeg(1))
+    for place, mask in flips:
+        damaged[place % len(damaged)] ^= mask
+    try:
+        assert decode(bytes(damaged[: max(0, len(damaged) - cut)])).mode == "RGB"
+    except ImageError as error:
+        assert str(error)
+
+
+def test_the_right_size_is_not_resampled() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8))
+    pixels = to_pixels(picture, 6, 4)
+    assert pixels.dtype == torch.float32
+    assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def test_the_crop_is_central() -> None:
+    """A 12 x 4 picture of three squares keeps its middle one at any size."""
+    row = np.repeat(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8), 4, axis=0)
+    picture = Image.fromarray(np.broadcast_to(row, (4, 12, 3)).copy())
+    for side in (4, 2, 8):
+        centre = to_pixels(picture, side, side)[:, side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1]
+        assert torch.allclose(
+            centre, torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1).expand(3, 2, 2), atol=0.1
+        )  # Lanczos reaches over
+
+
+@given(width=st.integers(1, 50), height=st.integers(1, 50), to=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+@settings(max_examples=60, deadline=None)
+def test_any_size_fits(width: int, height: int, to: tuple[int, int]) -> None:
+    pixels = to_pixels(Image.new("RGB", (width, height), (51, 102, 204)), *to)
+    assert pixels.shape == (3, *to)
+    assert torch.allclose(pixels, torch.tensor([0.2, 0.4, 0.8]).view(3, 1, 1).expand_as(pixels), atol=1e-6)

@@ -1,0 +1,309 @@
+"""Seed-paired evaluation on tiny genuine models: pairing, LoRA, files, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pipelines
+from reward_scorers import Scorer, ScorerError
+from t2i_align.errors import UserError
+from t2i_align.evaluation import compare as module
+from t2i_align.evaluation.compare import evaluate
+from t2i_align.evaluation.report import choose, verdict
+from t2i_align.inference.generate import generate
+from tests.tiny import tiny_sd
+
+PROMPTS = ["cat", "dog", "<script>alert(1)</script>", "a & b", "sun"]
+FAST = {"steps": 2, "guidance": 2.0, "progress": False}
+NUMBERS = ("win_rate", "win_rate_ci", "mean_before", "mean_after", "mean_change", "mean_change_ci")
+
+
+class Red(Scorer):
+    """Mean red; parts: green, and blue for prompts without "a" only."""
+
+    name = "red"
+    version = "7"
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return pixels[:, 0].mean((1, 2))
+
+    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        blue = pixels[:, 2].mean((1, 2))
+        silent = torch.tensor(["a" in prompt for prompt in prompts])
+        return self._score(pixels, prompts), {
+            "green": pixels[:, 1].mean((1, 2)),
+            "blue": blue.masked_fill(silent, math.nan),
+        }
+
+
+@pytest.fixture(scope="module")
+def lora(sd_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training run with a LoRA that changes every picture."""
+    pipeline = pipelines.load(sd_path)
+    pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
+    torch.manual_seed(0)
+    for parameter in pipeline.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=1.0)
+    run = tmp_path_factory.mktemp("run")
+    pipeline.save_lora(run / "lora")
+    return run
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+def samples(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_a_model_against_itself_ties_everywhere(sd_path: Path, tmp_path: Path) -> None:
+    result = evaluate(base=sd_path, aligned=sd_path, prompts=PROMPTS, scorers=[Red()], out=tmp_path, **FAST)
+    assert result.win_rate == 0.5 and result.win_rate_ci == (0.5, 0.5)
+    assert (result.headline.total.tied, result.headline.total.mean_change) == (5, 0.0)
+    assert all(part.win_rate == 0.5 for part in result.headline.parts.values())
+
+
+def test_files_hold_the_numbers_and_prompts_cannot_inject(sd_path: Path, other: Path, tmp_path: Path) -> None:
+    result = evaluate(
+        base=sd_path, aligned=other, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "new", seeds_per_prompt=2, **FAST
+    )
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
+    found = json.loads((tmp_path / "new" / "result.json").read_text())
+    for prefix in ("", "green_", "blue_"):
+        assert {prefix + key for key in NUMBERS} <= found.keys()
+    assert found["win_rate"] == result.win_rate and tuple(found["win_rate_ci"]) == result.win_rate_ci
+    assert (found["prompts"], found["samples"], found["seeds_per_prompt"], len(set(found["seeds"]))) == (5, 10, 2, 10)
+    assert (found["ties"], found["tie_margin"], found["steps"], found["aligned_kind"]) == ("half", 0.0, 2, "model")
+    assert found["scorers"]["red"]["version"] == "7"
+    assert found["scorers"]["red"]["parts"]["blue"]["n"] == 4  # "dog" and "sun", two seeds each
+    lines = samples(tmp_path / "new")
+    change = np.mean([line["scores"]["red"]["after"] - line["scores"]["red"]["before"] for line in lines])
+    assert change == pytest.approx(found["mean_change"]) and change != 0
+    assert lines[0]["scores"]["red"]["parts"]["blue"] == [None, None]
+
+    html = (tmp_path / "new" / "report.html").read_text()
+    assert "<script" not in html and "&lt;script&gt;alert(1)" in html and "a &amp; b" in html
+    assert not any(word in html for word in ("http:", "https:", "@import", "url(", "<link"))
+    assert html.count("data:image/png;base64,") >= 2 * 10
+    assert "pixelated" in html
+
+
+def test_samples_do_not_depend_on_the_batch_size(sd_path: Path, other: Path, tmp_path: Path) -> None:
+    for size in (1, 4):
+        evaluate(
+            base=sd_path,
+            aligned=other,
+            prompts=["cat"] * 5,
+            scorers=[Red()],
+            out=tmp_path / str(size),
+            batch_size=size,
+            **FAST,
+        )
+    for one, four in zip(samples(tmp_path / "1"), samples(tmp_path / "4"), strict=True):
+        assert one["seed"] == four["seed"]
+        for side in ("before", "after"):
+            # Sums in another order may move a pixel by one level of 255.
+            assert one["scores"]["red"][side] == pytest.approx(four["scores"]["red"][side], abs=1e-4)
+    spread = [line["scores"]["red"]["before"] for line in samples(tmp_path / "1")]
+    assert np.std(spread) > 1e-3  # of one prompt, another seed is another picture
+
+
+def test_a_runs_lora_is_found_applied_and_taken_off_again(sd_path: Path, lora: Path, tmp_path: Path) -> None:
+    base = pipelines.load(sd_path)
+    by_folder = evaluate(base=base, aligned=lora, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "a", **FAST)
+    file = lora / "lora" / "pytorch_lora_weights.safetensors"
+    by_file = evaluate(base=base, aligned=file, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "b", **FAST)
+    assert by_folder.headline == by_file.headline  # so the first left the loaded base as it was
+    assert by_folder.settings["aligned_kind"] == "lora" and by_folder.settings["adapter_sha256"]
+    assert by_folder.headline.total.mean_change != 0
+    assert by_folder.settings["base"] == str(sd_path)
+    plain = pipelines.load(sd_path)
+    seeds = by_folder.settings["seeds"]
+    before = Red().score(plain.generate(PROMPTS, seeds, steps=2, guidance=2.0), PROMPTS)
+    plain.load_lora(file)
+    after = Red().score(plain.generate(PROMPTS, seeds, steps=2, guidance=2.0), PROMPTS)
+    for line, low, high in zip(samples(tmp_path / "a"), before, after, strict=True):
+        assert line["scores"]["red"]["before"] == pytest.approx(low.item(), abs=2e-3)  # rounding to 8 bits
+        assert line["scores"]["red"]["after"] == pytest.approx(high.item(), abs=2e-3)
+
+
+def test_a_loaded_base_against_another_model_keeps_its_name(sd_path: Path, other: Path, tmp_path: Path) -> None:
+    base = pipelines.load(sd_path)
+    result = evaluate(base=base, aligned=other, prompts=PROMPTS, scorers=[Red()], out=tmp_path, **FAST)
+    assert (result.settings["base"], result.settings["aligned"]) == (str(sd_path), str(other))
+
+
+def test_margins_by_scorer(sd_path: Path, other: Path, tmp_path: Path) -> None:
+    class Blue(Red):
+        name = "blue"
+        tie_margin = 2.0
+
+    both = [Red(), Blue()]
+    options = {"base": sd_path, "aligned": other, "prompts": PROMPTS, "scorers": both, "out": tmp_path, **FAST}
+    own = evaluate(**options).scorers
+    assert (own["red"].total.tied, own["blue"].total.tied) == (0, 5)
+    given = evaluate(**options, tie_margin={"red": 1.0}, ties="drop", force=True).scorers
+    assert given["red"].total.tied == 5 and math.isnan(given["red"].total.win_rate)
+    assert json.loads((tmp_path / "result.json").read_text())["win_rate"] is None
+
+
+def test_only_an_evaluation_is_replaced_and_only_when_forced(
+    sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"base": sd_path, "aligned": sd_path, "scorers": [Red()], **FAST}
+    listing = generate(sd_path, ["cat"], tmp_path / "pictures", **FAST)
+    before = listing.read_bytes()
+    for force in (False, True):
+        with pytest.raises(UserError, match="not empty, and holds no evaluation"):
+            evaluate(prompts=["cat"], out=tmp_path / "pictures", force=force, **options)
+    assert listing.read_bytes() == before
+
+    out = tmp_path / "out"
+    (out / f"{module.TEMPORARY}x").mkdir(parents=True)  # an evaluation was killed here
+    evaluate(prompts=["cat"], out=out, **options)
+    assert not list(out.glob(f"{module.TEMPORARY}*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
+        with pytest.raises(UserError, match=r"holds an evaluation; .*--force"):
+            evaluate(prompts=["cat"], out=out, **options)
+    evaluate(prompts=["cat", "dog"], out=out, force=True, **options)
+    assert [line["prompt"] for line in samples(out)] == ["cat", "dog"]
+    generate(sd_path, ["cat"], out, force=True, **FAST)
+    assert len(samples(out)) == 2
+
+
+def test_the_base_is_loaded_as_the_training_run_had_it(
+    sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(lora, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_text(json.dumps({"model": {"path": str(sd_path), "revision": "r1"}}))
+    load, seen = pipelines.load, []
+
+    def recorded(path: str, **options: Any) -> pipelines.TrainablePipeline:
+        seen.append(options["revision"])
+        return load(path)
+
+    monkeypatch.setattr(pipelines, "load", recorded)
+    cases = [({}, "r1"), ({"base": sd_path}, "r1"), ({"revision": "r2"}, "r2")]
+    for number, (change, revision) in enumerate(cases):
+        out = tmp_path / str(number)
+        result = evaluate(aligned=tmp_path / "run", prompts=["cat"], scorers=[Red()], out=out, **change, **FAST)
+        assert (result.settings["base"], result.settings["revision"], seen[-1]) == (str(sd_path), revision, revision)
+        assert f"revision {revision}" in (out / "report.html").read_text()
+
+
+def test_further_settings_are_written_and_reported(sd_path: Path, tmp_path: Path) -> None:
+    settings = {"aligned": "another name", "training_steps": 7}
+    evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Red()], out=tmp_path, settings=settings, **FAST)
+    assert settings.items() <= json.loads((tmp_path / "result.json").read_text()).items()
+    assert "another name" in (tmp_path / "report.html").read_text()
+
+
+def test_too_little_memory_for_a_scorer_names_the_option(sd_path: Path, tmp_path: Path) -> None:
+    class Huge(Red):
+        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"8 pictures at a time; lower batch_size \(--batch-size\)"):
+        evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Huge()], out=tmp_path, **FAST)
+
+
+def test_bad_input_is_named_before_anything_is_generated(
+    sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached_file(repository: str, name: str) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    monkeypatch.chdir(tmp_path)
+    good = {"base": sd_path, "aligned": sd_path, "prompts": PROMPTS, "scorers": [Red()], "out": tmp_path / "out"}
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cut.safetensors").write_bytes(b"\x09\x00")
+    misfit = tmp_path / "misfit.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3)}, misfit)
+
+    half = tmp_path / "half"
+    shutil.copytree(sd_path, half, ignore=shutil.ignore_patterns("unet"))
+
+    class Picky(Red):
+        def check_prompts(self, prompts: Sequence[str]) -> None:
+            raise ScorerError("prompts[2]: not of my world")
+
+    cases = [
+        ({"base": tmp_path / "nowhere"}, "no such model"),
+        ({"base": "no/such/model"}, "no such model"),
+        ({"base": None}, "no base model told"),
+        ({"aligned": "folder/foxs"}, "folder/foxs: no such model: no such file or folder"),
+        ({"aligned": "somebody/foxs"}, "somebody/foxs: no such model: .*, nor on the Hub: no connection"),
+        ({"device": "cdua"}, "device 'cdua' cannot be used: "),
+        ({"aligned": tmp_path / "folder"}, "neither a LoRA, nor a model"),
+        ({"aligned": tmp_path / "cut.safetensors"}, "not a readable safetensors file"),
+        ({"aligned": misfit}, "does not fit"),
+        ({"aligned": half}, "names 'unet', but there is no such folder"),
+        ({"prompts": tmp_path / "none.txt"}, "no such prompt file"),
+        ({"prompts": tmp_path / "empty.txt"}, "no prompt in it"),
+        ({"prompts": tmp_path / "latin.txt"}, "not UTF-8"),
+        ({"prompts": ["cat", " "]}, r"prompts\[1\]: expected text"),
+        ({"prompts": []}, "no prompt in it"),
+        ({"scorers": ["clib"]}, "Did you mean 'clip'"),
+        ({"scorers": []}, "none given"),
+        ({"scorers": [Red(), Red()]}, "two of the same name"),
+        ({"scorers": [Picky()]}, "not of my world"),
+        ({"seeds_per_prompt": 0}, "seeds_per_prompt must be"),
+        ({"tie_margin": -1.0}, "tie_margin must be"),
+        ({"tie_margin": {"rad": 0.1}}, "Did you mean 'red'"),
+        ({"ties": "lose"}, "ties must be"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"out": misfit}, "is a file"),
+    ]
+    for change, match in cases:
+        with pytest.raises(UserError, match=match):
+            evaluate(**{**good, **change}, **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_leaves_no_files(sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "render", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(base=sd_path, aligned=sd_path, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "out", **FAST)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_report_draws_at_random_and_ranks_the_extremes() -> None:
+    """Pairs 0 … 39 change by (i - 20) / 100: 39 … 34 rise most, 0 … 5 fall most, 20 does not change."""
+    changes = [(i - 20) / 100 for i in range(40)]
+    pairs = [
+        {"scores": {"s": {"before": 0.0, "after": c, "outcome": "tie" if c == 0 else "win" if c > 0 else "loss"}}}
+        for c in changes
+    ]
+    chosen = choose(pairs, "s", 24, seed=0)
+    assert chosen["wins"] == [39, 38, 37, 36, 35, 34] and chosen["losses"] == [0, 1, 2, 3, 4, 5]
+    assert len(set(chosen["random"])) == 12 and chosen == choose(pairs, "s", 24, seed=0)
+    blind = [{"scores": {"s": {"before": 0.0, "after": 1.0, "outcome": "win"}}}] * 40
+    assert choose(blind, "s", 24, seed=0)["random"] == chosen["random"]  # the draw does not look at scores
+    assert choose(pairs[:3], "s", 24, seed=0)["random"] == [0, 1, 2]
+
+
+def test_verdict_follows_the_interval() -> None:
+    cases = ([0.51, 0.6], [0.3, 0.49], [0.4, 0.6], [None, None])
+    assert [verdict(c) for c in cases] == ["better", "worse", "open", "open"]

@@ -1,0 +1,53 @@
+"""A LoRA under the names of other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pipelines
+from pipelines import PipelineError
+from t2i_align.errors import UserError
+from t2i_align.inference.export import export_lora
+from tests.tiny import tiny_wan
+
+
+def trained(path: Path, folder: Path) -> Path:
+    pipeline = pipelines.load(path)
+    pipeline.add_lora(rank=2, alpha=6.0, dropout=0.0, targets="attention")
+    torch.manual_seed(0)
+    for parameter in pipeline.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=1.0)
+    return pipeline.save_lora(folder)
+
+
+def test_an_exported_lora_makes_the_same_pictures(sd_path: Path, tmp_path: Path) -> None:
+    """alpha = 3 rank: a file that forgot it would come back at a third of the strength."""
+    lora = trained(sd_path, tmp_path / "lora")
+    pictures = []
+    for format in (None, "kohya", "diffusers"):
+        file = lora
+        if format is not None:
+            file = export_lora(lora, tmp_path / "out" / f"{format}.safetensors", format=format, model=sd_path)
+        pipeline = pipelines.load(sd_path)
+        pipeline.load_lora(file)
+        pictures.append(pipeline.generate(["cat"], [0], steps=2, guidance=1.0))
+    torch.testing.assert_close(pictures[1], pictures[0])
+    torch.testing.assert_close(pictures[2], pictures[0])
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / "out" / "kohya.safetensors"))
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["diffusers.safetensors", "kohya.safetensors"]
+
+
+def test_what_cannot_be_exported_is_named(sd_path: Path, tmp_path: Path) -> None:
+    lora = trained(sd_path, tmp_path / "lora")
+    for out, message in ((lora, "is there already"), (tmp_path / "a.pt", "does not end in .safetensors")):
+        with pytest.raises(UserError, match=message):
+            export_lora(lora, out, model=sd_path)
+    with pytest.raises(UserError, match="no base model told"):
+        export_lora(lora, tmp_path / "out.safetensors")
+    wan = tiny_wan(tmp_path / "wan")
+    with pytest.raises(PipelineError, match="a LoRA of wan cannot be named as 'kohya' has it"):
+        export_lora(trained(wan, tmp_path / "wan-lora"), tmp_path / "out.safetensors", model=wan)

@@ -1,0 +1,411 @@
+"""Annotations of a source: what they hold, how they continue after a kill, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reward_scorers import Scorer
+from t2i_align import cli
+from t2i_align.labeling.annotate import caption, perturb, relabel
+from t2i_align.data import readers
+from t2i_align.data.annotations import Annotations
+from t2i_align.data.schema import Group
+from t2i_align.errors import UserError
+from t2i_align.testbed.captions import corrupt, describe, draw_for, parse, write
+from t2i_align.testbed.oracle import Oracle
+from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
+from tests.labeling.test_texts import blip, t5
+
+GROUPS = 11
+QUIET: dict[str, Any] = {"progress": False, "batch_size": 4}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Pairs of drawn scenes: the caption's and one with a fault; every third has the better one second, one is a tie.
+
+    Group 5's second picture is damaged.
+    """
+    folder = tmp_path / "source"
+    folder.mkdir()
+    lines = []
+    for i in range(GROUPS):
+        rng = np.random.default_rng(i)
+        truth = describe(sample_scene(rng, kind="pair"), rng)
+        wrong = corrupt(truth, "relation", rng)
+        assert wrong is not None
+        pictures = [render(draw_for(truth, rng)), degrade(render(draw_for(wrong, rng)), rng)]
+        order = [1, 0] if i % 3 == 2 else [0, 1]
+        for side, which in enumerate(order):
+            Image.fromarray(to_uint8(pictures[which])).save(folder / f"{i}_{side}.png")
+        scores = [1 - which if i != 4 else 0 for which in order]
+        row = {"id": f"g{i}", "prompt": write(truth, rng), "images": [f"{i}_0.png", f"{i}_1.png"], "scores": scores}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "5_1.png").write_bytes(b"no picture")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def rows(file: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in map(json.loads, file.read_text().splitlines())}
+
+
+def skipped(out: Path) -> dict[str, str]:
+    return {key: row["reason"] for key, row in rows(Path(f"{out}.skipped.jsonl")).items()}
+
+
+def prompts(source: Path) -> dict[str, str]:
+    return {row["id"]: row["prompt"] for row in rows(source).values()}
+
+
+# What is written ------------------------------------------------------------------------------------------------
+
+
+def test_variant_c_describes_every_picture_in_the_sources_order(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "c.jsonl"
+    summary = caption(source, "c", out, captioner="testbed:captioner", **QUIET)
+    found = rows(out)
+    assert list(found) == [f"g{i}" for i in range(GROUPS) if i != 5]
+    assert (summary.groups, summary.skipped, str(summary.why_skipped)) == (10, 1, f"{out}.skipped.jsonl")
+    assert skipped(out) == {"g5": "candidate 1: not a picture in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF)"}
+    for i in range(GROUPS):
+        if i == 5:
+            continue
+        stated = parse(prompts(source)[f"g{i}"]).canonical()
+        said = [parse(text).canonical() for text in found[f"g{i}"]["captions"]]
+        better = 1 if i % 3 == 2 else 0
+        assert said[better].relation == stated.relation
+        assert [p.shape for p in said[better].phrases] == [p.shape for p in stated.phrases]
+        assert (said[1 - better].relation, said[1 - better].phrases) != (stated.relation, said[better].phrases)
+
+
+def test_variant_p_gives_the_loser_a_caption_that_contradicts_the_prompt(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.jsonl"
+    caption(source, "p", out, kinds=["relation"], **QUIET)
+    assert skipped(out) == {"g4": "a tie: neither candidate is the winner"}  # no picture was needed
+    for i in {*range(GROUPS)} - {4}:
+        better = 1 if i % 3 == 2 else 0
+        captions, prompt = rows(out)[f"g{i}"]["captions"], prompts(source)[f"g{i}"]
+        assert captions[better] == prompt
+        opposite = parse(prompt).canonical().phrases[::-1]
+        assert parse(captions[1 - better]).canonical().phrases == opposite
+
+
+def test_variant_h_describes_both_and_perturbs_the_losers(source: Path, tmp_path: Path) -> None:
+    out, plain = tmp_path / "h.jsonl", tmp_path / "c.jsonl"
+    caption(source, "h", out, captioner="testbed:captioner", kinds=["attribute"], **QUIET)
+    caption(source, "c", plain, captioner="testbed:captioner", **QUIET)
+    assert {*skipped(out)} == {"g4", "g5"}
+    for key, row in rows(out).items():
+        better = 1 if int(key[1:]) % 3 == 2 else 0
+        described = rows(plain)[key]["captions"]
+        assert row["captions"][better] == described[better]
+        changed = row["captions"][1 - better]
+        assert changed != described[1 - better] and len(changed.split()) == len(described[1 - better].split())
+
+
+def test_scores_of_another_file_say_who_wins(source: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text("".join(json.dumps({"id": f"g{i}", "scores": [0, 1]}) + "\n" for i in range(GROUPS)))
+    out = tmp_path / "p.jsonl"
+    assert caption(source, "p", out, annotations=[scores], **QUIET).skipped == 0
+    assert all(row["captions"][1] == prompts(source)[key] != row["captions"][0] for key, row in rows(out).items())
+
+
+def test_a_negative_of_a_prompt_depends_on_its_seed_and_id_alone(source: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    perturb(source, outs[0], **QUIET)
+    perturb(source, outs[1], progress=False, batch_size=3)
+    perturb(source, outs[2], seed=1, **QUIET)
+    first, again, other = map(rows, outs)
+    assert first == again != other and len(first) == GROUPS
+    for key, row in first.items():
+        assert parse(row["negative_caption"]).canonical() != parse(prompts(source)[key]).canonical()
+    alike = [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()]
+    source.write_text("".join(json.dumps(row) + "\n" for row in alike))
+    perturb(source, tmp_path / "alike.jsonl", **QUIET)
+    assert len({row["negative_caption"] for row in rows(tmp_path / "alike.jsonl").values()}) > 3
+
+
+def test_what_a_run_reads_of_it_is_sorted_with_the_candidates(source: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "p.jsonl", tmp_path / "negatives.jsonl"]
+    caption(source, "p", files[0], **QUIET)
+    perturb(source, files[1], **QUIET)
+    groups = [g for g in readers.read(source, annotations=Annotations.load(files)) if isinstance(g, Group)]
+    assert len(groups) == GROUPS - 1
+    for group in groups:
+        assert group.captions is not None and group.captions[0] == group.prompt != group.captions[1]
+        assert group.negative_caption == rows(files[1])[group.id]["negative_caption"]
+
+
+def test_relabel_by_the_oracle_is_its_reward(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    relabel(source, ["oracle"], out, **QUIET)
+    assert {*skipped(out)} == {"g5"}
+    for key, row in rows(out).items():
+        pictures = [Image.open(source.parent / f"{key[1:]}_{side}.png") for side in (0, 1)]
+        pixels = np.stack([np.asarray(picture, np.float32).transpose(2, 0, 1) / 255 for picture in pictures])
+        reward = Oracle().judge(pixels, [prompts(source)[key]] * 2).reward
+        np.testing.assert_allclose(row["scores"], reward, rtol=1e-6)
+        assert row["by_scorer"] == {"oracle": {"version": Oracle.version, "scores": row["scores"]}}
+        assert int(np.argmax(reward)) == (1 if int(key[1:]) % 3 == 2 else 0)
+
+
+class Fixed(Scorer):
+    """A scorer by a function of the mean of a picture's pixels and its side."""
+
+    version = "7"
+
+    def __init__(self, name: str, function: Any, margin: float = 0.0) -> None:
+        self.name, self.function, self.tie_margin = name, function, margin
+
+    def _score(self, pixels: Any, prompts: Sequence[str]) -> Any:
+        return self.function(pixels.mean((1, 2, 3)))
+
+
+def grey_pictures(folder: Path, *values: int) -> Path:
+    folder.mkdir()
+    for value in values:
+        Image.new("L", (8, 8), value).save(folder / f"{value}.png")
+    line = {"id": "a", "prompt": "x", "images": [f"{v}.png" for v in values], "scores": [0] * len(values)}
+    (folder / "data.jsonl").write_text(json.dumps(line) + "\n")
+    return folder / "data.jsonl"
+
+
+def test_several_scorers_vote(tmp_path: Path) -> None:
+    """Pictures of 51, 102 and 204 of 255: 0.2, 0.4, 0.8. Two scorers prefer bright, one dark; k - 1 = 2, n = 3.
+
+    Majority: dark 2 wins of one scorer, 2 / 6; middle 1 of each, 3 / 6; bright 4 / 6. Where the dark one's margin is
+    0.5, it has 0.5 of 0.2 against 0.4 and of 0.4 against 0.8, and 1 of 0.2 against 0.8: 1.5, 1 and 0.5 wins.
+    """
+    data = grey_pictures(tmp_path / "data", 51, 102, 204)
+    judges = [Fixed("bright", lambda x: x), Fixed("brighter", lambda x: 10 * x), Fixed("dark", lambda x: -x)]
+    expected = {"majority": [2 / 6, 3 / 6, 4 / 6], "mean_rank": [-7 / 3, -2, -5 / 3], "sum": [2.0, 4.0, 8.0]}
+    for rule, scores in expected.items():
+        relabel(data, judges, tmp_path / f"{rule}.jsonl", rule=rule, **QUIET)
+        row = rows(tmp_path / f"{rule}.jsonl")["a"]
+        np.testing.assert_allclose(row["scores"], scores, rtol=1e-6)
+        np.testing.assert_allclose(row["by_scorer"]["dark"]["scores"], [-0.2, -0.4, -0.8], rtol=1e-6)
+        assert row["by_scorer"]["dark"]["version"] == "7"
+    judges[2].tie_margin = 0.5
+    relabel(data, judges, tmp_path / "margin.jsonl", **QUIET)
+    np.testing.assert_allclose(rows(tmp_path / "margin.jsonl")["a"]["scores"], [1.5 / 6, 3 / 6, 4.5 / 6])
+
+
+def test_groups_that_cannot_be_scored_are_skipped(tmp_path: Path) -> None:
+    data = grey_pictures(tmp_path / "data", 51, 0)
+    with pytest.raises(UserError, match=r"none of 1 groups could be annotated; .*skipped.jsonl says why"):
+        relabel(data, [Fixed("log", lambda x: x.log())], tmp_path / "a.jsonl", **QUIET)
+    assert skipped(tmp_path / "a.jsonl") == {"a": "no finite score by log"}
+    with pytest.raises(UserError, match="none of 1"):
+        relabel(data, "oracle", tmp_path / "b.jsonl", **QUIET)
+    assert "cannot read the prompt 'x'" in skipped(tmp_path / "b.jsonl")["a"]
+    single = grey_pictures(tmp_path / "single", 51)
+    with pytest.raises(UserError, match="none of 1"):
+        relabel(single, [Fixed("a", lambda x: x), Fixed("b", lambda x: x)], tmp_path / "c.jsonl", **QUIET)
+    assert relabel(single, [Fixed("a", lambda x: x)], tmp_path / "d.jsonl", **QUIET).groups == 1
+
+
+def test_a_prompt_in_which_nothing_can_be_changed_is_skipped(tmp_path: Path) -> None:
+    data = grey_pictures(tmp_path / "data", 1, 2)
+    with pytest.raises(UserError, match="none of 1"):
+        perturb(data, tmp_path / "a.jsonl", **QUIET)
+    assert skipped(tmp_path / "a.jsonl") == {"a": "the perturber found nothing to change in 'x'"}
+
+
+def test_models_of_transformers_write_captions(source: Path, tmp_path: Path) -> None:
+    """The whole path with a random BLIP and a random T5: what they say means nothing, that it is written does."""
+    out = tmp_path / "h.jsonl"
+    models = {"captioner": str(blip(tmp_path / "blip")), "perturber": str(t5(tmp_path / "t5"))}
+    summary = caption(source, "h", out, **models, max_new_tokens=5, **QUIET)
+    assert summary.groups + summary.skipped == GROUPS and summary.groups > 3
+    assert all(len(row["captions"]) == 2 and all(row["captions"]) for row in rows(out).values())
+
+
+# Continuing -----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A captioner that says how bright a picture is and dies after so many batches."""
+
+    name = "recorder"
+
+    def __init__(self, batches: int = 10**9) -> None:
+        self.batches, self.seen = batches, 0
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.seen += len(pictures)
+        # What is said depends on the whole batch, as padding makes it do for a model.
+        total = sum(float(np.asarray(picture).mean()) for picture in pictures)
+        return [f"{np.asarray(picture).mean():.3f} of {total:.3f}" for picture in pictures]
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3, 5])
+def test_a_continued_file_equals_an_uninterrupted_one(batches: int, source: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    first = Recorder()
+    caption(source, "c", whole, captioner=first, **QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        caption(source, "c", parts, captioner=Recorder(batches), **QUIET)
+    second = Recorder()
+    caption(source, "c", parts, captioner=second, **QUIET)
+    for ending in ("", ".skipped.jsonl", ".settings.json"):
+        assert Path(f"{parts}{ending}").read_bytes() == Path(f"{whole}{ending}").read_bytes()
+    assert second.seen < first.seen or batches < 2  # two batches of pictures make one of groups
+
+
+@pytest.mark.parametrize("cut", range(0, 900, 90))
+def test_a_kill_in_the_middle_of_a_line_loses_that_line_only(cut: int, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    caption(source, "c", out, captioner=Recorder(), **QUIET)
+    whole, why = out.read_bytes(), Path(f"{out}.skipped.jsonl").read_bytes()
+    out.write_bytes(whole[:cut])
+    Path(f"{out}.skipped.jsonl").write_bytes(why[: cut // 9])
+    unfinish(out)
+    caption(source, "c", out, captioner=Recorder(), **QUIET)
+    assert (out.read_bytes(), Path(f"{out}.skipped.jsonl").read_bytes()) == (whole, why)
+
+
+def unfinish(out: Path) -> None:
+    file = Path(f"{out}.settings.json")
+    file.write_text(file.read_text().replace('"finished": true', '"finished": false'))
+
+
+def test_skipped_rows_of_the_source_and_its_duplicates_are_recorded_once(source: Path, tmp_path: Path) -> None:
+    lines = source.read_text().splitlines()
+    source.write_text("\n".join([lines[0], lines[0], lines[1].replace("1_0.png", "gone.png"), *lines[2:4]]) + "\n")
+    out = tmp_path / "n.jsonl"
+    for _ in range(2):
+        summary = perturb(source, out, **QUIET)
+        assert (summary.groups, summary.skipped) == (3, 2)
+        reasons = [json.loads(line)["reason"] for line in Path(f"{out}.skipped.jsonl").read_text().splitlines()]
+        assert reasons == ["duplicate id 'g0'; the first group with it was kept", "no such picture: gone.png"]
+        unfinish(out)
+
+
+def test_a_file_of_other_settings_is_refused_and_says_what_differs(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "n.jsonl"
+    perturb(source, out, **QUIET)
+    before = out.read_bytes()
+    unfinish(out)
+    with pytest.raises(UserError, match=r"n.jsonl: was begun with other settings: .*perturber.*'strength': 2.* there"):
+        perturb(source, out, strength=2, **QUIET)
+    (source.parent / "0_0.png").write_bytes((source.parent / "1_0.png").read_bytes())
+    with pytest.raises(UserError, match=r"other settings: source is '\w+' here, '\w+' there"):
+        perturb(source, out, **QUIET)
+    assert out.read_bytes() == before
+    perturb(source, out, strength=2, force=True, **QUIET)
+    assert out.read_bytes() != before
+
+
+def test_finished_and_foreign_files_are_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "n.jsonl"
+    perturb(source, out, **QUIET)
+    with pytest.raises(UserError, match=r"n.jsonl: exists and is finished"):
+        perturb(source, out, **QUIET)
+    foreign = tmp_path / "mine.jsonl"
+    foreign.write_text("mine\n")
+    with pytest.raises(UserError, match=r"mine.jsonl: exists, and was not made by this command"):
+        perturb(source, foreign, **QUIET)
+    assert foreign.read_text() == "mine\n"
+    perturb(source, foreign, force=True, **QUIET)
+    assert foreign.read_bytes() == out.read_bytes()
+
+
+# What is refused before anything is written ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda s, o: caption(s, "d", o), "unknown variant 'd'. Choices: c, h, p"),
+        (lambda s, o: caption(s, "c", o), "variant c describes pictures: name a captioner"),
+        (lambda s, o: caption(s, "c", o, captioner="./nothing"), "nothing: no such captioner"),
+        (lambda s, o: caption(s, "p", o, perturber="./nothing"), "nothing: no such perturber"),
+        (lambda s, o: caption(s, "p", o, batch_size=0), "batch_size must be"),
+        (lambda s, o: caption(s, "p", o, annotations=["nothing.jsonl"]), "nothing.jsonl: no such file"),
+        (lambda s, o: perturb(s, o, kinds=["colours"]), "unknown kind of edit 'colours'"),
+        (lambda s, o: perturb(s / "nothing", o), "nothing: no such file or folder"),
+        (lambda s, o: perturb(s, o, format="parquet"), "unknown data format 'parquet'"),
+        (lambda s, o: perturb(s, o.with_suffix(".txt")), "expected the name of a .jsonl file"),
+        (lambda s, o: relabel(s, ["orakel"], o), "unknown scorer 'orakel'. Did you mean 'oracle'?"),
+        (lambda s, o: relabel(s, ["oracle"], o, rule="mean"), "unknown rule 'mean'"),
+        (lambda s, o: relabel(s, ["oracle"], o, device="cuda:99"), "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(call: Any, says: str, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(UserError) as error:
+        call(source, folder / "a.jsonl")
+    assert says in str(error.value)
+    assert not folder.exists()
+
+
+def test_a_source_without_pairs_or_groups_is_named(source: Path, tmp_path: Path) -> None:
+    ties = [row | {"scores": [1, 1]} for row in rows(source).values()]
+    source.write_text("".join(json.dumps(row) + "\n" for row in ties))
+    with pytest.raises(UserError, match=r"no pair with a winner in it; its groups by candidates: \{2: 11\}"):
+        caption(source, "p", tmp_path / "p.jsonl", **QUIET)
+    source.write_text("".join(json.dumps(row | {"prompt": " "}) + "\n" for row in ties))
+    with pytest.raises(UserError, match=r"no group in it that can be used: .*the prompt is empty"):
+        perturb(source, tmp_path / "n.jsonl", **QUIET)
+
+
+# The commands ---------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_write_files_and_say_how_many(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "c.jsonl"
+    assert (
+        cli.main(["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner", "--out", str(out)]) == 0
+    )
+    said = capsys.readouterr().out
+    assert said == f"10 groups annotated in {out}\n1 skipped; why: {out}.skipped.jsonl\n"
+    assert cli.main(["perturb", str(source), "--out", str(out)]) == 2
+    assert "exists and is finished" in capsys.readouterr().err
+    assert cli.main(["relabel", str(source), "--scorers", "oracle", "--out", str(tmp_path / "s.jsonl")]) == 0
+    assert len(rows(tmp_path / "s.jsonl")) == 10
+
+
+def test_scorers_may_be_listed_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    answer = SimpleNamespace(groups=1, skipped=0, why_skipped=None, out="x")
+    monkeypatch.setattr("t2i_align.labeling.annotate.relabel", lambda **keywords: calls.append(keywords) or answer)
+    assert cli.main(["relabel", "x", "--scorers", "a,b", "c:d:/e.pt", "--out", "o"]) == 0
+    assert calls[0]["scorers"] == ["a", "b", "c:d:/e.pt"]
+
+
+@pytest.mark.parametrize("name", ["caption", "perturb", "relabel"])
+def test_a_command_offers_what_its_function_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("t2i_align.labeling.annotate")
+    parameters = inspect.signature(getattr(module, name)).parameters
+    for example in cli.COMMANDS[name].examples:
+        calls: list[dict[str, Any]] = []
+
+        def recorded(calls: list[dict[str, Any]] = calls, **keywords: Any) -> Any:
+            calls.append(keywords)
+            return SimpleNamespace(groups=1, skipped=0, why_skipped=None, out="x")
+
+        monkeypatch.setattr(module, name, recorded)
+        arguments = shlex.split(example)[1:]
+        assert cli.main(arguments) == 0
+        assert calls[0].keys() == parameters.keys() - {"progress"}
+        for key, value in calls[0].items():
+            told = f"--{key.replace('_', '-')}" in arguments or key == "source"
+            assert told or value == parameters[key].default, f"the command's default of {key} is not the function's"

@@ -1,0 +1,171 @@
+"""Preferences from prompts: a genuine tiny model draws, two plain scorers judge; the rest is checked by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from reward_scorers import Scorer, ScorerError, registry
+from t2i_align import synthesize as module
+from t2i_align.cli import main
+from t2i_align.data.readers import read
+from t2i_align.data.schema import Group
+from t2i_align.errors import UserError
+from t2i_align.labeling.synthesize import Summary, synthesize
+from t2i_align.labeling.votes import majority, shares
+
+PROMPTS = ["a red fox", "a blue owl", "a red fox", "unspeakable", "a green dog"]
+
+
+class Channel(Scorer):
+    """The mean of one colour channel."""
+
+    version = "1"
+
+    def __init__(self, channel: int, margin: float = 0.0) -> None:
+        self.channel, self.name, self.tie_margin = channel, f"channel-{channel}", margin
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        if "unspeakable" in prompts:
+            raise ScorerError("not a prompt for this scorer")
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return pixels[:, self.channel].mean((1, 2))
+
+
+def make(out: Path, model: Path, **options: Any) -> Summary:
+    options = {"per_prompt": 3, "steps": 1, "guidance": 1.0, "height": 32, "width": 32, **options}
+    return synthesize(PROMPTS, [model], [Channel(0), Channel(2)], out, progress=False, **options)
+
+
+def rows(out: Path, name: str = "groups.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, sd_path: Path) -> Path:
+    out = tmp_path_factory.mktemp("made")
+    assert make(out, sd_path) == Summary(out=out / "groups.jsonl", groups=3, skipped=1)
+    return out
+
+
+def test_prompts_become_groups_with_all_that_made_them(made: Path) -> None:
+    found = rows(made)
+    assert [row["prompt"] for row in found] == ["a red fox", "a blue owl", "a green dog"]  # each distinct one once
+    assert rows(made, "skipped.jsonl")[0]["reason"] == "not a prompt for this scorer"
+    for row in found:
+        raw = np.array([row["by_scorer"][name]["scores"] for name in ("channel-0", "channel-2")])
+        assert row["scores"] == pytest.approx(majority(raw).tolist()) and len(set(row["seeds"])) == 3
+        assert len({json.dumps(model) for model in row["models"]}) == 1 and len(row["models"][0]["sha256"]) == 16
+    groups = list(read(made / "groups.jsonl"))
+    assert all(isinstance(group, Group) and len(group.candidates) == 3 for group in groups)
+
+
+def test_what_is_there_is_not_made_again(made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture and the scores lost: one picture is drawn and the result is the same, byte for byte."""
+    before = (made / "groups.jsonl").read_bytes()
+    drawn: list[int] = []
+    genuine = module.sample
+    monkeypatch.setattr(module, "sample", lambda *a, **k: drawn.append(len(a[1])) or genuine(*a, **k))
+    (made / "groups.jsonl").unlink()
+    (made / "scores" / "000000.json").unlink()
+    (made / "pictures" / "000001" / "0-2.png").unlink()
+    make(made, sd_path)
+    assert drawn == [1] and (made / "groups.jsonl").read_bytes() == before
+    make(made, sd_path)
+    assert drawn == [1]
+    with pytest.raises(UserError, match=r"begun with other settings. steps: begun with 1, now 2"):
+        make(made, sd_path, steps=2)
+
+
+def test_several_processes_share_the_work(
+    tmp_path: Path, made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes every second prompt; the one that finds all done writes what a single one writes."""
+    monkeypatch.setattr(module, "BLOCK", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert make(tmp_path, sd_path).missing == 2 and not (tmp_path / "groups.jsonl").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert make(tmp_path, sd_path).groups == 3
+    alone, shared = rows(made), rows(tmp_path)
+    assert [row["seeds"] for row in alone] == [row["seeds"] for row in shared]
+    for one, other in zip(alone, shared, strict=True):  # batches differ, and with them the last bits of a picture
+        for name, said in one["by_scorer"].items():
+            assert said["scores"] == pytest.approx(other["by_scorer"][name]["scores"], abs=0.01)
+
+
+def test_pairs_that_scorers_agree_on(made: Path, sd_path: Path) -> None:
+    groups = rows(made)
+    agreed = 0
+    for row in groups:
+        raw = np.array([said["scores"] for said in row["by_scorer"].values()])
+        agreed += int((shares(raw) == 1).sum())
+    summary = make(made, sd_path, pairs="all", agree=0.75)
+    found = rows(made)
+    assert summary.groups == len(found) == agreed and summary.skipped == 1 + 9 - agreed
+    for row in found:
+        assert row["id"].count("#") == 1 and row["scores"][0] > row["scores"][1]
+        assert all(said["scores"][0] > said["scores"][1] for said in row["by_scorer"].values())
+    make(made, sd_path)
+    assert rows(made) == groups
+    with pytest.raises(UserError, match="no group is left of 4 prompts"):
+        synthesize(PROMPTS, [sd_path], [Channel(0, 2.0), Channel(2, 2.0)], made.parent / "never", per_prompt=2,
+                   steps=1, guidance=1.0, height=32, width=32, agree=0.9, progress=False)  # fmt: skip
+
+
+def test_the_command(
+    tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(registry._FACTORIES, "channel", lambda argument: Channel(int(argument)))
+    (tmp_path / "prompts.txt").write_text("a red fox\na blue owl\n")
+    size = ["--steps", "1", "--height", "32", "--width", "32", "--guidance", "1"]
+    command = [
+        "synthesize",
+        str(tmp_path / "prompts.txt"),
+        "--models",
+        str(sd_path),
+        "--scorers",
+        "channel:0,channel:2",
+    ]
+    assert main([*command, "--out", str(tmp_path / "out"), "--per-prompt", "2", *size]) == 0
+    assert f"2 groups in {tmp_path / 'out' / 'groups.jsonl'}, 0 skipped" in capsys.readouterr().out
+
+
+def test_models_that_make_clips_are_refused(tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = module.load_pipeline
+    monkeypatch.setattr(module, "load_pipeline", lambda *args: as_video(genuine(*args)))
+    with pytest.raises(UserError, match="this model makes clips"):
+        make(tmp_path / "out", sd_path)
+
+
+def as_video(pipeline: Any) -> Any:
+    pipeline.video = True
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"per_prompt": 1}, "make 2 candidates or more"),
+        ({"pairs": "some"}, "unknown pairs 'some'"),
+        ({"agree": 1.5}, r"agree must lie in \[0, 1\]"),
+        ({"steps": 0}, "steps must be"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, sd_path: Path, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        make(tmp_path / "out", sd_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_in_it(tmp_path: Path, sd_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no synthesis"):
+        make(tmp_path, sd_path)

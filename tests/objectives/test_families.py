@@ -1,0 +1,106 @@
+"""Every objective on the genuine denoisers of SDXL, SD3 (flow) and Wan (flow, clips): steps, gradients, rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pipelines
+from pipelines import TrainablePipeline
+from t2i_align.data.schema import Batch
+from t2i_align.objectives import OBJECTIVES
+from t2i_align.objectives.base import DataFacts, Objective
+from t2i_align.diffusion.randomness import Draw
+from t2i_align.training.reference import build_reference, no_reference
+from tests import tiny
+
+BUILDERS = {"sdxl": tiny.tiny_sdxl, "sd3": tiny.tiny_sd3, "wan": tiny.tiny_wan}
+# Their losses are of the batch as a whole, by their papers' design (see docs/objectives.md).
+OF_THE_BATCH = ("softrepa", "kto", "tkto")
+GROUPS, CANDIDATES = 2, 3
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainablePipeline]:
+    loaded = {}
+    for name, build in BUILDERS.items():
+        torch.manual_seed(0)
+        pipeline = loaded[name] = pipelines.load(build(tmp_path_factory.mktemp("models") / name))
+        pipeline.add_lora(rank=2, alpha=4.0, dropout=0.0, targets="attention")
+        for parameter in pipeline.trainable_parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return loaded
+
+
+def batch_for(pipeline: TrainablePipeline) -> Batch:
+    """Groups with everything that any objective asks: scores, captions, a wrong caption, the empty prompt."""
+    height, width = pipeline.default_size
+    shape = (pipeline.default_frames, 3, height, width) if pipeline.video else (3, height, width)
+    torch.manual_seed(1)
+    latents = pipeline.encode_pixels(torch.rand(GROUPS * CANDIDATES, *shape)).unflatten(0, (GROUPS, CANDIDATES))
+    captions = pipeline.encode_prompts([f"caption {i}" for i in range(GROUPS * CANDIDATES)])
+    return Batch(
+        keys=tuple(f"0/{i}" for i in range(GROUPS)),
+        latents=latents,
+        scores=torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.6, 0.4]]),
+        conditioning=pipeline.encode_prompts([f"prompt {i}" for i in range(GROUPS)]),
+        captions={name: tensor.unflatten(0, (GROUPS, CANDIDATES)) for name, tensor in captions.items()},
+        negative_caption=pipeline.encode_prompts([f"wrong {i}" for i in range(GROUPS)]),
+        empty=pipeline.encode_prompts([""]),
+    )
+
+
+def only(batch: Batch, objective: Objective, rows: slice) -> Batch:
+    """Some of the groups, with the candidates and columns that the objective takes, as the data layer hands them."""
+    needs = objective.needs
+    pairs = needs.candidates == 2 and not needs.lists  # the best and the worst
+    taken = slice(None, None, CANDIDATES - 1) if pairs else slice(None)
+
+    def cut(conditioning: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        return None if conditioning is None else {name: tensor[rows] for name, tensor in conditioning.items()}
+
+    captions = None
+    if "captions" in needs.columns and batch.captions is not None:
+        captions = {name: tensor[rows, taken] for name, tensor in batch.captions.items()}
+    return Batch(
+        keys=batch.keys[rows],
+        latents=batch.latents[rows, taken],
+        scores=batch.scores[rows, taken],
+        conditioning=cut(batch.conditioning) or {},
+        captions=captions,
+        negative_caption=cut(batch.negative_caption) if "negative_caption" in needs.columns else None,
+        empty=batch.empty,
+        carried={name: torch.tensor(value) for name, value in objective.initial().items()},
+    )
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict[str, TrainablePipeline]) -> None:
+    """One loss a group, finite, with a gradient for the LoRA and none for anything else; where a loss is a group's
+    own, a batch is its groups one at a time."""
+    pipeline = families[family]
+    objective = OBJECTIVES[name]().fitted(DataFacts(score_range=(0.1, 0.9)))
+    reference: Any = no_reference
+    if objective.needs.reference:
+        reference = build_reference("adapter_off", pipeline, torch.device("cpu"), lora=True)
+    batch = batch_for(pipeline)
+
+    def step(rows: slice) -> Tensor:
+        some = only(batch, objective, rows)
+        draw = Draw(0, some.keys, pipeline.process, "uniform", torch.device("cpu"))
+        loss: Tensor = objective.step(pipeline.predict, reference, some, draw)[0]
+        return loss
+
+    parameters = list(pipeline.trainable_parameters())
+    loss = step(slice(0, GROUPS))
+    assert loss.shape == (GROUPS,) and loss.isfinite().all()
+    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+    assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients) > len(parameters) / 2
+    if name not in OF_THE_BATCH:
+        apart = torch.cat([step(slice(i, i + 1)) for i in range(GROUPS)])
+        torch.testing.assert_close(loss, apart, rtol=2e-3, atol=2e-3)

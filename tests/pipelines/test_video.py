@@ -1,0 +1,333 @@
+"""Clips from end to end on a tiny Wan: read, encoded, trained on, generated, validated and compared."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import pipelines
+from pipelines import PipelineError
+from pipelines.wan import Wan
+from reward_scorers import Scorer
+from t2i_align import align, evaluate
+from t2i_align.config import DataConfig, ModelConfig
+from t2i_align.data.clips import load_clip, save_clip
+from t2i_align.data.schema import Batch
+from t2i_align.data.loader import Source, open_source
+from t2i_align.errors import UserError
+from t2i_align.inference.generate import generate, sample
+from t2i_align.objectives.base import Needs
+from tests.runs import jsonl_pairs, picture, run_values
+from tests.data.test_examples import StandIn, write_jsonl
+from tests.tiny import tiny_wan
+
+FRAMES, RATE = 9, 16
+CPU = torch.device("cpu")
+
+
+class Clips(StandIn):
+    """The stand-in as a family of clips: latents are means over 2 x 2 pixels of every second frame."""
+
+    family, video = "stand-in", True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once: list[int] = []
+
+    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
+        assert frames is not None
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        assert pixels.ndim == 5 and pixels.shape[2] == 3
+        self.at_once.append(len(pixels))
+        means = super().encode_pixels(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return means[:, ::2].transpose(1, 2)
+
+
+@pytest.fixture(scope="module")
+def wan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan(tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL of six pairs: GIFs, WebPs, and folders of frames."""
+    folder = tmp_path_factory.mktemp("clips")
+    lines = []
+    for i in range(6):
+        names = [f"{i}_{side}{('.gif', '.webp', '')[i % 3]}" for side in ("good", "bad")]
+        for side, name in enumerate(names):
+            save_clip(moving_clip(2 * i + side), folder / name, RATE)
+        lines.append({"prompt": f"prompt {i % 4}", "chosen": names[0], "rejected": names[1]})
+    return write_jsonl(folder / "pairs.jsonl", lines)
+
+
+def moving_clip(seed: int, frames: int = FRAMES) -> Tensor:
+    """Blocks that wander to the right."""
+    still = torch.from_numpy(np.array(picture(seed))).permute(2, 0, 1)
+    return torch.stack([still.roll(shift, dims=2) for shift in range(frames)])
+
+
+def opened(folder: Path, data: Path, pipeline: Any = Clips, frames: int | None = FRAMES, **options: Any) -> Source:
+    made = pipeline() if isinstance(pipeline, type) else pipeline
+    return open_source(
+        DataConfig(path=str(data), **options), ModelConfig(), needs=Needs(candidates=2), pipeline=lambda: made,
+        encoder_fingerprint=lambda: "e", size=(32, 32), frames=frames, cache_root=folder / "cache", progress=False,
+    )  # fmt: skip
+
+
+def first_batch(source: Source) -> Batch:
+    loader = source.loader(seed=0, start_step=0, batch_size=6, accumulate=1, rank=0, world=1, workers=0)
+    return source.to_batch(next(islice(loader, 1)), CPU)
+
+
+def skipped(folder: Path) -> list[dict[str, str]]:
+    (file,) = folder.glob("cache/*/skipped.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_cache_and_live_encoding_give_the_same_clips_one_by_one(clips: Path, tmp_path: Path) -> None:
+    cached, live = Clips(), Clips()
+    one = first_batch(opened(tmp_path, clips, cached))
+    other = first_batch(opened(tmp_path, clips, live, cache=False))
+    assert one.keys == other.keys and one.latents.shape == (6, 2, 3, 5, 16, 16) == other.latents.shape
+    assert torch.equal(one.latents, other.latents.half().float())  # the cache's precision
+    assert set(cached.at_once) == {1} == set(live.at_once)
+    number = one.keys.index("0/pairs.jsonl:3")  # the first pair of folders: they lose nothing on the way
+    clean = moving_clip(4).float().unsqueeze(0) / 255
+    assert torch.equal(other.latents[number, 0], Clips().encode_pixels(clean)[0])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_clips_that_cannot_be_used_are_written_down(tmp_path: Path, cache: bool) -> None:
+    for number in range(2):
+        save_clip(moving_clip(number), tmp_path / f"{number}.gif", RATE)
+        save_clip(moving_clip(number, frames=5), tmp_path / f"short{number}.gif", RATE)
+    picture(0).save(tmp_path / "picture.png")
+    (tmp_path / "text.mp4").write_text("no video")
+    good = {"prompt": "good", "chosen": "0.gif", "rejected": "1.gif"}
+    lines = [good, *({**good, "rejected": name} for name in ("short0.gif", "picture.png", "text.mp4", "gone.mp4"))]
+    source = opened(tmp_path, write_jsonl(tmp_path / "d.jsonl", lines), cache=cache)
+    assert source.counts["groups"] == 1 and source.counts["skipped"] == 4
+    reasons = [row["reason"] for row in skipped(tmp_path)]
+    for reason, expected in zip(reasons, ("5 frames, expected a clip of 9 frames", "a single picture, expected a clip",
+                                          "not a video that can be read", "no such picture"), strict=True):  # fmt: skip
+        assert expected in reason
+
+
+def test_other_frames_or_rates_are_another_cache(clips: Path, tmp_path: Path) -> None:
+    line = {"prompt": "p", "chosen": "0_good.gif", "rejected": "0_bad.gif"}
+    data = write_jsonl(clips.parent / "gifs.jsonl", [line])
+    for options in ({}, {"frames": 5}, {"frames": 5, "fps": 8.0}):
+        opened(tmp_path, data, **options)
+        opened(tmp_path, data, **options, cache=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+    caches = [folder for folder in (tmp_path / "cache").iterdir() if not folder.name.startswith("pictures-")]
+    (nine,) = [folder for folder in caches if '"frames": 9' in (folder / "fingerprint.json").read_text()]
+    with pytest.raises(UserError, match=r"does not fit the run\. frames: the cache has 9, .* wants 5"):
+        opened(tmp_path, nine, frames=5)
+
+
+def test_frames_in_a_folder_are_part_of_the_source(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_clip(moving_clip(0), tmp_path / name, RATE)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])
+    opened(tmp_path, data)
+    picture(7).save(tmp_path / "b" / "00004.png")
+    opened(tmp_path, data)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
+    for side, seed in (("chosen", 0), ("rejected", 1)):
+        (tmp_path / "d" / side).mkdir(parents=True)
+        save_clip(moving_clip(seed), tmp_path / "d" / side / "fox.mp4", RATE)
+    (tmp_path / "d" / "chosen" / "fox.txt").write_text("a fox runs")
+    batch = first_batch(opened(tmp_path, tmp_path / "d"))
+    assert batch.latents.shape == (6, 2, 3, 5, 16, 16)
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_and_clips_do_not_mix(wan_path: Path, sd_path: Path, clips: Path, tmp_path: Path) -> None:
+    pictures = jsonl_pairs(tmp_path / "pictures", count=2)
+    videos = tmp_path / "videos.jsonl"
+    save_clip(moving_clip(0), tmp_path / "fox.mp4", RATE)
+    videos.write_text(json.dumps({"prompt": "p", "chosen": "fox.mp4", "rejected": "fox.mp4"}))
+    cases: list[tuple[Path, Path, dict[str, Any], str]] = [
+        (sd_path, videos, {}, r"no usable group among 1 rows.*fox\.mp4 is a video, expected a picture"),
+        (sd_path, clips, {}, "no usable group among 6 rows.*9 frames or pages, expected a single picture"),
+        (wan_path, pictures, {}, "no usable group among 2 rows.*a single picture, expected a clip of 9 frames"),
+        (sd_path, pictures, {"data__frames": 9}, "sd makes pictures, but a clip of 9 frames was asked for"),
+        (sd_path, pictures, {"data__fps": 8.0}, r"data\.fps is for clips, and sd makes pictures"),
+        (wan_path, clips, {"data__frames": 8}, r"frames must be 4k \+ 1; 5 and 9 fit"),
+        (sd_path, pictures, {"train__timestep_shift": 3}, "a timestep shift of 3.0 is for flow models; sd has none"),
+    ]
+    for model, data, changes, message in cases:
+        with pytest.raises((UserError, PipelineError), match=message):
+            align(run_values(model, data, tmp_path / "run", **changes), progress=False)
+        assert not (tmp_path / "run").exists()
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("trained", ["lora", "model"])
+def test_a_run_on_clips_resumes_exactly(trained: str, wan_path: Path, clips: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train__batch_size": 2, "data__cache": trained == "lora"}
+    if trained == "model":
+        changes |= {"lora": None, "optim__lr": 1e-5}
+    whole = align(run_values(wan_path, clips, tmp_path / "whole", **changes), progress=False)
+    align(run_values(wan_path, clips, tmp_path / "parts", **changes, train__steps=2), progress=False)
+    parts = align(run_values(wan_path, clips, tmp_path / "parts", **changes, resume=True), progress=False)
+    found = losses(tmp_path / "whole")
+    assert len(found) == 4 and found[0] == pytest.approx(math.log(2), abs=1e-6) and found == losses(tmp_path / "parts")
+    if trained == "lora":
+        one, other = load_file(whole.weights), load_file(parts.weights)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        plain = WanPipeline.from_pretrained(str(wan_path))
+        plain.load_lora_weights(str(whole.weights))
+    else:
+        plain = WanPipeline.from_pretrained(str(whole.weights))
+        one, base = plain.transformer.state_dict(), pipelines.load(wan_path).denoiser.state_dict()
+        assert any(not torch.equal(one[name], base[name]) for name in base)
+
+
+def test_the_timestep_shift_reaches_training(
+    wan_path: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny checkpoint's own shift is 3; with another the same quantiles become other times."""
+    times: list[Tensor] = []
+    predict = Wan.predict
+
+    def spied(self: Any, noisy: Tensor, timesteps: Tensor, *rest: Any, **named: Any) -> Tensor:
+        times.append(timesteps.clone())
+        return predict(self, noisy, timesteps, *rest, **named)
+
+    monkeypatch.setattr(Wan, "predict", spied)
+    for shift in ("model", 3.0, 1):
+        changes = {"train__steps": 1, "train__batch_size": 2, "train__timestep_shift": shift, "data__cache": False}
+        align(run_values(wan_path, clips, tmp_path / str(shift), **changes), progress=False)
+    own, three, one = (times[i][::2] / 1000 for i in (0, 2, 4))
+    assert torch.equal(own, three)
+    torch.testing.assert_close(own, 3 * one / (1 + 2 * one))
+
+
+def test_low_noise_expert_and_bf16_encoders_are_the_configurations(clips: Path, tmp_path: Path) -> None:
+    model = tiny_wan(tmp_path / "experts", experts=True)
+    changes = {"train__steps": 1, "train__batch_size": 2, "model__expert": "low", "train__precision": "bf16"}
+    result = align(run_values(model, clips, tmp_path / "run", **changes), progress=False)
+    (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["fingerprint"]["encoders"].endswith(", text_encoder in bf16")
+    evaluated = evaluate(
+        aligned=result.output_dir, prompts=["p"], scorers=[Brightness()], out=tmp_path / "evaluation",
+        steps=2, guidance=1.0, progress=False,
+    )  # fmt: skip
+    assert evaluated.settings["expert"] == "low"
+
+
+# Out ------------------------------------------------------------------------------------------------------------------
+
+
+class Brightness(Scorer):
+    """Mean of a frame; part: how many frames it was given."""
+
+    name, version = "brightness", "1"
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.seen.append(pixels)
+        return pixels.mean((1, 2, 3))
+
+
+def changed_wan(path: Path, folder: Path) -> Path:
+    """A LoRA that changes every clip."""
+    pipeline = pipelines.load(path)
+    pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
+    torch.manual_seed(0)
+    for parameter in pipeline.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=1.0)
+    return pipeline.save_lora(folder)
+
+
+def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: Path) -> None:
+    listing = generate(wan_path, ["cat", "dog"], tmp_path / "out", frames=5, fps=4, steps=2, guidance=1.0,
+                       batch_size=1, progress=False)  # fmt: skip
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["00000.mp4", "00001.mp4"] and rows[0]["fps"] == 4
+    seeds = [row["seed"] for row in rows]
+    made = sample(pipelines.load(wan_path), ["cat", "dog"], seeds, frames=5, steps=2, guidance=1.0)
+    for row, clip in zip(rows, made, strict=True):
+        assert clip.dtype == torch.uint8 and clip.shape == (5, 3, 32, 32)
+        saved = load_clip(tmp_path / "out" / row["file"], 5, 32, 32)
+        assert (saved - clip.float() / 255).abs().mean() < 0.05  # H.264, with colour at half the resolution
+        assert load_clip(tmp_path / "out" / row["file"], 3, 32, 32, fps=2).shape[0] == 3  # 5 frames at 4 are 1.25 s
+    generate(wan_path, ["sun"], tmp_path / "out", steps=1, guidance=1.0, force=True, progress=False)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.mp4", "samples.jsonl"]
+    with pytest.raises(PipelineError, match="frames must be 4k"):
+        generate(wan_path, ["cat"], tmp_path / "more", frames=4, progress=False)
+
+
+def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: Path) -> None:
+    scorer = Brightness()
+    result = evaluate(
+        base=wan_path, aligned=changed_wan(wan_path, tmp_path / "lora"), prompts=["cat", "dog"], scorers=[scorer],
+        out=tmp_path / "out", frames=5, steps=2, guidance=1.0, progress=False,
+    )  # fmt: skip
+    assert [len(pixels) for pixels in scorer.seen] == [5] * 4  # a clip at a time, both sides
+    assert all(torch.equal((pixels * 255).round() / 255, pixels) for pixels in scorer.seen)
+    assert result.settings["frames"] == 5 and result.settings["fps"] == 16.0
+    pair = json.loads((tmp_path / "out" / "pairs.jsonl").read_text().splitlines()[0])
+    expected = [pixels.mean().item() for pixels in (scorer.seen[0], scorer.seen[2])]
+    assert [pair["scores"]["brightness"][side] for side in ("before", "after")] == pytest.approx(expected, abs=1e-6)
+    report = (tmp_path / "out" / "report.html").read_text()
+    shown = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", report)
+    assert len(shown) >= 4 and "5 frames at 16.0 a second" in report
+    with Image.open(io.BytesIO(base64.b64decode(shown[0]))) as animation:
+        assert animation.n_frames == 5 and animation.info["loop"] == 0 and animation.size == (32, 32)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
+
+
+def test_a_clip_model_is_not_compared_with_a_picture_model(
+    wan_path: Path, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t2i_align.evaluation.compare.sample", None)  # it is refused before anything is drawn
+    with pytest.raises(UserError, match=r"the base makes pictures and .*wan makes clips: they cannot be compared"):
+        evaluate(base=sd_path, aligned=wan_path, prompts=["cat"], scorers=[Brightness()], out=tmp_path / "out",
+                 steps=1, guidance=1.0, progress=False)  # fmt: skip
+
+
+def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Path, tmp_path: Path) -> None:
+    """Two clips in rows of 5 of their 9 frames (every second), with a border of 2 pixels between 32 x 32 pixels."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\ndog\n")
+    validation = {"every": 1, "prompts": str(prompts), "steps": 1, "guidance": 1.0, "count": 2}
+    changes = {"train__steps": 1, "train__batch_size": 2, "validation": validation}
+    align(run_values(wan_path, clips, tmp_path / "run", **changes), progress=False)
+    folder = tmp_path / "run" / "validation"
+    names = [f"step_{step:06d}.{ending}" for step in (0, 1) for ending in ("mp4", "png")]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert Image.open(folder / names[1]).size == (5 * 34 + 2, 2 * 34 + 2)
+    assert load_clip(folder / names[0], FRAMES, 70, 36).shape == (FRAMES, 3, 70, 36)  # one column of two clips

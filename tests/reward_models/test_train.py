@@ -1,0 +1,249 @@
+"""Training preference models: they learn, they split, they continue, PAL knows its users, and bad input is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import reward_scorers
+from reward_scorers import ScorerError
+from reward_scorers.heads import PAL, LinearHead
+from t2i_align import cli
+from t2i_align.config import build
+from t2i_align.errors import UserError
+from t2i_align.rewards import config as configuration
+from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
+from t2i_align.reward_models.preferences import open_preferences, split
+from t2i_align.reward_models.train import train_scorer
+from tests.reward_scorers.test_towers import write_hf_clip
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "scorers").glob("*.yaml"))
+USERS = ("warm", "cold")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"hf-clip:{write_hf_clip(tmp_path_factory.mktemp('clip') / 'model')}"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Red against blue pictures under 40 prompts: half of the users want red, the others blue."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(80):
+        for name, colour in (("red", (220, 40, 40)), ("blue", (40, 40, 220))):
+            noise = rng.integers(-30, 30, (64, 64, 3)) + np.array(colour)
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / f"{number}-{name}.png")
+        user = USERS[number % 2]
+        pictures = [f"{number}-red.png", f"{number}-blue.png"]
+        scores = [1, 0] if user == "warm" else [0, 1]
+        rows.append({"prompt": f"prompt {number // 2}", "images": pictures, "scores": scores, "user": user})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one_taste = [row for row in rows if row["user"] == "warm"]
+    (folder / "warm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one_taste))
+    return folder
+
+
+def run_of(output: Path, source: Path, model: str, **more: Any) -> ScorerRun:
+    values: dict[str, Any] = {
+        "output_dir": str(output),
+        "model": model,
+        "data": {"path": str(source), "holdout_prompts": 0.3},
+        "optim": {"lr": 3e-3},
+        "train": {"steps": 12, "batch_size": 8},
+        "log": {"every": 4, "checkpoint_every": 5},
+    }
+    for key, value in more.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    return build(ScorerRun, values, where="")
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "linear"])
+def test_it_learns_what_people_want_and_can_be_used(tune: str, clip: str, source: Path, tmp_path: Path) -> None:
+    lr = {"full": 1e-3, "lora": 1e-2, "linear": 3e-2}[tune]
+    run = run_of(tmp_path / "run", source / "warm.jsonl", clip, tune=tune, optim={"lr": lr}, train={"steps": 25})
+    result = train_scorer(run, progress=False)
+    assert result.accuracy["new_prompts"].accuracy > 0.9
+    scorer = reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    red, blue = (Image.open(source / f"0-{name}.png") for name in ("red", "blue"))
+    scores = scorer.score_images([red, blue], ["prompt 0", "prompt 0"])
+    assert scores[0] > scores[1] and scorer.name == "trained:run" and "sha256" in scorer.version
+    pixels = torch.rand(1, 3, 64, 64, requires_grad=True)
+    scorer.score(pixels, ["x"]).sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+
+def test_lora_is_merged_so_that_transformers_alone_loads_it(clip: str, source: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    train_scorer(run_of(tmp_path / "run", source / "warm.jsonl", clip, tune="lora"), progress=False)
+    saved = load_file(tmp_path / "run" / "scorer" / "clip" / "model.safetensors")
+    before = CLIPModel.from_pretrained(clip.removeprefix("hf-clip:")).state_dict()
+    assert saved.keys() == before.keys()
+    changed = [key for key in saved if not torch.equal(saved[key], before[key])]
+    assert changed and all("_proj" in key for key in changed)
+
+
+def test_a_stopped_run_continues_bit_for_bit(clip: str, source: Path, tmp_path: Path) -> None:
+    whole = run_of(tmp_path / "whole", source / "warm.jsonl", clip, tune="lora", lora={"dropout": 0.1})
+    train_scorer(whole, progress=False)
+    half = dataclasses.replace(whole, output_dir=str(tmp_path / "half"))
+    train_scorer(half, progress=False)
+    for folder in (tmp_path / "half" / "checkpoints").glob("step_000012"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()  # as if it had been killed after step 10
+    train_scorer(dataclasses.replace(half, resume=True), progress=False)
+    one, other = (load_file(tmp_path / name / "scorer/clip/model.safetensors") for name in ("whole", "half"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1] == (
+        tmp_path / "half/metrics.jsonl"
+    ).read_text().splitlines()[-1]
+
+
+def test_pal_tells_users_apart_and_learns_new_ones_from_few_pairs(clip: str, source: Path, tmp_path: Path) -> None:
+    pal = {"latent": 8, "hidden": 16}
+    run = run_of(tmp_path / "pal", source / "pairs.jsonl", clip, tune="pal", pal=pal, loss="imagereward",
+                 optim={"lr": 2e-2}, train={"steps": 150, "batch_size": 32})  # fmt: skip
+    result = train_scorer(run, progress=False)
+    assert result.accuracy["new_prompts"].accuracy > 0.9
+    red, blue = (Image.open(source / f"1-{name}.png") for name in ("red", "blue"))
+    for user, sign in (("warm", 1), ("cold", -1)):
+        scores = reward_scorers.build(f"trained:{tmp_path / 'pal'}:{user}").score_images([red, blue], ["p", "p"])
+        assert sign * (scores[0] - scores[1]) > 0, user
+    one = dataclasses.replace(run, output_dir=str(tmp_path / "bt"), pal=dataclasses.replace(run.pal, prototypes=1))
+    assert 0.3 < train_scorer(one, progress=False).accuracy["new_prompts"].accuracy < 0.7  # opposed tastes cancel
+    rows = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+    new = [{**row, "user": f"new-{row['user']}"} for row in rows[:8]]
+    (source / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
+    added = run_of(tmp_path / "more", source / "new.jsonl", str(tmp_path / "pal"), tune="users",
+                   data={"holdout_prompts": 0.0}, optim={"lr": 0.2}, train={"steps": 60})  # fmt: skip
+    train_scorer(added, progress=False)
+    before, after = (load_file(tmp_path / name / "scorer/head.safetensors") for name in ("pal", "more"))
+    assert all(torch.equal(before[key], after[key]) for key in before if key != "w")
+    assert torch.equal(before["w"], after["w"][:2]) and len(after["w"]) == 4
+    scores = reward_scorers.build(f"trained:{tmp_path / 'more'}:new-cold").score_images([red, blue], ["p", "p"])
+    assert scores[1] > scores[0]
+    with pytest.raises(ScorerError, match=r"does not know the user 'nobody'. Known: cold, warm"):
+        reward_scorers.build(f"trained:{tmp_path / 'pal'}:nobody")
+
+
+def test_pal_with_one_prototype_is_one_model_for_all() -> None:
+    torch.manual_seed(0)
+    head = PAL(8, 3, prototypes=1)
+    images, texts = torch.randn(4, 8), torch.randn(4, 8)
+    first = head(images, texts, torch.tensor([0, 1, 2, -1]))
+    torch.testing.assert_close(first, head(images, texts))
+    two = PAL(8, 3, prototypes=2)
+    assert not torch.allclose(two(images, texts, torch.zeros(4, dtype=torch.long)), two(images, texts))
+
+
+@pytest.mark.parametrize("options", [{"source": "prompt"}, {"score": "angle"}, {"source": "prompt", "score": "angle"}])
+def test_every_form_of_pal_has_finite_gradients(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = PAL(8, 2, latent=4, hidden=8, **options)
+    head(torch.randn(5, 8), torch.randn(5, 8), torch.tensor([0, 1, 1, 0, -1])).sum().backward()
+    used = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+    assert {"w", "f.0.weight"} <= set(used) and all(bool(g.isfinite().all()) for g in used.values())
+
+
+def test_the_linear_head_begins_as_the_cosine() -> None:
+    images, texts = torch.randn(3, 8), torch.randn(3, 8)
+    torch.testing.assert_close(LinearHead(8)(images, texts), (images * texts).sum(-1))
+
+
+def test_no_prompt_and_no_user_is_on_both_sides(source: Path, tmp_path: Path) -> None:
+    data = open_preferences(str(source / "pairs.jsonl"), tmp_path, progress=False)
+    parts = split(data, PreferenceConfig(holdout_prompts=0.4))
+    prompts = [{data.prompts[row] for row in rows} for rows in (parts.train, parts.new_prompts)]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1] and not parts.new_users
+    parts = split(data, PreferenceConfig(holdout_prompts=0.0, holdout_users=0.45))
+    assert not {data.users[row] for row in parts.train} & {data.users[row] for row in parts.new_users}
+    assert len(parts.train) + len(parts.new_users) == 80
+
+
+def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, tmp_path: Path) -> None:
+    warm = source / "warm.jsonl"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"loss": "dpo"}, "loss must be one of pickscore, hpsv2, imagereward, btt, found 'dpo'"),
+        ({"tune": "most"}, "unknown value for tune: 'most'"),
+        ({"model": "clip:ViT-B-32:openai"}, "model must be hf-clip:"),
+        ({"data": {"holdout_prompts": 1.0}}, r"data.holdout_prompts must be in \[0, 1\)"),
+        ({"train": {"steps": 0}}, "train.steps must be at least 1"),
+        ({"pal": {"prototypes": 0}}, "pal.prototypes must be at least 1"),
+        ({"data": {"pth": "x"}}, "unknown key in data 'pth'"),
+    ]
+    for change, match in cases:
+        with pytest.raises(UserError, match=match):
+            train_scorer(run_of(tmp_path / "bad", warm, **{"model": clip, **change}), progress=False)
+    with pytest.raises(UserError, match="no such file or folder"):
+        train_scorer(run_of(tmp_path / "bad", tmp_path / "nothing.jsonl", clip), progress=False)
+    with pytest.raises(UserError, match=r"model: .*/no/such/folder: no such folder"):
+        train_scorer(run_of(tmp_path / "bad2", warm, "hf-clip:/no/such/folder"), progress=False)
+    lines = [{**json.loads(line), "scores": [1, 1], "user": None} for line in warm.read_text().splitlines()]
+    ties = source / "ties.jsonl"
+    ties.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        UserError, match="only ties to train on, of which hpsv2 learns nothing; loss=pickscore or btt does"
+    ):
+        train_scorer(run_of(tmp_path / "bad3", ties, clip, loss="hpsv2"), progress=False)
+    with pytest.raises(UserError, match="names no users, whom tune=pal is about"):
+        train_scorer(run_of(tmp_path / "bad4", ties, clip, tune="pal"), progress=False)
+    run = run_of(tmp_path / "good", warm, clip, tune="linear")
+    train_scorer(run, progress=False)
+    with pytest.raises(UserError, match="holds a run already; resume=true continues it"):
+        train_scorer(run, progress=False)
+    other = dataclasses.replace(run, loss="hpsv2", resume=True)
+    with pytest.raises(UserError, match="loss: there 'pickscore', here 'hpsv2'"):
+        train_scorer(other, progress=False)
+    with pytest.raises(UserError, match="only PAL has users"):
+        train_scorer(run_of(tmp_path / "u", warm, str(tmp_path / "good"), tune="users"), progress=False)
+
+
+def test_a_trained_scorer_refuses_another_base(clip: str, source: Path, tmp_path: Path) -> None:
+    train_scorer(run_of(tmp_path / "run", source / "warm.jsonl", clip, tune="linear"), progress=False)
+    file = tmp_path / "run" / "scorer" / "scorer.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "base_weights": "sha256 0123"}))
+    with pytest.raises(ScorerError, match=r"was trained on hf-clip:.* with sha256 0123"):
+        reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    file.write_text(json.dumps({**told, "layout": 99}))
+    with pytest.raises(ScorerError, match="written with layout 99, this version reads 1"):
+        reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    for change, found in (({"kind": "tree"}, "the kind 'tree'"), ({"width": None, "base": None}, "lacks base, width")):
+        file.write_text(json.dumps({key: value for key, value in {**told, **change}.items() if value is not None}))
+        with pytest.raises(ScorerError, match=f"expected a description of clip or linear or pal: {found}"):
+            reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    file.write_text("[1]")
+    with pytest.raises(ScorerError, match=r"scorer.json: not a description"):
+        reward_scorers.build(f"trained:{tmp_path / 'run'}")
+    with pytest.raises(ScorerError, match=r"no scorer.json in it"):
+        reward_scorers.build(f"trained:{tmp_path}")
+
+
+def test_the_command(clip: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"output_dir": str(tmp_path / "run"), "model": clip, "tune": "linear", "train": {"steps": 3}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert cli.main(["train-scorer", str(tmp_path / "run.yaml"), f"data.path={source / 'warm.jsonl'}"]) == 0
+    told = capsys.readouterr().out
+    assert "new prompts" in told and f"the scorer is trained:{tmp_path / 'run' / 'scorer'}" in told
+    assert cli.main(["train-scorer", str(tmp_path / "run.yaml"), "train.stesp=3"]) == 2
+    assert "unknown key in train 'stesp'. Did you mean 'steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_configuration_of_a_scorer_loads(file: Path) -> None:
+    run = configuration.load(file, ["train.steps=7"])
+    assert run.output_dir == f"runs/{file.stem}" and run.train.steps == 7
+    assert yaml.safe_load(file.read_text())["model"] == run.model and len(CONFIGS) == 4

@@ -1,0 +1,354 @@
+"""Scoring pictures on disk: the list, the output, continuing after a kill, pictures that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import reward_scorers
+from reward_scorers import Scorer
+from t2i_align.data.clips import save_clip
+from t2i_align.errors import UserError
+from t2i_align.reward_models.preferences import open_preferences
+from t2i_align.labeling.score import score
+from tests.reward_scorers.test_towers import TINY, noise, write_hf_clip
+
+
+class Red(Scorer):
+    """Mean red, and how many pictures it has seen."""
+
+    name = "red"
+    version = "1"
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.seen += len(pixels)
+        return pixels[:, 0].mean((1, 2))
+
+    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._score(pixels, prompts), {"nothing": pixels[:, 0, 0, 0] * float("nan")}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five reds of 0, 51, 102, 153 and 204, that is 0, 0.2, 0.4, 0.6 and 0.8."""
+    rows = []
+    for i in range(5):
+        Image.new("RGB", (8, 8 + i), (51 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "prompt": f"red\u2028number {i}"})
+    file = tmp_path / "list.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    return file
+
+
+def run(source: Path, scorer: Scorer, out: Path | None = None) -> float:
+    return score(source, [scorer], out, batch_size=2, progress=False)[scorer.name]
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_every_picture_gets_a_line_with_name_and_version(pictures: Path, tmp_path: Path) -> None:
+    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.4)
+    rows = read(tmp_path / "scores.jsonl")
+    assert [row["score"] for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert rows[1] | {"score": 0} == {
+        "image": "1.png",
+        "sha256": hashlib.sha256((tmp_path / "1.png").read_bytes()).hexdigest(),
+        "prompt": "red\u2028number 1",
+        "scorer": "red",
+        "version": "1",
+        "score": 0,
+        "parts": {"nothing": None},
+    }
+    assert run(pictures, Red()) == pytest.approx(0.4)  # nothing written without `out`
+
+
+def test_a_killed_run_continues_where_it_was(pictures: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "scores.jsonl", tmp_path / "whole.jsonl"
+    run(pictures, Red(), whole)
+    text = whole.read_bytes()
+    cut = text.rstrip(b"\n").rfind(b"\n") + 25  # into the last line
+    out.write_bytes(text[:cut])
+    again = Red()
+    assert run(pictures, again, out) == pytest.approx(0.4)
+    assert again.seen == 1 and out.read_bytes() == text
+    again.version = "2"  # other numbers: nothing counts as done
+    run(pictures, again, out)
+    assert again.seen == 6 and len(read(out)) == 10
+
+
+def test_scores_under_autocast_are_another_versions_and_keep_their_digits(pictures: Path, tmp_path: Path) -> None:
+    spec = f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"
+    out = tmp_path / "scores.jsonl"
+    for precision in ("fp32", "bf16", "bf16"):
+        score(pictures, spec, out, batch_size=5, precision=precision, progress=False)
+    rows = read(out)
+    exact, rounded = (torch.tensor([row["score"] for row in rows[i : i + 5]]) for i in (0, 5))
+    assert len(rows) == 10 and rows[5]["version"] == f"{rows[0]['version']}, bfloat16 autocast"
+    assert 0 < (exact - rounded).abs().max() < 1  # of 100 times a cosine
+    assert not torch.equal(rounded, rounded.bfloat16().float())  # the cosine itself is not rounded
+    with pytest.raises(UserError, match="unknown precision 'half'"):
+        score(pictures, spec, out, precision="half", progress=False)
+
+
+def test_what_is_scored_already_is_not_decoded_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pictures, Red(), tmp_path / "scores.jsonl")
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")  # another picture under the same name
+    run(pictures, Red(), tmp_path / "scores.jsonl")
+    assert opened == [tmp_path / "3.png"]
+
+
+def test_another_models_pictures_of_the_same_names_are_scored_and_reported(tmp_path: Path) -> None:
+    """Red 51 and 204 of 255: the means of the two folders are 0.2 and 0.8, whichever is scored first or again."""
+    for name, red in (("base", 51), ("aligned", 204)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(tmp_path / name / "00000.png")
+        (tmp_path / name / "samples.jsonl").write_text('{"prompt": "x", "file": "00000.png"}\n')
+    out = tmp_path / "scores.jsonl"
+    for name, mean in (("base", 0.2), ("aligned", 0.8), ("base", 0.2)):
+        assert run(tmp_path / name, Red(), out) == pytest.approx(mean)
+    assert [row["score"] for row in read(out)] == pytest.approx([0.2, 0.8])  # the third call had nothing to do
+    (tmp_path / "base" / "00000.png").write_bytes((tmp_path / "aligned" / "00000.png").read_bytes())
+    assert run(tmp_path / "base", Red(), out) == pytest.approx(0.8)  # made again in the same folder
+
+
+def test_too_little_memory_and_no_such_device_are_named(pictures: Path) -> None:
+    class Huge(Red):
+        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"2 pictures at a time; lower batch_size \(--batch-size\)"):
+        run(pictures, Huge())
+    with pytest.raises(UserError, match="device 'cdua' cannot be used: "):
+        score(pictures, [Red()], device="cdua", progress=False)
+
+
+def test_pictures_that_cannot_be_read_are_recorded_and_the_others_keep_their_scores(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
+    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
+    rows = {row["image"]: row for row in read(tmp_path / "scores.jsonl")}
+    assert "FileNotFoundError" in rows["0.png"]["error"] and "score" not in rows["0.png"]
+    assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
+    assert "mode F have no known range" in rows["2.png"]["error"]
+    assert rows["4.png"]["score"] == pytest.approx(0.8)
+    assert "over 1 pictures; 4 could not be scored" in capsys.readouterr().out
+
+
+def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
+    file = tmp_path / "list.jsonl"
+    cases = [
+        ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not JSON"),
+        ("[1]", "line 1: expected an object, found list"),
+        ('{"picture": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys picture, prompt"),
+        ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
+        ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
+        ('{"image": "a.png", "prompt": "\\ud800"}', "expected text under 'prompt', found"),
+        ('{"image": "\\ud800", "prompt": "x"}', "expected a path under 'image', found"),
+        ("\n", "no picture listed"),
+    ]
+    for text, match in cases:
+        file.write_text(text)
+        with pytest.raises(UserError, match=match):
+            run(file, Red())
+    with pytest.raises(UserError, match=r"expected a folder with samples.jsonl"):
+        run(tmp_path, Red())
+    file.write_text('{"image": "a.png", "prompt": "x"}')
+    with pytest.raises(UserError, match="unknown scorer 'rde'"):
+        score(file, ["rde"], progress=False)
+    (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"foreign.jsonl, line 1: not a line of scores"):
+        run(file, Red(), tmp_path / "foreign.jsonl")
+    for out in (tmp_path / "scores.csv", tmp_path):
+        with pytest.raises(UserError, match=r"expected a file that ends in .jsonl or .parquet"):
+            run(file, Red(), out)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: not UTF-8 text \(byte 0\); expected a list of pictures"):
+        run(tmp_path / "a.png", Red())
+
+
+def test_pictures_that_a_scorer_refuses_are_named(pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single pictures"):
+        score(pictures, ["motion"], batch_size=2, progress=False)
+
+
+def test_clips_are_scored_as_generate_writes_them(tmp_path: Path) -> None:
+    """Reds of 0.2 and 0.6 in turn: 0.4 on average, and 0.4 / 3 of all three channels change from frame to frame."""
+    clip = torch.zeros(6, 3, 16, 16)
+    clip[::2, 0], clip[1::2, 0] = 0.2, 0.6
+    save_clip(clip, tmp_path / "0.mp4", fps=8, lossless=True)
+    save_clip(clip, tmp_path / "frames", fps=8)
+    save_clip(clip[:1], tmp_path / "still", fps=8)
+    names = ["0.mp4", "frames", "still"]
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"prompt": "x", "file": "{name}"}}\n' for name in names))
+    means = score(tmp_path, [Red(), "motion"], tmp_path / "scores.jsonl", progress=False)
+    assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
+    rows = read(tmp_path / "scores.jsonl")
+    assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
+    assert "a single picture, expected a clip of 2 frames" in rows[0]["error"]
+
+
+def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path) -> None:
+    """The same five pictures as JSONL, parquet with bytes, a ranking and prepared pictures."""
+    rows = [json.loads(line) for line in pictures.read_text(encoding="utf-8").split("\n") if line]
+    contents = [(tmp_path / row["image"]).read_bytes() for row in rows]
+    encoded = [{"bytes": content, "path": None} for content in contents]
+    table = {"image": encoded, "caption": [row["prompt"] for row in rows]}
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    ranking = {"prompt": "red", "images": [row["image"] for row in rows], "scores": [0, 1, 2, 3, 4]}
+    (tmp_path / "ranking.jsonl").write_text(json.dumps(ranking) + "\n")
+    index = open_preferences(str(tmp_path / "ranking.jsonl"), tmp_path / "index", progress=False).store.path
+    for source in (pictures, tmp_path / "list.parquet", tmp_path / "ranking.jsonl", index):
+        out = tmp_path / "out" / f"{source.name}.jsonl"
+        assert run(source, Red(), out) == pytest.approx(0.4), source
+        assert sorted(row["score"] for row in read(out)) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+        again = Red()
+        assert run(source, again, out) == pytest.approx(0.4) and again.seen == 0
+
+
+def test_parquet_of_scores_continues_and_keeps_parts_and_errors(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    run(pictures, Red(), out)
+    rows = pq.read_table(out).to_pylist()
+    assert [row["score"] for row in rows if row["error"] is None] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert [row["image"] for row in rows if row["error"]] == ["4.png"] and dict(rows[0]["parts"]) == {"nothing": None}
+    pq.write_table(pq.read_table(out).slice(0, 2), out)
+    left = tmp_path / f".{out.name}.1.jsonl"  # what another process wrote before it was killed
+    left.write_text(json.dumps({k: v for k, v in rows[2].items() if k not in ("error", "parts")}) + "\n" + '{"image"')
+    scorer = Red()
+    assert run(pictures, scorer, out) == pytest.approx(0.3)
+    assert scorer.seen == 1 and not left.exists() and pq.read_table(out).num_rows == 5
+    pq.write_table(pa.table({"a": [1]}), out)
+    with pytest.raises(UserError, match="not a file of scores"):
+        run(pictures, Red(), out)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_any_name_of_an_output_and_a_link_to_it_will_do(ending: str, pictures: Path, tmp_path: Path) -> None:
+    out, link = tmp_path / "there" / f"s[1]*.{ending}", tmp_path / f"link.{ending}"
+    out.parent.mkdir()
+    link.symlink_to(out)
+    scorer = Red()
+    run(pictures, scorer, out)
+    run(pictures, scorer, link)
+    assert scorer.seen == 5 and link.is_symlink() and [file.name for file in out.parent.iterdir()] == [out.name]
+
+
+def test_a_parquet_that_was_gathered_before_the_kill_is_not_gathered_twice(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, Red(), tmp_path / "a.jsonl")
+    run(pictures, Red(), tmp_path / "b.parquet")
+    (tmp_path / ".b.parquet.0.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert run(pictures, Red(), tmp_path / "b.parquet") == pytest.approx(0.4)
+    assert pq.read_table(tmp_path / "b.parquet").num_rows == 5
+
+
+def test_rows_of_preference_data_that_cannot_be_used_are_recorded(pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "x", "chosen": "0.png", "rejected": "1.png"},
+        {"prompt": "y", "chosen": "2.png", "rejected": "no"},
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        assert run(source, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.1)
+    lines = read(tmp_path / "scores.jsonl")
+    assert len(lines) == 3 and "pairs.jsonl:2" in lines[2]["image"] and "no" in lines[2]["error"]
+    assert lines[2]["sha256"] is None
+
+
+def test_a_prompt_that_a_scorer_cannot_judge_is_recorded(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    prompts = ["a large red circle on a white background", "a photo of my cat", "x\u0000"]
+    names = ["a.png", "a.png", "a\u0000.png"]
+    rows = [{"image": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score(tmp_path / "list.jsonl", "oracle", tmp_path / "scores.jsonl", progress=False)
+    scored, unknown, unreadable = sorted(read(tmp_path / "scores.jsonl"), key=lambda row: prompts.index(row["prompt"]))
+    assert scored["score"] is not None and "my cat" in unknown["error"] and "null byte" in unreadable["error"]
+
+
+def test_a_frame_changed_in_its_folder_is_another_clip(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 16), (51, 0, 0)).save(tmp_path / "clip" / f"{number}.png")
+    (tmp_path / "list.jsonl").write_text('{"image": "clip", "prompt": "x"}\n')
+    for red in (51, 204):
+        Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / "clip" / "0.png")
+        means = run(tmp_path / "list.jsonl", Red(), tmp_path / "scores.jsonl")
+        assert means == pytest.approx((0.2 * 2 + red / 255) / 3)
+
+
+def test_ratings_of_heads_keep_their_digits_under_autocast(tmp_path: Path) -> None:
+    """Of 24 pictures no two are rated alike, and in nearly the same order as in float32."""
+    (tmp_path / "tiny-rated.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(tmp_path / "tiny-rated.json")
+    scorer = reward_scorers.build("aesthetic:random:tiny-rated:random")
+    images, prompts = [noise((64, 64), seed) for seed in range(24)], ["x"] * 24
+    exact = scorer.score_images(images, prompts)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            rounded = scorer.score_images(images, prompts)
+        assert rounded.dtype == torch.float32 and len(rounded.unique()) == 24
+        assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.99
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
+    """Under torchrun: each picture is scored once, and the first process gathers."""
+    code = (
+        "import os, sys\n"
+        "from tests.reward_scorers.test_files import Red\n"
+        "from t2i_align.labeling.score import score\n"
+        f"means = score({str(pictures)!r}, [Red()], {str(tmp_path / 'both.jsonl')!r}, batch_size=2, progress=False)\n"
+        "assert abs(means['red'] - 0.4) < 1e-6\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"  # gloo's threads may abort on the way out
+    )
+    (tmp_path / "work.py").write_text(code)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "work.py")],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(tmp_path / "both.jsonl")
+    assert sorted(row["score"] for row in rows) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert done.stdout.count("over 5 pictures") == 1 and not list(tmp_path.glob(".both*"))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1"])
+def test_pictures_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: Path) -> None:
+    Image.new("RGB" if mode == "P" else mode, (1, 1)).convert(mode).save(tmp_path / "a.tif")
+    (tmp_path / "list.jsonl").write_text('{"image": "a.tif", "prompt": "x"}\n')
+    run(tmp_path / "list.jsonl", Red(), tmp_path / "out.jsonl")
+    (row,) = read(tmp_path / "out.jsonl")
+    assert "score" in row and "error" not in row

@@ -1,0 +1,219 @@
+"""Runs that diverge: seen, rolled back, continued, and stopped when that does not help."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from t2i_align import align, checkpoint, trainer
+from t2i_align import config as configuration
+from t2i_align.data.schema import Batch, Model
+from t2i_align.errors import UserError
+from t2i_align.training.divergence import Diverged, change, check_finite, check_winners, copies
+from t2i_align.objectives.base import Metrics
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.diffusion.randomness import Draw
+from tests.runs import jsonl_pairs, run_values
+
+SPOILING = 0.1  # a learning rate at which all the tiny model's weights are soon useless, and a half or a quarter is not
+HOPELESS = 1.0  # and one at which a quarter is as bad
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jsonl_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def diverging(model: Path, pairs: Path, output: Path, lr: float = SPOILING, **changes: Any) -> dict[str, Any]:
+    """Full fine-tuning of 16 steps, a line every 2, a checkpoint every 4; the rate falls to 0 as a cosine."""
+    options = {
+        "lora": None, "optim__lr": lr, "optim__warmup_steps": 0, "optim__schedule": "cosine", "train__steps": 16,
+        "log__every": 2, "log__checkpoint_every": 4, "data__cache_dir": str(pairs.parent / "cache"), **changes,
+    }  # fmt: skip
+    return run_values(model, pairs, output, **options)
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_state(output: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    newest = checkpoint.all_steps(output)[-1]
+    return newest.name, *checkpoint.load(newest)
+
+
+def test_winners_may_get_worse_by_the_share_that_is_allowed() -> None:
+    """Error 0.30, 0.10 above the reference's 0.20: a rise by 1/2."""
+    means = {"error/chosen": 0.30, "error/chosen_minus_reference": 0.10}
+    check_winners(means, 7, 0.51)
+    check_winners(means, 7, None)
+    check_winners({"error/chosen": 9.0}, 7, 0.1)
+    check_winners({"error/chosen": 0.1, "error/chosen_minus_reference": -0.3}, 7, 0.1)
+    with pytest.raises(
+        Diverged, match=r"step 7 has winners .*0\.3, the reference's 0\.2.* allows 1\.49 times"
+    ) as caught:
+        check_winners(means, 7, 0.49)
+    assert caught.value.step == 7
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_and_gradient_must_be_finite(bad: float) -> None:
+    check_finite(None, 0)
+    check_finite(torch.tensor([1.0, 2.0]), 1)
+    for numbers in ([bad, 1.0], [1.0, bad]):
+        with pytest.raises(Diverged, match="step 3 is not finite"):
+            check_finite(torch.tensor(numbers), 3)
+
+
+def test_the_norm_of_a_change_is_over_all_parameters() -> None:
+    """Changes (3, 0) and (4): sqrt(9 + 16) = 5."""
+    parameters = [torch.tensor([1.0, 1.0]), torch.tensor([2.0])]
+    before = copies(parameters)
+    parameters[0] += torch.tensor([3.0, 0.0])
+    parameters[1] -= 4.0
+    assert change(before, parameters).item() == 5.0
+
+
+def test_update_norm_is_the_way_of_the_logged_step_and_costs_the_others_nothing(
+    sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(trainer, "copies", lambda parameters: calls.append(1) or copies(parameters))
+    values = run_values(sd_path, pairs, tmp_path / "run", train__steps=6, log__every=2, log__checkpoint_every=1)
+    values["log"]["keep_checkpoints"] = 10
+    align(values, progress=False)
+    weights = [checkpoint.load(step)[0] for step in checkpoint.all_steps(tmp_path / "run")]
+    assert len(weights) == 7 and len(calls) == 3
+    for line in metrics(tmp_path / "run"):
+        now, before = weights[line["step"]], weights[line["step"] - 1]
+        way = math.sqrt(sum((now[name] - before[name]).square().sum().item() for name in now))
+        assert line["update_norm"] == pytest.approx(way, rel=1e-4) and way > 0
+
+
+def test_a_divergent_run_goes_back_says_so_and_ends_well(
+    sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The logged rate is the schedule's, a cosine, times the factor."""
+    values = diverging(sd_path, pairs, tmp_path / "run")
+    result = align(values, progress=False)
+    said = capsys.readouterr().out
+    assert "step 4 has winners that are denoised much worse than by the reference" in said
+    assert f"goes back to {tmp_path / 'run' / 'checkpoints' / 'step_000000'} and on with 0.5 times" in said
+    lines = metrics(tmp_path / "run")
+    rollbacks = [line for line in lines if "rollback" in line]
+    assert rollbacks[0] == {"step": 0, "rollback": 1, "diverged_at": 4} and len(rollbacks) <= 2
+    assert "rollback 1 of at most 2" in said and said.count("goes back") == len(rollbacks)
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == list(range(2, 17, 2)) and lines == rollbacks + logged
+    factor = 0.5 ** len(rollbacks)
+    for line in logged:
+        assert line["lr"] == pytest.approx(factor * SPOILING * 0.5 * (1 + math.cos(math.pi * line["step"] / 16)))
+        assert line["error/chosen_minus_reference"] < 0.5 * line["error/chosen"] / 1.5
+    assert result.steps == 16 and (result.weights / "unet").is_dir()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before the checkpoint is written anew", "after that", "at the next checkpoint"])
+def test_a_run_that_is_killed_around_a_rollback_resumes_to_the_very_same_bits(
+    when: str, sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    align(diverging(sd_path, pairs, tmp_path / "whole"), progress=False)
+    assert any("rollback" in line for line in metrics(tmp_path / "whole"))
+    real = checkpoint.save
+
+    def save(run: Path, step: int, weights: dict, state: dict, keep: int) -> Path:
+        rolled_back = state["rollbacks"] > 0
+        if rolled_back and when == "before the checkpoint is written anew":
+            raise Killed
+        folder = real(run, step, weights, state, keep)
+        if rolled_back and (when == "after that" or step > 0):
+            raise Killed
+        return folder
+
+    values = diverging(sd_path, pairs, tmp_path / "killed")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", save)
+        align(values, progress=False)
+    align({**values, "resume": True}, progress=False)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    (name, weights, state), (name_2, weights_2, state_2) = map(last_state, (tmp_path / "whole", tmp_path / "killed"))
+    assert name == name_2 == "step_000016" and state["rollbacks"] == state_2["rollbacks"] > 0
+    assert weights.keys() == weights_2.keys() and all(torch.equal(weights[key], weights_2[key]) for key in weights)
+
+
+def test_a_hopeless_run_stops_after_so_many_rollbacks_and_names_the_last_good_checkpoint(
+    sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = diverging(sd_path, pairs, tmp_path / "run", HOPELESS)
+    with pytest.raises(UserError, match=r"after 2 rollbacks, so the run has stopped.*step_000000\. A smaller optim.lr"):
+        align(values, progress=False)
+    assert capsys.readouterr().out.count("goes back") == 2
+    # Told to try more often, the same run goes on from there.
+    more = {**values, "resume": True, "health": {"rollbacks": 6}}
+    assert align(more, progress=False).steps == 16
+    assert last_state(tmp_path / "run")[2]["rollbacks"] > 2
+    with pytest.raises(UserError, match=r"the reference's [\d.]+; .*times as much\), so the run has stopped"):
+        align(diverging(sd_path, pairs, tmp_path / "none", HOPELESS, health__rollbacks=0), progress=False)
+
+
+def test_switched_off_nothing_is_looked_at(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = diverging(sd_path, pairs, tmp_path / "run", HOPELESS, health__max_error_rise=None, train__steps=4)
+    assert align(values, progress=False).metrics["error/chosen_minus_reference"] > 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpoiltUnseen(DiffusionDPO):
+    """Not finite from the third step on, as if what the first checkpoint holds had been spoilt already."""
+
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+        loss, values = super().step(policy, reference, batch, draw)
+        return loss * batch.carried["factor"], values
+
+    def initial(self) -> dict[str, float]:
+        return {"factor": 1.0}
+
+    def carry(self, carried: Any, means: Any) -> dict[str, Tensor]:
+        return {"factor": torch.where(carried["factor"] > 2, math.nan, carried["factor"] + 1)}
+
+
+def test_a_checkpoint_that_leads_to_divergence_again_is_given_up_for_the_one_before(
+    sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", log__every=100, optim__warmup_steps=0, train__steps=8)
+    config = dataclasses.replace(configuration.from_mapping(values), objective=SpoiltUnseen(beta=100.0))
+    with pytest.raises(UserError, match=r"step 4 is not finite.*after 2 rollbacks"):
+        align(config, progress=False)
+    said = [line for line in capsys.readouterr().out.splitlines() if "goes back" in line]
+    assert "step_000002 and on with 0.5 times" in said[0] and "step_000000 and on with 0.25 times" in said[1]
+    assert [line["rollback"] for line in metrics(tmp_path / "run") if "rollback" in line] == [2]
+    _, _, state = last_state(tmp_path / "run")
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.25 * 1e-3)
+
+
+def test_two_processes_roll_back_together(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    one = diverging(sd_path, pairs, tmp_path / "one")
+    align(one, progress=False)
+    two = diverging(sd_path, pairs, tmp_path / "two", train__batch_size=2)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(two))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "t2i_align.train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert ours[0] == theirs[0] == {"step": 0, "rollback": 1, "diverged_at": 4}
+    assert theirs[-1]["step"] == 16 and theirs[-1]["loss"] > 0

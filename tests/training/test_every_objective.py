@@ -1,0 +1,121 @@
+"""Every objective as a whole run on a tiny model: with a LoRA and in full, from data that has what it needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pipelines
+from t2i_align import align
+from t2i_align.errors import UserError
+from t2i_align.inference.generate import sample
+from t2i_align.objectives import OBJECTIVES
+from t2i_align.inference.resolve import adapter_on, resolve_aligned
+from tests.runs import picture, run_values
+
+CANDIDATES = 3
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Groups of three with graded scores, own captions and a wrong one: what any objective may ask."""
+    folder = tmp_path_factory.mktemp("rankings")
+    lines: list[dict[str, Any]] = []
+    for i in range(8):
+        names = [f"{i}_{k}.png" for k in range(CANDIDATES)]
+        for k, name in enumerate(names):
+            picture(CANDIDATES * i + k).save(folder / name)
+        lines.append({
+            "prompt": f"prompt {i}", "images": names, "scores": [0.2 + 0.01 * i, 0.9, 0.5],
+            "captions": [f"caption {i} {k}" for k in range(CANDIDATES)], "negative_caption": f"wrong {i}",
+        })  # fmt: skip
+    file = folder / "rankings.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.mark.parametrize("trained", ["lora", "model"])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_it_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"objective": {"name": name}, "train__steps": 2}
+    if trained == "model":
+        changes |= {"lora": None, "optim__lr": 1e-5}
+    result = align(run_values(sd_path, rankings, tmp_path / "run", **changes), progress=False)
+    assert result.steps == 2 and math.isfinite(result.metrics["loss"]) and result.metrics["update_norm"] > 0
+    if trained == "lora":
+        weights = load_file(result.weights)
+        assert any(tensor.abs().max() > 0 for key, tensor in weights.items() if "lora_B" in key or "lora.up" in key)
+    else:
+        base, tuned = (pipelines.load(path).denoiser.state_dict() for path in (sd_path, result.weights))
+        assert any(not torch.equal(tuned[key], tensor) for key, tensor in base.items())
+
+
+def test_soft_tokens_are_trained_alone_saved_and_found(sd_path: Path, rankings: Path, tmp_path: Path) -> None:
+    values = run_values(
+        sd_path, rankings, tmp_path / "run", objective={"name": "softrepa"}, lora=None, soft_tokens={"count": 2}
+    )
+    result = align(values, progress=False)
+    assert result.weights == tmp_path / "run" / "soft_tokens" / "soft_tokens.safetensors"
+    found = resolve_aligned(tmp_path / "run")
+    assert found.kind == "soft_tokens" and set(load_file(found.path)) == {"tokens", "times"}
+    pipeline = pipelines.load(sd_path)
+    options: dict[str, Any] = {"steps": 2, "guidance": 1.0}
+    (before,) = sample(pipeline, ["prompt 1"], [0], **options)
+    with adapter_on(pipeline, found):
+        (inside,) = sample(pipeline, ["prompt 1"], [0], **options)
+    (after,) = sample(pipeline, ["prompt 1"], [0], **options)
+    assert before.tobytes() == after.tobytes() != inside.tobytes()
+    resumed = align(values | {"resume": True, "train": values["train"] | {"steps": 6}}, progress=False)
+    assert resumed.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"soft_tokens": {"count": 2}, "objective": {"name": "softrepa"}}, "alternatives: with soft_tokens, set lora"),
+        ({"soft_tokens": {"count": 2}, "lora": None}, "objectives without a reference; diffusion_dpo has one"),
+        ({"soft_tokens": {"count": 0}}, "soft_tokens.count must be at least 1"),
+        (
+            {"objective": {"name": "ncp_dpo"}, "train__reference_update": {"every": 2}},
+            "ncp_dpo compares in the features of the model before training",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        align(run_values(tmp_path, tmp_path, tmp_path / "run", **changes), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "message"),
+    [
+        ("dcpo", {}, "'captions'.*t2i-align caption"),
+        ("tdpo", {}, "'negative_caption'.*t2i-align perturb"),
+        ("smpo", {}, "'scores'.*t2i-align relabel"),
+    ],
+)
+def test_data_that_lacks_what_it_needs_is_refused_with_the_command_that_makes_it(
+    name: str, entry: dict[str, Any], message: str, sd_path: Path, tmp_path: Path
+) -> None:
+    for side in (0, 1):
+        picture(side).save(tmp_path / f"{side}.png")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "chosen": "0.png", "rejected": "1.png", **entry}) + "\n")
+    with pytest.raises(UserError, match=message):
+        align(run_values(sd_path, data, tmp_path / "run", objective={"name": name}), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_of_one_cannot_serve_pairs_or_lists(sd_path: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "0.png")
+    data = tmp_path / "likes.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "images": ["0.png"], "scores": [1]}) + "\n")
+    for name in ("diffusion_dpo", "rankdpo", "lpo", "mapo"):
+        with pytest.raises(UserError, match="compares 2 candidates of a prompt, but the groups here have"):
+            align(run_values(sd_path, data, tmp_path / name, objective={"name": name}), progress=False)

@@ -1,0 +1,260 @@
+"""A reference that follows the policy: it becomes what the policy is, stops when it has drifted, and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import pipelines
+from pipelines import TrainablePipeline
+from t2i_align import align, checkpoint
+from t2i_align import config as configuration
+from t2i_align.config import ReferenceUpdateConfig
+from t2i_align.data.schema import Batch, Model
+from t2i_align.errors import UserError
+from t2i_align.training.reference_update import MovingReference
+from t2i_align.diffusion.noising import Noised
+from t2i_align.objectives.base import Metrics
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.diffusion.randomness import Draw
+from t2i_align.training.reference import FrozenCopy, Movable, OlderAdapter, build_reference
+from tests.runs import jsonl_pairs, run_values
+
+FULL = {"lora": None, "optim__lr": 1e-4}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jsonl_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def following(model: Path, pairs: Path, output: Path, max_drift: float = 10.0, **changes: Any) -> dict[str, Any]:
+    """8 steps; the reference follows after every 2."""
+    options = {
+        "train__steps": 8, "train__reference_update": {"every": 2, "max_drift": max_drift}, "optim__warmup_steps": 0,
+        "log__checkpoint_every": 1, "log__keep_checkpoints": 9, "data__cache_dir": str(pairs.parent / "cache"),
+        **changes,
+    }  # fmt: skip
+    return run_values(model, pairs, output, **options)
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def policy_and_reference(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, _ = checkpoint.load(folder)
+    policy = {name: tensor for name, tensor in weights.items() if not name.startswith("reference.")}
+    return policy, {name: weights[f"reference.{name}"] for name in policy}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def moved(pipeline: TrainablePipeline) -> None:
+    """Change all that is trained."""
+    with torch.no_grad():
+        for parameter in pipeline.trainable_parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["lora", "copy", "offloaded_copy"])
+def test_an_overwritten_reference_is_the_policy_of_then(kind: str, sd_path: Path) -> None:
+    pipeline = pipelines.load(sd_path)
+    if kind == "lora":
+        pipeline.add_lora(rank=2, alpha=4.0, dropout=0.0, targets="attention")
+    else:
+        pipeline.denoiser.requires_grad_(True)
+    args = (torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), pipeline.encode_prompts(["a", "b"]))
+    reference = build_reference("auto" if kind == "lora" else kind, pipeline, CPU, lora=kind == "lora", moving=True)
+    assert isinstance(reference, OlderAdapter if kind == "lora" else FrozenCopy)
+    base = pipeline.predict(*args).detach()
+    assert torch.equal(reference(*args), base)
+    moved(pipeline)
+    then = pipeline.predict(*args).detach()
+    assert torch.equal(reference(*args), base) and (then - base).abs().max() > 1e-4
+    reference.overwrite(dict(pipeline.denoiser.named_parameters()))
+    assert torch.equal(reference(*args), then)
+    moved(pipeline)
+    policy = pipeline.predict(*args)
+    answer = reference(*args)  # between the policy's forward pass and its backward pass
+    assert torch.equal(answer, then) and not answer.requires_grad
+    assert (policy - then).abs().max() > 1e-4 and torch.equal(pipeline.predict(*args), policy)
+    policy.sum().backward()
+    assert all(parameter.grad is not None for parameter in pipeline.trainable_parameters())
+
+
+def test_an_older_adapter_drops_nothing_out(sd_path: Path) -> None:
+    pipeline = pipelines.load(sd_path)
+    pipeline.add_lora(rank=2, alpha=4.0, dropout=0.5, targets="attention")
+    pipeline.denoiser.train()
+    moved(pipeline)
+    reference = build_reference("auto", pipeline, CPU, lora=True, moving=True)
+    args = (torch.randn(1, 4, 16, 16), torch.tensor([5]), pipeline.encode_prompts(["a"]))
+    assert torch.equal(reference(*args), reference(*args))
+    assert not torch.equal(pipeline.predict(*args), pipeline.predict(*args)), "the policy's dropout is on again"
+
+
+@pytest.mark.parametrize("training", [{}, FULL, {**FULL, "train__reference": "offloaded_copy"}])
+def test_the_reference_moves_and_the_margin_starts_again(
+    training: dict, sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    align(following(sd_path, pairs, tmp_path / "run", **training), progress=False)
+    steps = [policy_and_reference(folder) for folder in checkpoint.all_steps(tmp_path / "run")]
+    assert len(steps) == 9
+    for number, (policy, reference) in enumerate(steps):
+        assert same(reference, steps[number - number % 2][0]), number
+        assert same(policy, reference) == (number % 2 == 0), number
+    lines = metrics(tmp_path / "run")
+    drifts = [line for line in lines if "reference/drift" in line]
+    assert [(line["step"], line["reference/frozen"]) for line in drifts] == [(2, 0), (4, 0), (6, 0), (8, 0)]
+    assert all(math.isfinite(line["reference/drift"]) and line["reference/drift"] != 0 for line in drifts)
+    for line in (line for line in lines if "loss" in line):
+        fresh = line["step"] % 2 == 1  # policy and reference are then one, so that the margin is 0 to the last bit
+        assert (line["rewards/margins"] == 0) == fresh, line["step"]
+
+
+def test_a_reference_that_would_have_drifted_stays_for_good(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    free = following(sd_path, pairs, tmp_path / "free", **FULL)
+    align(free, progress=False)
+    drifts = [line["reference/drift"] for line in metrics(tmp_path / "free") if "reference/drift" in line]
+    limit = max(drifts[:2]) / 2
+    before = next(number for number, drift in enumerate(drifts) if drift >= limit)  # so many moves are allowed
+    assert limit > 0, "the errors of this run fall, so that nothing would stop the reference"
+    align(following(sd_path, pairs, tmp_path / "run", limit, **FULL), progress=False)
+    lines = [line for line in metrics(tmp_path / "run") if "reference/drift" in line]
+    assert [line["reference/frozen"] for line in lines] == [0.0] * before + [1.0]
+    assert lines[-1]["reference/drift"] == drifts[before]
+    folders = checkpoint.all_steps(tmp_path / "run")
+    kept = policy_and_reference(folders[2 * before])[0]
+    for folder in folders[2 * before :]:
+        policy, reference = policy_and_reference(folder)
+        assert same(reference, kept)
+    assert not same(policy, kept)
+
+
+@pytest.mark.parametrize("objective", [{"name": "kto"}, {"name": "diffusion_dpo", "reduction": "sum", "beta": 0.1}])
+def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective(
+    objective: dict, sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputed from the saved weights, on the winners that were seen, 32 of them evenly spread over time."""
+    asked: list[Noised] = []
+    real = MovingReference._noised
+
+    def noised(self: MovingReference, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
+        out, liked = real(self, batch, quantiles)
+        assert liked.all()
+        clean = self.reference.pipeline.process.to_clean(out.target, out.latents, out.timesteps)
+        torch.testing.assert_close(clean, batch.latents[: len(quantiles), 0], rtol=1e-2, atol=1e-2)
+        asked.append(out)
+        return out, liked
+
+    monkeypatch.setattr(MovingReference, "_noised", noised)
+    values = following(sd_path, pairs, tmp_path / "run", objective=objective, train__steps=2, train__batch_size=5)
+    align({**values, "lora": None}, progress=False)
+    assert torch.cat([each.timesteps for each in asked]).tolist() == [int((i + 0.5) / 32 * 1000) for i in range(32)]
+
+    def error(weights: dict[str, Tensor]) -> float:
+        pipeline = pipelines.load(sd_path)
+        pipeline.denoiser.load_state_dict(weights)
+        with torch.no_grad():
+            wrong = [pipeline.predict(each.latents, each.timesteps, each.conditioning) - each.target for each in asked]
+        return torch.cat(wrong).square().mean().item()
+
+    start, _, end = checkpoint.all_steps(tmp_path / "run")
+    rise = error(policy_and_reference(end)[0]) - error(policy_and_reference(start)[0])
+    (line,) = [line for line in metrics(tmp_path / "run") if "reference/drift" in line]
+    assert line["reference/drift"] == pytest.approx(rise, rel=1e-3, abs=1e-6) and abs(rise) > 1e-4
+
+
+def test_a_single_sample_that_is_disliked_is_no_winner() -> None:
+    """Errors rise by 1, 5 and 3; the second is disliked: (1 + 3) / 2 = 2."""
+    moving = object.__new__(MovingReference)
+    moving.update, moving.accelerator, moving.frozen = (
+        ReferenceUpdateConfig(max_drift=1.0),
+        Accelerator(cpu=True),
+        False,
+    )
+    moving.initial = torch.tensor([0.0, math.nan, 0.0])
+    moving.errors = lambda: torch.tensor([1.0, math.nan, 3.0])  # type: ignore[method-assign]
+    assert moving.follow({}) == {"reference/drift": 2.0, "reference/frozen": 1.0}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("training", "max_drift"), [({"lora__dropout": 0.3}, 10.0), (FULL, 10.0), (FULL, 1e-9)])
+@pytest.mark.parametrize("killed_after", [3, 4])
+def test_a_killed_run_resumes_with_the_reference_it_had(
+    training: dict,
+    max_drift: float,
+    killed_after: int,
+    sd_path: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    align(following(sd_path, pairs, tmp_path / "whole", max_drift, **training), progress=False)
+    real = checkpoint.save
+
+    def save(run: Path, step: int, weights: dict, state: dict, keep: int) -> Path:
+        folder = real(run, step, weights, state, keep)
+        if step == killed_after:
+            raise Killed
+        return folder
+
+    values = following(sd_path, pairs, tmp_path / "killed", max_drift, **training)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", save)
+        align(values, progress=False)
+    align({**values, "resume": True}, progress=False)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    for one, two in zip(*(checkpoint.all_steps(tmp_path / name) for name in ("whole", "killed")), strict=True):
+        assert same(checkpoint.load(one)[0], checkpoint.load(two)[0]), one.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sees(DiffusionDPO):
+    """Notes what kind of reference it is given."""
+
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+        seen.append(reference)
+        return super().step(policy, reference, batch, draw)
+
+
+seen: list[Model] = []
+
+
+def test_without_the_option_nothing_follows(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = following(sd_path, pairs, tmp_path / "run", train__reference_update=None)
+    config = dataclasses.replace(configuration.from_mapping(values), objective=Sees(beta=100.0))
+    seen.clear()
+    align(config, progress=False)
+    assert seen and not any(isinstance(reference, Movable) for reference in seen)
+    assert not any("reference/drift" in line for line in metrics(tmp_path / "run"))
+    assert not any(name.startswith("reference.") for name in checkpoint.load(
+        checkpoint.all_steps(tmp_path / "run")[-1])[0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"name": "sft"}}, "train.reference_update: sft asks no reference"),
+        ({"train__reference": "copy"}, "'copy' with train.reference_update: under a LoRA use 'auto'"),
+    ],
+)
+def test_what_cannot_follow_is_refused(changes: dict, message: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        align(following(sd_path, pairs, tmp_path / "run", **changes), progress=False)
+    assert not (tmp_path / "run").exists()

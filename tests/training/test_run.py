@@ -1,0 +1,470 @@
+"""Whole runs on tiny models: every kind of data and training, exact resume, and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import pipelines
+from pipelines import PipelineError
+from t2i_align import align, checkpoint, run
+from t2i_align import config as configuration
+from t2i_align.data.schema import Batch, Model
+from t2i_align.data.loader import Source
+from t2i_align.errors import UserError
+from t2i_align.diffusion.noising import Noised
+from t2i_align.objectives.base import DataFacts, Metrics
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.objectives.sft import SFT
+from t2i_align.diffusion.randomness import Draw
+from tests.runs import jsonl_pairs, run_values, winner_loser_folders
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jsonl_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def lora_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "folders"])
+@pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
+def test_own_pictures_train_a_lora_that_plain_diffusers_loads(
+    source: str, objective: str, sd_path: Path, tmp_path: Path
+) -> None:
+    data = jsonl_pairs(tmp_path / "data") if source == "jsonl" else winner_loser_folders(tmp_path / "data")
+    result = align(run_values(sd_path, data, tmp_path / "run", objective={"name": objective}), progress=False)
+    assert result.steps == 4 and math.isfinite(result.metrics["loss"])
+    plain = StableDiffusionPipeline.from_pretrained(str(sd_path))
+    plain.load_lora_weights(str(result.weights))
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": "", "output_type": "pt"}
+    theirs = plain("prompt 1", generator=torch.Generator().manual_seed(2), **options).images
+    ours = pipelines.load(sd_path)
+    before = ours.generate(["prompt 1"], [2], steps=3, guidance=4.0)
+    ours.load_lora(result.weights)
+    assert torch.equal(ours.generate(["prompt 1"], [2], steps=3, guidance=4.0), theirs)
+    assert (theirs - before).abs().max() > 1e-5
+
+
+def test_full_fine_tuning_saves_a_pipeline_that_plain_diffusers_loads(
+    sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    result = align(run_values(sd_path, pairs, tmp_path / "run", lora=None), progress=False)
+    plain = StableDiffusionPipeline.from_pretrained(str(result.weights))
+    trained, base = plain.unet.state_dict(), pipelines.load(sd_path).denoiser.state_dict()
+    assert any(not torch.equal(trained[name], base[name]) for name in base)
+    theirs = plain("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(pipelines.load(result.weights).generate(["a"], [0], steps=2), theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("reference", ["adapter_off", "copy", "offloaded_copy"])
+def test_the_first_loss_is_log_2_whatever_the_reference_and_precision(
+    precision: str, reference: str, sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    values = run_values(
+        sd_path, pairs, tmp_path / "run", train__steps=1, train__precision=precision, train__reference=reference
+    )
+    assert align(values, progress=False).metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_full_fine_tuning_starts_at_log_2(sd_v_path: Path, pairs: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        values = run_values(
+            sd_v_path, pairs, tmp_path / precision, lora=None, train__steps=1, train__precision=precision
+        )
+        assert align(values, progress=False).metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_cached_and_on_the_fly_encoding_train_alike(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    cached = align(run_values(sd_path, pairs, tmp_path / "a"), progress=False)
+    fly = align(run_values(sd_path, pairs, tmp_path / "b", data__cache=False), progress=False)
+    # The cache holds half precision, so the runs agree to its rounding and not to the bit.
+    for ours, theirs in zip(metrics(cached.output_dir), metrics(fly.output_dir), strict=True):
+        assert ours["error/chosen"] == pytest.approx(theirs["error/chosen"], rel=5e-3)
+
+
+CARRYING = {
+    "lcpo": {"name": "lcpo", "beta": 100.0, "rate": 0.3},
+    "automatic_beta": {"name": "diffusion_dpo", "beta": 100.0, "target_gradient": 0.3},
+}
+
+
+def last_carried(output: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.all_steps(output)[-1])[1]["carried"]
+
+
+@pytest.mark.parametrize("objective", [{"name": "diffusion_dpo", "beta": 100.0}, *CARRYING.values()])
+def test_batch_8_equals_2_times_4_accumulated(objective: dict, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    whole = align(run_values(sd_path, pairs, tmp_path / "a", objective=objective, train__batch_size=8), progress=False)
+    parts = run_values(sd_path, pairs, tmp_path / "b", objective=objective, train__batch_size=4, train__accumulate=2)
+    halves = align(parts, progress=False)
+    for one, two in zip(metrics(whole.output_dir), metrics(halves.output_dir), strict=True):
+        assert one.keys() == two.keys()
+        for name in (
+            "loss",
+            "grad_norm",
+            "error/chosen",
+            *(name for name in one if name.startswith("rewards/margins")),
+        ):
+            # Margins are 50 times a difference of errors near 1, which single precision knows to 1e-7.
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=3e-5), (one["step"], name)
+    ours, theirs = last_carried(whole.output_dir), last_carried(halves.output_dir)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.item() == pytest.approx(theirs[name].item(), rel=1e-5), name
+
+
+def test_a_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """Margins by quarter of the schedule: weighed by how many groups fell into each, they make up the whole mean.
+
+    Times follow from the seed, so their numbers in 2 steps of 2 x 2 are known; a quarter without any has no line.
+    """
+    values = run_values(sd_path, pairs, tmp_path / "run", train__batch_size=2, train__accumulate=2, log__every=2)
+    process = pipelines.load(sd_path, encoders=False).process
+    times: list[int] = []
+
+    class Seen(DiffusionDPO):
+        def noised(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> Noised:
+            times.extend(Draw(0, batch.keys, process).timesteps().tolist())
+            return super().noised(policy, reference, batch, draw)
+
+    align(dataclasses.replace(configuration.from_mapping(values), objective=Seen(beta=100.0)), progress=False)
+    empty = 0
+    for number, line in enumerate(metrics(tmp_path / "run")):
+        window = times[8 * number : 8 * number + 8]
+        counts = {f"rewards/margins/t{i}-{i + 250}": sum(i <= t < i + 250 for t in window) for i in range(0, 1000, 250)}
+        assert sum(counts.values()) == 8
+        assert {name for name in line if name.startswith("rewards/margins/")} == {n for n, c in counts.items() if c}
+        whole = sum(count * line[name] for name, count in counts.items() if count) / 8
+        assert line["rewards/margins"] == pytest.approx(whole, rel=1e-4)
+        empty += sum(count == 0 for count in counts.values())
+    assert empty and whole != 0, "no quarter was without groups, or all margins were 0: nothing was tried"
+
+
+def test_carried_numbers_move_and_are_logged(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """Automatic beta: each step multiplies it by exp(1/2 (gradient factor - target)), of all the step's groups."""
+    values = run_values(sd_path, pairs, tmp_path / "run", objective=CARRYING["automatic_beta"], train__batch_size=2)
+    values["train"]["accumulate"] = 2
+    align(values, progress=False)
+    beta = 100.0
+    for line in metrics(tmp_path / "run"):
+        assert line["beta"] == pytest.approx(beta, rel=1e-5)
+        beta *= math.exp(0.5 * (line["rewards/gradient_factor"] - 0.3))
+    assert last_carried(tmp_path / "run")["beta"].item() == pytest.approx(beta, rel=1e-5)
+    assert beta > 120
+
+
+def test_options_that_save_memory_do_not_change_the_result(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    plain = align(run_values(sd_path, pairs, tmp_path / "a", lora=None), progress=False)
+    saved = run_values(
+        sd_path, pairs, tmp_path / "b", lora=None, train__gradient_checkpointing=True, train__reference="offloaded_copy"
+    )
+    for one, two in zip(metrics(plain.output_dir), metrics(align(saved, progress=False).output_dir), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3, abs=1e-6)
+
+
+def start(values: dict, folder: Path, *overrides: str) -> subprocess.Popen:
+    """The run in a process of its own, as a person would start it."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "t2i_align.train", str(config), *overrides]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (steps := checkpoint.all_steps(output)) or int(steps[-1].name[5:]) < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("number", "objective"), [(signal.SIGKILL, CARRYING["automatic_beta"]), (signal.SIGINT, CARRYING["lcpo"])]
+)
+def test_a_killed_run_resumes_to_the_very_same_bits(
+    number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """LoRA dropout, averaging, carried numbers, log windows that straddle checkpoints: all of them come back."""
+    options = {
+        "objective": objective,
+        "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
+        "optim__schedule": "cosine", "data__cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    uninterrupted = align(run_values(sd_path, pairs, tmp_path / "whole", **options), progress=False)
+    values = run_values(sd_path, pairs, tmp_path / "killed", **options)
+    process = start(values, tmp_path)
+    wait_for_checkpoint(tmp_path / "killed", process, 10)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    stopped_at = int(checkpoint.all_steps(tmp_path / "killed")[-1].name[5:])
+    assert 10 <= stopped_at < 60, "the run had ended before it was killed"
+    if number == signal.SIGINT:
+        assert "Traceback" not in output and "resume=true" in output
+    resumed = align({**values, "resume": True}, progress=False)
+    assert resumed.steps == 60
+    assert same(lora_of(resumed.output_dir), lora_of(uninterrupted.output_dir))
+    assert metrics(resumed.output_dir) == metrics(uninterrupted.output_dir)
+
+
+def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run")
+    first = lora_of(align(values, progress=False).output_dir)
+    assert same(lora_of(align({**values, "resume": True}, progress=False).output_dir), first)
+    for step in checkpoint.all_steps(tmp_path / "run"):
+        for file in step.iterdir():
+            file.unlink()
+        step.rmdir()
+    again = align({**values, "resume": True}, progress=False)
+    assert same(lora_of(again.output_dir), first) and len(metrics(again.output_dir)) == 4
+    finished = align({**values, "resume": True}, progress=False)
+    assert finished.metrics == again.metrics and finished.metrics["loss"] > 0
+
+
+def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """4 x 1 may become 2 x 2 in the middle of a run; another size of step is refused."""
+    cache = {"data__cache_dir": str(tmp_path / "cache")}
+    whole = align(run_values(sd_path, pairs, tmp_path / "whole", train__steps=6, **cache), progress=False)
+    values = run_values(sd_path, pairs, tmp_path / "run", train__steps=4, **cache)
+    align(values, progress=False)
+    smaller = {**values, "train": {**values["train"], "steps": 6, "batch_size": 2}, "resume": True}
+    with pytest.raises(UserError, match=r"a step of this run takes 4 groups; .* is 2 now"):
+        align(smaller, progress=False)
+    resumed = align({**smaller, "train": {**smaller["train"], "accumulate": 2}}, progress=False)
+    for name, tensor in lora_of(whole.output_dir).items():
+        torch.testing.assert_close(lora_of(resumed.output_dir)[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", optim__schedule="cosine")
+    align(values, progress=False)
+    with pytest.raises(UserError, match=r"train.steps .4 there, 8 now"):
+        align({**values, "resume": True, "train": {**values["train"], "steps": 8}}, progress=False)
+    constant = run_values(sd_path, pairs, tmp_path / "constant")
+    align(constant, progress=False)
+    with pytest.raises(UserError, match=r"step_000004 is beyond train.steps=2"):
+        align({**constant, "resume": True, "train": {**constant["train"], "steps": 2}}, progress=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted(DiffusionDPO):
+    """Its label smoothing is the least score of the data, where it is left open."""
+
+    smoothing: float | None = None
+
+    def fitted(self, facts: DataFacts) -> Fitted:
+        return self if self.smoothing is not None else dataclasses.replace(self, smoothing=facts.score_range[0])
+
+
+def test_constants_fitted_to_the_data_are_shown_kept_and_no_other_run(
+    sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Source, "facts", lambda self: DataFacts(score_range=(0.25, 1.0)), raising=False)
+    config = configuration.from_mapping(run_values(sd_path, pairs, tmp_path / "run"))
+    config = dataclasses.replace(config, objective=Fitted(beta=100.0))
+    align(config, progress=False)
+    assert "smoothing=0.25" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["objective"]["smoothing"] == 0.25
+    again = dataclasses.replace(config, resume=True)
+    assert align(again, progress=False).steps == 4
+    changed = dataclasses.replace(again, objective=Fitted(beta=100.0, smoothing=0.5))
+    with pytest.raises(UserError, match=r"objective.smoothing \(0.25 there, 0.5 now\)"):
+        align(changed, progress=False)
+
+
+def test_an_open_number_that_the_data_do_not_fill_is_another_run(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", objective__guard=0.9)
+    align(values, progress=False)
+    with pytest.raises(UserError, match=r"objective.guard \(0.9 there, None now\)"):
+        align({**values, "objective": {**values["objective"], "guard": None}, "resume": True}, progress=False)
+
+
+def test_a_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".writing_run.yaml").write_text("output_d")
+    assert align(run_values(sd_path, pairs, tmp_path / "run"), progress=False).steps == 4
+
+
+def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run")
+    align(values, progress=False)
+    newest = checkpoint.all_steps(tmp_path / "run")[-1]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    torch.save({**state, "layout": 1}, newest / "state.pt")
+    with pytest.raises(UserError, match=f"{newest.name}: saved by another version"):
+        align({**values, "resume": True}, progress=False)
+    (newest / "state.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=f"{newest.name}: damaged checkpoint.*Remove this folder"):
+        align({**values, "resume": True}, progress=False)
+
+
+def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run")
+    align(values, progress=False)
+    before = lora_of(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds a run already \(its newest checkpoint is step_000004\).*resume=true"):
+        align(values, progress=False)
+    other = {**values, "objective": {"name": "diffusion_dpo", "beta": 5.0}, "resume": True}
+    with pytest.raises(UserError, match=r"another run.*objective.beta \(100.0 there, 5.0 now\)"):
+        align(other, progress=False)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        align({**values, "output_dir": str(tmp_path / "photos")}, progress=False)
+    assert same(lora_of(tmp_path / "run"), before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
+    values = run_values(sd_path, pairs, tmp_path / "run", optim__lr=1e36, log__checkpoint_every=1, log__every=100)
+    values["optim"]["warmup_steps"] = 0
+    values["health"] = {"rollbacks": 0}
+    with pytest.raises(UserError, match=r"step 2 is not finite .loss (nan|inf).*so the run has stopped.*step_000001"):
+        align(values, progress=False)
+    weights, _ = checkpoint.load(checkpoint.all_steps(tmp_path / "run")[-1])
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiniteLossWithoutFiniteGradient(SFT):
+    """sqrt at 0: the value is 0, the derivative infinite."""
+
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().step(policy, reference, batch, draw)
+        return loss + (loss - loss.detach()).clamp_min(0).sqrt(), metrics
+
+
+def test_weights_that_a_bad_gradient_spoilt_are_never_saved(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", log__checkpoint_every=1, health__rollbacks=0)
+    config = dataclasses.replace(configuration.from_mapping(values), objective=FiniteLossWithoutFiniteGradient())
+    with pytest.raises(UserError, match=r"step 1 is not finite .loss 1\.\d+, gradient norm (nan|inf).*step_000000"):
+        align(config, progress=False)
+    (start,) = checkpoint.all_steps(tmp_path / "run")
+    assert start.name == "step_000000" and not (tmp_path / "run" / "lora").exists()
+    weights = checkpoint.load(start)[0]
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert all(tensor.eq(0).all() for name, tensor in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"objective": {"name": "dpo"}}, UserError, "unknown objective 'dpo'"),
+        ({"objective__beta": 0}, UserError, "beta must be positive, found 0"),
+        ({"lora__rank": 0}, UserError, "lora.rank must be at least 1, found 0"),
+        ({"lora__rnk": 4}, UserError, r"unknown key in lora 'rnk'. Did you mean 'rank'"),
+        ({"data__resolution": 33}, PipelineError, "33 x 33 pixels do not fit sd"),
+        ({"data__path": "/nowhere/pairs.jsonl"}, UserError, "/nowhere/pairs.jsonl"),
+        ({"model__path": "/nowhere"}, UserError, "/nowhere: no such model"),
+        ({"train__attention": "flash"}, PipelineError, "Choices: native, xformers"),
+        (
+            {"train__timestep_sampling": "cosine"},
+            UserError,
+            "unknown value for train.timestep_sampling: 'cosine'.*Choices: geometric, logit_normal, uniform",
+        ),
+        ({"optim__schedule": "cosin"}, UserError, "unknown optim.schedule 'cosin'. Did you mean 'cosine'"),
+        ({"optim__schedule": "piecewise_constant"}, UserError, "unknown optim.schedule"),
+        ({"optim__schedule": "constant"}, UserError, "'constant' takes no warm-up, found optim.warmup_steps=2"),
+        ({"optim__optimizer": "adamw8bit"}, UserError, "needs bitsandbytes"),
+        ({"lora__targets": ["to_x"]}, PipelineError, "'to_x' matches no module"),
+        ({"train__precision": "fp16"}, UserError, "'fp16' needs a CUDA GPU"),
+        ({"log__trackers": ["wandb"]}, UserError, "'wandb' is not installed: pip install wandb"),
+        ({"lora": None, "train__reference": "adapter_off"}, UserError, "needs a LoRA"),
+        ({"validation": {"every": 1, "scorers": ["clipp"]}}, UserError, r"Choices: .*clip, .*oracle"),
+        ({"log__trackers": ["mlflow"]}, UserError, "log.trackers"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    changes: dict,
+    error: type[Exception],
+    message: str,
+    sd_path: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        align(run_values(sd_path, pairs, tmp_path / "run", **changes), progress=False)
+    assert not list(tmp_path.iterdir()), "neither the run nor the cache, which takes hours, was begun"
+
+
+def test_validation_writes_pictures_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    validation = {"every": 2, "prompts": str(prompts), "steps": 2, "scorers": ["oracle"]}
+    cache = {"data__cache_dir": str(tmp_path / "cache")}
+    values = run_values(sd_path, pairs, tmp_path / "run", validation=validation, **cache)
+    values["log"]["trackers"] = ["tensorboard"]
+    align(run_values(sd_path, pairs, tmp_path / "first", **cache), progress=False)
+    result = align(values, progress=False)  # from a cache that is there, so nothing else loaded the encoders
+    scores = [line["validation/oracle"] for line in metrics(result.output_dir) if "validation/oracle" in line]
+    assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
+    names = sorted(file.name for file in (result.output_dir / "validation").iterdir())
+    assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
+    assert list(result.output_dir.rglob("events.out.tfevents.*"))
+    plain = align(run_values(sd_path, pairs, tmp_path / "plain", **cache), progress=False)
+    assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "looking must not change the run"
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    one = align(run_values(sd_path, pairs, tmp_path / "one", data__cache_dir=cache), progress=False)
+    values = run_values(sd_path, pairs, tmp_path / "two", train__batch_size=2, data__cache_dir=cache)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "-m",
+        "t2i_align.train",
+        str(config),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for ours, theirs in zip(metrics(one.output_dir), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "grad_norm", "error/chosen"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["adapter_off", "copy"])
+def test_a_compiled_run_starts_at_log_2_too(reference: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", train__compile=True, train__reference=reference)
+    assert align(values, progress=False).steps == 4
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
