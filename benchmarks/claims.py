@@ -3,8 +3,8 @@
     python benchmarks/claims.py --work runs/claims             # all of it; killed, it continues where it was
     python benchmarks/claims.py --work runs/claims --only noisy
 
-The base draws four pictures for each of some hundred train prompts, and the oracle scores them. Every condition below
-is a selection of these pictures with labels, captions or likes of its own. Each method trains for the same number of
+The base draws four images for each of some hundred train prompts, and the oracle scores them. Every condition below
+is a selection of these images with labels, captions or likes of its own. Each method trains for the same number of
 optimiser steps on the same number of groups a step. A method whose strength is Diffusion-DPO's beta has the value that
 was searched for the quickstart on dev prompts. Any other has one knob with two values, of which the better one on dev
 prompts (training seed 100) is taken. All figures are from test prompts that nothing was chosen on. Writes
@@ -31,9 +31,9 @@ from claims_data import POOL_SEED, frame_score, make_conditions
 
 from t2i_align.evaluation.stats import Comparison, compare
 from t2i_align.inference.generate import sample, sample_seed
-from t2i_align.training.run import align
 from t2i_align.inference.resolve import adapter_on, build_scorers, load_pipeline, resolve_aligned
 from t2i_align.testbed import prompts
+from t2i_align.training.run import align
 
 ROOT = Path(__file__).parent.parent
 BASE = "testbed:sd"
@@ -140,14 +140,14 @@ CLAIMS = (
     Claim("noisy", "cdpo", DPO, "label smoothing helps with flipped labels"),
     Claim("noisy", "rdpo", DPO, "an unbiased loss helps with flipped labels (2403.00409)"),
     Claim("noisy", "lcpo", DPO, "weights by the policy's belief help with noisy labels (2509.24159)"),
-    Claim("captions c", "dcpo", DPO, "a caption for each picture beats one prompt for both (2502.06023)"),
+    Claim("captions c", "dcpo", DPO, "a caption for each image beats one prompt for both (2502.06023)"),
     Claim("captions p", "dcpo", DPO, "the same with a perturbed prompt for the loser (2502.06023)"),
     Claim("captions h", "dcpo", DPO, "the hybrid is the best of the three (2502.06023)"),
-    Claim("wrong prompts", "dcpo", DPO, "own captions help where prompts do not fit the pictures (2502.06023)"),
-    Claim("texts", "tdpo", "base", "texts alone, without pairs of pictures, align (2509.25771)"),
+    Claim("wrong prompts", "dcpo", DPO, "own captions help where prompts do not fit the images (2502.06023)"),
+    Claim("texts", "tdpo", "base", "texts alone, without pairs of images, align (2509.25771)"),
     Claim("texts", "tdpo", DPO, "and do so better than DPO on pairs (2509.25771)"),
     Claim("texts", "tkto", "base", "the same with KTO's utility (2509.25771)"),
-    Claim("likes", "kto", "base", "likes of single pictures align (2404.04465)"),
+    Claim("likes", "kto", "base", "likes of single images align (2404.04465)"),
     Claim("likes", "kto", DPO, "and do so better than DPO on pairs (2404.04465)"),
     Claim(
         "texts", "softrepa", "base", "contrast of texts improves alignment with the text (2503.08250)", "faithfulness"
@@ -155,7 +155,7 @@ CLAIMS = (
     Claim("lists", "rankdpo", DPO, "whole rankings beat their best and worst (2410.18013)"),
     Claim("lists", "lpo", DPO, "the listwise likelihood beats pairs (2510.01540)"),
 )
-# Where a condition has no DPO of its own, the one on the same pictures is meant.
+# Where a condition has no DPO of its own, the one on the same images is meant.
 DPO_CONDITION = {"captions c": "pairs", "captions p": "pairs", "captions h": "pairs", "texts": "pairs",
                  "likes": "pairs", "lists": "pairs"}  # fmt: skip
 FEW = 4  # "few steps" are the budget's steps divided by this
@@ -353,7 +353,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 def verdict(claim: Claim, comparison: Comparison, against_base: Mapping[str, Comparison]) -> str:
     """Confirmed or reversed where the interval leaves 50 %; SFT's claim is that it loses.
 
-    A figure that wins while the oracle's quality clearly falls below the base's was hacked: the pictures are spoilt.
+    A figure that wins while the oracle's quality clearly falls below the base's was hacked: the images are spoilt.
     """
     if claim.metric == "frame" and against_base["quality"].win_rate_ci[1] < 0.5:
         return "hacked"
@@ -374,7 +374,7 @@ def write_json(file: Path, value: Any) -> None:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of data, runs and results")
-    p.add_argument("--train-prompts", type=int, default=448, help="each with four pictures")
+    p.add_argument("--train-prompts", type=int, default=448, help="each with four images")
     p.add_argument("--steps", type=int, default=30, help="optimiser steps of every run")
     p.add_argument("--batch-size", type=int, default=16, help="groups a step")
     p.add_argument("--prompts", type=int, default=96, help="held-out prompts")

@@ -22,7 +22,7 @@ from claims import BASE, CLAIMS, METHODS, ROOT, Budget, Run, configuration, writ
 from torch import Tensor
 
 from t2i_align import config as plain
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.training.run import load_data, load_model, prepare_denoiser, reference_for
 from t2i_align.training.trainer import Trainer
 
@@ -37,12 +37,12 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=False)
-    objective = config.objective.fitted(source.facts())
+    objective = config.objective.fit_to_data(source.facts())
     trainer = Trainer(dataclasses.replace(config, objective=objective), accelerator, pipeline,
                       reference_for(config, pipeline, accelerator.device), source, progress=False)  # fmt: skip
     batch = source.to_batch(next(trainer._items()), accelerator.device)
     batch = dataclasses.replace(batch, carried=trainer.carried, empty=source.empty_conditioning(accelerator.device))
-    draw = Draw(0, batch.keys, pipeline.process, config.train.timestep_sampling, accelerator.device)
+    draw = SampleRNG(0, batch.keys, pipeline.process, config.train.timestep_sampling, accelerator.device)
 
     def step() -> Tensor:
         loss, _ = objective.step(trainer.policy, trainer.reference, batch, draw)

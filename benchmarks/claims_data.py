@@ -1,4 +1,4 @@
-"""The data of `claims.py`: four pictures a prompt from the base, and each condition's labels, captions and likes.
+"""The data of `claims.py`: four images a prompt from the base, and each condition's labels, captions and likes.
 
 pairs           best against worst of four by the oracle's reward
 noisy           two of the four at random; scores with Bradley-Terry noise, which flips some 30 % of them
@@ -7,8 +7,8 @@ lists           all four with their rewards
 likes           unpaired: of half of the prompts the winner, of the others the loser
 texts           the winner alone, with its prompt and a perturbed one
 captions c p h  pairs with DCPO's captions
-wrong prompts   pairs, half of whose prompts are perturbed; captions describe the pictures
-style           a picture with a magenta frame against the same without; the base draws no frames
+wrong prompts   pairs, half of whose prompts are perturbed; captions describe the images
+style           an image with a magenta frame against the same without; the base draws no frames
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from t2i_align.inference.generate import sample
 from t2i_align.inference.resolve import build_scorers, load_pipeline
-from t2i_align.testbed import prompts
 from t2i_align.labeling.captioner import DRAWN, load_captioner
 from t2i_align.labeling.perturber import load_perturber
+from t2i_align.testbed import prompts
 
 CANDIDATES = 4
-POOL_SEED = 5_000_000  # no other pictures of the project are drawn from these seeds
+POOL_SEED = 5_000_000  # no other images of the project are drawn from these seeds
 MARGIN = 0.1
 NOISE = 0.15  # temperature of the Bradley-Terry labels, in units of the reward
 FLIPPED = 0.2
@@ -39,7 +39,7 @@ DONE = "conditions.json"
 
 
 def frame_score(image: Image.Image) -> float:
-    """How far a picture's border is from the frame's colour: 1 on it, 0 at the distance of black or more."""
+    """How far an image's border is from the frame's colour: 1 on it, 0 at the distance of black or more."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[FRAME_WIDTH:-FRAME_WIDTH, FRAME_WIDTH:-FRAME_WIDTH] = False
@@ -56,13 +56,13 @@ def framed(image: Image.Image) -> Image.Image:
 
 
 def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
-    """Draw the pictures and write one JSONL a condition, unless they are there."""
+    """Draw the images and write one JSONL a condition, unless they are there."""
     settings = {"base": base, "prompts": count, "steps": steps, "seed": POOL_SEED}
     if (folder / DONE).exists():
         if json.loads((folder / DONE).read_text())["settings"] != settings:
             raise SystemExit(f"{folder}: holds data of other settings; choose another --work")
         return
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     texts = prompts("train")[:count]
     pool = _pool(folder, base, texts, steps)
     rng = np.random.default_rng(POOL_SEED)
@@ -73,7 +73,7 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
     perturbed = dict(zip(range(count), perturber(texts, range(count)), strict=True))
 
     def name(p: int, k: int) -> str:
-        return f"pictures/{p:05d}_{k}.png"
+        return f"images/{p:05d}_{k}.png"
 
     def shown(p: int, k: int) -> str:
         with Image.open(folder / name(p, k)) as image:
@@ -136,8 +136,8 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
     rows["style"] = []
     for p in range(count):
         with Image.open(folder / name(p, 0)) as image:
-            framed(image).save(folder / f"pictures/{p:05d}_framed.png")
-        images = [f"pictures/{p:05d}_framed.png", name(p, 0)]
+            framed(image).save(folder / f"images/{p:05d}_framed.png")
+        images = [f"images/{p:05d}_framed.png", name(p, 0)]
         rows["style"].append({"id": str(p), "prompt": texts[p], "images": images, "scores": [1.0, 0.0]})
     for condition, groups in rows.items():
         (folder / f"{condition}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in groups))
@@ -148,7 +148,7 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
 
 
 def _pool(folder: Path, base: str, texts: Sequence[str], steps: int) -> np.ndarray:
-    """The oracle's reward of each prompt's candidates, [prompts, CANDIDATES]; pictures are saved."""
+    """The oracle's reward of each prompt's candidates, [prompts, CANDIDATES]; images are saved."""
     file = folder / "rewards.npy"
     if file.exists():
         rewards: np.ndarray = np.load(file)
@@ -162,7 +162,7 @@ def _pool(folder: Path, base: str, texts: Sequence[str], steps: int) -> np.ndarr
         seeds = range(POOL_SEED + start * CANDIDATES, POOL_SEED + start * CANDIDATES + len(repeated))
         images = sample(pipeline, repeated, list(seeds), steps=steps, guidance=1.0, batch_size=len(repeated))
         for i, image in enumerate(images):
-            image.save(folder / f"pictures/{start + i // CANDIDATES:05d}_{i % CANDIDATES}.png")
+            image.save(folder / f"images/{start + i // CANDIDATES:05d}_{i % CANDIDATES}.png")
         reward, _ = oracle.judge_images(images, repeated)
         rows.append(reward.double().numpy().reshape(-1, CANDIDATES))
     np.save(file, np.concatenate(rows))

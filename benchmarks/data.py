@@ -5,7 +5,7 @@
 
 - size: a cache of synthetic latents is opened in a fresh process, which chooses, shuffles and takes a first batch.
   Then, all shards having been touched, batches are timed, in turns with those of a cache of a thousand groups.
-- prepare: pictures per second of `cache.prepare`, which decodes them and encodes their prompts as well (one for 15
+- prepare: images per second of `cache.prepare`, which decodes them and encodes their prompts as well (one for 15
   pairs, as in Pick-a-Pic v2), against a loop that does nothing but run the same VAE over the same pixels, already in
   memory. They take turns.
 - kills: a prepare is killed by `kill -9` at moments drawn from its own duration, continued, killed again; in the end,
@@ -41,13 +41,13 @@ from diffusers import AutoencoderKL
 import pipelines
 from t2i_align.config import DataConfig
 from t2i_align.data import cache, readers
-from t2i_align.data.media import load_pixels
 from t2i_align.data.layout import PROMPTS
+from t2i_align.data.loader import Source, _select
+from t2i_align.data.media import load_pixels
 from t2i_align.data.schema import Group
 from t2i_align.data.shards import Row, write
-from t2i_align.data.loader import Source, _select
-from t2i_align.objectives.base import Needs
 from t2i_align.inference.resolve import resolve_model
+from t2i_align.objectives.base import Requirements
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # of the synthetic latents and embeddings; a batch's cost is that of finding it
@@ -105,7 +105,7 @@ def synthetic(folder: Path, groups: int) -> Path:
 
 def opened(folder: Path) -> tuple[Source, Iterator[Any]]:
     """What training opens: the source with its groups chosen, and its shuffled loader."""
-    source = _select(cache.open_cache(folder), Needs(candidates=2, ties=False), DataConfig(path=str(folder)))
+    source = _select(cache.open_cache(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
     return source, source.loader(seed=0, start_step=0, batch_size=BATCH, accumulate=1, rank=0, world=1, workers=0)
 
 
@@ -197,8 +197,8 @@ def prepare_against_bare(
     ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
     rate = len(pixels) / statistics.median(ours)
     return [
-        (f"prepare by {what}, {len(pixels)} pictures of {height} x {width}, {len({g.prompt for g in some})} prompts",
-         f"{rate:.3g} pictures/s", ""),
+        (f"prepare by {what}, {len(pixels)} images of {height} x {width}, {len({g.prompt for g in some})} prompts",
+         f"{rate:.3g} images/s", ""),
         ("the same against the VAE alone", f"{ratio:.2f} x", ">= 0.9 x"),
     ]  # fmt: skip
 

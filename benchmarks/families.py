@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pipelines
 from t2i_align.data.schema import Batch
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import DiffusionDPO
-from t2i_align.diffusion.randomness import Draw
 from t2i_align.training.reference import build_reference
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,7 +120,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
 
     def step(number: int) -> None:
         keys = tuple(f"{number}/{i}" for i in range(options.pairs))
-        draw = Draw(0, keys, pipeline.process, "uniform", device)
+        draw = SampleRNG(0, keys, pipeline.process, "uniform", device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = objective.step(pipeline.predict, reference, batch, draw)
         loss.mean().backward()
@@ -161,7 +161,7 @@ def flop_of(
     )
     checkpointing = getattr(pipeline.denoiser, "is_gradient_checkpointing", False)
     pipeline.denoiser.disable_gradient_checkpointing()
-    draw = Draw(0, one.keys, pipeline.process, "uniform", device)
+    draw = SampleRNG(0, one.keys, pipeline.process, "uniform", device)
     with FlopCounterMode(display=False) as counter, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss, _ = objective.step(pipeline.predict, reference, one, draw)
         loss.mean().backward()
@@ -176,7 +176,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=["sdxl", "sd3"], default=["sdxl", "sd3"])
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
-    parser.add_argument("--side", type=int, help="of the pictures, in pixels (default: 1024, tiny: 64)")
+    parser.add_argument("--side", type=int, help="of the images, in pixels (default: 1024, tiny: 64)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true")
@@ -194,7 +194,7 @@ def main() -> int:
         f"a step, checkpointing {options.checkpointing}, compile {options.compile}, tiny {options.tiny}; "
         f"median of {options.steps} steps.",
         "",
-        "| family | seconds a step | pairs/s | peak memory, GiB | TFLOP a step | FLOP utilisation |",
+        "| family | seconds per step | pairs/s | peak memory, GiB | TFLOP a step | FLOP utilisation |",
         "|---|---|---|---|---|---|",
     ]
     for name in options.families:

@@ -2,10 +2,10 @@
 
     python benchmarks/preference_models.py --work runs/preference_models     # writes benchmarks/results/
 
-Drawn pictures are free training data, and the oracle knows the truth. Five stages, each kept in --work:
+Drawn images are free training data, and the oracle knows the truth. Five stages, each kept in --work:
 
 - clip: `t2i-align testbed clip`, pretrained on captions, without a preference;
-- expert: pairs of a right picture against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
+- expert: pairs of a right image against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
   `train-scorer`, from different seeds, tried on pairs of held-out statements;
 - sampled: these three again on the bundled pairs, which a base model drew, tried on held-out prompts;
 - people: pairs that differ in what captions leave open, labelled by users of two opposed tastes; Bradley-Terry (PAL
@@ -34,7 +34,7 @@ from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
 from t2i_align.testbed.annotators import TRAITS, Annotator, Expert, Person
 from t2i_align.testbed.captions import Statement, describe, draw_for, write
-from t2i_align.testbed.clip import draw_picture, draw_wrong, pretrain, save_clip
+from t2i_align.testbed.clip import draw_image, draw_wrong, pretrain, save_clip
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.pairs import decode, encode_jpeg, take
 from t2i_align.testbed.prompts import split_of
@@ -99,7 +99,7 @@ def expert_stage(options: argparse.Namespace) -> None:
 
 
 def sampled_stage(options: argparse.Namespace) -> None:
-    """Go on with pictures of a base model."""
+    """Go on with images of a base model."""
     for seed in range(options.seeds):
         start = options.work / f"expert_full_{seed}" / "scorer" / "clip"
         train(options.work / f"sampled_{seed}", {
@@ -154,18 +154,18 @@ def audit_stage(options: argparse.Namespace) -> None:
 
 
 def expert_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(prompt, picture, picture): right against one attribute wrong, or good against spoilt, in halves."""
+    """(prompt, image, image): right against one attribute wrong, or good against spoilt, in halves."""
     for statement in statements(split, count, rng):
-        first = draw_picture(statement, rng)
+        first = draw_image(statement, rng)
         if rng.random() < 0.5:
-            second = draw_picture(draw_wrong(statement, rng), rng)
+            second = draw_image(draw_wrong(statement, rng), rng)
         else:
-            second = draw_picture(statement, rng, degraded=1.0)
+            second = draw_image(statement, rng, degraded=1.0)
         yield write(statement, rng), first, second
 
 
 def open_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Two right pictures of a prompt that leaves size and background open."""
+    """Two right images of a prompt that leaves size and background open."""
     for statement in statements(split, count, rng, p_size=0.0, p_background=0.0):
         yield write(statement, rng), render(draw_for(statement, rng)), render(draw_for(statement, rng))
 
@@ -196,7 +196,7 @@ def write_pairs(
     annotators: Sequence[Annotator],
     users: Sequence[str] | None = None,
 ) -> None:
-    """Judge pictures as a reader will see them, label each pair by its annotator, and write Pick-a-Pic's columns."""
+    """Judge images as a reader will see them, label each pair by its annotator, and write Pick-a-Pic's columns."""
     oracle, texts, left, right = Oracle(), [], [], []
     rng = np.random.default_rng(3)
     for text, first, second in drawn:

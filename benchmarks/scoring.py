@@ -1,12 +1,12 @@
-"""Scoring in batches against one-picture calls as the originals make them, and against a bare batched forward.
+"""Scoring in batches against one-image calls as the originals make them, and against a bare batched forward.
 
     python benchmarks/scoring.py                        # ViT-H-14, random weights; writes benchmarks/results/
-    python benchmarks/scoring.py --model ViT-B-32 --pictures 32
+    python benchmarks/scoring.py --model ViT-B-32 --images 32
 
-For HPSv2 and PickScore, three ways take turns over the same pictures in memory (512 x 512, PIL):
+For HPSv2 and PickScore, three ways take turns over the same images in memory (512 x 512, PIL):
 
-- ours: `score_images` in batches, prompts' features kept, pictures made ready in threads;
-- one at a time: the published recipe, image and text towers for every picture;
+- ours: `score_images` in batches, prompts' features kept, images made ready in threads;
+- one at a time: the published recipe, image and text towers for every image;
 - as its package is called: the same, and the hpsv2 package loads its checkpoint again with every call;
 - bare: the image tower alone on a batch that is ready on the device, which is as fast as it can be.
 """
@@ -41,9 +41,9 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="ViT-H-14", help="of open_clip, for HPSv2 (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=8, help="distinct ones among the pictures")
+    parser.add_argument("--prompts", type=int, default=8, help="distinct ones among the images")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way, after one that is not counted")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--bf16", action="store_true", help="under autocast, all three ways")
@@ -53,15 +53,15 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)) for _ in range(options.pictures)]
-    prompts = [f"a photo of thing number {i % options.prompts}" for i in range(options.pictures)]
+    images = [Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)) for _ in range(options.images)]
+    prompts = [f"a photo of thing number {i % options.prompts}" for i in range(options.images)]
     rows = []
     for name, make in (("HPSv2.1", hpsv2), ("PickScore", pickscore)):
         with tempfile.TemporaryDirectory() as folder:
             scorer, one, reload = make(options.model, Path(folder))
             scorer.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16), torch.no_grad():
-                rows.append((name, *measure(scorer, one, reload, pictures, prompts, options)))
+                rows.append((name, *measure(scorer, one, reload, images, prompts, options)))
     text = report(options, device, rows)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"scoring_{options.model}_{device.type}{'_bf16' if options.bf16 else ''}.md"
@@ -79,8 +79,8 @@ def hpsv2(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
     file = random_file(model, folder)
     scorer = HPSv2Scorer("2.1", file, model=model)
 
-    def one(picture: Image.Image, prompt: str) -> Tensor:
-        inputs = scorer.transform(picture)[None].to(scorer.device)
+    def one(image: Image.Image, prompt: str) -> Tensor:
+        inputs = scorer.transform(pil_image)[None].to(scorer.device)
         images, texts, _ = scorer.model(inputs, scorer.tokenizer([prompt]).to(scorer.device))
         return torch.diagonal(images @ texts.T).cpu()
 
@@ -121,8 +121,8 @@ def pickscore(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
     processor.save_pretrained(folder)
     scorer = HFClipScorer(str(folder), name="pickscore")
 
-    def one(picture: Image.Image, prompt: str) -> Tensor:
-        image = processor(images=picture, return_tensors="pt").pixel_values.to(scorer.device)
+    def one(pil_image: Image.Image, prompt: str) -> Tensor:
+        image = processor(images=pil_image, return_tensors="pt").pixel_values.to(scorer.device)
         tokens = {name: value.to(scorer.device) for name, value in scorer.tokens([prompt]).items()}
         out = scorer.model(pixel_values=image, **tokens)
         return (scorer.model.logit_scale.exp() * (out.text_embeds @ out.image_embeds.T))[0].cpu()
@@ -134,13 +134,13 @@ def measure(
     scorer: TwoTowers,
     one: One,
     reload: Reload,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     prompts: list[str],
     options: argparse.Namespace,
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds a picture of each way in each round, and by how much ours and one at a time differ."""
-    starts = range(0, len(pictures), options.batch_size)
-    batches = [(pictures[i : i + options.batch_size], prompts[i : i + options.batch_size]) for i in starts]
+    """Seconds an image of each way in each round, and by how much ours and one at a time differ."""
+    starts = range(0, len(images), options.batch_size)
+    batches = [(images[i : i + options.batch_size], prompts[i : i + options.batch_size]) for i in starts]
     ready = [scorer.inputs(some) for some, _ in batches]
 
     def ours() -> Tensor:
@@ -148,7 +148,7 @@ def measure(
         return torch.cat([scorer.score_images(some, texts).cpu() for some, texts in batches])
 
     def single() -> Tensor:
-        return torch.cat([one(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)])
+        return torch.cat([one(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
 
     def bare() -> Tensor:
         return torch.cat([scorer.encode_images(inputs).cpu() for inputs in ready])
@@ -161,8 +161,8 @@ def measure(
             start = time.perf_counter()
             found[name] = way()
             if turn:
-                # A reload is timed once: it is the same before each picture.
-                seconds[name].append((time.perf_counter() - start) / (1 if name == "reload" else len(pictures)))
+                # A reload is timed once: it is the same before each image.
+                seconds[name].append((time.perf_counter() - start) / (1 if name == "reload" else len(images)))
     return seconds, (found["ours"] - found["one at a time"]).abs().max().item()
 
 
@@ -175,9 +175,9 @@ def report(
     precision = "bf16" if options.bf16 else "float32"
     lines = ["# Scoring", "", f"`{' '.join(['python', 'benchmarks/scoring.py', *sys.argv[1:]])}`", "",
              f"{machine}. Python {platform.python_version()}, torch {torch.__version__}. {options.model}, {precision}, "
-             f"{options.pictures} pictures of 512 x 512 under {options.prompts} prompts in batches of "
+             f"{options.images} images of 512 x 512 under {options.prompts} prompts in batches of "
              f"{options.batch_size}; medians of {options.rounds} turns.", "",
-             "| scorer | ours, ms a picture | one at a time | as its package is called | bare | one at a time / ours | "
+             "| scorer | ours, ms per image | one at a time | as its package is called | bare | one at a time / ours | "
              "package / ours | ours / bare | largest difference of scores |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, seconds, difference in rows:

@@ -7,7 +7,7 @@ Three loops take turns, a few steps each, so that whatever else the machine does
 
 - ours: `Trainer.run` as `t2i-align train` runs it, with its loader, keyed random numbers, checks, bar and log;
 - bare: a plain loop over the same latents and embeddings, already in memory;
-- bare with encoders: the same loop that encodes pictures and prompts in each step, as the published scripts do.
+- bare with encoders: the same loop that encodes images and prompts in each step, as the published scripts do.
 
 Before the clock starts, ours and bare are given the same noise and must agree on the loss.
 """
@@ -34,12 +34,12 @@ from torch import Tensor
 import pipelines
 from t2i_align import config as configuration
 from t2i_align.config import RunConfig
-from t2i_align.data.schema import Batch
 from t2i_align.data.loader import Source
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.data.schema import Batch
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.inference.resolve import resolve_model
 from t2i_align.training.reference import adapters_off, build_reference
 from t2i_align.training.run import load_data, load_model, prepare_denoiser
-from t2i_align.inference.resolve import resolve_model
 from t2i_align.training.trainer import Trainer
 
 BATCHES = 8  # so many are kept in memory for the bare loops
@@ -87,7 +87,7 @@ class Bare:
         self.step(batch.latents, batch.conditioning["prompt_embeds"])
 
     def encoding(self) -> None:
-        """One step that encodes its pictures and prompts first. The pictures are in memory: no files, no JPEG."""
+        """One step that encodes its images and prompts first. The images are in memory: no files, no JPEG."""
         shape, device = self._next().latents.shape, self.abar.device
         pixels = torch.rand(2 * shape[0], 3, *self.pipeline.default_size, device=device)
         latents = self.pipeline.encode_pixels(pixels).view(shape)
@@ -101,7 +101,7 @@ class Bare:
 
 @dataclass
 class TakingTurns:
-    """A source that lets the trainer take `chunk` timed steps, then each rival as many, and notes the seconds a step.
+    """A source that lets the trainer take `chunk` timed steps, then each rival as many, and notes the seconds per step.
 
     It sits where the trainer asks for data, so what is timed is the trainer's own loop, untouched.
     """
@@ -206,7 +206,7 @@ def disagreement(trainer: Trainer, bare: Bare, batch: Batch) -> float:
         for name, parameter in pipeline.denoiser.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-    draw = Draw(0, batch.keys, trainer.pipeline.process, "uniform", batch.latents.device)
+    draw = SampleRNG(0, batch.keys, trainer.pipeline.process, "uniform", batch.latents.device)
     with torch.no_grad():
         loss, _ = trainer.config.objective.step(trainer.policy, trainer.reference, batch, draw)
         noise = draw.normal("noise", (1, *batch.latents.shape[2:]))[:, 0]
@@ -237,7 +237,7 @@ def report(options: argparse.Namespace, turns: TakingTurns, difference: float) -
             f"{len(ours)} turns of {turns.chunk} steps each, interleaved. "
             f"On one batch with the same noise the two losses differ by {difference:.1e}.",
             "",
-            "| loop | ms a step (median) | ours / this: median of the turns (middle half) |",
+            "| loop | ms per step (median) | ours / this: median of the turns (middle half) |",
             "|---|---|---|",
             *rows,
             "",

@@ -2,9 +2,9 @@
 
     python benchmarks/synthesis.py --scorers trained:runs/preference_models/expert_full_{0,1,2}
 
-The base draws four pictures for each of some train prompts, the scorers rank them (`t2i-align synthesize`), and
+The base draws four images for each of some train prompts, the scorers rank them (`t2i-align synthesize`), and
 Diffusion-DPO on the best and the worst and RankDPO on all four train from the same groups, with the quickstart's
-settings and several training seeds. As a bound, Diffusion-DPO also trains on the same pictures ranked by the oracle.
+settings and several training seeds. As a bound, Diffusion-DPO also trains on the same images ranked by the oracle.
 The oracle judges on held-out test prompts that the quickstart's figures do not use. Stages are kept in --work; a second
 run continues. Writes `benchmarks/results/synthesis.md`.
 """
@@ -23,8 +23,8 @@ from claims import MARGINS, TEST_FIRST, summary, versus
 from claims_table import percent
 
 from t2i_align.labeling.annotate import relabel
-from t2i_align.quickstart import quickstart
 from t2i_align.labeling.synthesize import synthesize
+from t2i_align.quickstart import quickstart
 from t2i_align.testbed import prompts
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def agreement(groups: list[Row], truth: list[Row]) -> dict[str, float]:
-    """How often two pictures of a prompt are in the oracle's order: by each scorer, all of them, and at the ends."""
+    """How often two images of a prompt are in the oracle's order: by each scorer, all of them, and at the ends."""
     rewards = {row["id"]: row["scores"] for row in truth}
     told: dict[str, list[float]] = {}
     for group in groups:
@@ -98,10 +98,10 @@ def report(options: argparse.Namespace, right: dict[str, float], found: dict[str
     command = " ".join(["python", "benchmarks/synthesis.py", *sys.argv[1:]])
     seeds = f"{options.seeds} training seeds"
     lines = ["# Preferences from prompts alone", "", f"`{command}`", "",
-             f"{options.count} train prompts, four pictures each by {BASE} (20 steps, guidance 2); the quickstart's "
+             f"{options.count} train prompts, four images each by {BASE} (20 steps, guidance 2); the quickstart's "
              f"settings with {options.steps} steps; {options.prompts} {options.split} prompts, one sample each, "
              f"{seeds}, 20 steps without guidance; 95 % intervals over prompts with all training seeds together.", "",
-             "| who ranks | two pictures in the oracle's order, where it sees a difference |", "|---|---|",
+             "| who ranks | two images in the oracle's order, where it sees a difference |", "|---|---|",
              *(f"| {name} | {share:.1%} |" for name, share in right.items()), "",
              f"| trained | {' | '.join(f'{column} against the base' for column in COLUMNS)} | reward by seed |"
              " reward against the first row |", "|---|---|---|---|---|---|"]  # fmt: skip

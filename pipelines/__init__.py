@@ -1,8 +1,8 @@
 """Model families under one contract. Imports nothing of `t2i_align`, so it can be used alone."""
 
 from pipelines.base import Conditioning, PipelineError, TrainablePipeline
-from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
 from pipelines.load import FAMILIES, encoder_fingerprint, family_of, load, wrap
+from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
 
 __all__ = [
     "FAMILIES",

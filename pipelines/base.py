@@ -50,9 +50,9 @@ class TrainablePipeline(ABC):
     dispatches: ClassVar[bool] = False  # whether the denoiser's attention goes through diffusers' dispatcher
     optional_encoders: ClassVar[tuple[str, ...]] = ()  # of `encoder_names`, those that a checkpoint may do without
     large_encoders: ClassVar[tuple[str, ...]] = ()  # components of billions of parameters: `load` has a dtype for them
-    video: ClassVar[bool] = False  # whether it makes clips [B, F, 3, H, W] instead of pictures [B, 3, H, W]
+    video: ClassVar[bool] = False  # whether it makes clips [B, F, 3, H, W] instead of images [B, 3, H, W]
     fps: ClassVar[float] = 16.0  # frames a second of its clips, where it makes clips
-    sized: ClassVar[bool] = False  # whether `predict` reads each picture's size and crop, as "time_ids" [B, 6]
+    size_conditioned: ClassVar[bool] = False  # whether `predict` reads each image's size and crop, as "time_ids" [B, 6]
     kohya: ClassVar[bool] = False  # whether diffusers can convert its LoRA to kohya's names
 
     process: ForwardProcess
@@ -80,7 +80,7 @@ class TrainablePipeline(ABC):
 
     @property
     def has_encoders(self) -> bool:
-        """Whether prompts and pictures can be encoded (False after `load(..., encoders=False)`)."""
+        """Whether prompts and images can be encoded (False after `load(..., encoders=False)`)."""
         needed = [name for name in self.encoder_names if name not in self.optional_encoders]
         return all(getattr(self.pipe, name) is not None for name in needed)
 
@@ -131,7 +131,7 @@ class TrainablePipeline(ABC):
 
     @abstractmethod
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
-        """Raise PipelineError unless VAE and denoiser take pictures, or clips of `frames`, of this size in pixels."""
+        """Raise PipelineError unless VAE and denoiser take images, or clips of `frames`, of this size in pixels."""
 
     @property
     @abstractmethod
@@ -155,7 +155,7 @@ class TrainablePipeline(ABC):
 
     @property
     def default_frames(self) -> int | None:
-        """Frames of a clip that the checkpoint was trained for; None where it makes pictures."""
+        """Frames of a clip that the checkpoint was trained for; None where it makes images."""
         return None
 
     @property
@@ -170,7 +170,7 @@ class TrainablePipeline(ABC):
 
     @property
     def default_batch_size(self) -> int:
-        """Samples drawn at a time: a clip is as large as many pictures."""
+        """Samples drawn at a time: a clip is as large as many images."""
         return 1 if self.video else 8
 
     def sampling(self, steps: int | None, guidance: float | None, batch_size: int | None) -> tuple[int, float, int]:
@@ -229,15 +229,15 @@ class TrainablePipeline(ABC):
     ) -> Tensor:
         """Samples through the genuine diffusers pipeline, float32 in [0, 1] on the CPU.
 
-        Pictures [N, 3, H, W], or clips [N, F, 3, H, W] from video families. Sample i is drawn from its own generator
+        Images [N, 3, H, W], or clips [N, F, 3, H, W] from video families. Sample i is drawn from its own generator
         with seeds[i], so it does not depend on its neighbours. Sizes, steps and guidance: None is the model's own.
         `on_batch` is told how many samples were just finished (for a progress bar).
 
         Raises:
-            PipelineError: a size the model cannot take, or pictures that are not finite, naming prompt and seed.
+            PipelineError: a size the model cannot take, or images that are not finite, naming prompt and seed.
         """
         if len(prompts) != len(seeds):
-            raise PipelineError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a prompt")
+            raise PipelineError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
         default_height, default_width = self.default_size
         height, width = height or default_height, width or default_width
         frames = frames or self.default_frames
@@ -246,7 +246,7 @@ class TrainablePipeline(ABC):
         size = {"height": height, "width": width, **({"num_frames": frames} if self.video else {})}
         training = self.denoiser.training
         self.denoiser.eval()
-        pictures = []
+        images = []
         try:
             for start in range(0, len(prompts), batch_size):
                 part = list(prompts[start : start + batch_size])
@@ -261,20 +261,20 @@ class TrainablePipeline(ABC):
                     )
                 made = (output.frames if self.video else output.images).float().cpu()
                 self._check_finite(made, part, seeds[start : start + batch_size])
-                pictures.append(made.clamp(0, 1))
+                images.append(made.clamp(0, 1))
                 if on_batch is not None:
                     on_batch(len(part))
         finally:
             self.denoiser.train(training)
         shape = (frames, 3, height, width) if self.video else (3, height, width)
-        return torch.cat(pictures) if pictures else torch.empty(0, *shape)
+        return torch.cat(images) if images else torch.empty(0, *shape)
 
     def _check_finite(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Saved as bytes, NaN would be a black picture that scorers score like any other."""
+        """Saved as bytes, NaN would be a black image that scorers score like any other."""
         bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
             raise PipelineError(
-                f"{len(bad)} of {len(prompts)} {'clips' if self.video else 'pictures'} are not finite, as prompt "
+                f"{len(bad)} of {len(prompts)} {'clips' if self.video else 'images'} are not finite, as prompt "
                 f"{prompts[bad[0]]!r} with seed {seeds[bad[0]]}. The weights have diverged, or the VAE overflows in "
                 "half precision: try float32."
             )
@@ -302,7 +302,7 @@ class TrainablePipeline(ABC):
         raise PipelineError(f"the denoiser never ran its block {self.feature_block!r}")
 
     def feature_of(self, output: Any) -> Tensor:
-        """Of what the feature block returns, the part that belongs to the picture."""
+        """Of what the feature block returns, the part that belongs to the image."""
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
@@ -430,7 +430,7 @@ class TrainablePipeline(ABC):
             self.denoiser.enable_xformers_memory_efficient_attention()
 
     def tile_vae(self) -> None:
-        """From now on the VAE works through big pictures in tiles and through batches one by one: less memory."""
+        """From now on the VAE works through big images in tiles and through batches one by one: less memory."""
         self.pipe.vae.enable_tiling()
         self.pipe.vae.enable_slicing()
 

@@ -89,7 +89,7 @@ class Flux(ImagePipeline):
         return f"transformer_blocks.{middle}" if middle < double else f"single_transformer_blocks.{middle - double}"
 
     def feature_of(self, output: Any) -> Tensor:
-        found: Tensor = output[1]  # (text's, picture's)
+        found: Tensor = output[1]  # (text's, image's)
         return found
 
     @property

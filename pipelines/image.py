@@ -1,4 +1,4 @@
-"""What the picture families share: an `AutoencoderKL` around the denoiser, and how its latents are normalised."""
+"""What the image families share: an `AutoencoderKL` around the denoiser, and how its latents are normalised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.base import PipelineError, TrainablePipeline
 
 
 class ImagePipeline(TrainablePipeline):
-    """A family of pictures [B, 3, H, W]. Its latents [B, C, h, w] are (z - shift) x scale.
+    """A family of images [B, 3, H, W]. Its latents [B, C, h, w] are (z - shift) x scale.
 
     scale and shift are the VAE's `scaling_factor` and `shift_factor` (0 where it has none); a VAE that carries
     `latents_mean` and `latents_std`, as some of SDXL's do, is normalised by these too.
@@ -20,7 +20,7 @@ class ImagePipeline(TrainablePipeline):
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 4:
-            raise PipelineError(f"{self.family} takes pictures [B, 3, H, W], found {list(pixels.shape)}")
+            raise PipelineError(f"{self.family} takes images [B, 3, H, W], found {list(pixels.shape)}")
         vae = self.pipe.vae
         self.check_size(*pixels.shape[-2:])
         latents: Tensor = vae.encode((2 * pixels - 1).to(vae.device, vae.dtype)).latent_dist.mode()
@@ -41,11 +41,11 @@ class ImagePipeline(TrainablePipeline):
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         if frames is not None:
-            raise PipelineError(f"{self.family} makes pictures, but a clip of {frames} frames was asked for")
+            raise PipelineError(f"{self.family} makes images, but a clip of {frames} frames was asked for")
         multiple = self.size_multiple
         if min(height, width) < 1 or height % multiple or width % multiple:
             raise PipelineError(
-                f"pictures of {height} x {width} pixels do not fit {self.family} as {self.source} has it: "
+                f"images of {height} x {width} pixels do not fit {self.family} as {self.source} has it: "
                 f"both sides must be multiples of {multiple}"
             )
 

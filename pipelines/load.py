@@ -147,7 +147,7 @@ def encoder_fingerprint(
     variant: str | None = None,
     single_file_config: str | None = None,
 ) -> str:
-    """A hash of all that turns pictures and prompts into a cache: VAE, text encoders, tokenizers, as `load` has them.
+    """A hash of all that turns images and prompts into a cache: VAE, text encoders, tokenizers, as `load` has them.
 
     Two checkpoints that differ only in their denoiser share it, so a cache made with one serves the other.
     """
@@ -255,7 +255,7 @@ def _vae_config(index: Mapping[str, Any], path: str | Path, revision: str | None
 
 
 def _no_safety_checker(class_name: str) -> dict[str, Any]:
-    """SD1.5 checkpoints carry a picture filter that training has no use for; the caller's own use is unaffected."""
+    """SD1.5 checkpoints carry an image filter that training has no use for; the caller's own use is unaffected."""
     return {"safety_checker": None, "requires_safety_checker": False} if class_name == "StableDiffusionPipeline" else {}
 
 

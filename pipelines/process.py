@@ -1,7 +1,7 @@
 """The forward process: how clean latents become noise, and every conversion that follows from it.
 
 One module owns prediction types and time. Everywhere in the project x_t = alpha_t x + sigma_t noise, with
-sigma growing with t: t = 0 is the clean picture, the largest t is noise.
+sigma growing with t: t = 0 is the clean image, the largest t is noise.
 
     variance preserving   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)    target: noise, or
                                                                                 v = alpha_t noise - sigma_t x

@@ -79,7 +79,7 @@ class StableDiffusion3(ImagePipeline):
         return f"transformer_blocks.{self.denoiser.config.num_layers // 2}"
 
     def feature_of(self, output: Any) -> Tensor:
-        found: Tensor = output[1]  # (text's, picture's)
+        found: Tensor = output[1]  # (text's, image's)
         return found
 
     @property
@@ -90,7 +90,7 @@ class StableDiffusion3(ImagePipeline):
         super().check_size(height, width, frames)
         most = self.size_multiple * int(self.denoiser.config.pos_embed_max_size)
         if max(height, width) > most:
-            raise PipelineError(f"pictures of {height} x {width} pixels: {self.source} goes up to {most} a side")
+            raise PipelineError(f"images of {height} x {width} pixels: {self.source} goes up to {most} a side")
 
     def tokens(self, height: int, width: int, frames: int | None = None) -> int:
         return height * width // self.size_multiple**2

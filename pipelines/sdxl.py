@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told each picture's size and crop."""
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told each image's size and crop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StableDiffusionXL(StableDiffusion):
     family = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    sized = True
+    size_conditioned = True
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -37,8 +37,8 @@ class StableDiffusionXL(StableDiffusion):
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """As the contract has it. "time_ids" in the conditioning, [B, 6] in pixels: the picture's original height and
-        width, the crop's top and left, the target's height and width; without it, an uncropped picture of the
+        """As the contract has it. "time_ids" in the conditioning, [B, 6] in pixels: the image's original height and
+        width, the crop's top and left, the target's height and width; without it, an uncropped image of the
         latents' size.
         """
         denoiser = denoiser or self.denoiser

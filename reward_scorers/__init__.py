@@ -1,4 +1,4 @@
-"""Scorers of generated pictures. Usable on its own: `reward_scorers.build("clip:ViT-B-32:laion400m_e32")`."""
+"""Scorers of generated images. Usable on its own: `reward_scorers.build("clip:ViT-B-32:laion400m_e32")`."""
 
 from reward_scorers.base import Scorer, ScorerError
 from reward_scorers.registry import build, check_spec, names, register

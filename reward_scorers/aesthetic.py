@@ -1,7 +1,7 @@
 """LAION's aesthetic predictor, v2: a small head on the features of OpenAI's CLIP ViT-L/14, about 1 to 10.
 
-https://github.com/christophschuhmann/improved-aesthetic-predictor. It sees the picture alone; prompts are not used. The
-head's layers follow each other without activations, so it is one linear map, trained with dropout in between. Pictures
+https://github.com/christophschuhmann/improved-aesthetic-predictor. It sees the image alone; prompts are not used. The
+head's layers follow each other without activations, so it is one linear map, trained with dropout in between. Images
 take CLIP's preprocessing, as in the original.
 """
 

@@ -1,4 +1,4 @@
-"""The contract of a scorer: pictures and their prompts in, one number a picture out."""
+"""The contract of a scorer: images and their prompts in, one number per image out."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torchvision.transforms import functional as F
 
 Judgement = tuple[Tensor, dict[str, Tensor]]
 
-# Interpolation and autocast leave a decoded picture a little outside of [0, 1]; a picture in [-1, 1] is far outside.
+# Interpolation and autocast leave a decoded image a little outside of [0, 1]; an image in [-1, 1] is far outside.
 RANGE_TOLERANCE = 1e-3
 
 
 class ScorerError(ValueError):
-    """A scorer, checkpoint, picture or prompt that cannot be used; says what was expected and found."""
+    """A scorer, checkpoint, image or prompt that cannot be used; says what was expected and found."""
 
 
 class Scorer(ABC):
-    """Scores pictures against prompts; a subclass fills in `_score` and, where it has them, `_parts` or `_judge`.
+    """Scores images against prompts; a subclass fills in `_score` and, where it has them, `_parts` or `_judge`.
 
     Attributes:
         name: unique among scorers that are used together; recorded with every score.
@@ -60,7 +60,7 @@ class Scorer(ABC):
         return self._judge_media(pixels, prompts)
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of PIL pictures of any sizes and modes, through the original's exact preprocessing."""
+        """Scores [B] of PIL images of any sizes and modes, through the original's exact preprocessing."""
         return self.judge_images(images, prompts)[0]
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ class Scorer(ABC):
         """`score_images` and the parts in one pass."""
         check_images(images, prompts)
         if self.clips:
-            raise ScorerError(f"{self.name}: judges clips, not pictures")
+            raise ScorerError(f"{self.name}: judges clips, not images")
         try:
             total, parts = self._judge_images(images, prompts)
         except (OSError, SyntaxError) as error:  # PIL opens a file without decoding it
@@ -76,7 +76,7 @@ class Scorer(ABC):
         return total.float(), {name: part.float() for name, part in parts.items()}
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
-        """Raise ScorerError for a prompt that this scorer cannot judge; asked before pictures are made for it."""
+        """Raise ScorerError for a prompt that this scorer cannot judge; asked before images are made for it."""
 
     def to(self, device: torch.device | str) -> Scorer:
         """Move the networks, if there are any. Returns itself."""
@@ -99,7 +99,7 @@ class Scorer(ABC):
         return self._score(pixels, prompts), {}
 
     def _score_media(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of checked pixels, pictures or clips: the mean over frames, unless it takes whole clips."""
+        """Scores [B] of checked pixels, images or clips: the mean over frames, unless it takes whole clips."""
         units, repeated = self._units(pixels, prompts)
         return _per_frame(self._score(units, repeated), pixels).mean(1)
 
@@ -112,7 +112,7 @@ class Scorer(ABC):
         return _per_frame(total, pixels).mean(1), named
 
     def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        """Default: 8-bit RGB to [0, 1] without resizing, then the tensor path, pictures of one size together."""
+        """Default: 8-bit RGB to [0, 1] without resizing, then the tensor path, images of one size together."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for row, image in enumerate(images):
             by_size.setdefault(image.size, []).append(row)
@@ -145,32 +145,32 @@ def check(pixels: Tensor, prompts: Sequence[str]) -> None:
     check_prompts(prompts, len(pixels))
     low, high = (float(value) for value in torch.stack(pixels.detach().aminmax()).float())
     if math.isnan(low) or math.isnan(high):  # aminmax hands a NaN on
-        bad = [row for row, picture in enumerate(pixels.detach().flatten(1)) if not picture.isfinite().all()]
+        bad = [row for row, image in enumerate(pixels.detach().flatten(1)) if not image.isfinite().all()]
         raise ScorerError(f"pixels: rows {bad} hold NaN or infinite values")
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ScorerError(f"pixels: expected values in [0, 1], found [{low:.4g}, {high:.4g}]")
 
 
 def check_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Raise ScorerError unless these PIL pictures and prompts can be scored."""
+    """Raise ScorerError unless these PIL images and prompts can be scored."""
     if not hasattr(images, "__len__") or not len(images):
         found = "none" if hasattr(images, "__len__") else type(images).__name__
-        raise ScorerError(f"images: expected a list of PIL pictures, found {found}")
+        raise ScorerError(f"images: expected a list of PIL images, found {found}")
     check_prompts(prompts, len(images))
     for row, image in enumerate(images):
         if not isinstance(image, Image.Image):
-            raise ScorerError(f"images[{row}]: expected a PIL picture, found {type(image).__name__}")
+            raise ScorerError(f"images[{row}]: expected a PIL image, found {type(image).__name__}")
         if reason := unusable(image):
             raise ScorerError(f"images[{row}]: {reason}")
 
 
 def unusable(image: Image.Image) -> str | None:
-    """Why a PIL picture cannot be scored; None if it can."""
+    """Why a PIL image cannot be scored; None if it can."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
-        return f"an animated picture of {frames} frames; pick one frame"
+        return f"an animated image of {frames} frames; pick one frame"
     if 0 in image.size:
-        return f"a picture of {image.width} x {image.height} pixels"
+        return f"an image of {image.width} x {image.height} pixels"
     if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255, NaN to black
         return f"pixels of mode {image.mode} have no known range; convert them to 8 bits"
     return None
@@ -181,7 +181,7 @@ def check_prompts(prompts: Sequence[str], count: int) -> None:
     listed = hasattr(prompts, "__len__") and not isinstance(prompts, str)
     if not listed or len(prompts) != count:
         found = f"{len(prompts)} prompts" if listed else repr(prompts)
-        raise ScorerError(f"prompts: expected a list of {count}, one a picture, found {found}")
+        raise ScorerError(f"prompts: expected a list of {count}, one per image, found {found}")
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScorerError(f"prompts[{row}]: expected text, found {prompt!r}")

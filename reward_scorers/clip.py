@@ -5,10 +5,10 @@ bound of 100) and torchmetrics' CLIPScore without its cut at zero, which would s
 2.5 · max(cos, 0) for the same ranking. Prompts beyond the context length (77 tokens for most) are cut, as open_clip
 does.
 
-Two paths to the network's input: PIL pictures go through open_clip's own transform; tensors through the same steps in
-torchvision (antialiased, so that gradients are right and small pictures agree), then cut to [0, 1] as 8-bit pictures
+Two paths to the network's input: PIL images go through open_clip's own transform; tensors through the same steps in
+torchvision (antialiased, so that gradients are right and small images agree), then cut to [0, 1] as 8-bit images
 are. What is left between them is PIL's rounding to 8 bits after the resize: at most 0.08 of a score that reaches from
--100 to 100, on 24 pictures of white noise (the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
+-100 to 100, on 24 images of white noise (the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ClipScorer(TwoTowers):
     def preprocess(self, pixels: Tensor) -> Tensor:
         """The same steps, differentiably."""
         for step in self._transform.transforms:
-            # Bicubic overshoots at edges. PIL cuts that off, and so must we, or sharp pictures score differently.
+            # Bicubic overshoots at edges. PIL cuts that off, and so must we, or sharp images score differently.
             pixels = step(pixels.clamp(0, 1) if isinstance(step, Normalize) else pixels)
         return pixels
 
@@ -126,7 +126,7 @@ def _create(model: str, **options: Any) -> nn.Module:
 
 def _load_file(model: str, path: Path, tags: Sequence[str]) -> tuple[nn.Module, str]:
     """A local checkpoint: every key and shape has to fit (open_clip itself resizes position embeddings unasked)."""
-    # A file does not say how its pictures were normalised; where all published weights of the model agree, so does it.
+    # A file does not say how its images were normalised; where all published weights of the model agree, so does it.
     known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     keys = ("mean", "std", "interpolation", "resize_mode")
     settings = [{key: cfg[key] for key in keys if cfg.get(key) is not None} for cfg in known]

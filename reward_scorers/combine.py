@@ -9,13 +9,13 @@
         centre: 25.0               # v = (score - centre) / spread brings scorers to one scale
         spread: 3.0
       - scorer: pickscore
-        reference: base.jsonl      # instead of a centre: the quantile of what a base model's pictures of the prompt got
+        reference: base.jsonl      # instead of a centre: the quantile of what a base model's images of the prompt got
 
 - weighted_sum: Σ w v. - mean_minus_std: mean(v) - λ std(v), the population's; ensembles disagree where they are fooled.
 - min: the smallest v. - majority: the share of scorers with v > 0, ties (their margin) counting half.
-- conjunction: Σ log σ(v), which no single scorer can buy alone: a picture has to beat the reference for each of them.
+- conjunction: Σ log σ(v), which no single scorer can buy alone: an image has to beat the reference for each of them.
 
-A vote here is against the centre or the reference, because a scorer sees one picture; the vote among a prompt's
+A vote here is against the centre or the reference, because a scorer sees one image; the vote among a prompt's
 candidates is `t2i-align relabel --rule majority`.
 """
 
@@ -208,7 +208,7 @@ RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
 
 
 def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, dict[str, float]]:
-    """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's pictures, by precision.
+    """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's images, by precision.
 
     Scores of other scorers and versions are left out.
 

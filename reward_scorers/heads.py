@@ -12,7 +12,7 @@ MAX_SCALE = 100.0  # of the angle's exponent, CLIP's own bound
 
 
 class LinearHead(nn.Module):
-    """r = w · [image, image ⊙ text] + b: few-shot. What depends on the prompt alone cancels between its pictures.
+    """r = w · [image, image ⊙ text] + b: few-shot. What depends on the prompt alone cancels between its images.
 
     Args:
         width: of the features.
@@ -69,7 +69,7 @@ class PAL(nn.Module):
         return self.scored(*self.placed(images, texts), mixture)
 
     def placed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Where pictures are, [N, d], and where the tastes are, [N, K, d]: all that does not depend on the user."""
+        """Where images are, [N, d], and where the tastes are, [N, K, d]: all that does not depend on the user."""
         z = self.f(torch.cat([images, texts, images * texts], -1))
         if self.g is not None:
             return z, self.g(texts).unflatten(-1, (-1, z.shape[-1]))

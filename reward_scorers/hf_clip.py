@@ -1,7 +1,7 @@
 """CLIP through transformers: PickScore (arXiv 2305.01569), and any checkpoint of one's own.
 
 score = exp(logit_scale) · cos(image, text), as PickScore's published recipe computes it before its softmax over a
-prompt's pictures: around 20 for ordinary pictures. PIL pictures take the steps of transformers' PIL processor, with
+prompt's images: around 20 for ordinary images. PIL images take the steps of transformers' PIL processor, with
 which the scores were published; since version 5 transformers itself resizes tensors, which moves a score a little.
 """
 
@@ -68,7 +68,7 @@ class HFClipScorer(TwoTowers):
 
     def transform(self, image: Image.Image) -> Tensor:
         """The steps of transformers' PIL processor."""
-        return self.steps.picture(image)
+        return self.steps.image(image)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """The same, differentiably."""

@@ -1,10 +1,10 @@
 """Human Preference Score v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14 of open_clip, fine-tuned on HPDv2.
 
-score = cos(image, text), without a logit scale: about 0.2 to 0.3 for ordinary pictures. The original's package keeps a
+score = cos(image, text), without a logit scale: about 0.2 to 0.3 for ordinary images. The original's package keeps a
 copy of open_clip; the genuine one computes the same from the same checkpoint. Its preprocessing is not open_clip's: the
-long side is fitted to 224 and the short one padded with black, on floats, so PIL pictures and tensors take one path.
-What differs on purpose: RGBA loses its alpha (the original gives four channels to a network of three and fails), and a
-picture so thin that it would shrink to nothing keeps one pixel.
+long side is fitted to 224 and the short one padded with black, on floats, so PIL images and tensors take one path.
+What differs on purpose: RGBA loses its alpha (the original gives four channels to a network of three and fails), and an
+image so thin that it would shrink to nothing keeps one pixel.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class HPSv2Scorer(ClipScorer):
 
     def transform(self, image: Image.Image) -> Tensor:
         """The original's steps: the long side fitted, the short one padded."""
-        return self._steps.picture(image)
+        return self._steps.image(image)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """The same."""

@@ -1,8 +1,8 @@
-"""ImageReward v1.0 (arXiv 2304.05977): BLIP's text encoder looks at the picture by cross-attention, a head rates it.
+"""ImageReward v1.0 (arXiv 2304.05977): BLIP's text encoder looks at the image by cross-attention, a head rates it.
 
 score = (head(first token) - 0.167) / 1.033, about -2 to 2. The original's package pins libraries of 2023 and does not
 run on current ones, so the published checkpoint is put into transformers' own BLIP, whose tensors have other names.
-Pictures take CLIP's preprocessing, prompts are cut at 35 tokens, both as in the original. The encoder sees picture and
+Images take CLIP's preprocessing, prompts are cut at 35 tokens, both as in the original. The encoder sees image and
 prompt together, so no text features are kept.
 """
 
@@ -61,7 +61,7 @@ def from_spec(argument: str) -> ImageRewardScorer:
 
 
 class ImageRewardScorer(Scorer):
-    """(head(BLIP(picture, prompt)) - mean) / std.
+    """(head(BLIP(image, prompt)) - mean) / std.
 
     Args:
         checkpoint: .pt (loaded with weights_only) or .safetensors; None is the Hub's, "random" is for tests.

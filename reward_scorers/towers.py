@@ -25,9 +25,9 @@ Self = TypeVar("Self", bound="TwoTowers")
 
 
 class TwoTowers(Scorer):
-    """scale · cos(image, text). A subclass loads the towers and says how pictures reach the first one.
+    """scale · cos(image, text). A subclass loads the towers and says how images reach the first one.
 
-    Text features are kept, so each distinct prompt goes through its tower once. Pictures are made ready in threads.
+    Text features are kept, so each distinct prompt goes through its tower once. Images are made ready in threads.
     """
 
     differentiable = True
@@ -47,7 +47,7 @@ class TwoTowers(Scorer):
 
     @abstractmethod
     def transform(self, image: Image.Image) -> Tensor:
-        """A PIL picture to the network's input [3, H, W], as the original does it."""
+        """A PIL image to the network's input [3, H, W], as the original does it."""
 
     @abstractmethod
     def preprocess(self, pixels: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class TwoTowers(Scorer):
         return out
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """PIL pictures to the network's input [B, 3, H, W] on its device."""
+        """PIL images to the network's input [B, 3, H, W] on its device."""
         return torch.stack(in_threads(self.transform, images)).to(self.device)
 
     def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -115,8 +115,8 @@ class Preprocess:
     """Resize, cut or pad to a square, normalise. The steps of transformers' CLIP processor, and of HPSv2's.
 
     side: of the network's input, in pixels. pad: the long side is fitted and the short one filled with black, as HPSv2
-    does (a picture of the right long side is left alone, as there); else the short side is fitted and the middle cut
-    out, and pictures are resized in 8 bits, as PIL does.
+    does (an image of the right long side is left alone, as there); else the short side is fitted and the middle cut
+    out, and images are resized in 8 bits, as PIL does.
     """
 
     side: int
@@ -125,8 +125,8 @@ class Preprocess:
     resize: int | None = None  # the short side before the cut; None: `side`
     pad: bool = False
 
-    def picture(self, image: Image.Image) -> Tensor:
-        """[3, side, side] of a PIL picture of any size and mode."""
+    def image(self, image: Image.Image) -> Tensor:
+        """[3, side, side] of a PIL image of any size and mode."""
         image = image.convert("RGB")
         if self.pad:
             return self._normalise(self._padded(F.to_tensor(image)))
@@ -136,7 +136,7 @@ class Preprocess:
         """[B, 3, side, side] of pixels [B, 3, H, W] in [0, 1], differentiably."""
         if self.pad:
             return self._normalise(self._padded(pixels))
-        # Bicubic overshoots at edges. PIL cuts that off, and so must we, or sharp pictures score differently.
+        # Bicubic overshoots at edges. PIL cuts that off, and so must we, or sharp images score differently.
         return self._normalise(self._cropped(pixels).clamp(0, 1))
 
     def _normalise(self, pixels: Tensor) -> Tensor:
@@ -163,5 +163,5 @@ _POOL = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 def in_threads(function: Callable[[Image.Image], Out], images: Sequence[Image.Image]) -> list[Out]:
-    """`function` of each picture; Pillow's work leaves Python's lock free."""
+    """`function` of each image; Pillow's work leaves Python's lock free."""
     return [function(images[0])] if len(images) == 1 else list(_POOL.map(function, images))

@@ -1,7 +1,7 @@
 """What a clip does over time, whatever it shows: how much moves, how smoothly, and whether things stay themselves.
 
 Clips [B, F, 3, H, W] only; every other scorer gives a clip the mean over its frames. None of these three knows the
-prompt. A still picture repeated is perfectly smooth and consistent, so read them together with `motion`.
+prompt. A still image repeated is perfectly smooth and consistent, so read them together with `motion`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ClipMeasure(Scorer):
         return self._score_media(pixels, prompts)
 
     def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        raise ScorerError(f"{self.name}: judges clips, found single pictures")
+        raise ScorerError(f"{self.name}: judges clips, found single images")
 
 
 class Motion(ClipMeasure):

@@ -1,8 +1,8 @@
 """A vision-language model as judge (VQAScore, arXiv 2404.01291): how likely its answer to a question begins with yes.
 
 score = P(yes) in [0, 1], over the whole vocabulary at the first answered token, all spellings of the word together;
-`log_odds` is log P(yes) - log P(no), which tells good pictures apart where P(yes) is near 1. Any image-text-to-text
-model of transformers that reads a question; which one is up to you, and recorded. Pictures take the model's own
+`log_odds` is log P(yes) - log P(no), which tells good images apart where P(yes) is near 1. Any image-text-to-text
+model of transformers that reads a question; which one is up to you, and recorded. Images take the model's own
 processor, so no gradient flows; tensors are rounded to 8 bits first.
 """
 
@@ -26,7 +26,7 @@ SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " 
 
 
 def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
-    """What a chat model takes, each picture with its question, padded to one batch."""
+    """What a chat model takes, each image with its question, padded to one batch."""
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
     asked = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
@@ -77,7 +77,7 @@ class VLMScorer(Scorer):
             self.processor: Any = AutoProcessor.from_pretrained(path)
             self.tokenizer = self.processor.tokenizer
         except Exception as error:  # transformers, tokenizers and the Hub each raise their own
-            raise ScorerError(f"vlm: {path!r} has no processor for pictures and questions: {error}") from error
+            raise ScorerError(f"vlm: {path!r} has no processor for images and questions: {error}") from error
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

@@ -102,7 +102,7 @@ class LoraConfig:
 class SoftTokensConfig:
     """Trained vectors among the prompt's, beside a frozen denoiser (arXiv 2503.08250). count: how many.
 
-    start: `bos` copies the start token, which changes the pictures least, or `random`.
+    start: `bos` copies the start token, which changes the images least, or `random`.
     """
 
     count: int = 4
@@ -188,10 +188,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Pictures and held-out scores on the way, every so many steps (0: never).
+    """Images and held-out scores on the way, every so many steps (0: never).
 
-    prompts: a text file with one prompt a line, or `testbed:dev`. count: so many of them. batch_size: samples at a
-    time (null: 8 pictures or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    prompts: a text file with one prompt per line, or `testbed:dev`. count: so many of them. batch_size: samples at a
+    time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
     """
 
     every: int = 0

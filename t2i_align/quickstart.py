@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
 MARKER = ".quickstart"  # a folder that holds this file was made by a quickstart, and the next one may replace it
 COMPLETE = "complete"  # what becomes the output folder, while it is made
 TEST_SEED = 90_000  # the comparison's own; neither the pairs nor the tuning of the configuration used it
-BATCH_SIZE = 64  # pictures of 64 x 64 pixels drawn at a time
+BATCH_SIZE = 64  # images of 64 x 64 pixels drawn at a time
 
 
 def quickstart(
@@ -58,12 +58,12 @@ def quickstart(
     config = replace(config, data=data)
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
-        from t2i_align.utils.logging import quiet
         from t2i_align.evaluation.compare import RESULT, evaluate
-        from t2i_align.training.run import RUN_FILE, align, write_atomically
         from t2i_align.inference.resolve import resolve_prompts
+        from t2i_align.training.run import RUN_FILE, align, write_atomically
+        from t2i_align.utils.logging import silence_libraries
 
-        quiet()
+        silence_libraries()
         texts = resolve_prompts(prompts)[:count]
         run = align(replace(config, output_dir=str(temporary / "run")), progress=progress)
         trained = time.monotonic()

@@ -1,7 +1,7 @@
 """The same preferences written in every format: `python -m tests.formats` makes the examples under tests/data.
 
-Pictures are one-coloured, so that each is known again whatever it is called. PAIRS can be said in every format; the
-RANKINGS, of which the last two pictures of the first are a tie, in those that rank.
+Images are one-coloured, so that each is known again whatever it is called. PAIRS can be said in every format; the
+RANKINGS, of which the last two images of the first are a tie, in those that rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.data.test_examples import colour
 
 EXAMPLES = Path(__file__).parent / "data"
 PAIRS = [("a red fox", 0, 1), ("a blue owl, « à l'aube »", 2, 3)]  # prompt, better, worse
-RANKINGS = [("a red fox", [0, 1, 2], [1, 2, 2]), ("a blue owl", [5, 4, 3], [1, 2, 3])]  # prompt, pictures, ranks
+RANKINGS = [("a red fox", [0, 1, 2], [1, 2, 2]), ("a blue owl", [5, 4, 3], [1, 2, 3])]  # prompt, images, ranks
 
 
 def png(number: int) -> bytes:
@@ -32,7 +32,7 @@ def png(number: int) -> bytes:
     return stream.getvalue()
 
 
-def pictures(folder: Path, count: int = 6) -> None:
+def images(folder: Path, count: int = 6) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (folder / f"{number}.png").write_bytes(png(number))
@@ -108,7 +108,7 @@ def rapidata_counts(folder: Path) -> Path:
 
 
 def hpdv2(folder: Path) -> Path:
-    pictures(folder / "train")
+    images(folder / "train")
     entries = [
         {"human_preference": [0, 1], "prompt": prompt, "file_path": [f"{lost}.png", f"{won}.png"]}
         for prompt, won, lost in PAIRS
@@ -118,7 +118,7 @@ def hpdv2(folder: Path) -> Path:
 
 
 def hpdv3(folder: Path) -> Path:
-    pictures(folder / "images")
+    images(folder / "images")
     entries = [
         {"prompt": prompt, "path1": f"images/{won}.png", "path2": f"images/{lost}.png", "confidence": 0.9,
          "choice_dist": [9, 1], "model1": "flux", "model2": "kolors"}
@@ -129,13 +129,13 @@ def hpdv3(folder: Path) -> Path:
 
 
 def jsonl(folder: Path) -> Path:
-    pictures(folder / "p")
+    images(folder / "p")
     entries = [{"prompt": prompt, "chosen": f"p/{won}.png", "rejected": f"p/{lost}.png"} for prompt, won, lost in PAIRS]
     return lines(folder / "pairs.jsonl", entries)
 
 
 def comma_separated(folder: Path) -> Path:
-    pictures(folder / "p")
+    images(folder / "p")
     entries = [{"prompt": prompt, "chosen": f"p/{won}.png", "rejected": f"p/{lost}.png"} for prompt, won, lost in PAIRS]
     return sheet(folder / "pairs.csv", entries)
 
@@ -148,7 +148,7 @@ def parquet_pairs(folder: Path) -> Path:
 
 def vote_counts(folder: Path) -> Path:
     """A spreadsheet of one's own, and a source file that says what its columns hold."""
-    pictures(folder / "p")
+    images(folder / "p")
     rows = [
         {"text": p, "left": f"{lost}.png", "right": f"{won}.png", "for_left": 2, "for_right": 7}
         for p, won, lost in PAIRS
@@ -161,7 +161,7 @@ def vote_counts(folder: Path) -> Path:
 
 
 def demo(folder: Path) -> Path:
-    pictures(folder / "p")
+    images(folder / "p")
     entries = [
         {"prompt": prompt, "left": f"p/{lost}.png", "right": f"p/{won}.png", "vote": "right", "user": "anna"}
         for prompt, won, lost in PAIRS
@@ -182,8 +182,8 @@ def kohya(folder: Path) -> Path:
     for prompt, won, lost in PAIRS:
         for side, number in (("w", won), ("l", lost)):
             (folder / f"{won}_name" / side).mkdir(parents=True)
-            (folder / f"{won}_name" / side / "picture.png").write_bytes(png(number))
-            (folder / f"{won}_name" / side / "picture.caption").write_text(prompt, encoding="utf-8")
+            (folder / f"{won}_name" / side / "image.png").write_bytes(png(number))
+            (folder / f"{won}_name" / side / "image.caption").write_text(prompt, encoding="utf-8")
     return folder
 
 
@@ -213,7 +213,7 @@ def webdataset_pickapic(folder: Path) -> Path:
 
 
 def hpdv2_test(folder: Path) -> Path:
-    pictures(folder / "test")
+    images(folder / "test")
     entries = [
         {"prompt": prompt, "image_path": [f"{number}.png" for number in of], "rank": ranks,
          "raw_annotations": [{"rank": ranks, "user_hash": "u"}]}
@@ -224,8 +224,8 @@ def hpdv2_test(folder: Path) -> Path:
 
 
 def imagereward(folder: Path) -> Path:
-    """A row a picture; those of a prompt do not follow each other."""
-    pictures(folder / "images" / "train")
+    """A row per image; those of a prompt do not follow each other."""
+    images(folder / "images" / "train")
     rows = [
         {"image_path": f"images/train/{number}.png", "prompt_id": f"id-{prompt}", "prompt": prompt, "rank": rank,
          "overall_rating": 8 - rank, "image_text_alignment_rating": 3, "fidelity_rating": 4}
@@ -236,7 +236,7 @@ def imagereward(folder: Path) -> Path:
 
 
 def ranked_jsonl(folder: Path) -> Path:
-    pictures(folder / "p")
+    images(folder / "p")
     entries = [
         {"prompt": prompt, "images": [f"p/{number}.png" for number in of], "scores": [3 - rank for rank in ranks]}
         for prompt, of, ranks in RANKINGS

@@ -13,8 +13,8 @@ from t2i_align.objectives.base import Objective
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 
 
-def picture(seed: int, side: int = 32) -> Image.Image:
-    """A picture of blocks of random colours."""
+def image(seed: int, side: int = 32) -> Image.Image:
+    """An image of blocks of random colours."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST)
 
@@ -25,7 +25,7 @@ def jsonl_pairs(folder: Path, count: int = 12) -> Path:
     lines = []
     for i in range(count):
         for side, seed in (("good", 2 * i), ("bad", 2 * i + 1)):
-            picture(seed).save(folder / f"{i}_{side}.png")
+            image(seed).save(folder / f"{i}_{side}.png")
         lines.append({"prompt": f"prompt {i % 5}", "chosen": f"{i}_good.png", "rejected": f"{i}_bad.png"})
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -37,7 +37,7 @@ def winner_loser_folders(folder: Path, count: int = 6) -> Path:
     for side, offset in (("winner", 0), ("loser", 1)):
         (folder / side).mkdir(parents=True)
         for i in range(count):
-            picture(2 * i + offset).save(folder / side / f"{i}.png")
+            image(2 * i + offset).save(folder / side / f"{i}.png")
             if side == "winner":
                 (folder / side / f"{i}.txt").write_text(f"prompt {i}")
     return folder

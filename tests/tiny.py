@@ -84,7 +84,7 @@ def t5_encoder(model: type = T5EncoderModel, config: type = T5Config) -> Any:
     return model(config(vocab_size=len(letter_tokenizer()), **sizes))
 
 
-def picture_vae(**options: Any) -> AutoencoderKL:
+def image_vae(**options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -114,7 +114,7 @@ def tiny_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Pa
     torch.manual_seed(seed)
     StableDiffusionPipeline(
         text_encoder=clip_encoder(),
-        vae=picture_vae(),
+        vae=image_vae(),
         tokenizer=byte_tokenizer(),
         unet=unet(cross_attention_dim=16),
         scheduler=DDIMScheduler(**SD_NOISE, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type),
@@ -129,7 +129,7 @@ def tiny_sdxl(folder: Path) -> Path:
     """SDXL for 32 x 32 pixels: two CLIPs of width 16, sizes and crops embedded in 8 numbers each."""
     torch.manual_seed(0)
     StableDiffusionXLPipeline(
-        vae=picture_vae(scaling_factor=0.13025),
+        vae=image_vae(scaling_factor=0.13025),
         text_encoder=clip_encoder(),
         text_encoder_2=clip_encoder(projected=True),
         tokenizer=byte_tokenizer(),
@@ -150,7 +150,7 @@ def tiny_sd3(folder: Path, t5: bool = True) -> Path:
     """SD3 for 32 x 32 pixels."""
     torch.manual_seed(0)
     StableDiffusion3Pipeline(
-        vae=picture_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        vae=image_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=clip_encoder(projected=True),
         text_encoder_2=clip_encoder(projected=True),
         text_encoder_3=t5_encoder() if t5 else None,
@@ -190,7 +190,7 @@ def tiny_flux(folder: Path, guidance: bool = True) -> Path:
     )
     transformer.register_to_config(_default_size=(32, 32))
     FluxPipeline(
-        vae=picture_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=image_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=clip_encoder(),
         text_encoder_2=t5_encoder(),
         tokenizer=byte_tokenizer(),

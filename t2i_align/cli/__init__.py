@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from t2i_align import __version__
-from t2i_align.utils.logging import quiet
 from t2i_align.errors import UserError, unknown
+from t2i_align.utils.logging import silence_libraries
 
 OVERRIDES_HELP = "changes to the configuration: train.steps=200 objective.beta=500 lora=null ..."
 # What went wrong outside of the program; the message says it all, a traceback adds nothing.
@@ -106,7 +106,7 @@ def _prepare(argv: list[str]) -> int:
     from t2i_align.data.stream import StreamedSource
     from t2i_align.training.run import load_data, load_model
 
-    quiet()
+    silence_libraries()
     config = configuration.load(options.config, options.overrides)
     if not config.data.cache:
         raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
@@ -127,7 +127,7 @@ def _train(argv: list[str]) -> int:
     options = _parse(_run_parser("train"), argv)
     from t2i_align.training.run import align
 
-    quiet()
+    silence_libraries()
     result = align(options.config, options.overrides)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"trained {result.steps} steps; weights in {result.weights}")
@@ -140,18 +140,18 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--lora", help="LoRA to put on the model: file, folder, training run, or Hub id")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: %(default)s)")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it several times for several")
-    parser.add_argument("--prompts", help="text file with one prompt a line, testbed:dev or hpsv2:photo")
+    parser.add_argument("--prompts", help="text file with one prompt per line, testbed:dev or hpsv2:photo")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default: %(default)s)")
-    parser.add_argument("--out", required=True, help="folder for the pictures and their list")
-    parser.add_argument("--force", action="store_true", help="replace the pictures of an earlier run in that folder")
+    parser.add_argument("--out", required=True, help="folder for the images and their list")
+    parser.add_argument("--force", action="store_true", help="replace the images of an earlier run in that folder")
     _sampling(parser)
     options = _parse(parser, argv)
     from t2i_align.inference.generate import generate
 
-    quiet()
+    silence_libraries()
     listing = generate(**_keywords(options))
-    print(f"pictures listed in {listing}")
+    print(f"images listed in {listing}")
     return 0
 
 
@@ -164,14 +164,14 @@ def _export_lora(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.inference.export import export_lora
 
-    quiet()
+    silence_libraries()
     print(f"written to {export_lora(**_keywords(options))}")
     return 0
 
 
 def _score(argv: list[str]) -> int:
     parser = _parser("score")
-    parser.add_argument("pictures", help="folder that `generate` wrote, JSONL or parquet with `image` and `prompt`, or "
+    parser.add_argument("images", help="folder that `generate` wrote, JSONL or parquet with `image` and `prompt`, or "
                         "preference data")  # fmt: skip
     parser.add_argument("--scorers", nargs="+", required=True, help="scorers, such as clip:ViT-B-32:laion400m_e32")
     parser.add_argument("--out", help=".jsonl or .parquet to add the scores to (default: only the means are printed)")
@@ -180,7 +180,7 @@ def _score(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.labeling.score import score
 
-    quiet()
+    silence_libraries()
     score(**_keywords(options))
     return 0
 
@@ -189,19 +189,19 @@ def _evaluate(argv: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--base", help="the model before: folder, file, Hub id, testbed:sd (default: the run's own)")
     parser.add_argument("--aligned", required=True, help="the model after: a training run, a LoRA, or another model")
-    parser.add_argument("--prompts", required=True, help="text file with one prompt a line, or testbed:test")
+    parser.add_argument("--prompts", required=True, help="text file with one prompt per line, or testbed:test")
     parser.add_argument("--scorers", nargs="+", required=True, help="who decides; the first one gives the headline")
     parser.add_argument("--out", required=True, help="folder for result.json and report.html")
     parser.add_argument("--seeds-per-prompt", type=int, default=1, help="pairs of each prompt (default: %(default)s)")
     parser.add_argument("--tie-margin", type=float, help="smaller differences are ties (default: the scorer's own)")
     parser.add_argument("--ties", choices=("half", "drop"), default="half", help="count as half a win, or leave out")
-    parser.add_argument("--pictures", type=int, default=24, help="pairs in the report (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=24, help="pairs in the report (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the evaluation in that folder")
     _sampling(parser)
     options = _parse(parser, argv)
     from t2i_align.evaluation.compare import evaluate
 
-    quiet()
+    silence_libraries()
     print(evaluate(**_keywords(options)).summary())
     return 0
 
@@ -210,7 +210,7 @@ def _train_scorer(argv: list[str]) -> int:
     options = _parse(_run_parser("train-scorer"), argv)
     from t2i_align.reward_models.train import train_scorer
 
-    quiet()
+    silence_libraries()
     result = train_scorer(options.config, options.overrides)
     if int(os.environ.get("RANK", "0")) == 0:
         for name, accuracy in result.accuracy.items():
@@ -229,12 +229,12 @@ def _audit_scorer(argv: list[str]) -> int:
     parser.add_argument("--optimise", action="store_true", help="testbed: optimise each scorer and ask the oracle")
     parser.add_argument("--prompts", default="testbed:dev", help="for --optimise (default: %(default)s)")
     parser.add_argument("--prompt-count", type=int, default=32, help="so many of them (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn images (default: %(default)s)")
     _machine(parser)
     options = _parse(parser, argv)
     from t2i_align.reward_models.audit import audit
 
-    quiet()
+    silence_libraries()
     print(audit(**_keywords(options)).summary())
     return 0
 
@@ -246,7 +246,7 @@ def _caption(argv: list[str]) -> int:
         "--variant",
         choices=("c", "p", "h"),
         required=True,
-        help="c: both pictures described; p: the prompt, and perturbed for the loser; h: the winner's description, and "
+        help="c: both images described; p: the prompt, and perturbed for the loser; h: the winner's description, and "
         "the loser's perturbed",
     )
     parser.add_argument("--captioner", help="image-to-text model: folder, Hub id, or testbed:captioner")
@@ -258,7 +258,7 @@ def _caption(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.labeling.annotate import caption
 
-    quiet()
+    silence_libraries()
     return _annotated(caption(**_keywords(options)))
 
 
@@ -270,7 +270,7 @@ def _perturb(argv: list[str]) -> int:
     options = _parse(parser, argv)
     from t2i_align.labeling.annotate import perturb
 
-    quiet()
+    silence_libraries()
     return _annotated(perturb(**_keywords(options)))
 
 
@@ -288,7 +288,7 @@ def _relabel(argv: list[str]) -> int:
     options.scorers = [spec for listed in options.scorers for spec in listed.split(",") if spec]
     from t2i_align.labeling.annotate import relabel
 
-    quiet()
+    silence_libraries()
     return _annotated(relabel(**_keywords(options)))
 
 
@@ -358,7 +358,7 @@ COMMANDS = {
     ),
     "prepare": Command(
         run=_prepare,
-        summary="encode a configuration's pictures and prompts into the cache, without training",
+        summary="encode a configuration's images and prompts into the cache, without training",
         examples=("t2i-align prepare configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl",),
         interrupted="Run the same command again; it continues with what is not encoded yet.",
     ),
@@ -374,12 +374,12 @@ COMMANDS = {
     ),
     "generate": Command(
         run=_generate,
-        summary="pictures or clips from a model, with or without a LoRA",
+        summary="images or clips from a model, with or without a LoRA",
         examples=(
-            "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/pictures "
+            "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/images "
             "--steps 20 --guidance 1",
         ),
-        interrupted="The pictures that are listed are complete; --force replaces them.",
+        interrupted="The images that are listed are complete; --force replaces them.",
     ),
     "export-lora": Command(
         run=_export_lora,
@@ -388,8 +388,8 @@ COMMANDS = {
     ),
     "score": Command(
         run=_score,
-        summary="score pictures against their prompts",
-        examples=("t2i-align score runs/pictures --scorers oracle --out runs/scores.jsonl",),
+        summary="score images against their prompts",
+        examples=("t2i-align score runs/images --scorers oracle --out runs/scores.jsonl",),
         interrupted="Run the same command again; with --out it continues where it was stopped.",
     ),
     "train-scorer": Command(
@@ -397,7 +397,7 @@ COMMANDS = {
         summary="train a preference model: a CLIP-style scorer from pairs, ties and rankings",
         examples=(
             "t2i-align train-scorer configs/scorers/clip_lora.yaml data.path=my_pairs.jsonl output_dir=runs/scorer",
-            "t2i-align score runs/pictures --scorers trained:runs/scorer",
+            "t2i-align score runs/images --scorers trained:runs/scorer",
         ),
         interrupted="Add resume=true to the same command to continue from the newest checkpoint.",
     ),
@@ -411,7 +411,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         run=_evaluate,
-        summary="compare two models at the same seeds: win rate with interval, report with pictures",
+        summary="compare two models at the same seeds: win rate with interval, report with images",
         examples=(
             "t2i-align evaluate --base testbed:sd --aligned runs/quickstart/run --prompts testbed:test "
             "--scorers oracle --out runs/comparison --steps 20 --guidance 1",
@@ -419,7 +419,7 @@ COMMANDS = {
     ),
     "caption": Command(
         run=_caption,
-        summary="captions of each picture of preference data, for DCPO",
+        summary="captions of each image of preference data, for DCPO",
         examples=(
             "t2i-align caption testbed:pairs --variant h --captioner testbed:captioner --out runs/captions.jsonl",
             "t2i-align caption my_pairs.jsonl --variant c --captioner llava-hf/llava-v1.6-mistral-7b-hf "
@@ -429,7 +429,7 @@ COMMANDS = {
     ),
     "perturb": Command(
         run=_perturb,
-        summary="prompts changed so that they do not fit their pictures, for TDPO and TKTO",
+        summary="prompts changed so that they do not fit their images, for TDPO and TKTO",
         examples=("t2i-align perturb testbed:pairs --kinds attribute relation --out runs/negatives.jsonl",),
         interrupted="Run the same command again; it continues where it was stopped.",
     ),
@@ -453,7 +453,7 @@ COMMANDS = {
     ),
     "synthesize": Command(
         run=_synthesize,
-        summary="preference data from prompts alone: pictures by models, ranked by scorers",
+        summary="preference data from prompts alone: images by models, ranked by scorers",
         examples=(
             "t2i-align synthesize testbed:dev --models testbed:sd --scorers oracle --per-prompt 4 --out runs/made "
             "--steps 20 --guidance 2",
@@ -509,7 +509,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _drawing(parser: argparse.ArgumentParser) -> None:
-    """How pictures are drawn, by any model."""
+    """How images are drawn, by any model."""
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     own = "(default: what the model's diffusers pipeline takes)"
     parser.add_argument("--steps", type=int, help=f"denoising steps {own}")
@@ -517,7 +517,7 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
     _precision(parser)
-    _machine(parser, batch=None, of="samples at a time (default: 8 pictures, or 1 clip)")
+    _machine(parser, batch=None, of="samples at a time (default: 8 images, or 1 clip)")
 
 
 def _perturber(parser: argparse.ArgumentParser) -> None:
@@ -546,7 +546,7 @@ def _precision(parser: argparse.ArgumentParser) -> None:
 
 
 def _machine(
-    parser: argparse.ArgumentParser, batch: int | None = 8, of: str = "pictures at a time (default: %(default)s)"
+    parser: argparse.ArgumentParser, batch: int | None = 8, of: str = "images at a time (default: %(default)s)"
 ) -> None:
     parser.add_argument("--batch-size", type=int, default=batch, help=of)
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")

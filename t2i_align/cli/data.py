@@ -28,7 +28,7 @@ def _inspect(argv: list[str]) -> int:
     parser.add_argument("--annotations", nargs="+", default=(), help="files that add to the source, such as scores")
     parser.add_argument("--model", help="whose text encoders' limits prompts are held against")
     parser.add_argument(
-        "--pictures", type=int, default=2000, help="groups whose pictures are opened (default: %(default)s)"
+        "--images", type=int, default=2000, help="groups whose images are opened (default: %(default)s)"
     )
     parser.add_argument("--examples", type=int, default=12, help="groups that are shown (default: %(default)s)")
     options = cli._parse(parser, argv)
@@ -59,20 +59,20 @@ ACTIONS: dict[str, Callable[[list[str]], int]] = {"inspect": _inspect, "split": 
 def synthesize(argv: list[str]) -> int:
     """`t2i-align synthesize ...`."""
     parser = cli._parser("synthesize")
-    parser.add_argument("prompts", help="text file with one prompt a line, or testbed:dev")
+    parser.add_argument("prompts", help="text file with one prompt per line, or testbed:dev")
     parser.add_argument("--models", nargs="+", required=True, help="models, training runs or LoRAs, or testbed:sd")
     parser.add_argument("--scorers", nargs="+", required=True, help="scorers, also as one list with commas")
-    parser.add_argument("--out", required=True, help="folder for pictures, scores and groups.jsonl")
-    parser.add_argument("--per-prompt", type=int, default=4, help="pictures by each model (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder for images, scores and groups.jsonl")
+    parser.add_argument("--per-prompt", type=int, default=4, help="images by each model (default: %(default)s)")
     parser.add_argument("--pairs", choices=("best_worst", "all"), help="pairs (default: groups of all candidates)")
     parser.add_argument("--agree", type=float, default=0.0, help="share of scorers that must prefer the better one")
     cli._drawing(parser)
     options = cli._keywords(cli._parse(parser, argv))
     options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
-    from t2i_align.utils.logging import quiet
     from t2i_align.labeling.synthesize import synthesize as make
+    from t2i_align.utils.logging import silence_libraries
 
-    quiet()
+    silence_libraries()
     summary = make(**options)
     if summary.missing:
         print(f"{summary.missing} blocks are left to other processes; who finishes last writes {summary.out}")

@@ -168,12 +168,12 @@ class _AroundBlock:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self.soft.now is not None
-        if args:  # under gradient checkpointing the block is called by position: picture, text, ...
-            picture, text, *rest = args
-            return (picture, self.soft(text, self.soft.now, self.number, after=0), *rest), kwargs
+        if args:  # under gradient checkpointing the block is called by position: image, text, ...
+            image, text, *rest = args
+            return (image, self.soft(text, self.soft.now, self.number, after=0), *rest), kwargs
         text = self.soft(kwargs["encoder_hidden_states"], self.soft.now, self.number, after=0)
         return args, {**kwargs, "encoder_hidden_states": text}
 
     def take(self, block: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        text, picture = output
-        return text[:, self.soft.tokens.shape[1] :], picture
+        text, image = output
+        return text[:, self.soft.tokens.shape[1] :], image

@@ -3,7 +3,7 @@
     {"id": "d.jsonl:1", "captions": ["a red fox in snow", "a fox"]}
     {"id": "d.jsonl:2", "scores": [0.31, 0.27], "negative_caption": "a red owl"}
 
-"id" is the group's, and any of "scores" and "captions" (one a candidate), "negative_caption" and "user" stand in for
+"id" is the group's, and any of "scores" and "captions" (one per candidate), "negative_caption" and "user" stand in for
 what the source says; other keys are left alone. Candidates are in the order in which the source lists them: `images` of
 a JSONL entry, chosen and rejected, winner and loser, `jpg_0` and `jpg_1`. `readers.read` with best_first=False gives
 them like that.
@@ -62,7 +62,7 @@ class Annotations:
         not scores: some of the source's and some of a scorer's would be on two scales.
 
         Raises:
-            UserError: not one value a candidate.
+            UserError: not one value per candidate.
         """
         found = self.entries.get(group.id, {})
         for name, files in self.files.items():

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures are cropped to the nearest of several sizes of the same area, not all to a square.
+"""Aspect-ratio buckets: images are cropped to the nearest of several sizes of the same area, not all to a square.
 
     <folder>/buckets.npy, buckets.json   which bucket each row of the source is in, and which there are
              00896x01152/                a latent cache of the groups in that bucket, as `cache.prepare` makes it
@@ -30,11 +30,11 @@ from filelock import FileLock
 from PIL import Image
 
 from t2i_align.data.cache import CachedGroups, Item, check_space, open_cache, prepare
-from t2i_align.data.clips import Extent
+from t2i_align.data.clips import MediaSize
 from t2i_align.data.formats import Items, Survey
-from t2i_align.data.media import FORMATS
 from t2i_align.data.latents import Latents
 from t2i_align.data.layout import FINGERPRINT, LAYOUT, MANIFEST, SKIPPED, Parts, differences, write_json
+from t2i_align.data.media import FORMATS
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Limit
@@ -61,13 +61,13 @@ def bucket_sizes(resolution: int) -> tuple[Size, ...]:
 
 
 def nearest(found: Sequence[Size], sizes: Sequence[Size]) -> int:
-    """The number of the size whose aspect ratio is nearest to the (geometric) mean of those of some pictures."""
+    """The number of the size whose aspect ratio is nearest to the (geometric) mean of those of some images."""
     ratio = sum(math.log(height / width) for height, width in found) / len(found)
     return min(range(len(sizes)), key=lambda n: abs(ratio - math.log(sizes[n][0] / sizes[n][1])))
 
 
 def measure(media: Media) -> Size | None:
-    """A picture's size, upright, from its header alone; None where it has none that can be read."""
+    """An image's size, upright, from its header alone; None where it has none that can be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -94,7 +94,7 @@ def prepare_buckets(
     """Encode a source into one cache a bucket; continues like `cache.prepare`.
 
     Args:
-        read: gives the source's items from the start, in the same order each time: once to measure the pictures, and
+        read: gives the source's items from the start, in the same order each time: once to measure the images, and
             once for each bucket that there is.
         resolution: side of the square whose area the sizes have.
 
@@ -104,7 +104,7 @@ def prepare_buckets(
     sizes = bucket_sizes(resolution)
     for size in sizes:
         pipeline.check_size(*size)
-    check_space(out, survey, Latents(pipeline, Extent(*max(sizes, key=math.prod)), batch_size), limit)
+    check_space(out, survey, Latents(pipeline, MediaSize(*max(sizes, key=math.prod)), batch_size), limit)
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
         _claim(out, fingerprint)

@@ -1,4 +1,4 @@
-"""The latent cache: pictures, clips and texts encoded once, then trained on without VAE or text encoder.
+"""The latent cache: images, clips and texts encoded once, then trained on without VAE or text encoder.
 
 Latents and embeddings are kept in half precision, each distinct prompt or caption once, the empty prompt always.
 """
@@ -15,11 +15,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.clips import Extent
+from t2i_align.data.clips import MediaSize
 from t2i_align.data.formats import Survey
-from t2i_align.data.media import time_ids
 from t2i_align.data.latents import CONTENT, Latents
 from t2i_align.data.layout import PROMPTS, Parts, read_table, readable
+from t2i_align.data.media import time_ids
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
 from t2i_align.data.shards import Limit, write
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
-BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for pictures; clips go one by one
+BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for images; clips go one by one
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -72,14 +72,14 @@ def prepare(
     Args:
         groups: as `readers.read` gives them, in the same order each time.
         fingerprint: named parts that decide what a cache holds (see `source.fingerprint_parts`).
-        height, width, frames, fps: how candidates are wanted; see `clips.Extent`.
-        batch_size: pictures the VAE encodes at once; clips go one by one.
+        height, width, frames, fps: how candidates are wanted; see `clips.MediaSize`.
+        batch_size: images the VAE encodes at once; clips go one by one.
         survey: what the source holds, for the estimate of disk space and the progress bar's end.
 
     Raises:
         PipelineError: a size the VAE cannot take. UserError: another fingerprint, no space, nothing usable.
     """
-    payload = Latents(pipeline, Extent(height, width, frames, fps), batch_size)
+    payload = Latents(pipeline, MediaSize(height, width, frames, fps), batch_size)
     texts = 1 if survey is None else survey.texts_per_group
     row_bytes = 2 * payload.latent_bytes + texts * payload.prompt_bytes
     if survey is not None:
@@ -122,7 +122,7 @@ class CachedGroups(Store):
         super().__init__(path)
         if self.manifest.get("content") != CONTENT:
             raise UserError(f"{path}: this folder holds {self.manifest.get('content')!r}, expected {CONTENT!r}")
-        self.extent = Extent(**self.manifest["extent"])
+        self.extent = MediaSize(**self.manifest["extent"])
         self.latent_shape = tuple(self.manifest["latent_shape"])
         self.layout: Layout = {
             name: (tuple(entry["shape"]), np.dtype(entry["dtype"]))

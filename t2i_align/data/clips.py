@@ -37,10 +37,10 @@ ROUNDING = 1e-4  # seconds
 QUALITY = 8  # of imageio's 0 … 10
 
 
-class Extent(NamedTuple):
+class MediaSize(NamedTuple):
     """How candidates are wanted: height and width in pixels; of clips, how many frames, and how many a second.
 
-    frames: None for pictures. fps: None takes each clip's frames as they come.
+    frames: None for images. fps: None takes each clip's frames as they come.
     """
 
     height: int
@@ -49,7 +49,7 @@ class Extent(NamedTuple):
     fps: float | None = None
 
 
-ANY_PICTURE = Extent(0, 0)  # where it only matters that pictures are wanted, and no clips
+ANY_IMAGE = MediaSize(0, 0)  # where it only matters that images are wanted, and no clips
 
 
 class Loaded(NamedTuple):
@@ -59,8 +59,8 @@ class Loaded(NamedTuple):
     size: tuple[int, int]
 
 
-def load(media: Media, extent: Extent) -> Loaded:
-    """A picture or a clip at the wanted extent. Raises ImageError with the reason where it cannot be used."""
+def load(media: Media, extent: MediaSize) -> Loaded:
+    """An image or a clip at the wanted extent. Raises ImageError with the reason where it cannot be used."""
     if extent.frames is None:
         image = decode(media)
         return Loaded(to_pixels(image, extent.height, extent.width), (image.height, image.width))
@@ -74,10 +74,10 @@ def load(media: Media, extent: Extent) -> Loaded:
 
 def load_clip(media: Media, frames: int, height: int, width: int, fps: float | None = None) -> Tensor:
     """The first `frames` of a clip, taken at `fps` (default: its own rate), float32 [F, 3, height, width] in [0, 1]."""
-    return load(media, Extent(height, width, frames, fps)).pixels
+    return load(media, MediaSize(height, width, frames, fps)).pixels
 
 
-def check(media: Media, extent: Extent) -> None:
+def check(media: Media, extent: MediaSize) -> None:
     """Decode what `load` would, and keep nothing. Raises ImageError with the reason."""
     if extent.frames is None:
         decode(media)
@@ -117,7 +117,7 @@ def frames_of(media: Media, count: int | None = None, fps: float | None = None) 
         raise ImageError(f"cannot be decoded: {error}") from error
     if found < (count or 2):
         rate = "" if fps is None else f" at {fps:g} a second"
-        what = f"{found} frames{rate}" if found > 1 else "a single picture" if found else "no frames"
+        what = f"{found} frames{rate}" if found > 1 else "a single image" if found else "no frames"
         raise ImageError(f"{what}, expected a clip of {count or 2} frames")
 
 
@@ -185,14 +185,14 @@ def _animation(image: Image.Image, fps: float | None) -> Iterator[Image.Image]:
 def _at_rate(animation: Image.Image, fps: float) -> Iterator[Image.Image]:
     taken, end = 0, 0.0
     for own, frame in enumerate(ImageSequence.Iterator(animation), start=1):
-        picture, seconds = upright(frame), animation.info.get("duration", 0) / 1000
+        image, seconds = upright(frame), animation.info.get("duration", 0) / 1000
         if seconds <= 0:
             raise ImageError("a frame that does not say how long it is shown: no known frame rate to take others by")
         end += seconds
         if fps * end > MAX_REPEAT * own + 1:
             raise _too_slow(own / end, fps)
         while taken / fps < end - ROUNDING:
-            yield picture
+            yield image
             taken += 1
 
 

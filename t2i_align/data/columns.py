@@ -33,9 +33,9 @@ class _Unusable(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Column names. A list of names has one a candidate; a single name is of a column that holds a list.
+    """Column names. A list of names has one per candidate; a single name is of a column that holds a list.
 
-    candidates: pictures or clips: their bytes, or paths in `folder`, which is relative to the table's own.
+    candidates: images or clips: their bytes, or paths in `folder`, which is relative to the table's own.
     Exactly one of these says which is better:
         scores: numbers, higher is better.
         ranks: numbers, 1 is the best. They become the share of the other candidates that one beats, ties counting half.
@@ -90,7 +90,7 @@ class Columns:
         return [name for name in self.names if name not in optional]
 
 
-def read(path: Path, columns: Columns, *, pictures: bool = True) -> Items:
+def read(path: Path, columns: Columns, *, images: bool = True) -> Items:
     """The groups of a table. Rows that cannot be used are skipped, each with its reason.
 
     Raises:
@@ -104,7 +104,7 @@ def read(path: Path, columns: Columns, *, pictures: bool = True) -> Items:
                 f"{file}: column {missing[0]!r} is missing. Columns found: {', '.join(found)}. A source file can say "
                 "which column holds what (docs/data.md)."
             )
-    rows = tables.rows(path, columns.names, pictures=pictures)
+    rows = tables.rows(path, columns.names, images=images)
     root = (path if path.is_dir() else path.parent) / columns.folder
     if columns.group:
         yield from _grouped(rows, columns, root)
@@ -114,14 +114,14 @@ def read(path: Path, columns: Columns, *, pictures: bool = True) -> Items:
 
 
 def files(path: Path, columns: Columns) -> list[Path]:
-    """The table's files and the pictures that they name."""
-    groups = (item for item in read(path, columns, pictures=False) if isinstance(item, Group))
+    """The table's files and the images that they name."""
+    groups = (item for item in read(path, columns, images=False) if isinstance(item, Group))
     media = dict.fromkeys(media for group in groups for media in group.candidates if isinstance(media, Path))
     return [*tables.files(path), *media]
 
 
 def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Items:
-    """Rows of one group need not follow each other, so all are held in memory, their pictures being paths."""
+    """Rows of one group need not follow each other, so all are held in memory, their images being paths."""
     assert columns.group is not None
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -130,7 +130,7 @@ def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Ite
         elif (value := row.values.get(columns.group)) in (None, ""):
             yield Skipped(id=row.id, origin=row.origin, reason=f"no {columns.group!r}")
         elif isinstance(row.values.get(str(columns.candidates)), bytes | dict):
-            raise UserError(f"{row.origin}: with a group column, pictures must be paths, not part of the table")
+            raise UserError(f"{row.origin}: with a group column, images must be paths, not part of the table")
         else:
             found.setdefault(str(value), []).append(row)
     for value, members in found.items():
@@ -171,7 +171,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
 
 
 def _values(members: Sequence[Row], names: Names) -> list[Any]:
-    """One value a candidate: of several columns, of a list in one column, or of one column in several rows."""
+    """One value per candidate: of several columns, of a list in one column, or of one column in several rows."""
     if isinstance(names, list):
         return [members[0].values.get(name) for name in names]
     if len(members) > 1:
@@ -252,12 +252,12 @@ def _media(value: Any, root: Path, origin: str) -> Media:
     if isinstance(value, dict) and {"bytes", "path"} >= value.keys():  # the Image feature of `datasets`
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise _Unusable("a picture is missing")
+        raise _Unusable("an image is missing")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise _Unusable(f"expected a picture or its path, found {value!r}")
+        raise _Unusable(f"expected an image or its path, found {value!r}")
     path = inside(root, value, origin)
     if not exists(path):
-        raise _Unusable(f"no such picture: {value}")
+        raise _Unusable(f"no such image: {value}")
     return path

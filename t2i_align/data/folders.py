@@ -1,4 +1,4 @@
-"""Winner and loser folders: pictures or clips of the same name form a pair.
+"""Winner and loser folders: images or clips of the same name form a pair.
 
     data/chosen/fox.png   data/rejected/fox.png   data/chosen/fox.txt
 
@@ -36,7 +36,7 @@ def detects(path: Path) -> bool:
 
 
 def files(path: Path) -> Iterator[Path]:
-    """The pictures and captions; whatever else lies there, such as a run's output, does not make another source."""
+    """The images and captions; whatever else lies there, such as a run's output, does not make another source."""
     for folder in _sets(path):
         winner_folder, loser_folder = _sides(folder)
         yield from (*_media(winner_folder), *_media(loser_folder))
@@ -46,7 +46,7 @@ def files(path: Path) -> Iterator[Path]:
 
 
 def read_folders(path: Path) -> Items:
-    """Pairs of pictures with the same stem, by name; what has no counterpart or no caption is skipped.
+    """Pairs of images with the same stem, by name; what has no counterpart or no caption is skipped.
 
     Raises:
         UserError: no winner or loser folder, or several; a link that leads outside; broken captions.
@@ -74,7 +74,7 @@ def _pair(
     for side, found in (("winner", winners), ("loser", losers)):
         if len(found) != 1:
             names = ", ".join(file.name for file in found)
-            reason = f"several {side} pictures: {names}" if found else f"no {side} picture of this name"
+            reason = f"several {side} images: {names}" if found else f"no {side} image of this name"
             return Skipped(id=stem, origin=origin, reason=reason)
     candidates = tuple(inside(root, str(file.relative_to(root)), origin) for file in (*winners, *losers))
     caption = _caption(root, winner_folder, stem) or listed
@@ -140,7 +140,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _media(folder: Path) -> list[Path]:
-    """Pictures, clips, and folders of frames."""
+    """Images, clips, and folders of frames."""
     return [
         file
         for file in _entries(folder)
@@ -152,7 +152,7 @@ def _not_media(folder: Path, root: Path) -> Items:
     known = _media(folder)
     for file in _entries(folder):
         if file not in known and file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
-            kind = "a folder without frames" if file.is_dir() else "no picture or clip"
+            kind = "a folder without frames" if file.is_dir() else "no image or clip"
             yield Skipped(id=str(file.relative_to(root)), origin=str(file), reason=f"{kind} (known endings: "
                           f"{' '.join(MEDIA_SUFFIXES)})")  # fmt: skip
 

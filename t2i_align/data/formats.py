@@ -13,9 +13,9 @@ from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
 Items = Iterator[Group | Skipped]
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
-MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
+MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 REASONS_SHOWN = 3
 COLUMNS = ("scores", "captions", "negative_caption", "user")  # what an objective may ask for, and annotations may add
 LABELS = (-1.0, 0.0, 0.5, 1.0)  # scores that say better, worse, equal and no more
@@ -23,7 +23,7 @@ LABELS = (-1.0, 0.0, 0.5, 1.0)  # scores that say better, worse, equal and no mo
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a source holds, found without opening its pictures.
+    """What a source holds, found without opening its images.
 
     rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
     are equal. disliked: single samples that were not liked. texts: distinct prompts and captions. columns: how many
@@ -96,8 +96,8 @@ def present_columns(group: Group) -> list[str]:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures in a folder of frames, in natural order: 2.png comes before 10.png."""
-    found = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "."]
+    """The images in a folder of frames, in natural order: 2.png comes before 10.png."""
+    found = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
 
     def natural(file: Path) -> list[str | int]:
         return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", file.name))]
@@ -111,7 +111,7 @@ def exists(path: Path) -> bool:
 
 
 def inside(root: Path, name: str, origin: str) -> Path:
-    """The picture or clip `name`, relative to `root`, as an absolute path.
+    """The image or clip `name`, relative to `root`, as an absolute path.
 
     Raises:
         UserError: the path leaves `root` (absolute, through `..`, or through a symbolic link), or is no path at all.
@@ -122,5 +122,5 @@ def inside(root: Path, name: str, origin: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a symlink loop, a null byte
         raise UserError(f"{origin}: {name!r} is not a usable path: {error}") from error
     if not path.is_relative_to(base):
-        raise UserError(f"{origin}: {name!r} leads outside {base}; pictures must lie in that folder")
+        raise UserError(f"{origin}: {name!r} leads outside {base}; images must lie in that folder")
     return path

@@ -22,8 +22,8 @@ from t2i_align.data.annotations import Annotations
 from t2i_align.data.formats import REASONS_SHOWN, Items, is_tie, present_columns
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Skipped
-from t2i_align.errors import UserError
 from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
 from t2i_align.inference.resolve import resolve_model
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
@@ -41,9 +41,9 @@ _ENVIRONMENT = jinja2.Environment(
 
 @dataclass
 class Findings:
-    """What was counted. Of pictures: of the first so many groups only (`opened`).
+    """What was counted. Of images: of the first so many groups only (`opened`).
 
-    judged: for the same prompt and pictures, what each group with them prefers. by_scorer: each scorer's scores of
+    judged: for the same prompt and images, what each group with them prefers. by_scorer: each scorer's scores of
     groups, with those that decide. shares: of votes that went to the loser of a pair.
     """
 
@@ -62,7 +62,7 @@ class Findings:
     lengths: dict[str, list[int]] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    pictures: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
     twins: int = 0
     judged: dict[tuple[Any, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -72,8 +72,8 @@ class Findings:
 
     @property
     def duplicates(self) -> int:
-        """Pictures that look like one that was seen before."""
-        return sum(count - 1 for count in self.pictures.values())
+        """Images that look like one that was seen before."""
+        return sum(count - 1 for count in self.images.values())
 
     @property
     def disagreement(self) -> tuple[int, float | None]:
@@ -100,8 +100,8 @@ class Findings:
             f"{self.source}: {self.format}, columns {', '.join(self.columns) or 'none'}",
             f"{self.groups} groups, {sum(self.skips.values())} rows skipped, {self.ties} ties, "
             f"{len(self.prompts)} prompts, {len(self.users)} users",
-            f"{self.opened} groups opened: {sum(self.sizes.values())} pictures, {self.duplicates} seen before, "
-            f"{self.twins} groups with the same picture twice, {sum(self.unreadable.values())} unreadable",
+            f"{self.opened} groups opened: {sum(self.sizes.values())} images, {self.duplicates} seen before, "
+            f"{self.twins} groups with the same image twice, {sum(self.unreadable.values())} unreadable",
         ]
         for name, lengths in self.lengths.items():
             if limit := self.limits.get(name):
@@ -118,7 +118,7 @@ def inspect(
     format: str = "auto",
     annotations: Sequence[str | Path] = (),
     model: str | None = None,
-    pictures: int = 2000,
+    images: int = 2000,
     examples: int = 12,
 ) -> Findings:
     """Count what a source holds and write a page about it.
@@ -127,7 +127,7 @@ def inspect(
         source: file or folder of preference data, or anything else that `data.path` takes.
         out: HTML file.
         model: path of a model whose tokenizers prompts are measured with; without one, words are counted.
-        pictures: groups whose pictures are opened: the first ones. Those of the rest are not even read.
+        images: groups whose images are opened: the first ones. Those of the rest are not even read.
         examples: groups that are shown, chosen among these by their ids.
 
     Raises:
@@ -141,8 +141,8 @@ def inspect(
     added = Annotations.load(annotations)
     found = Findings(str(source), name, tables.columns(path))
     scorers = dict(_by_scorer([path, *map(Path, annotations)]))
-    for item in _items(partial(readers.read, path, name, added, best_first=False), pictures):
-        _count(item, found, pictures, examples, scorers)
+    for item in _items(partial(readers.read, path, name, added, best_first=False), images):
+        _count(item, found, images, examples, scorers)
     if not found.groups:
         raise UserError(f"{source}: no usable group. First reasons: {'; '.join(found.skips)}")
     _measure(found, model)
@@ -151,14 +151,14 @@ def inspect(
     return found
 
 
-def fingerprint(picture: Image.Image) -> str:
+def fingerprint(image: Image.Image) -> str:
     """A perceptual hash: where brightness rises from left to right on 9 x 8 pixels (dHash), and the mean colour.
 
-    Equal for a picture that was scaled or saved again; the colour tells plain pictures apart.
+    Equal for an image that was scaled or saved again; the colour tells plain images apart.
     """
-    small = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     rises = np.packbits(small[:, 1:] > small[:, :-1] + 2).tobytes().hex()
-    colour = np.asarray(picture.resize((1, 1), Image.Resampling.BOX)).reshape(-1) // 16
+    colour = np.asarray(image.resize((1, 1), Image.Resampling.BOX)).reshape(-1) // 16
     return rises + bytes(colour.astype(np.uint8)).hex()
 
 
@@ -186,19 +186,19 @@ def render(found: Findings) -> str:
     )
 
 
-def _items(read: Callable[..., Items], pictures: int) -> Items:
-    """The first groups with their pictures, all others without: a source may hold terabytes of them."""
+def _items(read: Callable[..., Items], images: int) -> Items:
+    """The first groups with their images, all others without: a source may hold terabytes of them."""
     rows = opened = 0
     for item in read():
-        if opened == pictures:
+        if opened == images:
             break
         rows, opened = rows + 1, opened + isinstance(item, Group)
         yield item
-    yield from islice(read(pictures=False), rows, None)
+    yield from islice(read(images=False), rows, None)
 
 
 def _count(
-    item: Group | Skipped, found: Findings, pictures: int, examples: int, scorers: dict[str, dict[str, Sequence[float]]]
+    item: Group | Skipped, found: Findings, images: int, examples: int, scorers: dict[str, dict[str, Sequence[float]]]
 ) -> None:
     if isinstance(item, Skipped):
         found.skips[item.reason] += 1
@@ -214,7 +214,7 @@ def _count(
         found.shares.append(min(item.scores))
     if item.id in scorers:
         found.by_scorer.append({"label": item.scores, **scorers[item.id]})
-    if found.opened < pictures:
+    if found.opened < images:
         found.opened += 1
         _open(item, found)
         # The groups with the least hashes are a sample that depends on neither order nor number.
@@ -225,13 +225,13 @@ def _open(group: Group, found: Findings) -> None:
     looks = []
     for media in group.candidates:
         try:
-            picture = decode(media)
+            image = decode(media)
         except ImageError as error:
             found.unreadable[str(error)] += 1
             return
-        found.sizes[picture.size] += 1
-        looks.append(fingerprint(picture))
-    found.pictures.update(looks)
+        found.sizes[image.size] += 1
+        looks.append(fingerprint(image))
+    found.images.update(looks)
     found.twins += len(set(looks)) < len(looks)
     if len(looks) == 2:  # the same pair may be listed the other way round
         preferred = (group.scores[0] > group.scores[1]) - (group.scores[0] < group.scores[1])
@@ -289,15 +289,15 @@ def _bars(counts: dict[str, int]) -> dict[str, Any]:
 def _example(group: Group) -> dict[str, Any]:
     best = group.best_first()
     shown = [_inline(media) for media in best.candidates]
-    return {"prompt": group.prompt, "id": group.id, "user": group.user, "scores": best.scores, "pictures": shown}
+    return {"prompt": group.prompt, "id": group.id, "user": group.user, "scores": best.scores, "images": shown}
 
 
 def _inline(media: Any) -> str | None:
     try:
-        picture = decode(media)
+        image = decode(media)
     except ImageError:
         return None
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,10 +1,10 @@
-"""JSON Lines (or a .json list) with paths to pictures or clips, one group an entry:
+"""JSON Lines (or a .json list) with paths to images or clips, one group an entry:
 
     {"prompt": "a red fox", "chosen": "a.png", "rejected": "b.png"}
     {"prompt": "a red fox", "images": ["a.png", "b.png", "c.png"], "scores": [3, 1, 2]}
     {"prompt": "a red fox runs", "videos": ["a.mp4", "folder of frames"], "scores": [1, 0]}
 
-Optional keys: "id", "user", "captions" (one a picture), "negative_caption"; others are left alone. Paths are relative
+Optional keys: "id", "user", "captions" (one per image), "negative_caption"; others are left alone. Paths are relative
 to the file's own folder and may not leave it.
 """
 
@@ -29,10 +29,10 @@ def detects(path: Path) -> bool:
 
 
 def files(path: Path) -> Iterator[Path]:
-    """The file itself and the pictures and clips that it names."""
+    """The file itself and the images and clips that it names."""
     yield path
     for _, origin, entry in entries(path):
-        yield from (inside(path.parent, name, origin) for name in _pictures_and_scores(entry, origin)[0])
+        yield from (inside(path.parent, name, origin) for name in _images_and_scores(entry, origin)[0])
 
 
 def read_jsonl(path: Path) -> Items:
@@ -79,23 +79,23 @@ def _mapping(entry: Any, origin: str) -> Entry:
 def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Skipped:
     group_id = str(entry["id"]) if entry.get("id") is not None else default_id
     prompt = text(entry, "prompt", origin)
-    names, scores = _pictures_and_scores(entry, origin)
+    names, scores = _images_and_scores(entry, origin)
     captions = None
     if entry.get("captions") is not None:
         captions = tuple(texts(entry, "captions", origin))
         if len(captions) != len(names):
-            raise UserError(f"{origin}: {len(names)} pictures, but {len(captions)} captions")
-    pictures = tuple(inside(path.parent, name, origin) for name in names)
-    for name, picture in zip(names, pictures, strict=True):
-        if not exists(picture):  # a folder may hold the frames of a clip
-            return Skipped(id=group_id, origin=origin, reason=f"no such picture: {name}")
+            raise UserError(f"{origin}: {len(names)} images, but {len(captions)} captions")
+    images = tuple(inside(path.parent, name, origin) for name in names)
+    for name, image in zip(names, images, strict=True):
+        if not exists(image):  # a folder may hold the frames of a clip
+            return Skipped(id=group_id, origin=origin, reason=f"no such image: {name}")
     if not all(math.isfinite(score) for score in scores):
         return Skipped(id=group_id, origin=origin, reason=f"scores must be finite numbers, found {scores}")
     user = entry.get("user")
     return Group(
         id=group_id,
         prompt=prompt,
-        candidates=pictures,
+        candidates=images,
         scores=tuple(scores),
         origin=origin,
         captions=captions,
@@ -104,7 +104,7 @@ def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Sk
     )
 
 
-def _pictures_and_scores(entry: Entry, origin: str) -> tuple[list[str], list[float]]:
+def _images_and_scores(entry: Entry, origin: str) -> tuple[list[str], list[float]]:
     if "chosen" in entry and "rejected" in entry:
         return [text(entry, "chosen", origin), text(entry, "rejected", origin)], [1.0, 0.0]
     key = "videos" if "videos" in entry else "images"
@@ -115,7 +115,7 @@ def _pictures_and_scores(entry: Entry, origin: str) -> tuple[list[str], list[flo
         )
     names, scores = texts(entry, key, origin), numbers(entry, "scores", origin)
     if not names or len(names) != len(scores):
-        raise UserError(f"{origin}: one score a picture is needed, found {len(names)} {key} and {len(scores)} scores")
+        raise UserError(f"{origin}: one score per image is needed, found {len(names)} {key} and {len(scores)} scores")
     return names, scores
 
 

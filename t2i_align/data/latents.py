@@ -1,4 +1,4 @@
-"""What a latent cache stores of a group: its pictures or clips and its texts, encoded, in half precision."""
+"""What a latent cache stores of a group: its images or clips and its texts, encoded, in half precision."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.clips import Extent, Loaded, load
-from t2i_align.data.media import ImageError
+from t2i_align.data.clips import Loaded, MediaSize, load
 from t2i_align.data.layout import PROMPTS, read_table
+from t2i_align.data.media import ImageError
 from t2i_align.data.schema import Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Row
 from t2i_align.errors import UserError
@@ -32,11 +32,11 @@ class Latents:
     at_once: how many candidates are encoded together, and as many are decoded meanwhile; clips go one by one.
 
     Raises:
-        PipelineError: the pipeline cannot take pictures or clips of this size; raised at once.
+        PipelineError: the pipeline cannot take images or clips of this size; raised at once.
         UserError: the encoders give numbers that are not finite in half precision even for the empty prompt.
     """
 
-    def __init__(self, pipeline: TrainablePipeline, extent: Extent, batch_size: int) -> None:
+    def __init__(self, pipeline: TrainablePipeline, extent: MediaSize, batch_size: int) -> None:
         height, width, frames, _ = extent
         pipeline.check_size(height, width, frames)
         self.pipeline, self.extent, self.batch_size = pipeline, extent, batch_size
@@ -48,7 +48,7 @@ class Latents:
             raise UserError("the text encoder's output for the empty prompt is not finite in half precision")
         self.layout = {name: (tuple(tensor.shape[1:]), tensor.numpy().dtype) for name, tensor in empty.items()}
         self.columns: list[tuple[str, pa.DataType]] = [("latents", pa.list_(pa.binary(self.latent_bytes)))]
-        if pipeline.sized:
+        if pipeline.size_conditioned:
             self.columns.append(("sizes", pa.list_(pa.int32())))  # height and width of each candidate in turn
         self.known = {""}
         self.unusable: set[str] = set()
@@ -68,7 +68,7 @@ class Latents:
         self._meet([text for group in groups for text in group.texts])
         out: list[Row | Skipped] = []
         for group in groups:
-            # One result a candidate, good or bad: a picture that fails cannot shift its neighbours.
+            # One result a candidate, good or bad: an image that fails cannot shift its neighbours.
             results = [next(encoded) for _ in group.candidates]
             reasons = [
                 f"candidate {place + 1} (best first): {result}"
@@ -85,7 +85,7 @@ class Latents:
             else:
                 good = [result for result in results if not isinstance(result, str)]
                 row: Row = {"latents": [latents for latents, _ in good]}
-                if self.pipeline.sized:
+                if self.pipeline.size_conditioned:
                     row["sizes"] = [side for _, size in good for side in size]
                 out.append(row)
         return out
@@ -131,7 +131,7 @@ class Latents:
         return out
 
     def _loaded(self, media: Sequence[Media]) -> Iterator[list[Loaded | str]]:
-        """Batches of pictures; while one is encoded, the next is decoded."""
+        """Batches of images; while one is encoded, the next is decoded."""
         starts = range(0, len(media), self.at_once)
         batches = (self.executor.map(self._load, media[start : start + self.at_once]) for start in starts)
         coming = next(batches, None)

@@ -1,8 +1,8 @@
 """The layouts of published data sets and of this project's own votes: formats that are told by their columns.
 
 HPDv2 (arXiv 2306.09341): train.json with `human_preference` 1 for the better of two, test.json with ranks of many; the
-pictures lie in `train/` or `test/` beside it. HPDv3 (arXiv 2508.03789): `path1` is the better picture; `confidence` and
-`choice_dist`, which many rows lack, are left alone. ImageRewardDB (arXiv 2304.05977): a row a picture, ranked among
+images lie in `train/` or `test/` beside it. HPDv3 (arXiv 2508.03789): `path1` is the better image; `confidence` and
+`choice_dist`, which many rows lack, are left alone. ImageRewardDB (arXiv 2304.05977): a row per image, ranked among
 those of its prompt. Rapidata: counts of answers, or their sums weighted by who gave them. Demo: one person's choice
 between two a row, as the demo writes them. Pick-a-Pic in webdataset shards: `original_prompt`, `jpg_0`, `label_0` ….
 """
@@ -57,17 +57,17 @@ def detect(path: Path, name: str) -> Columns | None:
     return next((layout for layout in LAYOUTS[name] if found and {*layout.needed} <= {*found}), None)
 
 
-def read(path: Path, *, name: str, pictures: bool = True) -> Items:
+def read(path: Path, *, name: str, images: bool = True) -> Items:
     """The groups of a table in the layout `name`.
 
     Raises:
         UserError: it has other columns; and as `columns.read` does.
     """
-    return columns.read(path, _layout(path, name), pictures=pictures)
+    return columns.read(path, _layout(path, name), images=images)
 
 
 def files(path: Path, *, name: str) -> list[Path]:
-    """The table's files and the pictures that they name."""
+    """The table's files and the images that they name."""
     return columns.files(path, _layout(path, name))
 
 
@@ -81,13 +81,13 @@ def _layout(path: Path, name: str) -> Columns:
     return replace(layout, folder=path.stem) if beside else layout
 
 
-def read_webdataset(path: Path, *, pictures: bool = True) -> Items:
-    """Samples whose pictures are `chosen` and `rejected`, or any with one of `scores`, `label_0` and so on, `winner`.
+def read_webdataset(path: Path, *, images: bool = True) -> Items:
+    """Samples whose images are `chosen` and `rejected`, or any with one of `scores`, `label_0` and so on, `winner`.
 
-    Pictures come in the order of their names. The prompt is `prompt` or `caption` of the JSON member, or the text
+    Images come in the order of their names. The prompt is `prompt` or `caption` of the JSON member, or the text
     member; `captions` (or `caption_0` and so on) and `user` are of the JSON member.
     """
-    for row in tables.rows(path, pictures=pictures):
+    for row in tables.rows(path, images=images):
         yield row if isinstance(row, Skipped) else _sample(row, path)
 
 

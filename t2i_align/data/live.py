@@ -1,6 +1,6 @@
-"""No latent cache: pictures and clips are decoded in the loader's workers and encoded with each batch.
+"""No latent cache: images and clips are decoded in the loader's workers and encoded with each batch.
 
-What is stored is an index: groups with their pictures' paths, or for sources that hold pictures inside (parquet),
+What is stored is an index: groups with their images' paths, or for sources that hold images inside (parquet),
 their encoded bytes as they are. Each of them is decoded once while the index is made, so that a damaged one is
 skipped and recorded then, and not met in the middle of a run.
 """
@@ -19,10 +19,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.clips import ANY_PICTURE, Extent, check, load, to_bytes
+from t2i_align.data.clips import ANY_IMAGE, MediaSize, check, load, to_bytes
 from t2i_align.data.formats import Survey
-from t2i_align.data.media import ImageError, time_ids
 from t2i_align.data.layout import Parts, readable
+from t2i_align.data.media import ImageError, time_ids
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Limit, Row, write
@@ -32,7 +32,7 @@ from t2i_align.errors import UserError
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
-CONTENT = "pictures"
+CONTENT = "images"
 ROWS_PER_SHARD = 256
 ROWS_AT_ONCE = 16
 
@@ -49,12 +49,12 @@ class LiveItem(NamedTuple):
     sizes: Tensor | None = None
 
 
-class Pictures:
+class Images:
     """What an index stores: paths, or encoded bytes. See `shards.Payload`."""
 
     columns = (("paths", pa.list_(pa.binary())), ("bytes", pa.list_(pa.large_binary())))  # paths need not be UTF-8
 
-    def __init__(self, extent: Extent) -> None:
+    def __init__(self, extent: MediaSize) -> None:
         self.extent = extent
         self.executor = ThreadPoolExecutor(os.cpu_count())
 
@@ -86,12 +86,12 @@ class Pictures:
         }
 
 
-def index_pictures(
+def index_images(
     groups: Iterable[Group | Skipped],
     out: Path,
     *,
     fingerprint: Parts,
-    extent: Extent,
+    extent: MediaSize,
     survey: Survey,
     source_bytes: int,
     limit: Limit | None = None,
@@ -101,7 +101,7 @@ def index_pictures(
 
     Args:
         extent: how candidates will be wanted, as it decides which of them can be used.
-        source_bytes: size of pictures that the index will hold itself, for the check of disk space.
+        source_bytes: size of images that the index will hold itself, for the check of disk space.
     """
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
@@ -109,7 +109,7 @@ def index_pictures(
         raise UserError(f"{out}: the index needs {readable(source_bytes)}, {readable(free)} are free there")
     write(
         groups,
-        Pictures(extent),
+        Images(extent),
         out,
         fingerprint=fingerprint,
         rows_per_shard=ROWS_PER_SHARD,
@@ -126,17 +126,17 @@ class LiveGroups(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.extent = ANY_PICTURE
+        self.extent = ANY_IMAGE
         self.pipeline: TrainablePipeline | None = None
-        self.sized = False
+        self.size_conditioned = False
 
-    def encode_with(self, pipeline: TrainablePipeline, extent: Extent) -> LiveGroups:
+    def encode_with(self, pipeline: TrainablePipeline, extent: MediaSize) -> LiveGroups:
         """Say who encodes, and how candidates are wanted."""
-        self.pipeline, self.extent, self.sized = pipeline, extent, pipeline.sized
+        self.pipeline, self.extent, self.size_conditioned = pipeline, extent, pipeline.size_conditioned
         return self
 
     def media(self, number: int) -> list[Media]:
-        """A group's pictures or clips, best first."""
+        """A group's images or clips, best first."""
         shard, row = self.group(number)
         paths, contents = shard.groups["paths"][row].as_py(), shard.groups["bytes"][row].as_py()
         return [
@@ -157,7 +157,7 @@ class LiveGroups(Store):
             if "negative_caption" in columns:
                 negatives.append(shard.groups["negative_caption"][row].as_py())
             loaded = [self._load(media, keys[-1]) for media in self.media(number)[taken]]
-            pixels.append(torch.stack([picture for picture, _ in loaded]))
+            pixels.append(torch.stack([image for image, _ in loaded]))
             sizes.append([time_ids(size, self.extent.height, self.extent.width) for _, size in loaded])
         return LiveItem(
             keys=tuple(keys),
@@ -166,11 +166,11 @@ class LiveGroups(Store):
             prompts=tuple(prompts),
             captions=captions or None,
             negative_captions=negatives or None,
-            sizes=torch.tensor(sizes).float() if self.sized else None,
+            sizes=torch.tensor(sizes).float() if self.size_conditioned else None,
         )
 
     def to_batch(self, item: LiveItem, device: torch.device) -> Batch:
-        """Encode the micro-batch, in float32 on its device: pictures together, clips one by one."""
+        """Encode the micro-batch, in float32 on its device: images together, clips one by one."""
         groups, k = item.pixels.shape[:2]
         pixels, encode = item.pixels.flatten(0, 1), self._encoder().encode_pixels
         latents = torch.cat([
@@ -215,13 +215,13 @@ class LiveGroups(Store):
         try:
             found = load(media, self.extent)
         except ImageError as error:  # it could be decoded when the index was made
-            raise UserError(f"group {key}: a picture has changed since it was indexed: {error}") from error
+            raise UserError(f"group {key}: an image has changed since it was indexed: {error}") from error
         return to_bytes(found.pixels), found.size
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers decode; the pipeline stays here.
-        return {"path": self.path, "extent": self.extent, "sized": self.sized}
+        return {"path": self.path, "extent": self.extent, "sized": self.size_conditioned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.extent, self.sized = state["extent"], state["sized"]
+        self.extent, self.size_conditioned = state["extent"], state["sized"]

@@ -22,18 +22,18 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.buckets import BucketedGroups, is_bucketed, prepare_buckets
 from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
-from t2i_align.data.clips import Extent
+from t2i_align.data.clips import MediaSize
 from t2i_align.data.formats import Survey
-from t2i_align.data.media import CROP
 from t2i_align.data.layout import LAYOUT, MANIFEST, differences
-from t2i_align.data.live import LiveGroups, LiveItem, index_pictures
+from t2i_align.data.live import LiveGroups, LiveItem, index_images
+from t2i_align.data.media import CROP
 from t2i_align.data.sampling import BucketSampler, Position, StreamSampler
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.shards import Limit
 from t2i_align.data.stored import is_store
 from t2i_align.data.stream import Pieces, StreamedSource
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import DataFacts, Needs
+from t2i_align.objectives.base import DataStats, Requirements
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
@@ -47,7 +47,7 @@ MAKES = {"captions": "caption", "negative_caption": "perturb", "scores": "relabe
 class Source:
     """The groups that a run trains on; with `pairs`, the best and the worst candidate of each.
 
-    columns: what batches have beside latents, scores and the prompt (see `Needs.columns`).
+    columns: what batches have beside latents, scores and the prompt (see `Requirements.columns`).
     counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
     beyond_the_limit.
     fingerprint: equal for two sources that give the same samples under the same numbers.
@@ -94,10 +94,10 @@ class Source:
         """A micro-batch on its device, in float32; on the fly, this is where it is encoded."""
         return self.groups.to_batch(item, device)
 
-    def facts(self) -> DataFacts:
+    def facts(self) -> DataStats:
         """What an objective may be fitted to."""
         least, greatest = self.groups.worst[self.numbers].min(), self.groups.best[self.numbers].max()
-        return DataFacts(score_range=(float(least), float(greatest)))
+        return DataStats(score_range=(float(least), float(greatest)))
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         """The empty prompt's conditioning, [1, ...]."""
@@ -111,7 +111,7 @@ def open_source(
     data: DataConfig,
     model: ModelConfig,
     *,
-    needs: Needs,
+    needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
     encoder_fingerprint: Callable[[], str],
     size: tuple[int, int],
@@ -125,14 +125,14 @@ def open_source(
         needs: what the objective wants; checked before anything is encoded.
         pipeline: gives the pipeline with its encoders; called only when something must be encoded.
         encoder_fingerprint: of the model's VAE and text encoders, and how they run.
-        size: (height, width) in pixels. frames: of a clip; None for pictures.
+        size: (height, width) in pixels. frames: of a clip; None for images.
         cache_root: the folder in which caches are kept, one a fingerprint.
 
     Raises:
         UserError: the source, the cache or what the objective needs do not fit, with what was expected and found.
         PipelineError: a size that the model cannot take.
     """
-    extent = Extent(*size, frames, data.fps)
+    extent = MediaSize(*size, frames, data.fps)
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         if data.annotations:
             raise UserError(
@@ -173,7 +173,7 @@ def fingerprint_parts(
     path: Path,
     reader: str,
     encoders: str,
-    extent: Extent,
+    extent: MediaSize,
     limit: Limit | None = None,
     sidecars: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _source_parts(path: Path, reader: str, limit: Limit | None, sidecars: Sequen
     }
 
 
-def check_needs(needs: Needs, survey: Survey, path: str, limit: Limit | None = None) -> None:
+def check_needs(needs: Requirements, survey: Survey, path: str, limit: Limit | None = None) -> None:
     """Raise UserError unless some group of the source can serve the objective, and all that can make one batch."""
     if not survey.groups:
         raise UserError(f"{path}: no usable group among {survey.rows} rows. First reasons: {'; '.join(survey.reasons)}")
@@ -215,7 +215,7 @@ def check_needs(needs: Needs, survey: Survey, path: str, limit: Limit | None = N
         _check_alike(needs, enough, path)
 
 
-def _check_candidates(needs: Needs, candidates: dict[int, int], path: str) -> None:
+def _check_candidates(needs: Requirements, candidates: dict[int, int], path: str) -> None:
     if candidates and max(candidates) < needs.candidates:
         raise UserError(
             f"{path}: the objective compares {needs.candidates} candidates of a prompt, "
@@ -223,18 +223,18 @@ def _check_candidates(needs: Needs, candidates: dict[int, int], path: str) -> No
         )
 
 
-def _check_alike(needs: Needs, candidates: dict[int, int], path: str) -> None:
+def _check_alike(needs: Requirements, candidates: dict[int, int], path: str) -> None:
     if len(candidates) > 1 and not _wants_pairs(needs):
         raise UserError(
             f"{path}: for this objective, groups must have the same number of candidates, found {_listed(candidates)}"
         )
 
 
-def _wants_pairs(needs: Needs) -> bool:
+def _wants_pairs(needs: Requirements) -> bool:
     return needs.candidates == 2 and not needs.lists  # groups of any size then give their best and their worst
 
 
-def _check_columns(needs: Needs, columns: dict[str, int], groups: int, path: str) -> None:
+def _check_columns(needs: Requirements, columns: dict[str, int], groups: int, path: str) -> None:
     for name in needs.columns:
         found = columns.get(name, 0)
         if name == "scores" and found:  # a scorer's numbers may happen to be 0 and 1 in some of the groups
@@ -248,7 +248,9 @@ def _check_columns(needs: Needs, columns: dict[str, int], groups: int, path: str
             )
 
 
-def _check_encoders(cached: CachedGroups | BucketedGroups, model: ModelConfig, encoders: str, extent: Extent) -> None:
+def _check_encoders(
+    cached: CachedGroups | BucketedGroups, model: ModelConfig, encoders: str, extent: MediaSize
+) -> None:
     wanted = {"encoders": encoders, **extent._asdict()}
     found = {name: cached.manifest["fingerprint"].get(name) for name in wanted}
     if differing := differences(found, wanted, "the cache has", f"model {model.path} wants"):
@@ -259,16 +261,16 @@ def _live(
     path: Path,
     reader: str,
     sidecars: Sequence[str],
-    needs: Needs,
+    needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
-    extent: Extent,
+    extent: MediaSize,
     cache_root: Path,
     limit: Limit | None,
     progress: bool,
 ) -> LiveGroups:
-    parts = {**_source_parts(path, reader, limit, sidecars), "content": "pictures", "root": str(path.resolve())}
+    parts = {**_source_parts(path, reader, limit, sidecars), "content": "images", "root": str(path.resolve())}
     parts |= {"frames": extent.frames, "fps": extent.fps}  # which decide what can be used
-    folder = cache_root / f"pictures-{_digest(parts)}"
+    folder = cache_root / f"images-{_digest(parts)}"
     encoder: TrainablePipeline | None = None
     if not (folder / MANIFEST).exists():
         added = Annotations.load(sidecars)
@@ -276,7 +278,7 @@ def _live(
         check_needs(needs, survey, str(path), limit)
         encoder = pipeline()
         encoder.check_size(extent.height, extent.width, extent.frames)
-        index_pictures(readers.read(path, reader, added), folder, fingerprint=parts, extent=extent, survey=survey,
+        index_images(readers.read(path, reader, added), folder, fingerprint=parts, extent=extent, survey=survey,
                        limit=limit, source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
     encoder = encoder or pipeline()
     encoder.check_size(extent.height, extent.width, extent.frames)
@@ -291,10 +293,10 @@ def _bucketed(
     path: Path,
     reader: str,
     data: DataConfig,
-    needs: Needs,
+    needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
     encoders: str,
-    extent: Extent,
+    extent: MediaSize,
     cache_root: Path,
     limit: Limit | None,
     progress: bool,
@@ -313,12 +315,12 @@ def _bucketed(
 
 def _streamed(
     data: DataConfig,
-    needs: Needs,
+    needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
-    extent: Extent,
+    extent: MediaSize,
     cache_root: Path,
 ) -> StreamedSource:
-    """Windows of `data.stream` rows, each an index of pictures like that of data without a cache."""
+    """Windows of `data.stream` rows, each an index of images like that of data without a cache."""
     encoder = pipeline()
     encoder.check_size(extent.height, extent.width, extent.frames)
     pieces = Pieces.of(data.path, data.format, cache_root / "stream-pieces")
@@ -329,7 +331,7 @@ def _streamed(
         rows=data.stream or 0,
         folder=cache_root / f"stream-{_digest(parts)}",
         index=partial(
-            index_pictures, fingerprint=parts, extent=extent, survey=Survey.of(()), source_bytes=0, progress=False
+            index_images, fingerprint=parts, extent=extent, survey=Survey.of(()), source_bytes=0, progress=False
         ),
         open_window=lambda folder: LiveGroups(folder).encode_with(encoder, extent),
         usable=partial(usable, needs=needs),
@@ -339,7 +341,7 @@ def _streamed(
     )
 
 
-def _select(groups: AnyGroups, needs: Needs, data: DataConfig) -> Source:
+def _select(groups: AnyGroups, needs: Requirements, data: DataConfig) -> Source:
     counts: dict[str, Any] = groups.manifest["counts"]
     _check_candidates(needs, {int(k): count for k, count in counts["candidates"].items()}, data.path)
     _check_columns(needs, counts["columns"], counts["groups"], data.path)
@@ -364,13 +366,13 @@ def _select(groups: AnyGroups, needs: Needs, data: DataConfig) -> Source:
     return Source(groups, chosen, counted, pairs=_wants_pairs(needs), columns=needs.columns)
 
 
-def usable(groups: AnyGroups, needs: Needs) -> np.ndarray:
+def usable(groups: AnyGroups, needs: Requirements) -> np.ndarray:
     """The numbers of the groups that serve an objective."""
     disliked = (groups.k == 1) & (groups.best <= 0) & needs.likes_only
     return np.flatnonzero((groups.k >= needs.candidates) & ~disliked & (needs.ties | ~groups.tie))
 
 
-def _nothing_left(needs: Needs, path: str, groups: int, ties: int, disliked: int, few: int) -> UserError:
+def _nothing_left(needs: Requirements, path: str, groups: int, ties: int, disliked: int, few: int) -> UserError:
     return UserError(
         f"{path}: no group is left: of {groups}, {ties} are ties, {disliked} are disliked, "
         f"{few} have fewer than {needs.candidates} candidates"

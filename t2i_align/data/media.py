@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels: decoded whole or refused with a reason, upright, RGB, at the size that is wanted."""
+"""Encoded images to pixels: decoded whole or refused with a reason, upright, RGB, at the size that is wanted."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch import Tensor
 from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.data.schema import Media
 
-# Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest picture it may unpack.
+# Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64 << 20
-CROP = "centre"  # how `to_pixels` fits a picture; part of a cache's fingerprint
+CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message is the reason."""
+    """An image that cannot be used; the message is the reason."""
 
 
 def decode(media: Media) -> Image.Image:
-    """Bytes or a file to an RGB picture, decoded to its last pixel.
+    """Bytes or a file to an RGB image, decoded to its last pixel.
 
     EXIF orientation is applied; CMYK and palettes are converted, 16-bit grey is scaled to 8 bits, transparency is
     laid on white. Animations and multi-page files are refused: a preference between them is not one between their
     first frames.
 
     Raises:
-        ImageError: empty, not a picture, truncated, too large (MAX_PIXELS), animated, or of a mode without a known
+        ImageError: empty, not an image, truncated, too large (MAX_PIXELS), animated, or of a mode without a known
             range (32-bit integers or floats).
     """
     if isinstance(media, bytes) and not media:
         raise ImageError("empty")
     if isinstance(media, Path) and (media.suffix.lower() in VIDEO_SUFFIXES or media.is_dir()):
-        raise ImageError(f"{media.name} is a {'folder' if media.is_dir() else 'video'}, expected a picture")
+        raise ImageError(f"{media.name} is a {'folder' if media.is_dir() else 'video'}, expected an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -46,7 +46,7 @@ def decode(media: Media) -> Image.Image:
                 check_pixels(image.size)
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
-                    raise ImageError(f"{frames} frames or pages, expected a single picture")
+                    raise ImageError(f"{frames} frames or pages, expected a single image")
                 return upright(image)
     except ImageError:
         raise
@@ -55,15 +55,15 @@ def decode(media: Media) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError(f"no such file: {media!s}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"not a picture in a known format ({', '.join(FORMATS)})") from error
+        raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # a damaged file can make Pillow's decoders raise anything
         raise ImageError(f"cannot be decoded: {error}") from error
 
 
 def to_pixels(image: Image.Image, height: int, width: int) -> Tensor:
-    """An RGB picture as float32 [3, height, width] in [0, 1].
+    """An RGB image as float32 [3, height, width] in [0, 1].
 
-    Scaled (antialiased, Lanczos) until it just covers the size, then cropped around its centre. A picture that has
+    Scaled (antialiased, Lanczos) until it just covers the size, then cropped around its centre. An image that has
     the size already is not resampled.
     """
     if image.size != (width, height):
@@ -77,9 +77,9 @@ def load_pixels(media: Media, height: int, width: int) -> Tensor:
 
 
 def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
-    """What SDXL is told of a picture of `size` (height, width) that `to_pixels` has fitted (arXiv 2307.01952, 2.2).
+    """What SDXL is told of an image of `size` (height, width) that `to_pixels` has fitted (arXiv 2307.01952, 2.2).
 
-    Its own height and width, the top and left of the crop in pixels of the scaled picture, and the target's size.
+    Its own height and width, the top and left of the crop in pixels of the scaled image, and the target's size.
     """
     scale = max(height / size[0], width / size[1])
     top, left = round((size[0] * scale - height) / 2), round((size[1] * scale - width) / 2)
@@ -87,14 +87,14 @@ def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
 
 
 def check_pixels(size: tuple[int, int]) -> None:
-    """Raise ImageError for a picture of more than MAX_PIXELS. size: (width, height)."""
+    """Raise ImageError for an image of more than MAX_PIXELS. size: (width, height)."""
     width, height = size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """What an open file shows at its current frame, as a picture of its own: RGB, turned by its EXIF entry."""
+    """What an open file shows at its current frame, as an image of its own: RGB, turned by its EXIF entry."""
     if image.mode in ("I", "F"):
         raise ImageError(f"mode {image.mode!r} (32 bits a pixel) has no known range; save it with 8 or 16 bits")
     image.load()

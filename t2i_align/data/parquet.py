@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from t2i_align.errors import UserError
 
-ROWS_AT_ONCE = 32  # pictures of so many rows are held in memory
+ROWS_AT_ONCE = 32  # images of so many rows are held in memory
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:

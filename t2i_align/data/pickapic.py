@@ -1,8 +1,8 @@
 """Pick-a-Pic v1 and v2 (arXiv 2305.01569): parquet with two JPEGs, a caption and a label for each of them.
 
-A label of 1 is the preferred picture, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged. With
-`caption_0` and `caption_1` it is Pick-Double-Caption (arXiv 2502.06023): a caption for each picture; where there is no
-`caption`, the preferred picture's is the prompt. Its authors publish no list of columns: these names follow
+A label of 1 is the preferred image, 0.5 and 0.5 a tie. Rows that say `has_label: false` were never judged. With
+`caption_0` and `caption_1` it is Pick-Double-Caption (arXiv 2502.06023): a caption for each image; where there is no
+`caption`, the preferred image's is the prompt. Its authors publish no list of columns: these names follow
 Pick-a-Pic's, and a file with others is told as such.
 """
 
@@ -21,9 +21,9 @@ from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.tables import below, missing_shards
 from t2i_align.errors import UserError
 
-PICTURES = ("jpg_0", "jpg_1")
+IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
-REQUIRED = (*PICTURES, "caption", *LABELS)
+REQUIRED = (*IMAGES, "caption", *LABELS)
 CAPTIONS = ("caption_0", "caption_1")
 OPTIONAL = ("has_label", "user_id", "ranking_id", *CAPTIONS)
 LABEL_SUM_TOLERANCE = 1e-3
@@ -50,12 +50,12 @@ def read_pickapic(path: Path) -> Items:
         UserError: before anything is read: not a parquet, no rows, a column missing or of the wrong type; while
             reading: a damaged page, or a label outside [0, 1] (the column does not mean what we take it for).
     """
-    return _groups(path, _checked_files(path), pictures=True)
+    return _groups(path, _checked_files(path), images=True)
 
 
 def outline(path: Path) -> Items:
-    """The same items as `read_pickapic` without reading the pictures' columns (an empty picture is not noticed)."""
-    return _groups(path, _checked_files(path), pictures=False)
+    """The same items as `read_pickapic` without reading the images' columns (an empty image is not noticed)."""
+    return _groups(path, _checked_files(path), images=False)
 
 
 def _checked_files(path: Path) -> list[Path]:
@@ -81,8 +81,8 @@ def _check_columns(file: Path, schema: pa.Schema) -> None:
                 "no Pick-a-Pic, a source file can say which column holds what (docs/data.md)."
             )
         kind = schema.field(name).type
-        if name in PICTURES:
-            expected = "encoded pictures (binary, or a struct with `bytes` and `path`)"
+        if name in IMAGES:
+            expected = "encoded images (binary, or a struct with `bytes` and `path`)"
             fits = types.is_binary(kind) or types.is_large_binary(kind)
             fits = fits or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
         elif name in LABELS:
@@ -94,17 +94,17 @@ def _check_columns(file: Path, schema: pa.Schema) -> None:
             raise UserError(f"{file}: column {name!r} should hold {expected}, found {kind}")
 
 
-def _groups(path: Path, found: list[Path], pictures: bool) -> Items:
+def _groups(path: Path, found: list[Path], images: bool) -> Items:
     root = path if path.is_dir() else path.parent
     ranked = _ranking_ids_differ(found)
-    columns = (*(REQUIRED if pictures else ("caption", *LABELS)), *OPTIONAL)
+    columns = (*(REQUIRED if images else ("caption", *LABELS)), *OPTIONAL)
     missing = missing_shards(found)
     for file in found:
         yield from missing.get(file, [])
         name = file.relative_to(root).as_posix()
         for number, row in enumerate(rows(file, columns)):
             group_id = str(row["ranking_id"]) if ranked else f"{name}:{number}"
-            yield _group(row, group_id, f"{file}, row {number}", root, pictures)
+            yield _group(row, group_id, f"{file}, row {number}", root, images)
 
 
 def _ranking_ids_differ(found: list[Path]) -> bool:
@@ -121,7 +121,7 @@ def _ranking_ids_differ(found: list[Path]) -> bool:
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 
 
-def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, pictures: bool) -> Group | Skipped:
+def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, images: bool) -> Group | Skipped:
     def skipped(reason: str) -> Skipped:
         return Skipped(id=group_id, origin=origin, reason=reason)
 
@@ -142,11 +142,11 @@ def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, pictures
     if prompt is None or (captions and None in captions):
         return skipped("the caption is missing")
     candidates: list[Media] = []
-    for name in PICTURES:
-        picture = _picture(row[name], root, origin) if pictures else b"left out"
-        if not picture:
+    for name in IMAGES:
+        image = _image(row[name], root, origin) if images else b"left out"
+        if not image:
             return skipped(f"{name} is empty")
-        candidates.append(picture)
+        candidates.append(image)
     user = row.get("user_id")
     return Group(
         id=group_id,
@@ -159,7 +159,7 @@ def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, pictures
     )
 
 
-def _picture(value: Any, root: Path, origin: str) -> Media | None:
+def _image(value: Any, root: Path, origin: str) -> Media | None:
     if isinstance(value, dict):  # the Image feature of `datasets`
         if not value["bytes"] and value.get("path"):
             return inside(root, value["path"], origin)

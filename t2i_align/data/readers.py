@@ -39,7 +39,7 @@ class Reader:
     """A format.
 
     read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
-    outline: the same items with pictures left out, where reading them is costly. files: all files that make up the
+    outline: the same items with images left out, where reading them is costly. files: all files that make up the
     source and the folders with a clip's frames, where these are not simply those below its path.
     """
 
@@ -72,13 +72,13 @@ def register(
 
 register("described", detects=described.detects, files=described.files, outline=described.outline)(described.read)
 register("folders", detects=folders.detects, files=folders.files)(folders.read_folders)
-register("webdataset", detects=known.is_webdataset, outline=partial(known.read_webdataset, pictures=False),
+register("webdataset", detects=known.is_webdataset, outline=partial(known.read_webdataset, images=False),
          files=tables.files)(known.read_webdataset)  # fmt: skip
 for _name in known.LAYOUTS:
     register(
         _name,
         detects=partial(known.detects, name=_name),
-        outline=partial(known.read, name=_name, pictures=False),
+        outline=partial(known.read, name=_name, images=False),
         files=partial(known.files, name=_name),
     )(partial(known.read, name=_name))
 register("jsonl", detects=jsonl.detects, files=jsonl.files)(jsonl.read_jsonl)
@@ -91,7 +91,7 @@ def read(
     annotations: Annotations = NONE,
     *,
     best_first: bool = True,
-    pictures: bool = True,
+    images: bool = True,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -100,7 +100,7 @@ def read(
         format: a name in READERS, or `auto`.
         annotations: what sidecar files add; see `Annotations.load`.
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
-        pictures: false leaves them out where reading them is costly.
+        images: false leaves them out where reading them is costly.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -108,12 +108,12 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = _checked((reader.read if pictures else reader.outline or reader.read)(file), file, annotations)
+    items = _checked((reader.read if images else reader.outline or reader.read)(file), file, annotations)
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
 def survey(path: str | Path, format: str = "auto", annotations: Annotations = NONE) -> Survey:
-    """What a source holds, without opening its pictures. Raises UserError as `read` does.
+    """What a source holds, without opening its images. Raises UserError as `read` does.
 
     Annotations that belong to nothing in the source are reported as a warning.
     """

@@ -23,7 +23,7 @@ class Group:
     """One prompt with k candidates.
 
     `id` is unique and stable within a source (randomness is keyed by it); `origin` names the file and row for
-    messages. `scores` has one number a candidate, higher is better, equal is a tie. `captions` has one text a
+    messages. `scores` has one number per candidate, higher is better, equal is a tie. `captions` has one text per
     candidate, `negative_caption` is a text that does not fit the best one. `user` says whose preference it is.
     """
 
@@ -77,7 +77,7 @@ class Batch:
 
     keys: what each sample's randomness is keyed by ("epoch/group id"), [B].
     latents: [B, k, *latent shape], float32, best first. scores: [B, k].
-    sizes: what the model is told of each picture's size and crop, [B, k, 6] (see `images.time_ids`), float32; None for
+    sizes: what the model is told of each image's size and crop, [B, k, 6] (see `images.time_ids`), float32; None for
     families that are told nothing.
     conditioning: a dict of batch-first tensors [B, ...] that only the model family opens; the prompt's.
     captions: the candidates' own captions, [B, k, ...]; negative_caption: [B, ...]. Both only where the objective

@@ -5,7 +5,7 @@
                  groups.arrow        the columns of BASE_SCHEMA and what the payload adds; one record batch
                  skipped.jsonl       rows that could not be used, with the reason
                  state.json          how many source rows the shard covers
-             index.arrow             a small row a group, for selecting and shuffling without opening shards
+             index.arrow             a small row per group, for selecting and shuffling without opening shards
              skipped.jsonl           all of them
              manifest.json           written last: with it, the folder is finished
 
@@ -360,7 +360,7 @@ def _finish(out: Path, fingerprint: Parts, payload: Payload, states: Sequence[Pa
 
 
 def _index(out: Path, shards: int) -> pa.Table:
-    """A small row a group, best and worst being scores; texts are numbered over all shards, -1 where there is none."""
+    """A small row per group, best and worst being scores; texts are numbered over all shards, -1 where there is none."""
     known: dict[str | None, int] = {}
     stored = 0
     rows: dict[str, list[Any]] = {name: [] for name, _ in INDEX_SCHEMA}

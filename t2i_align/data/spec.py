@@ -34,7 +34,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class DatasetSpec:
     """What a source file says; see the module.
 
     pairs: `all` makes every two candidates of a group a pair; `best_worst` keeps only these two; null leaves groups as
@@ -54,7 +54,7 @@ def detects(path: Path) -> bool:
     return path.is_file() and path.suffix in SUFFIXES
 
 
-def load(file: Path) -> Description:
+def load(file: Path) -> DatasetSpec:
     """What a source file says. Raises UserError where it is no such file, with the keys that there are."""
     from t2i_align.config import build  # the run's configuration knows no readers, nor do they need it otherwise
 
@@ -63,19 +63,19 @@ def load(file: Path) -> Description:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
     try:
-        return build(Description, values, where="")
+        return build(DatasetSpec, values, where="")
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 
 def read(path: Path) -> Items:
     """The groups of the source that a file describes."""
-    return _items(path, pictures=True)
+    return _items(path, images=True)
 
 
 def outline(path: Path) -> Items:
-    """The same items with pictures left out, where reading them is costly."""
-    return _items(path, pictures=False)
+    """The same items with images left out, where reading them is costly."""
+    return _items(path, images=False)
 
 
 def files(path: Path) -> Iterator[Path]:
@@ -91,14 +91,14 @@ def files(path: Path) -> Iterator[Path]:
         yield from files_of(inner, description.format)
 
 
-def _items(path: Path, pictures: bool) -> Items:
+def _items(path: Path, images: bool) -> Items:
     description = load(path)
     inner = _resolve(path, description)
     if description.columns:
-        items = columns.read(inner, description.columns, pictures=pictures)
+        items = columns.read(inner, description.columns, images=images)
     else:
         reader = _reader(inner, description.format)
-        items = (reader.read if pictures else reader.outline or reader.read)(inner)
+        items = (reader.read if images else reader.outline or reader.read)(inner)
     for item in items:
         if isinstance(item, Skipped):
             yield item
@@ -112,7 +112,7 @@ def _items(path: Path, pictures: bool) -> Items:
             yield from _expanded(item, description)
 
 
-def _resolve(file: Path, description: Description) -> Path:
+def _resolve(file: Path, description: DatasetSpec) -> Path:
     if description.path.startswith(hub.PREFIX):
         return hub.folder(description.path)
     inner = (file.parent / Path(description.path).expanduser()).resolve()
@@ -129,7 +129,7 @@ def _reader(inner: Path, format: str) -> Reader:
     return READERS[detect(inner, format)]
 
 
-def _expanded(group: Group, description: Description) -> Iterator[Group | Skipped]:
+def _expanded(group: Group, description: DatasetSpec) -> Iterator[Group | Skipped]:
     """The group, or its pairs, without those that a person does not want."""
     made = [group]
     if description.pairs and len(group.candidates) > 2:
@@ -185,7 +185,7 @@ def split(
     sides = {name: Part(of=name, **part) for name in ("train", "held_out")}  # type: ignore[arg-type]
     counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)
     prompts: dict[str, None] = {}
-    for item in readers.read(path, format, pictures=False):
+    for item in readers.read(path, format, images=False):
         if isinstance(item, Skipped):
             counts["skipped"] += 1
             continue

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from t2i_align.data.schema import Group
-from t2i_align.errors import UserError
 from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
 
 By = Literal["prompt", "user"]
 

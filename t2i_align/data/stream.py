@@ -1,7 +1,7 @@
 """What does not fit on disk, a window at a time: an endless stream of batches that resumes exactly.
 
 A source in pieces (shards, here or on the Hub) is read in an order drawn for each epoch, so many rows at a time. Each
-such window becomes an index of pictures on disk (see `live`); its groups are shuffled among each other, and the windows
+such window becomes an index of images on disk (see `live`); its groups are shuffled among each other, and the windows
 before it are deleted. Where a window begins and how many usable groups it has is written down: so a run that is resumed
 finds its window, has it read again, and goes on with the very next group. A stream of `datasets` with a shuffle buffer
 would lose what is in the buffer.
@@ -34,9 +34,9 @@ from t2i_align.data.formats import Items
 from t2i_align.data.layout import MANIFEST, SKIPPED
 from t2i_align.data.live import LiveGroups, LiveItem
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
-from t2i_align.errors import UserError
-from t2i_align.objectives.base import DataFacts
 from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import DataStats
 
 KEPT = 3  # windows: processes are not at the same batch, and the loader's workers run ahead
 Place = tuple[int, int]  # (piece in the epoch's order, row in it)
@@ -86,7 +86,7 @@ class StreamedSource:
 
     Args:
         rows: source rows a window.
-        index: writes items to a folder as an index of pictures. open_window: opens it, ready to encode.
+        index: writes items to a folder as an index of images. open_window: opens it, ready to encode.
         usable: the numbers of those groups of a window that serve the objective.
         pairs, columns: as of `Source`.
         fingerprint: of the source, the window's size and what the objective needs.
@@ -135,9 +135,9 @@ class StreamedSource:
         """A micro-batch, encoded, on its device."""
         return self.groups.to_batch(item, device)
 
-    def facts(self) -> DataFacts:
+    def facts(self) -> DataStats:
         """What an objective may be fitted to; of the first window, as nobody has seen the rest."""
-        return DataFacts(score_range=self.scores)
+        return DataStats(score_range=self.scores)
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         """The empty prompt's conditioning, [1, ...]."""

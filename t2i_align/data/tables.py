@@ -23,7 +23,7 @@ from t2i_align.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 SHARDED = (".parquet", ".tar")  # kinds that come as a folder of numbered files
 NUMBERED = re.compile(r"^(.*?)(\d{3,})(-of-(\d+))?(\.\w+)$")
-LEFT_OUT = b"left out"  # stands for a picture where pictures are not wanted
+LEFT_OUT = b"left out"  # stands for an image where images are not wanted
 MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not swallow a file of any size
 
 
@@ -62,14 +62,14 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
     if file.suffix in (".csv", ".tsv"):
         with _opened(file) as reader:
             return tuple(_header(file, reader))
-    first = next((row for row in _rows(file, file.name, None, pictures=False) if isinstance(row, Row)), None)
+    first = next((row for row in _rows(file, file.name, None, images=False) if isinstance(row, Row)), None)
     return tuple(first.values) if first else ()
 
 
-def rows(path: Path, names: Sequence[str] | None = None, *, pictures: bool = True) -> Iterator[Row | Skipped]:
+def rows(path: Path, names: Sequence[str] | None = None, *, images: bool = True) -> Iterator[Row | Skipped]:
     """The rows of a table, streamed, with the columns `names` (default: all) of those that there are.
 
-    Ids are `<file>:<row>`, as the readers of JSON Lines and parquet give them. Without `pictures`, those that lie in
+    Ids are `<file>:<row>`, as the readers of JSON Lines and parquet give them. Without `images`, those that lie in
     the table itself are LEFT_OUT.
 
     Raises:
@@ -82,7 +82,7 @@ def rows(path: Path, names: Sequence[str] | None = None, *, pictures: bool = Tru
     missing = missing_shards(found)
     for file in found:
         yield from missing.pop(file, [])
-        yield from _rows(file, file.relative_to(root).as_posix(), names, pictures)
+        yield from _rows(file, file.relative_to(root).as_posix(), names, images)
 
 
 def missing_shards(found: Sequence[Path]) -> dict[Path, list[Skipped]]:
@@ -104,7 +104,7 @@ def _missing(file: Path) -> Skipped:
     return Skipped(id=file.name, origin=str(file), reason="this shard is missing; none of its rows is used")
 
 
-def _rows(file: Path, name: str, names: Sequence[str] | None, pictures: bool) -> Iterator[Row | Skipped]:
+def _rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> Iterator[Row | Skipped]:
     if file.suffix in (".jsonl", ".json"):
         yield from (Row(f"{name}:{n}", origin, entry) for n, origin, entry in jsonl.entries(file))
     elif file.suffix in (".csv", ".tsv"):
@@ -112,11 +112,11 @@ def _rows(file: Path, name: str, names: Sequence[str] | None, pictures: bool) ->
     elif file.suffix == ".parquet":
         schema = parquet.open_parquet(file).schema_arrow
         wanted = [column for column in schema.names if names is None or column in names]
-        left_out = {column: LEFT_OUT for column in wanted if not pictures and _holds_bytes(schema.field(column).type)}
+        left_out = {column: LEFT_OUT for column in wanted if not images and _holds_bytes(schema.field(column).type)}
         for number, row in enumerate(parquet.rows(file, [column for column in wanted if column not in left_out])):
             yield Row(f"{name}:{number}", f"{file}, row {number}", {**row, **left_out})
     elif file.suffix == ".tar":
-        for sample in webdataset.samples(file, pictures=pictures):
+        for sample in webdataset.samples(file, images=images):
             if isinstance(sample, Skipped):
                 yield sample
             else:

@@ -25,8 +25,8 @@ MAX_MEMBER = 256 << 20  # bytes; what a header claims is not read into memory un
 Sample = tuple[str, dict[str, Any]]
 
 
-def samples(file: Path, *, pictures: bool = True) -> Iterator[Sample | Skipped]:
-    """Key and row of each sample of a shard, in its order. Without `pictures`, other members than text are left out.
+def samples(file: Path, *, images: bool = True) -> Iterator[Sample | Skipped]:
+    """Key and row of each sample of a shard, in its order. Without `images`, other members than text are left out.
 
     Raises:
         UserError: not a tar file, or one that is cut short, with the sample before that.
@@ -45,7 +45,7 @@ def samples(file: Path, *, pictures: bool = True) -> Iterator[Sample | Skipped]:
                 if found != key:
                     yield from _finished(file, key, values, bad)
                     key, values, bad = found, {}, ""
-                bad = bad or _take(archive, member, column, values, pictures)
+                bad = bad or _take(archive, member, column, values, images)
             yield from _finished(file, key, values, bad)
             if file.stat().st_size < archive.offset + tarfile.BLOCKSIZE:  # cut between two members
                 raise EOFError("it has no end mark")

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
-from t2i_align.errors import UserError
 from t2i_align.diffusion.noising import Noised, NoiseSharing, candidates_conditioning
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
 
 
 @torch.no_grad()
 def inverted_noise(
     model: Model,
     batch: Batch,
-    draw: Draw,
+    draw: SampleRNG,
     *,
     levels: int = 10,
     guidance: float = 1.0,
@@ -64,7 +64,7 @@ def inverted_noise(
         moved = advance(draw, first, latents, now, to, known, fresh, eta)
         for _ in range(renoise):
             again = predict(moved, to)
-            # Targets of two levels differ even where both see the same picture and noise: average them at one.
+            # Targets of two levels differ even where both see the same image and noise: average them at one.
             there = process.to_clean(again, moved, to), process.to_noise(again, moved, to)
             moved = advance(draw, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
         latents = torch.where(_like(level >= i, clean), moved, latents)  # who has reached its level stays
@@ -86,7 +86,7 @@ def guided(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(noisy_latents, timesteps) -> prediction under a guidance scale.
 
-    empty: of one empty prompt, [1, ...]; what it does not have, such as a picture's size, is the same for both.
+    empty: of one empty prompt, [1, ...]; what it does not have, such as an image's size, is the same for both.
 
     Raises:
         UserError: a scale other than 1 without `empty`.
@@ -111,7 +111,7 @@ def guided(
     return both
 
 
-def level_grid(draw: Draw, levels: int) -> Tensor:
+def level_grid(draw: SampleRNG, levels: int) -> Tensor:
     """Increasing timesteps, [K]: the training times' quantiles in the middles of K equal parts, such as 50, 150 … 950.
 
     A table with fewer entries than `levels` gives each of them once.
@@ -121,7 +121,7 @@ def level_grid(draw: Draw, levels: int) -> Tensor:
 
 
 def advance(
-    draw: Draw,
+    draw: SampleRNG,
     model_pred: Tensor,
     latents: Tensor,
     now: Tensor,
@@ -153,13 +153,13 @@ def advance(
     return process.add_noise(process.to_clean(model_pred, latents, now) if clean is None else clean, noise, to)
 
 
-def implied_noise(draw: Draw, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+def implied_noise(draw: SampleRNG, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
     """noise* = (x_tau - alpha x) / sigma, [B, ...]; 0 where sigma is 0 and nothing is implied. timesteps: [B]."""
     alpha, sigma = (_like(value, clean).to(clean.dtype) for value in draw.process.alpha_sigma(timesteps))
     return (latents - alpha * clean) / sigma.clamp_min(torch.finfo(clean.dtype).tiny)
 
 
-def fresh_noise(batch: Batch, draw: Draw, name: str, sharing: NoiseSharing) -> Tensor:
+def fresh_noise(batch: Batch, draw: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
     """Standard normal numbers for each candidate, [B * k, ...]; `shared` gives those of a group the same."""
     _, k, *shape = batch.latents.shape
     noise = draw.normal(name, (1 if sharing == "shared" else k, *shape))

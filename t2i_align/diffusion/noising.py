@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
 
 Reduction = Literal["mean", "sum"]
 NoiseSharing = Literal["shared", "independent"]
@@ -47,8 +47,8 @@ def squared_error(residuals: Tensor, reduction: Reduction = "mean") -> Tensor:
     return squared.mean(-1) if reduction == "mean" else squared.sum(-1)
 
 
-def random_noise(batch: Batch, draw: Draw, sharing: NoiseSharing = "shared") -> Noised:
-    """x_t = alpha_t x + sigma_t noise at one training time a group.
+def random_noise(batch: Batch, draw: SampleRNG, sharing: NoiseSharing = "shared") -> Noised:
+    """x_t = alpha_t x + sigma_t noise at one training time per group.
 
     `shared`: the candidates of a group get the same noise, as all released code does (Diffusion-DPO, arXiv
     2311.12908, algorithm in appendix); `independent`: each its own, which the objective's derivation permits.
@@ -80,7 +80,7 @@ def with_sizes(conditioning: Conditioning, batch: Batch) -> Conditioning:
     return conditioning if batch.sizes is None else {**conditioning, "time_ids": batch.sizes.flatten(0, 1)}
 
 
-def drop_captions(batch: Batch, empty: Conditioning, draw: Draw, share: float) -> Batch:
+def drop_captions(batch: Batch, empty: Conditioning, draw: SampleRNG, share: float) -> Batch:
     """The batch with the empty prompt's conditioning for a random `share` of its groups, whole groups at a time.
 
     empty: the conditioning of one empty prompt, [1, ...].

@@ -23,12 +23,12 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-class Draw:
+class SampleRNG:
     """Random numbers for one batch: each row is keyed by its own sample.
 
     Args:
         seed: the run's seed.
-        keys: one string a sample, "epoch/group id".
+        keys: one string per sample, "epoch/group id".
         process: the model's forward process, which turns the numbers into noisy latents and targets.
         timestep_sampling: the named distribution of training times (see `ForwardProcess.timesteps`).
         device: where the numbers are wanted; they are drawn on the CPU so that they agree everywhere.
@@ -57,7 +57,7 @@ class Draw:
         return self._rows(torch.rand, name, shape)
 
     def timesteps(self) -> Tensor:
-        """One training time a group, [B]: its candidates share it."""
+        """One training time per group, [B]: its candidates share it."""
         return self.process.timesteps(self.uniform("timestep"), self.timestep_sampling)
 
     def _rows(self, draw: object, name: str, shape: Sequence[int]) -> Tensor:

@@ -24,7 +24,6 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.utils.files import only_writer
 from t2i_align.inference.generate import Sample, check_sampling, sample, sample_seed
 from t2i_align.inference.resolve import (
     PRECISIONS,
@@ -38,20 +37,21 @@ from t2i_align.inference.resolve import (
     resolve_model,
     resolve_prompts,
 )
+from t2i_align.utils.files import output_lock
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
-TEMPORARY = ".pictures-"
+TEMPORARY = ".images-"
 TOTAL = ""  # the key of the score itself, beside the names of its parts
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # scorer -> TOTAL or part -> [N], NaN where not applicable
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture or clip of each side: the prompt, its index, which of its seeds, and that seed."""
+    """One image or clip of each side: the prompt, its index, which of its seeds, and that seed."""
 
     prompt: str
     index: int
@@ -77,7 +77,7 @@ def evaluate(
     tie_margin: float | Mapping[str, float] | None = None,
     ties: Ties = "half",
     batch_size: int | None = None,
-    pictures: int = 24,
+    images: int = 24,
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
@@ -91,22 +91,22 @@ def evaluate(
     """Compare `aligned` with `base` and write `result.json`, `pairs.jsonl` and `report.html` to the folder `out`.
 
     Both sides draw each sample from the same seed, `sample_seed(seed, prompt index, k)`, whatever the batch size, and
-    are scored as the 8-bit pictures that would be saved; clips as their 8-bit frames, before any video codec. The files
+    are scored as the 8-bit images that would be saved; clips as their 8-bit frames, before any video codec. The files
     are written at the very end, each whole or not at all.
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
         aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
-        prompts: text file with one prompt a line, `testbed:test`, or a list.
+        prompts: text file with one prompt per line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
         steps, guidance: of sampling (default: those of the base's diffusers pipeline).
         height, width, frames: in pixels, and of a clip (default: the base's own).
-        batch_size: samples at a time (default: 8 pictures, or 1 clip).
+        batch_size: samples at a time (default: 8 images, or 1 clip).
         fps: frames a second at which the report shows clips (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
-        pictures: pairs in the report: half of them drawn at random, the others the largest wins and losses.
+        images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision, variant, single_file_config, expert: of the base, as in `pipelines.load`; where None, and `aligned`
             comes from a training run of this base, those of that run. single_file_config also serves an aligned single
             file.
@@ -123,8 +123,8 @@ def evaluate(
     started = time.monotonic()
     texts = resolve_prompts(prompts)
     check_sampling(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
-    if pictures < 0:
-        raise UserError(f"pictures must be 0 or more, found {pictures}")
+    if images < 0:
+        raise UserError(f"images must be 0 or more, found {images}")
     check_precision(precision)
     other = resolve_aligned(aligned)
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
@@ -196,7 +196,7 @@ def evaluate(
         }
         scores = _results(judges, rows, before, after, margins, ties)
         result = Evaluation(out=folder, scorers=scores, settings=made_with)
-        report = render(result.to_json(), _samples(rows, before, after, margins), store, pictures)
+        report = render(result.to_json(), _samples(rows, before, after, margins), store, images)
         _write(folder / REPORT, report)
         lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
         _write(folder / PAIRS, "\n".join(lines) + "\n")
@@ -238,10 +238,10 @@ def _measure(
 def _judged(
     scorer: Scorer, samples: Sequence[Sample], texts: Sequence[str]
 ) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
-    """The first sample's number, scores and parts: of pictures all at once, of clips one by one."""
-    pictures = [sample for sample in samples if not isinstance(sample, torch.Tensor)]
-    if pictures:
-        yield 0, *scorer.judge_images(pictures, texts)
+    """The first sample's number, scores and parts: of images all at once, of clips one by one."""
+    images = [sample for sample in samples if not isinstance(sample, torch.Tensor)]
+    if images:
+        yield 0, *scorer.judge_images(images, texts)
     for place, clip in enumerate(samples):
         if isinstance(clip, torch.Tensor):
             with torch.no_grad():
@@ -273,7 +273,7 @@ def _results(
 
 def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
     if base != aligned:
-        made = [f"{name} makes {'clips' if video else 'pictures'}" for name, video in
+        made = [f"{name} makes {'clips' if video else 'images'}" for name, video in
                 (("the base", base), (path, aligned))]  # fmt: skip
         raise UserError(f"{' and '.join(made)}: they cannot be compared")
 
@@ -320,7 +320,7 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
 @contextmanager
 def _workplace(folder: Path, force: bool) -> Iterator[Path]:
     """A temporary folder in `folder`, which no other run may write to meanwhile."""
-    with only_writer(folder):
+    with output_lock(folder):
         _check_free(folder, force)  # another run may have come and gone since it was asked first
         for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
             shutil.rmtree(left_over)

@@ -1,4 +1,4 @@
-"""The HTML report of a comparison: one file with the pictures or clips inside, nothing fetched from anywhere."""
+"""The HTML report of a comparison: one file with the images or clips inside, nothing fetched from anywhere."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from torchvision.transforms.functional import resize
 
 from t2i_align.data.clips import save_clip
-from t2i_align.inference.generate import Sample, save_picture
+from t2i_align.inference.generate import Sample, save_image
 
-SHOWN_SIDE = 384  # pixels; larger pictures are shrunk so that a report stays a file one can mail
+SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail
 SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
-PIXELATED_BELOW = 128  # tiny pictures are enlarged with hard edges, so that one sees what the model made
+PIXELATED_BELOW = 128  # tiny images are enlarged with hard edges, so that one sees what the model made
 LEVELS = {
     "better": "Aligned is better: the interval lies above 50 %.",
     "worse": "Base is better: the interval lies below 50 %.",
@@ -37,7 +37,7 @@ ENVIRONMENT = jinja2.Environment(
 
 
 def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
-    """Keep a picture of a side ("base" or "aligned") until the report is written, or what is shown of a clip."""
+    """Keep an image of a side ("base" or "aligned") until the report is written, or what is shown of a clip."""
     name = store / f"{side}-{row:06d}"
     if isinstance(sample, Tensor):
         every = math.ceil(len(sample) / SHOWN_FRAMES)
@@ -46,21 +46,21 @@ def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
         small = resize(sample[::every], [max(1, round(length * scale)) for length in (height, width)], antialias=True)
         save_clip(small, name.with_suffix(".webp"), fps / every)
     else:
-        save_picture(sample, name.with_suffix(".png"))
+        save_image(sample, name.with_suffix(".png"))
 
 
-def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], store: Path, pictures: int) -> str:
+def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], store: Path, images: int) -> str:
     """The report as HTML text.
 
     Args:
         result: what `result.json` holds.
         samples: what `pairs.jsonl` holds, a pair each.
         store: folder with what `keep` wrote of both sides.
-        pictures: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
+        images: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
     """
     name = result["scorer"]
-    chosen = choose(samples, name, pictures, result["seed"])
+    chosen = choose(samples, name, images, result["seed"])
     sections = [
         {
             "key": key,
@@ -88,9 +88,9 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
     )
 
 
-def choose(samples: Sequence[Mapping[str, Any]], scorer: str, pictures: int, seed: int) -> dict[str, list[int]]:
+def choose(samples: Sequence[Mapping[str, Any]], scorer: str, images: int, seed: int) -> dict[str, list[int]]:
     """Which pairs are shown: a random sample without looking at scores, then the extremes among wins and losses."""
-    count = min(pictures - 2 * (pictures // 4), len(samples))
+    count = min(images - 2 * (images // 4), len(samples))
     drawn = np.random.default_rng(abs(seed)).choice(len(samples), size=count, replace=False)
     change = {
         row: sample["scores"][scorer]["after"] - sample["scores"][scorer]["before"]
@@ -98,8 +98,8 @@ def choose(samples: Sequence[Mapping[str, Any]], scorer: str, pictures: int, see
         if sample["scores"][scorer]["outcome"] in ("win", "loss")
     }
     ranked = sorted(change, key=lambda row: change[row])
-    best = [row for row in reversed(ranked) if change[row] > 0][: pictures // 4]
-    worst = [row for row in ranked if change[row] < 0][: pictures // 4]
+    best = [row for row in reversed(ranked) if change[row] > 0][: images // 4]
+    worst = [row for row in ranked if change[row] < 0][: images // 4]
     return {"random": sorted(int(row) for row in drawn), "wins": best, "losses": worst}
 
 
@@ -139,12 +139,12 @@ def _pair(row: int, sample: Mapping[str, Any], scorer: str, store: Path) -> dict
 
 
 def _inline(store: Path, name: str) -> dict[str, Any]:
-    """A picture or looping animation as a data URI with its own size."""
+    """An image or looping animation as a data URI with its own size."""
     file = next(store.glob(f"{name}.*"))
-    with Image.open(file) as picture:
-        width, height = picture.size
-        if file.suffix == ".png" and max(picture.size) > SHOWN_SIDE:
-            small = picture.convert("RGB")
+    with Image.open(file) as image:
+        width, height = image.size
+        if file.suffix == ".png" and max(image.size) > SHOWN_SIDE:
+            small = image.convert("RGB")
             small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             small.save(buffer, format="PNG", optimize=True)

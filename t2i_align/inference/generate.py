@@ -1,4 +1,4 @@
-"""Pictures or clips from a model: PNG or MP4 files and a list of what each of them is."""
+"""Images or clips from a model: PNG or MP4 files and a list of what each of them is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from t2i_align.data.clips import save_clip, to_bytes
-from t2i_align.errors import UserError
-from t2i_align.utils.files import only_writer
 from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
 from t2i_align.inference.resolve import (
     PRECISIONS,
     adapter_on,
@@ -29,16 +28,17 @@ from t2i_align.inference.resolve import (
     resolve_base,
     resolve_prompts,
 )
+from t2i_align.utils.files import output_lock
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
 LIST = "samples.jsonl"
-Sample = Image.Image | Tensor  # a picture, or a clip [F, 3, H, W] of 8 bits
+Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
 def sample_seed(seed: int, prompt: int, k: int) -> int:
-    """The seed of the k-th picture of the prompt at this index, 32 bits: what both sides of a comparison share."""
+    """The seed of the k-th image of the prompt at this index, 32 bits: what both sides of a comparison share."""
     return stable_seed(seed, prompt, k) % 2**32
 
 
@@ -58,18 +58,18 @@ def sample(
     batch_size = batch_size or pipeline.default_batch_size
     with memory_for(batch_size):
         pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
-    return list(to_bytes(pixels)) if pixels.ndim == 5 else to_pictures(pixels)
+    return list(to_bytes(pixels)) if pixels.ndim == 5 else to_images(pixels)
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
+def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pixels [B, 3, H, W] in [0, 1] to 8-bit RGB, rounded as diffusers does."""
-    return [to_pil_image(picture) for picture in to_bytes(pixels)]
+    return [to_pil_image(image) for image in to_bytes(pixels)]
 
 
 def generate(
     model: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str] | None = None,
-    out: str | Path = "pictures",
+    out: str | Path = "images",
     *,
     prompt: Sequence[str] = (),
     lora: str | Path | None = None,
@@ -93,25 +93,25 @@ def generate(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write `00000.png` … and `samples.jsonl` (one line a picture) to the folder `out`; returns the list's path.
+    """Write `00000.png` … and `samples.jsonl` (one line per image) to the folder `out`; returns the list's path.
 
     Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
     leaves a usable shorter list.
 
     Args:
         model: path, Hub id, `testbed:sd`, or a loaded pipeline.
-        prompts: text file with one prompt a line (blank lines are skipped), `testbed:dev`, or a list.
+        prompts: text file with one prompt per line (blank lines are skipped), `testbed:dev`, or a list.
         prompt: further single prompts, after those.
         lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
-        per_prompt: pictures a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
+        per_prompt: images a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
         steps, guidance: of sampling (default: the diffusers pipeline's own).
         negative_prompt: what guidance leads away from.
         height, width, frames: in pixels, and of a clip (default: the model's own).
         fps: frames a second that a clip is shown at (default: the model's own).
-        batch_size: samples at a time (default: 8 pictures, or 1 clip).
+        batch_size: samples at a time (default: 8 images, or 1 clip).
         revision, variant, single_file_config, expert: of the model, as in `pipelines.load`; where None, and `lora`
             comes from a training run of this model, those of that run.
-        force: replace the pictures of an earlier run in `out`.
+        force: replace the images of an earlier run in `out`.
 
     Raises:
         UserError: anything above that cannot be used, or an `out` that is not empty.
@@ -144,7 +144,7 @@ def generate(
     }
     if pipeline.video:
         identity["fps"] = fps = fps or pipeline.fps
-    with only_writer(folder), adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
+    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
         _check_free(folder, force)  # another run may have come and gone meanwhile
         _clear(folder)
         with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
@@ -156,7 +156,7 @@ def generate(
                     if isinstance(made, Tensor):
                         save_clip(made, folder / (name := f"{index:05d}.mp4"), fps or pipeline.fps)
                     else:
-                        save_picture(made, folder / (name := f"{index:05d}.png"))
+                        save_image(made, folder / (name := f"{index:05d}.png"))
                     row = {"prompt": text, "seed": number, "file": name, **identity}
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
                 lines.flush()
@@ -164,15 +164,15 @@ def generate(
     return folder / LIST
 
 
-def save_picture(picture: Image.Image, file: Path) -> None:
+def save_image(image: Image.Image, file: Path) -> None:
     """Write a PNG under a temporary name and rename it, so that it is there whole or not at all."""
     temporary = file.with_name(f".{file.name}.tmp")
-    picture.save(temporary, format="PNG")
+    image.save(temporary, format="PNG")
     os.replace(temporary, file)
 
 
 def check_sampling(**counts: int | None) -> None:
-    """Raise UserError for a number of steps, pictures or a batch below 1; None is somebody's default."""
+    """Raise UserError for a number of steps, images or a batch below 1; None is somebody's default."""
     for key, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
@@ -180,9 +180,9 @@ def check_sampling(**counts: int | None) -> None:
 
 def _check_free(folder: Path, force: bool) -> None:
     if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write pictures to")
+        raise UserError(f"{folder}: is a file; expected a folder to write images to")
     if folder.is_dir() and not all(entry.name.startswith(".") for entry in folder.iterdir()) and not force:
-        raise UserError(f"{folder}: not empty; choose another folder, or force to replace its pictures")
+        raise UserError(f"{folder}: not empty; choose another folder, or force to replace its images")
 
 
 def _clear(folder: Path) -> None:

@@ -137,7 +137,7 @@ def trained_from(aligned: Aligned) -> ModelConfig | None:
 
 
 def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompts from a text file (UTF-8, one a line, blank lines skipped), `testbed:dev`, `hpsv2:photo`, or a list.
+    """Prompts from a text file (UTF-8, one per line, blank lines skipped), `testbed:dev`, `hpsv2:photo`, or a list.
 
     Raises:
         UserError: no such file, split or style, not text, no prompt in it, or an empty one in a list.
@@ -156,7 +156,9 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
     else:
         file = Path(source).expanduser()
         if not file.is_file():
-            raise UserError(f"{source}: no such prompt file (one prompt a line; to give prompts directly, use a list)")
+            raise UserError(
+                f"{source}: no such prompt file (one prompt per line; to give prompts directly, use a list)"
+            )
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
@@ -210,12 +212,12 @@ def pick_device(name: str | None) -> str:
 
 @contextmanager
 def memory_for(batch_size: int) -> Iterator[None]:
-    """Say which option to lower when the GPU's memory does not do for `batch_size` pictures."""
+    """Say which option to lower when the GPU's memory does not do for `batch_size` images."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory does not do for {batch_size} pictures at a time; lower batch_size (--batch-size)"
+            f"the GPU's memory does not do for {batch_size} images at a time; lower batch_size (--batch-size)"
         ) from error
 
 
@@ -280,7 +282,7 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
 
 
 def not_for(scorers: Sequence[Scorer], prompt: str) -> str:
-    """Why one of the scorers cannot judge pictures of a prompt, or nothing."""
+    """Why one of the scorers cannot judge images of a prompt, or nothing."""
     from reward_scorers import ScorerError
 
     try:

@@ -1,6 +1,6 @@
 """Files of annotations beside a source: captions, negative captions and scores, for `data.annotations` of a run.
 
-All three functions continue an unfinished `out`, skip groups that cannot be used and say why (`Sidecar`), and keep the
+All three functions continue an unfinished `out`, skip groups that cannot be used and say why (`ResumableTable`), and keep the
 source's own order of candidates.
 """
 
@@ -19,15 +19,15 @@ from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.formats import Items, Survey, is_tie
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Skipped
-from t2i_align.utils.resumable import Row, Sidecar, Summary
+from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.generate import check_sampling
-from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick_device
 from t2i_align.labeling.captioner import DRAWN, Captioner, load_captioner
 from t2i_align.labeling.perturber import RULES, Perturber, load_perturber
 from t2i_align.labeling.rules import KINDS
 from t2i_align.labeling.votes import RULES as VOTES
+from t2i_align.utils.resumable import ResumableTable, Row, Summary
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -58,9 +58,9 @@ def caption(
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
-    """Write `captions`, one a candidate: the three variants of DCPO (arXiv 2502.06023).
+    """Write `captions`, one per candidate: the three variants of DCPO (arXiv 2502.06023).
 
-    c: what the captioner says of each picture. p: the winner has the prompt, the loser a perturbed prompt. h: the
+    c: what the captioner says of each image. p: the winner has the prompt, the loser a perturbed prompt. h: the
     winner has its description, the loser a perturbed description of its own. The last two are of pairs without ties.
 
     Args:
@@ -75,7 +75,7 @@ def caption(
         captioner_template, perturber_template: what the models are told, with {prompt} or {caption} in it.
         captioner_revision, perturber_revision: branch, tag or commit on the Hub.
         max_new_tokens, precision: of the models' answers and weights.
-        batch_size: groups at a time, and pictures.
+        batch_size: groups at a time, and images.
         force: replace what `out` holds.
 
     Raises:
@@ -84,9 +84,9 @@ def caption(
     if variant not in VARIANTS:
         raise unknown("variant", variant, VARIANTS)
     if variant != "p" and captioner is None:
-        raise UserError(f"variant {variant} describes pictures: name a captioner (a folder, a Hub id, or {DRAWN})")
+        raise UserError(f"variant {variant} describes images: name a captioner (a folder, a Hub id, or {DRAWN})")
     check_sampling(batch_size=batch_size)
-    sidecar = Sidecar(out, force=force)
+    sidecar = ResumableTable(out, force=force)
     opened = Source.open(source, format, annotations, pairs=variant != "c")
     settings: Row = {"variant": variant, "annotations": sidecar_identity(annotations)}
     model = {"max_new_tokens": max_new_tokens, "precision": precision}
@@ -116,7 +116,7 @@ def caption(
         return batch.results({key: {"captions": value} for key, value in texts.items()})
 
     with sidecar.begun({"source": opened.identity, **settings}):
-        items = opened.items(pictures=describe is not None)
+        items = opened.items(images=describe is not None)
         return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
 
 
@@ -143,7 +143,7 @@ def perturb(
     Arguments and errors are those of `caption`.
     """
     check_sampling(batch_size=batch_size)
-    sidecar = Sidecar(out, force=force)
+    sidecar = ResumableTable(out, force=force)
     opened = Source.open(source, format)
     own: Row = {"template": perturber_template, "revision": perturber_revision, "max_new_tokens": max_new_tokens}
     own |= {"precision": precision, "kinds": list(kinds), "strength": strength}
@@ -155,7 +155,7 @@ def perturb(
         return batch.results({key: {"negative_caption": text} for key, text in changed.items()})
 
     with sidecar.begun({"source": opened.identity, "perturber": {"name": _name(change), **own, "seed": seed}}):
-        items = opened.items(pictures=False)
+        items = opened.items(images=False)
         return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
 
 
@@ -171,7 +171,7 @@ def relabel(
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
-    """Write `scores`, one a candidate, and each scorer's own with its version under `by_scorer`.
+    """Write `scores`, one per candidate, and each scorer's own with its version under `by_scorer`.
 
     Args:
         source: file or folder of preference data, or `testbed:pairs`.
@@ -179,7 +179,7 @@ def relabel(
         out: JSONL file.
         rule: `majority`, `mean_rank` or `sum` of the scorers (`t2i_align.labeling.votes`). Default: a single scorer's
             scores as they are, which SmPO wants (arXiv 2506.02698), and `majority` of several.
-        batch_size: groups at a time, and pictures.
+        batch_size: groups at a time, and images.
 
     Raises:
         UserError: anything above that cannot be used, or a source without a group to annotate.
@@ -187,7 +187,7 @@ def relabel(
     check_sampling(batch_size=batch_size)
     if rule is not None and rule not in VOTES:
         raise unknown("rule", rule, VOTES)
-    sidecar = Sidecar(out, force=force)
+    sidecar = ResumableTable(out, force=force)
     opened = Source.open(source, format)
     place = pick_device(device)
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
@@ -241,8 +241,8 @@ class Source:
     def identity(self) -> str:
         return readers.identity(self.path, self.format)
 
-    def items(self, *, pictures: bool = True) -> Items:
-        return readers.read(self.path, self.format, self.annotations, best_first=False, pictures=pictures)
+    def items(self, *, images: bool = True) -> Items:
+        return readers.read(self.path, self.format, self.annotations, best_first=False, images=images)
 
 
 @dataclass
@@ -261,8 +261,8 @@ class Batch:
         """Leave out the groups for which the function `reason` gives one."""
         self.reasons |= {group.id: text for group in self.left if (text := reason(group))}
 
-    def pictures(self) -> dict[str, list[Image.Image]]:
-        """The candidates of the groups that are left; those with a picture that cannot be used are skipped."""
+    def images(self) -> dict[str, list[Image.Image]]:
+        """The candidates of the groups that are left; those with an image that cannot be used are skipped."""
         found = {}
         for group in self.left:
             try:
@@ -282,9 +282,9 @@ class Batch:
 
 
 def _descriptions(batch: Batch, describe: Captioner, batch_size: int) -> dict[str, list[str]]:
-    pictures = batch.pictures()
+    images = batch.images()
     prompts = [group.prompt for group in batch.left for _ in group.candidates]
-    flat = [picture for group in batch.left for picture in pictures[group.id]]
+    flat = [image for group in batch.left for image in images[group.id]]
     said: list[str] = []
     for some in _slices(len(flat), batch_size):
         with memory_for(len(flat[some])):
@@ -309,9 +309,9 @@ def _changed(batch: Batch, texts: Mapping[str, str], change: Perturber, seed: in
 
 def raw_scores(batch: Batch, scorers: Sequence[Scorer], batch_size: int) -> dict[str, np.ndarray]:
     """Each scorer's scores, [scorers, k], by group id; groups that cannot be scored are skipped."""
-    pictures = batch.pictures()
+    images = batch.images()
     prompts = [group.prompt for group in batch.left for _ in group.candidates]
-    flat = [picture for group in batch.left for picture in pictures[group.id]]
+    flat = [image for group in batch.left for image in images[group.id]]
     scores = np.empty((len(scorers), len(flat)))
     for row, scorer in zip(scores, scorers, strict=True):
         for some in _slices(len(flat), batch_size):

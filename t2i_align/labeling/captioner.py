@@ -1,4 +1,4 @@
-"""Captioners: pictures and the prompts they were made for, to what the pictures show."""
+"""Captioners: images and the prompts they were made for, to what the images show."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from t2i_align.inference.resolve import TESTBED
 from t2i_align.labeling.language_models import TextModel, one_line, padded_in_front
 
 DRAWN = "testbed:captioner"
-# DCPO (arXiv 2502.06023) gives the captioner the prompt as well; it says what matters in the picture.
+# DCPO (arXiv 2502.06023) gives the captioner the prompt as well; it says what matters in the image.
 QUESTION = (
-    "Describe what this picture shows in one sentence: its objects, how many there are, their attributes, where they "
+    "Describe what this image shows in one sentence: its objects, how many there are, their attributes, where they "
     'are, and the style. It was made for the prompt "{prompt}", but may differ from it: describe what you see, in the '
     "manner of that prompt. Answer with the description alone."
 )
 
 
 class Captioner(Protocol):
-    """Describes pictures, in batches; "" where it finds nothing to say.
+    """Describes images, in batches; "" where it finds nothing to say.
 
     name: what identifies it, recorded with its captions.
     """
@@ -30,7 +30,7 @@ class Captioner(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]: ...
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]: ...
 
 
 def load_captioner(spec: str, **options: Any) -> Captioner:
@@ -40,7 +40,7 @@ def load_captioner(spec: str, **options: Any) -> Captioner:
         UserError: no such captioner, or one that cannot be used.
     """
     if not spec.startswith(TESTBED):
-        return PictureModel(spec, "captioner", **options)
+        return ImageModel(spec, "captioner", **options)
     if spec != DRAWN:
         raise unknown("captioner", spec, [DRAWN])
     from t2i_align.labeling.testbed import DrawnCaptioner
@@ -48,10 +48,10 @@ def load_captioner(spec: str, **options: Any) -> Captioner:
     return DrawnCaptioner()
 
 
-class PictureModel(TextModel):
+class ImageModel(TextModel):
     """A transformers model for images and text, such as LLaVA, Qwen-VL, BLIP, or a vision-encoder-decoder.
 
-    One with a chat template is asked `template` (default: QUESTION), with the picture's prompt in place of {prompt}.
+    One with a chat template is asked `template` (default: QUESTION), with the image's prompt in place of {prompt}.
     Of another, `template` is the text that it continues or is controlled by; without one it captions unasked. Answers
     are the model's most likely ones.
     """
@@ -73,19 +73,19 @@ class PictureModel(TextModel):
     def _try(self) -> None:
         self([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         if self.template is None:
-            return self._answers(pictures, None)
+            return self._answers(images, None)
         texts = [
             self.template.replace("{prompt}", without_special_tokens(self.tokenizer, prompt)) for prompt in prompts
         ]
         if self.chats or len(set(texts)) == 1:
-            return self._answers(pictures, texts)
+            return self._answers(images, texts)
         # Not all of the older models can pad: BLIP puts its first token where the padding is.
-        return [self._answers([one], [text])[0] for one, text in zip(pictures, texts, strict=True)]
+        return [self._answers([one], [text])[0] for one, text in zip(images, texts, strict=True)]
 
-    def _answers(self, pictures: Sequence[Image.Image], texts: Sequence[str] | None) -> list[str]:
-        inputs = self._inputs(pictures, texts)
+    def _answers(self, images: Sequence[Image.Image], texts: Sequence[str] | None) -> list[str]:
+        inputs = self._inputs(images, texts)
         asked = inputs.get("input_ids")
         answers = self.tokenizer.batch_decode(self._generate(inputs, do_sample=False), skip_special_tokens=True)
         if asked is not None:  # most models repeat the question in front of the answer
@@ -93,9 +93,9 @@ class PictureModel(TextModel):
             answers = [a.strip().removeprefix(q.strip()) for a, q in zip(answers, questions, strict=True)]
         return [one_line(answer) for answer in answers]
 
-    def _inputs(self, pictures: Sequence[Image.Image], texts: Sequence[str] | None) -> Any:
+    def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str] | None) -> Any:
         if texts is None:
-            return self.processor(images=list(pictures), return_tensors="pt")
+            return self.processor(images=list(images), return_tensors="pt")
         if not self.chats:
-            return self.processor(images=list(pictures), text=list(texts), return_tensors="pt")
-        return chat_inputs(self.processor, pictures, texts)
+            return self.processor(images=list(images), text=list(texts), return_tensors="pt")
+        return chat_inputs(self.processor, images, texts)

@@ -1,4 +1,4 @@
-"""Pictures with prompts, from whatever lists them: what `generate` wrote, one's own lists, or preference data."""
+"""Images with prompts, from whatever lists them: what `generate` wrote, one's own lists, or preference data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GROUP_KEYS = ("images", "chosen")  # a JSONL with one of these is preference dat
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture to score.
+    """An image to score.
 
     image: as the list names it. media: where that is, or its encoded bytes. error: why there is none.
     """
@@ -41,7 +41,7 @@ class Entry:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the file, or of a clip's folder of frames: every `generate` gives its pictures the same names.
+        """Of the file, or of a clip's folder of frames: every `generate` gives its images the same names.
 
         None if it cannot be read.
         """
@@ -58,17 +58,17 @@ class Entry:
             return None
 
 
-def pictures_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
-    """The pictures of a source, none of them opened, and how many there are where that is known.
+def images_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
+    """The images of a source, none of them opened, and how many there are where that is known.
 
     Raises:
-        UserError: nothing there or nothing listed; a line without a picture or a prompt, of a parquet as it is met.
+        UserError: nothing there or nothing listed; a line without an image or a prompt, of a parquet as it is met.
     """
     path = Path(source).expanduser()
     if path.is_dir() and is_store(path):
         store = LiveGroups(path)
         if store.manifest.get("content") != CONTENT:
-            raise UserError(f"{source}: holds encoded latents, not pictures; score the source that it was made of")
+            raise UserError(f"{source}: holds encoded latents, not images; score the source that it was made of")
         return _stored(store), int(store.k.sum())
     listed = path / LIST if path.is_dir() else path
     if listed.is_file() and listed.suffix == ".parquet":
@@ -88,15 +88,15 @@ def pictures_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
     return _candidates(source), sum(k * count for k, count in survey.candidates.items()) + unusable
 
 
-def open_picture(media: Media) -> Image.Image:
-    """A picture with its pixels loaded.
+def open_image(media: Media) -> Image.Image:
+    """An image with its pixels loaded.
 
     Raises:
         OSError, SyntaxError, ValueError: whatever PIL says of a missing, truncated or foreign file.
     """
-    with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media) as picture:
-        picture.load()
-        return picture.copy() if getattr(picture, "n_frames", 1) == 1 else picture
+    with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media) as image:
+        image.load()
+        return image.copy() if getattr(image, "n_frames", 1) == 1 else image
 
 
 def parse(line: str, where: str) -> dict[str, Any]:
@@ -129,13 +129,13 @@ def _lines(file: Path) -> list[Entry]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); expected a list of pictures") from error
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); expected a list of images") from error
     entries = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             entries.append(_entry(parse(line, f"{file}, line {number}"), file, f"{file}, line {number}"))
     if not entries:
-        raise UserError(f"{file}: no picture listed")
+        raise UserError(f"{file}: no image listed")
     return entries
 
 

@@ -1,4 +1,4 @@
-"""Perturbers: captions to captions that look alike and do not fit the same picture any more."""
+"""Perturbers: captions to captions that look alike and do not fit the same image any more."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from t2i_align.errors import UserError
 from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
 from t2i_align.labeling.language_models import TextModel, one_line, padded_in_front
 from t2i_align.labeling.rules import KINDS, RulePerturber
 
 RULES, CAPTION = "rules", "{caption}"
 TOP_P = 0.75  # DCPO (arXiv 2502.06023) samples DIPPER with it
 INSTRUCTION = (
-    "Change one or two details of this description of a picture, such as a colour, a number, an object or a position, "
-    "so that it no longer fits the picture. Keep its length and style. Answer with the changed description alone.\n\n"
+    "Change one or two details of this description of an image, such as a colour, a number, an object or a position, "
+    "so that it no longer fits the image. Keep its length and style. Answer with the changed description alone.\n\n"
     "{caption}"
 )
 

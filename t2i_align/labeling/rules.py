@@ -2,7 +2,7 @@
 
 Four kinds of edits: `attribute` (another colour, size, material or shape), `count` (another number), `relation` (the
 opposite place) and `exchange` (two objects exchange colours, sizes or materials). It errs on the side of leaving a
-word alone: an edit that breaks the grammar teaches a model to tell bad English, not a wrong picture.
+word alone: an edit that breaks the grammar teaches a model to tell bad English, not a wrong image.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Text:
     def _exchanges(self) -> Iterator[list[tuple[Change, ...]]]:
         for table in (w.COLOURS, w.SIZES, w.MATERIALS):
             found = [i for i, word in enumerate(self.words) if word in table and not self._closes(i)]
-            # The testbed's objects have no colours of backgrounds, and in other pictures it is no object either.
+            # The testbed's objects have no colours of backgrounds, and in other images it is no object either.
             found = [i for i in found if self._head(i) != "background"]
             for n, i in enumerate(found):
                 for j in found[n + 1 :]:

@@ -1,4 +1,4 @@
-"""Scores of pictures on disk, one row a picture and scorer; an interrupted run continues."""
+"""Scores of images on disk, one row per image and scorer; an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from reward_scorers.base import ScorerError, rounding, unusable
 from t2i_align.data.clips import whole
 from t2i_align.data.formats import VIDEO_SUFFIXES
 from t2i_align.errors import UserError
-from t2i_align.utils.files import only_writer
 from t2i_align.inference.generate import check_sampling
-from t2i_align.labeling.listing import Entry, open_picture, parse, pictures_of
 from t2i_align.inference.resolve import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
+from t2i_align.labeling.listing import Entry, images_of, open_image, parse
+from t2i_align.utils.files import output_lock
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
-PICTURE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
+IMAGE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
 JSONL, PARQUET = ".jsonl", ".parquet"
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in (*PICTURE, *SCORER)),
+        *((name, pa.string()) for name in (*IMAGE, *SCORER)),
         ("score", pa.float64()),
         ("error", pa.string()),
         ("parts", pa.map_(pa.string(), pa.float64())),
     ]
 )
 Row = dict[str, Any]
-key_of = itemgetter(*PICTURE, *SCORER)
+key_of = itemgetter(*IMAGE, *SCORER)
 
 
 def score(
-    pictures: str | Path,
+    images: str | Path,
     scorers: str | Sequence[str | Scorer],
     out: str | Path | None = None,
     *,
@@ -59,18 +59,18 @@ def score(
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Score pictures against their prompts; prints and returns each scorer's mean.
+    """Score images against their prompts; prints and returns each scorer's mean.
 
     Under torchrun the processes share the work; each writes beside `out`, and the first one gathers.
 
     Args:
-        pictures: folder with the `samples.jsonl` of `generate`, pictures or clips; JSONL or parquet with `image` and
-            `prompt` a row; preference data of any format, all of whose candidates are scored; or prepared pictures.
+        images: folder with the `samples.jsonl` of `generate`, images or clips; JSONL or parquet with `image` and
+            `prompt` a row; preference data of any format, all of whose candidates are scored; or prepared images.
         scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
         out: JSONL file to append to, or a .parquet: image, sha256 (of the file), prompt, scorer, version, score and
-            parts; for a picture that cannot be read `error` instead of a score. What it already holds is not scored
-            again: delete a line to repeat it. Another picture under the same name is another picture.
-        batch_size: pictures at a time.
+            parts; for an image that cannot be read `error` instead of a score. What it already holds is not scored
+            again: delete a line to repeat it. Another image under the same name is another image.
+        batch_size: images at a time.
         precision: "bf16" or "fp16" runs the networks under autocast, and says so in the version.
         device: default: the GPU if there is one.
 
@@ -81,11 +81,11 @@ def score(
     check_precision(precision)
     crew = Crew()
     place = pick_device(device)
-    entries, total = pictures_of(pictures)
+    entries, total = images_of(images)
     target = None if out is None else Path(out).expanduser().resolve()  # a link stays one
     if target is not None and (target.suffix not in (JSONL, PARQUET) or target.is_dir()):
         raise UserError(f"{target}: expected a file that ends in {JSONL} or {PARQUET}")
-    with nullcontext() if target is None else only_writer(target, file=True, first=crew.first):
+    with nullcontext() if target is None else output_lock(target, file=True, first=crew.first):
         if target is not None and crew.first:
             _gather(target)
         crew.wait()
@@ -137,7 +137,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores and parts of pictures, or of one clip."""
+        """Scores and parts of images, or of one clip."""
         with self.autocast():
             if isinstance(media[0], Tensor):
                 return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
@@ -190,21 +190,21 @@ def _batches(
 def _score_batch(
     judges: Sequence[Judge], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
-    """A row for each scorer and picture: what an earlier run wrote of it, or a new one."""
-    subjects = list(pool.map(attrgetter(*PICTURE), entries))  # which hashes the files
+    """A row for each scorer and image: what an earlier run wrote of it, or a new one."""
+    subjects = list(pool.map(attrgetter(*IMAGE), entries))  # which hashes the files
     wanted = [i for i, about in enumerate(subjects) if any((*about, *judge.named) not in done for judge in judges)]
     loaded = dict(zip(wanted, pool.map(_load, [entries[i] for i in wanted]), strict=True))  # the others stay closed
     rows = []
     for judge in judges:
         keys = [(*about, *judge.named) for about in subjects]
-        heads = [dict(zip((*PICTURE, *SCORER), key, strict=True)) for key in keys]
+        heads = [dict(zip((*IMAGE, *SCORER), key, strict=True)) for key in keys]
         rows += [done[key] for key in keys if key in done]
         todo = [i for i, key in enumerate(keys) if key not in done]
         why_not = {i: loaded[i] if isinstance(loaded[i], str) else judge.refusal(entries[i].prompt) for i in todo}
         rows += [{**heads[i], "error": why} for i, why in why_not.items() if why]
         usable = [i for i in todo if not why_not[i]]
-        pictures = [i for i in usable if isinstance(loaded[i], Image.Image)]
-        for some in (pictures, *([i] for i in usable if isinstance(loaded[i], Tensor))):
+        images = [i for i in usable if isinstance(loaded[i], Image.Image)]
+        for some in (images, *([i] for i in usable if isinstance(loaded[i], Tensor))):
             if not some:
                 continue
             try:
@@ -220,16 +220,16 @@ def _score_batch(
 
 
 def _load(entry: Entry) -> Any:
-    """The picture or clip, or why there is none."""
+    """The image or clip, or why there is none."""
     if entry.error:
         return entry.error
     try:
         if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
             return whole(entry.media)
-        picture = open_picture(entry.media)
+        image = open_image(entry.media)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"{type(error).__name__}: {error}"
-    return unusable(picture) or picture
+    return unusable(image) or image
 
 
 def number(value: float) -> float | None:
@@ -272,12 +272,12 @@ def _read(target: Path) -> list[Row]:
         table = pq.read_table(target)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{target}: not a readable parquet file: {error}") from error
-    if not {*PICTURE, *SCORER} <= set(table.schema.names):
+    if not {*IMAGE, *SCORER} <= set(table.schema.names):
         raise UserError(f"{target}: not a file of scores; choose another output file")
     rows = []
     for row in table.to_pylist():
         row["parts"] = dict(row["parts"] or [])
-        rows.append({key: value for key, value in row.items() if value not in (None, {}) or key in PICTURE})
+        rows.append({key: value for key, value in row.items() if value not in (None, {}) or key in IMAGE})
     return rows
 
 
@@ -289,7 +289,7 @@ def _lines(file: Path) -> Iterator[Row]:
     whole = text[: text.rfind(b"\n") + 1]
     for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
         row = parse(line, f"{file}, line {number}")
-        if not {*PICTURE, *SCORER} <= row.keys():
+        if not {*IMAGE, *SCORER} <= row.keys():
             raise UserError(f"{file}, line {number}: not a line of scores; choose another output file")
         yield row
     if len(whole) < len(text):
@@ -303,5 +303,5 @@ def _summary(totals: dict[str, list[float]], say: bool) -> dict[str, float]:
         means[name] = sum_of / count if count else math.nan
         note = f"; {unreadable:.0f} could not be scored" if unreadable else ""
         if say:
-            print(f"{name}: mean {means[name]:.4f} over {count:.0f} pictures{note}")
+            print(f"{name}: mean {means[name]:.4f} over {count:.0f} images{note}")
     return means

@@ -1,12 +1,12 @@
-"""Preferences made from prompts alone: models x seeds -> pictures -> scorers -> groups (Syn-Pic, arXiv 2410.18013).
+"""Preferences made from prompts alone: models x seeds -> images -> scorers -> groups (Syn-Pic, arXiv 2410.18013).
 
     <out>/settings.json       what it is made with; another run with other settings is refused
-          pictures/000012/    one folder a prompt: <model>-<seed>.png, complete once it has this name
+          images/000012/    one folder a prompt: <model>-<seed>.png, complete once it has this name
           scores/000000.json  what each scorer says of a block of prompts
           groups.jsonl        the groups, as the `jsonl` reader takes them, with each scorer's scores, seeds and models
           skipped.jsonl       what is not in there, and why
 
-Pictures and scores that are there are not made again, so it continues after a kill. Several processes (torchrun,
+Images and scores that are there are not made again, so it continues after a kill. Several processes (torchrun,
 accelerate launch, on several machines that share the folder) each take every so-many-th block; who finds all blocks
 done writes `groups.jsonl`.
 """
@@ -29,11 +29,10 @@ from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
-from t2i_align.labeling.annotate import Batch, raw_scores
 from t2i_align.data.layout import SKIPPED, differences, write_json
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import check_sampling, sample, sample_seed, save_picture
+from t2i_align.inference.generate import check_sampling, sample, sample_seed, save_image
 from t2i_align.inference.resolve import (
     adapter_on,
     build_scorers,
@@ -45,13 +44,14 @@ from t2i_align.inference.resolve import (
     resolve_base,
     resolve_prompts,
 )
+from t2i_align.labeling.annotate import Batch, raw_scores
 from t2i_align.labeling.votes import majority, shares
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
-SCORED_AT_ONCE = 8  # pictures, where no batch size is given
+SCORED_AT_ONCE = 8  # images, where no batch size is given
 BLOCK = 32  # prompts that one process makes and scores before what it knows is written down
 SETTINGS, GROUPS = "settings.json", "groups.jsonl"
 PAIRS = ("best_worst", "all")
@@ -93,11 +93,11 @@ def synthesize(
     (phi of arXiv 2410.18013; a difference within a scorer's tie margin is half a win).
 
     Args:
-        prompts: text file with one prompt a line, `testbed:dev`, or a list; each distinct one is used once.
+        prompts: text file with one prompt per line, `testbed:dev`, or a list; each distinct one is used once.
         models: paths, Hub ids, training runs or LoRAs, `testbed:sd`.
         scorers: their specs.
         out: folder.
-        per_prompt: pictures of each prompt by each model.
+        per_prompt: images of each prompt by each model.
         pairs: `best_worst` or `all` pairs instead of groups of all candidates.
         agree: of a pair, at least this share of the scorers must prefer the better one; of a group, its best to its
             worst.
@@ -169,35 +169,35 @@ class _Work:
                 raise UserError(f"{self.out}: this folder was begun with other settings. {differing}.")
 
     def refused(self, scorers: Sequence[Scorer]) -> dict[int, str]:
-        """Prompts that a scorer cannot judge, found before pictures are made of them."""
+        """Prompts that a scorer cannot judge, found before images are made of them."""
         reasons = {number: not_for(scorers, self.prompts[number]) for number in self._own()}
         return {number: reason for number, reason in reasons.items() if reason}
 
     def draw(
         self, number: int, name: str, refused: dict[int, str], sampling: dict[str, Any], precision: str, device: str
     ) -> None:
-        """This process's pictures by one model, which is loaded only where some are missing."""
+        """This process's images by one model, which is loaded only where some are missing."""
         rows = [
             (prompt, k)
             for prompt in self._own()
             for k in range(self.per_prompt)
-            if prompt not in refused and not self.picture(prompt, number, k).exists()
+            if prompt not in refused and not self.image(prompt, number, k).exists()
         ]
         if not rows:
             return
         with _loaded(name, precision, device) as pipeline, self._bar(len(rows), f"draw {name}", "img") as bar:
             if pipeline.video:
-                raise UserError(f"{name}: this model makes clips; preferences are made of pictures here")
+                raise UserError(f"{name}: this model makes clips; preferences are made of images here")
             self._identify(name, pipeline.denoiser)
             batch_size = sampling["batch_size"] or pipeline.default_batch_size
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, prompt, k) for prompt, k in part]
                 made = sample(pipeline, [self.prompts[prompt] for prompt, _ in part], seeds, **sampling)
-                for (prompt, k), picture in zip(part, made, strict=True):
-                    file = self.picture(prompt, number, k)
+                for (prompt, k), image in zip(part, made, strict=True):
+                    file = self.image(prompt, number, k)
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    save_picture(picture, file)
+                    save_image(image, file)
                 bar.update(len(part))
 
     def score(self, scorers: Sequence[Scorer], refused: dict[int, str], batch_size: int) -> None:
@@ -245,12 +245,12 @@ class _Work:
 
     def group(self, number: int) -> Group:
         """A prompt's group, its candidates in the order of models and seeds."""
-        media = [self.picture(number, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
+        media = [self.image(number, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
         return Group(id=_name(number), prompt=self.prompts[number], candidates=tuple(media),
                      scores=(0.0,) * len(media), origin=f"{self.out}, prompt {number}")  # fmt: skip
 
-    def picture(self, prompt: int, model: int, k: int) -> Path:
-        return self.out / "pictures" / _name(prompt) / f"{model}-{k}.png"
+    def image(self, prompt: int, model: int, k: int) -> Path:
+        return self.out / "images" / _name(prompt) / f"{model}-{k}.png"
 
     def _row(
         self, number: int, group: Group, raw: np.ndarray, chosen: tuple[int, ...], scorers: Sequence[Scorer],
@@ -261,7 +261,7 @@ class _Work:
         return {
             "id": group.id if len(chosen) == len(group.candidates) else f"{group.id}#{chosen[0]}-{chosen[1]}",
             "prompt": group.prompt,
-            "images": [self.picture(number, model, k).relative_to(self.out).as_posix() for model, k in places],
+            "images": [self.image(number, model, k).relative_to(self.out).as_posix() for model, k in places],
             "scores": [float(share[place]) for place in chosen],
             "by_scorer": {
                 scorer.name: {"version": scorer.version, "scores": [float(scores[place]) for place in chosen]}

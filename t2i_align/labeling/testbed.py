@@ -1,4 +1,4 @@
-"""A captioner of the testbed: it says what its pictures show, and looks at nothing but pixels."""
+"""A captioner of the testbed: it says what its images show, and looks at nothing but pixels."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ MOST = 3  # objects that a caption of the testbed can hold
 
 
 class DrawnCaptioner:
-    """Describes drawn scenes with the oracle's eyes, in the testbed's language; "" for a picture without objects.
+    """Describes drawn scenes with the oracle's eyes, in the testbed's language; "" for an image without objects.
 
     The three largest objects are described. What two objects on a diagonal are to each other has no word; they are
-    put in the nearer of the two relations. How a picture's caption is phrased is drawn by its pixels.
+    put in the nearer of the two relations. How an image's caption is phrased is drawn by its pixels.
     """
 
     name = "testbed:captioner"
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-        arrays = [np.asarray(_at_size(picture), np.uint8) for picture in pictures]
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+        arrays = [np.asarray(_at_size(image), np.uint8) for image in images]
         views = look(np.stack(arrays).astype(np.float32) / 255)
         return [_describe(view, zlib.crc32(array.tobytes())) for view, array in zip(views, arrays, strict=True)]
 
 
-def _at_size(picture: Image.Image) -> Image.Image:
-    picture = picture.convert("RGB")
-    return picture if picture.size == (SIDE, SIDE) else picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+def _at_size(image: Image.Image) -> Image.Image:
+    image = image.convert("RGB")
+    return image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
 def _describe(view: View, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""What several scorers say of a group's candidates, made into one number a candidate; higher is better."""
+"""What several scorers say of a group's candidates, made into one number per candidate; higher is better."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def majority(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.n
 
     Args:
         scores: [n, k], each scorer on its own scale.
-        margins: differences up to this size are no preference, one a scorer (default: 0).
+        margins: differences up to this size are no preference, one per scorer (default: 0).
     """
     k = _checked(scores).shape[1]
     if k == 1:

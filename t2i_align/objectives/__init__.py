@@ -1,4 +1,4 @@
-"""Preference objectives, one file a method, found by name."""
+"""Preference objectives, one file per method, found by name."""
 
 from __future__ import annotations
 

@@ -16,21 +16,21 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.diffusion.randomness import Draw
 
 Metrics = dict[str, Tensor]  # [B] each; NaN where a metric does not apply to a group
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFacts:
+class DataStats:
     """What an objective may be fitted to. score_range: the least and the greatest score of the data."""
 
     score_range: tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class Requirements:
     """What an objective wants; checked before anything loads.
 
     candidates: at least so many a group; 2 means a pair: larger groups give their best and worst, unless the objective
@@ -52,7 +52,7 @@ class Needs:
         if self.candidates > 1:
             data = "rankings" if self.lists else "pairs"
         else:
-            data = "winners or liked pictures" if self.likes_only else "likes and dislikes, or groups"
+            data = "winners or liked images" if self.likes_only else "likes and dislikes, or groups"
         also = [name.replace("_", " ") for name in self.columns]
         also += ["a reference's features"] if self.features else ["a reference"] if self.reference else []
         return f"{data}, with {' and '.join(also)}" if also else data
@@ -67,10 +67,10 @@ class Objective(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     config: ClassVar[str]
-    needs: ClassVar[Needs]
+    needs: ClassVar[Requirements]
 
     @abstractmethod
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         """Loss [B] with gradient through `policy`, and detached metrics [B] each to log under their names."""
 
     def initial(self) -> dict[str, float]:
@@ -81,7 +81,7 @@ class Objective(ABC):
         """The carried numbers after an optimiser step, from the step's metrics averaged over the whole batch."""
         return dict(carried)
 
-    def fitted(self, facts: DataFacts) -> Self:
+    def fit_to_data(self, facts: DataStats) -> Self:
         """This objective with what it left open filled in from the data; itself as a rule."""
         return self
 

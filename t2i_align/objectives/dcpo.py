@@ -4,7 +4,7 @@
 
 The three variants differ in the data only; `t2i-align caption` writes the captions:
 
-    c   z_w, z_l: a captioner's descriptions of the two pictures
+    c   z_w, z_l: a captioner's descriptions of the two images
     p   z_w: the prompt; z_l: the prompt with something changed
     h   z_w: the winner's description; z_l: the loser's description with something changed
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from t2i_align.objectives.base import Needs
+from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.pairwise import Pairwise
 
 
@@ -28,4 +28,4 @@ class DCPO(Pairwise):
     name = "dcpo"
     paper = "arXiv 2502.06023"
     config = "sd21_dcpo.yaml"
-    needs = Needs(candidates=2, ties=False, reference=True, columns=("captions",))
+    needs = Requirements(candidates=2, ties=False, reference=True, columns=("captions",))

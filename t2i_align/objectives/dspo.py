@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError
 from t2i_align.diffusion.noising import random_noise, squared_error
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 from t2i_align.objectives.guard import check_guard, safeguard, scale_gradient
 from t2i_align.objectives.monitoring import preference_metrics
 from t2i_align.objectives.pairwise import dpo_logit
-from t2i_align.diffusion.randomness import Draw
 
 
 def dspo_loss(residual_w: Tensor, ref_residual_w: Tensor, h: Tensor, *, beta: float) -> Tensor:
@@ -54,7 +54,7 @@ class DSPO(Objective):
     name = "dspo"
     paper = "OpenReview xyfb9HHvMe"
     config = "sd15_dspo.yaml"
-    needs = Needs(candidates=2, ties=False, reference=True)
+    needs = Requirements(candidates=2, ties=False, reference=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
@@ -63,7 +63,7 @@ class DSPO(Objective):
             require_positive("logit_beta", self.logit_beta)
         check_guard(self.guard)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)
         with torch.no_grad():
             ref_residual_w, ref_residual_l = noised.residuals(reference)[:, [0, -1]].unbind(1)

@@ -1,4 +1,4 @@
-"""InPO: Diffusion-DPO on the noise that inversion finds in each picture, not on a random one (arXiv 2503.18454).
+"""InPO: Diffusion-DPO on the noise that inversion finds in each image, not on a random one (arXiv 2503.18454).
 
     x_tau by DDIM inversion of x,    noise* = (x_tau - alpha_tau x) / sigma_tau
     h = -1/2 beta [ (err_w - ref_err_w) - (err_l - ref_err_l) ],    err to the native target of noise*
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError, unknown
 from t2i_align.diffusion.inversion import inverted_noise
 from t2i_align.diffusion.noising import Noised
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError, unknown
 from t2i_align.objectives.pairwise import Pairwise
-from t2i_align.diffusion.randomness import Draw
 
 INVERSION_MODELS = ("reference", "policy")
 
@@ -56,7 +56,7 @@ class InPO(Pairwise):
         if self.renoise < 0:
             raise UserError(f"objective.renoise must be 0 or more, found {self.renoise!r}")
 
-    def noised(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> Noised:
+    def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
         return inverted_noise(
             policy if self.inversion_model == "policy" else reference,
             batch,

@@ -1,4 +1,4 @@
-"""Diffusion-KTO: likes and dislikes of single pictures through Kahneman and Tversky's utility (arXiv 2404.04465).
+"""Diffusion-KTO: likes and dislikes of single images through Kahneman and Tversky's utility (arXiv 2404.04465).
 
     g = 1/2 beta (ref_err - err),    z = max(0, mean g),    loss = lambda_y U( y (g - z) ),    y = +1 liked, -1 not
 
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError, unknown
 from t2i_align.diffusion.noising import random_noise
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError, unknown
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 
 UTILITIES = ("kahneman_tversky", "loss_averse", "risk_seeking")
 
@@ -65,7 +65,7 @@ class DiffusionKTO(Objective):
     name = "kto"
     paper = "arXiv 2404.04465"
     config = "sd15_kto.yaml"
-    needs = Needs(candidates=1, ties=False, reference=True, lists=True)
+    needs = Requirements(candidates=1, ties=False, reference=True, lists=True)
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
@@ -74,7 +74,7 @@ class DiffusionKTO(Objective):
         if min(self.desirable, self.undesirable) < 0 or self.desirable + self.undesirable == 0:
             raise UserError("objective.desirable and objective.undesirable must be 0 or more, and not both 0")
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)
         with torch.no_grad():
             ref_err = noised.errors(reference)

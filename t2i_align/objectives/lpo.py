@@ -17,9 +17,9 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 from t2i_align.objectives.monitoring import list_metrics
-from t2i_align.diffusion.randomness import Draw
 
 
 def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:
@@ -41,12 +41,12 @@ class DiffusionLPO(Objective):
     name = "lpo"
     paper = "arXiv 2510.01540"
     config = "sd15_lpo.yaml"
-    needs = Needs(candidates=2, ties=False, reference=True, lists=True)
+    needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)
         with torch.no_grad():
             ref_err = noised.errors(reference)

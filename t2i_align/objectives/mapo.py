@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError, unknown
 from t2i_align.diffusion.noising import random_noise, squared_error
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError, unknown
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 
 SERIES_BELOW = 1e-3
 
@@ -62,7 +62,7 @@ class MaPO(Objective):
     name = "mapo"
     paper = "arXiv 2406.06424"
     config = "sd15_mapo.yaml"
-    needs = Needs(candidates=2, ties=False)
+    needs = Requirements(candidates=2, ties=False)
 
     def __post_init__(self) -> None:
         if self.variant not in ("code", "paper"):
@@ -72,7 +72,7 @@ class MaPO(Objective):
         if self.weight < 0:
             raise UserError(f"objective.weight must be 0 or more, found {self.weight!r}")
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         err_w, err_l = squared_error(random_noise(batch, draw, self.noise).residuals(policy))[:, [0, -1]].unbind(1)
         loss, margin = mapo_loss(
             err_w, err_l, variant=self.variant, beta=self.beta, weight=self.weight, scale=self.scale, s=self.s

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
-from t2i_align.errors import unknown
 from t2i_align.diffusion.noising import Noised, random_noise
-from t2i_align.objectives.base import Needs
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import unknown
+from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.pairwise import Pairwise
-from t2i_align.diffusion.randomness import Draw
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import ForwardProcess
@@ -93,14 +93,14 @@ class NCPDPO(Pairwise):
     name = "ncp_dpo"
     paper = "arXiv 2406.17636"
     config = "sd15_ncp_dpo.yaml"
-    needs = Needs(candidates=2, ties=False, reference=True, features=True)
+    needs = Requirements(candidates=2, ties=False, reference=True, features=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.renoise not in STEPS:
             raise unknown("renoise", self.renoise, STEPS)
 
-    def noised(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> Noised:
+    def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
         noised = random_noise(batch, draw, self.noise)
         k, shape = batch.latents.shape[1], batch.latents.shape[2:]
         if self.renoise == "uniform":

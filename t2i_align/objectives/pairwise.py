@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError
 from t2i_align.diffusion.noising import Noised, random_noise, squared_error
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 from t2i_align.objectives.guard import check_guard, safeguard, scale_gradient
 from t2i_align.objectives.links import Link
 from t2i_align.objectives.monitoring import by_time, preference_metrics
-from t2i_align.diffusion.randomness import Draw
 
 BETA_RATE = 0.5  # how fast log(beta) follows the gradient factor's distance from its target, per optimiser step
 
@@ -38,7 +38,7 @@ def dpo_logit(err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor
     return -0.5 * beta * ((err_w - ref_err_w) - (err_l - ref_err_l))
 
 
-def time_weight(draw: Draw, timesteps: Tensor) -> Tensor:
+def time_weight(draw: SampleRNG, timesteps: Tensor) -> Tensor:
     """1 + z / (1 + z) with z = sigma / alpha, in [1, 2]: more at high noise. timesteps [B]."""
     alpha, sigma = draw.process.alpha_sigma(timesteps)
     return (1 + sigma / (alpha + sigma)).to(torch.float32)
@@ -64,7 +64,7 @@ class Pairwise(Link, Objective):
     time_weight: Literal["none", "snr"] = "none"
     target_gradient: float | None = None
 
-    needs = Needs(candidates=2, ties=False, reference=True)
+    needs = Requirements(candidates=2, ties=False, reference=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,7 @@ class Pairwise(Link, Objective):
         if self.target_gradient is not None and not 0 < self.target_gradient < 0.5:
             raise UserError(f"objective.target_gradient must be in (0, 0.5) or null, found {self.target_gradient!r}")
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         batch = self.paired(batch)
         noised = self.noised(policy, reference, batch, draw)
         with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
@@ -106,7 +106,7 @@ class Pairwise(Link, Objective):
         """The winner and the loser with the captions they are denoised under: here the prompt for both."""
         return batch
 
-    def noised(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> Noised:
+    def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
         """How candidates become noisy latents with a target."""
         return random_noise(batch, draw, self.noise)
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError, unknown
 from t2i_align.diffusion.noising import random_noise
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError, unknown
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 from t2i_align.objectives.monitoring import list_metrics
-from t2i_align.diffusion.randomness import Draw
 
 
 def win_rates(scores: Tensor) -> Tensor:
@@ -62,14 +62,14 @@ class RankDPO(Objective):
     name = "rankdpo"
     paper = "arXiv 2410.18013"
     config = "sd15_rankdpo.yaml"
-    needs = Needs(candidates=2, ties=False, reference=True, lists=True)
+    needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
         if self.gain not in ("wins", "scores"):
             raise unknown("gain", self.gain, ("wins", "scores"))
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)
         with torch.no_grad():
             ref_err = noised.errors(reference)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise
-from t2i_align.objectives.base import Metrics, Needs, Objective
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.objectives.base import Metrics, Objective, Requirements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class SFT(Objective):
     name = "sft"
     paper = "arXiv 2006.11239"
     config = "sd15_sft.yaml"
-    needs = Needs(candidates=1, ties=False, likes_only=True)
+    needs = Requirements(candidates=1, ties=False, likes_only=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         err_w = random_noise(batch.take([0]), draw).errors(policy, self.reduction)[:, 0]
         return err_w, {"error/chosen": err_w.detach()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import DataFacts, Needs, require_positive
+from t2i_align.objectives.base import DataStats, Requirements, require_positive
 from t2i_align.objectives.inpo import InPO
 
 
@@ -43,7 +43,7 @@ class SmPO(InPO):
     name = "smpo"
     paper = "arXiv 2506.02698"
     config = "sd15_smpo.yaml"
-    needs = Needs(candidates=2, ties=False, reference=True, columns=("scores",))
+    needs = Requirements(candidates=2, ties=False, reference=True, columns=("scores",))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class SmPO(InPO):
         best, worst = batch.scores[:, 0], batch.scores[:, -1]
         return self.gamma * certainty(best, worst, score_min=self.score_min, score_max=self.score_max)
 
-    def fitted(self, facts: DataFacts) -> Self:
+    def fit_to_data(self, facts: DataStats) -> Self:
         least, greatest = facts.score_range
         return replace(
             self,

@@ -1,6 +1,6 @@
-"""SoftREPA: pictures and prompts of a batch are matched by the denoising error (arXiv 2503.08250).
+"""SoftREPA: images and prompts of a batch are matched by the denoising error (arXiv 2503.08250).
 
-    logits_ij = scale exp(-e_ij / temperature),    e_ij: the error of picture i denoised under prompt j
+    logits_ij = scale exp(-e_ij / temperature),    e_ij: the error of image i denoised under prompt j
     loss_i    = cross-entropy of logits_i with i  +  dweight e_ii
 
 Published for soft tokens beside a frozen denoiser (`t2i_align.conditioning`); the loss itself knows nothing of them.
@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
-from t2i_align.errors import UserError
 from t2i_align.diffusion.noising import Noised, with_sizes
-from t2i_align.objectives.base import Metrics, Needs, Objective, require_positive
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
 
 
 def contrastive_loss(errors: Tensor, other: Tensor, *, scale: float, temperature: float | Tensor) -> Tensor:
-    """Loss [B] of errors [B, 1 + n], a picture's own prompt first; other [B, 1 + n] is False at what to leave out."""
+    """Loss [B] of errors [B, 1 + n], an image's own prompt first; other [B, 1 + n] is False at what to leave out."""
     logits = scale * torch.exp(-errors / temperature)
     return -F.log_softmax(logits.masked_fill(~other, -torch.inf), dim=1)[:, 0]
 
@@ -42,7 +42,7 @@ def shifted(conditioning: Conditioning, count: int) -> Conditioning:
 
 
 def different_prompts(conditioning: Conditioning, groups: int) -> Tensor:
-    """Of `shifted` conditioning, which prompts are not the picture's own (and the first, which is), [B, 1 + n]."""
+    """Of `shifted` conditioning, which prompts are not the image's own (and the first, which is), [B, 1 + n]."""
     equal = torch.stack([
         (rows == rows[:, :1]).flatten(2).all(2)
         for rows in (tensor.unflatten(0, (groups, -1)) for tensor in conditioning.values())
@@ -57,8 +57,8 @@ class SoftREPA(Objective):
     """SoftREPA on the preferred candidates; ties and disliked samples are left out, as in SFT. Asks no reference.
 
     temperature: null takes the batch's mean error; published 0.07.
-    dweight: of the picture's own error; published 10 for SD1.5 and SDXL, 0 for SD3.
-    negatives: how many other prompts a picture is set against; null takes all. Forwards and memory grow with
+    dweight: of the image's own error; published 10 for SD1.5 and SDXL, 0 for SD3.
+    negatives: how many other prompts per image is set against; null takes all. Forwards and memory grow with
         batch size x (1 + negatives).
     """
 
@@ -70,7 +70,7 @@ class SoftREPA(Objective):
     name = "softrepa"
     paper = "arXiv 2503.08250"
     config = "sd15_softrepa.yaml"
-    needs = Needs(candidates=1, ties=False, likes_only=True)
+    needs = Requirements(candidates=1, ties=False, likes_only=True)
 
     def __post_init__(self) -> None:
         require_positive("scale", self.scale)
@@ -81,7 +81,7 @@ class SoftREPA(Objective):
         if self.negatives is not None and self.negatives < 1:
             raise UserError(f"objective.negatives must be 1 or more, or null, found {self.negatives!r}")
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = self._noised(batch, draw)
         errors = noised.errors(policy)  # [B, 1 + n], the own prompt first
         other = different_prompts(noised.conditioning, len(errors))
@@ -96,8 +96,8 @@ class SoftREPA(Objective):
         }
         return contrast + self.dweight * errors[:, 0], metrics
 
-    def _noised(self, batch: Batch, draw: Draw) -> Noised:
-        """Every picture once for each prompt that it is set against, all at one time and with one noise."""
+    def _noised(self, batch: Batch, draw: SampleRNG) -> Noised:
+        """Every image once for each prompt that it is set against, all at one time and with one noise."""
         groups = len(batch.keys)
         if groups < 2:
             raise UserError("objective softrepa contrasts samples of a batch: train.batch_size must be 2 or more")

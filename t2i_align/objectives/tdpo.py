@@ -1,9 +1,9 @@
-"""TDPO and TKTO: preferences between two texts for one picture, so that no pictures are compared (arXiv 2509.25771).
+"""TDPO and TKTO: preferences between two texts for one image, so that no images are compared (arXiv 2509.25771).
 
     TDPO   h = -1/2 beta [ s(x, c+) - min( s(x, c-), limit ) ],    loss = -log sigmoid(h)
     TKTO   (x, c+) is a desirable sample and (x, c-) an undesirable one of Diffusion-KTO
 
-c+ is the prompt, c- a text that does not fit the picture; both see the same noise. The paper clips the negative term
+c+ is the prompt, c- a text that does not fit the image; both see the same noise. The paper clips the negative term
 and does not print how: the form above, which stops rewarding the unlearning of c- beyond `limit`, is our reading.
 """
 
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.objectives.base import Metrics, Needs, require_positive
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.objectives.base import Metrics, Requirements, require_positive
 from t2i_align.objectives.kto import DiffusionKTO
 from t2i_align.objectives.pairwise import Pairwise, dpo_logit
-from t2i_align.diffusion.randomness import Draw
 
-NEEDS = Needs(candidates=1, ties=True, likes_only=True, reference=True, columns=("negative_caption",))
+NEEDS = Requirements(candidates=1, ties=True, likes_only=True, reference=True, columns=("negative_caption",))
 
 
-def one_picture_two_texts(batch: Batch) -> Batch:
+def one_image_two_texts(batch: Batch) -> Batch:
     """The best candidate twice, under the prompt and under the negative caption."""
     assert batch.negative_caption is not None, "checked by the objective's needs"
     negative = batch.negative_caption
@@ -36,7 +36,7 @@ def one_picture_two_texts(batch: Batch) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class TDPO(Pairwise):
-    """TDPO on single pictures. limit: how far the error under c- may rise above the reference's and still count."""
+    """TDPO on single images. limit: how far the error under c- may rise above the reference's and still count."""
 
     beta: float = 2000.0
     limit: float = 0.01
@@ -51,7 +51,7 @@ class TDPO(Pairwise):
         require_positive("limit", self.limit)
 
     def paired(self, batch: Batch) -> Batch:
-        return one_picture_two_texts(batch)
+        return one_image_two_texts(batch)
 
     def logit(self, err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, beta: float | Tensor) -> Tensor:
         return dpo_logit(err_w, torch.minimum(err_l, ref_err_l + self.limit), ref_err_w, ref_err_l, beta=beta)
@@ -59,12 +59,12 @@ class TDPO(Pairwise):
 
 @dataclass(frozen=True, kw_only=True)
 class TKTO(DiffusionKTO):
-    """TKTO on single pictures: Diffusion-KTO's utility on two texts."""
+    """TKTO on single images: Diffusion-KTO's utility on two texts."""
 
     name = "tkto"
     paper = "arXiv 2509.25771"
     config = "sd15_tkto.yaml"
     needs = NEEDS
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
-        return super().step(policy, reference, one_picture_two_texts(batch), draw)
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
+        return super().step(policy, reference, one_image_two_texts(batch), draw)

@@ -16,15 +16,15 @@ from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from t2i_align.data.layout import write_json
+from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.utils.files import only_writer
 from t2i_align.inference.generate import check_sampling
-from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick_device, resolve_prompts
 from t2i_align.reward_models.plots import line_plot, reliability_plot
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences
 from t2i_align.reward_models.train import Accuracy, measure, pairs
-from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick_device, resolve_prompts
+from t2i_align.utils.files import output_lock
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -96,7 +96,7 @@ def audit(
 
     Args:
         source: preference data of any format, or `testbed:pairs`.
-        optimise: on the testbed, optimise each scorer over drawn pictures of `prompt_count` of the `prompts`, and by
+        optimise: on the testbed, optimise each scorer over drawn images of `prompt_count` of the `prompts`, and by
             its gradient where it has one, and ask the oracle what became of them.
 
     Raises:
@@ -110,7 +110,7 @@ def audit(
     if folder.is_file():
         raise UserError(f"{out}: is a file; expected a folder")
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
-    with only_writer(folder):
+    with output_lock(folder):
         data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)
         if not any(_pairs(data, row) for row in range(len(data))):
             raise UserError(f"{source}: only ties in it; an audit needs candidates of which one is preferred")
@@ -153,7 +153,7 @@ def slices(data: Preferences, sharpness: NDArray) -> Slices:
     words = np.array([len(prompt.split()) for prompt in data.prompts])
     kinds: dict[str, list[str]] = {
         "prompt length": _thirds(words, "words"),
-        "picture quality": _thirds(sharpness, "sharpness"),
+        "image quality": _thirds(sharpness, "sharpness"),
         "prompt kind": [_kind(prompt) for prompt in data.prompts],
         "candidates": [str(len(label)) for label in data.labels],
     }
@@ -222,13 +222,13 @@ def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
 def _score(
     data: Preferences, scorers: Sequence[Scorer], batch_size: int, progress: bool
 ) -> tuple[dict[str, list[torch.Tensor]], NDArray]:
-    """Scores of each group's candidates by scorer, and the sharpness of each group's pictures."""
+    """Scores of each group's candidates by scorer, and the sharpness of each group's images."""
     found: dict[str, list[torch.Tensor]] = {scorer.name: [] for scorer in scorers}
     sharpness, waiting = [], []
     for row in tqdm(range(len(data)), desc="audit", unit="group", disable=not progress):
-        pictures = data.pictures(row)
-        sharpness.append(float(np.mean([_sharpness(picture) for picture in pictures])))
-        waiting += [(picture, data.prompts[row]) for picture in pictures]
+        all_images = data.all_images(row)
+        sharpness.append(float(np.mean([_sharpness(image) for image in all_images])))
+        waiting += [(image, data.prompts[row]) for image in all_images]
         if len(waiting) >= batch_size or row == len(data) - 1:
             images, texts = zip(*waiting, strict=True)
             for scorer in scorers:
@@ -252,9 +252,9 @@ def _curves(scorer: Scorer, prompts: Sequence[str], seed: int, batch_size: int) 
     return [*found, optimise.ascent_curve(scorer, pool, max(batch_size, 32))] if scorer.differentiable else found
 
 
-def _sharpness(picture: Image.Image) -> float:
-    """Mean absolute second difference of the grey picture at 256 pixels: low where it is blurred or empty."""
-    grey = np.asarray(picture.convert("L").resize((256, 256), Image.Resampling.BILINEAR), float) / 255
+def _sharpness(image: Image.Image) -> float:
+    """Mean absolute second difference of the grey image at 256 pixels: low where it is blurred or empty."""
+    grey = np.asarray(image.convert("L").resize((256, 256), Image.Resampling.BILINEAR), float) / 255
     return float(np.abs(np.diff(grey, 2, axis=0)).mean() + np.abs(np.diff(grey, 2, axis=1)).mean())
 
 

@@ -70,7 +70,7 @@ def get(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def per_group(name: str, scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
-    """The loss of each group, [B]; scores [N] are of all candidates one after another, labels [k] one a group."""
+    """The loss of each group, [B]; scores [N] are of all candidates one after another, labels [k] one per group."""
     loss, parts = get(name), scores.split([len(label) for label in labels])
     return torch.stack([loss(part, label) for part, label in zip(parts, labels, strict=True)])
 

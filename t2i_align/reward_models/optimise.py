@@ -1,7 +1,7 @@
-"""Over-optimisation on the testbed: what the oracle says of pictures while a scorer is optimised ever harder.
+"""Over-optimisation on the testbed: what the oracle says of images while a scorer is optimised ever harder.
 
-Best of n: of n drawn pictures the scorer's favourite (arXiv 2210.10760), with KL(n) = log n - (n - 1) / n to the pool.
-Ascent: steps up the scorer's gradient on a good picture's pixels, the attack that direct reward fine-tuning is.
+Best of n: of n drawn images the scorer's favourite (arXiv 2210.10760), with KL(n) = log n - (n - 1) / n to the pool.
+Ascent: steps up the scorer's gradient on a good image's pixels, the attack that direct reward fine-tuning is.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from reward_scorers import Scorer
 from t2i_align.testbed.captions import parse
-from t2i_align.testbed.clip import draw_picture, draw_wrong
+from t2i_align.testbed.clip import draw_image, draw_wrong
 from t2i_align.testbed.oracle import Oracle
 
-POOL = 64  # pictures of a prompt
+POOL = 64  # images of a prompt
 WRONG, DEGRADED = 0.6, 0.6  # shares of a pool with one attribute wrong, and with their quality spoilt
 STEPS, STEP_SIZE = 60, 2 / 255  # of the ascent: signed steps, in units of the pixel range
 RESAMPLES = 1000
@@ -51,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Pool:
-    """Drawn pictures [P, N, 3, 64, 64] of prompts [P], and the oracle's rewards [P, N] of them."""
+    """Drawn images [P, N, 3, 64, 64] of prompts [P], and the oracle's rewards [P, N] of them."""
 
     prompts: Sequence[str]
     pixels: Tensor
@@ -59,13 +59,13 @@ class Pool:
 
 
 def draw_pool(prompts: Sequence[str], size: int = POOL, seed: int = 0) -> Pool:
-    """Pictures of each prompt: some right, some with an attribute wrong, some blurred, faded or mottled."""
+    """Images of each prompt: some right, some with an attribute wrong, some blurred, faded or mottled."""
     pixels = []
     for number, prompt in enumerate(prompts):
         statement, rng = parse(prompt), np.random.default_rng((seed, number))
         for _ in range(size):
             said = draw_wrong(statement, rng) if rng.random() < WRONG else statement
-            pixels.append(torch.from_numpy(draw_picture(said, rng, DEGRADED)).permute(2, 0, 1))
+            pixels.append(torch.from_numpy(draw_image(said, rng, DEGRADED)).permute(2, 0, 1))
     stacked = torch.stack(pixels).float().clamp(0, 1).unflatten(0, (len(prompts), size))
     repeated = [prompt for prompt in prompts for _ in range(size)]
     return Pool(prompts, stacked, Oracle().judge(stacked.flatten(0, 1), repeated).reward.reshape(-1, size))
@@ -104,7 +104,7 @@ def score_pool(scorer: Scorer, pool: Pool, batch_size: int) -> NDArray[np.float6
 
 
 def ascent_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
-    """From each prompt's first right picture (or its best): signed steps, with the oracle's word every few of them."""
+    """From each prompt's first right image (or its best): signed steps, with the oracle's word every few of them."""
     proxy = score_pool(scorer, pool, batch_size)
     start = pool.rewards.argmax(1)
     pixels = pool.pixels[torch.arange(len(start)), torch.from_numpy(start)].clone()

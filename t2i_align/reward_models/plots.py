@@ -1,4 +1,4 @@
-"""The audit's pictures as plain SVG, for a report that fetches nothing."""
+"""The audit's images as plain SVG, for a report that fetches nothing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def line_plot(curve: Curve) -> str:
 
 
 def reliability_plot(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Share right over predicted chance; on the dashed line a scorer is as right as it claims to be."""
+    """Share right over predicted chance; on the dashed line per scorer is as right as it claims to be."""
     frame = Frame((0.5, 1.0), (0.4, 1.0))
     points = [(predicted, max(0.4, share)) for predicted, share, _ in bins]
     body = frame.ticks([(x / 10, f"{x * 10} %") for x in range(5, 11)], "predicted chance")

@@ -17,7 +17,7 @@ from reward_scorers.towers import TwoTowers, in_threads, unit
 from t2i_align.config import LoraConfig
 from t2i_align.reward_models.preferences import Preferences
 
-EMBED_BATCH = 64  # pictures
+EMBED_BATCH = 64  # images
 LORA_TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "visual_projection", "text_projection"],
@@ -34,7 +34,7 @@ class Policy(Protocol):
 
 
 class WholeClip(Policy):
-    """A transformers CLIP, all of it or LoRA on it; pictures are decoded for each batch."""
+    """A transformers CLIP, all of it or LoRA on it; images are decoded for each batch."""
 
     def __init__(self, scorer: HFClipScorer, lora: LoraConfig | None) -> None:
         self.scorer, model = scorer, scorer.model
@@ -50,11 +50,11 @@ class WholeClip(Policy):
         self.network = _Scores(model)
 
     def batch(self, preferences: Preferences, rows: Sequence[int]) -> dict[str, Any]:
-        pictures = [picture for row in rows for picture in preferences.pictures(row)]
+        images = [image for row in rows for image in preferences.images(row)]
         counts = [len(preferences.labels[row]) for row in rows]
         tokens = self.scorer.tokens([preferences.prompts[row] for row in rows])
         return {
-            "pixel_values": torch.stack(in_threads(self.scorer.transform, pictures)),
+            "pixel_values": torch.stack(in_threads(self.scorer.transform, images)),
             "owner": torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
             **tokens,
         }
@@ -73,7 +73,7 @@ class _Scores(nn.Module):
         self.model: Any = model
 
     def forward(self, pixel_values: Tensor, owner: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores [N] of pictures [N, 3, H, W] with the prompts [G, L] that `owner` [N] points to."""
+        """Scores [N] of images [N, 3, H, W] with the prompts [G, L] that `owner` [N] points to."""
         images = unit(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
         texts = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         cosines = (images * unit(texts)[owner]).sum(-1)
@@ -118,7 +118,7 @@ class Features:
         if not file.exists():
             images, rows, waiting = [], range(len(preferences)), []
             for row in tqdm(rows, desc="features", unit="group", disable=not progress):
-                waiting += preferences.pictures(row)
+                waiting += preferences.images(row)
                 if len(waiting) >= EMBED_BATCH or row == rows[-1]:
                     images.append(base.encode_images(base.inputs(waiting)).float().cpu())
                     waiting = []

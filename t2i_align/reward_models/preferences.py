@@ -1,4 +1,4 @@
-"""Preferences as scorers learn them: who said what of which pictures, split by prompt and by user."""
+"""Preferences as scorers learn them: who said what of which images, split by prompt and by user."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.clips import ANY_PICTURE
-from t2i_align.data.media import ImageError, decode
+from t2i_align.data.clips import ANY_IMAGE
 from t2i_align.data.layout import MANIFEST
-from t2i_align.data.live import LiveGroups, index_pictures
+from t2i_align.data.live import LiveGroups, index_images
+from t2i_align.data.media import ImageError, decode
 from t2i_align.data.shards import Limit
-from t2i_align.errors import UserError
 from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ NOBODY = ""  # the user of preferences that name none
 
 @dataclass(frozen=True)
 class Preferences:
-    """All groups of a source with two candidates or more, best first. `media` decodes a group's pictures.
+    """All groups of a source with two candidates or more, best first. `media` decodes a group's images.
 
-    prompts, users, labels: one a group; labels [k].
+    prompts, users, labels: one per group; labels [k].
     """
 
     store: LiveGroups
@@ -45,12 +45,12 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def pictures(self, row: int) -> list[Image.Image]:
-        """A group's pictures, best first."""
+    def images(self, row: int) -> list[Image.Image]:
+        """A group's images, best first."""
         try:
             return [decode(media) for media in self.store.media(self.numbers[row])]
         except ImageError as error:  # it could be decoded when the index was made
-            raise UserError(f"group {self.ids[row]}: a picture has changed since it was indexed: {error}") from error
+            raise UserError(f"group {self.ids[row]}: an image has changed since it was indexed: {error}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +68,7 @@ def open_preferences(
     limit: int | None = None,
     progress: bool = True,
 ) -> Preferences:
-    """Index a source under `root`, each picture decoded once to see that it can be; a finished index is kept.
+    """Index a source under `root`, each image decoded once to see that it can be; a finished index is kept.
 
     Raises:
         UserError: a source that cannot be read, or without a group of two candidates.
@@ -79,16 +79,16 @@ def open_preferences(
     if not any(k >= 2 for k in survey.candidates):
         raise UserError(f"{path}: preferences need groups of two candidates or more, found {survey.candidates}")
     parts = {
-        "content": "pictures",
+        "content": "images",
         "root": str(file.resolve()),
         "source": readers.identity(file, kind),
         "annotations": sidecar_identity(list(annotations)),
         "limit": limit,
     }
-    folder = root / f"pictures-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
+    folder = root / f"images-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
     if not (folder / MANIFEST).exists():
         some = None if limit is None else Limit(groups=limit, candidates=2)
-        index_pictures(readers.read(file, kind, added), folder, fingerprint=parts, extent=ANY_PICTURE, survey=survey,
+        index_images(readers.read(file, kind, added), folder, fingerprint=parts, extent=ANY_IMAGE, survey=survey,
                        limit=some, source_bytes=readers.embedded_bytes(file, kind), progress=progress)  # fmt: skip
     store = LiveGroups(folder)
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]

@@ -29,23 +29,23 @@ from reward_scorers.heads import PAL
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.towers import TwoTowers
 from reward_scorers.trained import CLIP, DESCRIPTION, HEAD, LAYOUT, describe, load_head, make_head
-from t2i_align import checkpoint
 from t2i_align.data.layout import differences, write_json
 from t2i_align.data.sampling import StreamSampler
+from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.evaluation.stats import compare
-from t2i_align.utils.files import only_writer
-from t2i_align.training.signals import interruptible
-from t2i_align.training.monitor import Tally
-from t2i_align.training.optim import make_optimizer, make_schedule
-from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.rewards import losses
 from t2i_align.reward_models.config import ScorerRun, load
 from t2i_align.reward_models.policies import Features, FrozenFeatures, Policy, WholeClip
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences, split
+from t2i_align.rewards import losses
+from t2i_align.training import checkpoint
+from t2i_align.training.monitor import MetricAverager
+from t2i_align.training.optim import make_optimizer, make_schedule
 from t2i_align.training.run import RUN_FILE, write_atomically
+from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.trainer import METRICS_FILE
+from t2i_align.utils.files import output_lock
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -88,7 +88,7 @@ def train_scorer(
     precision = {"fp32": "no"}.get(run.train.precision, run.train.precision)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     output = Path(run.output_dir).expanduser()
-    with only_writer(output, first=accelerator.is_main_process):
+    with output_lock(output, first=accelerator.is_main_process):
         check_folder(run, output)
         return _train_into(output, run, accelerator, progress)
 
@@ -235,7 +235,7 @@ def train(
     optimizer = make_optimizer(optim, list(parameters.values()))
     schedule = make_schedule(optim, optimizer, config.steps)
     fingerprint = f"{data.fingerprint} {len(rows)} {config.batch_size * accelerator.num_processes}"
-    window = Tally()  # of the metrics since the last logged line
+    window = MetricAverager()  # of the metrics since the last logged line
     step = restore(run, output, parameters, optimizer, schedule, fingerprint, window) if run.resume else 0
     if accelerator.is_main_process:
         checkpoint.truncate_lines(output / METRICS_FILE, step)
@@ -244,7 +244,7 @@ def train(
     rank, world = accelerator.process_index, accelerator.num_processes
     places = iter(StreamSampler(len(rows), config.seed, step, config.batch_size, rank, world))
     bar = tqdm(initial=step, total=config.steps, desc="train", disable=not progress)
-    with bar, interruptible() as stop:
+    with bar, graceful_shutdown() as stop:
         while step < config.steps:
             torch.manual_seed(stable_seed(config.seed, "step", step, accelerator.process_index))
             prepared.train()
@@ -268,7 +268,7 @@ def train(
             last = step == config.steps
             if step % run.log.every == 0 or last:
                 means = window.numbers(accelerator)
-                window = Tally()
+                window = MetricAverager()
                 if accelerator.is_main_process:
                     checkpoint.append_line(
                         output / METRICS_FILE, {"step": step, **means, "lr": schedule.get_last_lr()[0]}
@@ -287,7 +287,7 @@ def train(
 
 def restore(
     run: ScorerRun, output: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR, fingerprint: str, window: Tally,
+    schedule: torch.optim.lr_scheduler.LambdaLR, fingerprint: str, window: MetricAverager,
 ) -> int:  # fmt: skip
     """Continue from the newest checkpoint; returns its step, 0 where there is none."""
     saved = checkpoint.all_steps(output)

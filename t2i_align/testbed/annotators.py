@@ -1,4 +1,4 @@
-"""Simulated annotators: functions from what the oracle knows of two pictures to a preference.
+"""Simulated annotators: functions from what the oracle knows of two images to a preference.
 
 All return P(first preferred) labels as 1.0, 0.0 or 0.5 (a tie), the convention of Pick-a-Pic's
 `label_0`. Randomness comes from the generator that the caller passes, never from global state.
@@ -21,7 +21,7 @@ TRAITS = ("white", "black", "big", "warm", "crowded", "left", "high")
 
 
 class Annotator(Protocol):
-    """Compares picture i of `first` with picture i of `second` (same prompt)."""
+    """Compares image i of `first` with image i of `second` (same prompt)."""
 
     def label(self, first: Verdict, second: Verdict, rng: np.random.Generator) -> np.ndarray:
         """Labels [B] in {0, 0.5, 1}: 1 where the first is preferred."""
@@ -72,7 +72,7 @@ class Noisy:
 
 
 def traits(views: Sequence[View]) -> np.ndarray:
-    """Features [B, 7] of pictures in the order of `TRAITS`, each about in [-1, 1]."""
+    """Features [B, 7] of images in the order of `TRAITS`, each about in [-1, 1]."""
     rows = []
     for view in views:
         objects = view.objects
@@ -111,7 +111,7 @@ class Person:
     margin: float = 0.02
 
     def score(self, verdict: Verdict) -> np.ndarray:
-        """How much the person likes each picture [B]."""
+        """How much the person likes each image [B]."""
         return self.care * verdict.reward + traits(verdict.views) @ np.asarray(self.weights)
 
     def label(self, first: Verdict, second: Verdict, rng: np.random.Generator) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""A tiny CLIP of the testbed: it learns from drawn pictures which caption belongs to which.
+"""A tiny CLIP of the testbed: it learns from drawn images which caption belongs to which.
 
 A genuine transformers CLIP, 64 x 64 pixels in patches of 8, whose text tower begins as the bundled base's text encoder,
 which can read the captions. The vision tower first learns to look, as the text tower has learnt to read: heads on
 its patches tell what is drawn there, and are thrown away. (CLIP's loss alone finds colours, and no shape in 1,500
-steps.) Then each batch holds captions with a picture of each, and one of a caption with one attribute wrong; the loss
-is CLIP's (arXiv 2103.00020), with the wrong pictures as further negatives of every caption. So it has never seen a
+steps.) Then each batch holds captions with an image of each, and one of a caption with one attribute wrong; the loss
+is CLIP's (arXiv 2103.00020), with the wrong images as further negatives of every caption. So it has never seen a
 preference, nor a prompt of dev or test: `t2i-align train-scorer` fine-tunes it on preferences.
 """
 
@@ -30,9 +30,9 @@ from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, degrade, render, sample_scene, signed_distance
 from t2i_align.testbed.text import WordEncoder, build_tokenizer
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # flat pictures of full colours, not photographs
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # flat images of full colours, not photographs
 WIDTH, LAYERS, PATCH, PROJECTION = 128, 3, 8, 128
-SPOILT = 0.3  # share of pictures that are blurred, faded or mottled
+SPOILT = 0.3  # share of images that are blurred, faded or mottled
 NEAR = 3.0  # pixels from a patch's centre to the outline of what it is said to show
 
 
@@ -78,8 +78,8 @@ def draw_wrong(statement: Statement, rng: np.random.Generator) -> Statement:
             return wrong
 
 
-def draw_picture(statement: Statement, rng: np.random.Generator, degraded: float = 0.0) -> np.ndarray:
-    """A picture [64, 64, 3] of which the statement is true, degraded with this probability."""
+def draw_image(statement: Statement, rng: np.random.Generator, degraded: float = 0.0) -> np.ndarray:
+    """An image [64, 64, 3] of which the statement is true, degraded with this probability."""
     return spoil(render(draw_for(statement, rng)), rng, degraded)
 
 
@@ -87,14 +87,14 @@ def spoil(pixels: np.ndarray, rng: np.random.Generator, probability: float) -> n
     return degrade(pixels, rng) if rng.random() < probability else pixels
 
 
-def to_input(pictures: list[np.ndarray]) -> Tensor:
+def to_input(images: list[np.ndarray]) -> Tensor:
     """[N, 3, 64, 64] as the model takes them."""
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def contrastive_loss(model: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
-    """CLIP's loss of B captions and 2B pictures, of which the first B belong to them and the others to nobody."""
+    """CLIP's loss of B captions and 2B images, of which the first B belong to them and the others to nobody."""
     count = len(ids)
     mask = torch.ones_like(ids)
     texts = F.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
@@ -141,14 +141,14 @@ def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLI
 
     def see(rng: np.random.Generator) -> Tensor:
         scenes = [draw_for(draw_statement(rng), rng) for _ in range(batch)]
-        pictures = to_input([spoil(render(scene), rng, SPOILT) for scene in scenes])
-        return heads.loss(model.vision_model(pixel_values=pictures).last_hidden_state[:, 1:], scenes)
+        images = to_input([spoil(render(scene), rng, SPOILT) for scene in scenes])
+        return heads.loss(model.vision_model(pixel_values=images).last_hidden_state[:, 1:], scenes)
 
     def match(rng: np.random.Generator) -> Tensor:
         statements = [draw_statement(rng) for _ in range(batch)]
-        pictures = [draw_picture(s, rng, SPOILT) for s in statements]
-        pictures += [draw_picture(draw_wrong(s, rng), rng, SPOILT) for s in statements]
-        return contrastive_loss(model, to_input(pictures), words([write(s, rng) for s in statements]))
+        images = [draw_image(s, rng, SPOILT) for s in statements]
+        images += [draw_image(draw_wrong(s, rng), rng, SPOILT) for s in statements]
+        return contrastive_loss(model, to_input(images), words([write(s, rng) for s in statements]))
 
     _optimise(see, [*model.vision_model.parameters(), *heads.parameters()], look, 2 * lr, (seed, 0), "look")
     _optimise(match, list(model.parameters()), steps, lr, (seed, 1), "clip")
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, required=True, help="folder for the model")
     p.add_argument("--look", type=int, default=500, help="steps in which the vision tower learns to look")
     p.add_argument("--steps", type=int, default=800)
-    p.add_argument("--batch", type=int, default=64, help="captions a step; twice as many pictures")
+    p.add_argument("--batch", type=int, default=64, help="captions per step; twice as many images")
     p.add_argument("--lr", type=float, default=2.5e-3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,7 +1,7 @@
 """Train the testbed's denoiser with its text encoder on cached latents of drawn scenes.
 
-Two phases under one cosine. First true captions and mostly clean pictures, so that the base *knows* its
-world. Then faults: captions with independent planted errors, degraded pictures, stray objects. The base
+Two phases under one cosine. First true captions and mostly clean images, so that the base *knows* its
+world. Then faults: captions with independent planted errors, degraded images, stray objects. The base
 ends as a mixture around what it knows, which is what preference alignment can sharpen.
 """
 
@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from t2i_align.testbed import captions as picture_captions
+from t2i_align.testbed import captions as image_captions
 from t2i_align.testbed.loop import LoopConfig, fit
 from t2i_align.testbed.pools import Pool
 from t2i_align.testbed.precision import mixed
@@ -51,14 +51,14 @@ class DenoiserConfig:
     lr: float = 1e-3
     caption_dropout: float = 0.1
     parse_weight: float = 0.1
-    faulty_pictures: tuple[float, float] = (0.1, 0.7)  # share of the batch, in each phase
+    faulty_images: tuple[float, float] = (0.1, 0.7)  # share of the batch, in each phase
     fault_rates: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(FAULT_RATES))
-    # Shapes are drawn between noise and picture, where the loss is small against the noisy steps' irreducible
+    # Shapes are drawn between noise and image, where the loss is small against the noisy steps' irreducible
     # one: this share of the times is logit-normal around `middle`, the rest uniform.
     middle_share: float = 0.7
     middle: tuple[float, float] = (-0.2, 1.0)
     noisiest_share: float = 0.0  # of the times in the noisiest twentieth, where backgrounds are decided
-    # Pictures of large objects only are drawn so many times as often: a shape's word is learned from them first,
+    # Images of large objects only are drawn so many times as often: a shape's word is learned from them first,
     # since a small shape is three latent pixels wide.
     large_weight: float = 3.0
     seed: int = 0
@@ -98,7 +98,7 @@ def build_scheduler(prediction_type: str) -> DDIMScheduler:
 def draw_captions(
     pool: Pool[Any], index: np.ndarray, rng: np.random.Generator, config: DenoiserConfig, faulty: bool, language: Any
 ) -> tuple[list[str], list[Any]]:
-    """A caption for each picture, "" where dropped; statements of dev and test prompts never occur.
+    """A caption for each image, "" where dropped; statements of dev and test prompts never occur.
 
     `language` is the module that has the captions of what is in the pool.
     """
@@ -123,10 +123,10 @@ def draw_batch(
     rng: np.random.Generator,
     config: DenoiserConfig,
     faulty: bool,
-    language: Any = picture_captions,
+    language: Any = image_captions,
 ) -> tuple[Tensor, list[str], list[Any]]:
-    """Latents [B, ...], captions and statements of clean and faulty pictures in their phase's shares."""
-    number = round(config.faulty_pictures[int(faulty)] * config.batch)
+    """Latents [B, ...], captions and statements of clean and faulty images in their phase's shares."""
+    number = round(config.faulty_images[int(faulty)] * config.batch)
     latents, captions, statements = [], [], []
     for pool, count in zip(pools, (config.batch - number, number), strict=True):
         index = pool.draw(rng, count, config.large_weight)
@@ -158,7 +158,7 @@ def train_denoiser(
     """Train and return the exponential average, continuing from `out/denoiser.pt` where it exists.
 
     Args:
-        pools: clean and faulty pictures.
+        pools: clean and faulty images.
         on_checkpoint: called with the average and the step after each checkpoint (`every` steps).
     """
     # Plain matrix products: at these sizes the fused kernel's backward takes twice as long on a CPU.

@@ -1,7 +1,7 @@
 """Distil a tiny base of another family or prediction type from the v base, in minutes instead of an hour.
 
 The student learns the teacher's prediction at the same noise level, a target without the sampling noise of
-single pictures. What both predict follows from the picture and the noise that the teacher sees, whatever their
+single images. What both predict follows from the image and the noise that the teacher sees, whatever their
 parameterisation; a rectified flow's x_t becomes the teacher's when it is scaled to unit variance. The noise
 level, not the timestep, is matched: the teacher is given fractional timesteps.
 """
@@ -71,7 +71,7 @@ class Distillation:
         return {"error": error.mean()}
 
     def target(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
-        """What the student should predict at x_t, [B, 4, 16, 16], by the teacher's view of its picture and noise."""
+        """What the student should predict at x_t, [B, 4, 16, 16], by the teacher's view of its image and noise."""
         alpha, sigma = self.process.alpha_sigma(timesteps)
         scale = (alpha.square() + sigma.square()).sqrt()
         seen = noisy / scale.float().view(-1, 1, 1, 1)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
         pipeline = student.assemble(average)
-        verdict = evaluate(pipeline, prompts("dev")[:64], picture=args.work / f"{args.student}_{step}.png")
+        verdict = evaluate(pipeline, prompts("dev")[:64], image=args.work / f"{args.student}_{step}.png")
         print(f"dev at step {step}: {summary(verdict)}", flush=True)
 
     config = DenoiserConfig(batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)

@@ -32,11 +32,11 @@ def summary(verdict: Verdict | ClipVerdict) -> str:
     return " ".join(f"{name} {value:.3f}" for name, value in means(verdict).items())
 
 
-def grid(pictures: Tensor, columns: int = 16) -> Image.Image:
-    """Pictures [B, 3, H, W] in [0, 1] side by side; an incomplete last row is left out."""
-    rows = len(pictures) // columns
-    height, width = pictures.shape[-2:]
-    tiles = pictures[: rows * columns].reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+def grid(images: Tensor, columns: int = 16) -> Image.Image:
+    """Images [B, 3, H, W] in [0, 1] side by side; an incomplete last row is left out."""
+    rows = len(images) // columns
+    height, width = images.shape[-2:]
+    tiles = images[: rows * columns].reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
     array = (tiles.reshape(rows * height, columns * width, 3) * 255).round().byte().numpy()
     return Image.fromarray(array)
 
@@ -48,13 +48,13 @@ def evaluate(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     seed: int = 0,
-    picture: Path | None = None,
+    image: Path | None = None,
 ) -> Verdict | ClipVerdict:
-    """Judge one sample a caption, with seeds seed, seed + 1, ...; `picture` saves a grid of them, two clips a row."""
+    """Judge one sample a caption, with seeds seed, seed + 1, ...; `image` saves a grid of them, two clips a row."""
     samples = sample(pipeline, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
     clips = samples.ndim == 5
-    if picture is not None and len(samples) >= 16:
-        grid(samples.flatten(0, 1), 2 * samples.shape[1]).save(picture) if clips else grid(samples).save(picture)
+    if image is not None and len(samples) >= 16:
+        grid(samples.flatten(0, 1), 2 * samples.shape[1]).save(image) if clips else grid(samples).save(image)
     return MotionOracle().judge(samples, captions) if clips else Oracle().judge(samples, captions)
 
 
@@ -68,14 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--guidance", type=float, default=GUIDANCE)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--picture", type=Path, help="save a grid of the samples here")
+    p.add_argument("--image", type=Path, help="save a grid of the samples here")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     pipeline = load(args.model)
     split = f"video-{args.split}" if pipelines.wrap(pipeline).video else args.split
     captions = prompts(split)[: args.number]
-    verdict = evaluate(
-        pipeline, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, picture=args.picture
-    )
+    verdict = evaluate(pipeline, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, image=args.image)
     settings = {"model": str(args.model), "split": split, "prompts": len(captions), "steps": args.steps}
     print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | means(verdict), indent=2))

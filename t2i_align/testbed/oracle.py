@@ -1,4 +1,4 @@
-"""The oracle: is the picture what its prompt says, and is it well made?
+"""The oracle: is the image what its prompt says, and is it well made?
 
 It sees pixels and the prompt only. Faithfulness is the share of stated attributes that hold; quality is
 sharpness x contrast x smoothness; the reward is their weighted sum. It is the ground truth that aligned
@@ -40,7 +40,7 @@ class Verdict:
 
 
 class Oracle:
-    """Judges pictures against the prompts of this world.
+    """Judges images against the prompts of this world.
 
     Args:
         faithfulness_weight: share of faithfulness in the reward; quality has the rest.
@@ -52,24 +52,24 @@ class Oracle:
         self.faithfulness_weight = check_weight(faithfulness_weight)
 
     def judge(self, pixels: Tensor | np.ndarray, prompts: Sequence[str]) -> Verdict:
-        """Judge pictures.
+        """Judge images.
 
         Args:
             pixels: [B, 3, H, W] in [0, 1]; squares of another side are resized to 64.
             prompts: B captions of the testbed.
 
         Raises:
-            ValueError: wrong shape, values outside [0, 1] or not finite, or as many prompts as pictures
+            ValueError: wrong shape, values outside [0, 1] or not finite, or as many prompts as images
                 are not given.
             CaptionError: a prompt is not of this world.
         """
         statements = [parse(prompt) for prompt in prompts]
         views: list[View] = []
-        pictures = to_pictures(pixels, len(statements))
-        for start in range(0, len(pictures), 64):
-            views += look(pictures[start : start + 64])
+        images = to_images(pixels, len(statements))
+        for start in range(0, len(images), 64):
+            views += look(images[start : start + 64])
         rows = np.array([_check(view, statement) for view, statement in zip(views, statements, strict=True)], float)
-        quality = np.array([picture_quality(view) for view in views], float)
+        quality = np.array([image_quality(view) for view in views], float)
         return Verdict(**grades(rows, ATTRIBUTES, quality, self.faithfulness_weight), views=tuple(views))
 
 
@@ -80,7 +80,7 @@ def check_weight(faithfulness_weight: float) -> float:
 
 
 def grades(held: np.ndarray, names: Sequence[str], quality: np.ndarray, weight: float) -> dict[str, Any]:
-    """What pictures' and clips' verdicts have in common, from which attributes hold [B, len(names)] and quality [B]."""
+    """What images' and clips' verdicts have in common, from which attributes hold [B, len(names)] and quality [B]."""
     held = held.reshape(-1, len(names))
     faithfulness = np.nanmean(held, axis=1) if len(held) else np.zeros(0)
     return {
@@ -92,13 +92,13 @@ def grades(held: np.ndarray, names: Sequence[str], quality: np.ndarray, weight: 
     }
 
 
-def to_pictures(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
+def to_images(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
     """Checked float32 [B, 64, 64, 3]."""
     images = torch.as_tensor(pixels).detach().cpu()
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"pixels must be square pictures [B, 3, H, H], not {tuple(images.shape)}")
+        raise ValueError(f"pixels must be square images [B, 3, H, H], not {tuple(images.shape)}")
     if len(images) != number:
-        raise ValueError(f"{len(images)} pictures but {number} prompts")
+        raise ValueError(f"{len(images)} images but {number} prompts")
     if not images.is_floating_point():
         raise ValueError(f"pixels must be floats in [0, 1], not {images.dtype}")
     images = images.float()
@@ -162,8 +162,8 @@ def fall(value: float, good: float, bad: float) -> float:
     return float(np.clip((bad - value) / (bad - good), 0.0, 1.0))
 
 
-def picture_quality(view: View) -> float:
-    """Sharpness x contrast x smoothness, 0 for a picture without objects.
+def image_quality(view: View) -> float:
+    """Sharpness x contrast x smoothness, 0 for an image without objects.
 
     The limits leave the autoencoder's own softness (edge up to 0.30, roughness under 0.01) unpunished.
     """

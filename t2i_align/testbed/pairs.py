@@ -1,7 +1,7 @@
 """Make preference pairs: sample a base, let the oracle score, let an annotator label, write parquet.
 
 The file has the columns of Pick-a-Pic v2, so it is read like the real data set. `jpg_0`, `jpg_1` hold
-encoded bytes; `label_0` is 1 where the first picture is preferred, 0 where the second is, 0.5 for ties.
+encoded bytes; `label_0` is 1 where the first image is preferred, 0 where the second is, 0.5 for ties.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SCHEMA = pa.schema(
 class PairsConfig:
     """How pairs are sampled and chosen.
 
-    Of `candidates` pictures a prompt the best and the worst make a pair, the second best and the second
+    Of `candidates` images a prompt the best and the worst make a pair, the second best and the second
     worst another, and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs
     that differ in quality only, the share `quality_only` is kept: less than 1 where the base is so weak
     that quality differs far more often than faithfulness and would drown it.
@@ -85,9 +85,9 @@ class PairsConfig:
     seed: int = 0
 
 
-def encode_jpeg(picture: Tensor) -> bytes:
-    """A picture [3, H, W] in [0, 1] as JPEG, quality 95 without chroma subsampling, which blurs hues."""
-    array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+def encode_jpeg(image: Tensor) -> bytes:
+    """An image [3, H, W] in [0, 1] as JPEG, quality 95 without chroma subsampling, which blurs hues."""
+    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
@@ -100,7 +100,7 @@ def decode(data: bytes) -> Tensor:
 
 
 def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
-    """The verdict on a selection of the pictures."""
+    """The verdict on a selection of the images."""
     index = np.asarray(index, int)
     return Verdict(
         reward=verdict.reward[index],
@@ -115,7 +115,7 @@ def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
 def choose(
     verdict: Verdict | ClipVerdict, number: int, config: PairsConfig, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """(winner, loser) indices into a verdict on number x candidates pictures, grouped by prompt."""
+    """(winner, loser) indices into a verdict on number x candidates images, grouped by prompt."""
     pairs = []
     for p in range(number):
         rows = np.arange(p * config.candidates, (p + 1) * config.candidates)
@@ -143,7 +143,7 @@ def make_pairs(
 ) -> list[dict[str, object]]:
     """Rows of `SCHEMA`, at most `limit`; the left or right place of the winner is random.
 
-    The oracle judges the pictures after JPEG, which is what a reader of the file sees.
+    The oracle judges the images after JPEG, which is what a reader of the file sees.
     """
     oracle = oracle or Oracle()
     rows: list[dict[str, object]] = []
@@ -153,8 +153,8 @@ def make_pairs(
         repeated = list(itertools.chain.from_iterable([p] * config.candidates for p in some))
         first = 1_000_000 * (config.seed + 1) + start * config.candidates
         seeds = range(first, first + len(repeated))
-        pictures = sample(pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance, batch=len(repeated))
-        encoded = [encode_jpeg(picture) for picture in pictures]
+        images = sample(pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance, batch=len(repeated))
+        encoded = [encode_jpeg(image) for image in images]
         verdict = oracle.judge(torch.stack([decode(data) for data in encoded]), repeated)
         rng = np.random.default_rng((config.seed, start))
         chosen = choose(verdict, len(some), config, rng)

@@ -1,4 +1,4 @@
-"""Pools of drawn pictures or clips and their cached latents, from which the denoisers learn."""
+"""Pools of drawn images or clips and their cached latents, from which the denoisers learn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from t2i_align.testbed.vae import encode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """How many pictures, the share of them degraded, and the share with a stray object."""
+    """How many images, the share of them degraded, and the share with a stray object."""
 
     number: int
     degraded: float = 0.0
@@ -100,12 +100,12 @@ def make_pool(config: PoolConfig, vae: AutoencoderKL, cache: Path) -> Pool[Scene
         fast = vae.to(memory_format=torch.channels_last)
         rng, parts = np.random.default_rng((config.seed, 1)), []
         for start in range(0, len(scenes), 2000):
-            pictures = []
+            images = []
             for scene in scenes[start : start + 2000]:
                 pixels = render(scene)
-                pictures.append(to_uint8(degrade(pixels, rng) if rng.random() < config.degraded else pixels))
-            parts.append((encode(fast, np.stack(pictures), bf16=True) * vae.config.scaling_factor).half())
-            print(f"latents {start + len(pictures)}/{len(scenes)}", flush=True)
+                images.append(to_uint8(degrade(pixels, rng) if rng.random() < config.degraded else pixels))
+            parts.append((encode(fast, np.stack(images), bf16=True) * vae.config.scaling_factor).half())
+            print(f"latents {start + len(images)}/{len(scenes)}", flush=True)
         return torch.cat(parts)
 
     return Pool(scenes, cached_latents(config, vae, cache, make))

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     def on_checkpoint(average: Denoiser, step: int) -> None:
         pipeline = pipeline_of(average)
         save(pipeline, args.work / "latest")
-        verdict = evaluate(pipeline, prompts("dev")[:64], picture=args.work / f"{step}.png")
+        verdict = evaluate(pipeline, prompts("dev")[:64], image=args.work / f"{step}.png")
         print(f"dev at step {step}: {summary(verdict)}", flush=True)
 
     config = DenoiserConfig(

@@ -22,7 +22,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 class Canonical(Protocol):
-    """A statement, of a picture or of a clip."""
+    """A statement, of an image or of a clip."""
 
     def canonical(self) -> object: ...
 

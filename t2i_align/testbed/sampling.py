@@ -102,7 +102,7 @@ def sample(
     batch: int = 64,
     bf16: bool = True,
 ) -> Tensor:
-    """Pictures [B, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
+    """Images [B, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
 
     Raises:
         PipelineError: not as many seeds as prompts.

@@ -1,6 +1,6 @@
 """The drawn world: scenes of one to three coloured shapes, rendered at 64 x 64 pixels.
 
-A scene is fully described by its objects and its background, so the truth about every picture is
+A scene is fully described by its objects and its background, so the truth about every image is
 known. Positions are in pixels with y pointing down. Drawing uses signed distances, hence edges are
 antialiased and a shape's area does not depend on where it falls on the pixel grid.
 """
@@ -69,7 +69,7 @@ class Scene:
     """A kind (`KINDS`), a background (`BACKGROUNDS`) and one to four objects that never overlap.
 
     In a pair the first object stands in `relation` to the second. `stray` counts the objects at the end
-    of `objects` that no caption mentions: a planted fault of the pictures that bases are trained on.
+    of `objects` that no caption mentions: a planted fault of the images that bases are trained on.
     """
 
     kind: str
@@ -193,7 +193,7 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
     """Draw a random scene of `kind` (at random by `KINDS` when None), with a stray object when asked.
 
     In pairs and triples no two objects share a colour or a shape, so that every stated attribute is
-    decidable from the picture alone.
+    decidable from the image alone.
     """
     if kind is None:
         kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
@@ -223,7 +223,7 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
 
 
 def degrade(pixels: np.ndarray, rng: np.random.Generator, how: str | None = None) -> np.ndarray:
-    """Spoil a picture's quality and nothing else: blur, fade or mottle (at random when None).
+    """Spoil an image's quality and nothing else: blur, fade or mottle (at random when None).
 
     Args:
         pixels: float [64, 64, 3] in [0, 1].

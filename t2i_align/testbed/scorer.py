@@ -21,7 +21,7 @@ class TruthScorer(Scorer):
     """
 
     differentiable = False
-    tie_margin = 0.02  # without one, traces of quality decide between pictures that look the same
+    tie_margin = 0.02  # without one, traces of quality decide between images that look the same
     oracle: Any
     parse: Callable[[str], object]
 
@@ -45,14 +45,14 @@ class TruthScorer(Scorer):
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
         if pixels.shape[-1] != pixels.shape[-2]:
-            what, size = "clips" if self.clips else "pictures", f"{pixels.shape[-1]} x {pixels.shape[-2]}"
+            what, size = "clips" if self.clips else "images", f"{pixels.shape[-1]} x {pixels.shape[-2]}"
             raise ScorerError(f"{self.name}: expected square {what}, found {size}")
         self.check_prompts(prompts)
         return self.oracle.judge(pixels.detach().float().cpu(), prompts)
 
 
 class OracleScorer(TruthScorer):
-    """The truth about pictures."""
+    """The truth about images."""
 
     name = "oracle"
     version = Oracle.version

@@ -154,7 +154,7 @@ class XL(Student):
 
 
 class Three(Student):
-    """`testbed:sd3`: a joint transformer of 64 picture tokens with all three text encoders, rectified flow."""
+    """`testbed:sd3`: a joint transformer of 64 image tokens with all three text encoders, rectified flow."""
 
     width, heads, layers = 160, 5, 6
 

@@ -143,7 +143,7 @@ class ParseHeads(nn.Module):
 def warm_up(
     encoder: CLIPTextModel, heads: ParseHeads, tokenizer: CLIPTokenizer, scenes: list[Scene], *, steps: int, seed: int
 ) -> None:
-    """Teach the encoder to read true captions of `scenes`: AdamW 2e-3 with a cosine, up to 128 captions a step.
+    """Teach the encoder to read true captions of `scenes`: AdamW 2e-3 with a cosine, up to 128 captions per step.
 
     Statements of dev and test prompts are left out.
     """

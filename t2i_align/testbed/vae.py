@@ -20,7 +20,7 @@ from t2i_align.testbed.scenes import SIDE, degrade, render, sample_scene, to_uin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Recipe of the shipped autoencoder; a step sees `batch` pictures of 64 x 64."""
+    """Recipe of the shipped autoencoder; a step sees `batch` images of 64 x 64."""
 
     steps: int = 2300
     mosaic_steps: int = 1600
@@ -48,39 +48,39 @@ def build_vae() -> AutoencoderKL:
 
 
 def render_pool(number: int, degraded: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [N, 64, 64, 3] uint8 and one object centre each [N, 2] (x, y in pixels)."""
+    """Images [N, 64, 64, 3] uint8 and one object centre each [N, 2] (x, y in pixels)."""
     rng = np.random.default_rng(seed)
-    pictures = np.empty((number, SIDE, SIDE, 3), np.uint8)
+    images = np.empty((number, SIDE, SIDE, 3), np.uint8)
     centres = np.empty((number, 2), np.int64)
     for i in range(number):
         scene = sample_scene(rng, stray=bool(rng.random() < 0.25))
         pixels = render(scene)
         if rng.random() < degraded:
             pixels = degrade(pixels, rng)
-        pictures[i] = to_uint8(pixels)
+        images[i] = to_uint8(pixels)
         item = scene.objects[rng.integers(len(scene.objects))]
         centres[i] = int(item.x), int(item.y)
-    return pictures, centres
+    return images, centres
 
 
-def _batch(pictures: np.ndarray, centres: np.ndarray, rng: np.random.Generator, batch: int, mosaic: bool) -> Tensor:
-    """A batch [B, 3, 64, 64] in [-1, 1]; mosaics put four 32 x 32 crops around objects into one picture.
+def _batch(images: np.ndarray, centres: np.ndarray, rng: np.random.Generator, batch: int, mosaic: bool) -> Tensor:
+    """A batch [B, 3, 64, 64] in [-1, 1]; mosaics put four 32 x 32 crops around objects into one image.
 
     Most of a scene is flat background. A mosaic holds about three times as many edges for the same work.
     """
     if not mosaic:
-        chosen = pictures[rng.integers(len(pictures), size=batch)]
+        chosen = images[rng.integers(len(images), size=batch)]
     else:
         half = SIDE // 2
         chosen = np.empty((batch, SIDE, SIDE, 3), np.uint8)
-        index = rng.integers(len(pictures), size=(batch, 4))
+        index = rng.integers(len(images), size=(batch, 4))
         jitter = rng.integers(-10, 11, size=(batch, 4, 2))
         for b in range(batch):
             for k in range(4):
                 i = index[b, k]
                 x, y = np.clip(centres[i] + jitter[b, k] - half // 2, 0, SIDE - half)
                 row, column = divmod(k, 2)
-                crop = pictures[i, y : y + half, x : x + half]
+                crop = images[i, y : y + half, x : x + half]
                 chosen[b, row * half : (row + 1) * half, column * half : (column + 1) * half] = crop
     pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2)
     return (pixels.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
@@ -119,12 +119,12 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         first = state["step"]
-    pictures, centres = render_pool(config.pool, config.degraded, config.seed)
+    images, centres = render_pool(config.pool, config.degraded, config.seed)
     loss_fn = torch.compile(vae_loss) if compile_step else vae_loss
     begin, log = time.time(), []
     for step in range(first, config.steps):
         rng = np.random.default_rng((config.seed, step))
-        pixels = _batch(pictures, centres, rng, config.batch, mosaic=step < config.mosaic_steps)
+        pixels = _batch(images, centres, rng, config.batch, mosaic=step < config.mosaic_steps)
         noise = torch.from_numpy(rng.standard_normal((config.batch, 4, SIDE // 4, SIDE // 4), np.float32))
         warm, progress = min(1.0, (step + 1) / 100), step / config.steps
         for group in optimiser.param_groups:
@@ -141,7 +141,7 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
         if (step + 1) % 200 == 0 or step + 1 == config.steps:
             mean = float(torch.stack(log).mean())
             log.clear()
-            psnr = round_trip_psnr(average, pictures[:64])
+            psnr = round_trip_psnr(average, images[:64])
             print(
                 f"vae step {step + 1}/{config.steps} loss {mean:.4f} psnr {psnr:.2f} dB {time.time() - begin:.0f} s",
                 flush=True,
@@ -149,7 +149,7 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
             state = {"vae": vae.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
             torch.save({**state, "step": step + 1}, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
-    balance_latents(average, pictures[:400])
+    balance_latents(average, images[:400])
     temporary = out / "vae.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     average.save_pretrained(temporary)
@@ -158,11 +158,11 @@ def train_vae(out: Path, config: VAEConfig, *, compile_step: bool = True) -> Aut
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64, *, bf16: bool = False) -> Tensor:
-    """Unscaled latent means [N, 4, 16, 16] float32 of uint8 pictures [N, 64, 64, 3]."""
+def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64, *, bf16: bool = False) -> Tensor:
+    """Unscaled latent means [N, 4, 16, 16] float32 of uint8 images [N, 64, 64, 3]."""
     latents = []
-    for start in range(0, len(pictures), batch):
-        pixels = torch.from_numpy(pictures[start : start + batch]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    for start in range(0, len(images), batch):
+        pixels = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with mixed(bf16):
             moments = vae.quant_conv(vae.encoder(pixels))
@@ -171,10 +171,10 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64, *, bf16: b
 
 
 @torch.no_grad()
-def round_trip_psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean PSNR in dB of decode(encode(x)) over uint8 pictures [N, 64, 64, 3]."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0
-    out = (vae.decode(encode(vae, pictures)).sample / 2 + 0.5).clamp(0, 1)
+def round_trip_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """Mean PSNR in dB of decode(encode(x)) over uint8 images [N, 64, 64, 3]."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
+    out = (vae.decode(encode(vae, images)).sample / 2 + 0.5).clamp(0, 1)
     return float((-10 * torch.log10((out - pixels).square().flatten(1).mean(1).clamp_min(1e-8))).mean())
 
 
@@ -185,13 +185,13 @@ BALANCE = (1.2, 0.95, 0.75, 0.15)
 
 
 @torch.no_grad()
-def balance_latents(vae: AutoencoderKL, pictures: np.ndarray, spread: tuple[float, ...] = BALANCE) -> None:
+def balance_latents(vae: AutoencoderKL, images: np.ndarray, spread: tuple[float, ...] = BALANCE) -> None:
     """Rotate and rescale the latents so that their principal components have the standard deviations `spread`.
 
-    z' = T z - m with T = diag(spread / std) V^T, folded into the 1 x 1 convolutions around the latents: pictures
-    decode as before, in place. The posterior's variance becomes a constant, its mean over `pictures`.
+    z' = T z - m with T = diag(spread / std) V^T, folded into the 1 x 1 convolutions around the latents: images
+    decode as before, in place. The posterior's variance becomes a constant, its mean over `images`.
     """
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     posterior = vae.encode(pixels).latent_dist
     means = posterior.mean.permute(0, 2, 3, 1).reshape(-1, 4).double()
     spread_to(vae, means, posterior.var.double().mean((0, 2, 3)), torch.tensor(spread).double())

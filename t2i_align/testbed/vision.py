@@ -1,8 +1,8 @@
-"""Find the shapes in a picture: the eyes of the oracle, which know nothing of any model.
+"""Find the shapes in an image: the eyes of the oracle, which know nothing of any model.
 
 Mixing a colour with white, gray or black changes its chroma (largest minus smallest channel) linearly
 and leaves its hue alone. So chroma divided by its peak within an object is the object's coverage of a
-pixel, whatever the background, and stays so when a picture is blurred or faded.
+pixel, whatever the background, and stays so when an image is blurred or faded.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What a picture shows: its objects, its background's name (None: none of them) and roughness."""
+    """What an image shows: its objects, its background's name (None: none of them) and roughness."""
 
     objects: tuple[Seen, ...]
     background: str | None
@@ -91,8 +91,8 @@ def _geometry(shape: str) -> tuple[float, float]:
 
 
 def _components(chroma: np.ndarray, hue: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """Regions of one hue: (picture, colour index, labelled mask [64, 64])."""
-    # A threshold relative to the picture's own strongest colour also finds faded objects.
+    """Regions of one hue: (image, colour index, labelled mask [64, 64])."""
+    # A threshold relative to the image's own strongest colour also finds faded objects.
     peak = np.percentile(chroma, 99, axis=(1, 2))[:, None, None]
     mask = chroma > np.maximum(0.12, 0.4 * peak)
     gap = np.abs((hue[..., None] - _HUES + np.pi) % (2 * np.pi) - np.pi)
@@ -113,7 +113,7 @@ def _components(chroma: np.ndarray, hue: np.ndarray) -> list[tuple[int, int, np.
 
 
 def _crop(image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """A 36 x 36 window whose middle is the pixel corner nearest to (x, y), zero outside the picture."""
+    """A 36 x 36 window whose middle is the pixel corner nearest to (x, y), zero outside the image."""
     half = _CROP // 2
     left, top = round(x) - half, round(y) - half
     out = np.zeros((_CROP, _CROP), np.float32)
@@ -123,7 +123,7 @@ def _crop(image: np.ndarray, x: float, y: float) -> np.ndarray:
 
 
 def look(pixels: np.ndarray) -> list[View]:
-    """Describe pictures [B, 64, 64, 3] with values in [0, 1]."""
+    """Describe images [B, 64, 64, 3] with values in [0, 1]."""
     chroma = np.ptp(pixels, axis=-1)
     smooth = ndimage.uniform_filter(pixels, (0, 3, 3, 0), mode="nearest")
     hue = _hue(smooth[..., 0], smooth[..., 1], smooth[..., 2])

@@ -26,7 +26,7 @@ def check_finite(numbers: Tensor | None, step: int) -> None:
 def check_winners(means: Mapping[str, float], step: int, max_error_rise: float | None) -> None:
     """Raise Diverged where the policy denoises the winners much worse than the reference does.
 
-    A preference loss is content when losers get worse faster than winners; the pictures are then lost all the same.
+    A preference loss is content when losers get worse faster than winners; the images are then lost all the same.
     Without a reference there is nothing to compare with, and nothing is checked.
     """
     rise = means.get("error/chosen_minus_reference")

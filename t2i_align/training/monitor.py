@@ -9,20 +9,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
-class Tally:
+class MetricAverager:
     """Sum and count, [2], of each metric's values that are not NaN; nothing here waits for the device."""
 
     def __init__(self, totals: Mapping[str, Tensor] | None = None) -> None:
         self.totals: dict[str, Tensor] = dict(totals or {})
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Count metrics in, one number a group each, [B]."""
+        """Count metrics in, one number per group each, [B]."""
         values = torch.stack([value.detach().float() for value in metrics.values()])
         known = ~values.isnan()
         totals = torch.stack([torch.where(known, values, 0).sum(1), known.sum(1)], dim=1)
-        self.merge(Tally(dict(zip(metrics, totals, strict=True))))
+        self.merge(MetricAverager(dict(zip(metrics, totals, strict=True))))
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: MetricAverager) -> None:
         """Count in what another one holds."""
         for name, total in other.totals.items():
             self.totals[name] = self.totals[name] + total if name in self.totals else total

@@ -88,7 +88,7 @@ class AdapterOff(Reference):
             return method(*inputs, denoiser=denoiser)
 
 
-class Movable(Reference):
+class UpdatableReference(Reference):
     """A reference that can be given other weights. weights: by the names of the policy's trained parameters."""
 
     weights: dict[str, Tensor]
@@ -100,7 +100,7 @@ class Movable(Reference):
             tensor.copy_(weights[name])
 
 
-class FrozenCopy(Movable):
+class FrozenCopy(UpdatableReference):
     """A copy of the denoiser on its device, or in CPU memory and streamed to the device layer by layer."""
 
     def __init__(self, pipeline: TrainablePipeline, device: torch.device, *, offload: bool, compile: bool) -> None:
@@ -123,7 +123,7 @@ class FrozenCopy(Movable):
         return method(*inputs, denoiser=self.denoiser)
 
 
-class OlderAdapter(Movable):
+class OlderAdapter(UpdatableReference):
     """The policy's base with a LoRA of its own, put in for one call: the policy's is never written to."""
 
     def __init__(self, pipeline: TrainablePipeline) -> None:
@@ -182,7 +182,7 @@ def build_reference(
 
     Args:
         compile: the policy is compiled, so a copy has to be, too: equal weights must give equal predictions.
-        moving: it must be `Movable`.
+        moving: it must be `UpdatableReference`.
 
     Raises:
         UserError: see `choose_kind`.

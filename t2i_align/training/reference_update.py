@@ -22,23 +22,25 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from t2i_align.config import RunConfig
-from t2i_align.data.schema import Batch
 from t2i_align.data.loader import AnySource
+from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import Noised, with_sizes
-from t2i_align.diffusion.randomness import Draw
-from t2i_align.training.reference import Movable, dropout_off
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.training.reference import UpdatableReference, dropout_off
 
 WINNERS = 32
 PREFIX = "reference."
 
 
-class MovingReference:
+class ReferenceUpdate:
     """When a reference follows the policy.
 
     frozen: whether it has stopped for good. initial: the initial model's errors on the winners, [WINNERS].
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, source: AnySource, reference: Movable) -> None:
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, source: AnySource, reference: UpdatableReference
+    ) -> None:
         assert config.train.reference_update is not None
         self.config, self.update = config, config.train.reference_update
         self.accelerator, self.source, self.reference = accelerator, source, reference
@@ -104,7 +106,7 @@ class MovingReference:
     def _noised(self, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
         """The best candidates of as many groups as there are quantiles of time, and whether they were liked."""
         count, process = len(quantiles), self.reference.pipeline.process
-        draw = Draw(self.config.train.seed, batch.keys[:count], process, device=self.accelerator.device)
+        draw = SampleRNG(self.config.train.seed, batch.keys[:count], process, device=self.accelerator.device)
         latents, timesteps = batch.latents[:count, 0], process.timesteps(quantiles)
         noise = draw.normal("reference drift", latents.shape[1:])
         noised = Noised(

@@ -18,19 +18,19 @@ from diffusers.training_utils import cast_training_params
 
 import pipelines
 from pipelines import TrainablePipeline
-from t2i_align import checkpoint
 from t2i_align import config as configuration
 from t2i_align.conditioning import soft_tokens
 from t2i_align.config import RunConfig
-from t2i_align.data.schema import Model
 from t2i_align.data.loader import AnySource, open_source
+from t2i_align.data.schema import Model
 from t2i_align.errors import UserError
-from t2i_align.utils.files import only_writer
+from t2i_align.inference.resolve import resolve_model
+from t2i_align.training import checkpoint
 from t2i_align.training.optim import check_optimizer
 from t2i_align.training.reference import build_reference, choose_kind, no_reference
-from t2i_align.inference.resolve import resolve_model
 from t2i_align.training.trainer import METRICS_FILE, Trainer
 from t2i_align.training.validation import Validation
+from t2i_align.utils.files import output_lock
 
 RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,7 @@ def align(
         project_dir=str(output),
     )
     if accelerator.is_main_process:
-        with only_writer(output) if output.is_dir() else nullcontext():  # another run's is refused before long work
+        with output_lock(output) if output.is_dir() else nullcontext():  # another run's is refused before long work
             check_output(config)
     lora, needs_reference = config.lora is not None, config.objective.needs.reference
     moving = config.train.reference_update is not None
@@ -105,9 +105,9 @@ def align(
     pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
-    config = replace(config, objective=config.objective.fitted(source.facts()))
+    config = replace(config, objective=config.objective.fit_to_data(source.facts()))
     if accelerator.is_main_process:
-        check_same_run(config, fitted=True)
+        check_same_run(config, fit_to_data=True)
     if config.validation.every:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream:
@@ -116,7 +116,7 @@ def align(
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
-    with only_writer(output, first=accelerator.is_main_process):
+    with output_lock(output, first=accelerator.is_main_process):
         if accelerator.is_main_process:
             check_output(config)  # another run may have come and gone meanwhile
         if config.resume:
@@ -190,9 +190,9 @@ def extent(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, i
     frames = config.data.frames or pipeline.default_frames
     pipeline.check_size(*size, frames)
     if config.data.fps is not None and frames is None:
-        raise UserError(f"data.fps is for clips, and {pipeline.family} makes pictures")
+        raise UserError(f"data.fps is for clips, and {pipeline.family} makes images")
     if config.data.buckets and frames is not None:
-        raise UserError(f"data.buckets is for pictures, and {pipeline.family} makes clips")
+        raise UserError(f"data.buckets is for images, and {pipeline.family} makes clips")
     return size, frames
 
 
@@ -207,7 +207,7 @@ def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     large = LARGE_DTYPES[config.train.precision]
     if pipeline.large_encoders and large != torch.float32:
         found += f", {' and '.join(pipeline.large_encoders)} in bf16"
-    return found + (", with sizes" if pipeline.sized else "")
+    return found + (", with sizes" if pipeline.size_conditioned else "")
 
 
 def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool) -> AnySource:
@@ -293,10 +293,10 @@ def check_output(config: RunConfig) -> None:
             f"output_dir {output}: this folder holds a run already ({state}). "
             "Add resume=true to continue it, or choose another output_dir."
         )
-    check_same_run(config, fitted=False)
+    check_same_run(config, fit_to_data=False)
 
 
-def check_same_run(config: RunConfig, *, fitted: bool) -> None:
+def check_same_run(config: RunConfig, *, fit_to_data: bool) -> None:
     """Refuse to continue another run than the one in the output folder, if there is one.
 
     fitted: what the objective left open (null) has been filled in from the data, as it is in a run's own file. Before
@@ -307,7 +307,7 @@ def check_same_run(config: RunConfig, *, fitted: bool) -> None:
         return
     free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
     now = configuration.to_mapping(config)
-    if not fitted:
+    if not fit_to_data:
         free += tuple(f"objective.{key}" for key, value in now["objective"].items() if value is None)
     differences = _differences(yaml.safe_load(run_file.read_text()), now, free)
     if differences:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
+def graceful_shutdown() -> Iterator[threading.Event]:
     """An event that Ctrl-C or SIGTERM sets, so that the step in hand is finished and saved; a second stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -16,19 +16,19 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from t2i_align import checkpoint
 from t2i_align.config import RunConfig
-from t2i_align.data.schema import Model
 from t2i_align.data.loader import AnySource
-from t2i_align.errors import UserError
-from t2i_align.training.divergence import Diverged, change, check_finite, check_winners, copies
-from t2i_align.training.signals import interruptible
-from t2i_align.training.monitor import Tally
-from t2i_align.training.reference_update import MovingReference
+from t2i_align.data.schema import Model
 from t2i_align.diffusion.noising import drop_captions
+from t2i_align.diffusion.randomness import SampleRNG, stable_seed
+from t2i_align.errors import UserError
+from t2i_align.training import checkpoint
+from t2i_align.training.divergence import Diverged, change, check_finite, check_winners, copies
+from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.optim import averaged_weights, make_optimizer, make_schedule, scale_rate
-from t2i_align.diffusion.randomness import Draw, stable_seed
-from t2i_align.training.reference import Movable
+from t2i_align.training.reference import UpdatableReference
+from t2i_align.training.reference_update import ReferenceUpdate
+from t2i_align.training.signals import graceful_shutdown
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -68,14 +68,14 @@ class Trainer:
         ema = config.optim.ema
         self.ema = None if ema is None else EMAModel(self.parameters.values(), decay=ema)
         self.model, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
-        self.moving: MovingReference | None = None
+        self.moving: ReferenceUpdate | None = None
         if config.train.reference_update is not None:
-            self.moving = MovingReference(config, accelerator, source, cast(Movable, reference))
+            self.moving = ReferenceUpdate(config, accelerator, source, cast(UpdatableReference, reference))
         self.step = self.rollbacks = 0
         self.went_back = False  # whether a rollback has led here
         self.resumed = False
         self.update_norm = torch.zeros(())  # of the last logged step
-        self.window = Tally()  # of the metrics since the last logged line
+        self.window = MetricAverager()  # of the metrics since the last logged line
         # In single precision on the device, so that updating them waits for nothing.
         self.carried = {
             name: torch.tensor(value, dtype=torch.float32, device=accelerator.device)
@@ -107,7 +107,7 @@ class Trainer:
             if self.moving:
                 self.moving.begin()
             self._save()  # what a run that diverges early goes back to; and a full disk is noticed before, not after
-        with bar, interruptible() as stop:
+        with bar, graceful_shutdown() as stop:
             while self.step < self.config.train.steps:
                 try:
                     self._train(empty, bar, stop)
@@ -220,10 +220,12 @@ class Trainer:
         # Reseeded each step (for LoRA dropout), so that a resumed run does not depend on what ran before.
         torch.manual_seed(stable_seed(train.seed, "step", self.step, self.accelerator.process_index))
         self.model.train()
-        tally, total = Tally(), torch.zeros((), device=self.accelerator.device)
+        tally, total = MetricAverager(), torch.zeros((), device=self.accelerator.device)
         for micro in range(accumulate):
             batch = self.source.to_batch(next(items), self.accelerator.device)
-            draw = Draw(train.seed, batch.keys, self.pipeline.process, train.timestep_sampling, self.accelerator.device)
+            draw = SampleRNG(
+                train.seed, batch.keys, self.pipeline.process, train.timestep_sampling, self.accelerator.device
+            )
             batch = drop_captions(batch, empty, draw, train.caption_dropout)
             batch = replace(batch, empty=empty, carried=self.carried)
             hold = nullcontext() if micro == accumulate - 1 else self.accelerator.no_sync(self.model)
@@ -268,7 +270,7 @@ class Trainer:
     def _log(self, means: dict[str, float]) -> None:
         """A line with the means since the last one."""
         now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
-        self.last_logged, self.window = {**means, **now}, Tally()
+        self.last_logged, self.window = {**means, **now}, MetricAverager()
         self._record(self.last_logged)
 
     def _record(self, metrics: dict[str, float]) -> None:
@@ -333,6 +335,6 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         device = self.accelerator.device
-        self.window = Tally({name: value.to(device) for name, value in state["window"].items()})
+        self.window = MetricAverager({name: value.to(device) for name, value in state["window"].items()})
         self.carried = {name: value.to(device) for name, value in state["carried"].items()}
         self.step, self.rollbacks, self.went_back = state["step"], state["rollbacks"], state["went_back"]

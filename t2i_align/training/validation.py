@@ -1,4 +1,4 @@
-"""Pictures or clips and held-out scores while a run goes on."""
+"""Images or clips and held-out scores while a run goes on."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def only_writer(output: Path, *, file: bool = False, first: bool = True) -> Iterator[None]:
+def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iterator[None]:
     """Hold a folder, which is made if need be; the system lets go of it however this process ends.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep the libraries' bars of a second and their "safe to ignore" from drowning what should be read.
 
     Called by entry points only: it changes diffusers and transformers for the whole process. Downloads keep their bars.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from t2i_align.data import jsonl
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
-from t2i_align.utils.files import only_writer
+from t2i_align.utils.files import output_lock
 
 Row = dict[str, Any]
 Annotate = Callable[[Sequence[Group]], Sequence[Row | Skipped]]
@@ -36,7 +36,7 @@ class Summary:
     why_skipped: Path | None
 
 
-class Sidecar:
+class ResumableTable:
     """The file of annotations `out`; nothing is written before `begun`.
 
     Raises:
@@ -63,7 +63,7 @@ class Sidecar:
         Raises:
             UserError: it was begun with other settings, says which; or another run is at it.
         """
-        with only_writer(self.out, file=True):
+        with output_lock(self.out, file=True):
             self.settings: Row = json.loads(json.dumps(settings))
             if self.force:
                 for file in (self.out, self.skipped_file, self.settings_file):

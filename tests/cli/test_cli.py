@@ -22,15 +22,19 @@ from pipelines import PipelineError
 from reward_scorers import ScorerError
 from t2i_align import cli
 from t2i_align import config as configuration
-from t2i_align.utils.logging import quiet
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.quickstart import CONFIG
 from t2i_align.testbed.sampling import GUIDANCE, STEPS
+from t2i_align.utils.logging import silence_libraries
 from tests.runs import jsonl_pairs, run_values
 
-ROOT = Path(__file__).parents[1]
-LIBRARY = {"generate": "t2i_align.inference.generate", "score": "t2i_align.labeling.score", "evaluate": "t2i_align.evaluation.compare"}
+ROOT = Path(__file__).parents[2]
+LIBRARY = {
+    "generate": "t2i_align.inference.generate",
+    "score": "t2i_align.labeling.score",
+    "evaluate": "t2i_align.evaluation.compare",
+}
 IN_PYTHON_ONLY = {"progress", "settings"}
 
 
@@ -185,7 +189,7 @@ def test_objectives_are_listed_and_explained(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_a_configuration_of_its_own(name: str) -> None:
-    run = configuration.load(Path(__file__).parent.parent / "configs" / OBJECTIVES[name].config)
+    run = configuration.load(Path(__file__).parents[2] / "configs" / OBJECTIVES[name].config)
     assert run.objective.name == name
 
 
@@ -207,8 +211,8 @@ def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
         (
             "t2i_align.labeling.score",
             "score",
-            ["score", "pictures", "--scorers", "oracle", "clip", "--batch-size", "3"],
-            {"pictures": "pictures", "scorers": ["oracle", "clip"], "out": None, "batch_size": 3},
+            ["score", "images", "--scorers", "oracle", "clip", "--batch-size", "3"],
+            {"images": "images", "scorers": ["oracle", "clip"], "out": None, "batch_size": 3},
         ),
         (
             "t2i_align.evaluation.compare",
@@ -294,7 +298,7 @@ def test_the_readme_maps_every_module() -> None:
 
 
 def test_quiet_drops_only_the_message_that_says_nothing() -> None:
-    quiet()
+    silence_libraries()
     logger = logging.getLogger("diffusers.loaders.lora_base")
     texts = ["No LoRA keys associated to CLIPTextModel found", "Something went wrong"]
     records = [logging.LogRecord(logger.name, logging.WARNING, "", 0, text, (), None) for text in texts]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from t2i_align import run as runs
 from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
-from t2i_align.quickstart import BATCH_SIZE, COMPLETE, MARKER, TEST_SEED, quickstart, replacing
 from t2i_align.inference.resolve import resolve_prompts
+from t2i_align.quickstart import BATCH_SIZE, COMPLETE, MARKER, TEST_SEED, quickstart, replacing
+from t2i_align.training import run as runs
 
 SMALL = ["data.limit=8", "train.steps=2", "train.batch_size=4", "optim.warmup_steps=1", "validation.steps=2"]
 

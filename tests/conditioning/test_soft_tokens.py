@@ -17,9 +17,9 @@ import pipelines
 from t2i_align.conditioning import soft_tokens
 from t2i_align.conditioning.soft_tokens import SoftTokens
 from t2i_align.data.schema import Batch
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives import SoftREPA
-from t2i_align.diffusion.randomness import Draw
 from t2i_align.testbed import base_path
 from t2i_align.testbed.captions import describe, write
 from t2i_align.testbed.scenes import render, sample_scene
@@ -28,7 +28,7 @@ from tests.tiny import tiny_sd3
 PROMPTS = ["a red circle", "two blue squares"]
 
 
-def pictures(pipe: StableDiffusionPipeline) -> Tensor:
+def images(pipe: StableDiffusionPipeline) -> Tensor:
     """Through the genuine diffusers pipeline, with guidance."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -62,26 +62,26 @@ def test_only_the_tokens_and_the_bins_in_use_get_gradients(sd_path: Path) -> Non
     assert soft.times.grad[0].abs().amax(1).nonzero().flatten().tolist() == [0, 50]
 
 
-def test_generation_changes_with_them_and_saving_loading_and_removing_give_the_same_pictures(
+def test_generation_changes_with_them_and_saving_loading_and_removing_give_the_same_images(
     sd_path: Path, tmp_path: Path
 ) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(str(sd_path))
-    before = pictures(pipe)
+    before = images(pipe)
     trainable = [p.requires_grad for p in pipe.unet.parameters()]
     soft = soft_tokens.install(pipe.unet, n_tokens=3)
     soft.tokens.data.mul_(50)
-    after = pictures(pipe)
+    after = images(pipe)
     assert (after - before).abs().max() > 1e-3
     file = soft_tokens.save(pipe.unet, tmp_path / "new" / "soft.safetensors")
 
     fresh = StableDiffusionPipeline.from_pretrained(str(sd_path))
     soft_tokens.load(fresh.unet, file)
-    assert torch.equal(pictures(fresh), after)
+    assert torch.equal(images(fresh), after)
     soft_tokens.load(fresh.unet, file)  # once more, in their place
-    assert torch.equal(pictures(fresh), after)
+    assert torch.equal(images(fresh), after)
 
     soft_tokens.remove(pipe.unet)
-    assert torch.equal(pictures(pipe), before)
+    assert torch.equal(images(pipe), before)
     assert len(list(pipe.unet.parameters())) == len(trainable)
 
 
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(sd_path: Path, tmp_path: Path) -> None:
 
 
 def scenes(pipeline: pipelines.TrainablePipeline, count: int) -> Batch:
-    """Pictures of the testbed's world with their true captions."""
+    """Images of the testbed's world with their true captions."""
     rng = np.random.default_rng(0)
     drawn = [sample_scene(rng) for _ in range(count)]
     captions = [write(describe(scene, rng), rng) for scene in drawn]
@@ -161,7 +161,7 @@ def scenes(pipeline: pipelines.TrainablePipeline, count: int) -> Batch:
 
 def contrast(pipeline: pipelines.TrainablePipeline, batch: Batch, objective: SoftREPA, epoch: str) -> Tensor:
     keys = tuple(key.replace("0/", f"{epoch}/", 1) for key in batch.keys)
-    draw = Draw(0, keys, pipeline.process)
+    draw = SampleRNG(0, keys, pipeline.process)
     return objective.step(pipeline.predict, pipeline.predict, replace(batch, keys=keys), draw)[0].mean()
 
 

@@ -24,37 +24,37 @@ from t2i_align.data.cache import open_cache, prepare
 from t2i_align.data.layout import PROMPTS, read_table
 from t2i_align.data.schema import Batch, Group, Skipped
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Needs
+from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
     StandIn,
     colour,
     contents,
     jpeg,
     pick_rows,
+    write_images,
     write_jsonl,
     write_parquet,
-    write_pictures,
 )
 from tests.data.test_source import PAIRS, batches, never, opened
 
-CAPTIONED = Needs(candidates=2, ties=False, columns=("captions",))
-NEGATIVE = Needs(columns=("negative_caption",))
+CAPTIONED = Requirements(candidates=2, ties=False, columns=("captions",))
+NEGATIVE = Requirements(columns=("negative_caption",))
 
 
 def source_of(folder: Path, scores: list[list[float]], **more: Any) -> Path:
-    """A JSONL with groups g0, g1, ... of these scores. Candidate c of group g is picture 10 g + c."""
+    """A JSONL with groups g0, g1, ... of these scores. Candidate c of group g is image 10 g + c."""
     entries = []
     for g, values in enumerate(scores):
         names = [f"{10 * g + c}.png" for c in range(len(values))]
         entries.append({"id": f"g{g}", "prompt": f"prompt {g}", "images": names, "scores": values, **more})
-    write_pictures(folder, [f"{n}.png" for n in range(10 * len(scores))])
+    write_images(folder, [f"{n}.png" for n in range(10 * len(scores))])
     return write_jsonl(folder / "d.jsonl", entries)
 
 
 def described(scores: list[list[float]], *columns: str) -> list[dict[str, Any]]:
-    """Annotations of all groups, in which a caption names its picture and a negative caption its group."""
+    """Annotations of all groups, in which a caption names its image and a negative caption its group."""
     values = [
-        {"captions": [f"{10 * g + c} picture" for c in range(len(row))], "negative_caption": f"not {g}",
+        {"captions": [f"{10 * g + c} image" for c in range(len(row))], "negative_caption": f"not {g}",
          "user": f"user {g}", "scores": [float(c) for c in range(len(row))]} for g, row in enumerate(scores)
     ]  # fmt: skip
     return [{"id": f"g{g}", **{name: row[name] for name in columns}} for g, row in enumerate(values)]
@@ -174,7 +174,7 @@ def test_captions_and_scores_stay_with_their_candidate(tmp_path_factory: pytest.
         assert [candidate.stem for candidate in group.candidates if isinstance(candidate, Path)] == [
             str(10 * g + c) for c in order
         ]
-        assert group.captions == tuple(f"{10 * g + c} picture" for c in order)
+        assert group.captions == tuple(f"{10 * g + c} image" for c in order)
         assert group.scores == tuple(row[c] for c in order)
         assert group.negative_caption == f"not {g}"
     unsorted = list(readers.read(path, best_first=False))
@@ -272,19 +272,19 @@ def test_annotations_of_nothing_are_reported(tmp_path: Path, cache: bool, caplog
 # What a run sees ----------------------------------------------------------------------------------------------------
 
 SCORES: list[list[float]] = [[0, 2, 1], [1, 0], [0, 1], [5, 4]]
-ENDS = {"g0": (1, 0), "g1": (10, 11), "g2": (21, 20), "g3": (30, 31)}  # best and worst picture
+ENDS = {"g0": (1, 0), "g1": (10, 11), "g2": (21, 20), "g3": (30, 31)}  # best and worst image
 
 
 def expect(batch: Batch, pipeline: Any, tolerance: dict[str, float]) -> None:
-    """The best and the worst picture of each group, each with its own caption, and the group's negative caption."""
+    """The best and the worst image of each group, each with its own caption, and the group's negative caption."""
     assert batch.captions is not None and batch.negative_caption is not None
-    pictures = [ENDS[key.split("/")[1]] for key in batch.keys]
-    wanted = pipeline.encode_prompts([f"{n} picture" for pair in pictures for n in pair])
-    negative = pipeline.encode_prompts([f"not {pair[0] // 10}" for pair in pictures])
-    prompts = pipeline.encode_prompts([f"prompt {pair[0] // 10}" for pair in pictures])
+    images = [ENDS[key.split("/")[1]] for key in batch.keys]
+    wanted = pipeline.encode_prompts([f"{n} image" for pair in images for n in pair])
+    negative = pipeline.encode_prompts([f"not {pair[0] // 10}" for pair in images])
+    prompts = pipeline.encode_prompts([f"prompt {pair[0] // 10}" for pair in images])
     for name, tensor in wanted.items():
         found = batch.captions[name]
-        assert found.shape == (len(pictures), 2, *tensor.shape[1:])
+        assert found.shape == (len(images), 2, *tensor.shape[1:])
         assert found.dtype == tensor.dtype
         torch.testing.assert_close(found.flatten(0, 1), tensor, **tolerance)
         torch.testing.assert_close(batch.negative_caption[name], negative[name], **tolerance)
@@ -296,7 +296,7 @@ def expect(batch: Batch, pipeline: Any, tolerance: dict[str, float]) -> None:
 def test_each_candidate_has_its_own_caption(tmp_path: Path, cache: bool, workers: int) -> None:
     path = source_of(tmp_path, SCORES)
     sidecar = write_jsonl(tmp_path / "s.jsonl", described(SCORES, "captions", "negative_caption"))
-    needs = Needs(candidates=2, ties=False, columns=("captions", "negative_caption"))
+    needs = Requirements(candidates=2, ties=False, columns=("captions", "negative_caption"))
     source = opened(tmp_path, path, needs=needs, cache=cache, annotations=[str(sidecar)])
     for batch in batches(source, 4, 3, workers=workers):
         expect(batch, StandIn(), {"rtol": 0, "atol": 0})
@@ -312,7 +312,7 @@ def test_captions_under_a_genuine_text_encoder(tmp_path: Path, sd_path: Path, ca
     path = source_of(tmp_path, SCORES)
     sidecar = write_jsonl(tmp_path / "s.jsonl", described(SCORES, "captions", "negative_caption"))
     pipeline = pipelines.load(sd_path)
-    needs = Needs(candidates=2, columns=("captions", "negative_caption"))
+    needs = Requirements(candidates=2, columns=("captions", "negative_caption"))
     source = opened(tmp_path, path, needs=needs, pipeline=lambda: pipeline, size=(32, 32), cache=cache,
                     annotations=[str(sidecar)])  # fmt: skip
     expect(batches(source, 1)[0], pipeline, {"rtol": 2**-11, "atol": 1e-5})
@@ -322,15 +322,15 @@ def test_captions_under_a_genuine_text_encoder(tmp_path: Path, sd_path: Path, ca
 def test_whole_lists_have_a_caption_each(tmp_path: Path, cache: bool) -> None:
     path = source_of(tmp_path, [[0, 2, 1], [2, 0, 1]])
     sidecar = write_jsonl(tmp_path / "s.jsonl", described([[0] * 3] * 2, "captions"))
-    needs = Needs(candidates=2, lists=True, columns=("captions",))
+    needs = Requirements(candidates=2, lists=True, columns=("captions",))
     batch = batches(opened(tmp_path, path, needs=needs, cache=cache, annotations=[str(sidecar)]), 1, 2)[0]
     orders = {"0/g0": (1, 2, 0), "0/g1": (10, 12, 11)}
     assert batch.captions is not None
     for key, embeds in zip(batch.keys, batch.captions["embeds"], strict=True):
-        assert torch.equal(embeds, StandIn().encode_prompts([f"{n} picture" for n in orders[key]])["embeds"])
+        assert torch.equal(embeds, StandIn().encode_prompts([f"{n} image" for n in orders[key]])["embeds"])
     pairs = source_of(tmp_path, [[0, 1, 2], [0, 1]])
     with pytest.raises(UserError, match="same number of candidates, found 2 candidates"):
-        opened(tmp_path, pairs, needs=Needs(candidates=2, lists=True), pipeline=never, cache=cache)
+        opened(tmp_path, pairs, needs=Requirements(candidates=2, lists=True), pipeline=never, cache=cache)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -344,7 +344,7 @@ def test_only_what_is_asked_for_is_given(tmp_path: Path, cache: bool) -> None:
         assert batch.captions is None and batch.negative_caption is None
         assert batch.keys == other.keys and torch.equal(batch.latents, other.latents)
         torch.testing.assert_close(batch.conditioning, other.conditioning, rtol=0, atol=0)
-    for needs in (CAPTIONED, Needs(candidates=2, columns=("negative_caption",))):
+    for needs in (CAPTIONED, Requirements(candidates=2, columns=("negative_caption",))):
         again = StandIn if not cache else never
         batch = batches(opened(tmp_path, path, needs=needs, pipeline=again, **options), 1)[0]
         assert (batch.captions is not None, batch.negative_caption is not None) == (
@@ -418,7 +418,7 @@ def test_a_finished_cache_takes_no_annotations(tmp_path: Path) -> None:
         opened(tmp_path, folder, pipeline=never, annotations=[str(sidecar)])
     batch = batches(opened(tmp_path, folder, pipeline=never, needs=CAPTIONED), 1)[0]
     assert batch.captions is not None
-    texts = [f"{n} picture" for key in batch.keys for n in ENDS[key.split("/")[1]]]
+    texts = [f"{n} image" for key in batch.keys for n in ENDS[key.split("/")[1]]]
     assert torch.equal(batch.captions["embeds"].flatten(0, 1), StandIn().encode_prompts(texts)["embeds"])
 
 
@@ -435,7 +435,7 @@ def test_a_finished_cache_takes_no_annotations(tmp_path: Path) -> None:
 def test_what_is_missing_and_who_makes_it(tmp_path: Path, cache: bool, column: str, expected: str) -> None:
     labels: list[list[float]] = [[1, 0], [0, 1], [0.5, 0.5], [1, 0]]
     path = source_of(tmp_path, labels)
-    needs = Needs(candidates=2, columns=(column,))
+    needs = Requirements(candidates=2, columns=(column,))
     with pytest.raises(UserError, match=expected):
         opened(tmp_path, path, needs=needs, pipeline=never, cache=cache)
     opened(tmp_path, path, cache=cache)  # prepared for another objective, it is missing as before
@@ -531,5 +531,5 @@ def test_space_for_captions_is_counted(tmp_path: Path, monkeypatch: pytest.Monke
 def test_facts_are_of_the_chosen_groups(tmp_path: Path, cache: bool) -> None:
     path = source_of(tmp_path, [[0, 2, 1], [9, 9], [-3, 4], [7, 8]])
     assert opened(tmp_path, path, cache=cache, needs=PAIRS).facts().score_range == (-3.0, 8.0)
-    assert opened(tmp_path, path, cache=cache, needs=Needs(candidates=2)).facts().score_range == (-3.0, 9.0)
+    assert opened(tmp_path, path, cache=cache, needs=Requirements(candidates=2)).facts().score_range == (-3.0, 9.0)
     assert opened(tmp_path, path, cache=cache, needs=PAIRS, limit=1).facts().score_range == (0.0, 2.0)

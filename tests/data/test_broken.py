@@ -19,7 +19,7 @@ from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests import formats
-from tests.formats import OF_PAIRS, OF_RANKINGS, lines, pictures, png, shard, sheet
+from tests.formats import OF_PAIRS, OF_RANKINGS, images, lines, png, shard, sheet
 
 UNMINDED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # of a busy machine
 quick = settings(max_examples=30, deadline=None, suppress_health_check=UNMINDED)
@@ -56,7 +56,7 @@ def outcome(source: Path, format: str = "auto") -> list[Group | Skipped] | str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "data"
-    pictures(folder)
+    images(folder)
     (folder / "loop").symlink_to(folder / "loop")
     return folder
 
@@ -155,7 +155,7 @@ def test_any_shares_of_votes(folder: Path, rows: list[tuple[Any, ...]]) -> None:
 def test_every_format_damaged_anywhere(
     tmp_path_factory: pytest.TempPathFactory, name: str, cut: float, flips: list[tuple[float, int]]
 ) -> None:
-    """Bytes changed and the file cut short: no other exception than UserError, and no picture in another's place."""
+    """Bytes changed and the file cut short: no other exception than UserError, and no image in another's place."""
     source = formats.write(tmp_path_factory.mktemp("cut"), name)
     damaged = source
     if source.is_dir():
@@ -191,7 +191,7 @@ def test_columns_of_the_wrong_type(folder: Path) -> None:
 def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / "secret.png").write_bytes(png(0))
     root = tmp_path / "data"
-    pictures(root)
+    images(root)
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "loop").symlink_to(root / "loop")
     path = name.format(root=tmp_path)
@@ -216,7 +216,7 @@ def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, k
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.csv", "votes.jsonl", "folders", "a.yaml"])
 def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     long = "y" * 300
     source = tmp_path / kind
     row = {"prompt": "x", "chosen": "0.png", "rejected": f"{long}.png"}
@@ -237,7 +237,7 @@ def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
         assert "no such file or folder" in found
     else:
         (item,) = found
-        assert isinstance(item, Skipped) and ("no such picture" in item.reason or "no caption" in item.reason)
+        assert isinstance(item, Skipped) and ("no such image" in item.reason or "no caption" in item.reason)
         readers.identity(source, readers.detect(source))
 
 
@@ -292,7 +292,7 @@ def test_a_duplicate_id_keeps_the_first(folder: Path) -> None:
     assert [(type(item).__name__, item.id) for item in found] == [("Group", "a"), ("Skipped", "a"), ("Skipped", "a")]
 
 
-def test_a_bomb_of_a_picture_is_refused() -> None:
+def test_a_bomb_of_a_image_is_refused() -> None:
     """40,000 x 40,000 pixels of one colour in some kilobytes: 1.6 billion pixels, of which none is unpacked."""
     side = 40_000
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel

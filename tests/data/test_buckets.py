@@ -16,13 +16,13 @@ from PIL import Image
 
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.buckets import BucketedGroups, bucket_sizes, measure, nearest
-from t2i_align.data.sampling import BucketSampler
 from t2i_align.data.loader import open_source
+from t2i_align.data.sampling import BucketSampler
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Needs
+from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, contents, jpeg, noise_jpeg, pick_rows, write_parquet
 
-SIDES = [(64, 64), (40, 80), (80, 40), (64, 64), (50, 60), (120, 30)]  # width, height of the pictures of each row
+SIDES = [(64, 64), (40, 80), (80, 40), (64, 64), (50, 60), (120, 30)]  # width, height of the images of each row
 
 
 def test_the_sizes_are_those_of_sdxl() -> None:
@@ -46,14 +46,14 @@ def test_the_nearest_ratio_of_a_group() -> None:
     assert sizes[nearest([(10, 1000)], sizes)] == (512, 2048)
 
 
-def test_a_picture_is_measured_upright_and_unopened(tmp_path: Path) -> None:
+def test_a_image_is_measured_upright_and_unopened(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     stream = io.BytesIO()
     Image.new("RGB", (30, 20)).save(stream, "JPEG", exif=exif)
     assert measure(stream.getvalue()) == (30, 20) and measure(jpeg(0, (30, 20))) == (20, 30)
     (tmp_path / "a.jpg").write_bytes(noise_jpeg(0, side=32)[:-100])
-    assert measure(tmp_path / "a.jpg") == (32, 32) and measure(b"no picture") is None
+    assert measure(tmp_path / "a.jpg") == (32, 32) and measure(b"no image") is None
 
 
 @pytest.mark.parametrize("cut", [(1, 1, 4), (4, 1, 1), (2, 2, 1), (1, 2, 2)])
@@ -77,7 +77,7 @@ def opened(source: Path, cache_root: Path, **data: Any) -> Any:
     return open_source(
         DataConfig(path=str(source), **{"buckets": True, **data}),
         ModelConfig(path="a model"),
-        needs=Needs(candidates=2, ties=False),
+        needs=Requirements(candidates=2, ties=False),
         pipeline=lambda: StandIn(),  # type: ignore[arg-type, return-value]
         encoder_fingerprint=lambda: "e",
         size=(64, 64),

@@ -35,9 +35,9 @@ from tests.data.test_examples import (
     contents,
     jpeg,
     pick_rows,
+    write_images,
     write_jsonl,
     write_parquet,
-    write_pictures,
 )
 
 PARTS = {"source": "abc", "height": 8}
@@ -54,7 +54,7 @@ def make(source: Path, out: Path, pipeline: StandIn | None = None, batch_size: i
     return open_cache(out)
 
 
-def pictures(groups: CachedGroups) -> dict[str, list[tuple[int, ...]]]:
+def images(groups: CachedGroups) -> dict[str, list[tuple[int, ...]]]:
     """The colours of each group's candidates, read back from its latents."""
     return {
         groups.group(number)[0].ids[groups.group(number)[1]].as_py(): [
@@ -66,8 +66,8 @@ def pictures(groups: CachedGroups) -> dict[str, list[tuple[int, ...]]]:
 
 
 def assert_paired(groups: CachedGroups, rows: list[int]) -> None:
-    """Exactly these rows of `pick_rows`, each with its own two pictures, the preferred first."""
-    found = pictures(groups)
+    """Exactly these rows of `pick_rows`, each with its own two images, the preferred first."""
+    found = images(groups)
     assert list(found) == [str(1000 + row) for row in rows]
     for row in rows:
         expected = [colour(2 * row), colour(2 * row + 1)]
@@ -98,7 +98,7 @@ def test_what_goes_in_comes_out(tmp_path: Path, batch_size: int) -> None:
 
 @given(bad=st.sets(st.tuples(st.integers(0, 10), st.sampled_from(["jpg_0", "jpg_1"])), max_size=14))
 @settings(max_examples=25, deadline=None)
-def test_a_bad_picture_never_mispairs_its_neighbours(
+def test_a_bad_image_never_mispairs_its_neighbours(
     tmp_path_factory: pytest.TempPathFactory, bad: set[tuple[int, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("bad")
@@ -114,8 +114,8 @@ def test_a_bad_picture_never_mispairs_its_neighbours(
     assert groups.manifest["counts"]["skipped"] == len(lost)
 
 
-def test_pictures_are_decoded_while_those_before_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight pairs, four pictures at once: each encoder but the last waits until one of the next is there."""
+def test_images_are_decoded_while_those_before_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pairs, four images at once: each encoder but the last waits until one of the next is there."""
     loaded: list[Any] = []
     genuine = latents.load
     monkeypatch.setattr(latents, "load", lambda *args: loaded.append(genuine(*args)) or loaded[-1])
@@ -124,7 +124,7 @@ def test_pictures_are_decoded_while_those_before_are_encoded(tmp_path: Path, mon
         def encode_pixels(self, pixels: Tensor) -> Tensor:
             encoded = super().encode_pixels(pixels)
             deadline = time.monotonic() + 20
-            while len(loaded) < min(self.pictures, 16) and len(pixels) > 1:  # the first was a blank one
+            while len(loaded) < min(self.images, 16) and len(pixels) > 1:  # the first was a blank one
                 assert time.monotonic() < deadline, "nothing is decoded meanwhile"
                 time.sleep(0.001)
             return encoded
@@ -150,7 +150,7 @@ def test_an_interrupted_prepare_continues_to_the_same_cache(tmp_path: Path, afte
     pipeline = StandIn()
     make(source, tmp_path / "out", pipeline)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert pipeline.pictures <= 1 + 2 * (12 - 4 * complete)  # complete shards are not encoded again
+    assert pipeline.images <= 1 + 2 * (12 - 4 * complete)  # complete shards are not encoded again
 
 
 def test_kill_nine_continues_to_the_same_cache(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_kill_nine_continues_to_the_same_cache(tmp_path: Path) -> None:
         "              height=8, width=8, batch_size=3, progress=False)\n"
     )
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", script, str(source), str(out)], cwd=Path(__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", script, str(source), str(out)], cwd=Path(__file__).parents[2])
     try:
         while not (out / "shard-00003").exists():
             assert process.poll() is None, "it ended before it was killed"
@@ -196,7 +196,7 @@ def test_a_finished_cache_is_reused_and_another_refused(tmp_path: Path) -> None:
     make(source, tmp_path / "out")
     pipeline = StandIn()
     make(source, tmp_path / "out", pipeline)
-    assert pipeline.pictures == 1  # the blank one that tells the latents' shape
+    assert pipeline.images == 1  # the blank one that tells the latents' shape
     with pytest.raises(UserError, match="height: this folder has 8, this run wants 16"):
         make(source, tmp_path / "out", fingerprint={**PARTS, "height": 16})
     (tmp_path / "full").mkdir()
@@ -216,25 +216,25 @@ def test_names_that_are_not_unicode_are_skipped_and_written_down(tmp_path: Path)
     """A file system's names are bytes, and JSON can escape half a surrogate pair; neither can be an id."""
     name = os.fsdecode(b"caf\xe9")
     for folder in ("chosen", "rejected"):
-        write_pictures(tmp_path / "pairs" / folder, ["fox.jpg", f"{name}.jpg"])
+        write_images(tmp_path / "pairs" / folder, ["fox.jpg", f"{name}.jpg"])
     for stem in ("fox", name):
         (tmp_path / "pairs" / "chosen" / f"{stem}.txt").write_text("a caption")
     pair = {"prompt": "x", "chosen": "chosen/fox.jpg", "rejected": "rejected/fox.jpg"}
     lines = write_jsonl(tmp_path / "pairs" / "d.jsonl", [{**pair, "id": "\ud800"}, {**pair, "id": "fine"}])
     for source, kept, lost in ((tmp_path / "pairs", "fox", name), (lines, "fine", "\ud800")):
         out = tmp_path / f"out of {source.name}"
-        assert list(pictures(make(source, out, fingerprint={"source": os.fsdecode(b"\xff")}))) == [kept]
+        assert list(images(make(source, out, fingerprint={"source": os.fsdecode(b"\xff")}))) == [kept]
         skipped = json.loads((out / "skipped.jsonl").read_text())
         assert skipped["id"] == lost and "not valid Unicode" in skipped["reason"]
 
 
 class NotFinite(StandIn):
-    """Overflows half precision for picture 4 and for one prompt."""
+    """Overflows half precision for image 4 and for one prompt."""
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         latents = super().encode_pixels(pixels)
-        for row, picture in enumerate(pixels):
-            if abs(picture[0].mean() * 255 - colour(4)[0]) < 3:
+        for row, image in enumerate(pixels):
+            if abs(image[0].mean() * 255 - colour(4)[0]) < 3:
                 latents[row, 0, 0, 0] = 1e6
         return latents
 
@@ -325,7 +325,7 @@ def test_missing_and_cut_parts_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [None, 9])
 def test_a_limit_counts_what_the_objective_can_use(tmp_path: Path, stop: int | None) -> None:
-    """Ties at rows 0 and 2, a bad picture at 3: five usable groups end with row 7, also after an interruption."""
+    """Ties at rows 0 and 2, a bad image at 3: five usable groups end with row 7, also after an interruption."""
     rows = pick_rows(12)
     for row in (0, 2):
         rows["label_0"][row] = rows["label_1"][row] = 0.5
@@ -336,7 +336,7 @@ def test_a_limit_counts_what_the_objective_can_use(tmp_path: Path, stop: int | N
         with pytest.raises(RuntimeError):
             make(source, tmp_path / "out", StandIn(fail_after=stop), limit=limit)
     groups = make(source, tmp_path / "out", limit=limit)
-    assert list(pictures(groups)) == [str(1000 + row) for row in (0, 1, 2, 4, 5, 6, 7)]
+    assert list(images(groups)) == [str(1000 + row) for row in (0, 1, 2, 4, 5, 6, 7)]
 
 
 def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
     prepare(items, StandIn(), tmp_path / "out", fingerprint=PARTS, height=8, width=8, progress=False)
     groups = open_cache(tmp_path / "out")
     assert groups.k.tolist() == [3, 1, 2]
-    assert [len(colours) for colours in pictures(groups).values()] == [3, 1, 2]
+    assert [len(colours) for colours in images(groups).values()] == [3, 1, 2]
     table = groups.shard(0).groups
     assert table["captions"].to_pylist() == [["a", "b", "c"], ["a"], ["a", "b"]]
     assert table["user"].to_pylist() == [None, None, "ü"]
@@ -371,7 +371,7 @@ def test_several_writers_make_the_same_cache(tmp_path: Path) -> None:
     for writer in writers:
         writer.join(timeout=120)
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-    assert sum(pipeline.pictures > 3 for pipeline in pipelines) > 1  # one picture is a trial of the size
+    assert sum(pipeline.images > 3 for pipeline in pipelines) > 1  # one image is a trial of the size
 
 
 def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> None:

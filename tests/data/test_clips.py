@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from t2i_align.data import images
-from t2i_align.data.clips import Extent, ImageError, check, frames_of, load, load_clip, save_clip
+from t2i_align.data.clips import ImageError, MediaSize, check, frames_of, load, load_clip, save_clip
 from t2i_align.data.formats import frame_files
 from t2i_align.data.media import decode
 
@@ -67,13 +67,13 @@ def test_what_is_saved_is_read_again(tmp_path: Path, name: str) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_frames_follow_the_rules_of_pictures(tmp_path: Path) -> None:
+def test_frames_follow_the_rules_of_images(tmp_path: Path) -> None:
     """Scaled to cover and cropped centrally, exactly as each frame would be on its own."""
     save_clip(noise_clip(2), tmp_path / "clip", RATE)
     clip = load_clip(tmp_path / "clip", 2, 16, 24)
     for file, frame in zip(frame_files(tmp_path / "clip"), clip, strict=True):
         assert torch.equal(frame, images.load_pixels(file, 16, 24))
-    assert load(tmp_path / "clip", Extent(16, 24, 2)).size == (64, 64)
+    assert load(tmp_path / "clip", MediaSize(16, 24, 2)).size == (64, 64)
 
 
 def test_folders_are_read_in_natural_order(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_what_cannot_be_used_has_a_reason(tmp_path: Path) -> None:
         (tmp_path / "mixed", 2, 8, "has no frame rate"),
         (tmp_path / "mixed", 2, None, r"frame 2 has \(9, 9\) pixels, the first has \(64, 64\)"),
         (tmp_path / "empty", 2, None, "no frames"),
-        (tmp_path / "mixed" / "00000.png", 2, None, "a single picture, expected a clip of 2"),
+        (tmp_path / "mixed" / "00000.png", 2, None, "a single image, expected a clip of 2"),
         (tmp_path / "gone.mp4", 2, None, r"no such file: .*gone\.mp4"),
         (text, 2, None, "not a video that can be read"),
         (playlist, 2, None, "not a video that can be read"),
@@ -139,8 +139,8 @@ def test_what_cannot_be_used_has_a_reason(tmp_path: Path) -> None:
     ]
     for media, frames, fps, reason in cases:
         with pytest.raises(ImageError, match=reason):
-            check(media, Extent(32, 48, frames, fps))
-    with pytest.raises(ImageError, match="a single picture, expected a clip of 2"):
+            check(media, MediaSize(32, 48, frames, fps))
+    with pytest.raises(ImageError, match="a single image, expected a clip of 2"):
         load_clip(tmp_path / "mixed" / "00000.png", 2, 32, 48)
 
 
@@ -163,13 +163,13 @@ def test_bombs_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
         load_clip(tmp_path / name, 2, 32, 48)
 
 
-def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"clip\.mp4 is a video, expected a picture"):
+def test_images_and_clips_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"clip\.mp4 is a video, expected an image"):
         decode(write(tmp_path / "clip.mp4"))
-    with pytest.raises(ImageError, match="is a folder, expected a picture"):
+    with pytest.raises(ImageError, match="is a folder, expected an image"):
         decode(tmp_path)
-    with pytest.raises(ImageError, match="8 frames or pages, expected a single picture"):
+    with pytest.raises(ImageError, match="8 frames or pages, expected a single image"):
         decode(write(tmp_path / "clip.gif"))
-    Image.new("RGB", (6, 4), (51, 102, 204)).save(tmp_path / "picture.png")
-    single = load_clip(tmp_path / "picture.png", 1, 4, 6)  # a clip of one frame is a picture
-    assert torch.equal(single[0], load(tmp_path / "picture.png", Extent(4, 6)).pixels)
+    Image.new("RGB", (6, 4), (51, 102, 204)).save(tmp_path / "image.png")
+    single = load_clip(tmp_path / "image.png", 1, 4, 6)  # a clip of one frame is an image
+    assert torch.equal(single[0], load(tmp_path / "image.png", MediaSize(4, 6)).pixels)

@@ -20,17 +20,17 @@ from torch.nn.functional import avg_pool2d
 
 
 class StandIn:
-    """Encodes like a family does, but so that a picture can be recognised in its latents and a prompt in its embedding.
+    """Encodes like a family does, but so that an image can be recognised in its latents and a prompt in its embedding.
 
     Latents are 2 x 2 means of the pixels; an embedding holds the prompt's length and its first bytes.
     """
 
     def __init__(self, delay: float = 0.0, fail_after: int | None = None) -> None:
         self.delay, self.fail_after = delay, fail_after
-        self.pictures = 0
+        self.images = 0
         self.prompts: list[str] = []
 
-    family, sized, video = "stand-in", False, False
+    family, size_conditioned, video = "stand-in", False, False
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         if height % 2 or width % 2:
@@ -40,8 +40,8 @@ class StandIn:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         time.sleep(self.delay)
-        self.pictures += len(pixels)
-        if self.fail_after is not None and self.pictures > self.fail_after:
+        self.images += len(pixels)
+        if self.fail_after is not None and self.images > self.fail_after:
             raise RuntimeError("stopped in the middle")
         return avg_pool2d(pixels, 2)
 
@@ -55,19 +55,19 @@ class StandIn:
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """A colour by which picture `number` is known again."""
+    """A colour by which image `number` is known again."""
     return (number * 37 % 256, number * 11 % 256, 255 - number % 256)
 
 
 def jpeg(number: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    """A one-coloured picture; lossless up to a unit or two."""
+    """A one-coloured image; lossless up to a unit or two."""
     stream = io.BytesIO()
     Image.new("RGB", size, colour(number)).save(stream, "JPEG", quality=100, subsampling=0)
     return stream.getvalue()
 
 
 def noise_jpeg(seed: int, side: int = 32) -> bytes:
-    """A picture with detail everywhere."""
+    """An image with detail everywhere."""
     stream = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stream, "JPEG")
@@ -75,7 +75,7 @@ def noise_jpeg(seed: int, side: int = 32) -> bytes:
 
 
 def pick_rows(count: int) -> dict[str, list[Any]]:
-    """Columns as Pick-a-Pic v2 has them. Pictures of row i are numbers 2i (preferred) and 2i + 1, in turns."""
+    """Columns as Pick-a-Pic v2 has them. Images of row i are numbers 2i (preferred) and 2i + 1, in turns."""
     swapped = [row % 2 == 1 for row in range(count)]
     return {
         "jpg_0": [jpeg(2 * row + swap) for row, swap in enumerate(swapped)],
@@ -99,7 +99,7 @@ def write_jsonl(file: Path, entries: list[Any]) -> Path:
     return file
 
 
-def write_pictures(folder: Path, names: Sequence[str]) -> None:
+def write_images(folder: Path, names: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         (folder / name).write_bytes(jpeg(number))
@@ -114,8 +114,8 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def test_pictures_can_be_told_apart() -> None:
-    """The mispairing tests recognise a picture by its colour, so 100 of them must differ by more than JPEG's error."""
+def test_images_can_be_told_apart() -> None:
+    """The mispairing tests recognise an image by its colour, so 100 of them must differ by more than JPEG's error."""
     colours = np.array([colour(number) for number in range(100)])
     distance = np.abs(colours[:, None] - colours[None]).max(-1) + 99 * np.eye(100)
     assert distance.min() > 8

@@ -12,8 +12,8 @@ from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests import formats
-from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, lines, pictures, shard, sheet
 from tests.data.test_examples import colour
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, images, lines, shard, sheet
 
 
 def groups(path: Path, format: str = "auto") -> list[Group]:
@@ -25,7 +25,7 @@ def skips(path: Path, format: str = "auto") -> dict[str, str]:
 
 
 def seen(group: Group) -> list[int]:
-    """The numbers of a group's pictures, by their colours."""
+    """The numbers of a group's images, by their colours."""
     known = {colour(number): number for number in range(6)}
     return [known[decode(media).getpixel((0, 0))] for media in group.candidates]  # type: ignore[index]
 
@@ -81,7 +81,7 @@ def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
 
 
 def test_a_vote_names_its_winner(tmp_path: Path) -> None:
-    pictures(tmp_path / "p")
+    images(tmp_path / "p")
     said = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
     entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in said]
     source = lines(tmp_path / "votes.jsonl", entries)
@@ -92,15 +92,15 @@ def test_a_vote_names_its_winner(tmp_path: Path) -> None:
 
 
 def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     row = {"prompt": "x", "images": '["0.png", "1.png"]', "scores": "[1, 2]"}
     changed = [
         ({}, ""),
         ({"prompt": ""}, "no 'prompt'"),
         ({"images": ""}, "1 candidates, but 2 scores"),
         ({"images": "[0"}, "'images' is not a list"),
-        ({"images": '["0.png", "gone.png"]'}, "no such picture: gone.png"),
-        ({"images": '["0.png", 7]'}, "expected a picture or its path, found 7"),
+        ({"images": '["0.png", "gone.png"]'}, "no such image: gone.png"),
+        ({"images": '["0.png", 7]'}, "expected an image or its path, found 7"),
         ({"scores": "[1, NaN]"}, "scores must be finite numbers"),
         ({"scores": '[1, "best"]'}, "scores must be finite numbers, found 'best'"),
         ({"images": "[]", "scores": "[]"}, "no candidates"),
@@ -115,7 +115,7 @@ def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
 
 
 def test_tables_that_are_broken(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     for content, expected in (
         (b"", "the file is empty"),
         (b"prompt,chosen,chosen\n", "two columns of the same name"),
@@ -131,7 +131,7 @@ def test_tables_that_are_broken(tmp_path: Path) -> None:
 
 
 def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     rows = [
         {"prompt": "x", "image_path": "0.png", "rank": 1, "prompt_id": "a"},
         {"prompt": "x", "image_path": "1.png", "rank": 2, "prompt_id": "b"},
@@ -202,7 +202,7 @@ def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
         "b": ({"json": b"{"}, "not valid JSON"),
         "c": ({"txt": b"\xff"}, "not UTF-8"),
         "d": ({"json": b"[1]"}, "must hold an object"),
-        "e": ({"rejected.png": b""}, "a picture is missing"),
+        "e": ({"rejected.png": b""}, "an image is missing"),
         "f": ({"txt": b" "}, "no 'prompt'"),
     }
     members = {f"a.{name}": content for name, content in good.items()}
@@ -225,7 +225,7 @@ def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
     for side in ("chosen", "rejected"):
-        pictures(tmp_path / side / "running", 2)
+        images(tmp_path / side / "running", 2)
         (tmp_path / side / "jumping.mp4").write_bytes(b"a clip")
         for name in ("running", "jumping"):
             (tmp_path / side / f"{name}.txt").write_text(name)
@@ -264,7 +264,7 @@ def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
     """Prompts that differ in case and spaces only are one; the other part of a pair's rows is in the other file."""
-    pictures(tmp_path)
+    images(tmp_path)
     entries = [
         {"prompt": text, "chosen": "0.png", "rejected": "1.png", "user": n % 7}
         for n in range(60)
@@ -288,7 +288,7 @@ def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
 
 
 def test_by_prompt_and_user_nothing_is_shared(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     entries = [
         {"prompt": f"fox {n % 12}", "chosen": "0.png", "rejected": "1.png", "user": n // 12, "id": str(n)}
         for n in range(144)

@@ -1,4 +1,4 @@
-"""Pictures: decoded whole or refused with a reason; upright, RGB, the size that is wanted."""
+"""Images: decoded whole or refused with a reason; upright, RGB, the size that is wanted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
 
 
 def test_exif_orientation_is_applied() -> None:
-    """Orientation 6: the stored picture must be turned by 90 degrees clockwise, so its left edge becomes the top."""
+    """Orientation 6: the stored image must be turned by 90 degrees clockwise, so its left edge becomes the top."""
     stored = Image.new("RGB", (4, 2), "black")
     stored.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
@@ -46,8 +46,8 @@ def test_transparency_is_laid_on_white() -> None:
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     grey = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
-    picture = decode(encoded(grey))
-    assert [picture.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+    image = decode(encoded(grey))
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
 
 
 def test_cmyk_and_grey_become_rgb() -> None:
@@ -59,7 +59,7 @@ def test_cmyk_and_grey_become_rgb() -> None:
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"not a picture at all", "known format"),
+        (b"not an image at all", "known format"),
         (noise_jpeg(0)[:-200], "cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "known format"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "no known range"),
@@ -76,10 +76,10 @@ def test_what_cannot_be_used_has_a_reason(content: bytes, reason: str) -> None:
 
 def test_bombs_are_refused_before_they_unpack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 99)
-    picture = encoded(Image.new("RGB", (10, 10)))
+    image = encoded(Image.new("RGB", (10, 10)))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was unpacked"))
     with pytest.raises(ImageError, match="10 x 10 is more than 99 pixels"):
-        decode(picture)
+        decode(image)
 
 
 def test_pillows_own_bomb_check_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @given(cut=st.integers(0, 2000), flips=st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 255)), max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_damage_gives_a_picture_or_an_image_error(cut: int, flips: list[tuple[int, int]]) -> None:
+def test_damage_gives_a_image_or_an_image_error(cut: int, flips: list[tuple[int, int]]) -> None:
     damaged = bytearray(noise_jpeg(1))
     for place, mask in flips:
         damaged[place % len(damaged)] ^= mask
@@ -106,18 +106,18 @@ def test_damage_gives_a_picture_or_an_image_error(cut: int, flips: list[tuple[in
 
 
 def test_the_right_size_is_not_resampled() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8))
-    pixels = to_pixels(picture, 6, 4)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8))
+    pixels = to_pixels(image, 6, 4)
     assert pixels.dtype == torch.float32
-    assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
 def test_the_crop_is_central() -> None:
-    """A 12 x 4 picture of three squares keeps its middle one at any size."""
+    """A 12 x 4 image of three squares keeps its middle one at any size."""
     row = np.repeat(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8), 4, axis=0)
-    picture = Image.fromarray(np.broadcast_to(row, (4, 12, 3)).copy())
+    image = Image.fromarray(np.broadcast_to(row, (4, 12, 3)).copy())
     for side in (4, 2, 8):
-        centre = to_pixels(picture, side, side)[:, side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1]
+        centre = to_pixels(image, side, side)[:, side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1]
         assert torch.allclose(
             centre, torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1).expand(3, 2, 2), atol=0.1
         )  # Lanczos reaches over

@@ -13,14 +13,14 @@ from PIL import Image
 
 from t2i_align.cli import main
 from t2i_align.data import readers
-from t2i_align.data.spec import split
 from t2i_align.data.inspect import fingerprint, inspect
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
+from t2i_align.data.spec import split
 from t2i_align.errors import UserError
 from tests import formats
-from tests.formats import lines, pictures
 from tests.data.test_examples import noise_jpeg
+from tests.formats import images, lines
 
 
 def test_a_fingerprint_survives_scaling_and_saving(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_fingerprint_survives_scaling_and_saving(tmp_path: Path) -> None:
 def test_what_is_counted(tmp_path: Path) -> None:
     """Four judgements of one pair, of which one differs: of the six couples of them, three do. Two scorers of three
     candidates: they agree on one of three pairs."""
-    pictures(tmp_path)
+    images(tmp_path)
     pair = {"prompt": "a fox", "images": ["0.png", "1.png"]}
     turned = {"prompt": "a fox", "images": ["1.png", "0.png"]}
     by_scorer = {"one": {"version": "1", "scores": [3, 2, 1]}, "two": {"version": "1", "scores": [1, 3, 2]}}
@@ -60,9 +60,9 @@ def test_what_is_counted(tmp_path: Path) -> None:
     ]
     found = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "report.html")
     assert (found.groups, found.ties, dict(found.candidates)) == (6, 1, {2: 5, 3: 1})
-    assert dict(found.skips) == {"no such picture: 9.png": 1} and dict(found.users) == {"anna": 1, "ben": 2, "carl": 1}
+    assert dict(found.skips) == {"no such image: 9.png": 1} and dict(found.users) == {"anna": 1, "ben": 2, "carl": 1}
     assert found.disagreement == (1, 0.5) and found.twins == 1
-    assert found.duplicates == 6 + 1  # of the pair's two pictures three times each, and the twin
+    assert found.duplicates == 6 + 1  # of the pair's two images three times each, and the twin
     agreement = found.agreement()
     assert agreement["one", "two"] == pytest.approx(1 / 3)
     assert agreement["label", "one"] == 1.0
@@ -72,24 +72,24 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_only_what_is_opened_is_read_with_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_opened_is_read_with_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six groups, of which two are opened; charts are of one scale however few bars they have."""
     monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
 
-    def groups(path: Path, picture: bytes = b"") -> Iterator[Group]:
+    def groups(path: Path, image: bytes = b"") -> Iterator[Group]:
         for n in range(6):
-            assert not picture or n < 3, "pictures are read that nobody looks at"
-            yield Group(id=str(n), prompt="x", candidates=(picture or b"left out",), scores=(1.0,), origin=f"row {n}")
+            assert not image or n < 3, "images are read that nobody looks at"
+            yield Group(id=str(n), prompt="x", candidates=(image or b"left out",), scores=(1.0,), origin=f"row {n}")
 
     readers.register("big", outline=groups)(lambda path: groups(path, formats.png(0)))
     (tmp_path / "a.big").write_text("")
-    found = inspect(tmp_path / "a.big", tmp_path / "r.html", format="big", pictures=2)
+    found = inspect(tmp_path / "a.big", tmp_path / "r.html", format="big", images=2)
     assert (found.groups, found.opened, sum(found.sizes.values()), len(found.examples)) == (6, 2, 2, 2)
     assert set(re.findall('viewBox="0 0 ([0-9]+)', (tmp_path / "r.html").read_text())) == {"532"}
 
 
 def test_prompts_are_held_against_a_models_limit(tmp_path: Path, sd_path: Path) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     entries = [{"prompt": text, "chosen": "0.png", "rejected": "1.png"} for text in ("a", "a " * 200)]
     found = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "r.html", model=str(sd_path))
     (lengths,) = found.lengths.values()
@@ -99,7 +99,7 @@ def test_prompts_are_held_against_a_models_limit(tmp_path: Path, sd_path: Path) 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Split, then each part inspected by its file's name; the parts together are the whole."""
-    pictures(tmp_path)
+    images(tmp_path)
     entries = [{"prompt": f"fox {n // 2}", "chosen": "0.png", "rejected": "1.png"} for n in range(40)]
     source = lines(tmp_path / "d.jsonl", entries)
     out = tmp_path / "split"
@@ -117,7 +117,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    images(tmp_path)
     formats.sheet(tmp_path / "v.csv", [{"text": f"p {n}", "a": "0.png", "b": "1.png", "won": "a"} for n in range(30)])
     (tmp_path / "v.yaml").write_text("path: v.csv\ncolumns: {candidates: [a, b], winner: won, prompt: text}\n")
     counts = split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3)

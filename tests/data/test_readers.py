@@ -18,7 +18,7 @@ from t2i_align.data import readers
 from t2i_align.data.readers import READERS, read, register
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
-from tests.data.test_examples import jpeg, pick_rows, write_jsonl, write_parquet, write_pictures
+from tests.data.test_examples import jpeg, pick_rows, write_images, write_jsonl, write_parquet
 
 
 def groups(path: Path, format: str = "auto") -> list[Group]:
@@ -128,7 +128,7 @@ def test_pickapic_broken_files(tmp_path: Path) -> None:
 def test_pickapic_damaged_page(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", pick_rows(40))
     damaged = bytearray(file.read_bytes())
-    place = damaged.index(jpeg(20)) - 60  # the page header before a picture in the middle
+    place = damaged.index(jpeg(20)) - 60  # the page header before an image in the middle
     damaged[place : place + 50] = bytes(50)
     file.write_bytes(damaged)
     with pytest.raises(UserError, match=r"a\.parquet: cannot be read after row \d+"):
@@ -149,10 +149,10 @@ def test_pickapic_damaged_page(tmp_path: Path) -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_pickapic_accounts_for_every_row(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
-    labels, captions, labelled, pictures = zip(*rows, strict=True)
+    labels, captions, labelled, images = zip(*rows, strict=True)
     table = pa.table(
         {
-            "jpg_0": pa.array(pictures, pa.binary()),
+            "jpg_0": pa.array(images, pa.binary()),
             "jpg_1": pa.array([b"x"] * len(rows), pa.binary()),
             "caption": pa.array(captions, pa.string()),
             "label_0": pa.array(labels, pa.float64()),
@@ -164,19 +164,19 @@ def test_pickapic_accounts_for_every_row(tmp_path_factory: pytest.TempPathFactor
     pq.write_table(table, file)
     items = list(read(file))
     assert [item.id for item in items] == [f"a.parquet:{row}" for row in range(len(rows))]
-    for item, (label, caption, judged, picture) in zip(items, rows, strict=True):
-        usable = label is not None and label == label and (caption or "").strip() and judged is not False and picture
+    for item, (label, caption, judged, image) in zip(items, rows, strict=True):
+        usable = label is not None and label == label and (caption or "").strip() and judged is not False and image
         assert isinstance(item, Group) == bool(usable)
         if isinstance(item, Group):
             assert item.scores[0] >= item.scores[1]
-            assert item.candidates == ((picture, b"x") if label >= 1 - label else (b"x", picture))
+            assert item.candidates == ((image, b"x") if label >= 1 - label else (b"x", image))
 
 
 # JSON Lines ---------------------------------------------------------------------------------------------------------
 
 
 def test_jsonl_pairs_and_rankings(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "p", ["a.jpg", "b.jpg", "c.jpg"])
+    write_images(tmp_path / "p", ["a.jpg", "b.jpg", "c.jpg"])
     entries = [
         {"prompt": "x", "chosen": "p/a.jpg", "rejected": "p/b.jpg", "user": 4, "note": "left alone"},
         {"id": "r", "prompt": "y", "images": ["p/a.jpg", "p/b.jpg", "p/c.jpg"], "scores": [1, 3, 2.5],
@@ -196,7 +196,7 @@ def test_jsonl_pairs_and_rankings(tmp_path: Path) -> None:
 
 
 def test_jsonl_skips_and_duplicates(tmp_path: Path) -> None:
-    write_pictures(tmp_path, ["a.jpg", "b.jpg"])
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
     pair = {"prompt": "x", "chosen": "a.jpg", "rejected": "b.jpg"}
     file = write_jsonl(
         tmp_path / "d.jsonl",
@@ -213,7 +213,7 @@ def test_jsonl_skips_and_duplicates(tmp_path: Path) -> None:
         stream.write("\n" + json.dumps({**pair, "id": "one", "prompt": "second"}) + "\n")
     assert [(group.id, group.prompt) for group in groups(file)] == [("one", "x")]
     reasons = skips(file)
-    assert reasons["gone"] == "no such picture: gone.jpg"
+    assert reasons["gone"] == "no such image: gone.jpg"
     assert "finite" in reasons["nan"] and "finite" in reasons["huge"]
     assert "empty" in reasons["blank"] and "Unicode" in reasons["odd"]
     assert "duplicate id 'one'" in reasons["one"]
@@ -226,15 +226,15 @@ def test_jsonl_skips_and_duplicates(tmp_path: Path) -> None:
         ("[1, 2]", "line 2: expected an object"),
         ('{"prompt": "x", "chosen": "a.jpg"}', "line 2: expected the keys .*; found 'prompt', 'chosen'"),
         ('{"prompt": 3, "chosen": "a.jpg", "rejected": "a.jpg"}', "line 2: 'prompt' must be text, found 3"),
-        ('{"prompt": "x", "images": ["a.jpg"], "scores": [1, 2]}', "line 2: one score a picture"),
+        ('{"prompt": "x", "images": ["a.jpg"], "scores": [1, 2]}', "line 2: one score per image"),
         ('{"prompt": "x", "images": ["a.jpg"], "scores": [true]}', "line 2: 'scores' must be numbers"),
-        ('{"prompt": "x", "images": ["a.jpg"], "scores": [1], "captions": []}', "1 pictures, but 0 captions"),
+        ('{"prompt": "x", "images": ["a.jpg"], "scores": [1], "captions": []}', "1 images, but 0 captions"),
         ("\xff", "line 2: not valid JSON"),
         ("[" * 100_000, "line 2: not valid JSON"),
     ],
 )
 def test_jsonl_broken_lines(tmp_path: Path, line: str, expected: str) -> None:
-    write_pictures(tmp_path, ["a.jpg"])
+    write_images(tmp_path, ["a.jpg"])
     good = json.dumps({"prompt": "x", "chosen": "a.jpg", "rejected": "a.jpg"})
     (tmp_path / "d.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
     with pytest.raises(UserError, match=expected):
@@ -245,9 +245,9 @@ def test_jsonl_broken_lines(tmp_path: Path, line: str, expected: str) -> None:
     "name", ["../secret.jpg", "{root}/secret.jpg", "link.jpg", "sub/../../secret.jpg", "a\0b", "loop"]
 )
 def test_jsonl_paths_stay_inside(tmp_path: Path, name: str) -> None:
-    write_pictures(tmp_path, ["secret.jpg"])
+    write_images(tmp_path, ["secret.jpg"])
     folder = tmp_path / "data"
-    write_pictures(folder, ["a.jpg"])
+    write_images(folder, ["a.jpg"])
     (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (folder / "loop").symlink_to(folder / "loop")
     entry = {"prompt": "x", "chosen": "a.jpg", "rejected": name.format(root=tmp_path)}
@@ -274,7 +274,7 @@ keys = st.sampled_from(["prompt", "chosen", "rejected", "images", "scores", "cap
 @settings(max_examples=150, deadline=None)
 def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, entry: dict[str, Any]) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
-    write_pictures(folder, ["a.jpg"])
+    write_images(folder, ["a.jpg"])
     try:
         items = list(read(write_jsonl(folder / "d.jsonl", [entry])))
     except UserError as error:
@@ -287,8 +287,8 @@ def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, e
 
 
 def test_folders(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "Chosen", ["b.jpg", "a.png", "c.jpg", "d.jpg", "lonely.jpg", "e.jpg", "e.png"])
-    write_pictures(tmp_path / "rejected", ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "notes.doc"])
+    write_images(tmp_path / "Chosen", ["b.jpg", "a.png", "c.jpg", "d.jpg", "lonely.jpg", "e.jpg", "e.png"])
+    write_images(tmp_path / "rejected", ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "notes.doc"])
     (tmp_path / "Chosen" / "a.txt").write_text(" beside \n")
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "b.txt").write_text("in captions")
@@ -305,7 +305,7 @@ def test_folders(tmp_path: Path) -> None:
 def test_folders_metadata_means_the_winner(tmp_path: Path) -> None:
     """Its own entry comes before one without a folder, that before the loser's; another folder's is not meant."""
     for folder in ("chosen", "rejected"):
-        write_pictures(tmp_path / folder, ["a.png", "b.png", "c.png", "d.png"])
+        write_images(tmp_path / folder, ["a.png", "b.png", "c.png", "d.png"])
     listed = ["chosen/a.png", "a.png", "rejected/a.png", "b.png", "rejected/b.png", "rejected/c.png", "old/d.png"]
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": name} for name in listed])
     assert [group.prompt for group in groups(tmp_path)] == ["chosen/a.png", "b.png", "rejected/c.png"]
@@ -316,7 +316,7 @@ def test_folders_metadata_means_the_winner(tmp_path: Path) -> None:
 
 def test_folders_that_are_unclear(tmp_path: Path) -> None:
     for name in ("winner", "good", "loser"):
-        write_pictures(tmp_path / name, ["a.jpg"])
+        write_images(tmp_path / name, ["a.jpg"])
     with pytest.raises(UserError, match=r"expected one winner folder .* found good, winner"):
         list(read(tmp_path))
     for function in (read, readers.identity):
@@ -325,9 +325,9 @@ def test_folders_that_are_unclear(tmp_path: Path) -> None:
 
 
 def test_folder_links_stay_inside(tmp_path: Path) -> None:
-    write_pictures(tmp_path, ["secret.jpg"])
-    write_pictures(tmp_path / "data" / "winner", ["b.jpg"])
-    write_pictures(tmp_path / "data" / "loser", ["a.jpg"])
+    write_images(tmp_path, ["secret.jpg"])
+    write_images(tmp_path / "data" / "winner", ["b.jpg"])
+    write_images(tmp_path / "data" / "loser", ["a.jpg"])
     (tmp_path / "data" / "winner" / "a.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(UserError, match="leads outside"):
         list(read(tmp_path / "data"))
@@ -375,12 +375,12 @@ def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_identity_follows_the_contents(tmp_path: Path) -> None:
-    """A picture changed in place changes its source, a copy elsewhere does not; both for small and for large ones."""
-    write_pictures(tmp_path / "one", ["a.jpg", "b.jpg"])
+    """An image changed in place changes its source, a copy elsewhere does not; both for small and for large ones."""
+    write_images(tmp_path / "one", ["a.jpg", "b.jpg"])
     entry = {"prompt": "x", "chosen": "a.jpg", "rejected": "b.jpg"}
     file = write_jsonl(tmp_path / "one" / "d.jsonl", [entry])
     before = readers.identity(file, "jsonl")
-    write_pictures(tmp_path / "two", ["a.jpg", "b.jpg"])
+    write_images(tmp_path / "two", ["a.jpg", "b.jpg"])
     assert readers.identity(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl") == before
     (tmp_path / "one" / "b.jpg").write_bytes(jpeg(9))
     assert readers.identity(file, "jsonl") != before
@@ -388,11 +388,11 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
 
 def test_identity_of_folders_is_of_what_is_read(tmp_path: Path) -> None:
     """A run's output below the pairs, or what a file manager leaves there, does not make them another source."""
-    write_pictures(tmp_path / "chosen", ["fox.png"])
-    write_pictures(tmp_path / "rejected", ["fox.png"])
+    write_images(tmp_path / "chosen", ["fox.png"])
+    write_images(tmp_path / "rejected", ["fox.png"])
     (tmp_path / "captions").mkdir()
     before, size = readers.identity(tmp_path, "folders"), readers.embedded_bytes(tmp_path, "folders")
-    write_pictures(tmp_path / "run" / "validation", ["step_000100.png"])
+    write_images(tmp_path / "run" / "validation", ["step_000100.png"])
     for name in ("run.yaml", ".DS_Store", "chosen/.DS_Store", "chosen/._fox.png", "chosen/._fox.txt", "rejected/a.log"):
         (tmp_path / name).write_text("?")
     assert readers.identity(tmp_path, "folders") == before

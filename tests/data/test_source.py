@@ -19,23 +19,23 @@ import torch
 import pipelines
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
-from t2i_align.data.schema import Batch
 from t2i_align.data.loader import Source, open_source
+from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Needs
+from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
     StandIn,
     colour,
     jpeg,
     noise_jpeg,
     pick_rows,
+    write_images,
     write_jsonl,
     write_parquet,
-    write_pictures,
 )
 
 CPU = torch.device("cpu")
-PAIRS = Needs(candidates=2, ties=False)
+PAIRS = Requirements(candidates=2, ties=False)
 
 
 def never() -> Any:
@@ -46,7 +46,7 @@ def opened(
     tmp_path: Path,
     path: Path,
     *,
-    needs: Needs = PAIRS,
+    needs: Requirements = PAIRS,
     pipeline: Callable[[], Any] = StandIn,
     encoders: str = "e1",
     size: tuple[int, int] = (8, 8),
@@ -75,7 +75,7 @@ def keys(found: Sequence[Batch]) -> list[str]:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Ten pairs: rows 1 and 4 are ties, row 6 has a damaged picture."""
+    """Ten pairs: rows 1 and 4 are ties, row 6 has a damaged image."""
     rows = pick_rows(10)
     for row in (1, 4):
         rows["label_0"][row] = rows["label_1"][row] = 0.5
@@ -115,7 +115,7 @@ def test_ties_and_damage_are_counted_not_lost(tmp_path: Path, pairs: Path, cache
     source = opened(tmp_path, pairs, cache=cache)
     assert source.counts == {"groups": 7, "skipped": 1, "ties_left_out": 2}
     assert sorted(keys(batches(source, 7, 1))) == [f"0/{1000 + row}" for row in (0, 2, 3, 5, 7, 8, 9)]
-    everything = opened(tmp_path, pairs, cache=cache, needs=Needs())
+    everything = opened(tmp_path, pairs, cache=cache, needs=Requirements())
     assert everything.counts == {"groups": 9, "skipped": 1}
     assert everything.fingerprint != source.fingerprint
     assert len(list((tmp_path / "cache").iterdir())) == 1  # what is stored does not depend on the objective
@@ -206,7 +206,7 @@ def test_a_prepared_folder_is_opened_directly(tmp_path: Path, pairs: Path, monke
 
 def entries(folder: Path, candidates: Sequence[int], **more: Any) -> Path:
     """A JSONL whose groups have these numbers of candidates."""
-    write_pictures(folder, [f"{n}.jpg" for n in range(3)])
+    write_images(folder, [f"{n}.jpg" for n in range(3)])
     groups = [{"prompt": "p", "images": [f"{n}.jpg" for n in range(k)], "scores": list(range(k)), **more}
               for k in candidates]  # fmt: skip
     return write_jsonl(folder / "d.jsonl", groups)
@@ -217,12 +217,20 @@ def entries(folder: Path, candidates: Sequence[int], **more: Any) -> Path:
     ("candidates", "needs", "expected"),
     [
         ([1, 1], PAIRS, r"compares 2 candidates of a prompt, but the groups here have 1 candidate \(2 groups\)"),
-        ([2, 2], Needs(candidates=2, columns=("captions",)), "needs 'captions' with each group, but only 0 of 2"),
-        ([1, 2, 2], Needs(), r"same number of candidates, found 1 candidate \(1 groups\), 2 candidates \(2 groups\)"),
+        (
+            [2, 2],
+            Requirements(candidates=2, columns=("captions",)),
+            "needs 'captions' with each group, but only 0 of 2",
+        ),
+        (
+            [1, 2, 2],
+            Requirements(),
+            r"same number of candidates, found 1 candidate \(1 groups\), 2 candidates \(2 groups\)",
+        ),
     ],
 )
 def test_needs_that_cannot_be_met(
-    tmp_path: Path, candidates: list[int], needs: Needs, expected: str, cache: bool
+    tmp_path: Path, candidates: list[int], needs: Requirements, expected: str, cache: bool
 ) -> None:
     with pytest.raises(UserError, match=expected):
         opened(tmp_path, entries(tmp_path, candidates), needs=needs, pipeline=never, cache=cache)
@@ -240,7 +248,7 @@ def test_nothing_left_is_found_before_the_pipeline_loads(tmp_path: Path, cache: 
     """All disliked; then a tie, a sample of score 0 and one that is liked: for pairs too few, for SFT just enough."""
     path = entries(tmp_path, [])
     single, tie = {"prompt": "p", "images": ["0.jpg"]}, {"prompt": "p", "images": ["0.jpg", "1.jpg"], "scores": [1, 1]}
-    likes = Needs(ties=False, likes_only=True)
+    likes = Requirements(ties=False, likes_only=True)
     write_jsonl(path, [{**single, "scores": [score]} for score in (-1, 0, -3)])
     with pytest.raises(UserError, match="no group is left: of 3, 0 are ties, 3 are disliked, 0 have fewer than 1 cand"):
         opened(tmp_path, path, needs=likes, pipeline=never, cache=cache)
@@ -254,7 +262,7 @@ def test_nothing_left_is_found_before_the_pipeline_loads(tmp_path: Path, cache: 
 
 
 def test_only_ties_left_in_a_cache(tmp_path: Path, pairs: Path) -> None:
-    """The only group that is no tie has a damaged picture, which is found out when it is decoded."""
+    """The only group that is no tie has a damaged image, which is found out when it is decoded."""
     rows = {**pick_rows(3), "label_0": [0.5, 1.0, 0.5], "label_1": [0.5, 0.0, 0.5]}
     rows["jpg_0"][1] = b"x"
     with pytest.raises(UserError, match="no group is left: of 2, 2 are ties"):
@@ -263,7 +271,7 @@ def test_only_ties_left_in_a_cache(tmp_path: Path, pairs: Path) -> None:
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_larger_groups_make_pairs_of_best_and_worst(tmp_path: Path, cache: bool) -> None:
-    """Scores 0, 1, 2 in the order of the pictures: a group of three gives picture 2 over 0, a pair 1 over 0."""
+    """Scores 0, 1, 2 in the order of the images: a group of three gives image 2 over 0, a pair 1 over 0."""
     path = entries(tmp_path, [3, 2, 1])
     source = opened(tmp_path, path, cache=cache)
     assert source.counts == {"groups": 2, "skipped": 0, "too_few_candidates": 1}
@@ -274,10 +282,10 @@ def test_larger_groups_make_pairs_of_best_and_worst(tmp_path: Path, cache: bool)
         assert scores == [best, worst]
         means = torch.tensor([colour(best), colour(worst)]) / 255
         torch.testing.assert_close(latents.mean((2, 3)), means, rtol=0, atol=3 / 255)
-    rankings = opened(tmp_path, path, cache=cache, needs=Needs(candidates=3))
+    rankings = opened(tmp_path, path, cache=cache, needs=Requirements(candidates=3))
     assert batches(rankings, 1, 2)[0].latents.shape == (2, 3, 3, 4, 4)
     with pytest.raises(UserError, match="same number of candidates, found 1 candidate"):  # what is stored there
-        opened(tmp_path, path, cache=cache, needs=Needs())
+        opened(tmp_path, path, cache=cache, needs=Requirements())
 
 
 def test_alike_is_asked_only_of_the_groups_that_are_used(tmp_path: Path) -> None:
@@ -285,17 +293,17 @@ def test_alike_is_asked_only_of_the_groups_that_are_used(tmp_path: Path) -> None
     path = entries(tmp_path, [2, 2])
     tie = {"prompt": "p", "images": ["0.jpg", "1.jpg", "2.jpg"], "scores": [1, 1, 1]}
     write_jsonl(path, [*map(json.loads, path.read_text().splitlines()), tie, {**tie, "scores": [1, 2, 3]}])
-    assert opened(tmp_path, path, needs=Needs(), limit=2).counts["groups"] == 2
+    assert opened(tmp_path, path, needs=Requirements(), limit=2).counts["groups"] == 2
     write_jsonl(path, list(map(json.loads, path.read_text().splitlines()))[:3])
-    assert opened(tmp_path, path, needs=Needs(ties=False)).counts["groups"] == 2
+    assert opened(tmp_path, path, needs=Requirements(ties=False)).counts["groups"] == 2
     with open(path, "a") as stream:
         stream.write(json.dumps({"prompt": "p", "images": ["0.jpg"], "scores": [-1]}) + "\n")
-    assert opened(tmp_path, path, needs=Needs(ties=False, likes_only=True)).counts["groups"] == 2
+    assert opened(tmp_path, path, needs=Requirements(ties=False, likes_only=True)).counts["groups"] == 2
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_bad_sources_fail_before_the_pipeline_loads(tmp_path: Path, cache: bool) -> None:
-    """A label outside its range in the last row is found before the first picture is encoded."""
+    """A label outside its range in the last row is found before the first image is encoded."""
     rows = pick_rows(9)
     rows["label_0"][8] = 1.5
     with pytest.raises(UserError, match=r"row 8: label_0 must lie in \[0, 1\]"):
@@ -320,11 +328,11 @@ def test_a_size_the_vae_cannot_take(tmp_path: Path, pairs: Path, sd_path: Path, 
 # On the fly ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_that_changes_under_a_live_run(tmp_path: Path) -> None:
+def test_a_image_that_changes_under_a_live_run(tmp_path: Path) -> None:
     source = opened(tmp_path, entries(tmp_path, [2, 2]), cache=False)
     batches(source, 1)
     (tmp_path / "0.jpg").write_bytes(jpeg(0)[:50])
-    with pytest.raises(UserError, match=r"group 0/d\.jsonl:\d: a picture has changed since it was indexed"):
+    with pytest.raises(UserError, match=r"group 0/d\.jsonl:\d: an image has changed since it was indexed"):
         batches(source, 1)
 
 
@@ -347,7 +355,7 @@ def test_the_schema_imports_lightly() -> None:
     heavy = ("diffusers", "transformers", "pyarrow", "pipelines", "datasets", "t2i_align.data.readers")
     script = f"import sys, t2i_align.data.schema; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                            cwd=Path(__file__).parents[1])  # fmt: skip
+                            cwd=Path(__file__).parents[2])  # fmt: skip
     assert result.stdout.strip() == "[]"
 
 
@@ -355,5 +363,5 @@ def test_data_does_not_import_pipelines() -> None:
     """A user's own `pipelines` folder must not break reading and opening data."""
     script = "import sys, t2i_align.data.loader; print('pipelines' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                            cwd=Path(__file__).parents[1])  # fmt: skip
+                            cwd=Path(__file__).parents[2])  # fmt: skip
     assert result.stdout.strip() == "False"

@@ -13,19 +13,19 @@ import pytest
 import torch
 
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.schema import Batch
 from t2i_align.data.loader import AnySource, open_source
+from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Needs
-from tests.formats import lines, shard
+from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, colour, jpeg
+from tests.formats import lines, shard
 
 GROUPS = 17
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three shards of 7, 1 and 12 samples; of these, one has a damaged picture and two are ties."""
+    """Three shards of 7, 1 and 12 samples; of these, one has a damaged image and two are ties."""
     folder = tmp_path / "shards"
     folder.mkdir()
     number = 0
@@ -47,7 +47,7 @@ def opened(shards: Path, **data: Any) -> AnySource:
     return open_source(
         DataConfig(path=str(shards), **{"stream": 5, **data}),
         ModelConfig(path="a model"),
-        needs=Needs(candidates=2, ties=False),
+        needs=Requirements(candidates=2, ties=False),
         pipeline=lambda: StandIn(),  # type: ignore[arg-type, return-value]
         encoder_fingerprint=lambda: "e",
         size=(8, 8),
@@ -67,7 +67,7 @@ def keys(found: Iterator[Batch], count: int) -> list[str]:
     return [key for batch in islice(found, count) for key in batch.keys]
 
 
-def test_each_group_comes_once_an_epoch_with_its_own_pictures(shards: Path) -> None:
+def test_each_group_comes_once_an_epoch_with_its_own_images(shards: Path) -> None:
     """17 usable groups: 34 make two epochs, in another order; batches of 2 go over windows and epochs."""
     found = list(islice(batches(opened(shards)), GROUPS))
     named = [key.split("/", 1) for batch in found for key in batch.keys]
@@ -110,7 +110,7 @@ def test_what_cannot_be_used_is_written_down(shards: Path) -> None:
     keys(batches(opened(shards)), 12)
     (root,) = (shards.parent / "cache").glob("stream-*/0")
     (row,) = [json.loads(line) for line in (root / "skipped.jsonl").read_text().splitlines()][:1]
-    assert row["id"].endswith("0009") and "not a picture" in row["reason"]
+    assert row["id"].endswith("0009") and "not an image" in row["reason"]
 
 
 def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError
 from t2i_align.diffusion.inversion import advance, inverted_noise, level_grid
 from t2i_align.diffusion.noising import Noised
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
 from t2i_align.objectives import get
-from t2i_align.objectives.base import DataFacts
+from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.inpo import InPO
 from t2i_align.objectives.smpo import SmPO, certainty
-from t2i_align.diffusion.randomness import Draw
 from tests.objectives.test_core import PROCESSES, draw_for, linear_model, random_batch
 
 KINDS = pytest.mark.parametrize("kind", PROCESSES)
@@ -54,12 +54,12 @@ def per_row(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def coefficients(draw: Draw, noised: Noised) -> tuple[Tensor, Tensor]:
+def coefficients(draw: SampleRNG, noised: Noised) -> tuple[Tensor, Tensor]:
     alpha, sigma = draw.process.alpha_sigma(noised.timesteps)
     return per_row(alpha), per_row(sigma)
 
 
-def noise_of(draw: Draw, noised: Noised) -> Tensor:
+def noise_of(draw: SampleRNG, noised: Noised) -> Tensor:
     """The noise that the target stands for."""
     return draw.process.to_noise(noised.target, noised.latents, noised.timesteps)
 
@@ -78,7 +78,7 @@ def noise_of(draw: Draw, noised: Noised) -> Tensor:
     ],
 )
 def test_the_grid_is_the_middles_of_equal_parts_of_the_training_times(process, levels: int, expected: list) -> None:
-    grid = level_grid(Draw(0, ["a"], process), levels)
+    grid = level_grid(SampleRNG(0, ["a"], process), levels)
     assert grid.tolist() == pytest.approx(expected)
     assert grid.dtype == process.timesteps(torch.zeros(1)).dtype
 
@@ -163,11 +163,11 @@ def rising_model(noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tenso
     return per_row(timesteps).to(noisy.dtype) * noisy
 
 
-def by_hand(process, model: Model, levels: int, at: float, **options) -> tuple[Draw, Noised, Tensor]:
+def by_hand(process, model: Model, levels: int, at: float, **options) -> tuple[SampleRNG, Noised, Tensor]:
     """One sample inverted to the level `at` (the seed is the first to draw it), and its clean latents."""
     batch = row(random_batch(), 0)
     for seed in range(50):
-        draw = Draw(seed, batch.keys, process)
+        draw = SampleRNG(seed, batch.keys, process)
         noised = inverted_noise(model, batch, draw, levels=levels, **options)
         if noised.timesteps[0] == at:
             return draw, noised, batch.latents.flatten(0, 1)
@@ -270,7 +270,7 @@ def test_inversion_converges_to_the_exact_ode_and_renoise_brings_it_nearer(kind:
 @KINDS
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_the_variance_is_the_processs_at_every_eta(kind: str, eta: float) -> None:
-    """x_tau / sqrt(V) has variance 1 at every level. With eta = 1 the noise found is random: unrelated to the picture.
+    """x_tau / sqrt(V) has variance 1 at every level. With eta = 1 the noise found is random: unrelated to the image.
 
     Noise added on top, with the predicted one in full, would make it about 1 + eta^2. Of 49152 numbers, the variance
     is known to 0.6 % and a correlation to 0.5 %.
@@ -304,7 +304,7 @@ def test_fresh_noise_is_shared_in_a_pair_or_independent_and_absent_without_eta(k
     batch = replace(batch, latents=batch.latents[:, :1].expand_as(batch.latents))
 
     def latents(seed: int = 7, **options) -> Tensor:
-        draw = Draw(seed, batch.keys, PROCESSES[kind])
+        draw = SampleRNG(seed, batch.keys, PROCESSES[kind])
         return inverted_noise(model, batch, draw, levels=1, **options).latents.unflatten(0, (4, 2))
 
     shared, apart = latents(eta=0.3, sharing="shared"), latents(eta=0.3, sharing="independent")
@@ -322,7 +322,7 @@ def test_fresh_noise_is_shared_in_a_pair_or_independent_and_absent_without_eta(k
 def test_no_call_is_made_in_vain(options: dict, calls: int, seed: int) -> None:
     """As many steps as the deepest level of the batch takes; guidance and each correction take one call more."""
     batch, asked = guidable_batch(groups=2), []
-    draw = Draw(seed, batch.keys, PROCESSES["epsilon"])
+    draw = SampleRNG(seed, batch.keys, PROCESSES["epsilon"])
 
     def model(noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         assert len(noisy) == len(timesteps) == len(conditioning["prompt_embeds"]) == 4
@@ -427,7 +427,7 @@ def test_every_field_reaches_the_inversion(fields: dict, options: dict) -> None:
 def test_inpo_of_the_forward_process_has_the_loss_of_diffusion_dpo_on_the_same_noise(kind: str) -> None:
     """One level and eta = 1: x_tau = alpha x + sigma fresh, which Diffusion-DPO would get from its own draw."""
 
-    class SameNoise(Draw):
+    class SameNoise(SampleRNG):
         def normal(self, name: str, shape) -> Tensor:
             return super().normal("one name", shape)
 
@@ -459,7 +459,7 @@ def test_a_last_level_without_signal_and_a_first_without_noise_stay_finite(kind:
     process = VariancePreserving(torch.linspace(1, 0, 10, dtype=torch.float64), kind)
     batch = guidable_batch(groups=40)
     (policy, weight), (reference, _) = bounded_model(0), bounded_model(1)
-    draw = Draw(7, batch.keys, process)
+    draw = SampleRNG(7, batch.keys, process)
     options = {"inversion_guidance": 2.0, "eta": 0.3, "renoise": 1}
     noised = InPO(**options).noised(policy, reference, batch, draw)
     assert {0, 9} < set(noised.timesteps.tolist())
@@ -529,14 +529,14 @@ def test_each_pair_counts_by_its_own_scores_and_a_tie_teaches_nothing() -> None:
 
 
 def test_the_range_of_scores_is_the_datas_where_it_is_left_open() -> None:
-    facts = DataFacts(score_range=(0.1, 0.3))
-    fitted = SmPO(gamma=7.0).fitted(facts)
-    assert (fitted.score_min, fitted.score_max, fitted.gamma) == (0.1, 0.3, 7.0)
-    half = SmPO(score_min=-1.0).fitted(facts)
+    facts = DataStats(score_range=(0.1, 0.3))
+    fit_to_data = SmPO(gamma=7.0).fit_to_data(facts)
+    assert (fit_to_data.score_min, fit_to_data.score_max, fit_to_data.gamma) == (0.1, 0.3, 7.0)
+    half = SmPO(score_min=-1.0).fit_to_data(facts)
     assert (half.score_min, half.score_max) == (-1.0, 0.3)
-    assert InPO().fitted(facts) == InPO()
+    assert InPO().fit_to_data(facts) == InPO()
     with pytest.raises(UserError, match=r"score_min must be less than .*, found 0\.2 and 0\.2"):
-        SmPO().fitted(DataFacts(score_range=(0.2, 0.2)))
+        SmPO().fit_to_data(DataStats(score_range=(0.2, 0.2)))
 
 
 @pytest.mark.parametrize("values", [{}, {"score_min": 0.0}, {"score_max": 1.0}])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipelines import RectifiedFlow
-from t2i_align.diffusion.randomness import Draw, stable_seed
+from t2i_align.diffusion.randomness import SampleRNG, stable_seed
 
 
-def draw(seed: int, *keys: str) -> Draw:
-    return Draw(seed, keys, RectifiedFlow())
+def draw(seed: int, *keys: str) -> SampleRNG:
+    return SampleRNG(seed, keys, RectifiedFlow())
 
 
 def test_a_sample_draws_the_same_in_any_batch_and_order() -> None:
@@ -21,7 +21,7 @@ def test_a_sample_draws_the_same_in_any_batch_and_order() -> None:
 
 
 @pytest.mark.parametrize("other", [draw(2, "0/a"), draw(1, "1/a"), draw(1, "0/b")])
-def test_seed_epoch_and_sample_each_change_the_draw(other: Draw) -> None:
+def test_seed_epoch_and_sample_each_change_the_draw(other: SampleRNG) -> None:
     assert not torch.equal(draw(1, "0/a").normal("noise", (8,)), other.normal("noise", (8,)))
 
 

@@ -48,7 +48,7 @@ class Red(Scorer):
 
 @pytest.fixture(scope="module")
 def lora(sd_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training run with a LoRA that changes every picture."""
+    """The folder of a training run with a LoRA that changes every image."""
     pipeline = pipelines.load(sd_path)
     pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_samples_do_not_depend_on_the_batch_size(sd_path: Path, other: Path, tmp
             # Sums in another order may move a pixel by one level of 255.
             assert one["scores"]["red"][side] == pytest.approx(four["scores"]["red"][side], abs=1e-4)
     spread = [line["scores"]["red"]["before"] for line in samples(tmp_path / "1")]
-    assert np.std(spread) > 1e-3  # of one prompt, another seed is another picture
+    assert np.std(spread) > 1e-3  # of one prompt, another seed is another image
 
 
 def test_a_runs_lora_is_found_applied_and_taken_off_again(sd_path: Path, lora: Path, tmp_path: Path) -> None:
@@ -163,11 +163,11 @@ def test_only_an_evaluation_is_replaced_and_only_when_forced(
     sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"base": sd_path, "aligned": sd_path, "scorers": [Red()], **FAST}
-    listing = generate(sd_path, ["cat"], tmp_path / "pictures", **FAST)
+    listing = generate(sd_path, ["cat"], tmp_path / "images", **FAST)
     before = listing.read_bytes()
     for force in (False, True):
         with pytest.raises(UserError, match="not empty, and holds no evaluation"):
-            evaluate(prompts=["cat"], out=tmp_path / "pictures", force=force, **options)
+            evaluate(prompts=["cat"], out=tmp_path / "images", force=force, **options)
     assert listing.read_bytes() == before
 
     out = tmp_path / "out"
@@ -216,7 +216,7 @@ def test_too_little_memory_for_a_scorer_names_the_option(sd_path: Path, tmp_path
         def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"8 pictures at a time; lower batch_size \(--batch-size\)"):
+    with pytest.raises(UserError, match=r"8 images at a time; lower batch_size \(--batch-size\)"):
         evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Huge()], out=tmp_path, **FAST)
 
 

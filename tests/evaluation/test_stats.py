@@ -63,7 +63,7 @@ def test_interval_is_the_binomial_one_for_independent_pairs() -> None:
 
 
 def test_repeats_of_a_prompt_do_not_narrow_the_interval() -> None:
-    """Four identical seeds a prompt carry no more than one; taking them as independent would halve the width."""
+    """Four identical seeds per prompt carry no more than one; taking them as independent would halve the width."""
     rng = np.random.default_rng(1)
     change = rng.normal(0.1, 1, 64)
     once = compare(np.zeros(64), change)

@@ -24,19 +24,19 @@ def trained(path: Path, folder: Path) -> Path:
     return pipeline.save_lora(folder)
 
 
-def test_an_exported_lora_makes_the_same_pictures(sd_path: Path, tmp_path: Path) -> None:
+def test_an_exported_lora_makes_the_same_images(sd_path: Path, tmp_path: Path) -> None:
     """alpha = 3 rank: a file that forgot it would come back at a third of the strength."""
     lora = trained(sd_path, tmp_path / "lora")
-    pictures = []
+    images = []
     for format in (None, "kohya", "diffusers"):
         file = lora
         if format is not None:
             file = export_lora(lora, tmp_path / "out" / f"{format}.safetensors", format=format, model=sd_path)
         pipeline = pipelines.load(sd_path)
         pipeline.load_lora(file)
-        pictures.append(pipeline.generate(["cat"], [0], steps=2, guidance=1.0))
-    torch.testing.assert_close(pictures[1], pictures[0])
-    torch.testing.assert_close(pictures[2], pictures[0])
+        images.append(pipeline.generate(["cat"], [0], steps=2, guidance=1.0))
+    torch.testing.assert_close(images[1], images[0])
+    torch.testing.assert_close(images[2], images[0])
     assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / "out" / "kohya.safetensors"))
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["diffusers.safetensors", "kohya.safetensors"]
 

@@ -1,4 +1,4 @@
-"""Pictures to a folder: what is written, what is never overwritten, and that an evaluation sees the same pictures."""
+"""Images to a folder: what is written, what is never overwritten, and that an evaluation sees the same images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from safetensors.torch import save_file
 import pipelines
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.generate import generate, sample, sample_seed, to_pictures
-from t2i_align.inference.resolve import Aligned, resolve_adapter, resolve_aligned, resolve_base, resolve_model, resolve_prompts
+from t2i_align.inference.generate import generate, sample, sample_seed, to_images
+from t2i_align.inference.resolve import (
+    Aligned,
+    resolve_adapter,
+    resolve_aligned,
+    resolve_base,
+    resolve_model,
+    resolve_prompts,
+)
 
 FAST = {"steps": 2, "guidance": 2.0, "progress": False}
 
@@ -26,7 +33,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
-def test_each_picture_has_its_line_and_is_the_pipelines_own(sd_path: Path, tmp_path: Path) -> None:
+def test_each_image_has_its_line_and_is_the_pipelines_own(sd_path: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffcat\n\n  sun \r\n", encoding="utf-8")
     file = generate(sd_path, prompts, tmp_path / "out", prompt=["dog"], per_prompt=2, seed=3, batch_size=4, **FAST)
@@ -38,10 +45,10 @@ def test_each_picture_has_its_line_and_is_the_pipelines_own(sd_path: Path, tmp_p
     pixels = pipelines.load(sd_path).generate(
         [row["prompt"] for row in rows], [row["seed"] for row in rows], steps=2, guidance=2.0, batch_size=4
     )
-    for row, picture in zip(rows, pixels, strict=True):
+    for row, image in zip(rows, pixels, strict=True):
         saved = np.asarray(Image.open(tmp_path / "out" / row["file"]))
         assert saved.shape == (32, 32, 3)
-        np.testing.assert_array_equal(saved, (picture * 255).round().byte().permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(saved, (image * 255).round().byte().permute(1, 2, 0).numpy())
     assert len(list((tmp_path / "out").iterdir())) == 7
 
 
@@ -74,14 +81,14 @@ def test_a_lora_at_half_strength_lies_between(sd_path: Path, tmp_path: Path) -> 
         torch.nn.init.normal_(parameter, std=1.0)
     pipeline.save_lora(tmp_path / "lora")
 
-    def picture(name: str, **options: object) -> np.ndarray:
+    def image(name: str, **options: object) -> np.ndarray:
         generate(sd_path, ["cat"], tmp_path / name, **options, **FAST)
         return np.asarray(Image.open(tmp_path / name / "00000.png")).astype(float)
 
     none, half, full = (
-        picture("none"),
-        picture("half", lora=tmp_path / "lora", lora_scale=0.5),
-        picture("full", lora=tmp_path / "lora"),
+        image("none"),
+        image("half", lora=tmp_path / "lora", lora_scale=0.5),
+        image("full", lora=tmp_path / "lora"),
     )
     assert 0 < np.abs(half - none).mean() < np.abs(full - none).mean()
     row = lines(tmp_path / "half" / "samples.jsonl")[0]
@@ -91,7 +98,7 @@ def test_a_lora_at_half_strength_lies_between(sd_path: Path, tmp_path: Path) -> 
 def test_a_negative_prompt_is_the_pipelines_own_and_is_listed(sd_path: Path, tmp_path: Path) -> None:
     file = generate(sd_path, ["cat"], tmp_path / "out", negative_prompt="dog", **FAST)
     options = {"steps": 2, "guidance": 2.0, "negative_prompt": "dog"}
-    expected = to_pictures(pipelines.load(sd_path).generate(["cat"], [sample_seed(0, 0, 0)], **options))[0]
+    expected = to_images(pipelines.load(sd_path).generate(["cat"], [sample_seed(0, 0, 0)], **options))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00000.png")), np.asarray(expected))
     generate(sd_path, ["cat"], tmp_path / "plain", **FAST)
     assert Image.open(tmp_path / "plain" / "00000.png").tobytes() != expected.tobytes()
@@ -118,7 +125,7 @@ def test_too_little_memory_names_the_option() -> None:
     def generate(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    with pytest.raises(UserError, match=r"32 pictures at a time; lower batch_size \(--batch-size\)"):
+    with pytest.raises(UserError, match=r"32 images at a time; lower batch_size \(--batch-size\)"):
         sample(SimpleNamespace(generate=generate), ["cat"], [0], batch_size=32)
 
 
@@ -126,7 +133,7 @@ def test_rounding_is_diffusers_own() -> None:
     """0.998 · 255 = 254.49 → 254 and 0.9981 · 255 = 254.52 → 255: rounded, not cut off."""
     pixels = torch.full((1, 3, 1, 2), 0.998)
     pixels[..., 1] = 0.9981
-    assert np.asarray(to_pictures(pixels)[0])[0, :, 0].tolist() == [254, 255]
+    assert np.asarray(to_images(pixels)[0])[0, :, 0].tolist() == [254, 255]
 
 
 def test_bad_input_is_named(sd_path: Path, tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from PIL import Image
 
 from reward_scorers import Scorer
 from t2i_align import cli
-from t2i_align.labeling.annotate import caption, perturb, relabel
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
+from t2i_align.labeling.annotate import caption, perturb, relabel
 from t2i_align.testbed.captions import corrupt, describe, draw_for, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
@@ -35,7 +35,7 @@ QUIET: dict[str, Any] = {"progress": False, "batch_size": 4}
 def source(tmp_path: Path) -> Path:
     """Pairs of drawn scenes: the caption's and one with a fault; every third has the better one second, one is a tie.
 
-    Group 5's second picture is damaged.
+    Group 5's second image is damaged.
     """
     folder = tmp_path / "source"
     folder.mkdir()
@@ -45,14 +45,14 @@ def source(tmp_path: Path) -> Path:
         truth = describe(sample_scene(rng, kind="pair"), rng)
         wrong = corrupt(truth, "relation", rng)
         assert wrong is not None
-        pictures = [render(draw_for(truth, rng)), degrade(render(draw_for(wrong, rng)), rng)]
+        images = [render(draw_for(truth, rng)), degrade(render(draw_for(wrong, rng)), rng)]
         order = [1, 0] if i % 3 == 2 else [0, 1]
         for side, which in enumerate(order):
-            Image.fromarray(to_uint8(pictures[which])).save(folder / f"{i}_{side}.png")
+            Image.fromarray(to_uint8(images[which])).save(folder / f"{i}_{side}.png")
         scores = [1 - which if i != 4 else 0 for which in order]
         row = {"id": f"g{i}", "prompt": write(truth, rng), "images": [f"{i}_0.png", f"{i}_1.png"], "scores": scores}
         lines.append(json.dumps(row) + "\n")
-    (folder / "5_1.png").write_bytes(b"no picture")
+    (folder / "5_1.png").write_bytes(b"no image")
     (folder / "pairs.jsonl").write_text("".join(lines))
     return folder / "pairs.jsonl"
 
@@ -72,13 +72,13 @@ def prompts(source: Path) -> dict[str, str]:
 # What is written ------------------------------------------------------------------------------------------------
 
 
-def test_variant_c_describes_every_picture_in_the_sources_order(source: Path, tmp_path: Path) -> None:
+def test_variant_c_describes_every_image_in_the_sources_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "c.jsonl"
     summary = caption(source, "c", out, captioner="testbed:captioner", **QUIET)
     found = rows(out)
     assert list(found) == [f"g{i}" for i in range(GROUPS) if i != 5]
     assert (summary.groups, summary.skipped, str(summary.why_skipped)) == (10, 1, f"{out}.skipped.jsonl")
-    assert skipped(out) == {"g5": "candidate 1: not a picture in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF)"}
+    assert skipped(out) == {"g5": "candidate 1: not an image in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF)"}
     for i in range(GROUPS):
         if i == 5:
             continue
@@ -93,7 +93,7 @@ def test_variant_c_describes_every_picture_in_the_sources_order(source: Path, tm
 def test_variant_p_gives_the_loser_a_caption_that_contradicts_the_prompt(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.jsonl"
     caption(source, "p", out, kinds=["relation"], **QUIET)
-    assert skipped(out) == {"g4": "a tie: neither candidate is the winner"}  # no picture was needed
+    assert skipped(out) == {"g4": "a tie: neither candidate is the winner"}  # no image was needed
     for i in {*range(GROUPS)} - {4}:
         better = 1 if i % 3 == 2 else 0
         captions, prompt = rows(out)[f"g{i}"]["captions"], prompts(source)[f"g{i}"]
@@ -154,8 +154,8 @@ def test_relabel_by_the_oracle_is_its_reward(source: Path, tmp_path: Path) -> No
     relabel(source, ["oracle"], out, **QUIET)
     assert {*skipped(out)} == {"g5"}
     for key, row in rows(out).items():
-        pictures = [Image.open(source.parent / f"{key[1:]}_{side}.png") for side in (0, 1)]
-        pixels = np.stack([np.asarray(picture, np.float32).transpose(2, 0, 1) / 255 for picture in pictures])
+        images = [Image.open(source.parent / f"{key[1:]}_{side}.png") for side in (0, 1)]
+        pixels = np.stack([np.asarray(image, np.float32).transpose(2, 0, 1) / 255 for image in images])
         reward = Oracle().judge(pixels, [prompts(source)[key]] * 2).reward
         np.testing.assert_allclose(row["scores"], reward, rtol=1e-6)
         assert row["by_scorer"] == {"oracle": {"version": Oracle.version, "scores": row["scores"]}}
@@ -163,7 +163,7 @@ def test_relabel_by_the_oracle_is_its_reward(source: Path, tmp_path: Path) -> No
 
 
 class Fixed(Scorer):
-    """A scorer by a function of the mean of a picture's pixels and its side."""
+    """A scorer by a function of the mean of an image's pixels and its side."""
 
     version = "7"
 
@@ -174,7 +174,7 @@ class Fixed(Scorer):
         return self.function(pixels.mean((1, 2, 3)))
 
 
-def grey_pictures(folder: Path, *values: int) -> Path:
+def grey_images(folder: Path, *values: int) -> Path:
     folder.mkdir()
     for value in values:
         Image.new("L", (8, 8), value).save(folder / f"{value}.png")
@@ -184,12 +184,12 @@ def grey_pictures(folder: Path, *values: int) -> Path:
 
 
 def test_several_scorers_vote(tmp_path: Path) -> None:
-    """Pictures of 51, 102 and 204 of 255: 0.2, 0.4, 0.8. Two scorers prefer bright, one dark; k - 1 = 2, n = 3.
+    """Images of 51, 102 and 204 of 255: 0.2, 0.4, 0.8. Two scorers prefer bright, one dark; k - 1 = 2, n = 3.
 
     Majority: dark 2 wins of one scorer, 2 / 6; middle 1 of each, 3 / 6; bright 4 / 6. Where the dark one's margin is
     0.5, it has 0.5 of 0.2 against 0.4 and of 0.4 against 0.8, and 1 of 0.2 against 0.8: 1.5, 1 and 0.5 wins.
     """
-    data = grey_pictures(tmp_path / "data", 51, 102, 204)
+    data = grey_images(tmp_path / "data", 51, 102, 204)
     judges = [Fixed("bright", lambda x: x), Fixed("brighter", lambda x: 10 * x), Fixed("dark", lambda x: -x)]
     expected = {"majority": [2 / 6, 3 / 6, 4 / 6], "mean_rank": [-7 / 3, -2, -5 / 3], "sum": [2.0, 4.0, 8.0]}
     for rule, scores in expected.items():
@@ -204,21 +204,21 @@ def test_several_scorers_vote(tmp_path: Path) -> None:
 
 
 def test_groups_that_cannot_be_scored_are_skipped(tmp_path: Path) -> None:
-    data = grey_pictures(tmp_path / "data", 51, 0)
+    data = grey_images(tmp_path / "data", 51, 0)
     with pytest.raises(UserError, match=r"none of 1 groups could be annotated; .*skipped.jsonl says why"):
         relabel(data, [Fixed("log", lambda x: x.log())], tmp_path / "a.jsonl", **QUIET)
     assert skipped(tmp_path / "a.jsonl") == {"a": "no finite score by log"}
     with pytest.raises(UserError, match="none of 1"):
         relabel(data, "oracle", tmp_path / "b.jsonl", **QUIET)
     assert "cannot read the prompt 'x'" in skipped(tmp_path / "b.jsonl")["a"]
-    single = grey_pictures(tmp_path / "single", 51)
+    single = grey_images(tmp_path / "single", 51)
     with pytest.raises(UserError, match="none of 1"):
         relabel(single, [Fixed("a", lambda x: x), Fixed("b", lambda x: x)], tmp_path / "c.jsonl", **QUIET)
     assert relabel(single, [Fixed("a", lambda x: x)], tmp_path / "d.jsonl", **QUIET).groups == 1
 
 
 def test_a_prompt_in_which_nothing_can_be_changed_is_skipped(tmp_path: Path) -> None:
-    data = grey_pictures(tmp_path / "data", 1, 2)
+    data = grey_images(tmp_path / "data", 1, 2)
     with pytest.raises(UserError, match="none of 1"):
         perturb(data, tmp_path / "a.jsonl", **QUIET)
     assert skipped(tmp_path / "a.jsonl") == {"a": "the perturber found nothing to change in 'x'"}
@@ -237,21 +237,21 @@ def test_models_of_transformers_write_captions(source: Path, tmp_path: Path) -> 
 
 
 class Recorder:
-    """A captioner that says how bright a picture is and dies after so many batches."""
+    """A captioner that says how bright an image is and dies after so many batches."""
 
     name = "recorder"
 
     def __init__(self, batches: int = 10**9) -> None:
         self.batches, self.seen = batches, 0
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         if self.batches == 0:
             raise KeyboardInterrupt
         self.batches -= 1
-        self.seen += len(pictures)
+        self.seen += len(images)
         # What is said depends on the whole batch, as padding makes it do for a model.
-        total = sum(float(np.asarray(picture).mean()) for picture in pictures)
-        return [f"{np.asarray(picture).mean():.3f} of {total:.3f}" for picture in pictures]
+        total = sum(float(np.asarray(image).mean()) for image in images)
+        return [f"{np.asarray(image).mean():.3f} of {total:.3f}" for image in images]
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 3, 5])
@@ -265,7 +265,7 @@ def test_a_continued_file_equals_an_uninterrupted_one(batches: int, source: Path
     caption(source, "c", parts, captioner=second, **QUIET)
     for ending in ("", ".skipped.jsonl", ".settings.json"):
         assert Path(f"{parts}{ending}").read_bytes() == Path(f"{whole}{ending}").read_bytes()
-    assert second.seen < first.seen or batches < 2  # two batches of pictures make one of groups
+    assert second.seen < first.seen or batches < 2  # two batches of images make one of groups
 
 
 @pytest.mark.parametrize("cut", range(0, 900, 90))
@@ -293,7 +293,7 @@ def test_skipped_rows_of_the_source_and_its_duplicates_are_recorded_once(source:
         summary = perturb(source, out, **QUIET)
         assert (summary.groups, summary.skipped) == (3, 2)
         reasons = [json.loads(line)["reason"] for line in Path(f"{out}.skipped.jsonl").read_text().splitlines()]
-        assert reasons == ["duplicate id 'g0'; the first group with it was kept", "no such picture: gone.png"]
+        assert reasons == ["duplicate id 'g0'; the first group with it was kept", "no such image: gone.png"]
         unfinish(out)
 
 
@@ -333,7 +333,7 @@ def test_finished_and_foreign_files_are_refused(source: Path, tmp_path: Path) ->
     ("call", "says"),
     [
         (lambda s, o: caption(s, "d", o), "unknown variant 'd'. Choices: c, h, p"),
-        (lambda s, o: caption(s, "c", o), "variant c describes pictures: name a captioner"),
+        (lambda s, o: caption(s, "c", o), "variant c describes images: name a captioner"),
         (lambda s, o: caption(s, "c", o, captioner="./nothing"), "nothing: no such captioner"),
         (lambda s, o: caption(s, "p", o, perturber="./nothing"), "nothing: no such perturber"),
         (lambda s, o: caption(s, "p", o, batch_size=0), "batch_size must be"),

@@ -12,11 +12,11 @@ import pytest
 from torch import Tensor
 
 from reward_scorers import Scorer, ScorerError, registry
-from t2i_align import synthesize as module
 from t2i_align.cli import main
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
+from t2i_align.labeling import synthesize as module
 from t2i_align.labeling.synthesize import Summary, synthesize
 from t2i_align.labeling.votes import majority, shares
 
@@ -68,14 +68,14 @@ def test_prompts_become_groups_with_all_that_made_them(made: Path) -> None:
 
 
 def test_what_is_there_is_not_made_again(made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture and the scores lost: one picture is drawn and the result is the same, byte for byte."""
+    """An image and the scores lost: one image is drawn and the result is the same, byte for byte."""
     before = (made / "groups.jsonl").read_bytes()
     drawn: list[int] = []
     genuine = module.sample
     monkeypatch.setattr(module, "sample", lambda *a, **k: drawn.append(len(a[1])) or genuine(*a, **k))
     (made / "groups.jsonl").unlink()
     (made / "scores" / "000000.json").unlink()
-    (made / "pictures" / "000001" / "0-2.png").unlink()
+    (made / "images" / "000001" / "0-2.png").unlink()
     make(made, sd_path)
     assert drawn == [1] and (made / "groups.jsonl").read_bytes() == before
     make(made, sd_path)
@@ -96,7 +96,7 @@ def test_several_processes_share_the_work(
     assert make(tmp_path, sd_path).groups == 3
     alone, shared = rows(made), rows(tmp_path)
     assert [row["seeds"] for row in alone] == [row["seeds"] for row in shared]
-    for one, other in zip(alone, shared, strict=True):  # batches differ, and with them the last bits of a picture
+    for one, other in zip(alone, shared, strict=True):  # batches differ, and with them the last bits of an image
         for name, said in one["by_scorer"].items():
             assert said["scores"] == pytest.approx(other["by_scorer"][name]["scores"], abs=0.01)
 

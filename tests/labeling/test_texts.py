@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from t2i_align.texts import words
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
@@ -36,16 +37,15 @@ from transformers import (
 )
 
 from t2i_align.errors import UserError
-from t2i_align.testbed.captions import describe, parse, write
-from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.scenes import render, sample_scene, to_uint8
-from t2i_align.texts import words
-from t2i_align.labeling.captioner import QUESTION, PictureModel, load_captioner
+from t2i_align.labeling.captioner import QUESTION, ImageModel, load_captioner
 from t2i_align.labeling.language_models import one_line
 from t2i_align.labeling.perturber import load_perturber
 from t2i_align.labeling.rules import KINDS, RulePerturber
 from t2i_align.labeling.votes import RULES, majority, mean_rank, total
-from tests.runs import picture
+from t2i_align.testbed.captions import describe, parse, write
+from t2i_align.testbed.oracle import Oracle
+from t2i_align.testbed.scenes import render, sample_scene, to_uint8
+from tests.runs import image
 from tests.tiny import byte_tokenizer
 
 ENGLISH = [
@@ -242,19 +242,19 @@ def test_bad_rules_are_named() -> None:
 # The testbed's captioner ----------------------------------------------------------------------------------------
 
 
-def test_the_testbeds_captioner_says_what_the_picture_shows() -> None:
+def test_the_testbeds_captioner_says_what_the_image_shows() -> None:
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng) for _ in range(60)]
-    pictures = [Image.fromarray(to_uint8(render(scene))) for scene in scenes]
+    images = [Image.fromarray(to_uint8(render(scene))) for scene in scenes]
     captioner = load_captioner("testbed:captioner")
-    captions = captioner(pictures, ["a green cross"] * 60)
-    assert captions == captioner(pictures, ["something else"] * 60)
-    pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in pictures])
+    captions = captioner(images, ["a green cross"] * 60)
+    assert captions == captioner(images, ["something else"] * 60)
+    pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in images])
     assert (Oracle().judge(pixels, captions).strict == 1).mean() >= 0.98
     for scene, caption in zip(scenes, captions, strict=True):
         statement = parse(caption)
         assert statement.background == scene.background and statement.count == len(scene.objects)
-    larger = [p.resize((256, 256), Image.Resampling.BICUBIC) for p in pictures]
+    larger = [p.resize((256, 256), Image.Resampling.BICUBIC) for p in images]
     again = [
         parse(a).canonical() == parse(b).canonical()
         for a, b in zip(captions, captioner(larger, [""] * 60), strict=True)
@@ -262,7 +262,7 @@ def test_the_testbeds_captioner_says_what_the_picture_shows() -> None:
     assert np.mean(again) >= 0.95
 
 
-def test_an_empty_picture_has_no_caption_and_other_names_are_refused() -> None:
+def test_an_empty_image_has_no_caption_and_other_names_are_refused() -> None:
     assert load_captioner("testbed:captioner")([Image.new("L", (64, 64))], [""]) == [""]
     with pytest.raises(UserError, match="testbed:captioner"):
         load_captioner("testbed:blip")
@@ -356,17 +356,17 @@ PROMPTS = ["a red fox", "an owl with glasses on a <image> branch", "x"]
 @pytest.mark.parametrize("name", ["blip", "encoder_decoder", "llava"])
 def test_a_captioner_of_transformers_runs_and_a_batch_changes_nothing(name: str, captioners: dict[str, Path]) -> None:
     captioner = load_captioner(str(captioners[name]), max_new_tokens=6)
-    pictures = [picture(0, 40), picture(1, 32), picture(2, 64).resize((50, 20))]
-    captions = captioner(pictures, PROMPTS)
+    images = [image(0, 40), image(1, 32), image(2, 64).resize((50, 20))]
+    captions = captioner(images, PROMPTS)
     assert len(captions) == 3 and any(captions)
     assert all(caption == " ".join(caption.split()) for caption in captions)
-    assert captions == [captioner([p], [q])[0] for p, q in zip(pictures, PROMPTS, strict=True)]
+    assert captions == [captioner([p], [q])[0] for p, q in zip(images, PROMPTS, strict=True)]
     assert captioner.name == str(captioners[name])
 
 
 def test_a_chat_is_asked_the_question_and_answers_without_it(captioners: dict[str, Path]) -> None:
     captioner = load_captioner(str(captioners["llava"]), max_new_tokens=6)
-    assert isinstance(captioner, PictureModel) and captioner.template == QUESTION
+    assert isinstance(captioner, ImageModel) and captioner.template == QUESTION
     seen = []
     generate = captioner.network.generate
 
@@ -375,7 +375,7 @@ def test_a_chat_is_asked_the_question_and_answers_without_it(captioners: dict[st
         return generate(**inputs)
 
     captioner.network.generate = recorded
-    answers = captioner([picture(0), picture(1)], ["a red fox", "a <image>"])
+    answers = captioner([image(0), image(1)], ["a red fox", "a <image>"])
     (question, _), answers = (
         [re.sub(r"</w>|\W", "", text) for text in texts]  # the tiny tokenizer marks the ends of words
         for texts in (captioner.tokenizer.batch_decode(seen[0]["input_ids"], skip_special_tokens=True), answers)
@@ -388,8 +388,8 @@ def test_a_chat_is_asked_the_question_and_answers_without_it(captioners: dict[st
 
 def test_a_template_leads_a_captioner_without_chat(captioners: dict[str, Path]) -> None:
     captioner = load_captioner(str(captioners["blip"]), template="a photo of {prompt}", max_new_tokens=4)
-    answers = captioner([picture(0), picture(1)], ["cat", "elephant"])
-    assert answers == [captioner([picture(0)], ["cat"])[0], captioner([picture(1)], ["elephant"])[0]]
+    answers = captioner([image(0), image(1)], ["cat", "elephant"])
+    assert answers == [captioner([image(0)], ["cat"])[0], captioner([image(1)], ["elephant"])[0]]
     assert not any("photo" in answer for answer in answers)
 
 

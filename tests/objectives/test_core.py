@@ -14,18 +14,18 @@ from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.schema import Batch
 from t2i_align.data.loader import open_source
-from t2i_align.errors import UserError
+from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import drop_captions, random_noise
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES, get
-from t2i_align.objectives.base import Needs
+from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.links import link_loss
 from t2i_align.objectives.pairwise import dpo_logit
 from t2i_align.objectives.sft import SFT
-from t2i_align.diffusion.randomness import Draw
-from tests.data.test_examples import StandIn, write_jsonl, write_pictures
+from tests.data.test_examples import StandIn, write_images, write_jsonl
 
 ABAR = DDPMScheduler().alphas_cumprod
 PROCESSES = {
@@ -58,8 +58,8 @@ def linear_model(seed: int):
     return model, weight
 
 
-def draw_for(batch: Batch, process: str) -> Draw:
-    return Draw(7, batch.keys, PROCESSES[process])
+def draw_for(batch: Batch, process: str) -> SampleRNG:
+    return SampleRNG(7, batch.keys, PROCESSES[process])
 
 
 def test_dpo_equals_numbers_worked_out_by_hand() -> None:
@@ -202,14 +202,14 @@ def test_sft_is_the_winners_error_whatever_the_loser() -> None:
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_sft_leaves_out_what_was_disliked_and_counts_it(cache: bool, tmp_path: Path) -> None:
-    """Scores 1, -1, 0, 2, -3 of single pictures: the first and the fourth were liked; a limit counts liked ones."""
-    write_pictures(tmp_path, ["a.jpg"])
+    """Scores 1, -1, 0, 2, -3 of single images: the first and the fourth were liked; a limit counts liked ones."""
+    write_images(tmp_path, ["a.jpg"])
     data = write_jsonl(
         tmp_path / "likes.jsonl",
         [{"prompt": "p", "images": ["a.jpg"], "scores": [score]} for score in (1, -1, 0, 2, -3)],
     )
 
-    def counts(needs: Needs, limit: int | None = None) -> dict[str, int]:
+    def counts(needs: Requirements, limit: int | None = None) -> dict[str, int]:
         return open_source(
             DataConfig(path=str(data), cache=cache, limit=limit),
             ModelConfig(path="a model"),
@@ -223,7 +223,7 @@ def test_sft_leaves_out_what_was_disliked_and_counts_it(cache: bool, tmp_path: P
 
     assert counts(SFT.needs) == {"groups": 2, "skipped": 0, "disliked_left_out": 3}
     assert counts(SFT.needs, limit=2) == {"groups": 2, "skipped": 0, "disliked_left_out": 2}
-    assert counts(Needs()) == {"groups": 5, "skipped": 0}
+    assert counts(Requirements()) == {"groups": 5, "skipped": 0}
     data.write_text(json.dumps({"prompt": "p", "images": ["a.jpg"], "scores": [-1]}) + "\n")
     with pytest.raises(UserError, match="no group is left: of 1, 0 are ties, 1 are disliked"):
         counts(SFT.needs)

@@ -11,9 +11,9 @@ from torch import Tensor
 import pipelines
 from pipelines import TrainablePipeline
 from t2i_align.data.schema import Batch
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
-from t2i_align.objectives.base import DataFacts, Objective
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.objectives.base import DataStats, Objective
 from t2i_align.training.reference import build_reference, no_reference
 from tests import tiny
 
@@ -80,10 +80,10 @@ def only(batch: Batch, objective: Objective, rows: slice) -> Batch:
 @pytest.mark.parametrize("family", list(BUILDERS))
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict[str, TrainablePipeline]) -> None:
-    """One loss a group, finite, with a gradient for the LoRA and none for anything else; where a loss is a group's
+    """One loss per group, finite, with a gradient for the LoRA and none for anything else; where a loss is a group's
     own, a batch is its groups one at a time."""
     pipeline = families[family]
-    objective = OBJECTIVES[name]().fitted(DataFacts(score_range=(0.1, 0.9)))
+    objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.1, 0.9)))
     reference: Any = no_reference
     if objective.needs.reference:
         reference = build_reference("adapter_off", pipeline, torch.device("cpu"), lora=True)
@@ -91,7 +91,7 @@ def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict
 
     def step(rows: slice) -> Tensor:
         some = only(batch, objective, rows)
-        draw = Draw(0, some.keys, pipeline.process, "uniform", torch.device("cpu"))
+        draw = SampleRNG(0, some.keys, pipeline.process, "uniform", torch.device("cpu"))
         loss: Tensor = objective.step(pipeline.predict, reference, some, draw)[0]
         return loss
 

@@ -12,15 +12,15 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from t2i_align.data.schema import Batch
-from t2i_align.errors import UserError
 from t2i_align.diffusion.noising import random_noise, squared_error
+from t2i_align.errors import UserError
 from t2i_align.objectives import DSPO, NCPDPO, SFT, SoftREPA
 from t2i_align.objectives.dspo import dspo_loss
 from t2i_align.objectives.guard import safeguard
 from t2i_align.objectives.ncp import posterior_step
 from t2i_align.objectives.softrepa import contrastive_loss, different_prompts, shifted
-from tests.objectives.test_core import PROCESSES, draw_for, linear_model, random_batch
 from tests.objectives.test_all import row_of
+from tests.objectives.test_core import PROCESSES, draw_for, linear_model, random_batch
 
 LOG_2 = math.log(2)
 
@@ -114,7 +114,7 @@ def test_dspo_is_the_released_formula_with_its_gradient_through_the_logit(kind: 
 
 
 def test_dspo_teaches_nothing_of_the_loser_where_the_guard_stops_it() -> None:
-    """With mu = 1 no part of a loser's gradient passes that points along the winner's: here, of the same picture's."""
+    """With mu = 1 no part of a loser's gradient passes that points along the winner's: here, of the same image's."""
     batch, (policy, weight), (reference, _) = random_batch(), linear_model(0), linear_model(1)
     batch = replace(batch, latents=batch.latents[:, :1].expand(-1, 2, -1, -1, -1))
     draw = draw_for(batch, "epsilon")
@@ -151,15 +151,15 @@ def test_the_posterior_step_is_the_ddpm_schedulers(kind: str, t: int) -> None:
 
 @pytest.mark.parametrize("kind", PROCESSES)
 @pytest.mark.parametrize(("t", "s"), [(1, 0), (300, 299), (900, 100), (999, 0)])
-def test_the_posterior_of_a_noised_picture_has_the_marginal_of_the_earlier_time(kind: str, t: int, s: int) -> None:
-    """As a linear map: the picture's share is alpha_s, the squared shares of both noises add up to sigma_s^2."""
+def test_the_posterior_of_a_noised_image_has_the_marginal_of_the_earlier_time(kind: str, t: int, s: int) -> None:
+    """As a linear map: the image's share is alpha_s, the squared shares of both noises add up to sigma_s^2."""
     process, one, zero = PROCESSES[kind], torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     later, earlier = torch.tensor([t]), torch.tensor([s])
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.alpha_sigma(later), process.alpha_sigma(earlier)
-    of_picture = posterior_step(process, one, alpha_t * one, later, earlier, zero)
+    of_image = posterior_step(process, one, alpha_t * one, later, earlier, zero)
     of_noise = posterior_step(process, zero, sigma_t * one, later, earlier, zero)
     of_new_noise = posterior_step(process, zero, zero, later, earlier, one)
-    torch.testing.assert_close(of_picture, alpha_s.view(1, 1))
+    torch.testing.assert_close(of_image, alpha_s.view(1, 1))
     torch.testing.assert_close(of_noise**2 + of_new_noise**2, (sigma_s**2).view(1, 1))
 
 
@@ -188,7 +188,7 @@ def test_ncp_at_the_reference_gives_log_2_and_swapping_negates(kind: str, renois
 @pytest.mark.parametrize("kind", PROCESSES)
 @pytest.mark.parametrize("renoise", ["posterior", "uniform"])
 def test_ncp_with_features_that_are_the_latents_weighs_the_errors_by_time(kind: str, renoise: str) -> None:
-    """A prediction's error moves the clean picture by c err, c = -sigma/alpha (noise), -sigma (v and flow), and so
+    """A prediction's error moves the clean image by c err, c = -sigma/alpha (noise), -sigma (v and flow), and so
 
     x_s by (alpha_s - alpha_t sigma_s^2/sigma_t^2 alpha_t/alpha_s) c err      posterior
            (alpha_s c + sigma_s n) err, n = 1 (noise), alpha (v and flow)     uniform
@@ -240,7 +240,7 @@ def test_the_contrast_equals_numbers_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("kind", PROCESSES)
 @pytest.mark.parametrize("negatives", [None, 2])
 def test_softrepa_is_its_formula_on_the_matrix_of_errors(kind: str, negatives: int | None) -> None:
-    """Built entry by entry: picture i under prompt j, with the time and noise of the first sample."""
+    """Built entry by entry: image i under prompt j, with the time and noise of the first sample."""
     batch, (policy, weight) = random_batch(), linear_model(0)
     draw = draw_for(batch, kind)
     t, noise = draw.timesteps()[:1], draw.normal("noise", batch.latents.shape[2:])[:1].double()

@@ -353,7 +353,7 @@ def test_clips_that_do_not_fit_are_told_which_do(
         pipeline.check_size(*pipeline.default_size)
     with pytest.raises(PipelineError, match=r"takes clips \[B, F, 3, H, W\], found \[1, 3, 32, 32\]"):
         pipeline.encode_pixels(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(PipelineError, match="makes pictures, but a clip of 9 frames"):
+    with pytest.raises(PipelineError, match="makes images, but a clip of 9 frames"):
         shared("flux").check_size(32, 32, 9)
 
 

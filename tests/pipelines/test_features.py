@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align.data.schema import Batch
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import NCPDPO
-from t2i_align.diffusion.randomness import Draw
 from t2i_align.training.reference import build_reference
 from tests.pipelines.test_load import randomise_lora
 
@@ -125,7 +125,7 @@ def test_ncp_trains_a_lora_on_a_real_unet_and_nothing_else(renoise: str, sd_path
         scores=torch.tensor([[1.0, 0.0]] * 2),
         conditioning=conditioning,
     )
-    draw = Draw(0, batch.keys, pipeline.process)
+    draw = SampleRNG(0, batch.keys, pipeline.process)
     objective = NCPDPO(renoise=renoise)
     loss, _ = objective.step(pipeline.predict, reference, batch, draw)
     torch.testing.assert_close(loss, torch.full((2,), 2.0).log())  # a fresh LoRA changes nothing yet

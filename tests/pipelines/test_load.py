@@ -60,7 +60,7 @@ def test_latents_are_scaled_as_the_checkpoint_says_and_decode_inverts(sd_path: P
     torch.testing.assert_close(pipeline.decode_latents(latents), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_picture_depends_on_its_own_prompt_and_seed_alone(sd_path: Path) -> None:
+def test_a_image_depends_on_its_own_prompt_and_seed_alone(sd_path: Path) -> None:
     pipeline = pipelines.load(sd_path)
     together = pipeline.generate(PROMPTS, [1, 2, 3], steps=3, batch_size=3)
     apart = pipeline.generate(PROMPTS[1:2], [2], steps=3)
@@ -75,7 +75,7 @@ def test_generate_equals_plain_diffusers(sd_path: Path) -> None:
     assert torch.equal(pipelines.load(sd_path).generate(["x"], [9], steps=4, guidance=3.0), theirs.float())
 
 
-def test_lora_file_loads_in_plain_diffusers_with_the_same_pictures(sd_path: Path, tmp_path: Path) -> None:
+def test_lora_file_loads_in_plain_diffusers_with_the_same_images(sd_path: Path, tmp_path: Path) -> None:
     trained = pipelines.load(sd_path)
     base = trained.generate(["x"], [4], steps=3)
     randomise_lora(trained)
@@ -257,8 +257,8 @@ def test_wrong_paths_sizes_and_options_say_what_is_expected(sd_path: Path, tmp_p
         pipeline.generate(["a", "b"], [1])
 
 
-def test_pictures_that_are_not_finite_are_refused_with_prompt_and_seed(sd_path: Path) -> None:
+def test_images_that_are_not_finite_are_refused_with_prompt_and_seed(sd_path: Path) -> None:
     pipeline = pipelines.load(sd_path)
     torch.nn.init.constant_(pipeline.denoiser.conv_out.bias, math.nan)
-    with pytest.raises(PipelineError, match=r"2 of 2 pictures are not finite, as prompt 'a' with seed 5\."):
+    with pytest.raises(PipelineError, match=r"2 of 2 images are not finite, as prompt 'a' with seed 5\."):
         pipeline.generate(["a", "b"], [5, 6], steps=1)

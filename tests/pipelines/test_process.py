@@ -68,7 +68,7 @@ def test_flow_step_equals_diffusers_euler() -> None:
 
 
 def test_squared_errors_convert_between_parameterisations() -> None:
-    """An error d in v is an error alpha d in noise and sigma d in the picture; for flow (1 - t) d and t d."""
+    """An error d in v is an error alpha d in noise and sigma d in the image; for flow (1 - t) d and t d."""
     for kind in ("v_prediction", "flow"):
         p, (latents, noise, t) = process(kind), random_point(kind)
         noisy, target = p.add_noise(latents, noise, t), p.target(latents, noise, t)

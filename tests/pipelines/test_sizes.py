@@ -1,4 +1,4 @@
-"""Each picture's own size and crop, from the file to the model that is told them (SDXL)."""
+"""Each image's own size and crop, from the file to the model that is told them (SDXL)."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from pipelines import RectifiedFlow
 from pipelines.sdxl import StableDiffusionXL
 from t2i_align import align
 from t2i_align.config import DataConfig, ModelConfig
+from t2i_align.data.loader import Source, open_source
 from t2i_align.data.media import time_ids, to_pixels
 from t2i_align.data.schema import Batch, Conditioning
-from t2i_align.data.loader import Source, open_source
 from t2i_align.diffusion.inversion import guided
 from t2i_align.diffusion.noising import candidates_conditioning, drop_captions, random_noise
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
-from t2i_align.objectives.base import DataFacts, Needs
+from t2i_align.objectives.base import DataStats, Requirements
 from t2i_align.objectives.softrepa import SoftREPA
-from t2i_align.objectives.tdpo import one_picture_two_texts
-from t2i_align.diffusion.randomness import Draw
-from tests.runs import picture, run_values
+from t2i_align.objectives.tdpo import one_image_two_texts
 from tests.data.test_examples import StandIn
+from tests.runs import image, run_values
 from tests.tiny import tiny_sdxl
 
 CPU = torch.device("cpu")
-# (height, width) of three pictures of one prompt, and what is told of them at 8 x 8, best first
+# (height, width) of three images of one prompt, and what is told of them at 8 x 8, best first
 SIZES = {"a.png": (8, 16), "b.png": (12, 8), "c.png": (16, 16)}
 TOLD = {"a.png": [8, 16, 0, 4, 8, 8], "b.png": [12, 8, 2, 0, 8, 8], "c.png": [16, 16, 0, 0, 8, 8]}
 
 
 class Sized(StandIn):
-    sized = True
+    size_conditioned = True
 
 
 def write_rankings(folder: Path, count: int = 4) -> Path:
-    """Groups of three pictures of three sizes, of which c is best and b worst."""
+    """Groups of three images of three sizes, of which c is best and b worst."""
     for name, (height, width) in SIZES.items():
-        picture(height, 16).resize((width, height)).save(folder / name)
+        image(height, 16).resize((width, height)).save(folder / name)
     lines = [{
         "prompt": f"prompt {i}", "images": list(SIZES), "scores": [0.5, 0.1, 0.9],
         "captions": [f"caption {i} {k}" for k in range(3)], "negative_caption": f"wrong {i}",
@@ -54,7 +54,7 @@ def write_rankings(folder: Path, count: int = 4) -> Path:
     return file
 
 
-def opened(folder: Path, data: Path, needs: Needs, pipeline: Any = Sized, **options: Any) -> Source:
+def opened(folder: Path, data: Path, needs: Requirements, pipeline: Any = Sized, **options: Any) -> Source:
     return open_source(
         DataConfig(path=str(data), **options), ModelConfig(), needs=needs, pipeline=pipeline,
         encoder_fingerprint=lambda: pipeline.__name__, size=(8, 8), cache_root=folder / "cache", progress=False,
@@ -66,7 +66,7 @@ def first_batch(source: Source) -> Batch:
     return source.to_batch(next(islice(loader, 1)), CPU)
 
 
-def test_the_crop_is_told_in_pixels_of_the_scaled_picture() -> None:
+def test_the_crop_is_told_in_pixels_of_the_scaled_image() -> None:
     """800 x 600 covers 512 x 512 at 512/600: 682.67 x 512, of which (682.67 - 512) / 2 = 85.3 are cut on the left;
     50 x 100 is enlarged by 64/50 to 64 x 128, of which 32 rows are cut above; 500 x 1000 fits 128 x 256 as a whole."""
     assert time_ids((600, 800), 512, 512) == [600, 800, 0, 85, 512, 512]
@@ -75,18 +75,18 @@ def test_the_crop_is_told_in_pixels_of_the_scaled_picture() -> None:
 
 
 def test_what_is_told_is_what_is_cut() -> None:
-    image = picture(3, 12).resize((20, 12))
+    image = pil_image(3, 12).resize((20, 12))
     _, _, top, left, height, width = time_ids((12, 20), 12, 12)
     cut = image.crop((left, top, left + width, top + height))
     assert torch.equal(to_pixels(image, 12, 12), to_pixels(cut, 12, 12))
 
 
-def test_a_turned_picture_counts_as_it_is_seen(tmp_path: Path) -> None:
+def test_a_turned_image_counts_as_it_is_seen(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying down
     Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "images": ["a.jpg"], "scores": [1]}))
-    batch = first_batch(opened(tmp_path, tmp_path / "a.jsonl", Needs()))
+    batch = first_batch(opened(tmp_path, tmp_path / "a.jsonl", Requirements()))
     assert batch.sizes is not None and batch.sizes.tolist() == [[[16, 8, 4, 0, 8, 8]]] * 2
 
 
@@ -94,11 +94,11 @@ def test_a_turned_picture_counts_as_it_is_seen(tmp_path: Path) -> None:
 def test_cache_and_live_encoding_tell_the_same(tmp_path: Path, cache: bool) -> None:
     data = write_rankings(tmp_path)
     order = [TOLD[name] for name in ("c.png", "a.png", "b.png")]
-    every = first_batch(opened(tmp_path, data, Needs(lists=True), cache=cache))
+    every = first_batch(opened(tmp_path, data, Requirements(lists=True), cache=cache))
     assert every.sizes is not None and every.sizes.dtype == torch.float32 and every.sizes.tolist() == [order, order]
-    pair = first_batch(opened(tmp_path, data, Needs(candidates=2), cache=cache))
+    pair = first_batch(opened(tmp_path, data, Requirements(candidates=2), cache=cache))
     assert pair.sizes is not None and pair.sizes.tolist() == [[order[0], order[2]]] * 2
-    assert first_batch(opened(tmp_path, data, Needs(lists=True), pipeline=StandIn, cache=cache)).sizes is None
+    assert first_batch(opened(tmp_path, data, Requirements(lists=True), pipeline=StandIn, cache=cache)).sizes is None
 
 
 def sized_batch(groups: int = 3, k: int = 2) -> Batch:
@@ -145,19 +145,19 @@ def test_every_objective_tells_each_candidate_its_own(name: str) -> None:
         return 1e-4 * noisy * scale * conditioning["embeds"].mean()  # little, as inversion follows it
 
     model.features = model  # type: ignore[attr-defined]  # what NCP asks of its reference
-    objective = OBJECTIVES[name]().fitted(DataFacts(score_range=(0.0, 1.0)))
+    objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.0, 1.0)))
     batch = sized_batch()
     if "captions" not in objective.needs.columns:
         batch = replace(batch, captions=None)
     if name == "ncp_dpo":  # its posterior steps past add_noise
         objective = replace(objective, renoise="uniform")
-    loss, _ = objective.step(model, model, batch, Draw(0, batch.keys, Noiseless()))
+    loss, _ = objective.step(model, model, batch, SampleRNG(0, batch.keys, Noiseless()))
     loss.sum().backward()
     assert calls and scale.grad is not None
 
 
-def test_the_empty_prompt_keeps_the_pictures_sizes() -> None:
-    """Guided or with its caption dropped, a picture keeps the size that it has."""
+def test_the_empty_prompt_keeps_the_images_sizes() -> None:
+    """Guided or with its caption dropped, an image keeps the size that it has."""
     seen = []
 
     def model(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -170,15 +170,15 @@ def test_the_empty_prompt_keeps_the_pictures_sizes() -> None:
     assert len(seen) == 2 and all(torch.equal(told["time_ids"], conditioning["time_ids"]) for told in seen)
     assert sorted(float(told["embeds"].abs().sum()) == 0 for told in seen) == [False, True]
     assert batch.empty is not None
-    dropped = drop_captions(batch, batch.empty, Draw(0, batch.keys, Noiseless()), 1.0)
+    dropped = drop_captions(batch, batch.empty, SampleRNG(0, batch.keys, Noiseless()), 1.0)
     assert dropped.conditioning["embeds"].abs().sum() == 0
     assert torch.equal(candidates_conditioning(dropped)["time_ids"], conditioning["time_ids"])
 
 
-def test_one_picture_under_two_texts_and_against_others_keeps_its_size() -> None:
+def test_one_image_under_two_texts_and_against_others_keeps_its_size() -> None:
     batch = replace(sized_batch(), captions=None)
-    draw = Draw(0, batch.keys, Noiseless())
-    both = random_noise(one_picture_two_texts(batch), draw)
+    draw = SampleRNG(0, batch.keys, Noiseless())
+    both = random_noise(one_image_two_texts(batch), draw)
     assert both.conditioning["time_ids"][:, 0].tolist() == [0, 0, 2, 2, 4, 4] == both.latents.mean((1, 2, 3)).tolist()
     matched = SoftREPA(negatives=2)._noised(batch, draw)
     assert matched.conditioning["time_ids"][:, 0].tolist() == [0, 0, 0, 2, 2, 2, 4, 4, 4]

@@ -27,13 +27,13 @@ from reward_scorers import Scorer
 from t2i_align import align, evaluate
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.clips import load_clip, save_clip
-from t2i_align.data.schema import Batch
 from t2i_align.data.loader import Source, open_source
+from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
-from t2i_align.objectives.base import Needs
-from tests.runs import jsonl_pairs, picture, run_values
+from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, write_jsonl
+from tests.runs import image, jsonl_pairs, run_values
 from tests.tiny import tiny_wan
 
 FRAMES, RATE = 9, 16
@@ -79,14 +79,14 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def moving_clip(seed: int, frames: int = FRAMES) -> Tensor:
     """Blocks that wander to the right."""
-    still = torch.from_numpy(np.array(picture(seed))).permute(2, 0, 1)
+    still = torch.from_numpy(np.array(image(seed))).permute(2, 0, 1)
     return torch.stack([still.roll(shift, dims=2) for shift in range(frames)])
 
 
 def opened(folder: Path, data: Path, pipeline: Any = Clips, frames: int | None = FRAMES, **options: Any) -> Source:
     made = pipeline() if isinstance(pipeline, type) else pipeline
     return open_source(
-        DataConfig(path=str(data), **options), ModelConfig(), needs=Needs(candidates=2), pipeline=lambda: made,
+        DataConfig(path=str(data), **options), ModelConfig(), needs=Requirements(candidates=2), pipeline=lambda: made,
         encoder_fingerprint=lambda: "e", size=(32, 32), frames=frames, cache_root=folder / "cache", progress=False,
     )  # fmt: skip
 
@@ -121,15 +121,15 @@ def test_clips_that_cannot_be_used_are_written_down(tmp_path: Path, cache: bool)
     for number in range(2):
         save_clip(moving_clip(number), tmp_path / f"{number}.gif", RATE)
         save_clip(moving_clip(number, frames=5), tmp_path / f"short{number}.gif", RATE)
-    picture(0).save(tmp_path / "picture.png")
+    image(0).save(tmp_path / "image.png")
     (tmp_path / "text.mp4").write_text("no video")
     good = {"prompt": "good", "chosen": "0.gif", "rejected": "1.gif"}
-    lines = [good, *({**good, "rejected": name} for name in ("short0.gif", "picture.png", "text.mp4", "gone.mp4"))]
+    lines = [good, *({**good, "rejected": name} for name in ("short0.gif", "image.png", "text.mp4", "gone.mp4"))]
     source = opened(tmp_path, write_jsonl(tmp_path / "d.jsonl", lines), cache=cache)
     assert source.counts["groups"] == 1 and source.counts["skipped"] == 4
     reasons = [row["reason"] for row in skipped(tmp_path)]
-    for reason, expected in zip(reasons, ("5 frames, expected a clip of 9 frames", "a single picture, expected a clip",
-                                          "not a video that can be read", "no such picture"), strict=True):  # fmt: skip
+    for reason, expected in zip(reasons, ("5 frames, expected a clip of 9 frames", "a single image, expected a clip",
+                                          "not a video that can be read", "no such image"), strict=True):  # fmt: skip
         assert expected in reason
 
 
@@ -140,7 +140,7 @@ def test_other_frames_or_rates_are_another_cache(clips: Path, tmp_path: Path) ->
         opened(tmp_path, data, **options)
         opened(tmp_path, data, **options, cache=False)
     assert len(list((tmp_path / "cache").iterdir())) == 6
-    caches = [folder for folder in (tmp_path / "cache").iterdir() if not folder.name.startswith("pictures-")]
+    caches = [folder for folder in (tmp_path / "cache").iterdir() if not folder.name.startswith("images-")]
     (nine,) = [folder for folder in caches if '"frames": 9' in (folder / "fingerprint.json").read_text()]
     with pytest.raises(UserError, match=r"does not fit the run\. frames: the cache has 9, .* wants 5"):
         opened(tmp_path, nine, frames=5)
@@ -151,7 +151,7 @@ def test_frames_in_a_folder_are_part_of_the_source(tmp_path: Path) -> None:
         save_clip(moving_clip(0), tmp_path / name, RATE)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])
     opened(tmp_path, data)
-    picture(7).save(tmp_path / "b" / "00004.png")
+    image(7).save(tmp_path / "b" / "00004.png")
     opened(tmp_path, data)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
@@ -168,19 +168,19 @@ def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_and_clips_do_not_mix(wan_path: Path, sd_path: Path, clips: Path, tmp_path: Path) -> None:
-    pictures = jsonl_pairs(tmp_path / "pictures", count=2)
+def test_images_and_clips_do_not_mix(wan_path: Path, sd_path: Path, clips: Path, tmp_path: Path) -> None:
+    images = jsonl_pairs(tmp_path / "images", count=2)
     videos = tmp_path / "videos.jsonl"
     save_clip(moving_clip(0), tmp_path / "fox.mp4", RATE)
     videos.write_text(json.dumps({"prompt": "p", "chosen": "fox.mp4", "rejected": "fox.mp4"}))
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
-        (sd_path, videos, {}, r"no usable group among 1 rows.*fox\.mp4 is a video, expected a picture"),
-        (sd_path, clips, {}, "no usable group among 6 rows.*9 frames or pages, expected a single picture"),
-        (wan_path, pictures, {}, "no usable group among 2 rows.*a single picture, expected a clip of 9 frames"),
-        (sd_path, pictures, {"data__frames": 9}, "sd makes pictures, but a clip of 9 frames was asked for"),
-        (sd_path, pictures, {"data__fps": 8.0}, r"data\.fps is for clips, and sd makes pictures"),
+        (sd_path, videos, {}, r"no usable group among 1 rows.*fox\.mp4 is a video, expected an image"),
+        (sd_path, clips, {}, "no usable group among 6 rows.*9 frames or pages, expected a single image"),
+        (wan_path, images, {}, "no usable group among 2 rows.*a single image, expected a clip of 9 frames"),
+        (sd_path, images, {"data__frames": 9}, "sd makes images, but a clip of 9 frames was asked for"),
+        (sd_path, images, {"data__fps": 8.0}, r"data\.fps is for clips, and sd makes images"),
         (wan_path, clips, {"data__frames": 8}, r"frames must be 4k \+ 1; 5 and 9 fit"),
-        (sd_path, pictures, {"train__timestep_shift": 3}, "a timestep shift of 3.0 is for flow models; sd has none"),
+        (sd_path, images, {"train__timestep_shift": 3}, "a timestep shift of 3.0 is for flow models; sd has none"),
     ]
     for model, data, changes, message in cases:
         with pytest.raises((UserError, PipelineError), match=message):
@@ -310,11 +310,11 @@ def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: P
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
 
 
-def test_a_clip_model_is_not_compared_with_a_picture_model(
+def test_a_clip_model_is_not_compared_with_a_image_model(
     wan_path: Path, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("t2i_align.evaluation.compare.sample", None)  # it is refused before anything is drawn
-    with pytest.raises(UserError, match=r"the base makes pictures and .*wan makes clips: they cannot be compared"):
+    with pytest.raises(UserError, match=r"the base makes images and .*wan makes clips: they cannot be compared"):
         evaluate(base=sd_path, aligned=wan_path, prompts=["cat"], scorers=[Brightness()], out=tmp_path / "out",
                  steps=1, guidance=1.0, progress=False)  # fmt: skip
 

@@ -85,8 +85,8 @@ def test_a_whole_audit_of_the_truth_and_a_blind_scorer(tmp_path: Path) -> None:
     assert result.accuracy["oracle"].accuracy == 1.0  # the bundled labels are its own
     assert result.accuracy["contrast"].accuracy < 0.9
     assert result.agreement[0][2] == 1.0 and result.names == ["oracle", "contrast", "labels"]
-    assert set(result.slices["contrast"]) >= {"prompt length", "picture quality", "prompt kind"}
-    pairs = [a.pairs for a in result.slices["contrast"]["picture quality"].values()]
+    assert set(result.slices["contrast"]) >= {"prompt length", "image quality", "prompt kind"}
+    pairs = [a.pairs for a in result.slices["contrast"]["image quality"].values()]
     assert sum(pairs) == result.accuracy["contrast"].pairs
     assert [curve.kind for curve in result.curves["oracle"]] == ["best of n"]  # no gradient flows
     assert result.curves["oracle"][0].oracle[-1] > 0.9

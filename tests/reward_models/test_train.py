@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from t2i_align.rewards import config as configuration
 
 import reward_scorers
 from reward_scorers import ScorerError
@@ -20,13 +21,12 @@ from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
 from t2i_align.config import build
 from t2i_align.errors import UserError
-from t2i_align.rewards import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
 from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
 from tests.reward_scorers.test_towers import write_hf_clip
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "scorers").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
 USERS = ("warm", "cold")
 
 
@@ -37,7 +37,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red against blue pictures under 40 prompts: half of the users want red, the others blue."""
+    """Red against blue images under 40 prompts: half of the users want red, the others blue."""
     folder = tmp_path_factory.mktemp("source")
     rng = np.random.default_rng(0)
     rows = []
@@ -46,9 +46,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             noise = rng.integers(-30, 30, (64, 64, 3)) + np.array(colour)
             Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / f"{number}-{name}.png")
         user = USERS[number % 2]
-        pictures = [f"{number}-red.png", f"{number}-blue.png"]
+        images = [f"{number}-red.png", f"{number}-blue.png"]
         scores = [1, 0] if user == "warm" else [0, 1]
-        rows.append({"prompt": f"prompt {number // 2}", "images": pictures, "scores": scores, "user": user})
+        rows.append({"prompt": f"prompt {number // 2}", "images": images, "scores": scores, "user": user})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one_taste = [row for row in rows if row["user"] == "warm"]
     (folder / "warm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one_taste))

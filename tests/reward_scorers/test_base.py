@@ -1,4 +1,4 @@
-"""The scorers' contract: what is refused, the mean over frames, pictures of mixed sizes, the registry."""
+"""The scorers' contract: what is refused, the mean over frames, images of mixed sizes, the registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reward_scorers import Scorer, ScorerError
 
 
 class Red(Scorer):
-    """The mean of the red channel; its part is NaN on pictures without any green."""
+    """The mean of the red channel; its part is NaN on images without any green."""
 
     name = "red"
     version = "1"
@@ -43,17 +43,17 @@ def test_a_clip_gets_the_mean_over_its_frames_and_a_part_over_the_frames_it_appl
     assert parts["green"].item() == 0.5
 
 
-def test_pictures_of_mixed_sizes_and_modes_keep_their_order() -> None:
-    pictures = [
+def test_images_of_mixed_sizes_and_modes_keep_their_order() -> None:
+    images = [
         Image.new("RGB", (3, 5), (255, 0, 0)),
         Image.new("L", (8, 8), 51),  # 51 / 255 = 0.2
         Image.new("RGBA", (3, 5), (102, 255, 0, 7)),  # 0.4
         Image.new("1", (1, 1), 0),
     ]
-    score, parts = Red().judge_images(pictures, list("abcd"))
+    score, parts = Red().judge_images(images, list("abcd"))
     torch.testing.assert_close(score, torch.tensor([1.0, 0.2, 0.4, 0.0]))
     torch.testing.assert_close(parts["green"], torch.tensor([torch.nan, 0.2, 1.0, torch.nan]), equal_nan=True)
-    torch.testing.assert_close(Red().score_images(pictures, list("abcd")), score)
+    torch.testing.assert_close(Red().score_images(images, list("abcd")), score)
 
 
 PIXELS = torch.rand(2, 3, 4, 4)
@@ -62,9 +62,9 @@ PIXELS = torch.rand(2, 3, 4, 4)
 @pytest.mark.parametrize(
     ("pixels", "prompts", "match"),
     [
-        (PIXELS, ["a"], "expected a list of 2, one a picture, found 1 prompts"),
+        (PIXELS, ["a"], "expected a list of 2, one per image, found 1 prompts"),
         (PIXELS, "ab", "found 'ab'"),
-        (PIXELS, None, "expected a list of 2, one a picture, found None"),
+        (PIXELS, None, "expected a list of 2, one per image, found None"),
         (PIXELS, ["a", " "], r"prompts\[1\]: expected text, found ' '"),
         (PIXELS, [None, "a"], r"prompts\[0\]: expected text, found None"),
         (PIXELS * 2 - 1.5, ["a", "b"], r"expected values in \[0, 1\]"),
@@ -89,17 +89,17 @@ def test_one_bad_row_is_named() -> None:
         Red().score(pixels, ["a", "b"])
 
 
-def test_animated_and_foreign_pictures_are_named(tmp_path) -> None:
+def test_animated_and_foreign_images_are_named(tmp_path) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(ScorerError, match=r"images\[1\]: an animated picture of 2 frames"):
+    with pytest.raises(ScorerError, match=r"images\[1\]: an animated image of 2 frames"):
         Red().score_images([frames[0], Image.open(tmp_path / "two.gif")], ["a", "b"])
     (tmp_path / "cut.png").write_bytes(noise_png()[:200])
     cases: list[tuple[Any, str]] = [
-        (["a.png"], r"images\[0\]: expected a PIL picture, found str"),
-        (frames[0], "images: expected a list of PIL pictures, found Image"),
-        ([], "images: expected a list of PIL pictures, found none"),
-        ([Image.new("RGB", (0, 5))], r"images\[0\]: a picture of 0 x 5 pixels"),
+        (["a.png"], r"images\[0\]: expected a PIL image, found str"),
+        (frames[0], "images: expected a list of PIL images, found Image"),
+        ([], "images: expected a list of PIL images, found none"),
+        ([Image.new("RGB", (0, 5))], r"images\[0\]: an image of 0 x 5 pixels"),
         ([Image.open(tmp_path / "cut.png")], "images: one of them cannot be decoded: image file is truncated"),
         *(([Image.new(mode, (4, 4))], f"pixels of mode {mode} have no known range") for mode in ("F", "I", "I;16")),
     ]
@@ -108,9 +108,9 @@ def test_animated_and_foreign_pictures_are_named(tmp_path) -> None:
             Red().score_images(images, ["a"])
 
 
-def test_a_phones_jpeg_with_its_preview_is_one_picture(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (8, 8), (51, 0, 0))
-    picture.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[picture.resize((4, 4))])
+def test_a_phones_jpeg_with_its_preview_is_one_image(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8), (51, 0, 0))
+    image.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[image.resize((4, 4))])
     opened = Image.open(tmp_path / "phone.jpg")
     assert opened.n_frames == 2  # type: ignore[attr-defined]
     assert Red().score_images([opened], ["a"]).item() == pytest.approx(0.2, abs=0.01)

@@ -55,31 +55,31 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def test_equals_open_clip_on_100_pictures_of_every_size_and_mode(tiny: str, weights: Path, scorer) -> None:
+def test_equals_open_clip_on_100_images_of_every_size_and_mode(tiny: str, weights: Path, scorer) -> None:
     model, _, transform = open_clip.create_model_and_transforms(tiny, pretrained=str(weights))
     model.eval()
-    pictures = [noise(size, seed).convert(mode) for seed in range(3) for size in SIZES for mode in MODES]
-    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(len(pictures))]
-    assert len(pictures) >= 100
+    images = [noise(size, seed).convert(mode) for seed in range(3) for size in SIZES for mode in MODES]
+    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(len(images))]
+    assert len(images) >= 100
     expected, tokenizer = [], open_clip.get_tokenizer(tiny)
     with torch.no_grad():
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            image, text, _ = model(transform(picture)[None], tokenizer([prompt]))
+        for pil_image, prompt in zip(images, prompts, strict=True):
+            image, text, _ = model(transform(pil_image)[None], tokenizer([prompt]))
             expected.append(100 * (image @ text.T).item())
-    scores = scorer.score_images(pictures, prompts)
+    scores = scorer.score_images(images, prompts)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-4, rtol=0)  # 1e-6 in cosine
     assert scores.std() > 1  # not a constant
 
 
-def test_tensor_and_picture_paths_differ_by_less_than_the_documented_bound(scorer) -> None:
+def test_tensor_and_image_paths_differ_by_less_than_the_documented_bound(scorer) -> None:
     """PIL rounds to 8 bits after the resize; white noise, enlarged or shrunk, is the worst case for it."""
     worst = 0.0
     for size in [(64, 64), (100, 100), (224, 224), (300, 120), (32, 32), (640, 480)]:
         for seed in range(4):
-            picture = noise(size, seed)
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-            pair = scorer.score_images([picture], ["a cat"]), scorer.score(pixels, ["a cat"])
+            image = noise(size, seed)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+            pair = scorer.score_images([image], ["a cat"]), scorer.score(pixels, ["a cat"])
             worst = max(worst, (pair[0] - pair[1]).abs().item())
     print(f"tensor against PIL: {worst:.4f}")
     assert worst <= 0.1

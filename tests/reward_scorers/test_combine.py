@@ -103,7 +103,7 @@ def test_scores_under_autocast_are_measured_against_a_reference_scored_so(tmp_pa
     assert from_mapping(members, root=tmp_path).score(PIXELS, ["a", "b"])[0].item() == pytest.approx(-1)
 
 
-def test_parts_are_the_members_and_pictures_go_through_their_own_path() -> None:
+def test_parts_are_the_members_and_images_go_through_their_own_path() -> None:
     scorer = combined("min")
     total, parts = scorer.judge_images([Image.new("RGB", (4, 4), (51, 102, 204))], ["a"])
     assert total.item() == pytest.approx(2.0) and parts["channel-2"].item() == pytest.approx(8.0)

@@ -1,4 +1,4 @@
-"""Scoring pictures on disk: the list, the output, continuing after a kill, pictures that cannot be read."""
+"""Scoring images on disk: the list, the output, continuing after a kill, images that cannot be read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import reward_scorers
 from reward_scorers import Scorer
 from t2i_align.data.clips import save_clip
 from t2i_align.errors import UserError
-from t2i_align.reward_models.preferences import open_preferences
 from t2i_align.labeling.score import score
+from t2i_align.reward_models.preferences import open_preferences
 from tests.reward_scorers.test_towers import TINY, noise, write_hf_clip
 
 
 class Red(Scorer):
-    """Mean red, and how many pictures it has seen."""
+    """Mean red, and how many images it has seen."""
 
     name = "red"
     version = "1"
@@ -46,7 +46,7 @@ class Red(Scorer):
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Five reds of 0, 51, 102, 153 and 204, that is 0, 0.2, 0.4, 0.6 and 0.8."""
     rows = []
     for i in range(5):
@@ -65,8 +65,8 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_every_picture_gets_a_line_with_name_and_version(pictures: Path, tmp_path: Path) -> None:
-    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.4)
+def test_every_image_gets_a_line_with_name_and_version(images: Path, tmp_path: Path) -> None:
+    assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.4)
     rows = read(tmp_path / "scores.jsonl")
     assert [row["score"] for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert rows[1] | {"score": 0} == {
@@ -78,49 +78,49 @@ def test_every_picture_gets_a_line_with_name_and_version(pictures: Path, tmp_pat
         "score": 0,
         "parts": {"nothing": None},
     }
-    assert run(pictures, Red()) == pytest.approx(0.4)  # nothing written without `out`
+    assert run(images, Red()) == pytest.approx(0.4)  # nothing written without `out`
 
 
-def test_a_killed_run_continues_where_it_was(pictures: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_was(images: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "scores.jsonl", tmp_path / "whole.jsonl"
-    run(pictures, Red(), whole)
+    run(images, Red(), whole)
     text = whole.read_bytes()
     cut = text.rstrip(b"\n").rfind(b"\n") + 25  # into the last line
     out.write_bytes(text[:cut])
     again = Red()
-    assert run(pictures, again, out) == pytest.approx(0.4)
+    assert run(images, again, out) == pytest.approx(0.4)
     assert again.seen == 1 and out.read_bytes() == text
     again.version = "2"  # other numbers: nothing counts as done
-    run(pictures, again, out)
+    run(images, again, out)
     assert again.seen == 6 and len(read(out)) == 10
 
 
-def test_scores_under_autocast_are_another_versions_and_keep_their_digits(pictures: Path, tmp_path: Path) -> None:
+def test_scores_under_autocast_are_another_versions_and_keep_their_digits(images: Path, tmp_path: Path) -> None:
     spec = f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"
     out = tmp_path / "scores.jsonl"
     for precision in ("fp32", "bf16", "bf16"):
-        score(pictures, spec, out, batch_size=5, precision=precision, progress=False)
+        score(images, spec, out, batch_size=5, precision=precision, progress=False)
     rows = read(out)
     exact, rounded = (torch.tensor([row["score"] for row in rows[i : i + 5]]) for i in (0, 5))
     assert len(rows) == 10 and rows[5]["version"] == f"{rows[0]['version']}, bfloat16 autocast"
     assert 0 < (exact - rounded).abs().max() < 1  # of 100 times a cosine
     assert not torch.equal(rounded, rounded.bfloat16().float())  # the cosine itself is not rounded
     with pytest.raises(UserError, match="unknown precision 'half'"):
-        score(pictures, spec, out, precision="half", progress=False)
+        score(images, spec, out, precision="half", progress=False)
 
 
 def test_what_is_scored_already_is_not_decoded_again(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(pictures, Red(), tmp_path / "scores.jsonl")
+    run(images, Red(), tmp_path / "scores.jsonl")
     opened = []
     monkeypatch.setattr(Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
-    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")  # another picture under the same name
-    run(pictures, Red(), tmp_path / "scores.jsonl")
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")  # another image under the same name
+    run(images, Red(), tmp_path / "scores.jsonl")
     assert opened == [tmp_path / "3.png"]
 
 
-def test_another_models_pictures_of_the_same_names_are_scored_and_reported(tmp_path: Path) -> None:
+def test_another_models_images_of_the_same_names_are_scored_and_reported(tmp_path: Path) -> None:
     """Red 51 and 204 of 255: the means of the two folders are 0.2 and 0.8, whichever is scored first or again."""
     for name, red in (("base", 51), ("aligned", 204)):
         (tmp_path / name).mkdir()
@@ -134,45 +134,45 @@ def test_another_models_pictures_of_the_same_names_are_scored_and_reported(tmp_p
     assert run(tmp_path / "base", Red(), out) == pytest.approx(0.8)  # made again in the same folder
 
 
-def test_too_little_memory_and_no_such_device_are_named(pictures: Path) -> None:
+def test_too_little_memory_and_no_such_device_are_named(images: Path) -> None:
     class Huge(Red):
         def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"2 pictures at a time; lower batch_size \(--batch-size\)"):
-        run(pictures, Huge())
+    with pytest.raises(UserError, match=r"2 images at a time; lower batch_size \(--batch-size\)"):
+        run(images, Huge())
     with pytest.raises(UserError, match="device 'cdua' cannot be used: "):
-        score(pictures, [Red()], device="cdua", progress=False)
+        score(images, [Red()], device="cdua", progress=False)
 
 
-def test_pictures_that_cannot_be_read_are_recorded_and_the_others_keep_their_scores(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_that_cannot_be_read_are_recorded_and_the_others_keep_their_scores(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
-    assert run(pictures, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
+    assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
     rows = {row["image"]: row for row in read(tmp_path / "scores.jsonl")}
     assert "FileNotFoundError" in rows["0.png"]["error"] and "score" not in rows["0.png"]
     assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
     assert "mode F have no known range" in rows["2.png"]["error"]
     assert rows["4.png"]["score"] == pytest.approx(0.8)
-    assert "over 1 pictures; 4 could not be scored" in capsys.readouterr().out
+    assert "over 1 images; 4 could not be scored" in capsys.readouterr().out
 
 
-def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
+def test_bad_lists_are_named_before_a_image_is_opened(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     cases = [
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not JSON"),
         ("[1]", "line 1: expected an object, found list"),
-        ('{"picture": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys picture, prompt"),
+        ('{"image": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys image, prompt"),
         ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
         ('{"image": "a.png", "prompt": "\\ud800"}', "expected text under 'prompt', found"),
         ('{"image": "\\ud800", "prompt": "x"}', "expected a path under 'image', found"),
-        ("\n", "no picture listed"),
+        ("\n", "no image listed"),
     ]
     for text, match in cases:
         file.write_text(text)
@@ -190,13 +190,13 @@ def test_bad_lists_are_named_before_a_picture_is_opened(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"expected a file that ends in .jsonl or .parquet"):
             run(file, Red(), out)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a.png: not UTF-8 text \(byte 0\); expected a list of pictures"):
+    with pytest.raises(UserError, match=r"a.png: not UTF-8 text \(byte 0\); expected a list of images"):
         run(tmp_path / "a.png", Red())
 
 
-def test_pictures_that_a_scorer_refuses_are_named(pictures: Path) -> None:
-    with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single pictures"):
-        score(pictures, ["motion"], batch_size=2, progress=False)
+def test_images_that_a_scorer_refuses_are_named(images: Path) -> None:
+    with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single images"):
+        score(images, ["motion"], batch_size=2, progress=False)
 
 
 def test_clips_are_scored_as_generate_writes_them(tmp_path: Path) -> None:
@@ -212,12 +212,12 @@ def test_clips_are_scored_as_generate_writes_them(tmp_path: Path) -> None:
     assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
     rows = read(tmp_path / "scores.jsonl")
     assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
-    assert "a single picture, expected a clip of 2 frames" in rows[0]["error"]
+    assert "a single image, expected a clip of 2 frames" in rows[0]["error"]
 
 
-def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path) -> None:
-    """The same five pictures as JSONL, parquet with bytes, a ranking and prepared pictures."""
-    rows = [json.loads(line) for line in pictures.read_text(encoding="utf-8").split("\n") if line]
+def test_every_kind_of_list_gives_the_same_scores(images: Path, tmp_path: Path) -> None:
+    """The same five images as JSONL, parquet with bytes, a ranking and prepared images."""
+    rows = [json.loads(line) for line in images.read_text(encoding="utf-8").split("\n") if line]
     contents = [(tmp_path / row["image"]).read_bytes() for row in rows]
     encoded = [{"bytes": content, "path": None} for content in contents]
     table = {"image": encoded, "caption": [row["prompt"] for row in rows]}
@@ -225,7 +225,7 @@ def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path
     ranking = {"prompt": "red", "images": [row["image"] for row in rows], "scores": [0, 1, 2, 3, 4]}
     (tmp_path / "ranking.jsonl").write_text(json.dumps(ranking) + "\n")
     index = open_preferences(str(tmp_path / "ranking.jsonl"), tmp_path / "index", progress=False).store.path
-    for source in (pictures, tmp_path / "list.parquet", tmp_path / "ranking.jsonl", index):
+    for source in (images, tmp_path / "list.parquet", tmp_path / "ranking.jsonl", index):
         out = tmp_path / "out" / f"{source.name}.jsonl"
         assert run(source, Red(), out) == pytest.approx(0.4), source
         assert sorted(row["score"] for row in read(out)) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
@@ -233,10 +233,10 @@ def test_every_kind_of_list_gives_the_same_scores(pictures: Path, tmp_path: Path
         assert run(source, again, out) == pytest.approx(0.4) and again.seen == 0
 
 
-def test_parquet_of_scores_continues_and_keeps_parts_and_errors(pictures: Path, tmp_path: Path) -> None:
+def test_parquet_of_scores_continues_and_keeps_parts_and_errors(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
-    (tmp_path / "4.png").write_bytes(b"no picture")
-    run(pictures, Red(), out)
+    (tmp_path / "4.png").write_bytes(b"no image")
+    run(images, Red(), out)
     rows = pq.read_table(out).to_pylist()
     assert [row["score"] for row in rows if row["error"] is None] == pytest.approx([0, 0.2, 0.4, 0.6])
     assert [row["image"] for row in rows if row["error"]] == ["4.png"] and dict(rows[0]["parts"]) == {"nothing": None}
@@ -244,33 +244,33 @@ def test_parquet_of_scores_continues_and_keeps_parts_and_errors(pictures: Path, 
     left = tmp_path / f".{out.name}.1.jsonl"  # what another process wrote before it was killed
     left.write_text(json.dumps({k: v for k, v in rows[2].items() if k not in ("error", "parts")}) + "\n" + '{"image"')
     scorer = Red()
-    assert run(pictures, scorer, out) == pytest.approx(0.3)
+    assert run(images, scorer, out) == pytest.approx(0.3)
     assert scorer.seen == 1 and not left.exists() and pq.read_table(out).num_rows == 5
     pq.write_table(pa.table({"a": [1]}), out)
     with pytest.raises(UserError, match="not a file of scores"):
-        run(pictures, Red(), out)
+        run(images, Red(), out)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_any_name_of_an_output_and_a_link_to_it_will_do(ending: str, pictures: Path, tmp_path: Path) -> None:
+def test_any_name_of_an_output_and_a_link_to_it_will_do(ending: str, images: Path, tmp_path: Path) -> None:
     out, link = tmp_path / "there" / f"s[1]*.{ending}", tmp_path / f"link.{ending}"
     out.parent.mkdir()
     link.symlink_to(out)
     scorer = Red()
-    run(pictures, scorer, out)
-    run(pictures, scorer, link)
+    run(images, scorer, out)
+    run(images, scorer, link)
     assert scorer.seen == 5 and link.is_symlink() and [file.name for file in out.parent.iterdir()] == [out.name]
 
 
-def test_a_parquet_that_was_gathered_before_the_kill_is_not_gathered_twice(pictures: Path, tmp_path: Path) -> None:
-    run(pictures, Red(), tmp_path / "a.jsonl")
-    run(pictures, Red(), tmp_path / "b.parquet")
+def test_a_parquet_that_was_gathered_before_the_kill_is_not_gathered_twice(images: Path, tmp_path: Path) -> None:
+    run(images, Red(), tmp_path / "a.jsonl")
+    run(images, Red(), tmp_path / "b.parquet")
     (tmp_path / ".b.parquet.0.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
-    assert run(pictures, Red(), tmp_path / "b.parquet") == pytest.approx(0.4)
+    assert run(images, Red(), tmp_path / "b.parquet") == pytest.approx(0.4)
     assert pq.read_table(tmp_path / "b.parquet").num_rows == 5
 
 
-def test_rows_of_preference_data_that_cannot_be_used_are_recorded(pictures: Path, tmp_path: Path) -> None:
+def test_rows_of_preference_data_that_cannot_be_used_are_recorded(images: Path, tmp_path: Path) -> None:
     rows = [
         {"prompt": "x", "chosen": "0.png", "rejected": "1.png"},
         {"prompt": "y", "chosen": "2.png", "rejected": "no"},
@@ -307,7 +307,7 @@ def test_a_frame_changed_in_its_folder_is_another_clip(tmp_path: Path) -> None:
 
 
 def test_ratings_of_heads_keep_their_digits_under_autocast(tmp_path: Path) -> None:
-    """Of 24 pictures no two are rated alike, and in nearly the same order as in float32."""
+    """Of 24 images no two are rated alike, and in nearly the same order as in float32."""
     (tmp_path / "tiny-rated.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(tmp_path / "tiny-rated.json")
     scorer = reward_scorers.build("aesthetic:random:tiny-rated:random")
@@ -321,19 +321,19 @@ def test_ratings_of_heads_keep_their_digits_under_autocast(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
-    """Under torchrun: each picture is scored once, and the first process gathers."""
+def test_two_processes_share_the_work(images: Path, tmp_path: Path) -> None:
+    """Under torchrun: each image is scored once, and the first process gathers."""
     code = (
         "import os, sys\n"
         "from tests.reward_scorers.test_files import Red\n"
         "from t2i_align.labeling.score import score\n"
-        f"means = score({str(pictures)!r}, [Red()], {str(tmp_path / 'both.jsonl')!r}, batch_size=2, progress=False)\n"
+        f"means = score({str(images)!r}, [Red()], {str(tmp_path / 'both.jsonl')!r}, batch_size=2, progress=False)\n"
         "assert abs(means['red'] - 0.4) < 1e-6\n"
         "sys.stdout.flush()\n"
         "os._exit(0)\n"  # gloo's threads may abort on the way out
     )
     (tmp_path / "work.py").write_text(code)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
          "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "work.py")],
@@ -342,11 +342,11 @@ def test_two_processes_share_the_work(pictures: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read(tmp_path / "both.jsonl")
     assert sorted(row["score"] for row in rows) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    assert done.stdout.count("over 5 pictures") == 1 and not list(tmp_path.glob(".both*"))
+    assert done.stdout.count("over 5 images") == 1 and not list(tmp_path.glob(".both*"))
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1"])
-def test_pictures_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: Path) -> None:
+def test_images_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: Path) -> None:
     Image.new("RGB" if mode == "P" else mode, (1, 1)).convert(mode).save(tmp_path / "a.tif")
     (tmp_path / "list.jsonl").write_text('{"image": "a.tif", "prompt": "x"}\n')
     run(tmp_path / "list.jsonl", Red(), tmp_path / "out.jsonl")

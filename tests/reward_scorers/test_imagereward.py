@@ -85,20 +85,20 @@ def test_the_published_names_all_find_their_place(checkpoint: Path) -> None:
     assert len(RENAMED) == 10
 
 
-def test_pictures_and_prompts_both_count(scorer: ImageRewardScorer) -> None:
-    pictures = [noise((40, 60), 1), noise((40, 60), 2)]
-    one = scorer.score_images(pictures, ["a cat", "a cat"])
-    other = scorer.score_images(pictures, ["a dog in a box", "a cat"])
+def test_images_and_prompts_both_count(scorer: ImageRewardScorer) -> None:
+    images = [noise((40, 60), 1), noise((40, 60), 2)]
+    one = scorer.score_images(images, ["a cat", "a cat"])
+    other = scorer.score_images(images, ["a dog in a box", "a cat"])
     assert (one[0] - one[1]).abs() > 1e-4 and (one[0] - other[0]).abs() > 1e-4 and one[1] == other[1]
 
 
-def test_a_batch_is_what_single_pictures_are_and_long_prompts_are_cut(scorer: ImageRewardScorer) -> None:
-    pictures = [noise((20 + i, 50 - i), i).convert(mode) for i, mode in enumerate(["RGB", "L", "RGBA", "CMYK", "1"])]
+def test_a_batch_is_what_single_images_are_and_long_prompts_are_cut(scorer: ImageRewardScorer) -> None:
+    images = [noise((20 + i, 50 - i), i).convert(mode) for i, mode in enumerate(["RGB", "L", "RGBA", "CMYK", "1"])]
     prompts = ["a", "b " * 100, "猫", "c d", "e"]
-    single = [scorer.score_images([p], [t]).item() for p, t in zip(pictures, prompts, strict=True)]
-    torch.testing.assert_close(scorer.score_images(pictures, prompts), torch.tensor(single), atol=1e-5, rtol=1e-5)
+    single = [scorer.score_images([p], [t]).item() for p, t in zip(images, prompts, strict=True)]
+    torch.testing.assert_close(scorer.score_images(images, prompts), torch.tensor(single), atol=1e-5, rtol=1e-5)
     cut = "b " * (LENGTH - 2)
-    assert scorer.score_images(pictures[:1], [prompts[1]]) == scorer.score_images(pictures[:1], [cut])
+    assert scorer.score_images(images[:1], [prompts[1]]) == scorer.score_images(images[:1], [cut])
 
 
 def test_gradients_reach_the_pixels(scorer: ImageRewardScorer) -> None:
@@ -121,9 +121,9 @@ def test_gradients_reach_the_pixels(scorer: ImageRewardScorer) -> None:
         scorer.model.float()
 
 
-def test_tensors_and_pictures_agree(scorer: ImageRewardScorer) -> None:
-    picture = noise((32, 32))  # nothing is resized, so nothing is rounded
-    pair = scorer.score_images([picture], ["a"]), scorer.score(TF.to_tensor(picture)[None], ["a"])
+def test_tensors_and_images_agree(scorer: ImageRewardScorer) -> None:
+    image = noise((32, 32))  # nothing is resized, so nothing is rounded
+    pair = scorer.score_images([image], ["a"]), scorer.score(TF.to_tensor(image)[None], ["a"])
     torch.testing.assert_close(*pair, atol=1e-5, rtol=0)
 
 

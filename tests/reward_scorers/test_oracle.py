@@ -52,7 +52,7 @@ def test_foreign_prompts_and_arguments_are_named() -> None:
         scorer.check_prompts(["a red circle", "a photo of a cat"])
     with pytest.raises(ScorerError, match=r"prompts\[0\].*a photo of a cat"):
         scorer.score(torch.rand(1, 3, 64, 64), ["a photo of a cat"])
-    with pytest.raises(ScorerError, match="expected square pictures, found 65 x 64"):
+    with pytest.raises(ScorerError, match="expected square images, found 65 x 64"):
         scorer.score(torch.rand(1, 3, 64, 65), ["a red circle"])
     with pytest.raises(UserError, match="takes no argument"):
         build_scorers(["oracle:v2"])

@@ -120,7 +120,7 @@ def hpsv2_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return code
 
 
-def pictures(folder: Path, count: int, sizes: Sequence[tuple[int, int]], modes: Sequence[str]) -> list[tuple[str, str]]:
+def images(folder: Path, count: int, sizes: Sequence[tuple[int, int]], modes: Sequence[str]) -> list[tuple[str, str]]:
     """Files of several sizes and modes, each with a prompt."""
     rows = []
     for number in range(count):
@@ -151,33 +151,33 @@ def compare_hpsv2(code: Path, folder: Path, model: str, ours: str, rows: list[tu
     return (scores - expected).abs().max().item()
 
 
-def test_hpsv2s_own_code_on_100_pictures_with_a_reduced_model(hpsv2_code: Path, tmp_path: Path) -> None:
+def test_hpsv2s_own_code_on_100_images_with_a_reduced_model(hpsv2_code: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny-ours.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(tmp_path / "tiny-ours.json")
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": open_clip.create_model("tiny-ours").state_dict()}, weights)
-    rows = pictures(tmp_path, 105, SIZES, OPAQUE)
+    rows = images(tmp_path, 105, SIZES, OPAQUE)
     worst = compare_hpsv2(hpsv2_code, tmp_path, "tiny-original", "tiny-ours", rows, weights)
-    print(f"hpsv2, reduced depth, {len(rows)} pictures: {worst:.1e}")
+    print(f"hpsv2, reduced depth, {len(rows)} images: {worst:.1e}")
 
 
-def test_hpsv2s_own_code_on_100_pictures_with_vit_h(hpsv2_code: Path, tmp_path: Path) -> None:
+def test_hpsv2s_own_code_on_100_images_with_vit_h(hpsv2_code: Path, tmp_path: Path) -> None:
     """The published size, random weights: some 6 GB, and 20 minutes or more on one core."""
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": open_clip.create_model("ViT-H-14").state_dict()}, weights)
-    count = int(os.environ.get("ORIGINALS_PICTURES", "100"))
-    rows = pictures(tmp_path, count, [(224, 224), (512, 512), (97, 31), (640, 480)], OPAQUE)
+    count = int(os.environ.get("ORIGINALS_IMAGES", "100"))
+    rows = images(tmp_path, count, [(224, 224), (512, 512), (97, 31), (640, 480)], OPAQUE)
     worst = compare_hpsv2(hpsv2_code, tmp_path, "ViT-H-14", "ViT-H-14", rows, weights)
-    print(f"hpsv2, ViT-H-14, {len(rows)} pictures: {worst:.1e}")
+    print(f"hpsv2, ViT-H-14, {len(rows)} images: {worst:.1e}")
 
 
 def test_imagerewards_own_code_on_100_pairs(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
     """Its own steps and `score`, on its own BLIP at a reduced depth."""
     code = fetched("image-reward==1.5", tmp_path)
     scorer = ImageRewardScorer(str(checkpoint), str(tokenizer), vision=VISION, text=TEXT)
-    rows = pictures(tmp_path, 105, SIZES, MODES)
+    rows = images(tmp_path, 105, SIZES, MODES)
     original(IMAGE_REWARD, code, checkpoint, tmp_path / "list.json", tokenizer, json.dumps(VISION), json.dumps(TEXT),
              tmp_path / "scores.json")  # fmt: skip
     expected = torch.tensor(json.loads((tmp_path / "scores.json").read_text()))

@@ -42,9 +42,9 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def hundred() -> tuple[list[Image.Image], list[str]]:
-    """More than 100 pictures of all sizes and modes, with prompts in turn."""
-    pictures = [noise(size, seed).convert(mode) for seed in range(3) for size in SIZES for mode in MODES]
-    return pictures, [PROMPTS[row % len(PROMPTS)] for row in range(len(pictures))]
+    """More than 100 images of all sizes and modes, with prompts in turn."""
+    images = [noise(size, seed).convert(mode) for seed in range(3) for size in SIZES for mode in MODES]
+    return images, [PROMPTS[row % len(PROMPTS)] for row in range(len(images))]
 
 
 @pytest.fixture(scope="module")
@@ -111,29 +111,29 @@ def hps_input(image: Image.Image, side: int) -> torch.Tensor:
     return TF.normalize(x, CLIP_MEAN, CLIP_STD)
 
 
-def test_hpsv2_equals_the_packages_recipe_one_picture_at_a_time(tiny: str, weights: Path, hpsv2: HPSv2Scorer) -> None:
+def test_hpsv2_equals_the_packages_recipe_one_image_at_a_time(tiny: str, weights: Path, hpsv2: HPSv2Scorer) -> None:
     model, tokenizer = open_clip.create_model(tiny), open_clip.get_tokenizer(tiny)
     model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
     model.eval()
-    pictures, prompts = hundred()
+    images, prompts = hundred()
     expected = []
     with torch.no_grad():
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            image, text, _ = model(hps_input(picture, 64)[None], tokenizer([prompt]))
+        for pil_image, prompt in zip(images, prompts, strict=True):
+            image, text, _ = model(hps_input(pil_image, 64)[None], tokenizer([prompt]))
             expected.append((image @ text.T).item())
-    scores = hpsv2.score_images(pictures, prompts)
-    assert len(pictures) >= 100 and scores.std() > 0.01
+    scores = hpsv2.score_images(images, prompts)
+    assert len(images) >= 100 and scores.std() > 0.01
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-def test_hpsv2_takes_one_path_for_pictures_and_tensors(hpsv2: HPSv2Scorer) -> None:
+def test_hpsv2_takes_one_path_for_images_and_tensors(hpsv2: HPSv2Scorer) -> None:
     for size in SIZES:
-        picture = noise(size)
-        pixels = TF.to_tensor(picture)[None]
-        torch.testing.assert_close(hpsv2.score(pixels, ["x"]), hpsv2.score_images([picture], ["x"]), atol=1e-6, rtol=0)
+        image = noise(size)
+        pixels = TF.to_tensor(image)[None]
+        torch.testing.assert_close(hpsv2.score(pixels, ["x"]), hpsv2.score_images([image], ["x"]), atol=1e-6, rtol=0)
 
 
-def test_a_picture_too_thin_keeps_a_pixel(hpsv2: HPSv2Scorer) -> None:
+def test_a_image_too_thin_keeps_a_pixel(hpsv2: HPSv2Scorer) -> None:
     """1000 x 1 would be round(64 / 1000) = 0 pixels high."""
     assert hpsv2.score_images([noise((1000, 1))], ["x"]).isfinite().all()
 
@@ -142,16 +142,16 @@ def test_pickscore_equals_the_published_recipe(hf_folder: Path, pickscore: HFCli
     """The model card's: PIL processor, unit features, exp(logit_scale) * (text @ image)."""
     model = CLIPModel.from_pretrained(hf_folder).eval()
     processor, tokenizer = CLIPImageProcessorPil.from_pretrained(hf_folder), byte_tokenizer(length=77)
-    pictures, prompts = hundred()
+    images, prompts = hundred()
     expected = []
     with torch.no_grad():
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            image = processor(images=picture, return_tensors="pt")
+        for pil_image, prompt in zip(images, prompts, strict=True):
+            image = processor(images=pil_image, return_tensors="pt")
             text = tokenizer(prompt, padding=True, truncation=True, max_length=77, return_tensors="pt")
             out = model(**text, **image)
             expected.append((model.logit_scale.exp() * (out.text_embeds @ out.image_embeds.T)).item())
-    scores = pickscore.score_images(pictures, prompts)
-    assert len(pictures) >= 100 and scores.std() > 0.1
+    scores = pickscore.score_images(images, prompts)
+    assert len(images) >= 100 and scores.std() > 0.1
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-4, rtol=0)  # 1e-6 in cosine
     print(f"largest difference in score {(scores - torch.tensor(expected)).abs().max():.2e}")
 
@@ -176,11 +176,11 @@ def test_the_aesthetic_predictor_equals_the_originals_recipe(tiny: str, tmp_path
         ]
     )
     scorer = reward_scorers.build(f"aesthetic:{tmp_path}/head.pth:{tiny}:{tmp_path}/clip.safetensors")
-    pictures, prompts = hundred()
+    images, prompts = hundred()
     with torch.no_grad():
-        features = [clip.encode_image(transform(picture)[None]) for picture in pictures]
+        features = [clip.encode_image(transform(pil_image)[None]) for pil_image in images]
         expected = torch.cat([layers(f / f.norm(dim=-1, keepdim=True)) for f in features]).squeeze(-1)
-    scores = scorer.score_images(pictures, prompts)
+    scores = scorer.score_images(images, prompts)
     assert scores.std() > 1e-4
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
     torch.save({"weight": torch.zeros(1, 32), "bias": torch.zeros(1)}, tmp_path / "linear.pth")
@@ -227,14 +227,14 @@ def test_gradients_reach_the_pixels(name: str, request: pytest.FixtureRequest) -
 
 
 @pytest.mark.parametrize("name", ["pickscore", "aesthetic"])
-def test_tensor_and_picture_paths_differ_by_less_than_the_documented_bound(name: str, request) -> None:
+def test_tensor_and_image_paths_differ_by_less_than_the_documented_bound(name: str, request) -> None:
     """PIL rounds to 8 bits after the resize; white noise, enlarged or shrunk, is the worst case for it."""
     scorer = request.getfixturevalue(name)
     worst, scores = 0.0, []
     for size in [(64, 64), (100, 100), (224, 224), (300, 120), (32, 32), (640, 480)]:
         for seed in range(4):
-            picture = noise(size, seed)
-            pair = scorer.score_images([picture], ["x"]), scorer.score(TF.to_tensor(picture)[None], ["x"])
+            image = noise(size, seed)
+            pair = scorer.score_images([image], ["x"]), scorer.score(TF.to_tensor(image)[None], ["x"])
             worst = max(worst, (pair[0] - pair[1]).abs().item())
             scores.append(pair[0].item())
     print(f"{name}: tensor against PIL at most {worst / np.std(scores):.3f} of the scores' spread")

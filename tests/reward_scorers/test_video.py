@@ -15,7 +15,7 @@ from reward_scorers.video import Consistency
 
 
 class Colours(TwoTowers):
-    """Features are a picture's mean colour."""
+    """Features are an image's mean colour."""
 
     name = "colours"
     version = "1"
@@ -66,12 +66,12 @@ def test_gradients_reach_the_frames() -> None:
         assert frames.grad is not None and frames.grad.abs().sum() > 0, scorer.name
 
 
-def test_pictures_and_short_clips_are_refused() -> None:
+def test_images_and_short_clips_are_refused() -> None:
     with pytest.raises(ScorerError, match=r"motion: expected clips \[B, F, 3, H, W\] of 2 frames or more"):
         reward_scorers.build("motion").score(torch.rand(2, 3, 4, 4), ["a", "b"])
     with pytest.raises(ScorerError, match="of 3 frames or more"):
         reward_scorers.build("smoothness").judge(clip(0.1, 0.2), ["a"])
-    with pytest.raises(ScorerError, match="judges clips, found single pictures"):
+    with pytest.raises(ScorerError, match="judges clips, found single images"):
         reward_scorers.build("motion").score_images([Image.new("RGB", (4, 4))], ["a"])
     with pytest.raises(ScorerError, match="takes no argument, found '3'"):
         reward_scorers.build("motion:3")

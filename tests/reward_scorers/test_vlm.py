@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration
 import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.vlm import VLMScorer
-from tests.reward_scorers.test_towers import write_hf_clip
 from tests.labeling.test_texts import blip, llava
+from tests.reward_scorers.test_towers import write_hf_clip
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,17 @@ def judge(folder: Path) -> VLMScorer:
     return scorer
 
 
-def pictures(count: int) -> list[Image.Image]:
+def images(count: int) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def test_the_score_is_the_chance_of_yes_at_the_first_token(folder: Path, judge: VLMScorer) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    picture, prompt = pictures(1)[0], "two cats"
+    image, prompt = images(1)[0], "two cats"
     with torch.no_grad():
-        chances = model(**judge._inputs([picture], [prompt])).logits[0, -1].softmax(-1)
-    total, parts = judge.judge_images([picture], [prompt])
+        chances = model(**judge._inputs([image], [prompt])).logits[0, -1].softmax(-1)
+    total, parts = judge.judge_images([image], [prompt])
     yes, no = chances[judge.yes].sum(), chances[judge.no].sum()
     torch.testing.assert_close(total[0], yes, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(parts["log_odds"][0], (yes / no).log(), atol=1e-4, rtol=1e-4)
@@ -48,10 +48,10 @@ def test_the_score_is_the_chance_of_yes_at_the_first_token(folder: Path, judge: 
 
 
 @pytest.mark.parametrize("make", [llava, blip])
-def test_a_batch_is_what_single_pictures_are(make, tmp_path: Path) -> None:
+def test_a_batch_is_what_single_images_are(make, tmp_path: Path) -> None:
     torch.manual_seed(0)
     scorer = VLMScorer(str(make(tmp_path / "model")))
-    images, prompts = pictures(3), ["a", "a much longer prompt than that", "b c"]
+    images, prompts = all_images(3), ["a", "a much longer prompt than that", "b c"]
     single = torch.cat([scorer.score_images([i], [p]) for i, p in zip(images, prompts, strict=True)])
     torch.testing.assert_close(scorer.score_images(images, prompts), single, atol=1e-6, rtol=1e-4)
     pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])

@@ -17,7 +17,7 @@ from t2i_align.testbed.clip import (
     LookHeads,
     build_clip,
     contrastive_loss,
-    draw_picture,
+    draw_image,
     draw_statement,
     draw_wrong,
     main,
@@ -38,7 +38,7 @@ def test_the_text_tower_begins_as_the_bundled_encoder() -> None:
         torch.testing.assert_close(ours, text(input_ids=ids).last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
-def test_statements_are_of_the_train_split_and_wrong_pictures_are_wrong() -> None:
+def test_statements_are_of_the_train_split_and_wrong_images_are_wrong() -> None:
     rng = np.random.default_rng(0)
     oracle = Oracle()
     for _ in range(20):
@@ -46,8 +46,8 @@ def test_statements_are_of_the_train_split_and_wrong_pictures_are_wrong() -> Non
         assert split_of(statement) == "train"
         caption = write(statement, rng)
         assert split_of(parse(caption)) == "train"
-        pictures = [draw_picture(said, rng) for said in (statement, draw_wrong(statement, rng))]
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        images = [draw_image(said, rng) for said in (statement, draw_wrong(statement, rng))]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         right, wrong = oracle.judge(pixels, [caption] * 2).strict
         assert right == 1 and wrong == 0
 
@@ -61,12 +61,12 @@ def test_a_patch_is_told_from_what_is_drawn_at_it() -> None:
 
 
 def test_the_loss_of_a_model_that_knows_nothing() -> None:
-    """With equal features: half of log 2B over captions' pictures and log B over pictures' captions."""
+    """With equal features: half of log 2B over captions' images and log B over images' captions."""
     model = build_clip().eval()
     with torch.no_grad():
         model.visual_projection.weight.zero_()
     rng = np.random.default_rng(0)
-    pixels = to_input([draw_picture(draw_statement(rng), rng) for _ in range(8)])
+    pixels = to_input([draw_image(draw_statement(rng), rng) for _ in range(8)])
     ids = WordEncoder(build_tokenizer())(["a red circle"] * 4)
     assert contrastive_loss(model, pixels, ids).item() == pytest.approx((math.log(8) + math.log(4)) / 2, abs=1e-5)
 

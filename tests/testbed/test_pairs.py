@@ -33,13 +33,13 @@ def test_the_file_has_pick_a_pics_columns(table):
     assert table.num_rows >= 2000
 
 
-def test_every_picture_decodes(table):
+def test_every_image_decodes(table):
     for side in (0, 1):
         for data in table.column(f"jpg_{side}").to_pylist():
             assert Image.open(io.BytesIO(data)).size == (64, 64)
 
 
-def test_labels_name_the_picture_with_the_higher_reward(table):
+def test_labels_name_the_image_with_the_higher_reward(table):
     rows = table.to_pylist()
     for row in rows:
         assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
@@ -52,8 +52,8 @@ def test_labels_name_the_picture_with_the_higher_reward(table):
 
 def test_the_oracle_agrees_with_the_recorded_rewards(table):
     rows = table.slice(0, 100).to_pylist()
-    pictures = torch.stack([decode(row["jpg_0"]) for row in rows])
-    verdict = Oracle().judge(pictures, [row["caption"] for row in rows])
+    images = torch.stack([decode(row["jpg_0"]) for row in rows])
+    verdict = Oracle().judge(images, [row["caption"] for row in rows])
     np.testing.assert_allclose(verdict.reward, [row["reward_0"] for row in rows], atol=1e-6)
     assert all(row["oracle"].startswith(Oracle.version) for row in rows)
 
@@ -67,10 +67,10 @@ def test_pairs_come_from_train_prompts_and_differ_in_faithfulness(table):
 
 def test_jpeg_keeps_the_verdict():
     rng = np.random.default_rng(4)
-    pictures = torch.from_numpy(np.stack([render(sample_scene(rng, "single")) for _ in range(40)])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([render(sample_scene(rng, "single")) for _ in range(40)])).permute(0, 3, 1, 2)
     captions = ["a red circle"] * 40
-    before = Oracle().judge(pictures, captions)
-    after = Oracle().judge(torch.stack([decode(encode_jpeg(p)) for p in pictures]), captions)
+    before = Oracle().judge(images, captions)
+    after = Oracle().judge(torch.stack([decode(encode_jpeg(p)) for p in images]), captions)
     np.testing.assert_array_equal(before.faithfulness, after.faithfulness)
     np.testing.assert_allclose(before.quality, after.quality, atol=0.05)
 
@@ -139,5 +139,5 @@ def test_shipped_bases_load_in_plain_diffusers_and_know_their_world(name, predic
 def test_the_other_families_bases_sample_what_they_are_told(name):
     """A colour would hold with probability 1/8."""
     captions = prompts("dev")[:12]
-    pictures = pipelines.load(base_path(name)).generate(captions, range(12), steps=10, guidance=1.0, batch_size=12)
-    assert Oracle().judge(pictures, captions).attributes["colour"].mean() > 0.35
+    images = pipelines.load(base_path(name)).generate(captions, range(12), steps=10, guidance=1.0, batch_size=12)
+    assert Oracle().judge(images, captions).attributes["colour"].mean() > 0.35

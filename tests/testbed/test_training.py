@@ -7,7 +7,7 @@ from transformers import CLIPTextModel
 
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
-from t2i_align.testbed import captions as picture_captions
+from t2i_align.testbed import captions as image_captions
 from t2i_align.testbed.captions import describe, parse, write
 from t2i_align.testbed.denoiser import (
     Denoiser,
@@ -59,14 +59,14 @@ def test_parse_targets_do_not_depend_on_the_phrasing():
     assert targets[0].tolist() == [1, 1, 1, 6, 2, 0, 0, 0, 0, 1, 1, 1]
 
 
-def test_balancing_keeps_the_pictures_and_spreads_the_latents():
+def test_balancing_keeps_the_images_and_spreads_the_latents():
     torch.manual_seed(0)
     vae = build_vae()
-    pictures, _ = render_pool(24, 0.0, 0)
+    images, _ = render_pool(24, 0.0, 0)
     with torch.no_grad():
-        before = vae.decode(encode(vae, pictures)).sample
-        balance_latents(vae, pictures)
-        latents = encode(vae, pictures)
+        before = vae.decode(encode(vae, images)).sample
+        balance_latents(vae, images)
+        latents = encode(vae, images)
         after = vae.decode(latents).sample
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     covariance = torch.cov(latents.permute(1, 0, 2, 3).reshape(4, -1))
@@ -76,7 +76,7 @@ def test_balancing_keeps_the_pictures_and_spreads_the_latents():
 def test_training_captions_leave_dev_and_test_out(scenes):
     pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
     captions, _ = draw_captions(
-        pool, np.arange(40).repeat(20), np.random.default_rng(1), DenoiserConfig(), True, picture_captions
+        pool, np.arange(40).repeat(20), np.random.default_rng(1), DenoiserConfig(), True, image_captions
     )
     stated = [parse(caption) for caption in captions if caption]
     assert len(stated) > 400 and all(split_of(statement) == "train" for statement in stated)
@@ -87,7 +87,7 @@ def test_planted_faults_occur_at_their_rate(scenes):
     config = DenoiserConfig(fault_rates={"background": 0.3}, caption_dropout=0.0)
     pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
     index = np.arange(40).repeat(100)
-    _, statements = draw_captions(pool, index, np.random.default_rng(2), config, True, picture_captions)
+    _, statements = draw_captions(pool, index, np.random.default_rng(2), config, True, image_captions)
     wrong = [s.background != scenes[i].background for s, i in zip(statements, index, strict=True) if s.background]
     assert abs(np.mean(wrong) - 0.3) < 4 * np.sqrt(0.21 / len(wrong))
 
@@ -133,8 +133,8 @@ class Oracle(Student):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_a_student_that_knows_what_the_teacher_knows_has_no_error(tokenizer, scenes, kind):
-    """A teacher that sees one picture in everything, at its own noise level: v = alpha noise - sigma x. The student
-    that knows the picture predicts the same thing in its own words; one that knows another picture does not."""
+    """A teacher that sees one image in everything, at its own noise level: v = alpha noise - sigma x. The student
+    that knows the image predicts the same thing in its own words; one that knows another image does not."""
     truth = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
     pool = Pool(scenes, truth.expand(len(scenes), -1, -1, -1))
     teacher_process = VariancePreserving(build_scheduler("v_prediction").alphas_cumprod, "v_prediction")

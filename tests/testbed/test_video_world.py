@@ -159,7 +159,7 @@ def test_faults_of_time_lower_the_quality_of_their_frames_alone(world, kind):
     assert sum(len(segment) > 0 for segment in segments) > 30
     verdict = MotionOracle().judge(pixels_of(drawn), texts)
     np.testing.assert_array_equal(verdict.faithfulness, clean.faithfulness)
-    np.testing.assert_allclose(verdict.picture, clean.picture, atol=0.1)
+    np.testing.assert_allclose(verdict.image, clean.image, atol=0.1)
     for quality, segment in zip(verdict.frames, segments, strict=True):
         inside = [f in segment for f in range(FRAMES)]
         assert quality[np.logical_not(inside)].min() > 0.9
@@ -167,7 +167,7 @@ def test_faults_of_time_lower_the_quality_of_their_frames_alone(world, kind):
 
 
 @pytest.mark.parametrize("how", DEGRADATIONS)
-def test_faults_of_pictures_lower_their_quality_alone(world, how):
+def test_faults_of_images_lower_their_quality_alone(world, how):
     clips, _, texts, clean = world
     drawn = [
         np.stack([degrade(frame, np.random.default_rng(i), how) for frame in render_clip(clip.scenes)]).clip(0, 1)

@@ -16,14 +16,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from t2i_align import align, checkpoint, trainer
+from t2i_align import align
 from t2i_align import config as configuration
 from t2i_align.data.schema import Batch, Model
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.training.divergence import Diverged, change, check_finite, check_winners, copies
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.training import checkpoint, trainer
+from t2i_align.training.divergence import Diverged, change, check_finite, check_winners, copies
 from tests.runs import jsonl_pairs, run_values
 
 SPOILING = 0.1  # a learning rate at which all the tiny model's weights are soon useless, and a half or a quarter is not
@@ -179,7 +180,7 @@ def test_switched_off_nothing_is_looked_at(sd_path: Path, pairs: Path, tmp_path:
 class SpoiltUnseen(DiffusionDPO):
     """Not finite from the third step on, as if what the first checkpoint holds had been spoilt already."""
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         loss, values = super().step(policy, reference, batch, draw)
         return loss * batch.carried["factor"], values
 

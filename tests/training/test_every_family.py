@@ -49,9 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of pictures."""
-    return jsonl_pairs(tmp_path_factory.mktemp("pictures"), count=6)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of images."""
+    return jsonl_pairs(tmp_path_factory.mktemp("images"), count=6)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def in_plain_diffusers(family: TrainablePipeline, folder: Path, lora: Path | Non
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_it_trains_resumes_and_is_the_same_in_plain_diffusers(
-    name: str, objective: str, trained: str, models: Any, pictures: Path, clips: Path, tmp_path: Path
+    name: str, objective: str, trained: str, models: Any, images: Path, clips: Path, tmp_path: Path
 ) -> None:
-    model, data = models(name), clips if name in CLIPS else pictures
+    model, data = models(name), clips if name in CLIPS else images
     changes: dict[str, Any] = {
         "objective": {"name": objective, **({"beta": 100.0} if objective == "diffusion_dpo" else {})},
         "data__cache_dir": str(model.parent / f"{name}-cache"),
@@ -134,8 +134,8 @@ def files(weights: Path) -> list[Path]:
     return [weights] if weights.is_file() else sorted(weights.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("model", "data"), [("sd", "clips"), ("wan", "pictures")])
-def test_pictures_for_a_video_model_and_clips_for_a_picture_model_are_refused(
+@pytest.mark.parametrize(("model", "data"), [("sd", "clips"), ("wan", "images")])
+def test_images_for_a_video_model_and_clips_for_a_image_model_are_refused(
     model: str, data: str, models: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     source = request.getfixturevalue(data)

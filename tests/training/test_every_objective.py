@@ -15,9 +15,9 @@ import pipelines
 from t2i_align import align
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import sample
-from t2i_align.objectives import OBJECTIVES
 from t2i_align.inference.resolve import adapter_on, resolve_aligned
-from tests.runs import picture, run_values
+from t2i_align.objectives import OBJECTIVES
+from tests.runs import image, run_values
 
 CANDIDATES = 3
 
@@ -30,7 +30,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(8):
         names = [f"{i}_{k}.png" for k in range(CANDIDATES)]
         for k, name in enumerate(names):
-            picture(CANDIDATES * i + k).save(folder / name)
+            image(CANDIDATES * i + k).save(folder / name)
         lines.append({
             "prompt": f"prompt {i}", "images": names, "scores": [0.2 + 0.01 * i, 0.9, 0.5],
             "captions": [f"caption {i} {k}" for k in range(CANDIDATES)], "negative_caption": f"wrong {i}",
@@ -104,7 +104,7 @@ def test_data_that_lacks_what_it_needs_is_refused_with_the_command_that_makes_it
     name: str, entry: dict[str, Any], message: str, sd_path: Path, tmp_path: Path
 ) -> None:
     for side in (0, 1):
-        picture(side).save(tmp_path / f"{side}.png")
+        image(side).save(tmp_path / f"{side}.png")
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "p", "chosen": "0.png", "rejected": "1.png", **entry}) + "\n")
     with pytest.raises(UserError, match=message):
@@ -113,7 +113,7 @@ def test_data_that_lacks_what_it_needs_is_refused_with_the_command_that_makes_it
 
 
 def test_groups_of_one_cannot_serve_pairs_or_lists(sd_path: Path, tmp_path: Path) -> None:
-    picture(0).save(tmp_path / "0.png")
+    image(0).save(tmp_path / "0.png")
     data = tmp_path / "likes.jsonl"
     data.write_text(json.dumps({"prompt": "p", "images": ["0.png"], "scores": [1]}) + "\n")
     for name in ("diffusion_dpo", "rankdpo", "lpo", "mapo"):

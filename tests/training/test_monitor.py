@@ -8,14 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from t2i_align.training.monitor import Tally
+from t2i_align.training.monitor import MetricAverager
 
 NAN = math.nan
 
 
 def test_means_are_over_the_values_there_are() -> None:
     """a: (1 + 3 + 8) / 3 = 4, and not the mean 5 of the micro-batches' means 2 and 8; b: never there; c: only 7."""
-    tally, step = Tally(), Tally()
+    tally, step = MetricAverager(), MetricAverager()
     step.add({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([NAN, NAN])})
     step.add({"a": torch.tensor([NAN, 8.0]), "b": torch.tensor([NAN, NAN])})
     tally.merge(step)
@@ -27,13 +27,13 @@ def test_means_are_over_the_values_there_are() -> None:
 
 
 def test_an_empty_tally_has_no_numbers() -> None:
-    assert Tally().numbers(Accelerator(cpu=True)) == {}
+    assert MetricAverager().numbers(Accelerator(cpu=True)) == {}
 
 
 def test_a_tally_goes_on_from_what_was_reduced() -> None:
-    tally = Tally()
+    tally = MetricAverager()
     tally.add({"a": torch.tensor([1.0, 2.0])})
-    again = Tally(tally.reduced(Accelerator(cpu=True)))
+    again = MetricAverager(tally.reduced(Accelerator(cpu=True)))
     for each in (tally, again):
         each.add({"a": torch.tensor([6.0])})
         assert each.numbers(Accelerator(cpu=True))["a"] == pytest.approx(3.0)

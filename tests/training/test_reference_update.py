@@ -15,17 +15,18 @@ from torch import Tensor
 
 import pipelines
 from pipelines import TrainablePipeline
-from t2i_align import align, checkpoint
+from t2i_align import align
 from t2i_align import config as configuration
 from t2i_align.config import ReferenceUpdateConfig
 from t2i_align.data.schema import Batch, Model
-from t2i_align.errors import UserError
-from t2i_align.training.reference_update import MovingReference
 from t2i_align.diffusion.noising import Noised
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
-from t2i_align.diffusion.randomness import Draw
-from t2i_align.training.reference import FrozenCopy, Movable, OlderAdapter, build_reference
+from t2i_align.training import checkpoint
+from t2i_align.training.reference import FrozenCopy, OlderAdapter, UpdatableReference, build_reference
+from t2i_align.training.reference_update import ReferenceUpdate
 from tests.runs import jsonl_pairs, run_values
 
 FULL = {"lora": None, "optim__lr": 1e-4}
@@ -149,9 +150,9 @@ def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective
 ) -> None:
     """Recomputed from the saved weights, on the winners that were seen, 32 of them evenly spread over time."""
     asked: list[Noised] = []
-    real = MovingReference._noised
+    real = ReferenceUpdate._noised
 
-    def noised(self: MovingReference, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
+    def noised(self: ReferenceUpdate, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
         out, liked = real(self, batch, quantiles)
         assert liked.all()
         clean = self.reference.pipeline.process.to_clean(out.target, out.latents, out.timesteps)
@@ -159,7 +160,7 @@ def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective
         asked.append(out)
         return out, liked
 
-    monkeypatch.setattr(MovingReference, "_noised", noised)
+    monkeypatch.setattr(ReferenceUpdate, "_noised", noised)
     values = following(sd_path, pairs, tmp_path / "run", objective=objective, train__steps=2, train__batch_size=5)
     align({**values, "lora": None}, progress=False)
     assert torch.cat([each.timesteps for each in asked]).tolist() == [int((i + 0.5) / 32 * 1000) for i in range(32)]
@@ -179,7 +180,7 @@ def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective
 
 def test_a_single_sample_that_is_disliked_is_no_winner() -> None:
     """Errors rise by 1, 5 and 3; the second is disliked: (1 + 3) / 2 = 2."""
-    moving = object.__new__(MovingReference)
+    moving = object.__new__(ReferenceUpdate)
     moving.update, moving.accelerator, moving.frozen = (
         ReferenceUpdateConfig(max_drift=1.0),
         Accelerator(cpu=True),
@@ -228,7 +229,7 @@ def test_a_killed_run_resumes_with_the_reference_it_had(
 class Sees(DiffusionDPO):
     """Notes what kind of reference it is given."""
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         seen.append(reference)
         return super().step(policy, reference, batch, draw)
 
@@ -241,7 +242,7 @@ def test_without_the_option_nothing_follows(sd_path: Path, pairs: Path, tmp_path
     config = dataclasses.replace(configuration.from_mapping(values), objective=Sees(beta=100.0))
     seen.clear()
     align(config, progress=False)
-    assert seen and not any(isinstance(reference, Movable) for reference in seen)
+    assert seen and not any(isinstance(reference, UpdatableReference) for reference in seen)
     assert not any("reference/drift" in line for line in metrics(tmp_path / "run"))
     assert not any(name.startswith("reference.") for name in checkpoint.load(
         checkpoint.all_steps(tmp_path / "run")[-1])[0])  # fmt: skip

@@ -22,16 +22,17 @@ from torch import Tensor
 
 import pipelines
 from pipelines import PipelineError
-from t2i_align import align, checkpoint, run
+from t2i_align import align
 from t2i_align import config as configuration
-from t2i_align.data.schema import Batch, Model
 from t2i_align.data.loader import Source
-from t2i_align.errors import UserError
+from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import Noised
-from t2i_align.objectives.base import DataFacts, Metrics
+from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import DataStats, Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.sft import SFT
-from t2i_align.diffusion.randomness import Draw
+from t2i_align.training import checkpoint, run
 from tests.runs import jsonl_pairs, run_values, winner_loser_folders
 
 
@@ -54,7 +55,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("source", ["jsonl", "folders"])
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
-def test_own_pictures_train_a_lora_that_plain_diffusers_loads(
+def test_own_images_train_a_lora_that_plain_diffusers_loads(
     source: str, objective: str, sd_path: Path, tmp_path: Path
 ) -> None:
     data = jsonl_pairs(tmp_path / "data") if source == "jsonl" else winner_loser_folders(tmp_path / "data")
@@ -150,8 +151,8 @@ def test_a_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Pat
     times: list[int] = []
 
     class Seen(DiffusionDPO):
-        def noised(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> Noised:
-            times.extend(Draw(0, batch.keys, process).timesteps().tolist())
+        def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
+            times.extend(SampleRNG(0, batch.keys, process).timesteps().tolist())
             return super().noised(policy, reference, batch, draw)
 
     align(dataclasses.replace(configuration.from_mapping(values), objective=Seen(beta=100.0)), progress=False)
@@ -280,14 +281,14 @@ class Fitted(DiffusionDPO):
 
     smoothing: float | None = None
 
-    def fitted(self, facts: DataFacts) -> Fitted:
+    def fit_to_data(self, facts: DataStats) -> Fitted:
         return self if self.smoothing is not None else dataclasses.replace(self, smoothing=facts.score_range[0])
 
 
 def test_constants_fitted_to_the_data_are_shown_kept_and_no_other_run(
     sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Source, "facts", lambda self: DataFacts(score_range=(0.25, 1.0)), raising=False)
+    monkeypatch.setattr(Source, "facts", lambda self: DataStats(score_range=(0.25, 1.0)), raising=False)
     config = configuration.from_mapping(run_values(sd_path, pairs, tmp_path / "run"))
     config = dataclasses.replace(config, objective=Fitted(beta=100.0))
     align(config, progress=False)
@@ -359,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 class FiniteLossWithoutFiniteGradient(SFT):
     """sqrt at 0: the value is 0, the derivative infinite."""
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: Draw) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         loss, metrics = super().step(policy, reference, batch, draw)
         return loss + (loss - loss.detach()).clamp_min(0).sqrt(), metrics
 
@@ -421,7 +422,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir()), "neither the run nor the cache, which takes hours, was begun"
 
 
-def test_validation_writes_pictures_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
     validation = {"every": 2, "prompts": str(prompts), "steps": 2, "scorers": ["oracle"]}

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from t2i_align.labeling.annotate import relabel
 from t2i_align.errors import UserError
 from t2i_align.evaluation.compare import evaluate
-from t2i_align.utils.files import only_writer
 from t2i_align.inference.generate import generate
+from t2i_align.labeling.annotate import relabel
+from t2i_align.labeling.score import score
 from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import train_scorer
 from t2i_align.training.run import align
-from t2i_align.labeling.score import score
+from t2i_align.utils.files import output_lock
 from tests.runs import jsonl_pairs, run_values
 from tests.tiny import tiny_sd
 
@@ -61,7 +61,7 @@ def write_scorer(model: Path, data: Path, out: Path) -> Any:
     return train_scorer(ScorerRun(output_dir=str(out), model="hf-clip:nowhere", data=values), progress=False)  # type: ignore[arg-type]
 
 
-def write_pictures(model: Path, data: Path, out: Path) -> Any:
+def write_images(model: Path, data: Path, out: Path) -> Any:
     return generate(model, ["cat"], out, **FAST)
 
 
@@ -86,7 +86,7 @@ def write_annotations(model: Path, data: Path, out: Path) -> Any:
     [
         (write_run, "run"),
         (write_scorer, "run"),
-        (write_pictures, "pictures"),
+        (write_images, "images"),
         (write_evaluation, "evaluation"),
         (write_scores, "scores.jsonl"),
         (write_scores, "scores.parquet"),
@@ -106,26 +106,26 @@ def test_a_second_run_is_refused_while_the_first_lives(
 
 
 def test_a_killed_run_stands_in_nobodys_way(tmp_path: Path) -> None:
-    model, out = tiny_sd(tmp_path / "model"), tmp_path / "pictures"
+    model, out = tiny_sd(tmp_path / "model"), tmp_path / "images"
     with another_run(out, "folder") as first:
         first.kill()
         first.wait()
         assert list(out.iterdir())  # its lock is left
-        write_pictures(model, tmp_path, out)
+        write_images(model, tmp_path, out)
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", "samples.jsonl"]
 
 
 def test_a_link_is_held_as_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
     with another_run(tmp_path / "there.jsonl", "file"), pytest.raises(UserError, match=r"link.jsonl: another run"):
-        only_writer(tmp_path / "link.jsonl", file=True).__enter__()
+        output_lock(tmp_path / "link.jsonl", file=True).__enter__()
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     for output, file in ((tmp_path / "a", False), (tmp_path / "a" / "b.jsonl", True)):
         with pytest.raises(UserError, match=r"a is a file; a folder is needed there"):
-            only_writer(output, file=file).__enter__()
+            output_lock(output, file=file).__enter__()
 
 
 def test_a_file_system_without_locks_is_written_to_with_a_warning(
@@ -135,12 +135,12 @@ def test_a_file_system_without_locks_is_written_to_with_a_warning(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with only_writer(tmp_path / "out"):
+    with output_lock(tmp_path / "out"):
         assert "keeps a second run from it" in caplog.text
 
 
 def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "a" / "b.jsonl", file=True):
+        with pytest.raises(ZeroDivisionError), output_lock(tmp_path / "a" / "b.jsonl", file=True):
             1 / 0  # noqa: B018
     assert not list((tmp_path / "a").iterdir())

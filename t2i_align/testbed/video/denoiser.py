@@ -1,6 +1,6 @@
 """Train the video base's transformer with its text encoder on cached latents of drawn clips.
 
-In two phases, as the picture bases: true captions and clean clips first, so that the base knows its world; then
+In two phases, as the image bases: true captions and clean clips first, so that the base knows its world; then
 wrong directions, speeds and backgrounds, and clips with faults, which preference alignment can mend.
 """
 
@@ -27,14 +27,14 @@ from t2i_align.testbed.video.motion import FRAMES, Clip
 from t2i_align.testbed.video.text import ParseHeads, encode_text
 from t2i_align.testbed.video.vae import CHANNELS
 
-FLOW_SHIFT = 3.0  # Wan's own for its smaller pictures
+FLOW_SHIFT = 3.0  # Wan's own for its smaller images
 FAULT_RATES = {"path": 0.25, "speed": 0.25, "background": 0.35, "size": 0.2, "colour": 0.03, "shape": 0.03}
 RECIPE = DenoiserConfig(
     steps=2600,
     clean_fraction=0.75,
     batch=64,
     lr=3e-3,
-    faulty_pictures=(0.0, 0.6),
+    faulty_images=(0.0, 0.6),
     fault_rates=FAULT_RATES,
     middle=(0.2, 1.0),
 )

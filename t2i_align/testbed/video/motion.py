@@ -2,7 +2,7 @@
 
 A clip is fully described by its movers and its background, as a scene is. Faults of time (flicker, a
 changed shape, a jump) sit in a segment of the frames and last longer where the motion is quick; the faults
-of pictures (`scenes.degrade`) cover the whole clip.
+of images (`scenes.degrade`) cover the whole clip.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def render_clip(scenes: list[Scene]) -> np.ndarray:
 def spoil(clip: Clip, rng: np.random.Generator, kind: str | None = None) -> tuple[list[Scene], range]:
     """The frames with one fault of time (at random when None) in the mover, and the segment it sits in.
 
-    flicker: it has another colour, or the picture another background; shape: it has another shape; teleport: it is
+    flicker: it has another colour, or the image another background; shape: it has another shape; teleport: it is
     elsewhere. The first frame is never faulty, and at least five of nine are as they should be.
 
     Raises:

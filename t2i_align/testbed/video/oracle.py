@@ -1,7 +1,7 @@
 """The oracle for clips: is the clip what its prompt says, and is it well made in every frame?
 
-It looks at each frame with the eyes of the picture oracle, follows the stated objects through time, and reads their
-paths and speeds. Faithfulness is the share of stated attributes that hold. A frame's quality is that of its picture
+It looks at each frame with the eyes of the image oracle, follows the stated objects through time, and reads their
+paths and speeds. Faithfulness is the share of stated attributes that hold. A frame's quality is that of its image
 times that of time: a smooth track, the same identity, no flicker; a clip's is the mean over its frames.
 """
 
@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from t2i_align.testbed.oracle import check_weight, fall, grades, picture_quality, to_pictures
+from t2i_align.testbed.oracle import check_weight, fall, grades, image_quality, to_images
 from t2i_align.testbed.video.captions import ClipStatement, parse
 from t2i_align.testbed.video.tracking import MIN_FRAMES, Motion, follow, read_motion
 from t2i_align.testbed.vision import Seen, View, look
@@ -28,7 +28,7 @@ H = TypeVar("H", bound=Hashable)
 class ClipVerdict:
     """Float arrays [B] in [0, 1]; an attribute is NaN where the prompt does not state it.
 
-    `strict` is 1 where every stated attribute holds. `frames` [B, F] is each frame's quality, `picture` x `temporal`
+    `strict` is 1 where every stated attribute holds. `frames` [B, F] is each frame's quality, `image` x `temporal`
     [B, F] each; `quality` is its mean over the frames.
     """
 
@@ -37,12 +37,12 @@ class ClipVerdict:
     strict: np.ndarray
     quality: np.ndarray
     attributes: dict[str, np.ndarray]
-    picture: np.ndarray
+    image: np.ndarray
     temporal: np.ndarray
 
     @property
     def frames(self) -> np.ndarray:
-        return self.picture * self.temporal
+        return self.image * self.temporal
 
 
 class MotionOracle:
@@ -73,17 +73,17 @@ class MotionOracle:
             raise ValueError(f"{len(pixels)} clips but {len(prompts)} prompts")
         statements = [parse(prompt) for prompt in prompts]
         number = pixels.shape[1]
-        rows, picture, temporal = [], [], []
+        rows, image, temporal = [], [], []
         for clip, statement in zip(pixels, statements, strict=True):
-            views = look(to_pictures(clip, number))
+            views = look(to_images(clip, number))
             tracks = follow(views, [part.phrase for part in statement.parts])
             motions = [read_motion(track) for track in tracks]
             rows.append(_check(views, tracks, motions, statement))
-            picture.append([picture_quality(view) for view in views])
+            image.append([image_quality(view) for view in views])
             temporal.append(_temporal(views, tracks, motions))
-        pictures, times = (np.array(some, float).reshape(-1, number) for some in (picture, temporal))
-        common = grades(np.array(rows, float), ATTRIBUTES, (pictures * times).mean(axis=1), self.faithfulness_weight)
-        return ClipVerdict(**common, picture=pictures, temporal=times)
+        images, times = (np.array(some, float).reshape(-1, number) for some in (image, temporal))
+        common = grades(np.array(rows, float), ATTRIBUTES, (images * times).mean(axis=1), self.faithfulness_weight)
+        return ClipVerdict(**common, image=images, temporal=times)
 
 
 def _mode(values: Iterable[H]) -> H | None:

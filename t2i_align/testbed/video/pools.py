@@ -17,7 +17,7 @@ from t2i_align.testbed.video.vae import encode, normalise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipPoolConfig:
-    """How many clips, the share of them degraded as pictures, and whether they have faults of time (`FAULT_RATES`)."""
+    """How many clips, the share of them degraded as images, and whether they have faults of time (`FAULT_RATES`)."""
 
     number: int
     degraded: float = 0.0

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     def on_checkpoint(average: VideoDenoiser, step: int) -> None:
         pipeline = pipeline_of(average)
         save(pipeline, args.work / "latest")
-        verdict = evaluate(pipeline, prompts("video-dev")[: args.evaluated], picture=args.work / f"{step}.png")
+        verdict = evaluate(pipeline, prompts("video-dev")[: args.evaluated], image=args.work / f"{step}.png")
         print(f"dev at step {step}: {summary(verdict)}", flush=True)
 
     recipe = dataclasses.replace(

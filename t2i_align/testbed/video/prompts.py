@@ -1,4 +1,4 @@
-"""Prompts of the world in motion, split by what they state as the picture prompts are."""
+"""Prompts of the world in motion, split by what they state as the image prompts are."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from t2i_align.testbed.video.tracking import MIN_FRAMES
 class MotionScorer(TruthScorer):
     """The truth about clips.
 
-    `quality` is the mean over frames of `picture` (how well each is drawn) times `temporal` (how steady it is); these
+    `quality` is the mean over frames of `image` (how well each is drawn) times `temporal` (how steady it is); these
     two are parts as well.
     """
 
@@ -39,7 +39,7 @@ class MotionScorer(TruthScorer):
         return super()._judge(pixels, prompts)
 
     def _columns(self, verdict: ClipVerdict) -> dict[str, np.ndarray]:
-        over_frames = {"picture": verdict.picture.mean(1), "temporal": verdict.temporal.mean(1)}
+        over_frames = {"image": verdict.image.mean(1), "temporal": verdict.temporal.mean(1)}
         return super()._columns(verdict) | over_frames
 
 

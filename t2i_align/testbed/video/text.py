@@ -81,7 +81,7 @@ class ParseHeads(nn.Module):
 def warm_up(
     encoder: UMT5EncoderModel, heads: ParseHeads, tokenizer: T5Tokenizer, clips: list[Clip], *, steps: int, seed: int
 ) -> None:
-    """Teach the encoder to read true captions of `clips`: AdamW 2e-3 with a cosine, up to 128 captions a step.
+    """Teach the encoder to read true captions of `clips`: AdamW 2e-3 with a cosine, up to 128 captions per step.
 
     Statements of dev and test prompts are left out.
     """
