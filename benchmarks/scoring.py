@@ -79,7 +79,7 @@ def hpsv2(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
     file = random_file(model, folder)
     scorer = HPSv2Scorer("2.1", file, model=model)
 
-    def one(image: Image.Image, prompt: str) -> Tensor:
+    def one(pil_image: Image.Image, prompt: str) -> Tensor:
         inputs = scorer.transform(pil_image)[None].to(scorer.device)
         images, texts, _ = scorer.model(inputs, scorer.tokenizer([prompt]).to(scorer.device))
         return torch.diagonal(images @ texts.T).cpu()

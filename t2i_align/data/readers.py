@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i_align.data import described, folders, hub, jsonl, known, pickapic, tables
+from t2i_align.data import folders, hub, jsonl, layouts, pickapic, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.formats import MEDIA_SUFFIXES, Items, Survey, exists, frame_files
 from t2i_align.data.schema import Group, Skipped
@@ -70,17 +70,17 @@ def register(
     return add
 
 
-register("described", detects=described.detects, files=described.files, outline=described.outline)(described.read)
+register("described", detects=spec.detects, files=spec.files, outline=spec.outline)(spec.read)
 register("folders", detects=folders.detects, files=folders.files)(folders.read_folders)
-register("webdataset", detects=known.is_webdataset, outline=partial(known.read_webdataset, images=False),
-         files=tables.files)(known.read_webdataset)  # fmt: skip
-for _name in known.LAYOUTS:
+register("webdataset", detects=layouts.is_webdataset, outline=partial(layouts.read_webdataset, images=False),
+         files=tables.files)(layouts.read_webdataset)  # fmt: skip
+for _name in layouts.LAYOUTS:
     register(
         _name,
-        detects=partial(known.detects, name=_name),
-        outline=partial(known.read, name=_name, images=False),
-        files=partial(known.files, name=_name),
-    )(partial(known.read, name=_name))
+        detects=partial(layouts.detects, name=_name),
+        outline=partial(layouts.read, name=_name, images=False),
+        files=partial(layouts.files, name=_name),
+    )(partial(layouts.read, name=_name))
 register("jsonl", detects=jsonl.detects, files=jsonl.files)(jsonl.read_jsonl)
 register("pickapic", detects=pickapic.detects, outline=pickapic.outline, files=pickapic.files)(pickapic.read_pickapic)
 

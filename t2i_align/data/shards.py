@@ -360,7 +360,7 @@ def _finish(out: Path, fingerprint: Parts, payload: Payload, states: Sequence[Pa
 
 
 def _index(out: Path, shards: int) -> pa.Table:
-    """A small row per group, best and worst being scores; texts are numbered over all shards, -1 where there is none."""
+    """A small row per group, best and worst being scores; texts are numbered over all shards, -1 for none."""
     known: dict[str | None, int] = {}
     stored = 0
     rows: dict[str, list[Any]] = {name: [] for name, _ in INDEX_SCHEMA}

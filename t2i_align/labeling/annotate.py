@@ -1,6 +1,6 @@
 """Files of annotations beside a source: captions, negative captions and scores, for `data.annotations` of a run.
 
-All three functions continue an unfinished `out`, skip groups that cannot be used and say why (`ResumableTable`), and keep the
+All three functions continue an unfinished `out`, skip groups that cannot be used and say why, and keep the
 source's own order of candidates.
 """
 

@@ -36,7 +36,7 @@ STEPS = ("posterior", "uniform")
 
 
 class Perceiving(Protocol):
-    """A reference that also gives features, differentiable in the noisy latents (see `t2i_align.training.reference`)."""
+    """A reference that also gives features, differentiable in the noisy latents."""
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor: ...
 

@@ -226,9 +226,9 @@ def _score(
     found: dict[str, list[torch.Tensor]] = {scorer.name: [] for scorer in scorers}
     sharpness, waiting = [], []
     for row in tqdm(range(len(data)), desc="audit", unit="group", disable=not progress):
-        all_images = data.all_images(row)
-        sharpness.append(float(np.mean([_sharpness(image) for image in all_images])))
-        waiting += [(image, data.prompts[row]) for image in all_images]
+        group_images = data.images(row)
+        sharpness.append(float(np.mean([_sharpness(image) for image in group_images])))
+        waiting += [(image, data.prompts[row]) for image in group_images]
         if len(waiting) >= batch_size or row == len(data) - 1:
             images, texts = zip(*waiting, strict=True)
             for scorer in scorers:

@@ -4,7 +4,7 @@ adapter_off      the policy's own weights with its LoRA switched off: no second 
 copy             a frozen copy of the denoiser as it was before training
 offloaded_copy   the same copy kept in CPU memory and streamed to the device layer by layer
 
-A reference that is to follow the policy (see `t2i_align.training.reference_update`) is one of the copies, whose weights are overwritten,
+A reference that follows the policy (see `reference_update`) is one of the copies, whose weights are overwritten,
 or, under a LoRA, the policy's own weights with an older copy of the LoRA's.
 """
 

@@ -75,10 +75,10 @@ def test_the_crop_is_told_in_pixels_of_the_scaled_image() -> None:
 
 
 def test_what_is_told_is_what_is_cut() -> None:
-    image = pil_image(3, 12).resize((20, 12))
+    whole = image(3, 12).resize((20, 12))
     _, _, top, left, height, width = time_ids((12, 20), 12, 12)
-    cut = image.crop((left, top, left + width, top + height))
-    assert torch.equal(to_pixels(image, 12, 12), to_pixels(cut, 12, 12))
+    cut = whole.crop((left, top, left + width, top + height))
+    assert torch.equal(to_pixels(whole, 12, 12), to_pixels(cut, 12, 12))
 
 
 def test_a_turned_image_counts_as_it_is_seen(tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def test_the_score_is_the_chance_of_yes_at_the_first_token(folder: Path, judge: 
 def test_a_batch_is_what_single_images_are(make, tmp_path: Path) -> None:
     torch.manual_seed(0)
     scorer = VLMScorer(str(make(tmp_path / "model")))
-    images, prompts = all_images(3), ["a", "a much longer prompt than that", "b c"]
-    single = torch.cat([scorer.score_images([i], [p]) for i, p in zip(images, prompts, strict=True)])
-    torch.testing.assert_close(scorer.score_images(images, prompts), single, atol=1e-6, rtol=1e-4)
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+    pils, prompts = images(3), ["a", "a much longer prompt than that", "b c"]
+    single = torch.cat([scorer.score_images([i], [p]) for i, p in zip(pils, prompts, strict=True)])
+    torch.testing.assert_close(scorer.score_images(pils, prompts), single, atol=1e-6, rtol=1e-4)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in pils])
     torch.testing.assert_close(scorer.score(pixels, prompts), single, atol=1e-6, rtol=1e-4)
     assert not scorer.differentiable
 
