@@ -167,7 +167,7 @@ def test_bad_lists_are_named_before_a_image_is_opened(tmp_path: Path) -> None:
     cases = [
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not JSON"),
         ("[1]", "line 1: expected an object, found list"),
-        ('{"image": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys image, prompt"),
+        ('{"photo": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys photo, prompt"),
         ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
         ('{"image": "a.png", "prompt": "\\ud800"}', "expected text under 'prompt', found"),
