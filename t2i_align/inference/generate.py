@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from t2i_align.inference.resolve import (
     resolve_base,
     resolve_prompts,
 )
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import atomic_file, output_lock
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -165,10 +164,9 @@ def generate(
 
 
 def save_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG under a temporary name and rename it, so that it is there whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, file)
+    """Write a PNG atomically."""
+    with atomic_file(file, sync=False) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def check_sampling(**counts: int | None) -> None:
