@@ -21,7 +21,7 @@ from torch import Tensor
 
 import reward_scorers
 from reward_scorers import Scorer
-from t2i_align.data.clips import save_clip
+from t2i_align.data.media import save_clip
 from t2i_align.errors import UserError
 from t2i_align.labeling.score import score
 from t2i_align.reward_models.preferences import open_preferences
