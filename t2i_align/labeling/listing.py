@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-
 from t2i_align.data import parquet, readers
 from t2i_align.data.live import CONTENT, LiveGroups
 from t2i_align.data.media import frame_files
