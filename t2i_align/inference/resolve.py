@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from t2i_align.conditioning import soft_tokens
+from t2i_align.conditioning import ADAPTERS, TRAINED
+from t2i_align.conditioning.adapter import Kind
 from t2i_align.config import ModelConfig, build
 from t2i_align.errors import UserError, unknown
 
@@ -27,11 +28,10 @@ TESTBED = "testbed:"
 HPSV2 = "hpsv2:"
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark, 800 prompts each (arXiv 2306.09341)
 LORA_ENDING = ".safetensors"
-HUB_KINDS: dict[str, Literal["lora", "model"]] = {  # the file by which a Hub repository is told
+HUB_KINDS: dict[str, Kind] = {  # the file by which a Hub repository is told
     "model_index.json": "model",
     "pytorch_lora_weights.safetensors": "lora",
 }
-ADAPTERS_AND_MODEL = ("lora", "soft_tokens", "model")  # what a run leaves one of
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +39,7 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 class Aligned:
     """What stands against the base model: a whole model, or a LoRA or soft tokens on top of it (always a file here)."""
 
-    kind: Literal["lora", "soft_tokens", "model"]
+    kind: Kind
     path: str
 
 
@@ -79,7 +79,7 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
-    inner = [local / name for name in ADAPTERS_AND_MODEL if (local / name).is_dir()]
+    inner = [local / name for name in TRAINED if (local / name).is_dir()]
     if len(inner) == 1:
         return resolve_aligned(inner[0])
     if len(inner) > 1:
@@ -131,7 +131,7 @@ def trained_from(aligned: Aligned) -> ModelConfig | None:
     weights = Path(aligned.path)
     folder = weights.parent if weights.is_file() else weights
     file = folder.absolute().parent / RUN_FILE
-    if folder.name not in ADAPTERS_AND_MODEL or not file.is_file():
+    if folder.name not in TRAINED or not file.is_file():
         return None
     return build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
 
@@ -228,25 +228,14 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0
     Raises:
         UserError: the pipeline already carries an adapter, or these weights do not fit it.
     """
-    if getattr(pipeline.denoiser, "peft_config", None) or hasattr(pipeline.denoiser, soft_tokens.NAME):
+    if any(kind.installed(pipeline) for kind in ADAPTERS.values()):
         raise UserError(f"{pipeline.source}: this pipeline already carries an adapter; save it and give its path")
-    path = adapter.path
-    if adapter.kind == "soft_tokens":
-        soft_tokens.load(pipeline.denoiser, path)
-        try:
-            yield
-        finally:
-            soft_tokens.remove(pipeline.denoiser)
-        return
+    kind = ADAPTERS[adapter.kind]
+    kind.load(pipeline, adapter.path, scale=scale)
     try:
-        try:
-            pipeline.load_lora(path, scale=scale)
-        except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
-            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())
-            raise UserError(f"{path}: this LoRA does not fit {pipeline.source}: {reason[:300]}") from error
         yield
     finally:
-        pipeline.pipe.unload_lora_weights()
+        kind.remove(pipeline)
 
 
 def check_precision(precision: str) -> None:
@@ -342,7 +331,7 @@ def _check_whole(folder: Path) -> None:
             raise UserError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
 
 
-def _kind_of_file(file: Path) -> Literal["lora", "soft_tokens", "model"]:
+def _kind_of_file(file: Path) -> Kind:
     """Adapters tell themselves by their keys; a single-file checkpoint has none of these."""
     if file.suffix != LORA_ENDING:
         return "model"
@@ -353,6 +342,4 @@ def _kind_of_file(file: Path) -> Literal["lora", "soft_tokens", "model"]:
             keys = set(weights.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from error
-    if keys == soft_tokens.KEYS:
-        return "soft_tokens"
-    return "lora" if any("lora" in key.lower() for key in keys) else "model"
+    return next((kind for kind, adapter in ADAPTERS.items() if adapter.recognises(keys)), "model")
