@@ -18,12 +18,12 @@ import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
-from t2i_align.config import build
 from t2i_align.errors import UserError
 from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
 from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
+from t2i_align.utils.settings import build
 from tests.reward_scorers.test_towers import write_hf_clip
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
@@ -66,7 +66,7 @@ def run_of(output: Path, source: Path, model: str, **more: Any) -> ScorerRun:
     }
     for key, value in more.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
-    return build(ScorerRun, values, where="")
+    return build(ScorerRun, values)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "linear"])
