@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_align.data import images
+from t2i_align.data import media
 from t2i_align.data.clips import ImageError, MediaSize, check, frames_of, load, load_clip, save_clip
 from t2i_align.data.formats import frame_files
 from t2i_align.data.media import decode
@@ -72,7 +72,7 @@ def test_frames_follow_the_rules_of_images(tmp_path: Path) -> None:
     save_clip(noise_clip(2), tmp_path / "clip", RATE)
     clip = load_clip(tmp_path / "clip", 2, 16, 24)
     for file, frame in zip(frame_files(tmp_path / "clip"), clip, strict=True):
-        assert torch.equal(frame, images.load_pixels(file, 16, 24))
+        assert torch.equal(frame, media.load_pixels(file, 16, 24))
     assert load(tmp_path / "clip", MediaSize(16, 24, 2)).size == (64, 64)
 
 

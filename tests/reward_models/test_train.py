@@ -13,7 +13,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from t2i_align.rewards import config as configuration
 
 import reward_scorers
 from reward_scorers import ScorerError
@@ -21,6 +20,7 @@ from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
 from t2i_align.config import build
 from t2i_align.errors import UserError
+from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
 from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer

@@ -162,12 +162,12 @@ def test_images_that_cannot_be_read_are_recorded_and_the_others_keep_their_score
     assert "over 1 images; 4 could not be scored" in capsys.readouterr().out
 
 
-def test_bad_lists_are_named_before_a_image_is_opened(tmp_path: Path) -> None:
+def test_bad_lists_are_named_before_an_image_is_opened(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     cases = [
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not JSON"),
         ("[1]", "line 1: expected an object, found list"),
-        ('{"image": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys image, prompt"),
+        ('{"photo": "a.png", "prompt": "x"}', "expected a path under 'image', found the keys photo, prompt"),
         ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
         ('{"image": "a.png", "prompt": "\\ud800"}', "expected text under 'prompt', found"),
