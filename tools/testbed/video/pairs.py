@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from t2i_align.data.clips import save_clip, to_bytes
+from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.testbed.prompts import prompts
 from t2i_align.testbed.video.oracle import MotionOracle
 from tools.testbed.pairs import PairsConfig, begin, choose, sampling_arguments
