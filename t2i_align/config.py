@@ -17,7 +17,19 @@ from pydantic_core import to_jsonable_python
 from t2i_align import objectives
 from t2i_align.errors import UserError
 from t2i_align.utils.settings import (
-    Bool, Count, Decay, Limit, NonNegative, Positive, Share, UserPath, Whole, build, load_as, settings,
+    Bool,
+    Count,
+    Decay,
+    Int,
+    Limit,
+    NonNegative,
+    Positive,
+    Share,
+    UserPath,
+    Whole,
+    build,
+    load_as,
+    settings,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -150,7 +162,7 @@ class TrainConfig:
     batch_size: Count = 8
     accumulate: Count = 1
     precision: Precision = "fp32"
-    seed: Annotated[Whole, Field(lt=2**63)] = 0
+    seed: Annotated[Int, Field(ge=0, lt=2**63, description="a whole number in [0, 2^63)")] = 0
     reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
     reference_update: ReferenceUpdateConfig | None = None
     timestep_sampling: Literal["uniform", "logit_normal", "geometric"] = "uniform"
@@ -178,7 +190,7 @@ class ValidationConfig:
     scorers: list[str] = field(default_factory=list)
     steps: Count = 20
     guidance: NonNegative | None = None
-    seed: int = 1000
+    seed: Int = 1000
 
 
 @settings
@@ -262,6 +274,8 @@ def _named(objective: Any) -> Any:
     values = {"name": objective} if isinstance(objective, str) else objective
     if isinstance(values, Mapping):
         if "name" not in values:
-            raise UserError(f"objective.name: missing key; {objective!r} holds hyper-parameters alone")
+            raise UserError("objective.name: missing key")
         objectives.check(values["name"])
+    elif not hasattr(values, "step"):
+        raise UserError(f"objective must be a name or a mapping of keys, found {objective!r}")
     return values

@@ -17,6 +17,6 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:
-    """" Did you mean 'x'?" with the choice most like `name`, or "" where none is."""
+    """ " Did you mean 'x'?" with the choice most like `name`, or "" where none is."""
     near = difflib.get_close_matches(str(name), list(choices), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field

@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import ForwardProcess
 
 
-
 class Perceiving(Protocol):
     """A reference that also gives features, differentiable in the noisy latents."""
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from t2i_align.config import LoraConfig, OptimConfig, Precision
 from t2i_align.errors import UserError
-from t2i_align.utils.settings import Bool, Count, Decay, UserPath, load_as, settings
+from t2i_align.utils.settings import Bool, Count, Decay, Int, UserPath, load_as, settings
 
 Tune = Literal["full", "lora", "linear", "pal", "users"]
 
@@ -18,8 +18,9 @@ Tune = Literal["full", "lora", "linear", "pal", "users"]
 class PreferenceConfig:
     """Preferences to learn. path: as `data.path` of a run. test: another source, held out whole.
 
-    holdout_prompts, holdout_users: shares that are held out, decided by a hash of the prompt or user alone, so that no
-    prompt (in any spelling of case and spaces) and no user is on both sides. limit: only the first so many groups.
+    holdout_prompts, holdout_users: shares that are held out; no prompt (in any spelling of case and spaces) and no user
+    is on both sides. holdout_seed: selects which; for the same seed and share, `data split` holds out the same prompts.
+    limit: only the first so many groups.
     """
 
     path: UserPath = "testbed:pairs"
@@ -28,6 +29,7 @@ class PreferenceConfig:
     test: UserPath | None = None
     holdout_prompts: Decay = 0.1
     holdout_users: Decay = 0.0
+    holdout_seed: Int = 0
     limit: Count | None = None
 
 
@@ -48,7 +50,7 @@ class ScorerTrainConfig:
 
     steps: Count = 1000
     batch_size: Count = 32
-    seed: int = 0
+    seed: Int = 0
     precision: Precision = "fp32"
     balance: Literal["none", "prompt", "user"] = "prompt"
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -62,8 +62,8 @@ def settings(cls: type[T]) -> type[T]:
         except ValidationError as error:
             raise _user_error(error, section, values, where=cls.__name__) from None
 
-    section.__init__ = __init__  # type: ignore[method-assign,assignment]
-    return section
+    section.__init__ = __init__  # type: ignore[method-assign]
+    return cast(type[T], section)
 
 
 def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
