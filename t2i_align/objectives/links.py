@@ -31,7 +31,7 @@ class Link:
     """Fields that every pairwise objective offers. label_smoothing is eps above, in [0, 1/2)."""
 
     link: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
-    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5, description="a number in [0, 0.5)")] = 0.0
 
     def __post_init__(self) -> None:
         if self.label_smoothing and self.link in ("hinge", "ipo"):

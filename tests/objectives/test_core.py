@@ -235,7 +235,7 @@ def test_sft_leaves_out_what_was_disliked_and_counts_it(cache: bool, tmp_path: P
         ({"beta": 0}, "beta must be a positive number"),
         ({"beta": -1.0}, "beta must be a positive number"),
         ({"beta": float("nan")}, "beta must be a positive number"),
-        ({"label_smoothing": 0.5}, "label_smoothing must be less than 0.5"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must be a number in \[0, 0.5\)"),
         ({"link": "hinge", "label_smoothing": 0.1}, "no meaning with link 'hinge'"),
         ({"link": "sigmod"}, "Did you mean 'sigmoid'"),
     ],

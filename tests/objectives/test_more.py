@@ -315,7 +315,7 @@ def test_softrepa_uses_the_first_samples_draw_and_depends_on_its_batch() -> None
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (DSPO, {"beta": 1.0}, "beta must be less than 1"),
+        (DSPO, {"beta": 1.0}, r"beta must be a number in \(0, 1\)"),
         (DSPO, {"logit_beta": 0.0}, "logit_beta must be a positive number or null"),
         (DSPO, {"guard": 1.1}, r"guard must be a number in \[0, 1\]"),
         (NCPDPO, {"renoise": "posterio"}, "Did you mean 'posterior'"),
