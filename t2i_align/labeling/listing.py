@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from t2i_align.data import parquet, readers
-from t2i_align.data.formats import frame_files
 from t2i_align.data.live import CONTENT, LiveGroups
+from t2i_align.data.media import frame_files
 from t2i_align.data.readers import has_lone_surrogate
 from t2i_align.data.schema import Group, Media
 from t2i_align.data.stored import is_store
@@ -86,17 +83,6 @@ def images_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
     unusable = survey.rows - survey.groups
     return _candidates(source), sum(k * count for k, count in survey.candidates.items()) + unusable
-
-
-def open_image(media: Media) -> Image.Image:
-    """An image with its pixels loaded.
-
-    Raises:
-        OSError, SyntaxError, ValueError: whatever PIL says of a missing, truncated or foreign file.
-    """
-    with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media) as image:
-        image.load()
-        return image.copy() if getattr(image, "n_frames", 1) == 1 else image
 
 
 def parse(line: str, where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from t2i_align.errors import UserError, unknown
-from t2i_align.texts import words as w
+from t2i_align.labeling import words as w
 
 KINDS = ("attribute", "count", "relation", "exchange")
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*|\d+")

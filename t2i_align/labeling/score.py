@@ -23,13 +23,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers.base import ScorerError, rounding, unusable
-from t2i_align.data.clips import whole
-from t2i_align.data.formats import VIDEO_SUFFIXES
+from reward_scorers.base import ScorerError, rounding
+from t2i_align.data.media import DECODER, ImageError, decode, is_clip, whole_clip
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import check_sampling
 from t2i_align.inference.resolve import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
-from t2i_align.labeling.listing import Entry, images_of, open_image, parse
+from t2i_align.labeling.listing import Entry, images_of, parse
 from t2i_align.utils.files import output_lock
 
 if TYPE_CHECKING:
@@ -122,9 +121,9 @@ class Judge:
 
     @cached_property
     def named(self) -> tuple[str, str]:
-        """Name and version; rounded numbers are another version's."""
+        """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
         with self.autocast():
-            return self.scorer.name, self.scorer.version + rounding()
+            return self.scorer.name, f"{self.scorer.version}{rounding()}, {DECODER}"
 
     def autocast(self) -> torch.autocast:
         """How its networks run."""
@@ -224,12 +223,11 @@ def _load(entry: Entry) -> Any:
     if entry.error:
         return entry.error
     try:
-        if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
-            return whole(entry.media)
-        image = open_image(entry.media)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{type(error).__name__}: {error}"
-    return unusable(image) or image
+        if isinstance(entry.media, Path) and is_clip(entry.media):
+            return whole_clip(entry.media)
+        return decode(entry.media)
+    except ImageError as error:
+        return str(error)
 
 
 def number(value: float) -> float | None:

@@ -245,7 +245,7 @@ def _score(
 
 
 def _curves(scorer: Scorer, prompts: Sequence[str], seed: int, batch_size: int) -> list[Any]:
-    from t2i_align.rewards import optimise
+    from t2i_align.reward_models import optimise
 
     pool = optimise.draw_pool(prompts, seed=seed)
     found = [optimise.best_of_n_curve(scorer, pool, max(batch_size, 64))]

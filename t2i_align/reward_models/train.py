@@ -35,10 +35,10 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.evaluation.stats import compare
+from t2i_align.reward_models import losses
 from t2i_align.reward_models.config import ScorerRun, load
 from t2i_align.reward_models.policies import Features, FrozenFeatures, Policy, WholeClip
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences, split
-from t2i_align.rewards import losses
 from t2i_align.training import checkpoint
 from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.optim import make_optimizer, make_schedule

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i_align.data import images
+from t2i_align.data import media
 from t2i_align.data.media import ImageError, decode, to_pixels
 from tests.data.test_examples import noise_jpeg
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_used_has_a_reason(content: bytes, reason: str) -> None:
 
 
 def test_bombs_are_refused_before_they_unpack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    monkeypatch.setattr(media, "MAX_PIXELS", 99)
     image = encoded(Image.new("RGB", (10, 10)))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was unpacked"))
     with pytest.raises(ImageError, match="10 x 10 is more than 99 pixels"):

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from t2i_align.texts import words
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
@@ -37,6 +36,7 @@ from transformers import (
 )
 
 from t2i_align.errors import UserError
+from t2i_align.labeling import words
 from t2i_align.labeling.captioner import QUESTION, ImageModel, load_captioner
 from t2i_align.labeling.language_models import one_line
 from t2i_align.labeling.perturber import load_perturber

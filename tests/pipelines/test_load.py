@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from diffusers.pipelines import pipeline_utils
 from huggingface_hub.utils import filter_repo_objects
 
 import pipelines
-from pipelines import PipelineError, registry
+from pipelines import PipelineError
 from t2i_align.training.reference import adapters_off, build_reference
 from tests.single_file import write_single_file
 
@@ -198,7 +199,7 @@ def test_fingerprint_of_a_hub_model_fetches_its_encoders_alone(sd_path: Path, mo
     monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda *_, **__: str(sd_path / "model_index.json"))
     monkeypatch.setattr(pipeline_utils, "snapshot_download", snapshot)
     index = json.loads((sd_path / "model_index.json").read_text())
-    monkeypatch.setattr(registry, "_model_index", lambda *_: index)
+    monkeypatch.setattr(importlib.import_module("pipelines.load"), "_model_index", lambda *_: index)
     assert pipelines.encoder_fingerprint("fox/sd", variant="fp16") == pipelines.encoder_fingerprint(sd_path)
     weights = sorted(file for file in asked if file.endswith(".safetensors"))
     assert weights == ["text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"]

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from t2i_align.rewards import losses
 
 from t2i_align.errors import UserError
+from t2i_align.reward_models import losses
 
 LOG2 = math.log(2)
 
