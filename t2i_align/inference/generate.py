@@ -54,7 +54,7 @@ def sample(
     Raises:
         UserError: the GPU's memory does not do for the batch.
     """
-    batch_size = batch_size or pipeline.default_batch_size
+    batch_size = batch_size or pipeline.sampling()[2]
     with memory_for(batch_size):
         pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
     return list(to_bytes(pixels)) if pixels.ndim == 5 else to_images(pixels)

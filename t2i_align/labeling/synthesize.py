@@ -189,7 +189,7 @@ class _Work:
             if pipeline.video:
                 raise UserError(f"{name}: this model makes clips; preferences are made of images here")
             self._identify(name, pipeline.denoiser)
-            batch_size = sampling["batch_size"] or pipeline.default_batch_size
+            *_, batch_size = pipeline.sampling(batch_size=sampling["batch_size"])
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, prompt, k) for prompt, k in part]
