@@ -128,10 +128,11 @@ def test_a_saved_pipeline_loads_with_the_same_sizes_and_samples(
 def test_default_steps_and_guidance_are_the_diffusers_pipelines(
     shared: Callable[[str], TrainablePipeline], plain: Callable[[str], Any]
 ) -> None:
-    assert {name: shared(name).sampling() for name in FAMILIES} == {
+    expected = {
         "sd": (50, 7.5, 8), "sdxl": (50, 5, 8), "sd3": (28, 7, 8), "flux": (28, 3.5, 8),
         "wan": (50, 5, 1), "cogvideox": (50, 6, 1), "ltx": (50, 3, 1),
     }  # fmt: skip
+    assert {name: shared(name).sampling() for name in expected} == expected
     theirs = in_plain_diffusers(plain("sd3"), shared("sd3"), PROMPTS[:1], [7], steps=28)
     torch.testing.assert_close(shared("sd3").generate(PROMPTS[:1], [7]), theirs, rtol=0, atol=1e-6)
 
@@ -178,8 +179,8 @@ def test_gradients_are_the_same_with_checkpointing(name: str, fresh: Callable[[s
 
     expected = gradients()
     pipeline.denoiser.enable_gradient_checkpointing()
-    heard = [bool(gradient.abs().max() > 0) for gradient in expected]
-    assert sum(heard) > 0.8 * len(heard)  # not all: of the text's attention in the last block some leads nowhere
+    reached = [bool(gradient.abs().max() > 0) for gradient in expected]
+    assert sum(reached) > 0.8 * len(reached)  # the text stream of a last joint block gets no gradient
     for gradient, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-8)
 
@@ -208,7 +209,7 @@ def test_error_for_clips_that_do_not_fit_names_lengths_that_do(
 
 
 @pytest.mark.parametrize("name", VIDEO)
-def test_frames_that_fit_come_back_from_the_vae_as_many(name: str, shared: Callable[[str], TrainablePipeline]) -> None:
+def test_the_vae_keeps_the_number_of_frames(name: str, shared: Callable[[str], TrainablePipeline]) -> None:
     pipeline = shared(name)
     for frames in (1, 1 + pipeline.frame_multiple):
         clip = torch.zeros(1, frames, 3, *pipeline.default_size)
@@ -247,7 +248,9 @@ def test_sd3_does_without_its_t5(shared: Callable[[str], TrainablePipeline]) -> 
     assert embeddings.shape == (1, 16 + 256, 32) and not embeddings[:, 16:].any()
 
 
-def test_sdxl_hears_sizes_and_crops_and_its_empty_prompt_is_zero(shared: Callable[[str], TrainablePipeline]) -> None:
+def test_sdxl_depends_on_size_and_crop_and_its_empty_prompt_is_zero(
+    shared: Callable[[str], TrainablePipeline],
+) -> None:
     pipeline = shared("sdxl")
     latents, times, conditioning = example(pipeline)
     with torch.no_grad():
@@ -262,7 +265,7 @@ def test_sdxl_hears_sizes_and_crops_and_its_empty_prompt_is_zero(shared: Callabl
         assert not tensor[0].any() and tensor[1].any()
 
 
-def test_wans_experts_train_on_their_own_part_of_the_way(
+def test_wan_experts_train_on_their_own_span_of_sigmas(
     path: Callable[[str], Path], shared: Callable[[str], TrainablePipeline]
 ) -> None:
     high, low = shared("wan-experts"), pipelines.load(path("wan-experts"), expert="low", encoders=False)
@@ -278,7 +281,7 @@ def test_wans_experts_train_on_their_own_part_of_the_way(
         pipelines.load(path("wan-experts"), expert="middle")
 
 
-def test_processes_are_the_schedulers_own(shared: Callable[[str], TrainablePipeline]) -> None:
+def test_processes_match_the_checkpoints_schedulers(shared: Callable[[str], TrainablePipeline]) -> None:
     shifts = {"sd3": 3.0, "flux": 1.0, "wan": 3.0, "ltx": 1.0}  # FLUX and LTX shift by resolution, and in sampling only
     for name, shift in shifts.items():
         process = shared(name).process
@@ -288,11 +291,11 @@ def test_processes_are_the_schedulers_own(shared: Callable[[str], TrainablePipel
     latents, noise, times = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4), torch.tensor([300, 999])
     expected = scheduler.add_noise(latents, noise, times)
     torch.testing.assert_close(process.add_noise(latents, noise, times), expected, rtol=1e-5, atol=1e-6)
-    assert process.alphas_cumprod[-1] < 1e-6  # no signal at the end of the way
+    assert process.alphas_cumprod[-1] < 1e-6  # no signal at the last timestep
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("flux", 64), ("ltx", 8)])
-def test_a_shift_by_resolution_is_the_samplers(
+def test_a_shift_by_resolution_equals_the_samplers(
     name: str, tokens: int, fresh: Callable[[str], TrainablePipeline]
 ) -> None:
     pipeline = fresh(name)
@@ -317,7 +320,7 @@ def test_flux_predicts_under_its_training_guidance(fresh: Callable[[str], Traina
 
 
 @pytest.mark.parametrize(
-    ("name", "tiles_of"),  # 32 pixels and overlapping by a quarter, in each VAE's own words; LTX's cannot be that small
+    ("name", "tiles_of"),  # 32 pixels and overlapping by a quarter, in each VAE's arguments; LTX's cannot be that small
     [("wan", (32, 32, 24, 24)), ("cogvideox", (32, 32, 0.25, 0.25)), ("ltx", (32, 32, None, 32, 32))],
 )
 def test_a_tiled_vae_encodes_and_decodes_in_tiles(
