@@ -80,8 +80,8 @@ class Objective(ABC):
     def update_state(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The next optimiser step's state.
 
-        Separate from `step`, which sees one micro-batch of one process: `means` are the metrics averaged over all groups
-        of the optimiser step, on all processes, so that the state does not depend on how a batch was split.
+        Separate from `step`, which sees one micro-batch of one process: `means` are the metrics averaged over all
+        groups of the optimiser step, on all processes, so that the state does not depend on how a batch was split.
         """
         return dict(state)
 
