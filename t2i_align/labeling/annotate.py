@@ -16,9 +16,9 @@ from PIL import Image
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.formats import Items, Survey, is_tie
+from t2i_align.data.formats import Survey
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.options import check_counts, memory_for, pick_device
@@ -328,7 +328,7 @@ def raw_scores(batch: Batch, scorers: Sequence[Scorer], batch_size: int) -> dict
 def _without_a_winner(group: Group) -> str:
     if len(group.candidates) != 2:
         return f"{len(group.candidates)} candidates; this variant is defined on pairs"
-    return "a tie: neither candidate is the winner" if is_tie(group.scores) else ""
+    return "a tie: neither candidate is the winner" if group.is_tie else ""
 
 
 def _not_finite(names: Sequence[str], scores: np.ndarray) -> str:
