@@ -4,7 +4,7 @@
 
 Drawn images are free training data, and the oracle knows the truth. Five stages, each kept in --work:
 
-- clip: `t2i-align testbed clip`, pretrained on captions, without a preference;
+- clip: `python -m tools.testbed clip`, pretrained on captions, without a preference;
 - expert: pairs of a right image against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
   `train-scorer`, from different seeds, tried on pairs of held-out statements;
 - sampled: these three again on the bundled pairs, which a base model drew, tried on held-out prompts;
@@ -28,17 +28,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from t2i_align.config import build
 from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
 from t2i_align.testbed.annotators import TRAITS, Annotator, Expert, Person
-from t2i_align.testbed.captions import Statement, describe, draw_for, write
-from t2i_align.testbed.clip import draw_image, draw_wrong, pretrain, save_clip
+from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.pairs import decode, encode_jpeg, take
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
+from t2i_align.utils.settings import build
+from tools.testbed.clip import pretrain, save_clip
+from tools.testbed.pairs import decode, encode_jpeg, take
 
 RESULTS = Path(__file__).parent / "results"
 # Two tastes that want the opposite of each other, over TRAITS; a person differs a little from either.
@@ -232,7 +232,7 @@ def train(output: Path, values: dict[str, Any]) -> None:
     """`train-scorer`, unless it is done; continues where it was stopped."""
     if not (output / ACCURACY).exists():
         values = {"log": {"checkpoint_every": 100}, **values, "output_dir": str(output), "resume": True}
-        print(f"{output.name}: {train_scorer(build(ScorerRun, values, where='')).accuracy}")
+        print(f"{output.name}: {train_scorer(build(ScorerRun, values)).accuracy}")
 
 
 def table(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"t2i-align {__version__}")
         return 0
     name, *rest = arguments
-    debug = "--debug" in rest and name != "testbed"
+    debug = "--debug" in rest
     try:
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
@@ -316,26 +316,20 @@ def _objectives(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="explain this one")
     options = _parse(parser, argv)
     from t2i_align import objectives
+    from t2i_align.utils.settings import expected
 
     if options.name:
         cls = objectives.get(options.name)
         facts = f"Needs {cls.needs}. A complete run: configs/{cls.config}"
         print(inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), facts, "Hyper-parameters:", sep="\n\n")
         for field in fields(cls):  # type: ignore[arg-type]  # each is a dataclass, their base is not
-            print(f"  objective.{field.name}: {field.type} = {field.default!r}")
+            print(f"  objective.{field.name} = {field.default!r}  ({expected(cls, field.name)})")
         return 0
     rows = [(name, cls.paper, str(cls.needs), cls.config) for name, cls in sorted(objectives.OBJECTIVES.items())]
     rows = [("name", "paper", "needs", "in configs/"), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
-
-
-def _testbed(argv: list[str]) -> int:
-    from t2i_align.testbed.__main__ import main as testbed
-
-    testbed(argv)
     return 0
 
 
@@ -466,11 +460,6 @@ COMMANDS = {
         run=_objectives,
         summary="list the objectives, or explain one",
         examples=("t2i-align objectives", "t2i-align objectives diffusion_dpo"),
-    ),
-    "testbed": Command(
-        run=_testbed,
-        summary="the small world with known ground truth: scenes, base models, preference pairs",
-        examples=("t2i-align testbed --help",),
     ),
 }
 

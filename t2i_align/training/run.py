@@ -20,7 +20,7 @@ from t2i_align.conditioning.adapter import Kind
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import AnySource, open_source
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 from t2i_align.training.loop import METRICS_FILE, Loop
 from t2i_align.training.optim import check_optimizer
 from t2i_align.training.output import RUN_FILE, check_output, check_same_run, write_settings
@@ -28,6 +28,7 @@ from t2i_align.training.reference import Reference, build_reference, check_refer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.files import atomic_folder, output_lock
+from t2i_align.utils.settings import with_overrides
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Text encoders of the size of T5-XXL overflow half precision, and nobody runs them in single.
@@ -73,7 +74,7 @@ def align(
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif isinstance(config, Mapping):
-        config = configuration.from_mapping(configuration.with_overrides(config, overrides))
+        config = configuration.from_mapping(with_overrides(config, overrides))
     check_training(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     accelerator = Accelerator(

@@ -1,0 +1,205 @@
+"""The drawn world in motion: clips of nine frames in which one shape follows a path, another may stand by.
+
+A clip is fully described by its movers and its background, as a scene is. Faults of time (flicker, a
+changed shape, a jump) sit in a segment of the frames and last longer where the motion is quick; the faults
+of images (`scenes.degrade`) cover the whole clip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from t2i_align.testbed.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RADII,
+    SHAPES,
+    SIDE,
+    Object,
+    Scene,
+    box_gap,
+    choose_other,
+    degrade,
+    fits,
+    render,
+    to_uint8,
+)
+
+FRAMES = 9
+# Pixels a frame along the path; the gap between the ranges keeps the words decidable on generated clips.
+SPEEDS: dict[str, tuple[float, float]] = {"slowly": (1.2, 1.6), "quickly": (3.2, 4.0)}
+DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
+TURNS = {"clockwise": 1, "anticlockwise": -1}
+BOUNCES: dict[str, tuple[int, int]] = {"sideways": (1, 0), "vertically": (0, 1)}
+PATHS = {  # with their shares among movers
+    **dict.fromkeys(DIRECTIONS, 0.13),
+    **dict.fromkeys(TURNS, 0.08),
+    **dict.fromkeys(BOUNCES, 0.09),
+    "still": 0.14,
+}
+PAIRS = 0.2  # share of clips in which a second object stands by
+CIRCLE = (5.5, 6.5)  # radius in pixels of the path, small enough for a slow quarter turn to be seen as one
+TIME_FAULTS = ("flicker", "shape", "teleport")
+LENGTHS = {None: 2, "slowly": 2, "quickly": 4}  # frames of a faulty segment
+JUMPS = {None: (6.0, 8.0), "slowly": (6.0, 8.0), "quickly": (10.0, 13.0)}  # pixels
+FAULT_RATES = {None: 0.25, "slowly": 0.4, "quickly": 0.8}  # how many clips of a faulty pool get a fault of time
+
+
+@dataclasses.dataclass(frozen=True)
+class Mover:
+    """One object; `item` is where it begins, `track` its centre in every frame (x, y in pixels); still: no `speed`."""
+
+    item: Object
+    path: str
+    speed: str | None
+    track: tuple[tuple[float, float], ...]
+
+    def at(self, frame: int) -> Object:
+        return self.item.at(*self.track[frame])
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A background and one or two movers that never touch; the second stands still."""
+
+    background: str
+    movers: tuple[Mover, ...]
+
+    @property
+    def objects(self) -> tuple[Object, ...]:
+        """The objects where they begin."""
+        return tuple(mover.item for mover in self.movers)
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """The frames; the kind of a scene plays no part in drawing."""
+        kind = "single" if len(self.movers) == 1 else "pair"
+        return [Scene(kind, self.background, tuple(m.at(f) for m in self.movers)) for f in range(FRAMES)]
+
+    def touches(self) -> bool:
+        """Whether its two objects come closer to each other than three pixels."""
+        return len(self.movers) > 1 and any(box_gap(*scene.objects) < 3.0 for scene in self.scenes)
+
+
+def draw_offsets(path: str, speed: float, rng: np.random.Generator) -> np.ndarray:
+    """Offsets [9, 2] in pixels from where the path begins, `speed` pixels along it a frame (y points down)."""
+    time = np.arange(FRAMES, dtype=float)
+    if path == "still":
+        return np.zeros((FRAMES, 2))
+    if path in DIRECTIONS:
+        return speed * time[:, None] * np.array(DIRECTIONS[path])
+    if path in BOUNCES:  # there and back, turning in one of the middle frames
+        turn = int(rng.integers(3, 6))
+        there = rng.choice([-1, 1]) * (turn - np.abs(time - turn))
+        return speed * there[:, None] * np.array(BOUNCES[path])
+    if path in TURNS:
+        radius = rng.uniform(*CIRCLE)
+        angle = rng.uniform(0, 2 * np.pi) + TURNS[path] * speed * time / radius
+        circle = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        return circle - circle[0]
+    raise ValueError(f"unknown path {path!r}; the paths are {', '.join(PATHS)}")
+
+
+def _room(item: Object, offsets: np.ndarray, rng: np.random.Generator, margin: float = 1.0) -> Object | None:
+    """The item at a random place from which the whole path stays inside the frame; None where there is none."""
+    left, top, right, bottom = item.box
+    start = []
+    for low, high, at, along in ((left, right, item.x, offsets[:, 0]), (top, bottom, item.y, offsets[:, 1])):
+        first, last = margin + at - low - along.min(), SIDE - margin - (high - at) - along.max()
+        if first > last:
+            return None
+        start.append(rng.uniform(first, last))
+    return item.at(*start)
+
+
+def _mover(rng: np.random.Generator, shape: str, colour: str, size: str, path: str, speed: str | None) -> Mover | None:
+    offsets = draw_offsets(path, rng.uniform(*SPEEDS[speed]) if speed else 0.0, rng)
+    item = _room(Object(shape, colour, size, 0.0, 0.0, float(rng.uniform(*RADII[size]))), offsets, rng)
+    if item is None:
+        return None
+    return Mover(item, path, speed, tuple((item.x + float(dx), item.y + float(dy)) for dx, dy in offsets))
+
+
+def sample_clip(rng: np.random.Generator) -> Clip:
+    """A random clip; two objects share neither colour nor shape, so that every stated attribute is decidable."""
+    while True:
+        number = 2 if rng.random() < PAIRS else 1
+        shapes, colours = rng.choice(SHAPES, number, replace=False), rng.choice(list(COLOURS), number, replace=False)
+        paths = [str(rng.choice(list(PATHS), p=list(PATHS.values()))), "still"][:number]
+        if number == 2 and paths[0] == "still":
+            continue
+        specs = []
+        for shape, colour, path in zip(shapes, colours, paths, strict=True):
+            size = str(rng.choice(list(RADII)))
+            speed = None if path == "still" else str(rng.choice(list(SPEEDS)))
+            specs.append((str(shape), str(colour), size, path, speed))
+        background = str(rng.choice(list(BACKGROUNDS)))
+        for _ in range(200):  # two large objects and a long path may never fit
+            movers = [mover for spec in specs if (mover := _mover(rng, *spec))]
+            clip = Clip(background, tuple(movers))
+            if len(movers) == number and not clip.touches():
+                return clip
+
+
+def spoil(clip: Clip, rng: np.random.Generator, kind: str | None = None) -> tuple[list[Scene], range]:
+    """The frames with one fault in time (at random when None) in the mover, and the segment of the fault.
+
+    flicker: it has another colour, or the image another background; shape: it has another shape; teleport: it is
+    elsewhere. The first frame is never faulty, and at least five of nine are as they should be.
+
+    Raises:
+        ValueError: an unknown kind, or there is no room for the jump.
+    """
+    mover, scenes = clip.movers[0], clip.scenes
+    length = LENGTHS[mover.speed]
+    first = int(rng.integers(1, FRAMES - length + 1))
+    segment = range(first, first + length)
+    jump = _jump(clip, segment, rng) if kind in (None, "teleport") else None
+    if kind is None:
+        kind = str(rng.choice([k for k in TIME_FAULTS if k != "teleport" or jump]))
+    if kind not in TIME_FAULTS:
+        raise ValueError(f"unknown fault {kind!r}; the choices are {', '.join(TIME_FAULTS)}")
+    if kind == "teleport" and jump is None:
+        raise ValueError("no room for a jump")
+    background, change = clip.background, {}
+    if kind == "flicker" and rng.random() < 0.3:
+        background = choose_other(rng, BACKGROUNDS, background)
+    elif kind == "flicker":
+        change = {"colour": choose_other(rng, COLOURS, *(m.item.colour for m in clip.movers))}
+    elif kind == "shape":
+        change = {"shape": choose_other(rng, SHAPES, *(m.item.shape for m in clip.movers))}
+    dx, dy = jump if kind == "teleport" and jump else (0.0, 0.0)
+    for f in segment:
+        x, y = mover.track[f]
+        item = dataclasses.replace(mover.item.at(x + dx, y + dy), **change)  # type: ignore[arg-type]
+        scenes[f] = dataclasses.replace(scenes[f], background=background, objects=(item, *scenes[f].objects[1:]))
+    return scenes, segment
+
+
+def _jump(clip: Clip, segment: range, rng: np.random.Generator) -> tuple[float, float] | None:
+    """An offset to a free place, across the way, so that both jumps are longer than any step; None if none is found."""
+    mover, others = clip.movers[0], [other.item for other in clip.movers[1:]]
+    steps = np.diff(np.array(mover.track), axis=0)
+    longest = np.hypot(*steps.T).max()
+    for _ in range(200):
+        angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(*JUMPS[mover.speed])
+        jump = length * np.array([np.cos(angle), np.sin(angle)])
+        if not all(fits(mover.item.at(*(mover.track[f] + jump)), others) for f in segment):
+            continue
+        back = [steps[segment.stop - 1] - jump] if segment.stop < FRAMES else []
+        if min(np.hypot(*step) for step in [steps[segment.start - 1] + jump, *back]) >= longest + 5.0:
+            return float(jump[0]), float(jump[1])
+    return None
+
+
+def render_clip(scenes: list[Scene]) -> np.ndarray:
+    """Draw frames: float32 [F, 64, 64, 3] in [0, 1]."""
+    return np.stack([render(scene) for scene in scenes])
+
+
+def to_clip(scenes: list[Scene], rng: np.random.Generator, degraded: bool = False) -> np.ndarray:
+    """Frames drawn as uint8 [F, 64, 64, 3], all with the same blur, fade or mottle where `degraded`."""
+    frames, seed = render_clip(scenes), rng.integers(2**32)
+    return to_uint8(np.stack([degrade(f, np.random.default_rng(seed)) for f in frames]) if degraded else frames)

@@ -1,0 +1,167 @@
+"""A tiny CLIP of the testbed: it learns from drawn images which caption belongs to which.
+
+A genuine transformers CLIP, 64 x 64 pixels in patches of 8, whose text tower begins as the bundled base's text encoder,
+which can read the captions. The vision tower first learns to look, as the text tower has learnt to read: heads on
+its patches tell what is drawn there, and are thrown away. (CLIP's loss alone finds colours, and no shape in 1,500
+steps.) Then each batch holds captions with an image of each, and one of a caption with one attribute wrong; the loss
+is CLIP's (arXiv 2103.00020), with the wrong images as further negatives of every caption. So it has never seen a
+preference, nor a prompt of dev or test: `t2i-align train-scorer` fine-tunes it on preferences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, get_linear_schedule_with_warmup
+
+from t2i_align.testbed import base_path
+from t2i_align.testbed.captions import draw_for, draw_image, draw_wrong, write
+from t2i_align.testbed.prompts import draw_statement
+from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, maybe_degrade, render, signed_distance
+from t2i_align.testbed.world import IMAGES
+from tools.testbed.muon import Muon
+from tools.testbed.text import WordEncoder, build_tokenizer
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # flat images of full colours, not photographs
+WIDTH, LAYERS, PATCH, PROJECTION = 128, 3, 8, 128
+SPOILT = 0.3  # share of images that are blurred, faded or mottled
+NEAR = 3.0  # pixels from a patch's centre to the outline of what it is said to show
+
+
+def build_clip(seed: int = 0) -> CLIPModel:
+    """The model before it has learnt anything but to read."""
+    torch.manual_seed(seed)
+    text = CLIPTextModel.from_pretrained(base_path("sd"), subfolder="text_encoder", dtype="float32")
+    vision: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS}
+    vision |= {"num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH}
+    model = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=PROJECTION))
+    state = {key.removeprefix("text_model."): value for key, value in text.state_dict().items()}
+    model.text_model.load_state_dict({key: value.float() for key, value in state.items()})
+    return model
+
+
+def save_clip(model: CLIPModel, folder: Path) -> None:
+    """As `hf-clip:FOLDER` reads it."""
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    square = {"height": SIDE, "width": SIDE}
+    settings: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": SIDE},
+        "crop_size": square,
+    }
+    settings |= {"image_mean": MEAN, "image_std": STD, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def to_input(images: list[np.ndarray]) -> Tensor:
+    """[N, 3, 64, 64] as the model takes them."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def contrastive_loss(model: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
+    """CLIP's loss of B captions and 2B images, of which the first B belong to them and the others to nobody."""
+    count = len(ids)
+    mask = torch.ones_like(ids)
+    texts = F.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
+    images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    logits = model.logit_scale.exp().clamp(max=100) * texts @ images.T
+    target = torch.arange(count)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+
+
+class LookHeads(nn.Module):
+    """Reads colour, shape and size of what each patch shows, 0 for nothing; used in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(names) + 1) for names in (COLOURS, SHAPES, RADII))
+
+    def loss(self, patches: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Cross-entropy of patches [B, 64, WIDTH]."""
+        classes = torch.from_numpy(np.stack([self.targets(scene) for scene in scenes])).flatten(2)
+        each = zip(self.heads, classes.unbind(1), strict=True)
+        return torch.stack(
+            [F.cross_entropy(head(patches).flatten(0, 1), truth.flatten()) for head, truth in each]
+        ).sum()
+
+    @staticmethod
+    def targets(scene: Scene) -> np.ndarray:
+        """Classes [3, 8, 8] of the object that is nearest to each patch's centre, if it is within NEAR pixels."""
+        centres = (np.arange(SIDE // PATCH) + 0.5) * PATCH
+        names = (list(COLOURS), list(SHAPES), list(RADII))
+        found = np.zeros((3, len(centres), len(centres)), np.int64)
+        nearest = np.full(found.shape[1:], NEAR)
+        for item in scene.objects:
+            distance = signed_distance(item.shape, centres[None, :] - item.x, centres[:, None] - item.y, item.radius)
+            closer = distance < nearest
+            nearest[closer] = distance[closer]
+            for row, known, name in zip(found, names, (item.colour, item.shape, item.size), strict=True):
+                row[closer] = known.index(name) + 1
+        return found
+
+
+def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLIPModel:
+    """Train from nothing: `look` steps of the vision tower alone, then `steps` of both."""
+    model, words, heads = build_clip(seed), WordEncoder(build_tokenizer()), LookHeads()
+
+    def see(rng: np.random.Generator) -> Tensor:
+        scenes = [draw_for(draw_statement(IMAGES, rng), rng) for _ in range(batch)]
+        images = to_input([maybe_degrade(render(scene), rng, SPOILT) for scene in scenes])
+        return heads.loss(model.vision_model(pixel_values=images).last_hidden_state[:, 1:], scenes)
+
+    def match(rng: np.random.Generator) -> Tensor:
+        statements = [draw_statement(IMAGES, rng) for _ in range(batch)]
+        images = [draw_image(s, rng, SPOILT) for s in statements]
+        images += [draw_image(draw_wrong(s, rng), rng, SPOILT) for s in statements]
+        return contrastive_loss(model, to_input(images), words([write(s, rng) for s in statements]))
+
+    _optimise(see, [*model.vision_model.parameters(), *heads.parameters()], look, 2 * lr, (seed, 0), "look")
+    _optimise(match, list(model.parameters()), steps, lr, (seed, 1), "clip")
+    return model.eval()
+
+
+def _optimise(
+    loss_of: Callable[[np.random.Generator], Tensor], parameters: list[nn.Parameter], steps: int, lr: float,
+    seed: tuple[int, ...], what: str,
+) -> None:  # fmt: skip
+    optimizer = Muon(parameters, lr)
+    schedule = get_linear_schedule_with_warmup(optimizer, min(20, steps // 10), steps)
+    with tqdm(total=steps, desc=what) as bar:
+        for step in range(steps):
+            loss = loss_of(np.random.default_rng((*seed, step)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a tiny CLIP and save it."""
+    p = argparse.ArgumentParser(prog="python -m tools.testbed clip", description=__doc__.split("\n")[0])
+    p.add_argument("--out", type=Path, required=True, help="folder for the model")
+    p.add_argument("--look", type=int, default=500, help="steps in which the vision tower learns to look")
+    p.add_argument("--steps", type=int, default=800)
+    p.add_argument("--batch", type=int, default=64, help="captions per step; twice as many images")
+    p.add_argument("--lr", type=float, default=2.5e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = p.parse_args(argv)
+    if args.out.exists():
+        raise SystemExit(f"{args.out} exists; choose another folder")
+    torch.set_num_threads(args.threads)
+    save_clip(pretrain(args.look, args.steps, args.batch, args.lr, args.seed), args.out)
+    print(f"written to {args.out}; a scorer: hf-clip:{args.out}")
