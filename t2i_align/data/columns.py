@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from t2i_align.data import tables
-from t2i_align.data.schema import COLUMNS, Column, Group, Items, Media, Skipped, named_columns
+from t2i_align.data.schema import COLUMNS, Column, Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.errors import UserError
 from t2i_align.labeling.votes import majority
+from t2i_align.utils.settings import Bool, settings
 
 ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
@@ -31,8 +32,7 @@ ID = Column("id")
 Names = list[str] | str
 
 
-@named_columns
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Columns:
     """Column names. A list of names has one per candidate; a single name is of a column that holds a list.
 
@@ -59,14 +59,14 @@ class Columns:
     votes: Names | None = None
     shares: Names | None = None
     winner: str | None = None
-    best_first: bool = False
+    best_first: Bool = False
     judged: str | None = None
     id: str | None = None
-    id_if_unique: bool = False
+    id_if_unique: Bool = False
     group: str | None = None
     folder: str = "."
-    columns: Mapping[str, Names] = field(default_factory=dict)
-    own_names: bool = False
+    columns: dict[str, Names] = field(default_factory=dict)
+    own_names: Bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ORDERS if getattr(self, name)]
@@ -176,10 +176,12 @@ def _has_ids(path: Path, columns: Columns) -> bool:
     """Whether a table's ids can be used as they are."""
     if not columns.id or not columns.id_if_unique:
         return True
-    parts = [tables.parquet_column(file, columns.id) for file in tables.files(path) if file.suffix == ".parquet"]
-    if not parts or any(part is None for part in parts):
-        return False
-    ids = pa.chunked_array([chunk.cast(pa.string()) for part in parts for chunk in part.chunks], pa.string())
+    chunks: list[pa.Array] = []
+    for file in tables.files(path):
+        if file.suffix != ".parquet" or (part := tables.parquet_column(file, columns.id)) is None:
+            return False
+        chunks += part.cast(pa.string()).chunks
+    ids = pa.chunked_array(chunks, pa.string())
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 
 

@@ -20,7 +20,6 @@ from t2i_align.data import columns, tables
 from t2i_align.data.columns import Columns
 from t2i_align.data.schema import Items
 
-
 PAIRS = Columns(candidates=["chosen", "rejected"], best_first=True, id="id", own_names=True)
 RANKINGS = Columns(candidates="images", scores="scores", id="id", own_names=True)
 # Pick-a-Pic v1 and v2 (arXiv 2305.01569): a label of 1 is the preferred image, 0.5 and 0.5 a tie. With `caption_0` and

@@ -17,7 +17,7 @@ import logging
 import os
 import runpy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -76,7 +76,7 @@ def register(
 
 
 register("described", detects=spec.detects, files=spec.files, outline=partial(spec.read, images=False))(spec.read)
-register("folders", detects=folders.detects, files=folders.files)(folders.read_folders)
+register("folders", detects=folders.detects, files=lambda path: [])(folders.read_folders)
 for _name in layouts.PUBLISHED:
     register(
         _name,
@@ -173,10 +173,10 @@ def detect(path: Path, format: str = "auto") -> str:
         if reader.detects(path):
             return name
     names = [name for file in tables.files(path)[:1] for name in tables.columns(file)]
-    columns = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)." if names else ""
+    spec_hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}.{columns}"
+        f"there are: {', '.join(sorted(READERS))}.{spec_hint if names else ''}"
     )
 
 

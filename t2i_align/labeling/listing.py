@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data import parquet, readers
+from t2i_align.data import readers, tables
 from t2i_align.data.live import CONTENT, LiveGroups
 from t2i_align.data.media import frame_files
 from t2i_align.data.readers import has_lone_surrogate
@@ -69,9 +69,9 @@ def images_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
         return _stored(store), int(store.k.sum())
     listed = path / LIST if path.is_dir() else path
     if listed.is_file() and listed.suffix == ".parquet":
-        names = set(parquet.open_parquet(listed).schema_arrow.names)
+        names = set(tables.open_parquet(listed).schema_arrow.names)
         if names & set(IMAGE_KEYS):
-            return _rows(listed, names), parquet.open_parquet(listed).metadata.num_rows
+            return _rows(listed), tables.open_parquet(listed).metadata.num_rows
     elif listed.is_file() and not _is_preferences(listed):
         entries = _lines(listed)
         return iter(entries), len(entries)
@@ -125,9 +125,10 @@ def _lines(file: Path) -> list[Entry]:
     return entries
 
 
-def _rows(file: Path, names: set[str]) -> Iterator[Entry]:
-    for number, row in enumerate(parquet.rows(file, [key for key in (*IMAGE_KEYS, *PROMPT_KEYS) if key in names])):
-        yield _entry(row, file, f"{file}, row {number}", number)
+def _rows(file: Path) -> Iterator[Entry]:
+    for number, row in enumerate(tables.rows(file, [*IMAGE_KEYS, *PROMPT_KEYS])):
+        assert isinstance(row, tables.Row), "a single file has no missing shards"
+        yield _entry(row.values, file, row.origin, number)
 
 
 def _entry(row: dict[str, Any], file: Path, where: str, number: int = 0) -> Entry:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from t2i_align.data import jsonl
+from t2i_align.data import tables
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from t2i_align.utils.files import output_lock
@@ -157,4 +157,4 @@ def _whole_lines(file: Path) -> Iterator[Row]:
     with open(file, "rb+") as stream:
         stream.truncate(stream.read().rfind(b"\n") + 1)
     if file.stat().st_size:
-        yield from (entry for _, _, entry in jsonl.entries(file))
+        yield from (entry for _, _, entry in tables.json_entries(file))
