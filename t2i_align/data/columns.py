@@ -250,10 +250,9 @@ def _scores(members: Sequence[Row], columns: Columns, candidates: list[Any]) -> 
         if min(numbers) < 0 or sum(numbers) == 0:
             raise ValueError(f"votes must not be negative, nor all of them 0; found {values}")
         numbers = [number / sum(numbers) for number in numbers]
-    elif columns.order == "shares":
-        if not all(0 <= number <= 1 for number in numbers) or abs(sum(numbers) - 1) > SHARES_TOLERANCE:
-            keys = " and ".join(_key(names, place) for place in range(k))
-            raise ValueError(f"{keys} must lie in [0, 1] and add up to 1, found {' and '.join(map(str, numbers))}")
+    elif columns.order == "shares" and (min(numbers) < 0 or abs(sum(numbers) - 1) > SHARES_TOLERANCE):
+        keys = " and ".join(_key(names, place) for place in range(k))
+        raise ValueError(f"{keys} must lie in [0, 1] and add up to 1, found {' and '.join(map(str, numbers))}")
     return tuple(numbers)
 
 

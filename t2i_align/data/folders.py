@@ -51,7 +51,7 @@ def read_folders(path: Path) -> Items:
             found = winners.get(stem, []), losers.get(stem, [])
             item = _pair(folder, winner_folder, stem, *found, captions.get(stem))
             yield replace(item, id=prefix + item.id)
-    # Last, because they are no part of the source's identity: one more must not shift the pairs of an interrupted prepare.
+    # Last, because the source's identity ignores them: one more must not shift the pairs of an interrupted prepare.
     for folder in sets:
         for side in _sides(folder):
             yield from _not_media(side, path)

@@ -276,7 +276,8 @@ def _live(
         check_needs(needs, survey, str(path), limit)
         encoder = pipeline()
         encoder.check_size(extent.height, extent.width, extent.frames)
-        index_images(readers.read(path, reader, added, limit=limit), folder, fingerprint=parts, extent=extent, survey=survey,
+        index_images(readers.read(path, reader, added, limit=limit), folder, fingerprint=parts, extent=extent,
+                       survey=survey,
                        limit=limit, source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
     encoder = encoder or pipeline()
     encoder.check_size(extent.height, extent.width, extent.frames)

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BeforeValidator
 
 from t2i_align.data import columns, hub, tables
 from t2i_align.data.columns import Columns, exists
@@ -50,7 +49,7 @@ class DatasetSpec:
 
     path: str
     format: str = "auto"
-    columns: Annotated[Columns | None, BeforeValidator(_gathered)] = None
+    columns: Columns | None = None
     pairs: Literal["all", "best_worst"] | None = None
     ties: Bool = True
     part: Part | None = None
@@ -67,6 +66,8 @@ def load(file: Path) -> DatasetSpec:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
+    if isinstance(values, dict) and "columns" in values:
+        values = {**values, "columns": _gathered(values["columns"])}
     try:
         return build(DatasetSpec, values)
     except UserError as error:
