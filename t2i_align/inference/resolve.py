@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from t2i_align.conditioning import soft_tokens
-from t2i_align.config import ModelConfig, build
+from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError, unknown
+from t2i_align.utils.settings import build
 
 if TYPE_CHECKING:  # loaded only by the functions that need them
     from pipelines import TrainablePipeline
