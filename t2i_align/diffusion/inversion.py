@@ -27,7 +27,7 @@ from t2i_align.errors import UserError
 def inverted_noise(
     model: Model,
     batch: Batch,
-    draw: SampleRNG,
+    rng: SampleRNG,
     *,
     levels: int = 10,
     guidance: float = 1.0,
@@ -49,24 +49,24 @@ def inverted_noise(
     Raises:
         UserError: guidance without the empty prompt's conditioning in the batch.
     """
-    process, clean, conditioning = draw.process, batch.latents.flatten(0, 1), candidates_conditioning(batch)
+    process, clean, conditioning = rng.process, batch.latents.flatten(0, 1), candidates_conditioning(batch)
     groups, k = batch.latents.shape[:2]
     predict = guided(model, conditioning, batch.empty, guidance)
-    grid = level_grid(draw, levels)
-    level = (draw.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
+    grid = level_grid(rng, levels)
+    level = (rng.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
     latents, now = clean, torch.zeros_like(grid[level])
     for i in range(int(level.max()) + 1):
         to = grid[i].repeat(len(clean))
-        fresh = fresh_noise(batch, draw, f"inversion noise {i}", sharing) if eta else None
+        fresh = fresh_noise(batch, rng, f"inversion noise {i}", sharing) if eta else None
         # The network knows no cleaner level than timestep 0, but the first latents are clean beyond any table.
         known = clean if i == 0 else None
         first = predict(latents, now)
-        moved = advance(draw, first, latents, now, to, known, fresh, eta)
+        moved = advance(rng, first, latents, now, to, known, fresh, eta)
         for _ in range(renoise):
             again = predict(moved, to)
             # Targets of two levels differ even where both see the same image and noise: average them at one.
             there = process.to_clean(again, moved, to), process.to_noise(again, moved, to)
-            moved = advance(draw, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
+            moved = advance(rng, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
         latents = torch.where(_like(level >= i, clean), moved, latents)  # who has reached its level stays
         now = to
     # Autocast caches cast weights, here without their gradient: the policy's own step would train nothing.
@@ -75,7 +75,7 @@ def inverted_noise(
     return Noised(
         latents=latents,
         timesteps=timesteps,
-        target=process.target(clean, implied_noise(draw, latents, clean, timesteps), timesteps),
+        target=process.target(clean, implied_noise(rng, latents, clean, timesteps), timesteps),
         conditioning=conditioning,
         groups=groups,
     )
@@ -111,17 +111,17 @@ def guided(
     return both
 
 
-def level_grid(draw: SampleRNG, levels: int) -> Tensor:
+def level_grid(rng: SampleRNG, levels: int) -> Tensor:
     """Increasing timesteps, [K]: the training times' quantiles in the middles of K equal parts, such as 50, 150 … 950.
 
     A table with fewer entries than `levels` gives each of them once.
     """
-    middles = (torch.arange(levels, device=draw.device) + 0.5) / levels
-    return draw.process.timesteps(middles, draw.timestep_sampling).unique()
+    middles = (torch.arange(levels, device=rng.device) + 0.5) / levels
+    return rng.process.timesteps(middles, rng.timestep_sampling).unique()
 
 
 def advance(
-    draw: SampleRNG,
+    rng: SampleRNG,
     model_pred: Tensor,
     latents: Tensor,
     now: Tensor,
@@ -140,7 +140,7 @@ def advance(
 
     clean: the latents without noise where these are known: then SNR_now is infinite.
     """
-    process = draw.process
+    process = rng.process
     noise = process.to_noise(model_pred, latents, now)
     if fresh is not None:
         share = torch.full_like(now, eta, dtype=latents.dtype)
@@ -153,16 +153,16 @@ def advance(
     return process.add_noise(process.to_clean(model_pred, latents, now) if clean is None else clean, noise, to)
 
 
-def implied_noise(draw: SampleRNG, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+def implied_noise(rng: SampleRNG, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
     """noise* = (x_tau - alpha x) / sigma, [B, ...]; 0 where sigma is 0 and nothing is implied. timesteps: [B]."""
-    alpha, sigma = (_like(value, clean).to(clean.dtype) for value in draw.process.alpha_sigma(timesteps))
+    alpha, sigma = (_like(value, clean).to(clean.dtype) for value in rng.process.alpha_sigma(timesteps))
     return (latents - alpha * clean) / sigma.clamp_min(torch.finfo(clean.dtype).tiny)
 
 
-def fresh_noise(batch: Batch, draw: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
+def fresh_noise(batch: Batch, rng: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
     """Standard normal numbers for each candidate, [B * k, ...]; `shared` gives those of a group the same."""
     _, k, *shape = batch.latents.shape
-    noise = draw.normal(name, (1 if sharing == "shared" else k, *shape))
+    noise = rng.normal(name, (1 if sharing == "shared" else k, *shape))
     return noise.expand_as(batch.latents).flatten(0, 1)
 
 

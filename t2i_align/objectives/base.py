@@ -68,7 +68,7 @@ class Objective(ABC):
     needs: ClassVar[Requirements]
 
     @abstractmethod
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         """Loss [B] with gradient through `policy`, and detached metrics [B] each to log under their names."""
 
     def initial_state(self) -> dict[str, float]:

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
-from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import open_source
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.inversion import advance, inverted_noise, level_grid
-from t2i_align.diffusion.noising import Noised, drop_captions, random_noise, squared_error
+from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.objectives import DCPO, DMPO, DSPO, LCPO, NCPDPO, SFT, TDPO, TKTO, DiffusionDPO, DiffusionKTO, DiffusionLPO, InPO, MaPO, RankDPO, SmPO, SoftREPA, get
-from t2i_align.objectives.base import DataStats, Objective, Requirements
-from t2i_align.objectives.diffusion_dpo import dpo_logit, link_loss
-from t2i_align.objectives.dmpo import dmpo_loss
-from t2i_align.objectives.dspo import dspo_loss
-from t2i_align.objectives.kto import kto_loss, liked_candidates
-from t2i_align.objectives.lcpo import trust
-from t2i_align.objectives.lpo import plackett_luce_loss
-from t2i_align.objectives.mapo import mapo_loss, shrinking
-from t2i_align.objectives.ncp import posterior_step
-from t2i_align.objectives.pairwise import safeguard, scale_gradient
-from t2i_align.objectives.rankdpo import dcg_weights, rankdpo_loss, win_rates
-from t2i_align.objectives.smpo import certainty
-from t2i_align.objectives.softrepa import contrastive_loss, different_prompts, shifted
-from tests.objectives.toy import KINDS, PROCESSES, FeatureReference, assert_equal_objectives, bounded_model, linear_model, loss_and_gradient, random_batch, rich_batch, rng_for, rows_of, same_captions
-from tests.data.test_examples import StandIn, write_images, write_jsonl
+from tests.objectives.toy import (
+    KINDS,
+    PROCESSES,
+    bounded_model,
+    linear_model,
+    random_batch,
+    rng_for,
+    rows_of,
+)
 
 LOG_2 = math.log(2)
+
+GROUPS = 12  # with ten levels, enough for several of them, the first and the last included (asserted where it matters)
+# Tables of four and two entries: at the levels 1 and 3 alpha, sigma = 0.8, 0.6 and 0.6, 0.8; at level 0 it is 1, 0.
+FOUR = torch.tensor([1.0, 0.64, 0.5, 0.36], dtype=torch.float64)
+TWO = torch.tensor([1.0, 0.64], dtype=torch.float64)
 
 
 def guidable_batch(groups: int = GROUPS) -> Batch:
@@ -51,14 +42,14 @@ def per_row(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def coefficients(draw: SampleRNG, noised: Noised) -> tuple[Tensor, Tensor]:
-    alpha, sigma = draw.process.alpha_sigma(noised.timesteps)
+def coefficients(rng: SampleRNG, noised: Noised) -> tuple[Tensor, Tensor]:
+    alpha, sigma = rng.process.alpha_sigma(noised.timesteps)
     return per_row(alpha), per_row(sigma)
 
 
-def noise_of(draw: SampleRNG, noised: Noised) -> Tensor:
+def noise_of(rng: SampleRNG, noised: Noised) -> Tensor:
     """The noise that the target stands for."""
-    return draw.process.to_noise(noised.target, noised.latents, noised.timesteps)
+    return rng.process.to_noise(noised.target, noised.latents, noised.timesteps)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +78,9 @@ def test_levels_are_uniform_one_a_group_and_depend_on_seed_and_sample_only() -> 
     assert torch.equal(times[:, 0], times[:, 1])
     for level in (100, 300, 500, 700, 900):
         assert (times[:, 0] == level).float().mean().item() == pytest.approx(0.2, abs=0.04)
-    alone = inverted_noise(zero, row(batch, 7), rng_for(row(batch, 7), "epsilon"), levels=5).timesteps
+    alone = inverted_noise(
+        zero, rows_of(batch, slice(7, 8)), rng_for(rows_of(batch, slice(7, 8)), "epsilon"), levels=5
+    ).timesteps
     assert torch.equal(alone, times[7])
 
 
@@ -97,14 +90,14 @@ def test_latents_timesteps_and_target_agree(kind: str, options: dict) -> None:
     """x_tau = alpha x + sigma noise*, x_tau = x + sigma v* for flow; add_noise and target say the same of noise*."""
     batch, (model, _) = guidable_batch(), bounded_model(0)
     rng = rng_for(batch, kind)
-    noised = inverted_noise(model, batch, draw, **options)
-    clean, noise, (alpha, sigma) = batch.latents.flatten(0, 1), noise_of(draw, noised), coefficients(draw, noised)
+    noised = inverted_noise(model, batch, rng, **options)
+    clean, noise, (alpha, sigma) = batch.latents.flatten(0, 1), noise_of(rng, noised), coefficients(rng, noised)
     torch.testing.assert_close(alpha * clean + sigma * noise, noised.latents, rtol=1e-12, atol=1e-12)
     if kind == "flow":
         torch.testing.assert_close(clean + sigma * noised.target, noised.latents, rtol=1e-12, atol=1e-12)
-    again = draw.process.target(clean, noise, noised.timesteps)
+    again = rng.process.target(clean, noise, noised.timesteps)
     torch.testing.assert_close(noised.target, again, rtol=1e-9, atol=1e-9)
-    assert set(noised.timesteps.tolist()) <= set(level_grid(draw, 10).tolist())
+    assert set(noised.timesteps.tolist()) <= set(level_grid(rng, 10).tolist())
     assert noised.latents.dtype == noised.target.dtype == torch.float64
     assert not (noised.latents.requires_grad or noised.target.requires_grad)
 
@@ -114,16 +107,16 @@ def test_a_batch_of_different_levels_equals_a_plain_loop_of_process_steps(kind: 
     """Sample by sample: from the clean latents to the first level, then `ForwardProcess.step` up to its own level."""
     batch, (model, _) = random_batch(GROUPS), bounded_model(0)
     rng = rng_for(batch, kind)
-    grid, noised = level_grid(draw, 10), inverted_noise(model, batch, draw)
+    grid, noised = level_grid(rng, 10), inverted_noise(model, batch, rng)
     assert {grid[0].item(), grid[-1].item()} < set(noised.timesteps.tolist())
     for i in range(2 * GROUPS):
         conditioning = {name: value[i // 2 : i // 2 + 1] for name, value in batch.conditioning.items()}
         clean = batch.latents.flatten(0, 1)[i : i + 1]
         at = torch.zeros_like(grid[:1])
-        noise = draw.process.to_noise(model(clean, at, conditioning), clean, at)
-        latents, at = draw.process.add_noise(clean, noise, grid[:1]), grid[:1]
+        noise = rng.process.to_noise(model(clean, at, conditioning), clean, at)
+        latents, at = rng.process.add_noise(clean, noise, grid[:1]), grid[:1]
         for to in grid[1:][grid[1:] <= noised.timesteps[i]].unbind():
-            latents, at = draw.process.step(model(latents, at, conditioning), latents, at, to.view(1)), to.view(1)
+            latents, at = rng.process.step(model(latents, at, conditioning), latents, at, to.view(1)), to.view(1)
         assert at == noised.timesteps[i]
         torch.testing.assert_close(noised.latents[i : i + 1], latents, rtol=1e-12, atol=1e-12)
 
@@ -156,12 +149,12 @@ def rising_model(noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tenso
 
 def by_hand(process, model: Model, levels: int, at: float, **options) -> tuple[SampleRNG, Noised, Tensor]:
     """One sample inverted to the level `at` (the seed is the first to draw it), and its clean latents."""
-    batch = row(random_batch(), 0)
+    batch = rows_of(random_batch(), slice(1))
     for seed in range(50):
-        draw = SampleRNG(seed, batch.keys, process)
-        noised = inverted_noise(model, batch, draw, levels=levels, **options)
+        rng = SampleRNG(seed, batch.keys, process)
+        noised = inverted_noise(model, batch, rng, levels=levels, **options)
         if noised.timesteps[0] == at:
-            return draw, noised, batch.latents.flatten(0, 1)
+            return rng, noised, batch.latents.flatten(0, 1)
     raise AssertionError("no seed draws this level")
 
 
@@ -239,9 +232,9 @@ def gaussian_inversion(kind: str, scale: float, side: int = 3, groups: int = GRO
     )
     batch = replace(random_batch(groups), latents=latents)
     rng = rng_for(batch, kind)
-    noised = inverted_noise(gaussian_model(draw.process, scale), batch, draw, **options)
-    alpha, sigma = coefficients(draw, noised)
-    return draw, noised, latents.flatten(0, 1), ((alpha * scale).square() + sigma.square()).sqrt()
+    noised = inverted_noise(gaussian_model(rng.process, scale), batch, rng, **options)
+    alpha, sigma = coefficients(rng, noised)
+    return rng, noised, latents.flatten(0, 1), ((alpha * scale).square() + sigma.square()).sqrt()
 
 
 @KINDS
@@ -263,11 +256,11 @@ def test_the_variance_is_the_processs_at_every_eta(kind: str, eta: float) -> Non
     Noise added on top, with the predicted one in full, would make it about 1 + eta^2. Of 49152 numbers, the variance
     is known to 0.6 % and a correlation to 0.5 %.
     """
-    draw, noised, clean, deviation = gaussian_inversion(
+    rng, noised, clean, deviation = gaussian_inversion(
         kind, 0.5, side=16, groups=24, levels=100, eta=eta, renoise=1, sharing="independent"
     )
     assert (noised.latents / deviation).var().item() == pytest.approx(1, abs=0.03)
-    correlation = torch.corrcoef(torch.stack([noise_of(draw, noised).flatten(), clean.flatten()]))[0, 1].abs().item()
+    correlation = torch.corrcoef(torch.stack([noise_of(rng, noised).flatten(), clean.flatten()]))[0, 1].abs().item()
     assert correlation < 0.02 if eta == 1 else correlation > 0.2
 
 
@@ -275,13 +268,13 @@ def test_the_variance_is_the_processs_at_every_eta(kind: str, eta: float) -> Non
 def test_a_step_with_eta_1_is_the_forward_process_whatever_the_prediction(kind: str) -> None:
     """x_to = (alpha_to / alpha) x_now + sqrt(sigma_to^2 - (alpha_to sigma / alpha)^2) fresh."""
     batch = random_batch()
-    draw, latents = rng_for(batch, kind), batch.latents[:, 0]
-    now, to = draw.process.timesteps(torch.full((4,), 0.2)), draw.process.timesteps(torch.full((4,), 0.6))
-    (a, s), (a_to, s_to) = (map(per_row, draw.process.alpha_sigma(time)) for time in (now, to))
+    rng, latents = rng_for(batch, kind), batch.latents[:, 0]
+    now, to = rng.process.timesteps(torch.full((4,), 0.2)), rng.process.timesteps(torch.full((4,), 0.6))
+    (a, s), (a_to, s_to) = (map(per_row, rng.process.alpha_sigma(time)) for time in (now, to))
     fresh = batch.latents[:, 1]
     expected = a_to / a * latents + (s_to**2 - (a_to * s / a) ** 2).sqrt() * fresh
     for prediction in (latents.sin(), 3 * fresh):
-        moved = advance(draw, prediction, latents, now, to, fresh=fresh, eta=1.0)
+        moved = advance(rng, prediction, latents, now, to, fresh=fresh, eta=1.0)
         torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -292,8 +285,8 @@ def test_fresh_noise_is_shared_in_a_pair_or_independent_and_absent_without_eta(k
     batch = replace(batch, latents=batch.latents[:, :1].expand_as(batch.latents))
 
     def latents(seed: int = 7, **options) -> Tensor:
-        draw = SampleRNG(seed, batch.keys, PROCESSES[kind])
-        return inverted_noise(model, batch, draw, levels=1, **options).latents.unflatten(0, (4, 2))
+        rng = SampleRNG(seed, batch.keys, PROCESSES[kind])
+        return inverted_noise(model, batch, rng, levels=1, **options).latents.unflatten(0, (4, 2))
 
     shared, apart = latents(eta=0.3, sharing="shared"), latents(eta=0.3, sharing="independent")
     assert torch.equal(shared[:, 0], shared[:, 1])
@@ -307,15 +300,15 @@ def test_fresh_noise_is_shared_in_a_pair_or_independent_and_absent_without_eta(k
 def test_no_call_is_made_in_vain(options: dict, calls: int, seed: int) -> None:
     """As many steps as the deepest level of the batch takes; guidance and each correction take one call more."""
     batch, asked = guidable_batch(groups=2), []
-    draw = SampleRNG(seed, batch.keys, PROCESSES["epsilon"])
+    rng = SampleRNG(seed, batch.keys, PROCESSES["epsilon"])
 
     def model(noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         assert len(noisy) == len(timesteps) == len(conditioning["prompt_embeds"]) == 4
         asked.append(timesteps.tolist())
         return noisy
 
-    noised = inverted_noise(model, batch, draw, **options)
-    deepest = level_grid(draw, 10).tolist().index(noised.timesteps.max()) + 1
+    noised = inverted_noise(model, batch, rng, **options)
+    deepest = level_grid(rng, 10).tolist().index(noised.timesteps.max()) + 1
     assert deepest < 10
     assert len(asked) == calls * deepest
     assert asked[0] == [0] * 4

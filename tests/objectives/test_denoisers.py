@@ -91,8 +91,8 @@ def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict
 
     def step(rows: slice) -> Tensor:
         some = only(batch, objective, rows)
-        draw = SampleRNG(0, some.keys, pipeline.process, "uniform", torch.device("cpu"))
-        loss: Tensor = objective.step(pipeline.predict, reference, some, draw)[0]
+        rng = SampleRNG(0, some.keys, pipeline.process, "uniform", torch.device("cpu"))
+        loss: Tensor = objective.step(pipeline.predict, reference, some, rng)[0]
         return loss
 
     parameters = list(pipeline.trainable_parameters())

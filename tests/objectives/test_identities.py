@@ -62,7 +62,9 @@ def test_batch_equals_its_rows(name: str, options: dict[str, Any], kind: str) ->
     rows = [loss_and_gradient(objective, rows_of(batch, slice(i, i + 1)), kind, bounded=True) for i in range(6)]
     assert loss.shape == (6,) and gradient.abs().max() > 0
     torch.testing.assert_close(loss, torch.cat([row[0] for row in rows]))
-    torch.testing.assert_close(gradient, sum(row[1] for row in rows), rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+    torch.testing.assert_close(
+        gradient, sum(row[1] for row in rows), rtol=1e-5, atol=1e-5 * float(gradient.abs().max())
+    )
 
 
 @KINDS
@@ -89,9 +91,7 @@ def test_exchanging_winner_and_loser_negates_margins(name: str, options: dict[st
     batch = as_required(rich_batch(), objective)
     captions = batch.captions and {"prompt_embeds": batch.captions["prompt_embeds"].flip(1)}
     exchanged = replace(batch, latents=batch.latents.flip(1), captions=captions)
-    margins = [
-        loss_and_gradient(objective, b, kind, bounded=True)[2]["rewards/margins"] for b in (batch, exchanged)
-    ]
+    margins = [loss_and_gradient(objective, b, kind, bounded=True)[2]["rewards/margins"] for b in (batch, exchanged)]
     torch.testing.assert_close(margins[0], -margins[1])
     assert margins[0].abs().min() > 0
 
@@ -105,3 +105,45 @@ def test_registered_objective_is_described(name: str) -> None:
 def test_unknown_objective_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"unknown objective 'difusion_dpo'. Did you mean 'diffusion_dpo'.*sft"):
         get("difusion_dpo")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("diffusion_dpo", {"beta": 0}, "beta must be a positive number"),
+        ("diffusion_dpo", {"beta": -1.0}, "beta must be a positive number"),
+        ("diffusion_dpo", {"beta": math.nan}, "beta must be a positive number"),
+        ("diffusion_dpo", {"label_smoothing": 0.5}, "label_smoothing must be less than 0.5"),
+        ("diffusion_dpo", {"link": "hinge", "label_smoothing": 0.1}, "no meaning with link 'hinge'"),
+        ("diffusion_dpo", {"link": "sigmod"}, "Did you mean 'sigmoid'"),
+        ("diffusion_dpo", {"guard": 1.5}, r"guard must be a number in \[0, 1\] or null"),
+        ("diffusion_dpo", {"target_gradient": 0.5}, "target_gradient must be less than 0.5"),
+        ("mapo", {"beta": 0}, "beta must be a positive number"),
+        ("mapo", {"weight": -1}, "weight must be a number of 0 or more"),
+        ("dmpo", {"alpha": 0.5}, "alpha must be less than 0.5"),
+        ("dmpo", {"link": "hinge"}, "no meaning for dmpo"),
+        ("lcpo", {"eta": 0.5}, "eta must be greater than 0.5"),
+        ("lcpo", {"label_smoothing": 0.1}, "no meaning for lcpo"),
+        ("tdpo", {"limit": 0}, "limit must be a positive number"),
+        ("kto", {"desirable": 0, "undesirable": 0}, "not both 0"),
+        ("kto", {"utility": "kahneman"}, "Did you mean 'kahneman_tversky'"),
+        ("rankdpo", {"gain": "win"}, "Did you mean 'wins'"),
+        ("dspo", {"beta": 1.0}, "beta must be less than 1"),
+        ("dspo", {"logit_beta": 0.0}, "logit_beta must be a positive number or null"),
+        ("dspo", {"guard": 1.1}, r"guard must be a number in \[0, 1\]"),
+        ("ncp_dpo", {"renoise": "posterio"}, "Did you mean 'posterior'"),
+        ("ncp_dpo", {"beta": 0}, "beta must be a positive number"),
+        ("softrepa", {"temperature": 0.0}, "temperature must be a positive number"),
+        ("softrepa", {"scale": -1.0}, "scale must be a positive number"),
+        ("softrepa", {"dweight": -1.0}, "dweight must be a number of 0 or more"),
+        ("softrepa", {"negatives": 0}, "negatives must be a whole number of at least 1"),
+        ("inpo", {"levels": 0}, "levels must be a whole number of at least 1"),
+        ("inpo", {"inversion_model": "polcy"}, "Did you mean 'policy'"),
+        ("inpo", {"eta": 1.1}, r"eta must be a number in \[0, 1\]"),
+        ("inpo", {"renoise": -1}, "renoise must be a whole number of 0 or more"),
+        ("inpo", {"beta": 0.0}, "beta must be a positive number"),
+    ],
+)
+def test_hyper_parameter_out_of_range_is_refused(name: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get(name)(**values)
