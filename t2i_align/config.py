@@ -20,6 +20,7 @@ from t2i_align.utils.settings import (
     Bool,
     Count,
     Decay,
+    Float,
     Int,
     Limit,
     NonNegative,
@@ -131,7 +132,7 @@ class OptimConfig:
     schedule: str = "constant_with_warmup"
     warmup_steps: Whole = 0
     max_grad_norm: Limit = 1.0
-    ema: Annotated[Positive, Field(lt=1)] | None = None
+    ema: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] | None = None
 
 
 @settings

@@ -41,7 +41,7 @@ class Part:
     """
 
     of: Literal["train", "held_out"]
-    held_out: Annotated[Float, Field(gt=0, lt=1)] = 0.1
+    held_out: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.1
     by: Annotated[list[By], Field(min_length=1)] = field(default_factory=lambda: ["prompt"])
     seed: Int = 0
 

@@ -60,7 +60,7 @@ class DiffusionDPO(Pairwise):
     """
 
     link: Link = "sigmoid"
-    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5, description="a number in [0, 0.5)")] = 0.0
 
     name = "diffusion_dpo"
     paper = "arXiv 2311.12908"

@@ -32,7 +32,7 @@ def dmpo_loss(h: Tensor, *, alpha: float) -> Tensor:
 class DMPO(DiffusionDPO):
     """DMPO on pairs; the released code uses alpha 0.01 and beta 2000."""
 
-    alpha: Annotated[Float, Field(gt=0, lt=0.5)] = 0.01
+    alpha: Annotated[Float, Field(gt=0, lt=0.5, description="a number in (0, 0.5)")] = 0.01
 
     name = "dmpo"
     paper = "arXiv 2511.03317"

@@ -45,7 +45,7 @@ class DSPO(Objective):
     guard: SDPO's mu in [0, 1]; null switches it off. Its runs on SD1.5 use 0.2.
     """
 
-    beta: Annotated[Float, Field(gt=0, lt=1)] = 0.001
+    beta: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.001
     logit_beta: Positive | None = None
     noise: Literal["shared", "independent"] = "shared"
     guard: Share | None = None

@@ -39,7 +39,7 @@ class LCPO(DiffusionDPO):
     Both defaults are the paper's, which found rates of 0.001 and 1 worse.
     """
 
-    eta: Annotated[Float, Field(gt=0.5, lt=1)] = 0.9
+    eta: Annotated[Float, Field(gt=0.5, lt=1, description="a number in (0.5, 1)")] = 0.9
     rate: Share = 0.1
 
     name = "lcpo"

@@ -50,7 +50,7 @@ class Pairwise(Objective):
     noise: Literal["shared", "independent"] = "shared"
     guard: Share | None = None
     time_weight: Literal["none", "snr"] = "none"
-    target_gradient: Annotated[Float, Field(gt=0, lt=0.5)] | None = None
+    target_gradient: Annotated[Float, Field(gt=0, lt=0.5, description="a number in (0, 0.5)")] | None = None
 
     needs = Requirements(candidates=2, ties=False, reference=True)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -107,6 +107,13 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise _user_error(error, cls, values, where) from None
+
+
+def expected(cls: type, name: str) -> str:
+    """What a field of a `@settings` class takes, in words."""
+    annotation = cls.__pydantic_fields__[name].annotation  # type: ignore[attr-defined]
+    choices = " or ".join(map(repr, get_args(annotation))) if get_origin(annotation) is Literal else None
+    return str(_described(cls, name) or choices or getattr(annotation, "__name__", annotation))
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

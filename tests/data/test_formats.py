@@ -157,7 +157,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
             "path: a.csv\ncolumns: {candidates: [left, right], winner: won, prompt: text}",
             r"'won' is missing. Columns found: text",
         ),
-        ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be less than 1, found 2"),
+        ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a source file itself"),
         ("{", "not valid YAML"),
         ("path: hub:nobody", "expected hub:owner/name"),

@@ -89,8 +89,8 @@ def test_loss_where_policy_equals_reference(name: str, options: dict[str, Any], 
 def test_exchanging_winner_and_loser_negates_margins(name: str, options: dict[str, Any], kind: str) -> None:
     objective = build(name, {**options, **({"noise": "shared"} if "noise" in options else {})})
     batch = as_required(rich_batch(), objective)
-    captions = batch.captions and {"prompt_embeds": batch.captions["prompt_embeds"].flip(1)}
-    exchanged = replace(batch, latents=batch.latents.flip(1), captions=captions)
+    captions = {name: {"prompt_embeds": value["prompt_embeds"].flip(1)} for name, value in batch.columns.items()}
+    exchanged = replace(batch, latents=batch.latents.flip(1), columns=captions)
     margins = [loss_and_gradient(objective, b, kind, bounded=True)[2]["rewards/margins"] for b in (batch, exchanged)]
     torch.testing.assert_close(margins[0], -margins[1])
     assert margins[0].abs().min() > 0
@@ -113,22 +113,22 @@ def test_unknown_objective_is_answered_with_the_known_ones() -> None:
         ("diffusion_dpo", {"beta": 0}, "beta must be a positive number"),
         ("diffusion_dpo", {"beta": -1.0}, "beta must be a positive number"),
         ("diffusion_dpo", {"beta": math.nan}, "beta must be a positive number"),
-        ("diffusion_dpo", {"label_smoothing": 0.5}, "label_smoothing must be less than 0.5"),
+        ("diffusion_dpo", {"label_smoothing": 0.5}, r"label_smoothing must be a number in \[0, 0.5\)"),
         ("diffusion_dpo", {"link": "hinge", "label_smoothing": 0.1}, "no meaning with link 'hinge'"),
         ("diffusion_dpo", {"link": "sigmod"}, "Did you mean 'sigmoid'"),
         ("diffusion_dpo", {"guard": 1.5}, r"guard must be a number in \[0, 1\] or null"),
-        ("diffusion_dpo", {"target_gradient": 0.5}, "target_gradient must be less than 0.5"),
+        ("diffusion_dpo", {"target_gradient": 0.5}, r"target_gradient must be a number in \(0, 0.5\) or null"),
         ("mapo", {"beta": 0}, "beta must be a positive number"),
         ("mapo", {"weight": -1}, "weight must be a number of 0 or more"),
-        ("dmpo", {"alpha": 0.5}, "alpha must be less than 0.5"),
+        ("dmpo", {"alpha": 0.5}, r"alpha must be a number in \(0, 0.5\)"),
         ("dmpo", {"link": "hinge"}, "no meaning for dmpo"),
-        ("lcpo", {"eta": 0.5}, "eta must be greater than 0.5"),
+        ("lcpo", {"eta": 0.5}, r"eta must be a number in \(0.5, 1\)"),
         ("lcpo", {"label_smoothing": 0.1}, "no meaning for lcpo"),
         ("tdpo", {"limit": 0}, "limit must be a positive number"),
         ("kto", {"desirable": 0, "undesirable": 0}, "not both 0"),
         ("kto", {"utility": "kahneman"}, "Did you mean 'kahneman_tversky'"),
         ("rankdpo", {"gain": "win"}, "Did you mean 'wins'"),
-        ("dspo", {"beta": 1.0}, "beta must be less than 1"),
+        ("dspo", {"beta": 1.0}, r"beta must be a number in \(0, 1\)"),
         ("dspo", {"logit_beta": 0.0}, "logit_beta must be a positive number or null"),
         ("dspo", {"guard": 1.1}, r"guard must be a number in \[0, 1\]"),
         ("ncp_dpo", {"renoise": "posterio"}, "Did you mean 'posterior'"),

@@ -133,10 +133,14 @@ def test_tkto_likes_the_prompt_and_dislikes_the_negative() -> None:
         batch,
         latents=batch.latents[:, :1].expand(-1, 2, -1, -1, -1),
         scores=torch.tensor([[1.0, 0.0]] * 4),
-        captions={
-            "prompt_embeds": torch.stack(
-                [batch.conditioning["prompt_embeds"], batch.negative_caption["prompt_embeds"]], dim=1
-            )
+        columns={
+            "captions": {
+                "prompt_embeds": torch.stack(
+                    [batch.conditioning["prompt_embeds"], batch.negative_caption["prompt_embeds"]], dim=1
+                )
+            }
+        },
+    )
         },
     )
     loss, gradient, _ = loss_and_gradient(TKTO(beta=3.0), batch, "epsilon")

@@ -182,11 +182,11 @@ def test_margins_are_split_by_time_and_add_up() -> None:
 def test_dcpo_denoises_each_candidate_under_its_own_caption(kind: str) -> None:
     """Exchanging candidates together with captions negates the margin; exchanging captions alone does not."""
     batch = rich_batch()
-    flipped = {"prompt_embeds": batch.captions["prompt_embeds"].flip(1)}
-    both = replace(batch, latents=batch.latents.flip(1), captions=flipped)
+    flipped = {"captions": {"prompt_embeds": batch.captions["prompt_embeds"].flip(1)}}
+    both = replace(batch, latents=batch.latents.flip(1), columns=flipped)
     margins = [
         loss_and_gradient(DCPO(beta=3.0), b, kind)[2]["rewards/margins"]
-        for b in (batch, both, replace(batch, captions=flipped))
+        for b in (batch, both, replace(batch, columns=flipped))
     ]
     torch.testing.assert_close(margins[0], -margins[1])
     assert (margins[0] - margins[2]).abs().min() > 1e-6 and (margins[0] + margins[2]).abs().min() > 1e-6

@@ -23,7 +23,7 @@ PROCESSES = {
     "flow": RectifiedFlow(),
 }
 KINDS = pytest.mark.parametrize("kind", PROCESSES)
-ROWS = ("keys", "latents", "scores", "conditioning", "captions", "negative_caption", "sizes")  # one entry per group
+ROWS = ("keys", "latents", "scores", "conditioning", "sizes")  # one entry per group
 
 
 def random_batch(groups: int = 4, k: int = 2) -> Batch:
@@ -45,16 +45,15 @@ def rich_batch(groups: int = 4, k: int = 2) -> Batch:
         return {"prompt_embeds": torch.randn(*shape, 2, 5, generator=generator, dtype=torch.float64)}
 
     scores = torch.linspace(1, 0.1, k) * torch.linspace(1, 0.5, groups).unsqueeze(1)
-    return replace(
-        random_batch(groups, k), scores=scores, captions=text(groups, k), negative_caption=text(groups), empty=text(1)
-    )
+    columns = {"captions": text(groups, k), "negative_caption": text(groups)}
+    return replace(random_batch(groups, k), scores=scores, columns=columns, empty=text(1))
 
 
 def same_captions(batch: Batch) -> Batch:
     """Every caption is the prompt."""
     embeds = batch.conditioning["prompt_embeds"]
     captions = {"prompt_embeds": embeds.unsqueeze(1).expand(-1, batch.latents.shape[1], -1, -1)}
-    return replace(batch, captions=captions, negative_caption={"prompt_embeds": embeds})
+    return replace(batch, columns={"captions": captions, "negative_caption": {"prompt_embeds": embeds}})
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
@@ -64,7 +63,8 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
         return {name: t[rows] for name, t in value.items()} if isinstance(value, dict) else value[rows]
 
     values = {name: getattr(batch, name) for name in ROWS}
-    return replace(batch, **{name: cut(value) for name, value in values.items() if value is not None})
+    columns = {name: cut(value) for name, value in batch.columns.items()}
+    return replace(batch, columns=columns, **{name: cut(value) for name, value in values.items() if value is not None})
 
 
 def as_required(batch: Batch, objective: Objective) -> Batch:
@@ -74,8 +74,7 @@ def as_required(batch: Batch, objective: Objective) -> Batch:
         batch = batch.take([0, batch.latents.shape[1] - 1])
     return replace(
         batch,
-        captions=batch.captions if "captions" in needs.columns else None,
-        negative_caption=batch.negative_caption if "negative_caption" in needs.columns else None,
+        columns={name: value for name, value in batch.columns.items() if name in needs.columns},
         state={name: torch.tensor(value) for name, value in objective.initial_state().items()},
     )
 
