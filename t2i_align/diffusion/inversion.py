@@ -1,6 +1,6 @@
-"""Noise by inversion: the probability-flow ODE is followed from the clean latents up, and a model tells the direction.
+"""Noise by inversion: the probability-flow ODE is followed from the clean latents up, with a model's predictions.
 
-    x_{k+1} = alpha_{k+1} x_hat + sigma_{k+1} noise_hat       x_hat, noise_hat: what the model sees in x_k at tau_k
+    x_{k+1} = alpha_{k+1} x_hat + sigma_{k+1} noise_hat       x_hat, noise_hat: the model's estimates from x_k at tau_k
     noise*  = (x_tau - alpha_tau x) / sigma_tau               and the native target that follows from it
 
 This is DDIM run backwards (arXiv 2010.02502, eq. 13) for variance-preserving processes and Euler's method for flow, as
@@ -35,16 +35,16 @@ def inverted_noise(
     renoise: int = 0,
     sharing: NoiseSharing = "shared",
 ) -> Noised:
-    """Candidates inverted to one level a group, drawn from `level_grid`; all that it returns is detached.
+    """Candidates inverted to one level per group, drawn from `level_grid`; all that it returns is detached.
 
     Args:
-        model: whose predictions are followed.
-        levels: how many the grid has; the deepest of the batch says how many steps are taken.
+        model: its predictions drive the ODE.
+        levels: number of levels in the grid; the deepest in the batch sets the number of steps.
         guidance: classifier-free guidance scale (arXiv 2207.12598); 1 is none, and costs no second call.
         eta: share of fresh noise in [0, 1] (see `advance`): 0 is deterministic, 1 is `random_noise`.
         renoise: corrections of each step (ReNoise, arXiv 2403.14602), with one more call each: the prediction is
             averaged with the one at the point where the step has led, and the step is taken again.
-        sharing: whether the candidates of a group get the same fresh noise.
+        sharing: `shared` within a group, or `independent`.
 
     Raises:
         UserError: guidance without the empty prompt's conditioning in the batch.
@@ -67,7 +67,7 @@ def inverted_noise(
             # Targets of two levels differ even where both see the same image and noise: average them at one.
             there = process.to_clean(again, moved, to), process.to_noise(again, moved, to)
             moved = advance(rng, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
-        latents = torch.where(_like(level >= i, clean), moved, latents)  # who has reached its level stays
+        latents = torch.where(_like(level >= i, clean), moved, latents)  # samples at their level stay
         now = to
     # Autocast caches cast weights, here without their gradient: the policy's own step would train nothing.
     torch.clear_autocast_cache()

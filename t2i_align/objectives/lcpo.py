@@ -23,7 +23,7 @@ from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Float, Share, settings
 
-ETA_MAX = 0.999  # eta = 1 would trust every label for good
+ETA_MAX = 0.999  # eta = 1 would trust every label permanently
 
 
 def trust(h: Tensor, eta: Tensor | float) -> Tensor:

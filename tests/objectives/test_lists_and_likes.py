@@ -141,8 +141,6 @@ def test_tkto_likes_the_prompt_and_dislikes_the_negative() -> None:
             }
         },
     )
-        },
-    )
     loss, gradient, _ = loss_and_gradient(TKTO(beta=3.0), batch, "epsilon")
     expected, expected_gradient, _ = loss_and_gradient(DiffusionKTO(beta=3.0), doubled, "epsilon")
     torch.testing.assert_close(loss, expected)
