@@ -77,7 +77,7 @@ def random_noise(batch: Batch, rng: SampleRNG, sharing: NoiseSharing = "shared")
 
 def candidates_conditioning(batch: Batch) -> Conditioning:
     """What each candidate is denoised under, [B * k, ...]: its own caption where the batch has these, or the prompt;
-    and where the model is told sizes, its own."""
+    and its own size, for families conditioned on it."""
     if batch.captions is not None:
         return with_sizes({name: tensor.flatten(0, 1) for name, tensor in batch.captions.items()}, batch)
     k = batch.latents.shape[1]
@@ -85,7 +85,7 @@ def candidates_conditioning(batch: Batch) -> Conditioning:
 
 
 def with_sizes(conditioning: Conditioning, batch: Batch) -> Conditioning:
-    """The texts' conditioning, [B * k, ...], with each candidate's size and crop, where the model is told these."""
+    """The texts' conditioning, [B * k, ...], with each candidate's size and crop for families conditioned on them."""
     return conditioning if batch.sizes is None else {**conditioning, "time_ids": batch.sizes.flatten(0, 1)}
 
 

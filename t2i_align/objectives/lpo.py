@@ -22,7 +22,7 @@ def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:
     itself = torch.eye(h.shape[1], dtype=torch.bool, device=h.device)
     rivals = h.unsqueeze(1).expand(-1, h.shape[1], -1).masked_fill(~(worse | itself), -torch.inf)
     terms = torch.logsumexp(rivals, dim=2) - h
-    return terms.sum(1) / worse.any(2).sum(1).clamp_min(1)  # who beats nobody has the term h_j - h_j = 0
+    return terms.sum(1) / worse.any(2).sum(1).clamp_min(1)  # a candidate that beats none has the term h_j - h_j = 0
 
 
 @settings
