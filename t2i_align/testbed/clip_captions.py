@@ -65,13 +65,13 @@ def _motion(path: str, speed: str | None) -> str:
     return f"{verb} {speed} {way}" if speed else f"{verb} {way}"
 
 
-_MOTIONS = {
+MOTIONS = {
     _motion(path, speed): (path, speed)
     for path in WAYS
     for speed in (None, *SPEEDS)
     if speed is None or path != "still"
 }
-_PART = rf"({NOUN}) ({'|'.join(_MOTIONS)})"
+_PART = rf"({NOUN}) ({'|'.join(MOTIONS)})"
 _CAPTION = re.compile(
     rf"(?:on an? (?P<first>{'|'.join(BACKGROUNDS)}) background, )?{_PART}(?: and {_PART})?"
     rf"(?: on an? (?P<last>{'|'.join(BACKGROUNDS)}) background)?"
@@ -100,14 +100,14 @@ def parse(caption: str) -> ClipStatement:
             f"cannot read the prompt {caption!r}: the testbed's video captions are such as "
             "'a large red circle moving quickly to the right on a white background'"
         )
-    parts = [Part(read_noun(match[i]), *_MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
+    parts = [Part(read_noun(match[i]), *MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
     return ClipStatement(tuple(parts), match["first"] or match["last"]).canonical()
 
 
 def words() -> list[str]:
     """Every word and sign a caption can hold, sorted."""
     glue = ["a", "an", "on", "and", "background", ","]
-    motions = " ".join(_MOTIONS).split()
+    motions = " ".join(MOTIONS).split()
     return sorted({*glue, *motions, *COLOURS, *SHAPES, *RADII, *BACKGROUNDS})
 
 
