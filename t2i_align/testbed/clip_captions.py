@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, clean, noun_words, read_noun, wrong_phrase
+from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, clean, noun_words, read_noun
 from t2i_align.testbed.clips import SPEEDS, Clip
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, choose_other
+from t2i_align.testbed.scenes import BACKGROUNDS
 
 WAYS = {  # verb and direction of each path; the speed's word stands between them
     "right": ("moving", "to the right"),
@@ -22,9 +22,6 @@ WAYS = {  # verb and direction of each path; the speed's word stands between the
     "vertically": ("bouncing", "up and down"),
     "still": ("standing", "still"),
 }
-OTHER_WAY = {"right": "left", "up": "down", "clockwise": "anticlockwise", "sideways": "vertically"}
-OTHER_WAY |= {b: a for a, b in OTHER_WAY.items()}
-FAULTS = ("path", "speed", "background", "size", "colour", "shape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,35 +99,3 @@ def parse(caption: str) -> ClipStatement:
         )
     parts = [Part(read_noun(match[i]), *MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
     return ClipStatement(tuple(parts), match["first"] or match["last"]).canonical()
-
-
-def words() -> list[str]:
-    """Every word and sign a caption can hold, sorted."""
-    glue = ["a", "an", "on", "and", "background", ","]
-    motions = " ".join(MOTIONS).split()
-    return sorted({*glue, *motions, *COLOURS, *SHAPES, *RADII, *BACKGROUNDS})
-
-
-def corrupt(statement: ClipStatement, fault: str, rng: np.random.Generator) -> ClipStatement | None:
-    """The statement with one attribute of what moves (or of the background) wrong; None where it is not stated."""
-    if fault not in FAULTS:
-        raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
-    part = statement.parts[0]
-    stated = {
-        "background": statement.background,
-        "path": part.path != "still",
-        "speed": part.speed,
-        "size": part.phrase.size,
-    }
-    if not stated.get(fault, True):
-        return None
-    if fault == "background":
-        return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
-    if fault == "path":
-        part = dataclasses.replace(part, path=OTHER_WAY[part.path])
-    elif fault == "speed":
-        part = dataclasses.replace(part, speed=choose_other(rng, SPEEDS, part.speed))
-    else:
-        phrases = [other.phrase for other in statement.parts]
-        part = dataclasses.replace(part, phrase=wrong_phrase(part.phrase, fault, phrases, rng))
-    return dataclasses.replace(statement, parts=(part, *statement.parts[1:]))

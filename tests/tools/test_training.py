@@ -15,7 +15,6 @@ from t2i_align.testbed import captions, clip_captions, prompts
 from t2i_align.testbed.captions import describe, parse, write
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import sample_scene
-from t2i_align.testbed.world import IMAGES
 from tools.testbed.__main__ import COMMANDS, main
 from tools.testbed.base import VAERecipe
 from tools.testbed.denoiser import Pool, draw_captions, train_denoiser
@@ -103,7 +102,7 @@ def test_parse_targets_do_not_depend_on_the_phrasing(base, language, texts, expe
 
 
 def test_training_captions_leave_dev_and_test_out(sd, scenes):
-    texts, _ = draw_captions(scenes * 20, IMAGES, np.random.default_rng(1), sd.recipe, True)
+    texts, _ = draw_captions(scenes * 20, sd, np.random.default_rng(1), sd.recipe, True)
     stated = [parse(caption) for caption in texts if caption]
     assert len(stated) > 400 and all(split_of(statement) == "train" for statement in stated)
 
@@ -111,7 +110,7 @@ def test_training_captions_leave_dev_and_test_out(sd, scenes):
 def test_planted_faults_occur_at_their_rate(sd, scenes):
     """With only the background's fault at rate 0.3, that share of stated backgrounds is wrong (4 standard errors)."""
     recipe = dataclasses.replace(sd.recipe, fault_rates={"background": 0.3}, caption_dropout=0.0)
-    _, statements = draw_captions(scenes * 100, IMAGES, np.random.default_rng(2), recipe, True)
+    _, statements = draw_captions(scenes * 100, sd, np.random.default_rng(2), recipe, True)
     wrong = [
         s.background != scene.background for s, scene in zip(statements, scenes * 100, strict=True) if s.background
     ]
@@ -222,7 +221,7 @@ def test_a_student_that_knows_what_the_teacher_knows_has_no_error(sd, scenes, ki
     def loss(known):
         student = KnowingStudent(processes[kind], known)
         return Distillation(
-            teacher, sd.build_text_encoder(), sd.process, student, sd.to_ids, (pool, pool), recipe
+            sd, teacher, sd.build_text_encoder(), sd.process, student, sd.to_ids, (pool, pool), recipe
         )(0)["error"].item()  # fmt: skip
 
     assert loss(truth) < 1e-4

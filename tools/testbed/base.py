@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,7 @@ class Base(ABC):
 
     Attributes:
         world: what it draws, its captions and its oracle.
+        corrupt: a statement with one attribute wrong, or None where the fault does not apply.
         dev: the split of prompts that checkpoints are evaluated on.
         text_steps: steps of the text encoder's warm-up.
         continuous: whether times between the 1000 timesteps are drawn.
@@ -95,6 +96,7 @@ class Base(ABC):
     """
 
     world: World
+    corrupt: Callable[..., Any]
     dev: str
     vae_recipe: VAERecipe
     clean: PoolConfig

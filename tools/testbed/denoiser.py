@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from t2i_align.testbed.prompts import split_of
-from t2i_align.testbed.world import World
 from t2i_align.utils.files import atomic_file
 from tools.testbed.base import Base, DenoiserRecipe, ParseHeads, PoolConfig
 from tools.testbed.loop import LoopConfig, fit, mixed
@@ -78,7 +77,7 @@ def make_pools(base: Base, vae: nn.Module, work: Path, samples: int) -> tuple[Po
 
 
 def draw_captions(
-    drawn: Sequence[Any], world: World, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
+    drawn: Sequence[Any], base: Base, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
 ) -> tuple[list[str], list[Any]]:
     """A caption for each scene or clip, "" where dropped, and its statement, with planted faults where `faulty`.
 
@@ -86,13 +85,13 @@ def draw_captions(
     """
     captions, statements = [], []
     for item in drawn:
-        statement = world.describe(item, rng)
+        statement = base.world.describe(item, rng)
         if faulty:
             for fault, rate in recipe.fault_rates.items():
                 if rng.random() < rate:
-                    statement = world.corrupt(statement, fault, rng) or statement
-        caption = world.write(statement, rng)
-        statement = world.parse(caption)  # in the order of the text
+                    statement = base.corrupt(statement, fault, rng) or statement
+        caption = base.world.write(statement, rng)
+        statement = base.world.parse(caption)  # in the order of the text
         if rng.random() < recipe.caption_dropout or split_of(statement) != "train":
             caption = ""
         captions.append(caption)
@@ -101,7 +100,7 @@ def draw_captions(
 
 
 def draw_batch(
-    pools: tuple[Pool, Pool], world: World, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
+    pools: tuple[Pool, Pool], base: Base, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
 ) -> tuple[Tensor, list[str], list[Any]]:
     """Latents [B, ...], captions and statements of clean and faulty images in their phase's shares."""
     number = round(recipe.faulty_images[int(faulty)] * recipe.batch)
@@ -110,7 +109,7 @@ def draw_batch(
         index = pool.draw(rng, count, recipe.large_weight)
         latents.append(pool.latents[torch.from_numpy(index)].float())
         drawn += [pool.drawn[i] for i in index]
-    return torch.cat(latents), *draw_captions(drawn, world, rng, recipe, faulty)
+    return torch.cat(latents), *draw_captions(drawn, base, rng, recipe, faulty)
 
 
 def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
@@ -146,7 +145,7 @@ def train_denoiser(
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((recipe.seed, 11, step))
         faulty = step >= recipe.clean_fraction * recipe.steps
-        latents, captions, statements = draw_batch(pools, base.world, rng, recipe, faulty)
+        latents, captions, statements = draw_batch(pools, base, rng, recipe, faulty)
         timesteps = draw_timesteps(rng, recipe)
         if base.continuous:
             timesteps = timesteps + torch.from_numpy(rng.random(len(latents), np.float32))

@@ -23,7 +23,6 @@ from transformers import CLIPTextModel
 from pipelines import VariancePreserving
 from t2i_align.testbed import base_path
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.world import IMAGES
 from tools.testbed.base import DenoiserRecipe
 from tools.testbed.denoiser import Pool, draw_batch, draw_timesteps, make_pools
 from tools.testbed.evaluate import evaluate, summary
@@ -45,6 +44,7 @@ def teacher_timesteps(levels: Tensor, teacher_alphas_cumprod: Tensor) -> Tensor:
 class Distillation:
     """The loss of a step: the student's mean squared error against what follows from the teacher's prediction."""
 
+    base: SD
     teacher: UNet2DConditionModel
     text_encoder: CLIPTextModel
     teacher_process: VariancePreserving
@@ -58,7 +58,7 @@ class Distillation:
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.recipe.seed, 13, step))
-        latents, captions, _ = draw_batch(self.pools, IMAGES, rng, self.recipe, faulty=True)
+        latents, captions, _ = draw_batch(self.pools, self.base, rng, self.recipe, faulty=True)
         timesteps = draw_timesteps(rng, self.recipe)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = self.process.add_noise(latents, noise, timesteps)
@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     if kind != "v_prediction":
         raise SystemExit(f"{args.teacher} predicts {kind}; the teacher must be a v base, e.g. testbed:sd")
     args.work.mkdir(parents=True, exist_ok=True)
-    pools = make_pools(SD(), teacher.vae, args.work, args.samples)
+    base = SD()
+    pools = make_pools(base, teacher.vae, args.work, args.samples)
     torch.manual_seed(args.seed)
     student = STUDENTS[args.student](teacher)
     # Plain matrix products: at these sizes the fused kernel takes longer on a CPU.
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     average = fit(
         student.trained,
         Distillation(
+            base,
             teacher.unet,
             teacher.text_encoder.requires_grad_(False),
             VariancePreserving(teacher.scheduler.alphas_cumprod, "v_prediction"),

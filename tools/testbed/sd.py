@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipelines import VariancePreserving
-from t2i_align.testbed.captions import CHOICES, Statement
+from t2i_align.testbed.captions import CHOICES, Statement, corrupt
 from t2i_align.testbed.scenes import BACKGROUNDS, SIDE, Scene, maybe_degrade, render, sample_scene, to_uint8
 from t2i_align.testbed.world import IMAGES
 from tools.testbed.base import Base, DenoiserRecipe, PoolConfig, VAERecipe, class_of, posterior_statistics, spread_to
@@ -30,6 +30,7 @@ class SD(Base):
     """Scenes of 64 x 64 pixels as 4 x 16 x 16 latents, a UNet and CLIP's text model."""
 
     world = IMAGES
+    corrupt = staticmethod(corrupt)
     dev = "dev"
     vae_recipe = VAERecipe(
         phases=((1600, 64, 1, 32), (700, 16, 1, 64)), lr=3e-3, muon=False, number=24_000, faulty=0.25, degraded=0.4

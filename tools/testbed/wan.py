@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from pipelines import RectifiedFlow
 from t2i_align.testbed.captions import CHOICES
 from t2i_align.testbed.clip_captions import ClipStatement
-from t2i_align.testbed.clips import FAULT_RATES, FRAMES, PATHS, SPEEDS, Clip, sample_clip, spoil, to_clip
+from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, sample_clip
 from t2i_align.testbed.scenes import BACKGROUNDS, SIDE
 from t2i_align.testbed.world import CLIPS
 from tools.testbed.base import (
@@ -29,6 +29,7 @@ from tools.testbed.base import (
     posterior_statistics,
     spread_to,
 )
+from tools.testbed.faults import FAULT_RATES, corrupt, spoil, to_clip
 from tools.testbed.text import WIDTH, WORDS, build_word_tokenizer, clip_words
 
 CHANNELS = 16
@@ -42,6 +43,7 @@ class Wan(Base):
     """Nine frames of 64 x 64 as 16 x 3 x 8 x 8 latents: four frames (the first alone) and 8 x 8 pixels each."""
 
     world = CLIPS
+    corrupt = staticmethod(corrupt)
     dev = "video-dev"
     vae_recipe = VAERecipe(
         phases=((1000, 10, 5, 32), (1500, 6, 9, 32), (300, 3, 9, 64)),
