@@ -283,7 +283,7 @@ def test_parquet_of_scores_continues_and_keeps_parts_and_errors(images: Path, tm
     assert run(images, scorer, out) == pytest.approx(0.3)
     assert scorer.seen == 1 and not left.exists() and pq.read_table(out).num_rows == 5
     pq.write_table(pa.table({"a": [1]}), out)
-    with pytest.raises(UserError, match="scores.parquet, row 1: has no 'image'"):
+    with pytest.raises(UserError, match=r"scores.parquet, row 1: has no 'image'"):
         run(images, Red(), out)
 
 

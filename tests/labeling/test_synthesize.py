@@ -15,11 +15,11 @@ from reward_scorers import Scorer, ScorerError, registry
 from t2i_align.cli import main
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
+from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError
 from t2i_align.labeling import synthesize as module
 from t2i_align.labeling.groups import Summary
 from t2i_align.labeling.synthesize import synthesize
-from t2i_align.data.votes import majority, shares
 
 PROMPTS = ["a red fox", "a blue owl", "a red fox", "unspeakable", "a green dog"]
 
