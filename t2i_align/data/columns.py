@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from t2i_align.data import tables
-from t2i_align.data.formats import Items, exists, inside
-from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.data.formats import exists, inside
+from t2i_align.data.schema import Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.data.votes import majority
 from t2i_align.errors import UserError
@@ -162,9 +162,11 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
             candidates=tuple(_media(value, root, row.origin) for value in values),
             scores=scores,
             origin=row.origin,
-            captions=_captions(members, columns, len(values)),
-            negative_caption=_text(row, negative, only=str) if negative and row.values.get(negative) else None,
-            user=user,
+            columns={
+                "captions": _captions(members, columns, len(values)),
+                "negative_caption": _text(row, negative, only=str) if negative and row.values.get(negative) else None,
+                "user": user,
+            },
         )
     except _Unusable as error:
         return Skipped(id=name, origin=row.origin, reason=str(error))

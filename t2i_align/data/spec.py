@@ -22,8 +22,8 @@ import yaml
 
 from t2i_align.data import columns, hub
 from t2i_align.data.columns import Columns
-from t2i_align.data.formats import Items, exists, is_tie
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.formats import exists
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.splits import By, Part
 from t2i_align.errors import UserError
 
@@ -137,22 +137,12 @@ def _expanded(group: Group, description: DatasetSpec) -> Iterator[Group | Skippe
         if description.pairs == "best_worst":
             order = sorted(range(len(group.scores)), key=lambda i: -group.scores[i])
             chosen = [(order[0], order[-1])]
-        made = [_pair(group, i, j) for i, j in chosen]
+        made = [replace(group.take(pair), id=f"{group.id}#{pair[0]}-{pair[1]}") for pair in chosen]
     for item in made:
-        if not description.ties and is_tie(item.scores):
+        if not description.ties and item.is_tie:
             yield Skipped(id=item.id, origin=item.origin, reason="a tie")
         else:
             yield item
-
-
-def _pair(group: Group, i: int, j: int) -> Group:
-    return replace(
-        group,
-        id=f"{group.id}#{i}-{j}",
-        candidates=(group.candidates[i], group.candidates[j]),
-        scores=(group.scores[i], group.scores[j]),
-        captions=None if group.captions is None else (group.captions[i], group.captions[j]),
-    )
 
 
 def split(

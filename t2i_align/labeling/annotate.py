@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.formats import is_tie
 from t2i_align.data.schema import Group
 from t2i_align.data.votes import RULES as VOTES
 from t2i_align.diffusion.randomness import stable_seed
@@ -296,4 +295,4 @@ def _changed(batch: Batch, texts: Mapping[str, str], change: Perturber, seed: in
 def _no_winner(group: Group) -> str:
     if len(group.candidates) != 2:
         return f"{len(group.candidates)} candidates; this variant is defined on pairs"
-    return "a tie: neither candidate is the winner" if is_tie(group.scores) else ""
+    return "a tie: neither candidate is the winner" if group.is_tie else ""

@@ -30,7 +30,11 @@ def one_image_two_texts(batch: Batch) -> Batch:
     return replace(
         batch.take([0, 0]),
         scores=torch.tensor([1.0, 0.0], device=batch.scores.device).expand(len(batch.keys), 2),
-        captions={name: torch.stack([tensor, negative[name]], dim=1) for name, tensor in batch.conditioning.items()},
+        columns={
+            "captions": {
+                name: torch.stack([tensor, negative[name]], dim=1) for name, tensor in batch.conditioning.items()
+            }
+        },
     )
 
 
