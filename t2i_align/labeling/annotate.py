@@ -16,8 +16,8 @@ from t2i_align.data.schema import Group
 from t2i_align.data.votes import RULES as VOTES
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import check_sampling
-from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick_device
+from t2i_align.inference.options import check_counts, memory_for, pick_device
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.labeling.captioner import DRAWN, Captioner, load_captioner
 from t2i_align.labeling.groups import Annotate, Batch, Summary, fill, slices
 from t2i_align.labeling.perturber import RULES, Perturber, load_perturber
@@ -205,7 +205,7 @@ def relabel(
     margins = [scorer.tie_margin for scorer in built]
 
     def annotate(batch: Batch) -> dict[str, Row]:
-        batch.skip(lambda group: not_for(built, group.prompt))
+        batch.skip(lambda group: unscorable(built, group.prompt))
         if rule != "sum":
             batch.skip(lambda group: "" if len(group.candidates) > 1 else "a single candidate, none to compare it with")
         return {
@@ -236,7 +236,7 @@ class _Job:
         self, source: str | Path, out: str | Path, format: str, annotations: Sequence[str | Path] = (), *,
         pairs: bool = False, batch_size: int, force: bool,
     ) -> None:  # fmt: skip
-        check_sampling(batch_size=batch_size)
+        check_counts(batch_size=batch_size)
         self.table, self.batch_size, self.force = ResumableTable(out), batch_size, force
         if not force:
             self.table.check_unfinished()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Skipped
-from t2i_align.inference.resolve import memory_for
+from t2i_align.inference.options import memory_for
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:

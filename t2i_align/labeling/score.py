@@ -30,8 +30,9 @@ from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.stored import is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST, check_sampling
-from t2i_align.inference.resolve import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
+from t2i_align.inference.generate import LIST
+from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import ResumableTable, Row
 
@@ -81,7 +82,7 @@ def score(
     Raises:
         UserError: a list, row, scorer or device that cannot be used.
     """
-    check_sampling(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     check_precision(precision)
     processes = Distributed()
     place = pick_device(device or processes.device)
@@ -169,7 +170,8 @@ class _ScorerRun:
         """A row for each of these candidates of a batch: score and parts, or the error."""
         with self.autocast():
             errors = {
-                i: media[i] if isinstance(media[i], str) else not_for([self.scorer], batch[i].prompt) for i in indices
+                i: media[i] if isinstance(media[i], str) else unscorable([self.scorer], batch[i].prompt)
+                for i in indices
             }
             yield from (self._row(batch[i], error=error) for i, error in errors.items() if error)
             usable = [i for i in indices if not errors[i]]

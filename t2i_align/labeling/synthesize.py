@@ -31,18 +31,11 @@ from tqdm import tqdm
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import check_sampling, sample, sample_seed, save_image
-from t2i_align.inference.resolve import (
-    adapter_on,
-    build_scorers,
-    check_precision,
-    load_pipeline,
-    not_for,
-    pick_device,
-    resolve_aligned,
-    resolve_base,
-    resolve_prompts,
-)
+from t2i_align.inference.generate import sample, sample_seed, save_image
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
+from t2i_align.inference.options import check_counts, check_precision, pick_device
+from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.labeling.groups import Batch, Summary, fill
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, claim, read_json
@@ -106,7 +99,7 @@ def synthesize(
         UserError: an argument that cannot be used, or a folder begun with other settings.
     """
     texts = list(dict.fromkeys(resolve_prompts(prompts)))
-    check_sampling(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
+    check_counts(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
     check_precision(precision)
     if pairs is not None and pairs not in PAIRS:
         raise unknown("pairs", pairs, PAIRS)
@@ -141,7 +134,7 @@ class _Work:
         self.scorers, self.progress, self.rank = scorers, progress, processes.rank
         self.margins = [scorer.tie_margin for scorer in scorers]
         own = [i for i in range(len(prompts)) if i // BLOCK % processes.world == processes.rank]
-        self.own = {i: not_for(scorers, prompts[i]) for i in own}  # with the reason why it cannot be scored, or ""
+        self.own = {i: unscorable(scorers, prompts[i]) for i in own}  # with the reason why it cannot be scored, or ""
 
     def begin(self, settings: Row) -> None:
         """Start the folder, or continue one that was begun with the same settings."""
@@ -174,7 +167,7 @@ class _Work:
                 raise UserError(f"{name}: this model makes clips; preferences are made of images here")
             with FileLock(self.out / ".lock"):  # refuses other weights under the same name
                 claim(self._identity(model), {"model": name, "sha256": weights_hash(pipeline.denoiser)})
-            batch_size = sampling["batch_size"] or pipeline.default_batch_size
+            batch_size = sampling["batch_size"] or pipeline.sampling()[2]
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, i, k) for i, k in part]
@@ -291,7 +284,7 @@ def _loaded(name: str, precision: str, device: str) -> Iterator[TrainablePipelin
     if aligned.kind == "model":
         yield load_pipeline(aligned.path, precision, device)
         return
-    pipeline = load_pipeline(**asdict(resolve_base(None, aligned)), precision=precision, device=device)
+    pipeline = load_pipeline(resolve_base(None, aligned), precision, device)
     with adapter_on(pipeline, aligned):
         yield pipeline
 
