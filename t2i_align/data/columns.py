@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from t2i_align.data import tables
 from t2i_align.data.schema import COLUMNS, Column, Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
+from t2i_align.data.votes import majority
 from t2i_align.errors import UserError
-from t2i_align.labeling.votes import majority
 from t2i_align.utils.settings import Bool, settings
 
 ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
