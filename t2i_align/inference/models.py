@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from t2i_align.conditioning import soft_tokens
-from t2i_align.config import ModelConfig, build
+from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, check_precision, first_line, pick_device
 from t2i_align.inference.prompts import TESTBED, bundled

@@ -31,6 +31,7 @@ from t2i_align.training.reference import build_reference, choose_kind, no_refere
 from t2i_align.training.trainer import METRICS_FILE, Trainer
 from t2i_align.training.validation import Validation
 from t2i_align.utils.files import output_lock
+from t2i_align.utils.settings import with_overrides
 
 RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +79,7 @@ def align(
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif isinstance(config, Mapping):
-        config = configuration.from_mapping(configuration.with_overrides(config, overrides))
+        config = configuration.from_mapping(with_overrides(config, overrides))
     output = Path(config.output_dir)
     check_machine(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision

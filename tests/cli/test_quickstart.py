@@ -64,7 +64,7 @@ def test_anything_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.stesp=3", "unknown key in train 'stesp'"),
+        ("train.stesp=3", "train.stesp: unknown key"),
         ("data.path=typo.jsonl", "typo.jsonl: no such file"),
         ("output_dir=elsewhere", "choose that with --output"),
     ],
