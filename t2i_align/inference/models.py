@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from t2i_align.conditioning import soft_tokens
-from t2i_align.config import ModelConfig
+from t2i_align.config import RUN_FILE, ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, check_precision, first_line, pick_device
 from t2i_align.inference.prompts import TESTBED, bundled
+from t2i_align.utils.settings import build
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -165,8 +166,6 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0
 
 def _trained_from(aligned: Aligned) -> ModelConfig | None:
     """The model section of the training run whose output folder holds these weights; None if there is none."""
-    from t2i_align.training.run import RUN_FILE  # a heavy import
-
     weights = Path(aligned.path)
     folder = weights.parent if weights.is_file() else weights
     file = folder.absolute().parent / RUN_FILE

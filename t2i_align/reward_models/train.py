@@ -29,6 +29,7 @@ from reward_scorers.heads import PAL
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.towers import TwoTowers
 from reward_scorers.trained import CLIP, DESCRIPTION, HEAD, LAYOUT, describe, load_head, make_head
+from t2i_align.config import RUN_FILE
 from t2i_align.data.layout import differences, write_json
 from t2i_align.data.sampling import StreamSampler
 from t2i_align.diffusion.randomness import stable_seed
@@ -42,7 +43,7 @@ from t2i_align.reward_models.preferences import NOBODY, Preferences, open_prefer
 from t2i_align.training import checkpoint
 from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.optim import make_optimizer, make_schedule
-from t2i_align.training.run import RUN_FILE, write_atomically
+from t2i_align.training.run import write_atomically
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.trainer import METRICS_FILE
 from t2i_align.utils.files import output_lock

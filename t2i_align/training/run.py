@@ -20,7 +20,7 @@ import pipelines
 from pipelines import TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning import soft_tokens
-from t2i_align.config import RunConfig
+from t2i_align.config import RUN_FILE, RunConfig
 from t2i_align.data.loader import AnySource, open_source
 from t2i_align.data.schema import Model
 from t2i_align.errors import UserError
@@ -33,7 +33,6 @@ from t2i_align.training.validation import Validation
 from t2i_align.utils.files import output_lock
 from t2i_align.utils.settings import with_overrides
 
-RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Text encoders of the size of T5-XXL overflow half precision, and nobody runs them in single.
 LARGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
