@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
-RUN_FILE = "run.yaml"  # the complete configuration of a run, in its output folder
 Precision = Literal["fp32", "bf16", "fp16"]
 
 

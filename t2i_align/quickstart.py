@@ -61,7 +61,7 @@ def quickstart(
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.evaluation.compare import RESULT, evaluate
         from t2i_align.inference.prompts import resolve_prompts
-        from t2i_align.training.run import align
+        from t2i_align.training.run import RUN_FILE, align
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
@@ -91,9 +91,7 @@ def quickstart(
         result = replace(result, out=folder, settings=result.settings | whole)
         values = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
         write_text(temporary / COMPLETE / RESULT, values + "\n")
-        write_text(
-            run.output_dir / configuration.RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False)
-        )
+        write_text(run.output_dir / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
         run.output_dir.rename(temporary / COMPLETE / "run")
     return result
 
