@@ -20,6 +20,7 @@ from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint, loop
 from t2i_align.training.monitor import Diverged, change, check_finite, check_winners, copies
+from t2i_align.utils.settings import settings
 from tests.runs import align_killed, metrics, run_in_two_processes, run_values, same
 
 SPOILING = 0.1  # a learning rate at which all the tiny model's weights are soon useless, and a half or a quarter is not
@@ -149,7 +150,7 @@ def test_switched_off_nothing_is_looked_at(sd_path: Path, pairs: Path, tmp_path:
     assert align(values, progress=False).metrics["error/chosen_minus_reference"] > 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class SpoiltUnseen(DiffusionDPO):
     """Not finite from the third step on, as if what the first checkpoint holds had been spoilt already."""
 

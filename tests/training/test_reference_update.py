@@ -25,6 +25,7 @@ from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint
 from t2i_align.training.reference import ReferenceUpdate, build_reference
+from t2i_align.utils.settings import settings
 from tests.runs import align_killed, metrics, run_values, same
 
 FULL = {"lora": None, "optim__lr": 1e-4}
@@ -189,7 +190,7 @@ def test_a_killed_run_resumes_with_the_reference_it_had(
         assert same(checkpoint.load(one)[0], checkpoint.load(two)[0]), one.name
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Sees(DiffusionDPO):
     """Notes what kind of reference it is given."""
 

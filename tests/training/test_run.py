@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from t2i_align.objectives.base import DataStats, Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.sft import SFT
 from t2i_align.training import checkpoint, run
+from t2i_align.utils.settings import settings
 from tests.runs import jsonl_pairs, launch, metrics, run_in_two_processes, run_values, same, winner_loser_folders
 
 
@@ -247,7 +247,7 @@ def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: P
         align({**constant, "resume": True, "train": {**constant["train"], "steps": 2}}, progress=False)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Fitted(DiffusionDPO):
     """Its label smoothing is the least score of the data, where it is left open."""
 
@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class FiniteLossWithoutFiniteGradient(SFT):
     """sqrt at 0: the value is 0, the derivative infinite."""
 
