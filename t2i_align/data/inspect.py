@@ -24,7 +24,7 @@ from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
 BINS = 24

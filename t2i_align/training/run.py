@@ -24,7 +24,7 @@ from t2i_align.config import RunConfig
 from t2i_align.data.loader import AnySource, open_source
 from t2i_align.data.schema import Model
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 from t2i_align.training import checkpoint
 from t2i_align.training.optim import check_optimizer
 from t2i_align.training.reference import build_reference, choose_kind, no_reference

@@ -15,7 +15,7 @@ import pipelines
 from t2i_align import align
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import sample
-from t2i_align.inference.resolve import adapter_on, resolve_aligned
+from t2i_align.inference.models import adapter_on, resolve_aligned
 from t2i_align.objectives import OBJECTIVES
 from tests.runs import image, run_values
 
