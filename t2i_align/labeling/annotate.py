@@ -64,18 +64,24 @@ def caption(
     winner has its description, the loser a perturbed description of its own. The last two are of pairs without ties.
 
     Args:
-        source: file or folder of preference data, or `testbed:pairs`.
-        variant: c, p or h.
-        out: JSONL file.
+        source: preference data: file, folder, or `testbed:pairs`.
+        variant: `c`: both images described; `p`: the prompt, and for the loser the prompt perturbed; `h`: the winner's
+            description, and for the loser its own perturbed.
+        out: JSONL file to write, for `data.annotations` of a run.
         captioner: folder, Hub id, `testbed:captioner`, or any `Captioner`; p needs none.
         perturber: `rules`, folder, Hub id, or any `Perturber`; c needs none.
         annotations: files that add to the source, such as scores that say who wins.
-        format: of the source.
-        kinds, strength: of the edits of `rules`.
-        captioner_template, perturber_template: what the models are told, with {prompt} or {caption} in it.
+        format: format of the source; `auto` detects it.
+        kinds: kinds of edits by `rules`.
+        strength: number of edits by `rules`.
+        captioner_template: instruction of the captioner, with {prompt} in it.
         captioner_revision, perturber_revision: branch, tag or commit on the Hub.
-        max_new_tokens, precision: of the models' answers and weights.
+        perturber_template: instruction of the perturber's model, with {caption} in it.
+        max_new_tokens: maximum length of a model's answer.
+        precision: `fp32`, `bf16` or `fp16`: precision of the models' weights.
+        seed: seed of the perturber.
         batch_size: groups at a time, and images.
+        device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace what `out` holds.
 
     Raises:

@@ -71,7 +71,7 @@ def score(
             again: delete a line to repeat it. Another image under the same name is another image.
         batch_size: images at a time.
         precision: "bf16" or "fp16" runs the networks under autocast, and says so in the version.
-        device: default: the GPU if there is one.
+        device: such as cpu or cuda:1 (default: the GPU if there is one).
 
     Raises:
         UserError: a list, line, scorer or device that cannot be used.

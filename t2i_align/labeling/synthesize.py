@@ -85,17 +85,17 @@ def synthesize(
     A candidate's score is the share of comparisons with the other candidates that it wins, over all scorers
     (phi of arXiv 2410.18013; a difference within a scorer's tie margin is half a win).
 
+    Other arguments are those of `generate`; each model's own where they are not given.
+
     Args:
         prompts: text file with one prompt per line, `testbed:dev`, or a list; each distinct one is used once.
         models: paths, Hub ids, training runs or LoRAs, `testbed:sd`.
-        scorers: their specs.
-        out: folder.
+        scorers: their specs, also as one list with commas.
+        out: folder for images, scores and groups.jsonl.
         per_prompt: images of each prompt by each model.
         pairs: `best_worst` or `all` pairs instead of groups of all candidates.
         agree: of a pair, at least this share of the scorers must prefer the better one; of a group, its best to its
             worst.
-        seed, steps, guidance, negative_prompt, height, width, batch_size, precision, device: as for `generate`; each
-            model's own where it is not given.
 
     Raises:
         UserError: anything above that cannot be used, or a folder begun with other settings.
