@@ -19,9 +19,12 @@ SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EP
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    from t2i_align.cli.commands import GROUPS
     from t2i_align.cli.parser import app
 
-    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (len(arguments) == 1 and arguments[0] in GROUPS):
+        arguments.append("--help")
     try:
         app(arguments, prog_name="t2i-align")
     except SystemExit as stop:

@@ -34,7 +34,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if (name := self.prefix + cmd_name) in GROUPS:
             group = type(name, (LazyGroup,), {"prefix": f"{name} "})
-            nested = typer.Typer(cls=group, help=GROUPS[name], no_args_is_help=True, add_completion=False, **PLAIN)
+            nested = typer.Typer(cls=group, help=GROUPS[name], add_completion=False, **PLAIN)
             nested.callback()(lambda: None)
             return typer.main.get_command(nested)
         return build(name) if name in COMMANDS else None
