@@ -99,7 +99,7 @@ def annotated(result: Any, options: dict[str, Any]) -> None:
 
 def synthesized(result: Any, options: dict[str, Any]) -> None:
     if result.missing:
-        print(f"{result.missing} blocks are left to other processes; the last to finish writes {result.out}")
+        print(f"{result.missing} prompts are left to other processes; the last one to finish writes {result.out}")
     else:
         print(f"{result.groups} groups in {result.out}, {result.skipped} skipped")
 
