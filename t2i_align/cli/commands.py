@@ -8,8 +8,6 @@ from typing import Any
 
 from t2i_align.cli import actions
 
-GENERATE = "t2i_align.inference.generate:generate"
-CAPTION = "t2i_align.labeling.annotate:caption"
 CONTINUES = "Run the same command again; it continues where it was stopped."
 RESUMES = "Add resume=true to the same command to continue from the newest checkpoint."
 
@@ -18,17 +16,15 @@ RESUMES = "Add resume=true to the same command to continue from the newest check
 class Command:
     """One sub-command.
 
-    function: `module:name`; its signature and docstring are the command's options (`cli.signature`). like: another one,
-    whose docstring describes the parameters that this one's does not. report: prints the function's result, given its
-    arguments. interrupted: printed after Ctrl-C. single: list options that take one value each time they are given, the
-    others take several. silent: whether the libraries' progress bars are silenced.
+    function: `module:name`; its signature and docstring are the command's options (`cli.signature`). report: prints the
+    function's result, given its arguments. interrupted: printed after Ctrl-C. single: list options that take one value
+    each time they are given, the others take several. silent: whether the libraries' progress bars are silenced.
     """
 
     function: str
     summary: str
     examples: tuple[str, ...]
     report: Callable[[Any, dict[str, Any]], None] = lambda result, options: None
-    like: str = GENERATE
     interrupted: str = "Nothing needs cleaning up; run the same command again."
     single: tuple[str, ...] = ()
     silent: bool = True
@@ -62,7 +58,7 @@ COMMANDS = {
         interrupted=RESUMES,
     ),
     "generate": Command(
-        function=GENERATE,
+        function="t2i_align.inference.generate:generate",
         summary="images or clips from a model, with or without a LoRA",
         examples=(
             "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/images "
@@ -113,7 +109,7 @@ COMMANDS = {
         report=actions.summary,
     ),
     "caption": Command(
-        function=CAPTION,
+        function="t2i_align.labeling.annotate:caption",
         summary="captions of each image of preference data, for DCPO",
         examples=(
             "t2i-align caption testbed:pairs --variant h --captioner testbed:captioner --out runs/captions.jsonl",
@@ -128,7 +124,6 @@ COMMANDS = {
         summary="prompts changed so that they do not fit their images, for TDPO and TKTO",
         examples=("t2i-align perturb testbed:pairs --kinds attribute relation --out runs/negatives.jsonl",),
         report=actions.annotated,
-        like=CAPTION,
         interrupted=CONTINUES,
     ),
     "relabel": Command(
@@ -140,7 +135,6 @@ COMMANDS = {
             "--rule majority --out scores.jsonl",
         ),
         report=actions.annotated,
-        like=CAPTION,
         interrupted=CONTINUES,
     ),
     "data inspect": Command(

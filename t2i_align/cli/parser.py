@@ -88,7 +88,7 @@ def _entry(command: Command) -> Callable[..., None]:
         raise typer.Exit(cli.run(command, given, debug=debug))
 
     signature = []
-    for p in parameters(command.function, command.like):
+    for p in parameters(command.function):
         text = p.help if p.default is None else f"{p.help} [default: {p.default}]"
         if p.positional:
             info: Any = typer.Argument(help=text, metavar="key=value" if p.name == "overrides" else None)

@@ -33,10 +33,10 @@ class Parameter:
     positional: bool
 
 
-def parameters(function: str, fallback: str = "") -> list[Parameter]:
-    """The parameters of `package.module:function`; those without a description take that of `fallback`'s."""
+def parameters(function: str) -> list[Parameter]:
+    """The parameters of `package.module:function`."""
     module, node = _function(function)
-    described = (_descriptions(*_function(fallback)) if fallback else {}) | _descriptions(module, node)
+    described = _descriptions(node)
     return [
         Parameter(
             name=argument.arg,
@@ -124,7 +124,7 @@ def _type(module: str, node: ast.AST | None) -> Any:
     return None
 
 
-def _descriptions(module: str, node: ast.FunctionDef) -> dict[str, str]:
+def _descriptions(node: ast.FunctionDef) -> dict[str, str]:
     """The `Args:` section of a docstring by parameter; names that share an entry share its text."""
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(ast.get_docstring(node) or ""), re.M | re.S)
     out: dict[str, str] = {}
