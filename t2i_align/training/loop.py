@@ -124,6 +124,14 @@ class Loop:
                     bar.n = self.step
         return self.last_logged
 
+    def release(self) -> None:
+        """Drop DDP's wrapper while the process group still exists.
+
+        As the last holder of the group it would join gloo's threads with the GIL locked, for which these may wait.
+        """
+        del self.network
+        self.accelerator.free_memory()
+
     def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""
         batches = self.task.batches(self.step)

@@ -129,6 +129,7 @@ def _align(config: RunConfig, accelerator: Accelerator, progress: bool) -> RunRe
                 weights = save_weights(pipeline, weights, config.trains)
         accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     finally:
+        loop.release()
         accelerator.end_training()
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
