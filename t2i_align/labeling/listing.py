@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from t2i_align.data import parquet, readers
 from t2i_align.data.formats import frame_files
@@ -86,17 +83,6 @@ def images_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
     unusable = survey.rows - survey.groups
     return _candidates(source), sum(k * count for k, count in survey.candidates.items()) + unusable
-
-
-def open_image(media: Media) -> Image.Image:
-    """An image with its pixels loaded.
-
-    Raises:
-        OSError, SyntaxError, ValueError: whatever PIL says of a missing, truncated or foreign file.
-    """
-    with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media) as image:
-        image.load()
-        return image.copy() if getattr(image, "n_frames", 1) == 1 else image
 
 
 def parse(line: str, where: str) -> dict[str, Any]:

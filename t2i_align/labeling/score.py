@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers.base import ScorerError, rounding, unusable
+from reward_scorers.errors import ScorerError
 from t2i_align.data.clips import whole
 from t2i_align.data.formats import VIDEO_SUFFIXES
+from t2i_align.data.media import ImageError, decode
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import check_sampling
 from t2i_align.inference.resolve import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
-from t2i_align.labeling.listing import Entry, images_of, open_image, parse
+from t2i_align.labeling.listing import Entry, images_of, parse
 from t2i_align.utils.files import output_lock
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Judge:
     def named(self) -> tuple[str, str]:
         """Name and version; rounded numbers are another version's."""
         with self.autocast():
-            return self.scorer.name, self.scorer.version + rounding()
+            return self.scorer.name, self.scorer.recorded_version
 
     def autocast(self) -> torch.autocast:
         """How its networks run."""
@@ -141,7 +142,7 @@ class Judge:
         with self.autocast():
             if isinstance(media[0], Tensor):
                 return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
-            return self.scorer.judge_images(media, prompts)
+            return self.scorer.judge(media, prompts)
 
 
 class Crew:
@@ -226,10 +227,11 @@ def _load(entry: Entry) -> Any:
     try:
         if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
             return whole(entry.media)
-        image = open_image(entry.media)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode(entry.media)
+    except ImageError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return unusable(image) or image
 
 
 def number(value: float) -> float | None:

@@ -33,11 +33,8 @@ class TruthScorer(Scorer):
             except ValueError as error:
                 raise ScorerError(f"{self.name}: prompts[{row}]: {error}") from error
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._judge(pixels, prompts)[0]
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        verdict = self._verdict(pixels, prompts)
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        verdict = self._verdict(inputs, prompts)
         return as_tensor(verdict.reward), {name: as_tensor(values) for name, values in self._columns(verdict).items()}
 
     def _columns(self, verdict: Any) -> dict[str, np.ndarray]:
@@ -45,12 +42,13 @@ class TruthScorer(Scorer):
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
         if pixels.shape[-1] != pixels.shape[-2]:
-            what, size = "clips" if self.clips else "images", f"{pixels.shape[-1]} x {pixels.shape[-2]}"
-            raise ScorerError(f"{self.name}: expected square {what}, found {size}")
+            size = f"{pixels.shape[-1]} x {pixels.shape[-2]}"
+            raise ScorerError(f"{self.name}: expected square {self.takes}, found {size}")
         self.check_prompts(prompts)
         return self.oracle.judge(pixels.detach().float().cpu(), prompts)
 
 
+@register("oracle", argument=False)
 class OracleScorer(TruthScorer):
     """The truth about images."""
 
@@ -60,13 +58,6 @@ class OracleScorer(TruthScorer):
 
     def __init__(self) -> None:
         self.oracle = Oracle()
-
-
-@register("oracle")
-def _build(argument: str) -> OracleScorer:
-    if argument:
-        raise ScorerError(f"oracle: takes no argument, found {argument!r}")
-    return OracleScorer()
 
 
 def as_tensor(values: np.ndarray) -> Tensor:

@@ -25,12 +25,9 @@ class Red(Scorer):
     version = "1"
     differentiable = True
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return pixels[:, 0].mean((1, 2))
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        green = pixels[:, 1].mean((1, 2))
-        return self._score(pixels, prompts), {"green": torch.where(green > 0, green, torch.nan)}
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        red, green, _ = inputs.mean((2, 3)).unbind(1)
+        return red, {"green": torch.where(green > 0, green, torch.nan)}
 
 
 def test_a_clip_gets_the_mean_over_its_frames_and_a_part_over_the_frames_it_applies_to() -> None:
@@ -50,7 +47,7 @@ def test_images_of_mixed_sizes_and_modes_keep_their_order() -> None:
         Image.new("RGBA", (3, 5), (102, 255, 0, 7)),  # 0.4
         Image.new("1", (1, 1), 0),
     ]
-    score, parts = Red().judge_images(images, list("abcd"))
+    score, parts = Red().judge(images, list("abcd"))
     torch.testing.assert_close(score, torch.tensor([1.0, 0.2, 0.4, 0.0]))
     torch.testing.assert_close(parts["green"], torch.tensor([torch.nan, 0.2, 1.0, torch.nan]), equal_nan=True)
     torch.testing.assert_close(Red().score_images(images, list("abcd")), score)
@@ -77,7 +74,7 @@ PIXELS = torch.rand(2, 3, 4, 4)
     ],
 )
 def test_bad_input_is_named(pixels: Tensor, prompts: Sequence[str], match: str) -> None:
-    for call in (Red().score, Red().judge, Red().parts):
+    for call in (Red().score, Red().judge):
         with pytest.raises(ScorerError, match=match):
             call(pixels, prompts)
 

@@ -105,7 +105,7 @@ def test_scores_under_autocast_are_measured_against_a_reference_scored_so(tmp_pa
 
 def test_parts_are_the_members_and_images_go_through_their_own_path() -> None:
     scorer = combined("min")
-    total, parts = scorer.judge_images([Image.new("RGB", (4, 4), (51, 102, 204))], ["a"])
+    total, parts = scorer.judge([Image.new("RGB", (4, 4), (51, 102, 204))], ["a"])
     assert total.item() == pytest.approx(2.0) and parts["channel-2"].item() == pytest.approx(8.0)
     clips = PIXELS[None].repeat(1, 1, 1, 1, 1)  # one clip of two frames
     torch.testing.assert_close(scorer.score(clips, ["a"]), torch.tensor([3.0]))  # min of the means (3, 4.5, 6)

@@ -37,12 +37,9 @@ class Red(Scorer):
     def __init__(self) -> None:
         self.seen = 0
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.seen += len(pixels)
-        return pixels[:, 0].mean((1, 2))
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._score(pixels, prompts), {"nothing": pixels[:, 0, 0, 0] * float("nan")}
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen += len(inputs)
+        return inputs[:, 0].mean((1, 2)), {"nothing": inputs[:, 0, 0, 0] * float("nan")}
 
 
 @pytest.fixture
@@ -136,7 +133,7 @@ def test_another_models_images_of_the_same_names_are_scored_and_reported(tmp_pat
 
 def test_too_little_memory_and_no_such_device_are_named(images: Path) -> None:
     class Huge(Red):
-        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match=r"2 images at a time; lower batch_size \(--batch-size\)"):

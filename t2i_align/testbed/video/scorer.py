@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from reward_scorers import ScorerError, register
+from reward_scorers import register
 from t2i_align.testbed.scorer import TruthScorer, as_tensor
 from t2i_align.testbed.video.captions import parse
 from t2i_align.testbed.video.oracle import ClipVerdict, MotionOracle
 from t2i_align.testbed.video.tracking import MIN_FRAMES
 
 
+@register("motion_oracle", argument=False)
 class MotionScorer(TruthScorer):
     """The truth about clips.
 
@@ -23,7 +24,7 @@ class MotionScorer(TruthScorer):
 
     name = "motion_oracle"
     version = MotionOracle.version
-    clips = True
+    takes, min_frames = "clips", MIN_FRAMES
     parse = staticmethod(parse)
 
     def __init__(self) -> None:
@@ -33,18 +34,6 @@ class MotionScorer(TruthScorer):
         """Quality of each frame [B, F] in [0, 1], for methods that learn from segments."""
         return as_tensor(self._verdict(pixels, prompts).frames)
 
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        if pixels.shape[1] < MIN_FRAMES:
-            raise ScorerError(f"{self.name}: expected clips of {MIN_FRAMES} frames or more, found {pixels.shape[1]}")
-        return super()._judge(pixels, prompts)
-
     def _columns(self, verdict: ClipVerdict) -> dict[str, np.ndarray]:
         over_frames = {"image": verdict.image.mean(1), "temporal": verdict.temporal.mean(1)}
         return super()._columns(verdict) | over_frames
-
-
-@register("motion_oracle")
-def _build(argument: str) -> MotionScorer:
-    if argument:
-        raise ScorerError(f"motion_oracle: takes no argument, found {argument!r}")
-    return MotionScorer()
