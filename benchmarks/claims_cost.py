@@ -41,7 +41,7 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
     trainer = Trainer(dataclasses.replace(config, objective=objective), accelerator, pipeline,
                       reference_for(config, pipeline, accelerator.device), source, progress=False)  # fmt: skip
     batch = source.to_batch(next(trainer._items()), accelerator.device)
-    batch = dataclasses.replace(batch, carried=trainer.carried, empty=source.empty_conditioning(accelerator.device))
+    batch = dataclasses.replace(batch, state=trainer.state, empty=source.empty_conditioning(accelerator.device))
     draw = SampleRNG(0, batch.keys, pipeline.process, config.train.timestep_sampling, accelerator.device)
 
     def step() -> Tensor:

@@ -93,15 +93,10 @@ class Scorer(ABC):
 
     @property
     def recorded_version(self) -> str:
-        """What is recorded with scores: `plain_version`, and the autocast in force, which changes the numbers."""
+        """`version`, and what else decides the numbers: autocast where it is on, and how images are decoded."""
         kinds = (kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind))
         rounding = "".join(f", {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')} autocast" for kind in kinds)
-        return self.plain_version + rounding
-
-    @property
-    def plain_version(self) -> str:
-        """`version` with that of the image decoder; recorded with scores in full precision."""
-        return f"{self.version}, decoder {DECODER}"
+        return f"{self.version}{rounding}, {DECODER}"
 
     @property
     def device(self) -> torch.device:

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from reward_scorers.base import Judgement, Media, Scorer
 from reward_scorers.errors import ScorerError
+from reward_scorers.images import DECODER
 from reward_scorers.registry import build, register
 
 
@@ -212,7 +213,7 @@ RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
 def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, dict[str, float]]:
     """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's images, by their version.
 
-    Scores of other scorers and versions are left out; those under autocast are of this version as well.
+    Scores of other scorers, versions and decoders are left out.
 
     Raises:
         ScorerError: no such file, or no scores of this scorer and version in it.
@@ -231,11 +232,11 @@ def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, dic
                 scores.setdefault(str(version), {}).setdefault(prompt, []).append(float(row["score"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ScorerError(f"combine: {file}: not a file of scores ({error!r})") from error
-    own = scorer.plain_version
-    if usable := {v: of for v, of in scores.items() if v == own or (v.startswith(own) and v.endswith(" autocast"))}:
-        return {
-            version: {prompt: float(torch.tensor(values).quantile(quantile)) for prompt, values in by_prompt.items()}
-            for version, by_prompt in usable.items()
-        }
-    others = f" of version {own!r}, only of {', '.join(map(repr, scores))}" if scores else ""
-    raise ScorerError(f"combine: {file}: no scores of {scorer.name}{others} in it")
+    own = {v: of for v, of in scores.items() if v.startswith(f"{scorer.version},") and v.endswith(f", {DECODER}")}
+    if not own:
+        only = f" of version {scorer.recorded_version!r}, only of {', '.join(map(repr, scores))}" if scores else ""
+        raise ScorerError(f"combine: {file}: no scores of {scorer.name}{only} in it")
+    return {
+        version: {prompt: float(torch.tensor(values).quantile(quantile)) for prompt, values in by_prompt.items()}
+        for version, by_prompt in own.items()
+    }

@@ -12,8 +12,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from reward_scorers.errors import ScorerError
 
-DECODER = 2  # raised whenever `to_rgb` gives other pixels for the same file; part of the version of recorded scores
-In, Out = TypeVar("In"), TypeVar("Out")
+DECODER = "decoder 2"  # recorded with scores; changes when `to_rgb` returns other pixels for the same image
+In = TypeVar("In")
+Out = TypeVar("Out")
 _POOL = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
+from t2i_align.utils.files import write_text
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
@@ -60,7 +61,7 @@ def quickstart(
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.evaluation.compare import RESULT, evaluate
         from t2i_align.inference.resolve import resolve_prompts
-        from t2i_align.training.run import RUN_FILE, align, write_atomically
+        from t2i_align.training.run import RUN_FILE, align
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
@@ -89,8 +90,8 @@ def quickstart(
         whole = {"seconds": round(time.monotonic() - started, 1)}
         result = replace(result, out=folder, settings=result.settings | whole)
         values = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-        write_atomically(temporary / COMPLETE / RESULT, values + "\n")
-        write_atomically(run.output_dir / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
+        write_text(temporary / COMPLETE / RESULT, values + "\n")
+        write_text(run.output_dir / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
         run.output_dir.rename(temporary / COMPLETE / "run")
     return result
 

@@ -13,10 +13,8 @@ groups of one bucket (`sampling.BucketSampler`).
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -27,16 +25,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
 
 from t2i_align.data.cache import CachedGroups, Item, check_space, open_cache, prepare
-from t2i_align.data.clips import MediaSize
 from t2i_align.data.formats import Items, Survey
 from t2i_align.data.latents import Latents
 from t2i_align.data.layout import FINGERPRINT, LAYOUT, MANIFEST, SKIPPED, Parts, differences, write_json
-from t2i_align.data.media import FORMATS
+from t2i_align.data.media import MediaSize, measure
 from t2i_align.data.sampling import Position
-from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
+from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
 from t2i_align.data.shards import Limit
 from t2i_align.errors import UserError
 
@@ -46,7 +42,6 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 CONTENT = "buckets"
 NUMBERS = "buckets.npy"
 LEAST_AREA = 0.9  # of the square's
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values that swap height and width
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -64,19 +59,6 @@ def nearest(found: Sequence[Size], sizes: Sequence[Size]) -> int:
     """The number of the size whose aspect ratio is nearest to the (geometric) mean of those of some images."""
     ratio = sum(math.log(height / width) for height, width in found) / len(found)
     return min(range(len(sizes)), key=lambda n: abs(ratio - math.log(sizes[n][0] / sizes[n][1])))
-
-
-def measure(media: Media) -> Size | None:
-    """An image's size, upright, from its header alone; None where it has none that can be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media, formats=FORMATS) as image:
-                width, height = image.size
-                turned = image.getexif().get(ORIENTATION) in TURNED
-    except Exception:  # it is decoded later, and skipped then with its reason
-        return None
-    return ((width, height) if turned else (height, width)) if width and height else None
 
 
 def prepare_buckets(

@@ -19,7 +19,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_align.data.formats import MEDIA_SUFFIXES, Items, exists, frame_files, inside
+from t2i_align.data.formats import Items, exists, inside
+from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,9 +12,6 @@ from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 
 Items = Iterator[Group | Skipped]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
-MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 REASONS_SHOWN = 3
 COLUMNS = ("scores", "captions", "negative_caption", "user")  # what an objective may ask for, and annotations may add
 LABELS = (-1.0, 0.0, 0.5, 1.0)  # scores that say better, worse, equal and no more
@@ -93,16 +89,6 @@ def present_columns(group: Group) -> list[str]:
     """Which of COLUMNS this group has; scores count where they are more than labels."""
     graded = any(score not in LABELS for score in group.scores)
     return [name for name in COLUMNS if (graded if name == "scores" else getattr(group, name) is not None)]
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """The images in a folder of frames, in natural order: 2.png comes before 10.png."""
-    found = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
-
-    def natural(file: Path) -> list[str | int]:
-        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", file.name))]
-
-    return sorted(found, key=natural)
 
 
 def exists(path: Path) -> bool:

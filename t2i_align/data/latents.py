@@ -13,9 +13,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.clips import Loaded, MediaSize, load
 from t2i_align.data.layout import PROMPTS, read_table
-from t2i_align.data.media import ImageError
+from t2i_align.data.media import ImageError, Loaded, MediaSize, load
 from t2i_align.data.schema import Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Row
 from t2i_align.errors import UserError

@@ -22,11 +22,10 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.buckets import BucketedGroups, is_bucketed, prepare_buckets
 from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
-from t2i_align.data.clips import MediaSize
 from t2i_align.data.formats import Survey
 from t2i_align.data.layout import LAYOUT, MANIFEST, differences
 from t2i_align.data.live import LiveGroups, LiveItem, index_images
-from t2i_align.data.media import CROP
+from t2i_align.data.media import CROP, MediaSize
 from t2i_align.data.sampling import BucketSampler, Position, StreamSampler
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.shards import Limit

@@ -83,7 +83,7 @@ class Batch:
     captions: the candidates' own captions, [B, k, ...]; negative_caption: [B, ...]. Both only where the objective
         asked for them.
     empty: the empty prompt's conditioning, [1, ...], for objectives that guide.
-    carried: what the objective carries from step to step (see `Objective.carry`), scalars.
+    state: the objective's, scalars (see `Objective.update_state`).
     """
 
     keys: tuple[str, ...]
@@ -94,7 +94,7 @@ class Batch:
     negative_caption: Conditioning | None = None
     sizes: Tensor | None = None
     empty: Conditioning | None = None
-    carried: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""

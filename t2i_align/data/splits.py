@@ -1,6 +1,7 @@
-"""Which part of the data a group belongs to: a function of its prompt or user and a seed, and of nothing else.
+"""The one held-out split: a function of (seed, kind, normalised text) and of nothing else.
 
-So a prompt stays on its side when data are added, put in another order or read from another format.
+So a prompt stays on its side when data are added, reordered or read from another format, and whoever splits by the
+same seed and share (`data split`, `train-scorer`) holds out the same prompts.
 """
 
 from __future__ import annotations
@@ -16,13 +17,25 @@ from t2i_align.errors import UserError
 By = Literal["prompt", "user"]
 
 
+def is_held_out(kind: By, text: str, *, share: float, seed: int) -> bool:
+    """Whether a prompt or user is among the `share` (0 … 1) of all texts that training does not see."""
+    text = normalise(text) if kind == "prompt" else text
+    text = text.encode(errors="backslashreplace").decode()  # lone surrogates stay distinct
+    return stable_seed(seed, kind, text) < share * 2**63
+
+
+def normalise(prompt: str) -> str:
+    """Normalise a prompt for comparison: NFKC, case-folded, whitespace collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One side of a split.
 
     of: which side. held_out: the share of prompts (or users) that training does not see. by: what is kept apart; with
-    both, a group whose prompt is on one side and whose user is on the other belongs to neither. Prompts that differ in
-    letter case, spaces or Unicode form only are one. A group without a user counts by its prompt alone.
+    both, a group whose prompt is on one side and whose user is on the other belongs to neither. Prompts are compared
+    normalised. A group without a user counts by its prompt alone.
     """
 
     of: Literal["train", "held_out"]
@@ -40,16 +53,7 @@ class Part:
         """Whether a group is on this side; None where it is on neither."""
         sides = set()
         if "prompt" in self.by or group.user is None:
-            sides.add(self._is_held_out("prompt", normal(group.prompt)))
+            sides.add(is_held_out("prompt", group.prompt, share=self.held_out, seed=self.seed))
         if "user" in self.by and group.user is not None:
-            sides.add(self._is_held_out("user", group.user))
+            sides.add(is_held_out("user", group.user, share=self.held_out, seed=self.seed))
         return None if len(sides) > 1 else sides.pop() == (self.of == "held_out")
-
-    def _is_held_out(self, what: str, value: str) -> bool:
-        text = value.encode(errors="backslashreplace").decode()  # what is no valid Unicode is told apart as well
-        return stable_seed(self.seed, what, text) < self.held_out * 2**63
-
-
-def normal(prompt: str) -> str:
-    """A prompt as it is compared: letter case, runs of spaces and Unicode form are of no account."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())

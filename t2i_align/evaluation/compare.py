@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -37,7 +36,7 @@ from t2i_align.inference.resolve import (
     resolve_model,
     resolve_prompts,
 )
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import output_lock, write_text
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -197,10 +196,10 @@ def evaluate(
         scores = _results(judges, rows, before, after, margins, ties)
         result = Evaluation(out=folder, scorers=scores, settings=made_with)
         report = render(result.to_json(), _samples(rows, before, after, margins), store, images)
-        _write(folder / REPORT, report)
+        write_text(folder / REPORT, report)
         lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
-        _write(folder / PAIRS, "\n".join(lines) + "\n")
-        _write(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(folder / PAIRS, "\n".join(lines) + "\n")
+        write_text(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return result
 
 
@@ -348,9 +347,3 @@ def _release() -> None:
 
 def _sha256(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import resize
 
-from t2i_align.data.clips import save_clip
+from t2i_align.data.media import save_clip
 from t2i_align.inference.generate import Sample, save_image
 
 SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from t2i_align.data.clips import save_clip, to_bytes
+from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.resolve import (
@@ -28,7 +27,7 @@ from t2i_align.inference.resolve import (
     resolve_base,
     resolve_prompts,
 )
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import atomic_file, output_lock
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -165,10 +164,9 @@ def generate(
 
 
 def save_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG under a temporary name and rename it, so that it is there whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, file)
+    """Write a PNG atomically."""
+    with atomic_file(file, sync=False) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def check_sampling(**counts: int | None) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.data import parquet, readers
-from t2i_align.data.formats import frame_files
 from t2i_align.data.live import CONTENT, LiveGroups
+from t2i_align.data.media import frame_files
 from t2i_align.data.readers import has_lone_surrogate
 from t2i_align.data.schema import Group, Media
 from t2i_align.data.stored import is_store

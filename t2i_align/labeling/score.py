@@ -23,10 +23,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers.errors import ScorerError
-from t2i_align.data.clips import whole
-from t2i_align.data.formats import VIDEO_SUFFIXES
-from t2i_align.data.media import ImageError, decode
+from reward_scorers import ScorerError
+from t2i_align.data.media import ImageError, decode, is_clip, whole_clip
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import check_sampling
 from t2i_align.inference.resolve import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
@@ -123,7 +121,7 @@ class Judge:
 
     @cached_property
     def named(self) -> tuple[str, str]:
-        """Name and version; rounded numbers are another version's."""
+        """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
         with self.autocast():
             return self.scorer.name, self.scorer.recorded_version
 
@@ -225,13 +223,11 @@ def _load(entry: Entry) -> Any:
     if entry.error:
         return entry.error
     try:
-        if isinstance(entry.media, Path) and (entry.media.suffix.lower() in VIDEO_SUFFIXES or entry.media.is_dir()):
-            return whole(entry.media)
+        if isinstance(entry.media, Path) and is_clip(entry.media):
+            return whole_clip(entry.media)
         return decode(entry.media)
     except ImageError as error:
         return str(error)
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def number(value: float) -> float | None:

@@ -73,16 +73,20 @@ class Objective(ABC):
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         """Loss [B] with gradient through `policy`, and detached metrics [B] each to log under their names."""
 
-    def initial(self) -> dict[str, float]:
-        """Numbers that the objective carries from step to step, with their first values; none as a rule."""
+    def initial_state(self) -> dict[str, float]:
+        """Numbers that change from step to step, and their initial values (default: none); `step` has `batch.state`."""
         return {}
 
-    def carry(self, carried: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The carried numbers after an optimiser step, from the step's metrics averaged over the whole batch."""
-        return dict(carried)
+    def update_state(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The next optimiser step's state.
+
+        Separate from `step`, which sees one micro-batch of one process: `means` are the metrics averaged over all groups
+        of the optimiser step, on all processes, so that the state does not depend on how a batch was split.
+        """
+        return dict(state)
 
     def fit_to_data(self, facts: DataStats) -> Self:
-        """This objective with what it left open filled in from the data; itself as a rule."""
+        """A copy with unset hyper-parameters estimated from the data (default: self)."""
         return self
 
 

@@ -54,12 +54,12 @@ class LCPO(Pairwise):
             raise UserError("objective.link and objective.label_smoothing have no meaning for lcpo; leave them out")
 
     def pair_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        w = trust(h, batch.carried["eta"].to(h.dtype))
+        w = trust(h, batch.state["eta"].to(h.dtype))
         return -(w * F.logsigmoid(h) + (1 - w) * F.logsigmoid(-h)), {"lcpo/trust": w}
 
-    def initial(self) -> dict[str, float]:
-        return {**super().initial(), "eta": self.eta}
+    def initial_state(self) -> dict[str, float]:
+        return {**super().initial_state(), "eta": self.eta}
 
-    def carry(self, carried: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        eta = torch.lerp(carried["eta"], means["lcpo/trust"].to(carried["eta"].dtype), self.rate)
-        return {**super().carry(carried, means), "eta": eta.clamp(0.5, ETA_MAX)}
+    def update_state(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        eta = torch.lerp(state["eta"], means["lcpo/trust"].to(state["eta"].dtype), self.rate)
+        return {**super().update_state(state, means), "eta": eta.clamp(0.5, ETA_MAX)}

@@ -124,15 +124,15 @@ class Pairwise(Link, Objective):
 
     # Automatic beta --------------------------------------------------------------------------------------------------
 
-    def initial(self) -> dict[str, float]:
+    def initial_state(self) -> dict[str, float]:
         return {} if self.target_gradient is None else {"beta": self.beta}
 
-    def carry(self, carried: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def update_state(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.target_gradient is None:
-            return dict(carried)
+            return dict(state)
         # A factor above the target says that preferences are learned too weakly: a larger beta sharpens them.
         excess = means["rewards/gradient_factor"] - self.target_gradient
-        return {**carried, "beta": carried["beta"] * torch.exp(BETA_RATE * excess)}
+        return {**state, "beta": state["beta"] * torch.exp(BETA_RATE * excess)}
 
     def _beta(self, batch: Batch) -> float | Tensor:
-        return self.beta if self.target_gradient is None else batch.carried["beta"]
+        return self.beta if self.target_gradient is None else batch.state["beta"]

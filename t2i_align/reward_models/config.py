@@ -20,8 +20,9 @@ Tune = Literal["full", "lora", "linear", "pal", "users"]
 class PreferenceConfig:
     """Preferences to learn. path: as `data.path` of a run. test: another source, held out whole.
 
-    holdout_prompts, holdout_users: shares that are held out, decided by a hash of the prompt or user alone, so that no
-    prompt (in any spelling of case and spaces) and no user is on both sides. limit: only the first so many groups.
+    holdout_prompts, holdout_users: shares that are held out; no prompt (in any spelling of case and spaces) and no user
+    is on both sides. holdout_seed: selects which; for the same seed and share, `data split` holds out the same prompts.
+    limit: only the first so many groups.
     """
 
     path: str = "testbed:pairs"
@@ -30,6 +31,7 @@ class PreferenceConfig:
     test: str | None = None
     holdout_prompts: float = 0.1
     holdout_users: float = 0.0
+    holdout_seed: int = 0
     limit: int | None = None
 
     def __post_init__(self) -> None:

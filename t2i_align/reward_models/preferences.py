@@ -15,12 +15,11 @@ from torch import Tensor
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.clips import ANY_IMAGE
 from t2i_align.data.layout import MANIFEST
 from t2i_align.data.live import LiveGroups, index_images
-from t2i_align.data.media import ImageError, decode
+from t2i_align.data.media import ANY_IMAGE, ImageError, decode
 from t2i_align.data.shards import Limit
-from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.data.splits import is_held_out
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
@@ -115,16 +114,16 @@ class Split:
 
 
 def split(preferences: Preferences, config: PreferenceConfig) -> Split:
-    """By hashes of prompt and user alone, so that it does not depend on what else is there.
+    """Hold out users, and of the other users' groups, prompts, by the same rule as `data split`.
 
     Raises:
         UserError: nothing is left to train on.
     """
     parts = Split([], [], [])
     for row, (prompt, user) in enumerate(zip(preferences.prompts, preferences.users, strict=True)):
-        if user != NOBODY and _held_out("user", user, config.holdout_users):
+        if user != NOBODY and is_held_out("user", user, share=config.holdout_users, seed=config.holdout_seed):
             parts.new_users.append(row)
-        elif _held_out("prompt", " ".join(prompt.casefold().split()), config.holdout_prompts):
+        elif is_held_out("prompt", prompt, share=config.holdout_prompts, seed=config.holdout_seed):
             parts.new_prompts.append(row)
         else:
             parts.train.append(row)
@@ -139,7 +138,3 @@ def split(preferences: Preferences, config: PreferenceConfig) -> Split:
     if not parts.train:
         raise UserError(f"{config.path}: nothing is left to train on: all {len(preferences)} groups are held out")
     return parts
-
-
-def _held_out(what: str, text: str, share: float) -> bool:
-    return stable_seed("holdout", what, text) / 2**63 < share

@@ -20,7 +20,7 @@ from torch import Tensor
 from t2i_align.errors import UserError
 
 FOLDER = "checkpoints"
-LAYOUT = 2  # raised when the state gets other entries
+LAYOUT = 3  # raised when the state gets other entries
 
 
 def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -63,7 +63,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{folder}: damaged checkpoint ({error}). Remove this folder to resume from the one before it."
         ) from error
     if state.get("layout") != LAYOUT:
-        raise UserError(f"{folder}: saved by another version of t2i-align, which alone can resume this run")
+        raise UserError(f"{folder}: written by another version of t2i-align; resume it with that version")
     return weights, state
 
 

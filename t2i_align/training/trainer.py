@@ -77,9 +77,9 @@ class Trainer:
         self.update_norm = torch.zeros(())  # of the last logged step
         self.window = MetricAverager()  # of the metrics since the last logged line
         # In single precision on the device, so that updating them waits for nothing.
-        self.carried = {
+        self.state = {
             name: torch.tensor(value, dtype=torch.float32, device=accelerator.device)
-            for name, value in config.objective.initial().items()
+            for name, value in config.objective.initial_state().items()
         }
         self.last_logged: dict[str, float] = {}
 
@@ -227,7 +227,7 @@ class Trainer:
                 train.seed, batch.keys, self.pipeline.process, train.timestep_sampling, self.accelerator.device
             )
             batch = drop_captions(batch, empty, draw, train.caption_dropout)
-            batch = replace(batch, empty=empty, carried=self.carried)
+            batch = replace(batch, empty=empty, state=self.state)
             hold = nullcontext() if micro == accumulate - 1 else self.accelerator.no_sync(self.model)
             with hold:
                 with self.accelerator.autocast():
@@ -247,8 +247,8 @@ class Trainer:
         norm = torch.as_tensor(norm, device=total.device).detach()
         if self.optimizer.step_was_skipped:  # fp16: the scaler met an infinite gradient, took no step and backs off
             norm = torch.zeros_like(norm)
-        if self.carried:
-            self.carried = self.config.objective.carry(self.carried, tally.means(self.accelerator))
+        if self.state:
+            self.state = self.config.objective.update_state(self.state, tally.means(self.accelerator))
         tally.add({"grad_norm": norm.view(1)})
         self.window.merge(tally)
         self.step += 1
@@ -304,7 +304,7 @@ class Trainer:
                 "rollbacks": self.rollbacks,
                 "went_back": self.went_back,
                 "window": window,
-                "carried": self.carried,
+                "objective": self.state,
                 "data": self.source.fingerprint,
                 "groups_per_step": self.groups_per_step,
             }
@@ -336,5 +336,5 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         device = self.accelerator.device
         self.window = MetricAverager({name: value.to(device) for name, value in state["window"].items()})
-        self.carried = {name: value.to(device) for name, value in state["carried"].items()}
+        self.state = {name: value.to(device) for name, value in state["objective"].items()}
         self.step, self.rollbacks, self.went_back = state["step"], state["rollbacks"], state["went_back"]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torchvision.utils import make_grid, save_image
 
 from t2i_align.config import RunConfig
-from t2i_align.data.clips import save_clip
+from t2i_align.data.media import save_clip
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.inference.resolve import build_scorers, resolve_prompts
 

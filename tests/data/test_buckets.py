@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.buckets import BucketedGroups, bucket_sizes, measure, nearest
+from t2i_align.data.buckets import BucketedGroups, bucket_sizes, nearest
 from t2i_align.data.loader import open_source
+from t2i_align.data.media import measure
 from t2i_align.data.sampling import BucketSampler
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements

@@ -14,9 +14,17 @@ import torch
 from PIL import Image
 
 from t2i_align.data import media
-from t2i_align.data.clips import ImageError, MediaSize, check, frames_of, load, load_clip, save_clip
-from t2i_align.data.formats import frame_files
-from t2i_align.data.media import decode
+from t2i_align.data.media import (
+    ImageError,
+    MediaSize,
+    check,
+    decode,
+    frame_files,
+    frames_of,
+    load,
+    load_clip,
+    save_clip,
+)
 
 LEVELS = (20, 60, 100, 140, 180, 220, 40, 200)  # a frame is told by its grey
 RATE = 8
@@ -137,9 +145,9 @@ def test_what_cannot_be_used_has_a_reason(tmp_path: Path) -> None:
         (pages.getvalue(), 2, None, "several pages"),
         (b"", 2, None, "empty"),
     ]
-    for media, frames, fps, reason in cases:
+    for source, frames, fps, reason in cases:
         with pytest.raises(ImageError, match=reason):
-            check(media, MediaSize(32, 48, frames, fps))
+            check(source, MediaSize(32, 48, frames, fps))
     with pytest.raises(ImageError, match="a single image, expected a clip of 2"):
         load_clip(tmp_path / "mixed" / "00000.png", 2, 32, 48)
 
@@ -158,7 +166,7 @@ def test_damage_ends_a_video(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip"])
 def test_bombs_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_clip(grey_clip(), tmp_path / name, RATE)
-    monkeypatch.setattr(images, "MAX_PIXELS", 32 * 48 - 1)
+    monkeypatch.setattr(media, "MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(ImageError, match="48 x 32 is more than 1535 pixels"):
         load_clip(tmp_path / name, 2, 32, 48)
 

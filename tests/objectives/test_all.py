@@ -38,7 +38,7 @@ def captioned_batch(k: int = 2, seed: int = 5) -> Batch:
     def text(*shape: int) -> dict[str, Tensor]:
         return {"prompt_embeds": torch.randn(*shape, 2, 5, generator=generator, dtype=torch.float64)}
 
-    return replace(batch, captions=text(4, k), negative_caption=text(4), carried={"eta": torch.tensor(0.9)})
+    return replace(batch, captions=text(4, k), negative_caption=text(4), state={"eta": torch.tensor(0.9)})
 
 
 def same_captions(batch: Batch, k: int = 2) -> Batch:
@@ -319,25 +319,27 @@ def test_lcpo_trusts_by_bayes_and_carries_its_mean() -> None:
     w = trust(torch.tensor(math.log(3.0), requires_grad=True), 0.8)
     assert w.item() == pytest.approx(12 / 13) and not w.requires_grad
     objective = LCPO(eta=0.8, rate=0.1)
-    carried = {"eta": torch.tensor(objective.initial()["eta"], dtype=torch.float64)}
-    carried = objective.carry(carried, {"lcpo/trust": w})
-    assert carried["eta"].item() == pytest.approx(0.8 + 0.1 * (12 / 13 - 0.8))
+    state = {"eta": torch.tensor(objective.initial_state()["eta"], dtype=torch.float64)}
+    state = objective.update_state(state, {"lcpo/trust": w})
+    assert state["eta"].item() == pytest.approx(0.8 + 0.1 * (12 / 13 - 0.8))
     assert trust(torch.zeros(3), 0.5).tolist() == [0.5] * 3
 
 
 def test_lcpo_with_full_trust_is_diffusion_dpo() -> None:
-    batch = replace(random_batch(), carried={"eta": torch.tensor(1.0)})
+    batch = replace(random_batch(), state={"eta": torch.tensor(1.0)})
     assert_equal_objectives(LCPO(beta=3.0), DiffusionDPO(beta=3.0), batch, "v_prediction")
 
 
 def test_beta_follows_the_gradient_factor() -> None:
     """Factor 0.5 against a target of 0.4 raises beta by exp(0.5 * 0.1); at the target it stays; step uses it."""
     objective = DiffusionDPO(beta=10.0, target_gradient=0.4)
-    carried = {"beta": torch.tensor(objective.initial()["beta"])}
-    raised = objective.carry(carried, {"rewards/gradient_factor": torch.tensor(0.5)})
+    state = {"beta": torch.tensor(objective.initial_state()["beta"])}
+    raised = objective.update_state(state, {"rewards/gradient_factor": torch.tensor(0.5)})
     assert raised["beta"].item() == pytest.approx(10 * math.exp(0.05))
-    assert objective.carry(carried, {"rewards/gradient_factor": torch.tensor(0.4)})["beta"].item() == pytest.approx(10)
-    batch = replace(random_batch(), carried=raised)
+    assert objective.update_state(state, {"rewards/gradient_factor": torch.tensor(0.4)})[
+        "beta"
+    ].item() == pytest.approx(10)
+    batch = replace(random_batch(), state=raised)
     assert_equal_objectives(objective, DiffusionDPO(beta=raised["beta"].item()), batch, "epsilon")
 
 

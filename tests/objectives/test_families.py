@@ -73,7 +73,7 @@ def only(batch: Batch, objective: Objective, rows: slice) -> Batch:
         captions=captions,
         negative_caption=cut(batch.negative_caption) if "negative_caption" in needs.columns else None,
         empty=batch.empty,
-        carried={name: torch.tensor(value) for name, value in objective.initial().items()},
+        state={name: torch.tensor(value) for name, value in objective.initial_state().items()},
     )
 
 

@@ -118,7 +118,7 @@ def sized_batch(groups: int = 3, k: int = 2) -> Batch:
         negative_caption=text(groups),
         sizes=number.unsqueeze(-1).expand(-1, -1, 6).clone(),
         empty={"embeds": torch.zeros(1, 5)},
-        carried={"eta": torch.tensor(0.9), "beta": torch.tensor(1.0)},
+        state={"eta": torch.tensor(0.9), "beta": torch.tensor(1.0)},
     )
 
 

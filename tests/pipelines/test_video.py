@@ -26,8 +26,8 @@ from pipelines.wan import Wan
 from reward_scorers import Scorer
 from t2i_align import align, evaluate
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.clips import load_clip, save_clip
 from t2i_align.data.loader import Source, open_source
+from t2i_align.data.media import load_clip, save_clip
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample

@@ -19,6 +19,7 @@ from reward_scorers import ScorerError
 from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
 from t2i_align.config import build
+from t2i_align.data.spec import split as data_split
 from t2i_align.errors import UserError
 from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
@@ -171,6 +172,15 @@ def test_no_prompt_and_no_user_is_on_both_sides(source: Path, tmp_path: Path) ->
     parts = split(data, PreferenceConfig(holdout_prompts=0.0, holdout_users=0.45))
     assert not {data.users[row] for row in parts.train} & {data.users[row] for row in parts.new_users}
     assert len(parts.train) + len(parts.new_users) == 80
+
+
+def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path, tmp_path: Path) -> None:
+    data = open_preferences(str(source / "pairs.jsonl"), tmp_path / "index", progress=False)
+    for seed in (0, 7):
+        data_split(source / "pairs.jsonl", tmp_path / "split", held_out=0.3, seed=seed)
+        parts = split(data, PreferenceConfig(holdout_prompts=0.3, holdout_seed=seed))
+        held_out = (tmp_path / "split" / "held_out_prompts.txt").read_text().splitlines()
+        assert {data.prompts[row] for row in parts.new_prompts} == set(held_out)
 
 
 def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import reward_scorers
 from reward_scorers import Scorer
-from t2i_align.data.clips import save_clip
+from t2i_align.data.media import DECODER, load_pixels, save_clip
 from t2i_align.errors import UserError
 from t2i_align.labeling.score import score
 from t2i_align.reward_models.preferences import open_preferences
@@ -71,7 +71,7 @@ def test_every_image_gets_a_line_with_name_and_version(images: Path, tmp_path: P
         "sha256": hashlib.sha256((tmp_path / "1.png").read_bytes()).hexdigest(),
         "prompt": "red\u2028number 1",
         "scorer": "red",
-        "version": "1",
+        "version": f"1, {DECODER}",
         "score": 0,
         "parts": {"nothing": None},
     }
@@ -99,7 +99,8 @@ def test_scores_under_autocast_are_another_versions_and_keep_their_digits(images
         score(images, spec, out, batch_size=5, precision=precision, progress=False)
     rows = read(out)
     exact, rounded = (torch.tensor([row["score"] for row in rows[i : i + 5]]) for i in (0, 5))
-    assert len(rows) == 10 and rows[5]["version"] == f"{rows[0]['version']}, bfloat16 autocast"
+    scorer_version = rows[0]["version"].removesuffix(f", {DECODER}")
+    assert len(rows) == 10 and rows[5]["version"] == f"{scorer_version}, bfloat16 autocast, {DECODER}"
     assert 0 < (exact - rounded).abs().max() < 1  # of 100 times a cosine
     assert not torch.equal(rounded, rounded.bfloat16().float())  # the cosine itself is not rounded
     with pytest.raises(UserError, match="unknown precision 'half'"):
@@ -111,7 +112,7 @@ def test_what_is_scored_already_is_not_decoded_again(
 ) -> None:
     run(images, Red(), tmp_path / "scores.jsonl")
     opened = []
-    monkeypatch.setattr(Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
+    monkeypatch.setattr(Image, "open", lambda file, real=Image.open, **how: opened.append(file) or real(file, **how))
     Image.new("RGB", (8, 8)).save(tmp_path / "3.png")  # another image under the same name
     run(images, Red(), tmp_path / "scores.jsonl")
     assert opened == [tmp_path / "3.png"]
@@ -152,11 +153,46 @@ def test_images_that_cannot_be_read_are_recorded_and_the_others_keep_their_score
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
     assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
     rows = {row["image"]: row for row in read(tmp_path / "scores.jsonl")}
-    assert "FileNotFoundError" in rows["0.png"]["error"] and "score" not in rows["0.png"]
+    assert "no such file" in rows["0.png"]["error"] and "score" not in rows["0.png"]
     assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
-    assert "mode F have no known range" in rows["2.png"]["error"]
+    assert "has no known range" in rows["2.png"]["error"]
     assert rows["4.png"]["score"] == pytest.approx(0.8)
     assert "over 1 images; 4 could not be scored" in capsys.readouterr().out
+
+
+def test_score_hands_over_the_pixels_that_training_decodes(tmp_path: Path) -> None:
+    """EXIF orientation, transparency, 16-bit gray and CMYK."""
+
+    class Recorder(Red):
+        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            received.extend(pixels)
+            return super()._judge(pixels, prompts)
+
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (8, 12, 4), dtype=np.uint8)
+    Image.fromarray(noise[..., :3]).save(tmp_path / "rotated.jpg", exif=rotated)
+    Image.fromarray(noise).save(tmp_path / "transparent.png")
+    Image.fromarray(rng.integers(0, 65536, (8, 12), dtype=np.uint16)).save(tmp_path / "sixteen.png")
+    Image.frombytes("CMYK", (12, 8), noise.tobytes()).save(tmp_path / "cmyk.jpg")
+    names = ("rotated.jpg", "transparent.png", "sixteen.png", "cmyk.jpg")
+    source = tmp_path / "list.jsonl"
+    source.write_text("".join(json.dumps({"image": name, "prompt": "x"}) + "\n" for name in names))
+    received: list[Tensor] = []
+    score(source, [Recorder()], batch_size=1, progress=False)
+    assert [tuple(pixels.shape[1:]) for pixels in received] == [(12, 8), (8, 12), (8, 12), (8, 12)]
+    for name, pixels in zip(names, received, strict=True):
+        assert torch.equal(pixels, load_pixels(tmp_path / name, *pixels.shape[1:])), name
+
+
+def test_scores_of_another_decoder_are_not_continued(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    run(images, Red(), out)
+    out.write_text(out.read_text().replace(f", {DECODER}", ""))  # as written before the decoder had a version
+    again = Red()
+    run(images, again, out)
+    assert again.seen == 5 and [row["version"] for row in read(out)] == ["1"] * 5 + [f"1, {DECODER}"] * 5
 
 
 def test_bad_lists_are_named_before_an_image_is_opened(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reward_scorers import ScorerError
-from t2i_align.data.clips import load_clip, save_clip
+from t2i_align.data.media import load_clip, save_clip
 from t2i_align.inference.resolve import build_scorers
 from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import CaptionError

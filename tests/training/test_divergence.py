@@ -182,13 +182,13 @@ class SpoiltUnseen(DiffusionDPO):
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         loss, values = super().step(policy, reference, batch, draw)
-        return loss * batch.carried["factor"], values
+        return loss * batch.state["factor"], values
 
-    def initial(self) -> dict[str, float]:
+    def initial_state(self) -> dict[str, float]:
         return {"factor": 1.0}
 
-    def carry(self, carried: Any, means: Any) -> dict[str, Tensor]:
-        return {"factor": torch.where(carried["factor"] > 2, math.nan, carried["factor"] + 1)}
+    def update_state(self, state: Any, means: Any) -> dict[str, Tensor]:
+        return {"factor": torch.where(state["factor"] > 2, math.nan, state["factor"] + 1)}
 
 
 def test_a_checkpoint_that_leads_to_divergence_again_is_given_up_for_the_one_before(

@@ -17,7 +17,7 @@ from torch import Tensor
 import pipelines
 from pipelines import TrainablePipeline
 from t2i_align import align
-from t2i_align.data.clips import save_clip
+from t2i_align.data.media import save_clip
 from t2i_align.errors import UserError
 from tests import tiny
 from tests.runs import jsonl_pairs, run_values

@@ -110,17 +110,17 @@ def test_cached_and_on_the_fly_encoding_train_alike(sd_path: Path, pairs: Path, 
         assert ours["error/chosen"] == pytest.approx(theirs["error/chosen"], rel=5e-3)
 
 
-CARRYING = {
+STATEFUL = {
     "lcpo": {"name": "lcpo", "beta": 100.0, "rate": 0.3},
     "automatic_beta": {"name": "diffusion_dpo", "beta": 100.0, "target_gradient": 0.3},
 }
 
 
-def last_carried(output: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.all_steps(output)[-1])[1]["carried"]
+def last_state(output: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.all_steps(output)[-1])[1]["objective"]
 
 
-@pytest.mark.parametrize("objective", [{"name": "diffusion_dpo", "beta": 100.0}, *CARRYING.values()])
+@pytest.mark.parametrize("objective", [{"name": "diffusion_dpo", "beta": 100.0}, *STATEFUL.values()])
 def test_batch_8_equals_2_times_4_accumulated(objective: dict, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     whole = align(run_values(sd_path, pairs, tmp_path / "a", objective=objective, train__batch_size=8), progress=False)
     parts = run_values(sd_path, pairs, tmp_path / "b", objective=objective, train__batch_size=4, train__accumulate=2)
@@ -135,7 +135,7 @@ def test_batch_8_equals_2_times_4_accumulated(objective: dict, sd_path: Path, pa
         ):
             # Margins are 50 times a difference of errors near 1, which single precision knows to 1e-7.
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=3e-5), (one["step"], name)
-    ours, theirs = last_carried(whole.output_dir), last_carried(halves.output_dir)
+    ours, theirs = last_state(whole.output_dir), last_state(halves.output_dir)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.item() == pytest.approx(theirs[name].item(), rel=1e-5), name
@@ -168,16 +168,16 @@ def test_a_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Pat
     assert empty and whole != 0, "no quarter was without groups, or all margins were 0: nothing was tried"
 
 
-def test_carried_numbers_move_and_are_logged(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_automatic_beta_follows_the_gradient_factor(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     """Automatic beta: each step multiplies it by exp(1/2 (gradient factor - target)), of all the step's groups."""
-    values = run_values(sd_path, pairs, tmp_path / "run", objective=CARRYING["automatic_beta"], train__batch_size=2)
+    values = run_values(sd_path, pairs, tmp_path / "run", objective=STATEFUL["automatic_beta"], train__batch_size=2)
     values["train"]["accumulate"] = 2
     align(values, progress=False)
     beta = 100.0
     for line in metrics(tmp_path / "run"):
         assert line["beta"] == pytest.approx(beta, rel=1e-5)
         beta *= math.exp(0.5 * (line["rewards/gradient_factor"] - 0.3))
-    assert last_carried(tmp_path / "run")["beta"].item() == pytest.approx(beta, rel=1e-5)
+    assert last_state(tmp_path / "run")["beta"].item() == pytest.approx(beta, rel=1e-5)
     assert beta > 120
 
 
@@ -208,12 +208,12 @@ def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("number", "objective"), [(signal.SIGKILL, CARRYING["automatic_beta"]), (signal.SIGINT, CARRYING["lcpo"])]
+    ("number", "objective"), [(signal.SIGKILL, STATEFUL["automatic_beta"]), (signal.SIGINT, STATEFUL["lcpo"])]
 )
 def test_a_killed_run_resumes_to_the_very_same_bits(
     number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """LoRA dropout, averaging, carried numbers, log windows that straddle checkpoints: all of them come back."""
+    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all of them come back."""
     options = {
         "objective": objective,
         "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Pat
     newest = checkpoint.all_steps(tmp_path / "run")[-1]
     state = torch.load(newest / "state.pt", weights_only=True)
     torch.save({**state, "layout": 1}, newest / "state.pt")
-    with pytest.raises(UserError, match=f"{newest.name}: saved by another version"):
+    with pytest.raises(UserError, match=f"{newest.name}: written by another version"):
         align({**values, "resume": True}, progress=False)
     (newest / "state.pt").write_bytes(b"half")
     with pytest.raises(UserError, match=f"{newest.name}: damaged checkpoint.*Remove this folder"):

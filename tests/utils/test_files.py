@@ -1,8 +1,10 @@
-"""Two runs at once: the second is refused whatever it would write, and a killed one stands in nobody's way."""
+"""Atomic outputs survive failures and kills; two runs never write one output."""
 
 from __future__ import annotations
 
 import errno
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,19 +23,92 @@ from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import train_scorer
 from t2i_align.training.run import align
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import append_line, atomic_file, atomic_folder, claim, output_lock, whole_lines, write_json
 from tests.runs import jsonl_pairs, run_values
 from tests.tiny import tiny_sd
 
 HOLD = """
 import sys
 from pathlib import Path
-from t2i_align.utils.files import only_writer
-with only_writer(Path(sys.argv[1]), file=sys.argv[2] == "file"):
+from t2i_align.utils.files import output_lock
+with output_lock(Path(sys.argv[1]), file=sys.argv[2] == "file"):
     print("held", flush=True)
     sys.stdin.read()
 """
 FAST: dict[str, Any] = {"steps": 1, "guidance": 1.0, "progress": False}
+
+
+def test_file_is_complete_or_untouched(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ZeroDivisionError), atomic_file(file) as temporary:
+        temporary.write_text("half")
+        assert temporary.suffix == ".json" and json.loads(file.read_text()) == {"a": 1}
+        1 / 0  # noqa: B018
+    assert json.loads(file.read_text()) == {"a": 1} and list(file.parent.iterdir()) == [file]
+
+
+def test_folder_is_replaced_when_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for name in ("first", "second"):
+        with atomic_folder(folder) as temporary:
+            assert not list(temporary.iterdir())  # not even what a killed attempt left
+            (temporary / name).write_text(name)
+            assert name == "first" or [file.name for file in folder.iterdir()] == ["first"]
+        (tmp_path / ".writing_out").mkdir()
+        (tmp_path / ".writing_out" / "left_over").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+        1 / 0  # noqa: B018
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/second"]
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to("disk/a.json")
+    (tmp_path / "folder").symlink_to("disk/b")
+    write_json(tmp_path / "link.json", {"a": 1})
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "c").touch()
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "folder").is_symlink()
+    assert json.loads((tmp_path / "disk" / "a.json").read_text()) == {"a": 1} and (tmp_path / "disk/b/c").exists()
+
+
+def test_results_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {})
+        with atomic_folder(tmp_path / "b"):
+            pass
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "b")] == [0o640, 0o750]
+
+
+def test_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"id": "ä\udc80"}, {"id": "\u2028"}]
+    assert whole_lines(file) == []
+    append_line(file, *rows)
+    with open(file, "ab") as stream:
+        stream.write(b'{"id": "ha')
+    assert whole_lines(file) == rows
+    append_line(file, {"id": 3})
+    assert whole_lines(file) == [*rows, {"id": 3}]
+    append_line(file, [])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"a.jsonl, line 4: expected an object, found list"):
+        whole_lines(file)
+
+
+def test_each_differing_setting_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    claim(file, {"seed": 1, "sizes": (1, 2), "model": {"a": 1, "b": 2}})
+    claim(file, {"seed": 1, "sizes": (1, 2), "model": {"a": 1, "b": 2}})
+    message = r"settings.json: .* model.b is 2 there, 3 here; seed is 1 there, None here; try --force"
+    with pytest.raises(UserError, match=message):
+        claim(file, {"sizes": (1, 2), "model": {"a": 1, "b": 3}}, advice="try --force")
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"settings.json: not valid JSON"):
+        claim(file, {})
 
 
 @contextmanager
@@ -94,7 +169,7 @@ def write_annotations(model: Path, data: Path, out: Path) -> Any:
         (write_audit, "audit"),
     ],
 )
-def test_a_second_run_is_refused_while_the_first_lives(
+def test_second_run_is_refused_while_the_first_lives(
     write: Callable[[Path, Path, Path], Any], name: str, sd_path: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / name
@@ -105,7 +180,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_killed_run_stands_in_nobodys_way(tmp_path: Path) -> None:
+def test_lock_of_a_killed_run_is_ignored(tmp_path: Path) -> None:
     model, out = tiny_sd(tmp_path / "model"), tmp_path / "images"
     with another_run(out, "folder") as first:
         first.kill()
@@ -115,20 +190,20 @@ def test_a_killed_run_stands_in_nobodys_way(tmp_path: Path) -> None:
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", "samples.jsonl"]
 
 
-def test_a_link_is_held_as_what_it_leads_to(tmp_path: Path) -> None:
+def test_linked_output_is_locked_at_its_target(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
     with another_run(tmp_path / "there.jsonl", "file"), pytest.raises(UserError, match=r"link.jsonl: another run"):
         output_lock(tmp_path / "link.jsonl", file=True).__enter__()
 
 
-def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+def test_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     for output, file in ((tmp_path / "a", False), (tmp_path / "a" / "b.jsonl", True)):
         with pytest.raises(UserError, match=r"a is a file; a folder is needed there"):
             output_lock(output, file=file).__enter__()
 
 
-def test_a_file_system_without_locks_is_written_to_with_a_warning(
+def test_file_system_without_locks_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*args: Any) -> None:
@@ -139,7 +214,7 @@ def test_a_file_system_without_locks_is_written_to_with_a_warning(
         assert "keeps a second run from it" in caplog.text
 
 
-def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
+def test_failed_run_releases_its_lock(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), output_lock(tmp_path / "a" / "b.jsonl", file=True):
             1 / 0  # noqa: B018
