@@ -25,7 +25,7 @@ from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
 from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
-from tests.reward_scorers.test_towers import write_hf_clip
+from tests.reward_scorers.small import write_hf_clip
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
 USERS = ("warm", "cold")

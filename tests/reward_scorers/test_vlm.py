@@ -14,7 +14,7 @@ import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.vlm import VLMScorer
 from tests.labeling.test_texts import blip, llava
-from tests.reward_scorers.test_towers import write_hf_clip
+from tests.reward_scorers.small import write_hf_clip
 
 
 @pytest.fixture(scope="module")
