@@ -262,8 +262,7 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
         UserError: none given, an unknown name, weights that cannot be used, or two scorers of one name.
     """
     import reward_scorers
-    import t2i_align.testbed.scorer
-    import t2i_align.testbed.video.scorer  # noqa: F401  (the two register `oracle` and `motion_oracle`)
+    import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle` and `motion_oracle`)
 
     given: list[Any] = [specs] if isinstance(specs, str | reward_scorers.Scorer) else list(specs)
     if not given:

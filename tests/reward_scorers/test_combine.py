@@ -98,13 +98,10 @@ def test_scores_under_autocast_are_measured_against_a_reference_scored_so(tmp_pa
     with torch.autocast("cpu", torch.bfloat16):
         scores = from_mapping(members, root=tmp_path).score(PIXELS, ["a", "b"])
     torch.testing.assert_close(scores, torch.tensor([1.0 - 2, 5.0 - 2]))
-    with pytest.raises(
-        ScorerError, match=f"reference of channel-0 was scored by version '{rounded}', this is '{plain}'"
-    ):
+    with pytest.raises(ScorerError, match=f"channel-0 was scored by version '{rounded}', this is '{plain}'"):
         from_mapping(members, root=tmp_path).check_prompts(["a"])
-    file.write_text(
-        "".join(json.dumps({**row, "version": v}) + "\n" for row in rows for v in (plain, rounded, "0, decoder 2"))
-    )
+    versions = (plain, rounded, "0, decoder 2")
+    file.write_text("".join(json.dumps({**row, "version": v}) + "\n" for row in rows for v in versions))
     assert from_mapping(members, root=tmp_path).score(PIXELS, ["a", "b"])[0].item() == pytest.approx(-1)
 
 
@@ -141,17 +138,17 @@ def test_the_version_tells_every_setting_apart() -> None:
         ("rule: min\nquantile: 0.2\nscorers: [motion]", "no scorer has a reference"),
         (
             "rule: min\nscorers: [{scorer: motion, spread: 0}]",
-            r"scorers\[0\].spread: Input should be greater than 0, found 0",
+            r"scorers\[0\].spread: Input should be greater than 0",
         ),
         (
             "rule: min\nscorers: [{scorer: motion, centre: x}]",
-            "centre: Input should be a valid number, unable to parse .*, found 'x'",
+            "centre: Input should be a valid number, .*, found 'x'",
         ),
         ("rule: min\nscorers: [{scorer: motion, centre: .inf}]", "centre: Input should be a finite number, found inf"),
         ("rule: min\nscorers: [{scorer: motion, reference: 3}]", "reference: Input is not a valid path .*, found 3"),
         (
             "rule: min\nscorers: [{scorer: motion, spred: 1}]",
-            r"unknown key 'scorers\[0\].spred'. Choices: centre, reference,",
+            r"unknown key 'scorers\[0\].spred'. Choices: centre",
         ),
         ("rule: min\nquantile: 2\nscorers: [motion]", "quantile: Input should be less than or equal to 1, found 2"),
         ("rule: min\nscorers: [{scorer: motion, reference: no.jsonl}]", "no such file of reference scores"),

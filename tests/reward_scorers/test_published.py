@@ -141,9 +141,7 @@ def test_a_batch_equals_its_images_one_at_a_time(name: str, scorers: dict[str, S
 def test_gradients_reach_the_pixels(name: str, scorers: dict[str, Scorer]) -> None:
     """Central differences in float64 along a random direction, on a size that is resized, cropped or padded."""
     scorer = scorers[name]
-    modules = [
-        m for network in scorer.networks for m in (network.networks if isinstance(network, Scorer) else [network])
-    ]
+    modules = [part for net in scorer.networks for part in (net.networks if isinstance(net, Scorer) else [net])]
     try:
         for module in modules:
             module.double()  # type: ignore[union-attr]
