@@ -46,7 +46,7 @@ from t2i_align.data.loader import Source, _select
 from t2i_align.data.media import load_pixels
 from t2i_align.data.schema import Group
 from t2i_align.data.shards import Row, write
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 from t2i_align.objectives.base import Requirements
 
 RESULTS = Path(__file__).parent / "results"

@@ -37,7 +37,7 @@ from t2i_align.config import RunConfig
 from t2i_align.data.loader import Source
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 from t2i_align.training.reference import adapters_off, build_reference
 from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Trainer

@@ -186,8 +186,11 @@ class CachedGroups(Store):
             latents=_widened(item.latents, device),
             scores=item.scores.to(device, non_blocking=True),
             conditioning=_all_widened(item.conditioning, device),
-            captions=None if item.captions is None else _all_widened(item.captions, device),
-            negative_caption=None if item.negative_caption is None else _all_widened(item.negative_caption, device),
+            columns={
+                name: _all_widened(value, device)
+                for name, value in {"captions": item.captions, "negative_caption": item.negative_caption}.items()
+                if value is not None
+            },
             sizes=None if item.sizes is None else _widened(item.sizes, device),
         )
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import COLUMNS, Group, Skipped
 from t2i_align.errors import UserError
 
-Items = Iterator[Group | Skipped]
 REASONS_SHOWN = 3
-COLUMNS = ("scores", "captions", "negative_caption", "user")  # what an objective may ask for, and annotations may add
-LABELS = (-1.0, 0.0, 0.5, 1.0)  # scores that say better, worse, equal and no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +20,7 @@ class Survey:
 
     rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
     are equal. disliked: single samples that were not liked. texts: distinct prompts and captions. columns: how many
-    groups have each of COLUMNS. reasons: the first skips'.
+    groups have each column (see `Group.present`). reasons: the first skips'.
     """
 
     rows: int
@@ -41,8 +38,8 @@ class Survey:
     @property
     def texts_per_group(self) -> int:
         """How many texts are encoded of a group at most: its prompt, and where there are any, its captions."""
-        captions = max(self.candidates) if self.columns.get("captions") else 0
-        return 1 + captions + bool(self.columns.get("negative_caption"))
+        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
+        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
 
     @classmethod
     def of(cls, items: Iterable[Group | Skipped]) -> Survey:
@@ -59,11 +56,11 @@ class Survey:
                     reasons.append(f"{item.origin}: {item.reason}")
                 continue
             candidates[len(item.candidates)] += 1
-            if is_tie(item.scores):
+            if item.is_tie:
                 ties[len(item.candidates)] += 1
-            disliked += is_disliked(item.scores)
+            disliked += item.is_disliked
             texts.update(item.texts)
-            columns.update(present_columns(item))
+            columns.update(item.present)
         return cls(
             rows=rows,
             candidates=dict(candidates),
@@ -73,22 +70,6 @@ class Survey:
             columns=dict(columns),
             reasons=tuple(reasons),
         )
-
-
-def is_tie(scores: tuple[float, ...]) -> bool:
-    """Whether a group with several candidates prefers none of them."""
-    return len(scores) > 1 and max(scores) == min(scores)
-
-
-def is_disliked(scores: tuple[float, ...]) -> bool:
-    """Whether a group is a single sample that was not liked."""
-    return len(scores) == 1 and scores[0] <= 0
-
-
-def present_columns(group: Group) -> list[str]:
-    """Which of COLUMNS this group has; scores count where they are more than labels."""
-    graded = any(score not in LABELS for score in group.scores)
-    return [name for name in COLUMNS if (graded if name == "scores" else getattr(group, name) is not None)]
 
 
 def exists(path: Path) -> bool:

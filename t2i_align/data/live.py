@@ -187,8 +187,7 @@ class LiveGroups(Store):
             latents=latents.unflatten(0, (groups, k)),
             scores=item.scores.to(device, non_blocking=True),
             conditioning=self._conditioning(item.prompts, device),
-            captions=captions,
-            negative_caption=negative,
+            columns={"captions": captions, "negative_caption": negative},
             sizes=None if item.sizes is None else item.sizes.to(device, non_blocking=True),
         )
 

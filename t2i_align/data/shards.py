@@ -31,7 +31,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.formats import COLUMNS, REASONS_SHOWN, is_disliked, is_tie, present_columns
+from t2i_align.data.formats import REASONS_SHOWN
 from t2i_align.data.layout import (
     FINGERPRINT,
     GROUPS,
@@ -48,17 +48,26 @@ from t2i_align.data.layout import (
     write_json,
     write_table,
 )
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import COLUMNS, Column, Group, Skipped
 from t2i_align.errors import UserError
 
 LOCKS = ".locks"
+
+
+def arrow_type(column: Column) -> pa.DataType:
+    """The type of a group's value in an optional column."""
+    one = pa.type_for_alias(column.type)
+    return pa.list_(one) if column.per_candidate else one
+
+
 BASE_SCHEMA = (
     ("id", pa.string()),
     ("prompt", pa.string()),
     ("scores", pa.list_(pa.float64())),
-    ("captions", pa.list_(pa.string())),
-    ("negative_caption", pa.string()),
-    ("user", pa.string()),
+    *(
+        (name, pa.list_(pa.type_for_alias(column.type)) if column.per_candidate else pa.type_for_alias(column.type))
+        for name, column in COLUMNS.items()
+    ),
 )
 INDEX_SCHEMA = (
     ("k", pa.int32()),
@@ -105,9 +114,9 @@ class Limit:
     likes_only: bool = False
 
     def counts(self, group: Group) -> bool:
-        if self.likes_only and is_disliked(group.scores):
+        if self.likes_only and group.is_disliked:
             return False
-        return len(group.candidates) >= self.candidates and (self.ties or not is_tie(group.scores))
+        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
 
 
 def write(
@@ -297,8 +306,8 @@ def _row(group: Group, encoded: Row | Skipped) -> Row | Skipped:
 
 
 def _counted(group: Group) -> list[str]:
-    counted = [f"k={len(group.candidates)}", *present_columns(group)]
-    return [*counted, "ties"] if is_tie(group.scores) else counted
+    counted = [f"k={len(group.candidates)}", *group.present]
+    return [*counted, "ties"] if group.is_tie else counted
 
 
 def _store(shard: Path, rows: list[Row], skipped: list[Skipped], payload: Payload, state: dict[str, Any]) -> None:
@@ -349,7 +358,7 @@ def _finish(out: Path, fingerprint: Parts, payload: Payload, states: Sequence[Pa
                 "ties": counts["ties"],
                 "prompts": sum(state["prompts"] for state in states),
                 "candidates": candidates,
-                "columns": {name: counts[name] for name in COLUMNS},
+                "columns": {name: counts[name] for name in ("scores", *COLUMNS)},
             },
             **payload.describe(),
             "shards": [{name: state[name] for name in ("groups", "prompts", "files")} for state in states],

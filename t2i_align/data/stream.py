@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from t2i_align.data import hub, readers, tables
-from t2i_align.data.formats import Items
 from t2i_align.data.layout import MANIFEST, SKIPPED
 from t2i_align.data.live import LiveGroups, LiveItem
-from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
+from t2i_align.data.schema import Batch, Conditioning, Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Conditioning, Model
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Model
 from t2i_align.diffusion.randomness import SampleRNG
 
 Reduction = Literal["mean", "sum"]
@@ -98,6 +98,8 @@ def drop_captions(batch: Batch, empty: Conditioning, draw: SampleRNG, share: flo
     return replace(
         batch,
         conditioning=emptied(batch.conditioning),
-        captions=None if batch.captions is None else emptied(batch.captions),
-        negative_caption=None if batch.negative_caption is None else emptied(batch.negative_caption),
+        columns={
+            name: emptied(value) if COLUMNS[name].text else value  # what is encoded like the prompt is dropped with it
+            for name, value in batch.columns.items()
+        },
     )

@@ -24,13 +24,14 @@ from t2i_align.config import RunConfig
 from t2i_align.data.loader import AnySource, open_source
 from t2i_align.data.schema import Model
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 from t2i_align.training import checkpoint
 from t2i_align.training.optim import check_optimizer
 from t2i_align.training.reference import build_reference, choose_kind, no_reference
 from t2i_align.training.trainer import METRICS_FILE, Trainer
 from t2i_align.training.validation import Validation
 from t2i_align.utils.files import output_lock
+from t2i_align.utils.settings import with_overrides
 
 RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +79,7 @@ def align(
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif isinstance(config, Mapping):
-        config = configuration.from_mapping(configuration.with_overrides(config, overrides))
+        config = configuration.from_mapping(with_overrides(config, overrides))
     output = Path(config.output_dir)
     check_machine(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision

@@ -6,7 +6,7 @@ import torch
 
 from reward_scorers import ScorerError
 from t2i_align.data.media import load_clip, save_clip
-from t2i_align.inference.resolve import build_scorers
+from t2i_align.inference.scorers import build_scorers
 from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import CaptionError
 from t2i_align.testbed.clip_captions import FAULTS, corrupt, describe, parse, write
