@@ -20,6 +20,7 @@ from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, check_precision, first_line, pick_device
 from t2i_align.inference.prompts import TESTBED, bundled
+from t2i_align.utils.settings import build
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
