@@ -10,34 +10,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from t2i_align.conditioning import soft_tokens
+from t2i_align.conditioning import ADAPTERS, TRAINED
+from t2i_align.conditioning.adapter import Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, check_precision, first_line, pick_device
 from t2i_align.inference.prompts import TESTBED, bundled
+from t2i_align.training.output import RUN_FILE
 from t2i_align.utils.settings import build
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
 LORA_ENDING = ".safetensors"
-HUB_KINDS: dict[str, Literal["lora", "model"]] = {  # the file that identifies a Hub repository
+HUB_KINDS: dict[str, Kind] = {  # the file that identifies a Hub repository
     "model_index.json": "model",
     "pytorch_lora_weights.safetensors": "lora",
 }
-ADAPTERS_AND_MODEL = ("lora", "soft_tokens", "model")  # the folders of which a run leaves one
 
 
 @dataclass(frozen=True)
 class Aligned:
     """The model to compare with its base: a whole model, or a LoRA or soft tokens for the base (a local file)."""
 
-    kind: Literal["lora", "soft_tokens", "model"]
+    kind: Kind
     path: str
 
 
@@ -77,7 +78,7 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
-    inner = [local / name for name in ADAPTERS_AND_MODEL if (local / name).is_dir()]
+    inner = [local / name for name in TRAINED if (local / name).is_dir()]
     if len(inner) == 1:
         return resolve_aligned(inner[0])
     if inner:
@@ -143,35 +144,27 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0
     Raises:
         UserError: the pipeline already carries an adapter, or these weights do not fit it.
     """
-    if getattr(pipeline.denoiser, "peft_config", None) or hasattr(pipeline.denoiser, soft_tokens.NAME):
+    if any(kind.installed(pipeline) for kind in ADAPTERS.values()):
         raise UserError(f"{pipeline.source}: this pipeline already carries an adapter; save it and give its path")
-    if adapter.kind == "soft_tokens":
-        soft_tokens.load(pipeline.denoiser, adapter.path)
-        try:
-            yield
-        finally:
-            soft_tokens.remove(pipeline.denoiser)
-        return
     from pipelines import PipelineError
 
+    kind = ADAPTERS[adapter.kind]
     try:
-        pipeline.load_lora(adapter.path, scale=scale)
+        kind.load(pipeline, adapter.path, scale=scale)
     except PipelineError as error:
         raise UserError(str(error)) from error
     try:
         yield
     finally:
-        pipeline.pipe.unload_lora_weights()
+        kind.remove(pipeline)
 
 
 def _trained_from(aligned: Aligned) -> ModelConfig | None:
     """The model section of the training run whose output folder holds these weights; None if there is none."""
-    from t2i_align.training.run import RUN_FILE  # a heavy import
-
     weights = Path(aligned.path)
     folder = weights.parent if weights.is_file() else weights
     file = folder.absolute().parent / RUN_FILE
-    if folder.name not in ADAPTERS_AND_MODEL or not file.is_file():
+    if folder.name not in TRAINED or not file.is_file():
         return None
     return build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
 
@@ -201,7 +194,7 @@ def _check_whole(folder: Path) -> None:
             raise UserError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
 
 
-def _kind_of_file(file: Path) -> Literal["lora", "soft_tokens", "model"]:
+def _kind_of_file(file: Path) -> Kind:
     """Adapters are recognised by their keys; any other file is a single-file checkpoint."""
     if file.suffix != LORA_ENDING:
         return "model"
@@ -212,6 +205,4 @@ def _kind_of_file(file: Path) -> Literal["lora", "soft_tokens", "model"]:
             keys = set(weights.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from error
-    if keys == soft_tokens.KEYS:
-        return "soft_tokens"
-    return "lora" if any("lora" in key.lower() for key in keys) else "model"
+    return next((kind for kind, adapter in ADAPTERS.items() if adapter.recognises(keys)), "model")

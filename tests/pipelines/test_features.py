@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pipelines
 from pipelines import FAMILIES, PipelineError, TrainablePipeline
+from t2i_align.config import TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import NCPDPO
@@ -121,7 +122,7 @@ def test_every_reference_sees_as_the_base_did_also_in_the_backward_pass(
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
     assert not torch.allclose(pipeline.features(latents, timesteps, conditioning), of_base)
-    features = build_reference(kind, pipeline, CPU, lora=True).features(latents, timesteps, conditioning)
+    features = build_reference(TrainConfig(reference=kind), pipeline).features(latents, timesteps, conditioning)
     assert pipeline.denoiser.is_gradient_checkpointing is checkpointing
     torch.testing.assert_close(features, of_base)
     torch.testing.assert_close(gradient_of(features, latents), expected, rtol=1e-4, atol=1e-5)
@@ -140,7 +141,7 @@ def test_ncp_trains_a_lora_on_a_real_unet_and_nothing_else(renoise: str, sd_path
     pipeline = pipelines.load(sd_path)
     conditioning = pipeline.encode_prompts(["a cat", "two dogs"])
     pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
-    reference = build_reference("adapter_off", pipeline, CPU, lora=True)
+    reference = build_reference(TrainConfig(), pipeline)
     batch = Batch(
         keys=("0/a", "0/b"),
         latents=torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(4)),

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 import pipelines
 from pipelines import FAMILIES, PipelineError, TrainablePipeline
-from t2i_align.training.reference import adapters_off, build_reference
+from t2i_align.config import TrainConfig
+from t2i_align.training.reference import build_reference
+from t2i_align.training.weights import adapters_off
 from tests.single_file import write_single_file
 from tests.tiny import example, randomise_lora
 
@@ -27,9 +29,8 @@ def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(sd_path: Path
     randomise_lora(tuned)
     latents, times, conditioning = torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), base.encode_prompts(["a", "b"])
     expected = base.predict(latents, times, conditioning)
-    device = torch.device("cpu")
     for kind in ("adapter_off", "copy", "offloaded_copy"):
-        reference = build_reference(kind, tuned, device, lora=True)
+        reference = build_reference(TrainConfig(reference=kind), tuned)
         out = reference(latents, times, conditioning)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
         assert not out.requires_grad
@@ -45,7 +46,7 @@ def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(sd_path: Path
 
 def test_full_copy_does_not_follow_the_policy(sd_path: Path) -> None:
     tuned = pipelines.load(sd_path)
-    reference = build_reference("auto", tuned, torch.device("cpu"), lora=False)
+    reference = build_reference(TrainConfig(), tuned)
     args = (torch.randn(1, 4, 16, 16), torch.tensor([100]), tuned.encode_prompts(["a"]))
     before = reference(*args)
     with torch.no_grad():

@@ -9,23 +9,21 @@ from t2i_align.data.media import load_clip, save_clip
 from t2i_align.inference.scorers import build_scorers
 from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import CaptionError
-from t2i_align.testbed.clip_captions import FAULTS, corrupt, describe, parse, write
+from t2i_align.testbed.clip_captions import describe, parse, write
 from t2i_align.testbed.clip_oracle import ClipOracle
 from t2i_align.testbed.clips import (
     DIRECTIONS,
     FRAMES,
     PATHS,
     SPEEDS,
-    TIME_FAULTS,
     TURNS,
     draw_offsets,
-    render_clip,
     sample_clip,
-    spoil,
-    to_clip,
 )
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import DEGRADATIONS, SIDE, degrade
+from tools.testbed.faults import CAPTION_FAULTS as FAULTS
+from tools.testbed.faults import TIME_FAULTS, corrupt, render_clip, spoil, to_clip
 
 
 def pixels_of(clips):
