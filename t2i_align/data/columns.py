@@ -19,8 +19,8 @@ from t2i_align.data import tables
 from t2i_align.data.formats import exists, inside
 from t2i_align.data.schema import Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
+from t2i_align.data.votes import majority
 from t2i_align.errors import UserError
-from t2i_align.labeling.votes import majority
 from t2i_align.utils.settings import Bool, settings
 
 ORDERS = ("scores", "ranks", "votes", "winner", "best_first")
