@@ -38,12 +38,7 @@ class OracleScorer(Scorer):
 
     def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         verdict = self._verdict(inputs, prompts)
-        columns = {name: getattr(verdict, name) for name in ("faithfulness", "quality", "strict")}
-        columns |= verdict.attributes | self._more_columns(verdict)
-        return _tensor(verdict.reward), {name: _tensor(values) for name, values in columns.items()}
-
-    def _more_columns(self, verdict: Any) -> dict[str, np.ndarray]:
-        return {}
+        return _tensor(verdict.reward), {name: _tensor(values) for name, values in verdict.columns().items()}
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
         height, width = pixels.shape[-2:]
@@ -68,9 +63,6 @@ class ClipOracleScorer(OracleScorer):
     def frame_scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Quality of each frame [B, F] in [0, 1], for methods that learn from segments."""
         return _tensor(self._verdict(pixels, prompts).frames)
-
-    def _more_columns(self, verdict: Any) -> dict[str, np.ndarray]:
-        return {"image": verdict.image.mean(1), "temporal": verdict.temporal.mean(1)}
 
 
 def _tensor(values: np.ndarray) -> Tensor:
