@@ -76,6 +76,10 @@ def train_scorer(
 ) -> ScorerResult:
     """Train a preference model; see `ScorerRun`.
 
+    Args:
+        config: a ScorerRun, or the path of a YAML file such as those under configs/scorers/.
+        overrides: `key=value` changes to the file, such as train.steps=200.
+
     Raises:
         UserError: a configuration, data or model that cannot be used, or a folder of another run.
     """
