@@ -67,7 +67,7 @@ def is_user_error(error: BaseException) -> bool:
     for module, name in (
         ("t2i_align.errors", "UserError"),
         ("pipelines.base", "PipelineError"),
-        ("reward_scorers.base", "ScorerError"),
+        ("reward_scorers.errors", "ScorerError"),
     ):
         if isinstance(error, getattr(sys.modules.get(module), name, ())):
             return True

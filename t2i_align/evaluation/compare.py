@@ -241,7 +241,7 @@ def _judged(
     """The first sample's number, scores and parts: of images all at once, of clips one by one."""
     images = [sample for sample in samples if not isinstance(sample, torch.Tensor)]
     if images:
-        yield 0, *scorer.judge_images(images, texts)
+        yield 0, *scorer.judge(images, texts)
     for place, clip in enumerate(samples):
         if isinstance(clip, torch.Tensor):
             with torch.no_grad():
