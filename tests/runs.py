@@ -93,8 +93,9 @@ def launch(values: dict[str, Any], folder: Path, *, processes: int = 1) -> subpr
     """`t2i-align train` in processes of its own."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *torchrun, "-m", "t2i_align.train", str(config)]
+    # Standalone: at a free port, so that tests may run side by side.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "t2i_align.train", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -22,9 +22,9 @@ from t2i_align.data.loader import AnySource, open_source
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
 from t2i_align.training.loop import METRICS_FILE, Loop
-from t2i_align.training.optim import check_optimizer
+from t2i_align.training.optim import make_optimizer
 from t2i_align.training.output import RUN_FILE, check_output, check_same_run, write_settings
-from t2i_align.training.reference import Reference, build_reference, check_reference
+from t2i_align.training.reference import Reference, build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.files import atomic_folder, output_lock
@@ -75,7 +75,7 @@ def align(
         config = configuration.load(config, overrides)
     elif isinstance(config, Mapping):
         config = configuration.from_mapping(with_overrides(config, overrides))
-    check_training(config)
+    check_machine(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     accelerator = Accelerator(
         # By default, accelerate takes each of several CPU processes for a separate run.
@@ -134,19 +134,15 @@ def _align(config: RunConfig, accelerator: Accelerator, progress: bool) -> RunRe
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
 
-def check_training(config: RunConfig) -> None:
-    """Raise UserError for what this machine, or this kind of training, cannot do."""
+def check_machine(config: RunConfig) -> None:
+    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in config.log.trackers:
         if tracker not in installed:
             raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
-    if config.objective.needs.reference:
-        check_reference(config.train, lora=config.lora is not None)
-    elif config.train.reference_update is not None:
-        raise UserError(f"train.reference_update: {config.objective.name} asks no reference that could be updated")
-    check_optimizer(config)
+    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def reference_for(config: RunConfig, pipeline: TrainablePipeline) -> Reference:
