@@ -38,14 +38,8 @@ MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values that swap height and width
 # ffmpeg also opens playlists, which name other files and addresses: only these containers, and nothing but the file.
 INPUT = ["-format_whitelist", "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "-protocol_whitelist", "file"]
-INPUT += [
-    "-max_pixels",
-    str(MAX_PIXELS),
-    "-xerror",
-    "-err_detect",
-    "explode",
-]  # no damaged frame, patched up from its neighbours
-INPUT += ["-threads", "1"]  # several clips are decoded at a time
+INPUT += ["-xerror", "-err_detect", "explode"]  # no damaged frame, patched up from its neighbours
+INPUT += ["-max_pixels", str(MAX_PIXELS), "-threads", "1"]  # several clips are decoded at a time
 MAX_REPEAT = 1.25  # how far a wanted frame rate may exceed a clip's own before repeated frames would be its motion
 ROUNDING = 1e-4  # seconds
 
@@ -55,18 +49,12 @@ class ImageError(ValueError):
 
 
 class MediaSize(NamedTuple):
-    """Target height and width in pixels; of clips, frame count and frames per second.
-
-    frames: None for images. fps: None takes each clip's frames as they come.
-    """
+    """Target height and width in pixels; of clips, frame count (None: images) and rate (None: a clip's own)."""
 
     height: int
     width: int
     frames: int | None = None
     fps: float | None = None
-
-
-ANY_IMAGE = MediaSize(0, 0)  # where images of any size are wanted, and no clips
 
 
 class Loaded(NamedTuple):
