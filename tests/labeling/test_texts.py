@@ -38,9 +38,7 @@ from transformers import (
 from t2i_align.data.votes import RULES, majority, mean_rank, total
 from t2i_align.errors import UserError
 from t2i_align.labeling import words
-from t2i_align.labeling.captioner import QUESTION, ImageModel, load_captioner
-from t2i_align.labeling.language_models import one_line
-from t2i_align.labeling.perturber import load_perturber
+from t2i_align.labeling.models import QUESTION, ImageCaptioner, load_captioner, load_perturber, one_line
 from t2i_align.labeling.rules import KINDS, RulePerturber
 from t2i_align.testbed.captions import describe, parse, write
 from t2i_align.testbed.oracle import Oracle
@@ -366,7 +364,7 @@ def test_a_captioner_of_transformers_runs_and_a_batch_changes_nothing(name: str,
 
 def test_a_chat_is_asked_the_question_and_answers_without_it(captioners: dict[str, Path]) -> None:
     captioner = load_captioner(str(captioners["llava"]), max_new_tokens=6)
-    assert isinstance(captioner, ImageModel) and captioner.template == QUESTION
+    assert isinstance(captioner, ImageCaptioner) and captioner.template == QUESTION
     seen = []
     generate = captioner.network.generate
 
