@@ -15,13 +15,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.formats import Survey
 from t2i_align.data.latents import CONTENT, Latents
 from t2i_align.data.layout import PROMPTS, Parts, read_table, readable
 from t2i_align.data.media import MediaSize, time_ids
+from t2i_align.data.readers import Limit, Survey
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
-from t2i_align.data.shards import Limit, write
+from t2i_align.data.shards import write
 from t2i_align.data.stored import Shard, Store
 from t2i_align.errors import UserError
 

@@ -19,12 +19,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from t2i_align.data.formats import Survey
 from t2i_align.data.layout import Parts, readable
 from t2i_align.data.media import ANY_IMAGE, ImageError, MediaSize, check, load, time_ids, to_bytes
+from t2i_align.data.readers import Limit, Survey
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
-from t2i_align.data.shards import Limit, Row, write
+from t2i_align.data.shards import Row, write
 from t2i_align.data.stored import Store
 from t2i_align.errors import UserError
 

@@ -22,13 +22,12 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.buckets import BucketedGroups, is_bucketed, prepare_buckets
 from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
-from t2i_align.data.formats import Survey
 from t2i_align.data.layout import LAYOUT, MANIFEST, differences
 from t2i_align.data.live import LiveGroups, LiveItem, index_images
 from t2i_align.data.media import CROP, MediaSize
+from t2i_align.data.readers import Limit, Survey
 from t2i_align.data.sampling import BucketSampler, Position, StreamSampler
 from t2i_align.data.schema import Batch, Conditioning
-from t2i_align.data.shards import Limit
 from t2i_align.data.stored import is_store
 from t2i_align.data.stream import Pieces, StreamedSource
 from t2i_align.errors import UserError
@@ -157,9 +156,9 @@ def open_source(
             folder = cache_root / _digest(parts)
             if not (folder / MANIFEST).exists():
                 added = Annotations.load(data.annotations)
-                survey = readers.survey(path, name, added)
+                survey = readers.survey(path, name, added, limit)
                 check_needs(needs, survey, data.path, limit)
-                prepare(readers.read(path, name, added), pipeline(), folder, fingerprint=parts,
+                prepare(readers.read(path, name, added, limit=limit), pipeline(), folder, fingerprint=parts,
                         **extent._asdict(), batch_size=ENCODE_BATCH, progress=progress, survey=survey,
                         limit=limit)  # fmt: skip
             groups = open_cache(folder)
@@ -188,7 +187,7 @@ def fingerprint_parts(
 
 def _source_parts(path: Path, reader: str, limit: Limit | None, sidecars: Sequence[str]) -> dict[str, Any]:
     return {
-        "source": readers.identity(path, reader),
+        "source": readers.identity(path, reader, limit),
         "annotations": sidecar_identity(sidecars),
         "reader": reader,
         "limit": None if limit is None else vars(limit),
@@ -273,11 +272,12 @@ def _live(
     encoder: TrainablePipeline | None = None
     if not (folder / MANIFEST).exists():
         added = Annotations.load(sidecars)
-        survey = readers.survey(path, reader, added)
+        survey = readers.survey(path, reader, added, limit)
         check_needs(needs, survey, str(path), limit)
         encoder = pipeline()
         encoder.check_size(extent.height, extent.width, extent.frames)
-        index_images(readers.read(path, reader, added), folder, fingerprint=parts, extent=extent, survey=survey,
+        index_images(readers.read(path, reader, added, limit=limit), folder, fingerprint=parts, extent=extent,
+                       survey=survey,
                        limit=limit, source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
     encoder = encoder or pipeline()
     encoder.check_size(extent.height, extent.width, extent.frames)
@@ -304,9 +304,9 @@ def _bucketed(
     folder = cache_root / _digest(parts)
     if not (folder / MANIFEST).exists():
         added = Annotations.load(data.annotations)
-        survey = readers.survey(path, reader, added)
+        survey = readers.survey(path, reader, added, limit)
         check_needs(needs, survey, data.path, limit)
-        prepare_buckets(partial(readers.read, path, reader, added), pipeline(), folder, fingerprint=parts,
+        prepare_buckets(partial(readers.read, path, reader, added, limit=limit), pipeline(), folder, fingerprint=parts,
                         resolution=math.isqrt(extent.height * extent.width), batch_size=ENCODE_BATCH, survey=survey,
                         limit=limit, progress=progress)  # fmt: skip
     return BucketedGroups(folder)

@@ -31,7 +31,6 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.formats import REASONS_SHOWN
 from t2i_align.data.layout import (
     FINGERPRINT,
     GROUPS,
@@ -48,6 +47,7 @@ from t2i_align.data.layout import (
     write_json,
     write_table,
 )
+from t2i_align.data.readers import REASONS_SHOWN, Limit
 from t2i_align.data.schema import COLUMNS, Column, Group, Skipped
 from t2i_align.errors import UserError
 
@@ -102,21 +102,6 @@ class Payload(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What the manifest should say of the payload."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """When to stop early: after so many groups with enough candidates, ties and disliked samples counted or not."""
-
-    groups: int
-    candidates: int = 1
-    ties: bool = True
-    likes_only: bool = False
-
-    def counts(self, group: Group) -> bool:
-        if self.likes_only and group.is_disliked:
-            return False
-        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
 
 
 def write(

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reward_scorers.base import ScorerError, rounding
-from t2i_align.data import jsonl, parquet, readers
+from t2i_align.data import readers, tables
 from t2i_align.data.live import CONTENT, LiveGroups
 from t2i_align.data.media import DECODER, ImageError, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
@@ -239,16 +239,16 @@ def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
             raise UserError(f"{source}: holds encoded latents, not images; score the source they were encoded from")
         return _flat(_stored(store)), int(store.k.sum())
     if file.is_file() and file.suffix == ".parquet":
-        if {*IMAGE_KEYS} & {*parquet.open_parquet(file).schema_arrow.names}:
-            rows = parquet.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS))
-            listed = (_listed(row, file, f"{file}, row {index}", index) for index, row in enumerate(rows))
-            return listed, parquet.open_parquet(file).metadata.num_rows
+        if {*IMAGE_KEYS} & {*tables.open_parquet(file).schema_arrow.names}:
+            rows = enumerate(tables.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS)))
+            listed = (_listed(row.values, file, row.origin, n) for n, row in rows if isinstance(row, tables.Row))
+            return listed, tables.open_parquet(file).metadata.num_rows
     elif file.is_file() and file.suffix != ".json":
-        _, _, first = next(jsonl.entries(file), (0, "", None))
+        _, _, first = next(tables.json_entries(file), (0, "", None))
         if first is None:
             raise UserError(f"{file}: no image listed")
         if not {*GROUP_KEYS} & first.keys():
-            checked = [_listed(entry, file, origin) for _, origin, entry in jsonl.entries(file)]
+            checked = [_listed(entry, file, origin) for _, origin, entry in tables.json_entries(file)]
             return iter(checked), len(checked)
     try:
         readers.detect(readers.resolve(source))

@@ -18,7 +18,7 @@ from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.layout import MANIFEST
 from t2i_align.data.live import LiveGroups, index_images
 from t2i_align.data.media import ANY_IMAGE, ImageError, decode
-from t2i_align.data.shards import Limit
+from t2i_align.data.readers import Limit
 from t2i_align.data.splits import is_held_out
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig

@@ -25,9 +25,8 @@ from torch import Tensor
 from pipelines import PipelineError
 from t2i_align.data import cache, latents, shards
 from t2i_align.data.cache import CachedGroups, open_cache, prepare
-from t2i_align.data.readers import read, survey
+from t2i_align.data.readers import Limit, read, survey
 from t2i_align.data.schema import Group
-from t2i_align.data.shards import Limit
 from t2i_align.errors import UserError
 from tests.data.test_examples import (
     StandIn,

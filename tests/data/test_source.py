@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pipelines
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.loader import Source, open_source
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Group
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
@@ -162,7 +162,7 @@ def test_the_loader_leaves_the_global_generator_alone(tmp_path: Path, pairs: Pat
 def test_a_limit_takes_the_first_usable_groups(tmp_path: Path, pairs: Path, cache: bool) -> None:
     source = opened(tmp_path, pairs, cache=cache, limit=3)
     assert sorted(keys(batches(source, 3, 1))) == ["0/1000", "0/1002", "0/1003"]
-    with pytest.raises(UserError, match=r"data\.limit must be at least 1"):
+    with pytest.raises(UserError, match=r"limit must be a whole number of at least 1"):
         opened(tmp_path, pairs, limit=0)
 
 
@@ -301,13 +301,29 @@ def test_alike_is_asked_only_of_the_groups_that_are_used(tmp_path: Path) -> None
     assert opened(tmp_path, path, needs=Requirements(ties=False, likes_only=True)).counts["groups"] == 2
 
 
+@pytest.mark.parametrize("kind", [{"cache": True}, {"cache": False}, {"buckets": True}])
+def test_a_limit_stops_the_reading(tmp_path: Path, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+
+    @readers.register("guarded")
+    def read_guarded(path: Path) -> Iterator[Group]:
+        for number in range(2):
+            yield Group(id=str(number), prompt="p", candidates=(jpeg(0), jpeg(1)), scores=(1.0, 0.0), origin="here")
+        pytest.fail("read beyond the limit")
+
+    (tmp_path / "source.any").touch()
+    source = opened(tmp_path, tmp_path / "source.any", format="guarded", limit=2, **kind)
+    assert source.counts["groups"] == 2
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_bad_sources_fail_before_the_pipeline_loads(tmp_path: Path, cache: bool) -> None:
-    """A label outside its range in the last row is found before the first image is encoded."""
-    rows = pick_rows(9)
-    rows["label_0"][8] = 1.5
-    with pytest.raises(UserError, match=r"row 8: label_0 must lie in \[0, 1\]"):
-        opened(tmp_path, write_parquet(tmp_path / "a.parquet", rows), pipeline=never, cache=cache)
+    """A path that leaves the folder in the last row is found before the first image is encoded."""
+    path = entries(tmp_path, [2, 2])
+    with open(path, "a") as stream:
+        stream.write(json.dumps({"prompt": "p", "chosen": "0.jpg", "rejected": "../1.jpg"}) + "\n")
+    with pytest.raises(UserError, match=r"line 3: '\.\./1\.jpg' leads outside"):
+        opened(tmp_path, path, pipeline=never, cache=cache)
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     with pytest.raises(UserError, match="is empty"):
