@@ -219,7 +219,7 @@ class Text:
         return noun if closed and not self._agrees_with(noun) else None
 
     def _agrees_with(self, noun: int) -> bool:
-        """Whether a later word of the sentence may be a singular verb or pronoun ("sits", "its", not "there is")."""
+        """Whether a later word of the sentence may be a singular verb or pronoun ("sits", "its")."""
         end = re.compile("[.!?;]").search(self.caption, self.spans[noun][1])
         for i in range(noun + 1, len(self.words)):
             word = self.words[i]
