@@ -21,7 +21,8 @@ from t2i_align.inference.options import PRECISIONS, check_counts, check_precisio
 from t2i_align.inference.prompts import TESTBED
 from t2i_align.labeling.rules import KINDS, RulePerturber
 
-DRAWN, RULES = "testbed:captioner", "rules"
+DRAWN = "testbed:captioner"
+RULES = "rules"
 PROMPT, CAPTION = "{prompt}", "{caption}"
 TOP_P = 0.75  # DCPO (arXiv 2502.06023) samples DIPPER with it
 # DCPO gives the captioner the prompt as well, which says what matters in the image.

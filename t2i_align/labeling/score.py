@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers.base import ScorerError, rounding
+from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.live import CONTENT, LiveGroups
-from t2i_align.data.media import DECODER, ImageError, decode, frame_files, is_clip, whole_clip
+from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.stored import is_store
 from t2i_align.errors import UserError
@@ -161,7 +161,7 @@ class _ScorerRun:
     def identity(self) -> tuple[str, str]:
         """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
         with self.autocast():
-            return self.scorer.name, f"{self.scorer.version}{rounding()}, {DECODER}"
+            return self.scorer.name, self.scorer.recorded_version
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
@@ -180,18 +180,16 @@ class _ScorerRun:
             for part in ([stills] if stills else []) + [[i] for i in usable if i not in stills]:
                 try:
                     with memory_for(len(part)):
-                        total, parts = self._judge([media[i] for i in part], [batch[i].prompt for i in part])
+                        images = [media[i] for i in part]
+                        # A clip is scored by itself.
+                        inputs = images if part == stills else images[0].unsqueeze(0).float() / 255
+                        total, parts = self.scorer.judge(inputs, [batch[i].prompt for i in part])
                 except ScorerError as error:
                     raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
                 for place, i in enumerate(part):
                     values = {name: number(values[place].item()) for name, values in parts.items()}
                     row = self._row(batch[i], score=number(total[place].item()))
                     yield row | ({"parts": values} if values else {})
-
-    def _judge(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(media[0], Tensor):  # a single clip
-            return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
-        return self.scorer.judge_images(media, prompts)
 
     def _row(self, candidate: _Candidate, **values: Any) -> Row:
         return dict(zip(KEY, (*attrgetter(*IMAGE)(candidate), *self.identity), strict=True)) | values
