@@ -1,4 +1,4 @@
-"""What a person at a terminal or in a notebook is spared."""
+"""Silence library progress bars and known-harmless warnings."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import logging
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' bars of a second and their "safe to ignore" from drowning what should be read.
+    """Disable diffusers' and transformers' loading bars and a harmless warning; downloads keep their bars.
 
-    Called by entry points only: it changes diffusers and transformers for the whole process. Downloads keep their bars.
+    Called by entry points only, as it affects the whole process.
     """
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("diffusers.loaders.lora_base").addFilter(_says_something)
-
-
-def _says_something(record: logging.LogRecord) -> bool:
-    # Said of every LoRA that leaves the text encoders alone, as all of ours do.
-    return not record.getMessage().startswith("No LoRA keys associated to")
+    # Logged for every LoRA without text encoder weights, such as all of ours.
+    harmless = "No LoRA keys associated to"
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(lambda record: harmless not in record.getMessage())
