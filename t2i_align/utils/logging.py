@@ -1,4 +1,4 @@
-"""What a person at a terminal or in a notebook is spared."""
+"""Silence library progress bars and known-harmless warnings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' bars of a second and their "safe to ignore" from drowning what should be read.
+    """Disable diffusers' and transformers' loading bars and one harmless warning; our own log lines stay visible.
 
-    Called by entry points only: it changes diffusers and transformers for the whole process. Downloads keep their bars.
+    Called by entry points only: it changes both libraries for the whole process. Downloads keep their bars.
     """
     import diffusers
     import transformers
