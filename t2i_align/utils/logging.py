@@ -15,9 +15,9 @@ def silence_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("diffusers.loaders.lora_base").addFilter(_says_something)
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(_is_relevant)
 
 
-def _says_something(record: logging.LogRecord) -> bool:
-    # Said of every LoRA that leaves the text encoders alone, as all of ours do.
+def _is_relevant(record: logging.LogRecord) -> bool:
+    # Logged for every LoRA without text-encoder weights, as all of ours are.
     return not record.getMessage().startswith("No LoRA keys associated to")
