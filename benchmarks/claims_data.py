@@ -164,7 +164,7 @@ def _pool(folder: Path, base: str, texts: Sequence[str], steps: int) -> np.ndarr
         images = sample(pipeline, repeated, list(seeds), steps=steps, guidance=1.0, batch_size=len(repeated))
         for i, image in enumerate(images):
             image.save(folder / f"images/{start + i // CANDIDATES:05d}_{i % CANDIDATES}.png")
-        reward, _ = oracle.judge_images(images, repeated)
+        reward, _ = oracle.judge(images, repeated)
         rows.append(reward.double().numpy().reshape(-1, CANDIDATES))
     np.save(file, np.concatenate(rows))
     return np.concatenate(rows)

@@ -13,7 +13,8 @@ from t2i_align.errors import UserError
 from t2i_align.labeling.language_models import TextModel, one_line, padded_in_front
 from t2i_align.labeling.rules import KINDS, RulePerturber
 
-RULES, CAPTION = "rules", "{caption}"
+RULES = "rules"
+CAPTION = "{caption}"
 TOP_P = 0.75  # DCPO (arXiv 2502.06023) samples DIPPER with it
 INSTRUCTION = (
     "Change one or two details of this description of an image, such as a colour, a number, an object or a position, "

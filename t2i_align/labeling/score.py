@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers.base import ScorerError, rounding
+from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.live import CONTENT, LiveGroups
-from t2i_align.data.media import DECODER, ImageError, decode, frame_files, is_clip, whole_clip
+from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.stored import is_store
 from t2i_align.errors import UserError
@@ -160,7 +160,7 @@ class _ScorerRun:
     def identity(self) -> tuple[str, str]:
         """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
         with self.autocast():
-            return self.scorer.name, f"{self.scorer.version}{rounding()}, {DECODER}"
+            return self.scorer.name, self.scorer.recorded_version
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
@@ -190,7 +190,7 @@ class _ScorerRun:
     def _judge(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(media[0], Tensor):  # a single clip
             return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
-        return self.scorer.judge_images(media, prompts)
+        return self.scorer.judge(media, prompts)
 
     def _row(self, candidate: _Candidate, **values: Any) -> Row:
         return dict(zip(KEY, (*attrgetter(*IMAGE)(candidate), *self.identity), strict=True)) | values

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -381,31 +377,3 @@ def test_the_commands_write_files_and_say_how_many(
     assert "exists and is finished" in capsys.readouterr().err
     assert cli.main(["relabel", str(source), "--scorers", "oracle", "--out", str(tmp_path / "s.jsonl")]) == 0
     assert len(rows(tmp_path / "s.jsonl")) == 10
-
-
-def test_scorers_may_be_listed_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    answer = SimpleNamespace(groups=1, skipped=0, why_skipped=None, out="x")
-    monkeypatch.setattr("t2i_align.labeling.annotate.relabel", lambda **keywords: calls.append(keywords) or answer)
-    assert cli.main(["relabel", "x", "--scorers", "a,b", "c:d:/e.pt", "--out", "o"]) == 0
-    assert calls[0]["scorers"] == ["a", "b", "c:d:/e.pt"]
-
-
-@pytest.mark.parametrize("name", ["caption", "perturb", "relabel"])
-def test_a_command_offers_what_its_function_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("t2i_align.labeling.annotate")
-    parameters = inspect.signature(getattr(module, name)).parameters
-    for example in cli.COMMANDS[name].examples:
-        calls: list[dict[str, Any]] = []
-
-        def recorded(calls: list[dict[str, Any]] = calls, **keywords: Any) -> Any:
-            calls.append(keywords)
-            return SimpleNamespace(groups=1, skipped=0, why_skipped=None, out="x")
-
-        monkeypatch.setattr(module, name, recorded)
-        arguments = shlex.split(example)[1:]
-        assert cli.main(arguments) == 0
-        assert calls[0].keys() == parameters.keys() - {"progress"}
-        for key, value in calls[0].items():
-            told = f"--{key.replace('_', '-')}" in arguments or key == "source"
-            assert told or value == parameters[key].default, f"the command's default of {key} is not the function's"
