@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.layout import Parts, readable
-from t2i_align.data.media import ANY_IMAGE, ImageError, MediaSize, check, load, time_ids, to_bytes
+from t2i_align.data.media import ImageError, MediaSize, check, load, time_ids, to_bytes
 from t2i_align.data.readers import Limit, Survey
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
@@ -125,7 +125,7 @@ class LiveGroups(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.extent = ANY_IMAGE
+        self.extent = MediaSize(0, 0)
         self.pipeline: TrainablePipeline | None = None
         self.size_conditioned = False
 

@@ -17,7 +17,7 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.layout import MANIFEST
 from t2i_align.data.live import LiveGroups, index_images
-from t2i_align.data.media import ANY_IMAGE, ImageError, decode
+from t2i_align.data.media import ImageError, MediaSize, decode
 from t2i_align.data.readers import Limit
 from t2i_align.data.splits import is_held_out
 from t2i_align.errors import UserError
@@ -87,7 +87,7 @@ def open_preferences(
     folder = root / f"images-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
     if not (folder / MANIFEST).exists():
         some = None if limit is None else Limit(groups=limit, candidates=2)
-        index_images(readers.read(file, kind, added), folder, fingerprint=parts, extent=ANY_IMAGE, survey=survey,
+        index_images(readers.read(file, kind, added), folder, fingerprint=parts, extent=MediaSize(0, 0), survey=survey,
                        limit=some, source_bytes=readers.embedded_bytes(file, kind), progress=progress)  # fmt: skip
     store = LiveGroups(folder)
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]

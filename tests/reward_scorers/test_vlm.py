@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.vlm import VLMScorer
-from tests.labeling.test_texts import blip, llava
+from tests.labeling.test_models import blip, llava
 from tests.reward_scorers.small import write_hf_clip
 
 
