@@ -88,7 +88,7 @@ def open_preferences(
     kind, added = readers.detect(file, format), Annotations.load(list(annotations))
     survey = readers.survey(file, kind, added)
     if not any(k >= 2 for k in survey.candidates):
-        raise UserError(f"{path}: preferences need groups of two candidates or more, found {survey.candidates}")
+        raise UserError(f"{path}: preferences need groups of two candidates or more, found {dict(survey.candidates)}")
     parts = {
         "content": "images",
         "root": str(file.resolve()),
