@@ -85,7 +85,7 @@ def test_variant_c_describes_every_image_in_source_order(source: Path, tmp_path:
         assert [p.shape for p in shown[better].phrases] == [p.shape for p in stated.phrases]
         assert (shown[1 - better].relation, shown[1 - better].phrases) != (
             stated.relation,
-            described[better].phrases,
+            shown[better].phrases,
         )
 
 
