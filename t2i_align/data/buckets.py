@@ -30,9 +30,10 @@ from t2i_align.data.cache import CachedGroups, Item, check_space, open_cache, pr
 from t2i_align.data.latents import Latents
 from t2i_align.data.layout import FINGERPRINT, LAYOUT, MANIFEST, SKIPPED, Parts, differences, write_json
 from t2i_align.data.media import MediaSize, measure
-from t2i_align.data.readers import Limit, Survey
+from t2i_align.data.readers import Limit
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Items, Skipped
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time

@@ -18,11 +18,12 @@ from torch import Tensor
 from t2i_align.data.latents import CONTENT, Latents
 from t2i_align.data.layout import PROMPTS, Parts, read_table, readable
 from t2i_align.data.media import MediaSize, time_ids
-from t2i_align.data.readers import Limit, Survey
+from t2i_align.data.readers import Limit
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
 from t2i_align.data.shards import write
 from t2i_align.data.stored import Shard, Store
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -217,7 +218,7 @@ def check_space(out: Path, survey: Survey, payload: Latents, limit: Limit | None
     share = 1.0 if limit is None else min(1.0, limit.groups / max(1, survey.groups))
     candidates = sum(k * count for k, count in survey.candidates.items())
     needed = share * candidates * payload.latent_bytes
-    needed += (min(survey.texts, share * survey.groups * survey.texts_per_group) + 1) * payload.prompt_bytes
+    needed += (min(len(survey.texts), share * survey.groups * survey.texts_per_group) + 1) * payload.prompt_bytes
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     stored = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if out.exists() else 0
     free = shutil.disk_usage(folder).free

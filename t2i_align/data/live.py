@@ -21,11 +21,12 @@ from torch import Tensor
 
 from t2i_align.data.layout import Parts, readable
 from t2i_align.data.media import ImageError, MediaSize, check, load, time_ids, to_bytes
-from t2i_align.data.readers import Limit, Survey
+from t2i_align.data.readers import Limit
 from t2i_align.data.sampling import Position
 from t2i_align.data.schema import Batch, Conditioning, Group, Media, Skipped
 from t2i_align.data.shards import Row, write
 from t2i_align.data.stored import Store
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time

@@ -25,11 +25,12 @@ from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
 from t2i_align.data.layout import LAYOUT, MANIFEST, differences
 from t2i_align.data.live import LiveGroups, LiveItem, index_images
 from t2i_align.data.media import CROP, MediaSize
-from t2i_align.data.readers import Limit, Survey
+from t2i_align.data.readers import Limit
 from t2i_align.data.sampling import BucketSampler, Position, StreamSampler
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.stored import is_store
 from t2i_align.data.stream import Pieces, StreamedSource
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
 
@@ -329,9 +330,7 @@ def _streamed(
         pieces,
         rows=data.stream or 0,
         folder=cache_root / f"stream-{_digest(parts)}",
-        index=partial(
-            index_images, fingerprint=parts, extent=extent, survey=Survey.of(()), source_bytes=0, progress=False
-        ),
+        index=partial(index_images, fingerprint=parts, extent=extent, survey=Survey(), source_bytes=0, progress=False),
         open_window=lambda folder: LiveGroups(folder).encode_with(encoder, extent),
         usable=partial(usable, needs=needs),
         pairs=_wants_pairs(needs),

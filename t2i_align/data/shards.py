@@ -47,8 +47,9 @@ from t2i_align.data.layout import (
     write_json,
     write_table,
 )
-from t2i_align.data.readers import REASONS_SHOWN, Limit
+from t2i_align.data.readers import Limit
 from t2i_align.data.schema import COLUMNS, Column, Group, Skipped
+from t2i_align.data.survey import REASONS_SHOWN
 from t2i_align.errors import UserError
 
 LOCKS = ".locks"

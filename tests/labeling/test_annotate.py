@@ -83,10 +83,8 @@ def test_variant_c_describes_every_image_in_source_order(source: Path, tmp_path:
         better = 1 if i % 3 == 2 else 0
         assert shown[better].relation == stated.relation
         assert [p.shape for p in shown[better].phrases] == [p.shape for p in stated.phrases]
-        assert (shown[1 - better].relation, shown[1 - better].phrases) != (
-            stated.relation,
-            shown[better].phrases,
-        )
+        other = shown[1 - better]
+        assert (other.relation, other.phrases) != (stated.relation, shown[better].phrases)
 
 
 def test_variant_p_perturbs_the_prompt_for_the_loser(source: Path, tmp_path: Path) -> None:
@@ -373,7 +371,7 @@ def test_commands_report_counts(source: Path, tmp_path: Path, capsys: pytest.Cap
         cli.main(["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner", "--out", str(out)]) == 0
     )
     printed = capsys.readouterr().out
-    assert printed == f"10 groups annotated in {out}\n1 skipped; why: {out}.skipped.jsonl\n"
+    assert printed == f"10 groups in {out}, 1 skipped; why: {out}.skipped.jsonl\n"
     assert cli.main(["perturb", str(source), "--out", str(out)]) == 2
     assert "exists and is finished" in capsys.readouterr().err
     assert cli.main(["relabel", str(source), "--scorers", "oracle", "--out", str(tmp_path / "s.jsonl")]) == 0
