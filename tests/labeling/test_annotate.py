@@ -370,7 +370,7 @@ def test_commands_report_counts(source: Path, tmp_path: Path, capsys: pytest.Cap
         cli.main(["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner", "--out", str(out)]) == 0
     )
     said = capsys.readouterr().out
-    assert said == f"10 groups annotated in {out}\n1 skipped; why: {out}.skipped.jsonl\n"
+    assert said == f"10 groups in {out}, 1 skipped; why: {out}.skipped.jsonl\n"
     assert cli.main(["perturb", str(source), "--out", str(out)]) == 2
     assert "exists and is finished" in capsys.readouterr().err
     assert cli.main(["relabel", str(source), "--scorers", "oracle", "--out", str(tmp_path / "s.jsonl")]) == 0
