@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,8 @@ class Survey:
     """What a source holds, found without opening its images.
 
     rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
-    are equal. disliked: single samples that were not liked. texts: distinct prompts and captions. columns: how many
+    are equal. disliked: single samples that were not liked. accepted, score_range: number of groups that a selection
+    accepts, and their least and greatest score. texts: distinct prompts and captions. columns: how many
     groups have each of COLUMNS. reasons: the first skips'.
     """
 
@@ -30,6 +32,8 @@ class Survey:
     candidates: dict[int, int]
     ties: dict[int, int]
     disliked: int
+    accepted: int
+    score_range: tuple[float, float]
     texts: int
     columns: dict[str, int]
     reasons: tuple[str, ...]
@@ -45,14 +49,16 @@ class Survey:
         return 1 + captions + bool(self.columns.get("negative_caption"))
 
     @classmethod
-    def of(cls, items: Iterable[Group | Skipped]) -> Survey:
-        rows = disliked = 0
+    def of(cls, items: Iterable[Group | Skipped], selection: Selection | None = None) -> Survey:
+        rows = disliked = accepted = 0
+        least, greatest = math.inf, -math.inf
+        selection = selection or EVERYTHING
         candidates: Counter[int] = Counter()
         ties: Counter[int] = Counter()
         columns: Counter[str] = Counter()
         texts: set[str] = set()
         reasons: list[str] = []
-        for item in items:
+        for item in selection.first(items):
             rows += 1
             if isinstance(item, Skipped):
                 if len(reasons) < REASONS_SHOWN:
@@ -62,6 +68,9 @@ class Survey:
             if is_tie(item.scores):
                 ties[len(item.candidates)] += 1
             disliked += is_disliked(item.scores)
+            if selection.accepts(item):
+                accepted += 1
+                least, greatest = min(least, *item.scores), max(greatest, *item.scores)
             texts.update(item.texts)
             columns.update(present_columns(item))
         return cls(
@@ -69,10 +78,39 @@ class Survey:
             candidates=dict(candidates),
             ties=dict(ties),
             disliked=disliked,
+            accepted=accepted,
+            score_range=(least, greatest),
             texts=len(texts),
             columns=dict(columns),
             reasons=tuple(reasons),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
+
+    candidates: int = 1
+    ties: bool = True
+    likes_only: bool = False
+    limit: int | None = None
+
+    def accepts(self, group: Group) -> bool:
+        """Whether the objective learns from a group: enough candidates, and neither a tie nor disliked if these are out."""
+        if self.likes_only and is_disliked(group.scores):
+            return False
+        return len(group.candidates) >= self.candidates and (self.ties or not is_tie(group.scores))
+
+    def first(self, items: Iterable[Group | Skipped], accepted: int = 0) -> Items:
+        """The items up to the one with which the limit is reached; `accepted` groups came before."""
+        for item in items:
+            yield item
+            accepted += isinstance(item, Group) and self.accepts(item)
+            if accepted == self.limit:
+                return
+
+
+EVERYTHING = Selection()
 
 
 def is_tie(scores: tuple[float, ...]) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from t2i_align.data import folders, hub, jsonl, layouts, pickapic, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import Items, Survey, exists
+from t2i_align.data.formats import EVERYTHING, Items, Selection, Survey, exists
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError, unknown
@@ -113,16 +113,20 @@ def read(
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
-def survey(path: str | Path, format: str = "auto", annotations: Annotations = NONE) -> Survey:
+def survey(
+    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
+) -> Survey:
     """What a source holds, without opening its images. Raises UserError as `read` does.
 
-    Annotations that belong to nothing in the source are reported as a warning.
+    A limit of the selection ends the reading. Annotations that belong to nothing in the source are reported as a
+    warning, unless a limit left some of it unread.
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
     unmatched = dict.fromkeys(annotations.entries)
-    found = Survey.of(_without(unmatched, _checked((reader.outline or reader.read)(file), file, annotations)))
-    if unmatched:
+    items = _without(unmatched, _checked((reader.outline or reader.read)(file), file, annotations))
+    found = Survey.of(items, selection)
+    if unmatched and selection.limit is None:
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return found
