@@ -45,7 +45,7 @@ notebooks: $(STAMP)  ## run the notebooks and store their outputs
 
 clean:  ## remove the environment, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find t2i_align pipelines reward_scorers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find t2i_align pipelines reward_scorers tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11 or newer," \

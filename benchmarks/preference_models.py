@@ -4,7 +4,7 @@
 
 Drawn images are free training data, and the oracle knows the truth. Five stages, each kept in --work:
 
-- clip: `t2i-align testbed clip`, pretrained on captions, without a preference;
+- clip: `python -m tools.testbed clip`, pretrained on captions, without a preference;
 - expert: pairs of a right image against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
   `train-scorer`, from different seeds, tried on pairs of held-out statements;
 - sampled: these three again on the bundled pairs, which a base model drew, tried on held-out prompts;
@@ -33,12 +33,12 @@ from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
 from t2i_align.testbed.annotators import TRAITS, Annotator, Expert, Person
-from t2i_align.testbed.captions import Statement, describe, draw_for, write
-from t2i_align.testbed.clip import draw_image, draw_wrong, pretrain, save_clip
+from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.pairs import decode, encode_jpeg, take
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
+from tools.testbed.clip import pretrain, save_clip
+from tools.testbed.pairs import decode, encode_jpeg, take
 
 RESULTS = Path(__file__).parent / "results"
 # Two tastes that want the opposite of each other, over TRAITS; a person differs a little from either.

@@ -26,7 +26,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "R
 
 
 def modules() -> list[str]:
-    roots = [(str(ROOT / package), f"{package}.") for package in PACKAGES]
+    roots = [(str(ROOT / package), f"{package}.") for package in (*PACKAGES, "tools")]
     found = [info.name for path, prefix in roots for info in pkgutil.walk_packages([path], prefix=prefix)]
     return sorted([*PACKAGES, *(name for name in found if not name.endswith("__main__"))])
 
@@ -60,6 +60,12 @@ def test_pipelines_and_scorers_import_nothing_of_the_toolkit(package: str) -> No
     assert files
     for file in files:
         assert "t2i_align" not in {name.partition(".")[0] for name in imported(file)}, file
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_installed_packages_do_not_import_the_maintainers_tools(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        assert "tools" not in {name.partition(".")[0] for name in imported(file)}, file
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "t2i_align" / "objectives").glob("*.py")), ids=lambda file: file.stem)

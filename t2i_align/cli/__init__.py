@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"t2i-align {__version__}")
         return 0
     name, *rest = arguments
-    debug = "--debug" in rest and name != "testbed"
+    debug = "--debug" in rest
     try:
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
@@ -332,13 +332,6 @@ def _objectives(argv: list[str]) -> int:
     return 0
 
 
-def _testbed(argv: list[str]) -> int:
-    from t2i_align.testbed.__main__ import main as testbed
-
-    testbed(argv)
-    return 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """One sub-command. run: takes its arguments, returns the exit status. interrupted: said after Ctrl-C."""
@@ -466,11 +459,6 @@ COMMANDS = {
         run=_objectives,
         summary="list the objectives, or explain one",
         examples=("t2i-align objectives", "t2i-align objectives diffusion_dpo"),
-    ),
-    "testbed": Command(
-        run=_testbed,
-        summary="the small world with known ground truth: scenes, base models, preference pairs",
-        examples=("t2i-align testbed --help",),
     ),
 }
 

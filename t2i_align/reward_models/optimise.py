@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reward_scorers import Scorer
-from t2i_align.testbed.captions import parse
-from t2i_align.testbed.clip import draw_image, draw_wrong
+from t2i_align.testbed.captions import draw_image, draw_wrong, parse
 from t2i_align.testbed.oracle import Oracle
 
 POOL = 64  # images of a prompt

@@ -35,5 +35,5 @@ def pairs_path() -> Path:
 
 def _present(path: Path, command: str) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; make it with `python -m t2i_align.testbed {command}`")
+        raise FileNotFoundError(f"{path} is missing; in a clone, `python -m tools.testbed {command}` makes it")
     return path

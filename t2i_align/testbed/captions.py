@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, OPPOSITE, RADII, SHAPES, Scene, compose
+from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, OPPOSITE, RADII, SHAPES, Scene, compose, degrade, render
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 RELATION_WORDS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
@@ -82,6 +82,16 @@ def draw_for(statement: Statement, rng: np.random.Generator) -> Scene:
             kind = "pair" if statement.relation else ("count", "single")[statement.count == 1]
             kind = "triple" if len(statement.phrases) == 3 else kind
             return Scene(kind, background, tuple(objects), statement.relation)
+
+
+def draw_image(statement: Statement, rng: np.random.Generator, degraded: float = 0.0) -> np.ndarray:
+    """An image [64, 64, 3] of which the statement is true, degraded with this probability."""
+    return spoil(render(draw_for(statement, rng)), rng, degraded)
+
+
+def spoil(pixels: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
+    """The image, degraded with this probability."""
+    return degrade(pixels, rng) if rng.random() < probability else pixels
 
 
 def noun_words(phrase: Phrase) -> str:
@@ -219,3 +229,11 @@ def corrupt(statement: Statement, fault: str, rng: np.random.Generator) -> State
     else:
         raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
     return dataclasses.replace(statement, phrases=tuple(phrases))
+
+
+def draw_wrong(statement: Statement, rng: np.random.Generator) -> Statement:
+    """The statement with one attribute wrong, drawn at random."""
+    while True:
+        wrong = corrupt(statement, str(rng.choice(FAULTS)), rng)
+        if wrong is not None:
+            return wrong

@@ -25,9 +25,9 @@ from t2i_align import config as configuration
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.quickstart import CONFIG
-from t2i_align.testbed.sampling import GUIDANCE, STEPS
 from t2i_align.utils.logging import silence_libraries
 from tests.runs import jsonl_pairs, run_values
+from tools.testbed.sampling import GUIDANCE, STEPS
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = {
@@ -54,7 +54,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         assert all(f"  {name} " in out for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "testbed"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])

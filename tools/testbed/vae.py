@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from t2i_align.testbed.precision import mixed
 from t2i_align.testbed.scenes import SIDE, degrade, render, sample_scene, to_uint8
+from tools.testbed.precision import mixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`python -m t2i_align.testbed <command>`: pretrain, distill, pairs, evaluate, and the same for clips."""
+"""`python -m tools.testbed <command>`: pretrain, distill, pairs, evaluate, and the same for clips."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         listing = "\n".join(f"  {name:14} {what}" for name, what in COMMANDS.items())
-        print(f"usage: t2i-align testbed <command> [options]\n\n{listing}\n\n<command> --help lists its options.")
+        print(f"usage: python -m tools.testbed <command> [options]\n\n{listing}\n\n<command> --help lists its options.")
         return
     if argv[0] not in COMMANDS:
         raise SystemExit(f"unknown command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
     name, _, video = argv[0].partition("-")
-    importlib.import_module(f"t2i_align.testbed.{'video.' * bool(video)}{name}").main(argv[1:])
+    importlib.import_module(f"tools.testbed.{'video.' * bool(video)}{name}").main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -13,19 +13,19 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from t2i_align.testbed.denoiser import Denoiser, DenoiserConfig, build_unet, train_denoiser
-from t2i_align.testbed.evaluate import evaluate, summary
-from t2i_align.testbed.pools import CLEAN, FAULTY, Pool, make_pool
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import assemble, save
-from t2i_align.testbed.text import ParseHeads, build_text_encoder, build_tokenizer, warm_up
-from t2i_align.testbed.vae import VAEConfig, train_vae
+from tools.testbed.denoiser import Denoiser, DenoiserConfig, build_unet, train_denoiser
+from tools.testbed.evaluate import evaluate, summary
+from tools.testbed.pools import CLEAN, FAULTY, Pool, make_pool
+from tools.testbed.sampling import assemble, save
+from tools.testbed.text import ParseHeads, build_text_encoder, build_tokenizer, warm_up
+from tools.testbed.vae import VAEConfig, train_vae
 
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command; the defaults are the shipped v base's recipe."""
     vae, denoiser = VAEConfig(), DenoiserConfig()
-    p = argparse.ArgumentParser(prog="t2i-align testbed pretrain", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m tools.testbed pretrain", description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline, e.g. tiny-sd")
     p.add_argument("--work", type=Path, default=Path("pretrain"), help="folder of checkpoints and latents")
     p.add_argument("--vae-steps", type=int, default=vae.steps)

@@ -9,14 +9,14 @@ import torch
 import pipelines
 from t2i_align.data.readers import read
 from t2i_align.testbed import base_path, prompts
-from t2i_align.testbed.__main__ import main
-from t2i_align.testbed.loop import LoopConfig, fit
-from t2i_align.testbed.muon import Muon, orthogonal
-from t2i_align.testbed.sampling import sample
-from t2i_align.testbed.text import build_word_tokenizer
 from t2i_align.testbed.video.captions import parse, words
-from t2i_align.testbed.video.text import ParseHeads, build_text_encoder, encode_text
-from t2i_align.testbed.video.vae import build_vae, decode, encode, finish, normalise, render_pool
+from tools.testbed.__main__ import main
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.muon import Muon, orthogonal
+from tools.testbed.sampling import sample
+from tools.testbed.text import build_word_tokenizer
+from tools.testbed.video.text import ParseHeads, build_text_encoder, encode_text
+from tools.testbed.video.vae import build_vae, decode, encode, finish, normalise, render_pool
 
 TINY = "--vae-steps 3 --vae-clips 6 --clips 8 --text-steps 2 --steps 2 --batch 2 --every 2 --evaluated 1 --threads 1"
 

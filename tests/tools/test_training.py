@@ -9,7 +9,9 @@ import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.testbed import captions as image_captions
 from t2i_align.testbed.captions import describe, parse, write
-from t2i_align.testbed.denoiser import (
+from t2i_align.testbed.prompts import prompts, split_of
+from t2i_align.testbed.scenes import sample_scene
+from tools.testbed.denoiser import (
     Denoiser,
     DenoiserConfig,
     build_scheduler,
@@ -17,14 +19,12 @@ from t2i_align.testbed.denoiser import (
     draw_captions,
     train_denoiser,
 )
-from t2i_align.testbed.distill import Distillation, teacher_timesteps
-from t2i_align.testbed.pools import Pool
-from t2i_align.testbed.prompts import prompts, split_of
-from t2i_align.testbed.sampling import assemble
-from t2i_align.testbed.scenes import sample_scene
-from t2i_align.testbed.students import STUDENTS, Student
-from t2i_align.testbed.text import ParseHeads, WordEncoder, build_text_encoder, build_tokenizer
-from t2i_align.testbed.vae import BALANCE, balance_latents, build_vae, encode, render_pool
+from tools.testbed.distill import Distillation, teacher_timesteps
+from tools.testbed.pools import Pool
+from tools.testbed.sampling import assemble
+from tools.testbed.students import STUDENTS, Student
+from tools.testbed.text import ParseHeads, WordEncoder, build_text_encoder, build_tokenizer
+from tools.testbed.vae import BALANCE, balance_latents, build_vae, encode, render_pool
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 from torch.nn import functional as F
 
-from t2i_align.testbed.loop import LoopConfig, fit
-from t2i_align.testbed.muon import Muon
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.vae import spread_to
 from t2i_align.testbed.video.motion import FAULT_RATES, FRAMES, sample_clip, spoil, to_clip
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.muon import Muon
+from tools.testbed.vae import spread_to
 
 CHANNELS = 16
 EVENNESS = 0.4  # the power of its variance that a component keeps

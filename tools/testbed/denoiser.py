@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from t2i_align.testbed import captions as image_captions
-from t2i_align.testbed.loop import LoopConfig, fit
-from t2i_align.testbed.pools import Pool
-from t2i_align.testbed.precision import mixed
 from t2i_align.testbed.prompts import split_of
-from t2i_align.testbed.text import WIDTH, ParseHeads, WordEncoder
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.pools import Pool
+from tools.testbed.precision import mixed
+from tools.testbed.text import WIDTH, ParseHeads, WordEncoder
 
 # Each is planted on its own with this probability wherever it applies. An ignored background and a wrong
 # scale are known from real models and are decided at high noise, where preferences act first; guidance

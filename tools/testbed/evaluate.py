@@ -16,8 +16,8 @@ from torch import Tensor
 import pipelines
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import SIZES, prompts
-from t2i_align.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 from t2i_align.testbed.video.oracle import ClipVerdict, MotionOracle
+from tools.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 
 
 def means(verdict: Verdict | ClipVerdict) -> dict[str, float]:
@@ -60,7 +60,7 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> None:
     """Print the oracle's means over a split as JSON."""
-    p = argparse.ArgumentParser(prog="t2i-align testbed evaluate", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m tools.testbed evaluate", description=__doc__)
     p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or another base")
     p.add_argument("--split", choices=list(SIZES), default="dev")
     p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")

@@ -12,9 +12,9 @@ import pipelines
 from t2i_align.testbed import base_path, pairs_path, prompts
 from t2i_align.testbed.annotators import Expert
 from t2i_align.testbed.oracle import Oracle, Verdict
-from t2i_align.testbed.pairs import SCHEMA, PairsConfig, choose, decode, encode_jpeg, make_pairs, write_parquet
 from t2i_align.testbed.scenes import render, sample_scene
 from t2i_align.testbed.vision import View
+from tools.testbed.pairs import SCHEMA, PairsConfig, choose, decode, encode_jpeg, make_pairs, write_parquet
 
 PICK_A_PIC = (
     "are_different best_image_uid caption created_at has_label image_0_uid image_0_url image_1_uid image_1_url "
@@ -106,7 +106,7 @@ def scenes_for(pipeline, captions, seeds, **_):
 
 
 def test_make_and_write_pairs(tmp_path, monkeypatch):
-    monkeypatch.setattr("t2i_align.testbed.pairs.sample", scenes_for)
+    monkeypatch.setattr("tools.testbed.pairs.sample", scenes_for)
     rows = make_pairs(None, prompts("train")[:20], Expert(), PairsConfig(prompts_per_batch=8), limit=9)
     path = tmp_path / "pairs.parquet"
     write_parquet(rows, path)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import GUIDANCE, load, model_folder, sample
 from t2i_align.testbed.video.oracle import ClipVerdict
+from tools.testbed.sampling import GUIDANCE, load, model_folder, sample
 
 _TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
 SCHEMA = pa.schema(
@@ -266,7 +266,7 @@ def begin(args: argparse.Namespace) -> PairsConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Sample train prompts from a base and write the pairs."""
-    p = argparse.ArgumentParser(prog="t2i-align testbed pairs", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m tools.testbed pairs", description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True, help="parquet file to write")
     sampling_arguments(p, number=2400, bases="testbed:sd")
     p.add_argument("--quality-only", type=float, default=PairsConfig.quality_only, help="share kept of such pairs")

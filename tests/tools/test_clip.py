@@ -12,21 +12,19 @@ from transformers import CLIPTextModel
 
 import reward_scorers
 from t2i_align.testbed import base_path
-from t2i_align.testbed.captions import parse, write
-from t2i_align.testbed.clip import (
-    LookHeads,
-    build_clip,
-    contrastive_loss,
-    draw_image,
-    draw_statement,
-    draw_wrong,
-    main,
-    to_input,
-)
+from t2i_align.testbed.captions import draw_image, draw_wrong, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import Object, Scene
-from t2i_align.testbed.text import WordEncoder, build_tokenizer
+from tools.testbed.clip import (
+    LookHeads,
+    build_clip,
+    contrastive_loss,
+    draw_statement,
+    main,
+    to_input,
+)
+from tools.testbed.text import WordEncoder, build_tokenizer
 
 
 def test_the_text_tower_begins_as_the_bundled_encoder() -> None:

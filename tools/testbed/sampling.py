@@ -16,8 +16,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import pipelines
 from t2i_align.testbed import base_path
-from t2i_align.testbed.denoiser import build_scheduler
-from t2i_align.testbed.precision import has_bf16
+from tools.testbed.denoiser import build_scheduler
+from tools.testbed.precision import has_bf16
 
 # DDIM steps and classifier-free guidance of every figure about the testbed. No guidance: training changes the
 # prediction under a caption, and guidance would mix it with the one without, which no preference pair has taught.

@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from pipelines import ForwardProcess, RectifiedFlow, VariancePreserving
-from t2i_align.testbed.denoiser import build_scheduler, build_unet
-from t2i_align.testbed.sampling import assemble
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.text import WIDTH, WordEncoder, build_text_encoder, build_word_tokenizer
+from tools.testbed.denoiser import build_scheduler, build_unet
+from tools.testbed.sampling import assemble
+from tools.testbed.text import WIDTH, WordEncoder, build_text_encoder, build_word_tokenizer
 
 SECOND_WIDTH = 64  # of the second text encoder
 FLOW_SHIFT = 2.0  # of SD3's sampler: most of a scene is decided while it is still noisy

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5EncoderModel
 
 from pipelines import RectifiedFlow
-from t2i_align.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
-from t2i_align.testbed.loop import LoopConfig, fit
-from t2i_align.testbed.muon import Muon
-from t2i_align.testbed.pools import Pool
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.text import WIDTH
 from t2i_align.testbed.video import captions
 from t2i_align.testbed.video.motion import FRAMES, Clip
-from t2i_align.testbed.video.text import ParseHeads, encode_text
-from t2i_align.testbed.video.vae import CHANNELS
+from tools.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.muon import Muon
+from tools.testbed.pools import Pool
+from tools.testbed.text import WIDTH
+from tools.testbed.video.text import ParseHeads, encode_text
+from tools.testbed.video.vae import CHANNELS
 
 FLOW_SHIFT = 3.0  # Wan's own for its smaller images
 FAULT_RATES = {"path": 0.25, "speed": 0.25, "background": 0.35, "size": 0.2, "colour": 0.03, "shape": 0.03}

@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from t2i_align.testbed.pools import Pool, cached_latents
 from t2i_align.testbed.video.motion import FAULT_RATES, Clip, sample_clip, spoil, to_clip
-from t2i_align.testbed.video.vae import encode, normalise
+from tools.testbed.pools import Pool, cached_latents
+from tools.testbed.video.vae import encode, normalise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

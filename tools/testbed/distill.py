@@ -22,15 +22,15 @@ from transformers import CLIPTextModel
 
 from pipelines import VariancePreserving
 from t2i_align.testbed import base_path
-from t2i_align.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
-from t2i_align.testbed.evaluate import evaluate, summary
-from t2i_align.testbed.loop import LoopConfig, fit
-from t2i_align.testbed.pools import CLEAN, FAULTY, Pool, make_pool
-from t2i_align.testbed.precision import mixed
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import load, model_folder, save
-from t2i_align.testbed.students import STUDENTS, Student
-from t2i_align.testbed.text import WordEncoder
+from tools.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
+from tools.testbed.evaluate import evaluate, summary
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.pools import CLEAN, FAULTY, Pool, make_pool
+from tools.testbed.precision import mixed
+from tools.testbed.sampling import load, model_folder, save
+from tools.testbed.students import STUDENTS, Student
+from tools.testbed.text import WordEncoder
 
 
 def teacher_timesteps(levels: Tensor, teacher_alphas_cumprod: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Distillation:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command; the defaults are the epsilon base's recipe."""
-    p = argparse.ArgumentParser(prog="t2i-align testbed distill", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m tools.testbed distill", description=__doc__.split("\n")[0])
     p.add_argument("--student", choices=list(STUDENTS), default="sd-eps", help="which base to make")
     p.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline, e.g. tiny-sd-eps")
     p.add_argument("--teacher", type=model_folder, default=base_path("sd"), help="a v base; testbed:sd by default")

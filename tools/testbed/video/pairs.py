@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
-from t2i_align.testbed.pairs import PairsConfig, begin, choose, sampling_arguments
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import load, sample
 from t2i_align.testbed.video.oracle import MotionOracle
+from tools.testbed.pairs import PairsConfig, begin, choose, sampling_arguments
+from tools.testbed.sampling import load, sample
 
 FPS = 8
 PAIRS, CLIPS = "pairs.jsonl", "clips"
@@ -57,7 +57,7 @@ def make_pairs(pipeline: Any, captions: Sequence[str], config: PairsConfig, out:
 
 def main(argv: list[str] | None = None) -> None:
     """Sample train prompts from a base and write the pairs."""
-    p = argparse.ArgumentParser(prog="t2i-align testbed pairs-video", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m tools.testbed pairs-video", description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True, help=f"folder to write {PAIRS} and {CLIPS}/ to")
     sampling_arguments(p, number=1000, bases="testbed:wan")
     args = p.parse_args(argv)

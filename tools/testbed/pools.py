@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from t2i_align.testbed.scenes import Object, Scene, degrade, render, sample_scene, to_uint8
-from t2i_align.testbed.vae import encode
+from tools.testbed.vae import encode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,23 +15,23 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import T5Tokenizer
 
-from t2i_align.testbed.evaluate import evaluate, summary
-from t2i_align.testbed.pools import Pool
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.sampling import save
-from t2i_align.testbed.text import build_word_tokenizer
 from t2i_align.testbed.video.captions import words
-from t2i_align.testbed.video.denoiser import RECIPE, VideoDenoiser, build_scheduler, build_transformer, train_denoiser
 from t2i_align.testbed.video.motion import Clip
-from t2i_align.testbed.video.pools import CLEAN, FAULTY, ClipPoolConfig, make_pool
-from t2i_align.testbed.video.text import ParseHeads, build_text_encoder, warm_up
-from t2i_align.testbed.video.vae import VideoVAEConfig, finish, train_vae
+from tools.testbed.evaluate import evaluate, summary
+from tools.testbed.pools import Pool
+from tools.testbed.sampling import save
+from tools.testbed.text import build_word_tokenizer
+from tools.testbed.video.denoiser import RECIPE, VideoDenoiser, build_scheduler, build_transformer, train_denoiser
+from tools.testbed.video.pools import CLEAN, FAULTY, ClipPoolConfig, make_pool
+from tools.testbed.video.text import ParseHeads, build_text_encoder, warm_up
+from tools.testbed.video.vae import VideoVAEConfig, finish, train_vae
 
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command; the defaults are the shipped base's recipe."""
     vae = VideoVAEConfig()
-    p = argparse.ArgumentParser(prog="t2i-align testbed pretrain-video", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m tools.testbed pretrain-video", description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline, e.g. tiny-wan")
     p.add_argument("--work", type=Path, default=Path("pretrain-video"), help="folder of checkpoints and latents")
     p.add_argument("--vae-steps", type=int, help="the phases' steps are scaled to this sum")

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, get_linear_schedule_with_warmup
 
 from t2i_align.testbed import base_path
-from t2i_align.testbed.captions import FAULTS, Statement, corrupt, describe, draw_for, write
-from t2i_align.testbed.muon import Muon
+from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, spoil, write
 from t2i_align.testbed.prompts import split_of
-from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, degrade, render, sample_scene, signed_distance
-from t2i_align.testbed.text import WordEncoder, build_tokenizer
+from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, render, sample_scene, signed_distance
+from tools.testbed.muon import Muon
+from tools.testbed.text import WordEncoder, build_tokenizer
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # flat images of full colours, not photographs
 WIDTH, LAYERS, PATCH, PROJECTION = 128, 3, 8, 128
@@ -68,23 +68,6 @@ def draw_statement(rng: np.random.Generator) -> Statement:
         statement = describe(sample_scene(rng), rng, p_size=0.6, p_background=0.8)
         if split_of(statement) == "train":
             return statement
-
-
-def draw_wrong(statement: Statement, rng: np.random.Generator) -> Statement:
-    """The statement with one attribute wrong."""
-    while True:
-        wrong = corrupt(statement, str(rng.choice(FAULTS)), rng)
-        if wrong is not None:
-            return wrong
-
-
-def draw_image(statement: Statement, rng: np.random.Generator, degraded: float = 0.0) -> np.ndarray:
-    """An image [64, 64, 3] of which the statement is true, degraded with this probability."""
-    return spoil(render(draw_for(statement, rng)), rng, degraded)
-
-
-def spoil(pixels: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
-    return degrade(pixels, rng) if rng.random() < probability else pixels
 
 
 def to_input(images: list[np.ndarray]) -> Tensor:
@@ -175,7 +158,7 @@ def _optimise(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a tiny CLIP and save it."""
-    p = argparse.ArgumentParser(prog="t2i-align testbed clip", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m tools.testbed clip", description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True, help="folder for the model")
     p.add_argument("--look", type=int, default=500, help="steps in which the vision tower learns to look")
     p.add_argument("--steps", type=int, default=800)

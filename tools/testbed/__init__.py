@@ -1,0 +1,1 @@
+"""Make the bundled models and preference pairs: pretraining, distilling, sampling pairs, evaluation."""
