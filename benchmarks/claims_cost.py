@@ -37,7 +37,7 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=False)
-    objective = config.objective.fit_to_data(source.facts())
+    objective = config.objective.fit_to_data(source.stats)
     trainer = Trainer(dataclasses.replace(config, objective=objective), accelerator, pipeline,
                       reference_for(config, pipeline, accelerator.device), source, progress=False)  # fmt: skip
     batch = source.to_batch(next(trainer._items()), accelerator.device)

@@ -52,6 +52,10 @@ class TrainablePipeline(ABC):
     large_encoders: ClassVar[tuple[str, ...]] = ()  # components of billions of parameters: `load` has a dtype for them
     video: ClassVar[bool] = False  # whether it makes clips [B, F, 3, H, W] instead of images [B, 3, H, W]
     fps: ClassVar[float] = 16.0  # frames a second of its clips, where it makes clips
+    conditioning_dtype: ClassVar[torch.dtype] = torch.float16  # in which a cache keeps the floats of the conditioning
+    # Names of the conditioning's right-padded sequences, whose length differs between prompts -> those of their masks
+    # [B, length]. A cache keeps them without padding; a batch has them as long as its longest.
+    conditioning_masks: ClassVar[Mapping[str, str]] = {}
     size_conditioned: ClassVar[bool] = False  # whether `predict` reads each image's size and crop, as "time_ids" [B, 6]
     kohya: ClassVar[bool] = False  # whether diffusers can convert its LoRA to kohya's names
 

@@ -102,8 +102,7 @@ def _prepare(argv: list[str]) -> int:
     from accelerate import Accelerator
 
     from t2i_align import config as configuration
-    from t2i_align.data.layout import SKIPPED
-    from t2i_align.data.stream import StreamedSource
+    from t2i_align.data.store import SKIPPED, Store
     from t2i_align.training.run import load_data, load_model
 
     silence_libraries()
@@ -114,7 +113,7 @@ def _prepare(argv: list[str]) -> int:
         raise UserError("data.stream encodes each batch as it comes, so there is nothing to prepare")
     accelerator = Accelerator()
     source = load_data(config, accelerator, load_model(config, accelerator.device), progress=True)
-    assert not isinstance(source, StreamedSource)  # which has no cache
+    assert isinstance(source.groups, Store)  # on the fly was refused above
     lines: dict[str, Any] = {**source.counts, "cache": source.groups.path}
     if source.counts["skipped"]:
         lines["why_skipped"] = source.groups.path / SKIPPED

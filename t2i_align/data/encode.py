@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i_align.data.buckets import nearest
 from t2i_align.data.formats import Survey
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.prepare import Row
+from t2i_align.data.prepare import Encoder, Row
 from t2i_align.data.schema import Group, Media
 from t2i_align.errors import UserError
 
@@ -31,8 +32,8 @@ Size = tuple[int, int]  # (height, width) in pixels
 Place = tuple[int, int]  # (group, candidate)
 
 
-class Latents:
-    """Latents of candidates and conditioning of texts; see `prepare.Encoder`.
+class Latents(Encoder):
+    """Latents of candidates and conditioning of texts; see `Encoder`.
 
     Latents are float16; so are floats of the conditioning, unless the family asks for another dtype. Sequences whose
     length differs between prompts are kept at their own length, without their padding.
@@ -84,13 +85,8 @@ class Latents:
         needed = sum(k * count for k, count in survey.candidates.items()) * self.latent_bytes
         needed += (min(survey.texts, survey.groups * survey.texts_per_group) + 1) * self.text_bytes
         stored = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if out.exists() else 0
-        free = free_space(out)
-        if needed - stored > free:
-            raise UserError(
-                f"{out}: the cache needs about {readable(needed - stored)}, but only {readable(free)} are free there. "
-                "Choose another folder with data.cache_dir, a smaller data.limit or data.resolution, or "
-                "data.cache=false."
-            )
+        check_space(out, needed - stored, "Choose another folder with data.cache_dir, a smaller data.limit or "
+                    "data.resolution, or data.cache=false.")  # fmt: skip
 
     def encode(self, groups: Sequence[Group]) -> list[Row | str]:
         """Each group at the size of its bucket, or the reasons why it cannot be used."""
@@ -223,28 +219,19 @@ class Latents:
         return rows
 
 
-class Undecoded:
-    """Candidates as they are, by path or in their encoded bytes; see `prepare.Encoder`.
+class Undecoded(Encoder):
+    """Candidates as they are, by path or in their encoded bytes; see `Encoder`.
 
     Each is decoded once, so that a damaged one is skipped and recorded now, and not met in the middle of a run.
     """
 
     columns = {"paths": pa.list_(pa.binary()), "bytes": pa.list_(pa.large_binary())}  # paths need not be UTF-8
-    text_columns: dict[str, pa.DataType] = {}
     rows_per_shard, rows_at_once = 256, 16
-    description: dict[str, Any] = {}
 
     def encode(self, groups: Sequence[Group]) -> list[Row | str]:
         """The groups' candidates, best first."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(self._row, groups))
-
-    def take_texts(self) -> list[Row]:
-        """No text is encoded."""
-        return []
-
-    def know_texts(self, texts: Iterable[str]) -> None:
-        """No text is encoded."""
 
     def _row(self, group: Group) -> Row | str:
         for place, media in enumerate(group.candidates):
@@ -258,18 +245,13 @@ class Undecoded:
         }
 
 
-def free_space(out: Path) -> int:
-    """Free bytes where the folder `out` is or will be."""
+def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:
+    """Raise UserError where so many bytes are not free on the disk of the folder `out`, which may be missing yet."""
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    return shutil.disk_usage(folder).free
-
-
-def readable(size: float) -> str:
-    """A number of bytes for people."""
-    units = ["bytes", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        shown = (f"{tqdm.format_sizeof(size, 'B', 1024)}" for size in (needed, free))
+        raise UserError("{}: the cache needs about {}, but only {} are free there. {}".format(out, *shown, advice))
 
 
 def _to_bytes(tensor: Tensor) -> bytes:

@@ -96,7 +96,7 @@ class Selection:
     limit: int | None = None
 
     def accepts(self, group: Group) -> bool:
-        """Whether the objective learns from a group: enough candidates, and neither a tie nor disliked if these are out."""
+        """Whether the objective learns from a group."""
         if self.likes_only and is_disliked(group.scores):
             return False
         return len(group.candidates) >= self.candidates and (self.ties or not is_tie(group.scores))

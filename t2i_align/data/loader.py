@@ -67,7 +67,7 @@ class PreferenceDataset(Dataset[Item]):
         needs: Requirements,
     ) -> None:
         self.groups, self.order, self.counts, self.fingerprint = groups, order, dict(counts), fingerprint
-        self.stats = DataStats(score_range=score_range)
+        self.score_range = score_range
         self.pairs, self.columns = _wants_pairs(needs), needs.columns
 
     def loader(
@@ -82,7 +82,7 @@ class PreferenceDataset(Dataset[Item]):
         ordered = self.order(seed=seed, size=batch_size * accumulate * world, start=start_step)
         loader: DataLoader[Item] = DataLoader(
             self,
-            batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),  # type: ignore[arg-type]
+            batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
             collate_fn=identity_collate,
             num_workers=workers,
             worker_init_fn=_ignore_sigint,
@@ -90,6 +90,11 @@ class PreferenceDataset(Dataset[Item]):
             generator=torch.Generator(),  # else the loader would draw from the global one
         )
         return iter(loader)
+
+    @property
+    def stats(self) -> DataStats:
+        """What an objective may be fitted to."""
+        return DataStats(score_range=self.score_range)
 
     def __getitems__(self, positions: Sequence[Any]) -> Item:
         return self.groups.fetch(positions, self.pairs, self.columns)
@@ -104,9 +109,9 @@ class PreferenceDataset(Dataset[Item]):
 
 
 def steps(
-    numbers: np.ndarray, buckets: np.ndarray, *, seed: int, size: int, start: int = 0
+    numbers: np.ndarray, buckets: np.ndarray | None = None, *, seed: int, size: int, start: int = 0
 ) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless.
+    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless. buckets: of each group.
 
     An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
     `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
@@ -116,9 +121,9 @@ def steps(
     def at(position: int) -> tuple[tuple[int, int], int]:
         epoch, place = divmod(position, len(numbers))
         index = int(order(epoch)[place])
-        return (epoch, int(numbers[index])), int(buckets[index])
+        return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
 
-    if (buckets == buckets[0]).all():
+    if buckets is None or (buckets == buckets[0]).all():
         for step in count(start):
             yield [at(position)[0] for position in range(step * size, (step + 1) * size)]
     waiting: dict[int, list[tuple[int, int]]] = {}
@@ -167,9 +172,7 @@ def open_dataset(
         PipelineError: a size that the model cannot take.
     """
     wanted = MediaSize(*size, frames, data.fps)
-    selection = Selection(
-        candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit
-    )
+    selection = Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         if data.annotations:
             raise UserError(
@@ -238,8 +241,8 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def identity_collate(item: Item) -> Item:
-    """`__getitems__` has collated it."""
+def identity_collate(item: Any) -> Any:
+    """For datasets whose `__getitems__` returns a whole micro-batch."""
     return item
 
 
@@ -272,6 +275,9 @@ def _on_the_fly(
     stream = Stream(shards, wanted, selection, data.stream)
     survey = stream.survey() if data.stream else readers.survey(data.path, data.format, annotations, selection)
     check_requirements(needs, survey, data.path, selection.limit)
+    if survey.reasons:
+        logger.warning("%s: %d rows cannot be used, such as %s", data.path, survey.rows - survey.groups,
+                       "; ".join(survey.reasons))  # fmt: skip
     stream.encode_with(pipeline())
     fingerprint = {
         "source": shards.identity,
@@ -292,7 +298,12 @@ def _on_the_fly(
         }
         counts = _counts(data.path, survey.accepted, survey.rows - survey.groups, left_out)
     return PreferenceDataset(
-        stream, stream.steps, counts=counts, score_range=survey.score_range, fingerprint=digest(fingerprint), needs=needs
+        stream,
+        stream.steps,
+        counts=counts,
+        score_range=survey.score_range,
+        fingerprint=digest(fingerprint),
+        needs=needs,
     )
 
 
@@ -363,7 +374,11 @@ def _check_columns(needs: Requirements, columns: dict[str, int], groups: int, pa
             continue
         if found < groups:
             what = f"{name!r} that are more than labels" if name == "scores" else repr(name)
-            hint = f" `t2i-align {COMMANDS[name]}` makes it: name its file in data.annotations." if name in COMMANDS else ""
+            hint = (
+                f" `t2i-align {COMMANDS[name]}` makes it: name its file in data.annotations."
+                if name in COMMANDS
+                else ""
+            )
             raise UserError(
                 f"{path}: the objective needs {what} with each group, but only {found} of {groups} groups have it."
                 f"{hint}"

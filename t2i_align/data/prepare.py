@@ -19,13 +19,14 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
@@ -57,7 +58,7 @@ LOCK, LOCKS = ".lock", ".locks"  # of the folder; the folder of the shards' lock
 Row = dict[str, Any]
 
 
-class Encoder(Protocol):
+class Encoder(ABC):
     """What is stored of a group's candidates and texts, beside the columns that all groups have.
 
     columns: names and types of what `encode` adds to a row. text_columns: the same of encoded texts; none where texts
@@ -65,19 +66,21 @@ class Encoder(Protocol):
     description: entries of the manifest.
     """
 
-    columns: Mapping[str, pa.DataType]
-    text_columns: Mapping[str, pa.DataType]
+    columns: dict[str, pa.DataType]
+    text_columns: dict[str, pa.DataType] = {}
     rows_per_shard: int
     rows_at_once: int
-    description: Mapping[str, Any]
+    description: dict[str, Any] = {}
 
+    @abstractmethod
     def encode(self, groups: Sequence[Group]) -> list[Row | str]:
         """A row of `columns` for each group, or the reason why there is none."""
 
     def take_texts(self) -> list[Row]:
         """Rows of `text` and `text_columns`: the texts encoded since the last call."""
+        return []
 
-    def know_texts(self, texts: Iterable[str]) -> None:
+    def know_texts(self, texts: Iterable[str]) -> None:  # noqa: B027
         """Note texts that are stored already, or by another process."""
 
 
@@ -204,9 +207,9 @@ class _Writer:
             groups = [item for item in items if isinstance(item, Group)]
             encoded = iter(self.encoder.encode(groups) if groups else [])
             for item in items:
-                row = item if isinstance(item, Skipped) else next(encoded)
+                row = item.reason if isinstance(item, Skipped) else next(encoded)
                 if isinstance(item, Skipped) or isinstance(row, str):
-                    skipped.append(Skipped(id=item.id, origin=item.origin, reason=getattr(item, "reason", row)))
+                    skipped.append(Skipped(id=item.id, origin=item.origin, reason=str(row)))
                     continue
                 rows.append({**{name: getattr(item, name) for name in COLUMN_TYPES}, **row})
                 counts.update([f"k={len(item.candidates)}", *["ties"] * is_tie(item.scores), *present_columns(item)])

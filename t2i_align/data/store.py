@@ -142,7 +142,7 @@ class Store:
         self.worst: np.ndarray = np.from_dlpack(index["worst"])
         self.bucket: np.ndarray = np.from_dlpack(index["bucket"])
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
-        self._texts: dict[str, Any] = {
+        self.texts: dict[str, Any] = {
             name: Ragged.of_lists(index[name]) if pa.types.is_list(index[name].type) else np.from_dlpack(index[name])
             for name in TEXT_COLUMNS
         }
@@ -200,9 +200,9 @@ class Store:
             if shard.sizes is not None:
                 own = shard.sizes[row].reshape(-1, 2)[cut].tolist()
                 sizes.append([time_ids((height, width), *bucket["size"]) for height, width in own])
-        texts = {"conditioning": self._texts["prompt"][numbers]}
+        texts = {"conditioning": self.texts["prompt"][numbers]}
         for name in columns:
-            if isinstance(of := self._texts.get(name), Ragged):
+            if isinstance(of := self.texts.get(name), Ragged):
                 texts[name] = np.stack([of[number][cut] for number, cut in zip(numbers, cuts, strict=True)])
             elif of is not None:
                 texts[name] = of[numbers]
@@ -234,7 +234,10 @@ class Store:
         """
         numbers = [number for field in texts.values() for number in field.ravel().tolist()]
         places = [bisect_right(self._text_starts, number) - 1 for number in numbers]
-        rows = [(self.shard(place), number - self._text_starts[place]) for place, number in zip(places, numbers)]
+        rows = [
+            (self.shard(place), number - self._text_starts[place])
+            for place, number in zip(places, numbers, strict=True)
+        ]
         stacked: Conditioning = {}
         for name, entry in self._layout.items():
             values = [shard.texts[name][row] for shard, row in rows]

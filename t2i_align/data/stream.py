@@ -66,10 +66,14 @@ class Shards:
     def items(self, number: int, *, images: bool = True) -> Items:
         """The groups and skipped rows of a shard, with the ids that they have in the whole source."""
         name = Path(self.names[number])
-        file = self.folder / name if self.remote is None else hub.piece(self.remote, str(name), self.folder)
-        for item in readers.read(file, self.format, self.annotations, images=images):
+        for item in readers.read(self.file(number), self.format, self.annotations, images=images):
             nested = len(name.parts) > 1 and item.id.startswith(f"{name.name}:")
             yield replace(item, id=(name.parent / item.id).as_posix()) if nested else item
+
+    def file(self, number: int) -> Path:
+        """A shard, downloaded where it is not there."""
+        file = self.folder / self.names[number]
+        return file if self.remote is None or file.exists() else hub.piece(self.remote, self.names[number], self.folder)
 
     def discard(self, number: int) -> None:
         """Delete what was downloaded of a shard."""
@@ -104,12 +108,13 @@ class Stream:
         self._rows: dict[int, np.ndarray] = {}  # of each shard, when it has been looked through
         self._windows: dict[tuple[int, int], list[Group | Skipped]] = {}
         self._reading: tuple[int, int, Items] | None = None  # shard, the window that comes next, its items
-        for shard in self.used if selection.limit is not None else ():
-            taken = sum(map(len, self._rows.values()))
-            self._rows[shard] = self._usable(shard, selection.limit - taken)
-            if taken + len(self._rows[shard]) == selection.limit:
-                self.used = range(shard + 1)
+        left = selection.limit
+        for shard in self.used:
+            if left is None or left == 0:
                 break
+            self._rows[shard] = self._usable(shard, left)
+            left -= len(self._rows[shard])
+            self.used = range(shard + 1)
 
     def encode_with(self, pipeline: TrainablePipeline) -> None:
         """Set the encoder of batches. Raises PipelineError for a size that it cannot take."""
@@ -130,7 +135,7 @@ class Stream:
         """A micro-batch, decoded: pixels [B, k, 3, H, W] or [B, k, F, 3, H, W] of 8 bits, and its texts."""
         found = [self._decoded(shard, row, pairs) for _, shard, row in positions]
         if len({len(loaded) for _, _, loaded in found}) > 1:
-            raise UserError("for this objective, groups must have the same number of candidates; the source has several")
+            raise UserError("for this objective, groups must have the same number of candidates")
         size = self.size.height, self.size.width
         texts: dict[str, Any] = {"conditioning": [group.prompt for group, _, _ in found]}
         if "captions" in columns:
@@ -170,7 +175,9 @@ class Stream:
         shapes = {name: np.shape(of) for name, of in texts.items()}
         flat = [text for of in texts.values() for text in np.ravel(of).tolist()]
         encoded = widened(dict(self._encoder().encode_prompts(flat)), device)
-        parts = {name: tensor.split([math.prod(shape) for shape in shapes.values()]) for name, tensor in encoded.items()}
+        parts = {
+            name: tensor.split([math.prod(shape) for shape in shapes.values()]) for name, tensor in encoded.items()
+        }
         return {
             field: {name: part[place].unflatten(0, shape) for name, part in parts.items()}
             for place, (field, shape) in enumerate(shapes.items())
@@ -196,7 +203,9 @@ class Stream:
                     continue
                 for window in np.unique(rows // self.window).tolist():
                     own = rows[rows // self.window == window]
-                    order = permutation(len(own), seed, "rows", epoch, shard, window).tolist()
+                    # A source that is one window has the order of prepared data.
+                    whole = len(self.used) == 1 and len(own) == len(rows)
+                    order = permutation(len(own), seed, "order", epoch, *(() if whole else (shard, window))).tolist()
                     yield from ((epoch, shard, int(own[n])) for n in order[start:])
                     start = max(0, start - len(own))
                 recent.append(shard)
@@ -228,7 +237,7 @@ class Stream:
                     return item, cut, [load(media, self.size) for media in item.candidates[cut]]
                 except ImageError as error:
                     logger.warning("%s: %s; the next group stands in for it", item.origin, error)
-        raise UserError(f"{self.shards.names[shard] or self.shards.folder}: no image around row {row} can be decoded")
+        raise UserError(f"{self.shards.folder / self.shards.names[shard]}: no image around row {row} can be decoded")
 
     def _window(self, shard: int, window: int) -> list[Group | Skipped]:
         """A window's rows; shards are mostly read in sequence, so that the next window continues where one ended."""
@@ -239,6 +248,7 @@ class Stream:
             self._reading = shard, window + 1, items
             for old in list(self._windows)[:-1]:  # a micro-batch may straddle two
                 del self._windows[old]
+            self.shards.file(shard)  # some readers open it once more, and it may have been deleted meanwhile
             self._windows[shard, window] = list(islice(items, self.window))
         return self._windows[shard, window]
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.data import parquet, readers
-from t2i_align.data.live import CONTENT, LiveGroups
 from t2i_align.data.media import frame_files
 from t2i_align.data.readers import has_lone_surrogate
 from t2i_align.data.schema import Group, Media
-from t2i_align.data.stored import is_store
+from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import LIST
 
@@ -63,8 +62,8 @@ def images_of(source: str | Path) -> tuple[Iterator[Entry], int | None]:
     """
     path = Path(source).expanduser()
     if path.is_dir() and is_store(path):
-        store = LiveGroups(path)
-        if store.manifest.get("content") != CONTENT:
+        store = Store(path)
+        if "conditioning" in store.manifest:
             raise UserError(f"{source}: holds encoded latents, not images; score the source that it was made of")
         return _stored(store), int(store.k.sum())
     listed = path / LIST if path.is_dir() else path
@@ -159,7 +158,7 @@ def _candidates(source: str | Path) -> Iterator[Entry]:
             yield Entry(f"{item.id} ({item.origin})", b"", "", item.reason)
 
 
-def _stored(store: LiveGroups) -> Iterator[Entry]:
+def _stored(store: Store) -> Iterator[Entry]:
     """Best first, which is how they are stored."""
     for number in range(len(store)):
         shard, row = store.group(number)

@@ -29,8 +29,8 @@ from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
-from t2i_align.data.layout import SKIPPED, differences, write_json
 from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.store import SKIPPED
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.generate import check_sampling, sample, sample_seed, save_image
 from t2i_align.inference.resolve import (
@@ -46,6 +46,7 @@ from t2i_align.inference.resolve import (
 )
 from t2i_align.labeling.annotate import Batch, raw_scores
 from t2i_align.labeling.votes import majority, shares
+from t2i_align.utils.files import differences, write_json
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -165,8 +166,8 @@ class _Work:
                 if any(entry.name != ".lock" for entry in self.out.iterdir()):
                     raise UserError(f"{self.out}: the folder is not empty and holds no synthesis; choose another")
                 write_json(file, wanted)
-            elif differing := differences(json.loads(file.read_text()), wanted, "begun with", "now"):
-                raise UserError(f"{self.out}: this folder was begun with other settings. {differing}.")
+            elif differing := differences(json.loads(file.read_text()), wanted):
+                raise UserError(f"{self.out}: this folder was begun with other settings: {'; '.join(differing)}.")
 
     def refused(self, scorers: Sequence[Scorer]) -> dict[int, str]:
         """Prompts that a scorer cannot judge, found before images are made of them."""

@@ -15,7 +15,6 @@ from PIL import Image
 from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
-from t2i_align.data.layout import write_json
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
@@ -24,7 +23,7 @@ from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick
 from t2i_align.reward_models.plots import line_plot, reliability_plot
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences
 from t2i_align.reward_models.train import Accuracy, measure, pairs
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import output_lock, write_json
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer

@@ -29,8 +29,7 @@ from reward_scorers.heads import PAL
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.towers import TwoTowers
 from reward_scorers.trained import CLIP, DESCRIPTION, HEAD, LAYOUT, describe, load_head, make_head
-from t2i_align.data.layout import differences, write_json
-from t2i_align.data.sampling import StreamSampler
+from t2i_align.data.loader import micro_batches, steps
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
@@ -45,7 +44,7 @@ from t2i_align.training.optim import make_optimizer, make_schedule
 from t2i_align.training.run import RUN_FILE, write_atomically
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.trainer import METRICS_FILE
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import differences, output_lock, write_json
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -242,13 +241,14 @@ def train(
     prepared, optimizer = accelerator.prepare(network, optimizer)
     weights = balance(config.balance, data, rows)
     rank, world = accelerator.process_index, accelerator.num_processes
-    places = iter(StreamSampler(len(rows), config.seed, step, config.batch_size, rank, world))
+    order = steps(np.array(rows), seed=config.seed, size=config.batch_size * world, start=step)
+    places = micro_batches(order, config.batch_size, rank=rank, world=world)
     bar = tqdm(initial=step, total=config.steps, desc="train", disable=not progress)
     with bar, graceful_shutdown() as stop:
         while step < config.steps:
             torch.manual_seed(stable_seed(config.seed, "step", step, accelerator.process_index))
             prepared.train()
-            taken = [rows[index] for _, index in next(places)]
+            taken = [row for _, row in next(places)]
             batch = {key: value.to(accelerator.device) for key, value in model.policy.batch(data, taken).items()}
             labels = [data.labels[row].to(accelerator.device) for row in taken]
             with accelerator.autocast():
@@ -316,8 +316,8 @@ def check_folder(run: ScorerRun, output: Path) -> None:
         raise UserError(f"{output}: holds a run already; resume=true continues it, or choose another output_dir")
     plain = {key: value for key, value in dataclasses.asdict(run).items() if key not in FREE_ON_RESUME}
     stored = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key not in FREE_ON_RESUME}
-    if changed := differences(stored, json.loads(json.dumps(plain)), "there", "here"):
-        raise UserError(f"{output}: this is another run. {changed}. Choose another output_dir.")
+    if changed := differences(stored, json.loads(json.dumps(plain))):
+        raise UserError(f"{output}: this is another run: {'; '.join(changed)}. Choose another output_dir.")
 
 
 def check_learnable(run: ScorerRun, data: Preferences, rows: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import AnySource
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
@@ -39,7 +39,7 @@ class ReferenceUpdate:
     """
 
     def __init__(
-        self, config: RunConfig, accelerator: Accelerator, source: AnySource, reference: UpdatableReference
+        self, config: RunConfig, accelerator: Accelerator, source: PreferenceDataset, reference: UpdatableReference
     ) -> None:
         assert config.train.reference_update is not None
         self.config, self.update = config, config.train.reference_update

@@ -21,7 +21,7 @@ from pipelines import TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning import soft_tokens
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import AnySource, open_source
+from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.data.schema import Model
 from t2i_align.errors import UserError
 from t2i_align.inference.resolve import resolve_model
@@ -105,7 +105,7 @@ def align(
     pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
-    config = replace(config, objective=config.objective.fit_to_data(source.facts()))
+    config = replace(config, objective=config.objective.fit_to_data(source.stats))
     if accelerator.is_main_process:
         check_same_run(config, fit_to_data=True)
     if config.validation.every:
@@ -210,7 +210,9 @@ def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     return found + (", with sizes" if pipeline.size_conditioned else "")
 
 
-def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool) -> AnySource:
+def load_data(
+    config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool
+) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = extent(config, pipeline)
 
@@ -219,7 +221,7 @@ def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePi
         return pipeline
 
     # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
-    return open_source(
+    return open_dataset(
         config.data,
         config.model,
         needs=config.objective.needs,
@@ -316,7 +318,7 @@ def check_same_run(config: RunConfig, *, fit_to_data: bool) -> None:
         )
 
 
-def describe(config: RunConfig, pipeline: TrainablePipeline, source: AnySource) -> str:
+def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
     """What is about to run, in a few lines, with the objective's constants spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import AnySource
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Model
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG, stable_seed
@@ -54,7 +54,7 @@ class Trainer:
         accelerator: Accelerator,
         pipeline: TrainablePipeline,
         reference: Model,
-        source: AnySource,
+        source: PreferenceDataset,
         validate: Validate | None = None,
         progress: bool = True,
     ) -> None:

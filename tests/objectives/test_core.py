@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import open_source
+from t2i_align.data.loader import open_dataset
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import drop_captions, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
@@ -210,7 +210,7 @@ def test_sft_leaves_out_what_was_disliked_and_counts_it(cache: bool, tmp_path: P
     )
 
     def counts(needs: Requirements, limit: int | None = None) -> dict[str, int]:
-        return open_source(
+        return open_dataset(
             DataConfig(path=str(data), cache=cache, limit=limit),
             ModelConfig(path="a model"),
             needs=needs,
