@@ -22,9 +22,8 @@ from claims import BASE, CLAIMS, METHODS, ROOT, Budget, Run, configuration, writ
 from torch import Tensor
 
 from t2i_align import config as plain
-from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.training.run import load_data, load_model, prepare_denoiser, reference_for
-from t2i_align.training.trainer import Trainer
+from t2i_align.training.trainer import Alignment
 
 Step = Callable[[], Tensor]
 
@@ -37,15 +36,12 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=False)
-    objective = config.objective.fit_to_data(source.stats)
-    trainer = Trainer(dataclasses.replace(config, objective=objective), accelerator, pipeline,
-                      reference_for(config, pipeline, accelerator.device), source, progress=False)  # fmt: skip
-    batch = source.to_batch(next(trainer._items()), accelerator.device)
-    batch = dataclasses.replace(batch, state=trainer.state, empty=source.empty_conditioning(accelerator.device))
-    draw = SampleRNG(0, batch.keys, pipeline.process, config.train.timestep_sampling, accelerator.device)
+    config = dataclasses.replace(config, objective=config.objective.fit_to_data(source.stats))
+    task = Alignment(config, accelerator, reference_for(config, pipeline), source)
+    batch = next(task.batches(0))
 
     def step() -> Tensor:
-        loss, _ = objective.step(trainer.policy, trainer.reference, batch, draw)
+        loss, _ = task.losses(pipeline.denoiser, batch)
         loss.mean().backward()
         pipeline.denoiser.zero_grad(set_to_none=True)
         return loss

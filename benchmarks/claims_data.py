@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2i_align.inference.generate import sample
-from t2i_align.inference.resolve import build_scorers, load_pipeline
+from t2i_align.inference.models import load_pipeline
+from t2i_align.inference.scorers import build_scorers
 from t2i_align.labeling.captioner import DRAWN, load_captioner
 from t2i_align.labeling.perturber import load_perturber
 from t2i_align.testbed import prompts

@@ -40,13 +40,13 @@ from diffusers import AutoencoderKL
 
 import pipelines
 from t2i_align.config import DataConfig
-from t2i_align.data import readers
+from t2i_align.data import encode, readers
 from t2i_align.data.loader import PreferenceDataset, _choose
 from t2i_align.data.media import load_pixels
 from t2i_align.data.prepare import Encoder, Row, write
 from t2i_align.data.schema import Group
 from t2i_align.data.store import Store
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 from t2i_align.objectives.base import Requirements
 
 RESULTS = Path(__file__).parent / "results"

@@ -30,6 +30,7 @@ from diffusers import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import pipelines
+from t2i_align.config import TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import DiffusionDPO
@@ -113,7 +114,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
     if options.checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
-    reference = build_reference("adapter_off", pipeline, device, lora=True)
+    reference = build_reference(TrainConfig(), pipeline)
     parameters = list(pipeline.trainable_parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     objective, batch = DiffusionDPO(beta=2000), batch_of(name, options.pairs, options.side, device)

@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from t2i_align.config import build
 from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
@@ -37,6 +36,7 @@ from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
+from t2i_align.utils.settings import build
 from tools.testbed.clip import pretrain, save_clip
 from tools.testbed.pairs import decode, encode_jpeg, take
 
@@ -232,7 +232,7 @@ def train(output: Path, values: dict[str, Any]) -> None:
     """`train-scorer`, unless it is done; continues where it was stopped."""
     if not (output / ACCURACY).exists():
         values = {"log": {"checkpoint_every": 100}, **values, "output_dir": str(output), "resume": True}
-        print(f"{output.name}: {train_scorer(build(ScorerRun, values, where='')).accuracy}")
+        print(f"{output.name}: {train_scorer(build(ScorerRun, values)).accuracy}")
 
 
 def table(options: argparse.Namespace) -> None:

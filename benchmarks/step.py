@@ -5,7 +5,7 @@
 
 Three loops take turns, a few steps each, so that whatever else the machine does hits all of them:
 
-- ours: `Trainer.run` as `t2i-align train` runs it, with its loader, keyed random numbers, checks, bar and log;
+- ours: `Loop.run` as `t2i-align train` runs it, with its loader, keyed random numbers, checks, bar and log;
 - bare: a plain loop over the same latents and embeddings, already in memory;
 - bare with encoders: the same loop that encodes images and prompts in each step, as the published scripts do.
 
@@ -37,10 +37,12 @@ from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.inference.resolve import resolve_model
-from t2i_align.training.reference import adapters_off, build_reference
+from t2i_align.inference.models import resolve_model
+from t2i_align.training.loop import Loop
+from t2i_align.training.reference import build_reference
 from t2i_align.training.run import load_data, load_model, prepare_denoiser
-from t2i_align.training.trainer import Trainer
+from t2i_align.training.trainer import Alignment
+from t2i_align.training.weights import adapters_off
 
 BATCHES = 8  # so many are kept in memory for the bare loops
 RESULTS = Path(__file__).parent / "results"
@@ -183,7 +185,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=True)
     pipeline.drop_encoders()
-    reference = build_reference("adapter_off", pipeline, device, lora=True)
+    reference = build_reference(config.train, pipeline)
     loader = source.loader(
         seed=0, start_step=0, batch_size=options.batch_size, accumulate=1, rank=0, world=1, workers=0
     )
@@ -193,22 +195,22 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
         source, {"bare": bare.cached, "bare with encoders": bare.encoding}, options.rounds, options.chunk, device
     )
     (folder / "run").mkdir()
-    trainer = Trainer(config, accelerator, pipeline, reference, turns, None, progress=True)  # type: ignore[arg-type]
-    difference = disagreement(trainer, bare, batches[0])
-    trainer.run()
+    task = Alignment(config, accelerator, reference, turns)  # type: ignore[arg-type]
+    difference = disagreement(task, bare, batches[0])
+    Loop(task, accelerator, config).run()
     return turns, difference
 
 
-def disagreement(trainer: Trainer, bare: Bare, batch: Batch) -> float:
+def disagreement(task: Alignment, bare: Bare, batch: Batch) -> float:
     """How far the two losses are apart on one batch, with the same noise, times and (random) LoRA weights."""
-    for pipeline in (trainer.pipeline, bare.pipeline):
+    for pipeline in (task.pipeline, bare.pipeline):
         torch.manual_seed(0)
         for name, parameter in pipeline.denoiser.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-    draw = SampleRNG(0, batch.keys, trainer.pipeline.process, "uniform", batch.latents.device)
+    draw = SampleRNG(0, batch.keys, task.pipeline.process, "uniform", batch.latents.device)
     with torch.no_grad():
-        loss, _ = trainer.config.objective.step(trainer.policy, trainer.reference, batch, draw)
+        loss, _ = task.losses(task.pipeline.denoiser, (batch, draw))
         noise = draw.normal("noise", (1, *batch.latents.shape[2:]))[:, 0]
         theirs = bare.loss(batch.latents, batch.conditioning["prompt_embeds"], noise, draw.timesteps())
     difference = float((loss.mean() - theirs).abs())

@@ -1,4 +1,4 @@
-"""What the image families share: an `AutoencoderKL` around the denoiser, and how its latents are normalised."""
+"""What the image families share: an `AutoencoderKL` and the normalisation of its latents."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.base import PipelineError, TrainablePipeline
+from pipelines.base import PipelineError
+from pipelines.pipeline import TrainablePipeline
 
 
 class ImagePipeline(TrainablePipeline):
     """A family of images [B, 3, H, W]. Its latents [B, C, h, w] are (z - shift) x scale.
 
     scale and shift are the VAE's `scaling_factor` and `shift_factor` (0 where it has none); a VAE that carries
-    `latents_mean` and `latents_std`, as some of SDXL's do, is normalised by these too.
+    `latents_mean` and `latents_std`, as some of SDXL's do, is normalised by these as well.
     """
 
     @torch.no_grad()
@@ -51,7 +52,7 @@ class ImagePipeline(TrainablePipeline):
 
     @property
     def vae_factor(self) -> int:
-        """Pixels along one side of a latent's."""
+        """Pixels per latent along one side."""
         # diffusers assumes 8 where the VAE is not loaded, so it is read from the configuration.
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
@@ -59,6 +60,9 @@ class ImagePipeline(TrainablePipeline):
     def size_multiple(self) -> int:
         """What both sides must be multiples of, in pixels."""
         return self.vae_factor
+
+    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
+        return height * width // self.size_multiple**2
 
     def _normalisation(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
         config: Any = self.vae_config

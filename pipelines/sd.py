@@ -3,60 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.base import Conditioning
 from pipelines.image import ImagePipeline
-from pipelines.process import VariancePreserving
-
-UNET_LORA = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "all": (
-        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-        "conv1", "conv2", "conv_shortcut",
-    ),
-}  # fmt: skip
+from pipelines.lora import ATTENTION, FEED_FORWARD
 
 
 class StableDiffusion(ImagePipeline):
-    """SD1.x / SD2.x. The prediction type and the noise table are the checkpoint's own scheduler's."""
+    """SD1.x / SD2.x. The prediction type and the noise table are those of the checkpoint's scheduler."""
 
     family = "sd"
     pipeline_classes = ("StableDiffusionPipeline",)
+    single_file_layouts: ClassVar[tuple[str, ...]] = ("v1", "v2")
+    load_options: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }  # an image filter of SD1.5
     denoiser_name = "unet"
     encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
-    lora_presets = UNET_LORA
-    feature_block = "mid_block"
-    attention_backends = ("native", "xformers")
+    lora_presets = {
+        "attention": ATTENTION,
+        "all": (*ATTENTION, "proj_in", "proj_out", *FEED_FORWARD, "conv1", "conv2", "conv_shortcut"),
+    }
     kohya = True
-
-    def __init__(self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(pipe, source, vae_config)
-        config = pipe.scheduler.config
-        self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, config.prediction_type)
+    attention_backends = ("native", "xformers")
+    feature_block = "mid_block"
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+        embeddings, _ = self.pipe.encode_prompt(
+            list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        # SD2's text encoder asks for the padding mask, SD1's does not: read it from the checkpoint, as diffusers does.
-        mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", None) else None
-        return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+        return {"prompt_embeds": embeddings}
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        denoiser = denoiser or self.denoiser
-        prediction: Tensor = denoiser(
-            noisy_latents, timesteps, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False
-        )[0]
-        return prediction
+        return self.run(denoiser, noisy_latents, timesteps, encoder_hidden_states=conditioning["prompt_embeds"])

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told each image's size and crop."""
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet conditioned on each image's size and crop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from pipelines.sd import StableDiffusion
 class StableDiffusionXL(StableDiffusion):
     """SDXL (arXiv 2307.01952) and models of its layout, epsilon- or v-prediction.
 
-    The empty prompt's embedding is zero where the checkpoint says `force_zeros_for_empty_prompt`, which is what its
-    pipeline guides away from.
+    The empty prompt's embedding is zero where the checkpoint sets `force_zeros_for_empty_prompt`: what its pipeline
+    guides away from. Here that holds for an empty prompt in `generate` too, which the pipeline itself would encode.
     """
 
     family = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    single_file_layouts = ("xl_base",)
+    load_options = {}
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     size_conditioned = True
 
@@ -37,22 +39,20 @@ class StableDiffusionXL(StableDiffusion):
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """As the contract has it. "time_ids" in the conditioning, [B, 6] in pixels: the image's original height and
+        """As in the contract. "time_ids" in the conditioning, [B, 6] in pixels: the image's original height and
         width, the crop's top and left, the target's height and width; without it, an uncropped image of the
         latents' size.
         """
-        denoiser = denoiser or self.denoiser
         time_ids = conditioning.get("time_ids")
         if time_ids is None:
             height, width = (side * self.vae_factor for side in noisy_latents.shape[-2:])
             time_ids = torch.tensor([height, width, 0, 0, height, width], device=noisy_latents.device)
             time_ids = time_ids.expand(len(noisy_latents), -1)
         pooled = conditioning["pooled_prompt_embeds"]
-        prediction: Tensor = denoiser(
+        return self.run(
+            denoiser,
             noisy_latents,
             timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
             added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.to(pooled.dtype)},
-            return_dict=False,
-        )[0]
-        return prediction
+        )

@@ -1,26 +1,33 @@
-"""What the video families share: a VAE over space and time around the denoiser, sizes of clips, and T5 prompts."""
+"""What the video families share: a VAE over space and time, the sizes of clips, and prompts through a T5."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pipelines.base import Conditioning, PipelineError, TrainablePipeline
+from pipelines.base import Conditioning, PipelineError
+from pipelines.lora import ATTENTION, FEED_FORWARD
+from pipelines.pipeline import TrainablePipeline
 
 
 class VideoPipeline(TrainablePipeline):
     """A family of clips [B, F, 3, H, W]. Its latents [B, C, f, h, w] are (z - shift) x scale.
 
-    The first frame has a latent of its own, every further one stands for `frame_multiple` frames or a divisor of it.
+    The first frame has a latent of its own, every further latent covers `frame_multiple` frames or a divisor of it.
     """
 
     video = True
-    required_multiple: ClassVar[int] = 1  # what the diffusers pipeline itself wants both sides to be multiples of
+    denoiser_name = "transformer"
+    encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    large_encoders = ("text_encoder",)
+    lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}
+    required_multiple: ClassVar[int] = 1  # the diffusers pipeline itself wants both sides to be multiples of this
+    max_text_tokens: ClassVar[int]  # the pipeline's default
 
     # What a family fills in -------------------------------------------------------------------------------------
 
@@ -31,23 +38,8 @@ class VideoPipeline(TrainablePipeline):
 
     @property
     @abstractmethod
-    def vae_factor(self) -> int:
-        """Pixels along one side of a latent's."""
-
-    @property
-    @abstractmethod
-    def frame_multiple(self) -> int:
-        """Clips of 1 + this x k frames fit."""
-
-    @property
-    @abstractmethod
-    def patch_size(self) -> int:
-        """Latents along one side of a token's."""
-
-    @property
-    @abstractmethod
-    def text_tokens(self) -> int:
-        """To how many tokens prompts are cut or padded."""
+    def compression(self) -> tuple[int, int]:
+        """(frames, pixels along one side) that a latent covers."""
 
     @abstractmethod
     def normalisation(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -59,6 +51,21 @@ class VideoPipeline(TrainablePipeline):
         return pixels
 
     # What is the same for all -----------------------------------------------------------------------------------
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return self.compression[1]
+
+    @property
+    def frame_multiple(self) -> int:
+        """Clips have k x this + 1 frames."""
+        return self.compression[0]
+
+    @property
+    def text_tokens(self) -> int:
+        """The number of tokens that prompts are cut or padded to."""
+        return min(self.max_text_tokens, self.pipe.tokenizer.model_max_length)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -91,8 +98,9 @@ class VideoPipeline(TrainablePipeline):
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         if frames is None:
-            raise PipelineError(f"{self.family} makes clips: say of how many frames")
-        multiple = math.lcm(self.vae_factor * self.patch_size, self.required_multiple)
+            raise PipelineError(f"{self.family} makes clips: give their number of frames")
+        patch = self.denoiser.config.patch_size
+        multiple = math.lcm(self.vae_factor * (patch if isinstance(patch, int) else patch[-1]), self.required_multiple)
         if min(height, width) < 1 or height % multiple or width % multiple:
             raise PipelineError(
                 f"clips of {height} x {width} pixels do not fit {self.family} as {self.source} has it: "
@@ -114,7 +122,3 @@ class VideoPipeline(TrainablePipeline):
     @property
     def default_frames(self) -> int:
         return (self.own_size or self.clip_size)[0]
-
-    def call_options(self, prompts: list[str], negative_prompt: str, guidance: float) -> dict[str, Any]:
-        options = super().call_options(prompts, negative_prompt, guidance)
-        return {**options, "max_sequence_length": self.text_tokens}

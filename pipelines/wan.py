@@ -8,33 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.base import DISPATCHED_BACKENDS, Conditioning
+from pipelines.attention import DISPATCHED_BACKENDS
+from pipelines.base import Conditioning
+from pipelines.lora import ATTENTION
 from pipelines.process import RectifiedFlow, scheduler_shift
 from pipelines.video import VideoPipeline
-
-T5_TOKENS = 512  # what the pipeline gives its text encoder unless told otherwise
 
 
 class Wan(VideoPipeline):
     """Wan (arXiv 2503.20314). Latents are (z - mean) / std, channel by channel.
 
-    The larger Wan 2.2 has two denoisers: `transformer` serves noise from `boundary_ratio` on, `transformer_2` what is
-    below; one of them is trained, on its own span of sigmas. The smaller one tells each token its own time.
+    The larger Wan 2.2 has two denoisers: `transformer` from sigma = `boundary_ratio` on, `transformer_2` below it; one
+    of them is trained, on its own span of sigmas. The smaller one takes a time per token.
     """
 
     family = "wan"
     pipeline_classes = ("WanPipeline",)
-    denoiser_name = "transformer"
+    flow = True
     experts = {"high": "transformer", "low": "transformer_2"}
-    encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
-    large_encoders = ("text_encoder",)
-    lora_presets = {
-        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-        "all": ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
-    }
+    lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")}
     attention_backends = DISPATCHED_BACKENDS
     dispatches = True
     required_multiple = 16
+    max_text_tokens = 512
     clip_size = (81, 480, 832)
 
     def __init__(
@@ -45,7 +41,7 @@ class Wan(VideoPipeline):
             low = expert == "low"
             self.denoiser_name = self.experts["low" if low else "high"]
             span = (0.0, boundary) if low else (boundary, 1.0)
-            # The other expert is needed to generate, and no more to train from a cache than the encoders are.
+            # As the encoders, the other expert is needed to generate but not to train from a cache.
             self.encoder_names = (*self.encoder_names, self.experts["high" if low else "low"])
         super().__init__(pipe, source, vae_config)
         self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), span)
@@ -53,18 +49,16 @@ class Wan(VideoPipeline):
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        denoiser = denoiser or self.denoiser
         if self.pipe.config.expand_timesteps:
             sides = zip(noisy_latents.shape[2:], self.denoiser.config.patch_size, strict=True)
             frames, height, width = (side // patch for side, patch in sides)
             timesteps = timesteps[:, None].expand(-1, frames * height * width)
-        prediction: Tensor = denoiser(
+        return self.run(
+            denoiser,
             hidden_states=noisy_latents,
             timestep=timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
-            return_dict=False,
-        )[0]
-        return prediction
+        )
 
     def normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
@@ -82,17 +76,5 @@ class Wan(VideoPipeline):
         return f"blocks.{self.denoiser.config.num_layers // 2}"
 
     @property
-    def vae_factor(self) -> int:
-        return int(self.vae_config["scale_factor_spatial"])
-
-    @property
-    def frame_multiple(self) -> int:
-        return int(self.vae_config["scale_factor_temporal"])
-
-    @property
-    def patch_size(self) -> int:
-        return int(self.denoiser.config.patch_size[-1])
-
-    @property
-    def text_tokens(self) -> int:
-        return min(T5_TOKENS, self.pipe.tokenizer.model_max_length)
+    def compression(self) -> tuple[int, int]:
+        return self.vae_config["scale_factor_temporal"], self.vae_config["scale_factor_spatial"]

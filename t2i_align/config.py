@@ -1,33 +1,51 @@
-"""A run as plain dataclasses: dataclasses <-> YAML <-> `key=value` on the command line.
+"""The configuration of a run: its sections, from YAML and `key=value`.
 
-A typo in a key answers with the keys there are; a value of the wrong type says which key and what was expected.
+Importing this module and checking a configuration need no torch: an objective's own module is imported last, once
+every other key is valid.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import jsonargparse
-import yaml
+from pydantic import BeforeValidator, Field
+from pydantic_core import to_jsonable_python
 
 from t2i_align import objectives
-from t2i_align.errors import UserError, unknown
-from t2i_align.objectives.base import Objective
+from t2i_align.errors import UserError
+from t2i_align.utils.settings import (
+    Bool,
+    Count,
+    Decay,
+    Float,
+    Int,
+    Limit,
+    NonNegative,
+    Positive,
+    Share,
+    UserPath,
+    Whole,
+    build,
+    load_as,
+    settings,
+)  # fmt: skip
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from t2i_align.objectives.base import Objective
+else:
+    Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ModelConfig:
     """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one.
 
-    expert: which denoiser is meant where a model has one for `high` and one for `low` noise (null: high).
+    expert: the denoiser to train where a model has one for `high` and one for `low` noise (null: high).
     """
 
     path: str = "testbed:sd"
@@ -37,44 +55,41 @@ class ModelConfig:
     expert: Literal["high", "low"] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DataConfig:
     """Preference data. `path`: a source that a reader knows, a prepared cache, or `testbed:pairs`.
 
     format: the reader's name, or `auto` to find it. resolution: in pixels, the side of a square or [height, width]
-    (null: the model's own). frames: of a clip, for models that make clips (null: the model's own). fps: frames a second
-    to take them at, which should be the model's (null: each clip's frames as they come).
-    annotations: files with captions, scores or users for a source's groups, by id. cache: encode once before training
-    (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output). limit: use only the
-    first so many groups. buckets: crop to the nearest of several aspect ratios of that area (`false`: to a square).
-    stream: for what does not fit on disk: keep only so many rows of it there, among which they are shuffled, and encode
-    on the fly (null: no).
+    (null: the model's own). frames, fps: of a clip, for models that make clips (null: the model's own frame count, each
+    clip's frame rate). annotations: files with captions, scores or users for a source's groups, by id. cache: encode
+    once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
+    limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
+    (`false`: to a square). stream: for what does not fit on disk: keep only so many rows there, shuffle among these,
+    and encode on the fly (null: no).
     """
 
-    path: str = "testbed:pairs"
+    path: UserPath = "testbed:pairs"
     format: str = "auto"
-    annotations: list[str] = field(default_factory=list)
-    resolution: int | tuple[int, int] | None = None
-    frames: int | None = None
-    fps: float | None = None
-    cache: bool = True
-    cache_dir: str | None = None
-    limit: int | None = None
-    buckets: bool = False
-    stream: int | None = None
-    workers: int = 0
+    annotations: list[UserPath] = field(default_factory=list)
+    resolution: Annotated[
+        Count | tuple[Count, Count] | None, Field(description="a side or [height, width] of at least 1 pixel, or null")
+    ] = None
+    frames: Count | None = None
+    fps: Positive | None = None
+    cache: Bool = True
+    cache_dir: UserPath | None = None
+    limit: Count | None = None
+    buckets: Bool = False
+    stream: Count | None = None
+    workers: Whole = 0
 
     def __post_init__(self) -> None:
-        for key in ("frames", "limit", "stream"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"data.{key}", "at least 1 or null", value)
-        _require(self.size is None or min(self.size) >= 1, "data.resolution", "at least 1 or null", self.resolution)
-        _require(self.fps is None or 0 < self.fps < math.inf, "data.fps", "positive or null", self.fps)
-        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
-        _require(self.cache or not self.buckets, "data.buckets", "false without data.cache", self.buckets)
-        whole = self.stream is None or not (self.limit or self.annotations or self.buckets)
-        _require(whole, "data.stream", "null with data.limit, data.annotations or data.buckets", self.stream)
-        _expand_home(self, "path", "annotations", "cache_dir")
+        if self.buckets and not self.cache:
+            raise UserError("data.buckets must be false without data.cache, found True")
+        if self.stream and (self.limit or self.annotations or self.buckets):
+            raise UserError(
+                f"data.stream must be null with data.limit, data.annotations or data.buckets, found {self.stream}"
+            )
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -82,176 +97,133 @@ class DataConfig:
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LoraConfig:
     """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings."""
 
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: str | list[str] = "attention"
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
-        _require(0 < self.alpha < math.inf, "lora.alpha", "positive", self.alpha)
-        _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
-        _require(len(self.targets) > 0, "lora.targets", "a preset's name or at least one ending", self.targets)
+    rank: Count = 16
+    alpha: Positive = 16.0
+    dropout: Decay = 0.0
+    targets: Annotated[
+        Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)],
+        Field(description="a preset's name or a list of at least one module-name ending"),
+    ] = "attention"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SoftTokensConfig:
     """Trained vectors among the prompt's, beside a frozen denoiser (arXiv 2503.08250). count: how many.
 
     start: `bos` copies the start token, which changes the images least, or `random`.
     """
 
-    count: int = 4
+    count: Count = 4
     start: Literal["bos", "random"] = "bos"
 
-    def __post_init__(self) -> None:
-        _require(self.count >= 1, "soft_tokens.count", "at least 1", self.count)
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class OptimConfig:
     """AdamW and its schedule. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights."""
 
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-2
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: NonNegative = 1e-2
     schedule: str = "constant_with_warmup"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    ema: float | None = None
-
-    def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, "optim.lr", "positive", self.lr)
-        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers in [0, 1)", list(self.betas))
-        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", "0 or more", self.weight_decay)
-        _require(self.max_grad_norm > 0, "optim.max_grad_norm", "positive", self.max_grad_norm)
-        _require(self.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self.warmup_steps)
-        _require(self.ema is None or 0 < self.ema < 1, "optim.ema", "in (0, 1) or null", self.ema)
+    warmup_steps: Whole = 0
+    max_grad_norm: Limit = 1.0
+    ema: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ReferenceUpdateConfig:
     """A reference that follows the policy (arXiv 2505.18736): a hard copy of it every so many steps.
 
-    max_drift: where a copy's mean error on winners would exceed the base model's by this much or more, the reference
-    stays what it is for good. The paper's best: 0.005 for SD1.5, 0.002 for SDXL, every 16 to 64 steps.
+    max_drift: once a copy's mean error on winners would exceed the base model's by this much or more, the reference is
+    frozen permanently. The paper's best: 0.005 for SD1.5, 0.002 for SDXL, every 16 to 64 steps.
     """
 
-    every: int = 32
-    max_drift: float = 0.005
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 1, "train.reference_update.every", "at least 1", self.every)
-        _require(self.max_drift > 0, "train.reference_update.max_drift", "positive", self.max_drift)
+    every: Count = 32
+    max_drift: Limit = 0.005
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainConfig:
     """The loop. Batch sizes count groups: one optimiser step sees batch_size x accumulate x processes groups.
 
     reference: `auto` is the adapter switched off for LoRA and a frozen copy for full fine-tuning.
-    reference_update: null keeps the reference what the model was before training.
+    reference_update: null keeps the model before training as the reference.
     timestep_shift: of a flow model's training times (arXiv 2403.03206, eq. 23): `model` takes the checkpoint's own,
     `resolution` its sampler's for samples of this size, or a number, 1 being none.
     timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
-    caption_dropout: share of groups trained with the empty prompt, decided once a group.
+    caption_dropout: share of groups trained with the empty prompt, decided once per group.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    accumulate: int = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: int = 0
+    steps: Count = 1000
+    batch_size: Count = 8
+    accumulate: Count = 1
+    precision: Precision = "fp32"
+    seed: Annotated[Int, Field(ge=0, lt=2**63, description="a whole number in [0, 2^63)")] = 0
     reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
     reference_update: ReferenceUpdateConfig | None = None
     timestep_sampling: Literal["uniform", "logit_normal", "geometric"] = "uniform"
-    timestep_shift: float | Literal["model", "resolution"] = "model"
-    caption_dropout: float = 0.0
-    gradient_checkpointing: bool = False
+    timestep_shift: Annotated[
+        Positive | Literal["model", "resolution"], Field(description="'model', 'resolution' or a positive number")
+    ] = "model"
+    caption_dropout: Share = 0.0
+    gradient_checkpointing: Bool = False
     attention: str = "native"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate"):
-            _require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
-        _require(0 <= self.seed < 2**63, "train.seed", "in [0, 2^63)", self.seed)
-        shift = self.timestep_shift
-        holds = isinstance(shift, str) or 0 < shift < math.inf
-        _require(holds, "train.timestep_shift", "'model', 'resolution' or a positive number", shift)
-        _require(0 <= self.caption_dropout <= 1, "train.caption_dropout", "in [0, 1]", self.caption_dropout)
+    compile: Bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ValidationConfig:
-    """Images and held-out scores on the way, every so many steps (0: never).
+    """Images and held-out scores during training, every so many steps (0: never).
 
-    prompts: a text file with one prompt per line, or `testbed:dev`. count: so many of them. batch_size: samples at a
+    prompts: a text file with one prompt per line, or `testbed:dev`. count: how many of them. batch_size: samples at a
     time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
     """
 
-    every: int = 0
+    every: Whole = 0
     prompts: str = "testbed:dev"
-    count: int = 16
-    batch_size: int | None = None
+    count: Count = 16
+    batch_size: Count | None = None
     scorers: list[str] = field(default_factory=list)
-    steps: int = 20
-    guidance: float | None = None
-    seed: int = 1000
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, "validation.every", "0 (never) or more", self.every)
-        for key in ("count", "batch_size", "steps"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"validation.{key}", "at least 1", value)
-        _require(self.guidance is None or 0 <= self.guidance < math.inf, "validation.guidance", "0 or more",
-                 self.guidance)  # fmt: skip
+    steps: Count = 20
+    guidance: NonNegative | None = None
+    seed: Int = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class HealthConfig:
-    """When a run has diverged, and how often it is mended: it goes back to its last good checkpoint and continues with
-    half the learning rate.
+    """Divergence detection and rollback to the last good checkpoint, with half the learning rate from there.
 
     A loss or gradient that is not finite is divergence. So are winners that the policy denoises worse and worse (their
     error rises together with the losers'): max_error_rise is how far their mean error since the last logged line may
-    exceed the reference's, as a share of it; null does not look. rollbacks: after so many the run stops.
+    exceed the reference's, as a share of it (null: not checked). rollbacks: after so many the run stops.
     """
 
-    max_error_rise: float | None = 0.5
-    rollbacks: int = 2
-
-    def __post_init__(self) -> None:
-        rise = self.max_error_rise
-        _require(rise is None or rise > 0, "health.max_error_rise", "positive or null", rise)
-        _require(self.rollbacks >= 0, "health.rollbacks", "0 or more", self.rollbacks)
+    max_error_rise: Limit | None = 0.5
+    rollbacks: Whole = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LogConfig:
-    """metrics.jsonl is always written; `trackers` adds tensorboard or wandb. checkpoints: every so many steps."""
+    """metrics.jsonl is always written; `trackers` adds tensorboard or wandb. every, checkpoint_every: in steps."""
 
-    every: int = 10
+    every: Count = 10
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     project: str = "t2i-align"
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        for key in ("every", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, key) >= 1, f"log.{key}", "at least 1", getattr(self, key))
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RunConfig:
     """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` where these are given."""
 
     objective: Objective
-    output_dir: str
+    output_dir: UserPath
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
@@ -261,10 +233,12 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    resume: bool = False
+    resume: Bool = False
 
     def __post_init__(self) -> None:
-        _expand_home(self, "output_dir")
+        if isinstance(self.objective, Mapping):
+            name, values = self.objective["name"], {k: v for k, v in self.objective.items() if k != "name"}
+            object.__setattr__(self, "objective", build(objectives.get(name), values, where="objective"))
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
@@ -282,121 +256,27 @@ class RunConfig:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (dots reach inside: `objective.beta=2000`)."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such configuration file")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a configuration is a mapping of keys to values")
-    return from_mapping(with_overrides(values, overrides))
-
-
-def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `values` with each `a.b=value` applied; values are read as YAML."""
-    out = _copy(values)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override!r}: an override has the form key=value, such as train.steps=200")
-        *parents, last = key.split(".")
-        node = out
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                bare = node is out and parent == "objective" and isinstance(node.get(parent), str)
-                node[parent] = {"name": node[parent]} if bare else {}
-            node = node[parent]
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
-    return out
+    return load_as(RunConfig, path, overrides)
 
 
 def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     """Plain nested values to a RunConfig, each key and type checked."""
-    return build(RunConfig, values, where="")
+    return build(RunConfig, values)
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The run as plain values, as YAML holds it; `from_mapping` gives the same run back."""
-    out = dataclasses.asdict(config)
-    out["objective"] = {"name": config.objective.name, **out["objective"]}
-    out["optim"]["betas"] = list(out["optim"]["betas"])
-    if isinstance(out["data"]["resolution"], tuple):
-        out["data"]["resolution"] = list(out["data"]["resolution"])
-    return out
+    out = to_jsonable_python(config)
+    return {**out, "objective": {"name": config.objective.name, **out["objective"]}}
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """One dataclass from plain values: unknown and missing keys, then types, then the class's own checks."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where or 'configuration'}: expected a mapping of keys, found {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise unknown(f"key in {where}" if where else "key", str(key), fields)
-    hints = get_type_hints(cls)
-    nested, plain = {}, {}
-    for key, value in values.items():
-        inner = _dataclass_in(hints[key])
-        if key == "objective":
-            nested[key] = build_objective(value)
-        elif inner is not None and value is not None:
-            nested[key] = build(inner, value, where=f"{where}.{key}" if where else key)
-        else:
-            plain[key] = _typed(hints[key], value, f"{where}.{key}" if where else key)
-    for key, f in fields.items():
-        if key not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"missing key {f'{where}.{key}' if where else key!r}")
-    return cls(**nested, **plain)
-
-
-def build_objective(values: Any) -> Objective:
-    """An objective from `{name: …, hyper-parameters …}` or from its bare name."""
-    values = {"name": values} if isinstance(values, str) else values
-    if not isinstance(values, Mapping) or "name" not in values:
-        raise UserError(f"objective: expected a name and its hyper-parameters, found {values!r}")
-    cls = objectives.get(values["name"])
-    return build(cls, {key: value for key, value in values.items() if key != "name"}, where="objective")
-
-
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    """`value` checked against, and where sensible converted to, a type annotation (5e-6 in YAML is a string)."""
-    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    if value is None and hint not in (Any, None) and type(None) not in get_args(hint):  # jsonargparse passes null
-        raise UserError(f"{key}: expected {expected}, found null")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    try:
-        return parser.parse_object({"value": value}).value
-    except jsonargparse.ArgumentError as error:
-        if get_origin(hint) is Literal:
-            raise unknown(f"value for {key}:", str(value), map(str, get_args(hint))) from error
-        raise UserError(f"{key}: expected {expected}, found {value!r}") from error
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    for candidate in (hint, *getattr(hint, "__args__", ())):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
-
-
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-
-
-def _expand_home(config: object, *keys: str) -> None:
-    """`~` is the shell's; in `key=~/value` and in YAML it arrives as it is."""
-    for key in keys:
-        if (value := getattr(config, key)) is not None:
-            expanded = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
-            object.__setattr__(config, key, expanded)  # frozen for everybody else
-
-
-def _require(holds: bool, key: str, expected: str, found: object) -> None:
-    if not holds:
-        raise UserError(f"{key} must be {expected}, found {found!r}")
+def _named(objective: Any) -> Any:
+    """`{name: ..., hyper-parameters ...}` of an objective that exists, from that or its bare name."""
+    values = {"name": objective} if isinstance(objective, str) else objective
+    if isinstance(values, Mapping):
+        if "name" not in values:
+            raise UserError("objective.name: missing key")
+        objectives.check(values["name"])
+    elif not hasattr(values, "step"):
+        raise UserError(f"objective must be a name or a mapping of keys, found {objective!r}")
+    return values

@@ -1,4 +1,4 @@
-"""The one exception a person is meant to read: bad input, named, before long work starts."""
+"""The exception for bad input, and its hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ class UserError(ValueError):
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
-    """The error for a misspelt name or key: says what was found, the nearest match and every choice."""
+    """The error for a misspelt name: what was given, the nearest match and every choice."""
     known = sorted(choices)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown {what} {name!r}.{hint} Choices: {', '.join(known) or 'none'}.")
+    return UserError(f"unknown {what} {name!r}.{nearest(name, known)} Choices: {', '.join(known) or 'none'}.")
+
+
+def nearest(name: object, choices: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" with the choice most like `name`, or "" where none is."""
+    near = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,9 +1,13 @@
-"""Configuration: dataclasses <-> YAML <-> `key=value`, and what a typo answers."""
+"""Configuration: YAML, `key=value`, round trips, and the answers to wrong keys and values."""
 
 from __future__ import annotations
 
+import math
+import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -12,11 +16,13 @@ from pipelines.process import TIMESTEP_SAMPLING
 from t2i_align import config
 from t2i_align.config import HealthConfig, ReferenceUpdateConfig, TrainConfig
 from t2i_align.errors import UserError
+from t2i_align.objectives import DiffusionDPO
+from t2i_align.utils.settings import with_overrides
 
 VALUES = {"objective": {"name": "diffusion_dpo", "beta": 500}, "output_dir": "runs/x"}
 
 
-def test_a_run_survives_yaml_and_back() -> None:
+def test_a_run_round_trips_through_yaml() -> None:
     run = config.from_mapping({**VALUES, "lora": None, "optim": {"lr": "5e-6", "betas": [0.9, 0.99]}})
     assert run.lora is None and run.optim.lr == 5e-6 and run.objective.beta == 500.0
     assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
@@ -31,7 +37,7 @@ def test_overrides_reach_inside_and_read_yaml(tmp_path: Path) -> None:
     assert run.objective.link == "hinge" and run.objective.beta == 500.0
 
 
-def test_an_override_inside_an_objective_given_by_its_bare_name_keeps_the_name(tmp_path: Path) -> None:
+def test_override_inside_an_objective_keeps_its_bare_name(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**VALUES, "objective": "lcpo"}))
     assert config.load(file).objective.name == "lcpo"
@@ -39,7 +45,7 @@ def test_an_override_inside_an_objective_given_by_its_bare_name_keeps_the_name(t
     assert (run.objective.name, run.objective.beta, run.objective.eta) == ("lcpo", 7.0, 0.7)
 
 
-def test_what_may_be_null_is_switched_on_and_off() -> None:
+def test_optional_sections_and_values_may_be_null() -> None:
     run = config.from_mapping(
         {**VALUES, "train": {"reference_update": {"every": 16}}, "health": {"max_error_rise": None}}
     )
@@ -49,51 +55,131 @@ def test_what_may_be_null_is_switched_on_and_off() -> None:
     assert config.from_mapping(VALUES).train.reference_update is None
 
 
+COUNT = "a whole number of at least 1"
+LINKS = "'sigmoid', 'robust', 'hinge' or 'ipo'"
+SHIFTS = "'model', 'resolution' or a positive number"
+SIZES = "a side or [height, width] of at least 1 pixel, or null"
+TARGETS = "a preset's name or a list of at least one module-name ending"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=many", f"{COUNT}, found 'many'"),
+        ("train.steps='7'", f"{COUNT}, found '7'"),
+        ("train.steps=1.5", f"{COUNT}, found 1.5"),
+        ("train.steps=true", f"{COUNT}, found True"),
+        ("train.steps=null", f"{COUNT}, found null"),
+        ("train.steps=0", f"{COUNT}, found 0"),
+        ("train.precision=bf61", "'fp32', 'bf16' or 'fp16', found 'bf61'. Did you mean 'bf16'?"),
+        ("train.caption_dropout=2", "a number in [0, 1], found 2"),
+        ("train.timestep_shift=none", f"{SHIFTS}, found 'none'"),
+        ("train.timestep_shift=0", f"{SHIFTS}, found 0"),
+        ("train.compile='yes'", "a boolean, found 'yes'"),
+        ("train.compile=1", "a boolean, found 1"),
+        ("train.seed=-1", "a whole number in [0, 2^63), found -1"),
+        ("train.seed=9223372036854775808", "a whole number in [0, 2^63), found 9223372036854775808"),
+        ("objective.beta=0", "a positive number, found 0"),
+        ("objective.link=sigmod", f"{LINKS}, found 'sigmod'. Did you mean 'sigmoid'?"),
+        ("objective=[1]", "a name or a mapping of keys, found [1]"),
+        ("optim.lr=-1", "a positive number, found -1"),
+        ("optim.lr=.inf", "a positive number, found inf"),
+        ("optim.lr=true", "a positive number, found True"),
+        ("optim.betas=[0.9, 1]", "less than 1, found 1"),
+        ("optim.weight_decay=-1", "a number of 0 or more, found -1"),
+        ("lora=8", "a mapping of keys, found 8"),
+        ("lora.rank=0", f"{COUNT}, found 0"),
+        ("lora.dropout=1", "a number in [0, 1), found 1"),
+        ("lora.targets=[]", f"{TARGETS}, found []"),
+        ("data.resolution=0", f"{SIZES}, found 0"),
+        ("data.resolution=[480, 0]", f"{SIZES}, found [480, 0]"),
+        ("data.limit=0", f"{COUNT} or null, found 0"),
+        ("data.fps=0", "a positive number or null, found 0"),
+        ("data.workers=-1", "a whole number of 0 or more, found -1"),
+        ("data.path=7", "a string, found 7"),
+        ("log.trackers=[mlflow]", "'tensorboard' or 'wandb', found 'mlflow'"),
+        ("validation.every=-1", "a whole number of 0 or more, found -1"),
+        ("validation.batch_size=0", f"{COUNT} or null, found 0"),
+        ("validation.guidance=.nan", "a number of 0 or more or null, found nan"),
+        ("health.max_error_rise=0", "a positive number or null, found 0"),
+        ("train.reference_update.every=0", f"{COUNT}, found 0"),
+    ],
+)
+def test_wrong_value_is_answered_with_key_expected_and_found(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.from_mapping(with_overrides(VALUES, [override]))
+    key = re.escape(override.partition("=")[0])
+    assert re.fullmatch(rf"{key}(\.\d)? must be {re.escape(expected)}", str(error.value))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trian.steps=1", r"unknown key 'trian'. Did you mean 'train'\? Choices: data, health, log"),
-        ("train.stps=1", r"unknown key in train 'stps'. Did you mean 'steps'"),
-        ("train.steps=many", "train.steps: expected int, found 'many'"),
-        ("train.steps=null", "train.steps: expected int, found null"),
-        ("train.steps=0", "train.steps must be at least 1, found 0"),
-        ("train.precision=int8", r"unknown value for train.precision: 'int8'.*Choices: bf16, fp16, fp32"),
-        ("train.caption_dropout=2", r"train.caption_dropout must be in \[0, 1\]"),
-        ("objective.bta=1", r"unknown key in objective 'bta'. Did you mean 'beta'"),
-        ("objective=spo", "unknown objective 'spo'"),
-        ("optim.lr=-1", "optim.lr must be positive"),
-        ("optim.lr=.inf", "optim.lr must be positive, found inf"),
-        ("optim.betas=[0.9, 1]", r"optim.betas must be two numbers in \[0, 1\), found \[0.9, 1.0\]"),
-        ("optim.weight_decay=-1", "optim.weight_decay must be 0 or more, found -1"),
-        ("lora.targets=[]", r"lora.targets must be a preset's name or at least one ending, found \[\]"),
-        ("train.seed=-1", r"train.seed must be in \[0, 2\^63\), found -1"),
-        ("data.resolution=0", "data.resolution must be at least 1 or null, found 0"),
-        ("data.resolution=[480, 0]", r"data.resolution must be at least 1 or null, found \(480, 0\)"),
-        ("data.limit=0", "data.limit must be at least 1 or null, found 0"),
-        ("data.workers=-1", "data.workers must be 0 or more, found -1"),
-        ("validation.every=-1", r"validation.every must be 0 \(never\) or more, found -1"),
-        ("validation.count=0", "validation.count must be at least 1, found 0"),
-        ("validation.steps=0", "validation.steps must be at least 1, found 0"),
-        ("validation.batch_size=0", "validation.batch_size must be at least 1, found 0"),
-        ("health.max_error_rise=0", "health.max_error_rise must be positive or null, found 0"),
-        ("health.rollbacks=-1", "health.rollbacks must be 0 or more, found -1"),
-        ("train.reference_update.every=0", "train.reference_update.every must be at least 1, found 0"),
-        ("train.reference_update.max_drift=0", "train.reference_update.max_drift must be positive, found 0"),
-        ("train.reference_update.evry=8", r"unknown key in train.reference_update 'evry'. Did you mean 'every'"),
-        ("validation.guidance=.nan", "validation.guidance must be 0 or more, found nan"),
-        ("lora=8", "lora: expected a mapping"),
+        ("trian.steps=1", "trian: unknown key. Did you mean 'train'? Choices: data, health, log"),
+        ("train.stps=1", "train.stps: unknown key. Did you mean 'steps'? Choices: accumulate, "),
+        ("train.reference_update.evry=8", "train.reference_update.evry: unknown key. Did you mean 'every'?"),
+        ("objective.bta=1", "objective.bta: unknown key. Did you mean 'beta'?"),
+        ("objective=spo", "unknown objective 'spo'."),
+        ("objective.name=diffusion_dop", "unknown objective 'diffusion_dop'. Did you mean 'diffusion_dpo'? Choices: "),
+        ("objective={beta: 1}", "objective.name: missing key"),
+        ("optim.betas=[0.9]", "optim.betas.1: missing key"),
         ("steps", "has the form key=value"),
         ("train.steps=[1", "not valid YAML"),
     ],
 )
-def test_wrong_keys_and_values_say_what_was_expected(override: str, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(VALUES))
+def test_wrong_key_is_answered_with_the_nearest_and_all_choices(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.from_mapping(with_overrides(VALUES, [override]))
+
+
+def test_all_errors_come_at_once() -> None:
+    values = {"objective": "spo", "train": {"stps": 1, "precision": "fp8"}, "lora": {"rank": 0}, "data": {"path": 1}}
+    with pytest.raises(UserError) as error:
+        config.from_mapping(values)
+    first, *lines = str(error.value).splitlines()
+    assert first == "6 errors:" and len(lines) == 6
+    keys = ("unknown objective 'spo'", "output_dir", "train.stps", "train.precision", "lora.rank", "data.path")
+    assert all(any(line.startswith(f"  {key}") for line in lines) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"buckets": True, "cache": False}, "data.buckets must be false without data.cache"),
+        ({"stream": 8, "limit": 4}, "data.stream must be null with data.limit, data.annotations or data.buckets"),
+    ],
+)
+def test_keys_that_exclude_each_other(data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.load(file, [override])
+        config.from_mapping({**VALUES, "data": data})
 
 
-def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_are_checked_in_python_too() -> None:
+    with pytest.raises(UserError, match=r"^LoraConfig\.rank must be a whole number of at least 1, found 0$"):
+        config.LoraConfig(rank=0)
+    with pytest.raises(UserError, match=r"^DiffusionDPO\.beta must be a positive number, found -1$"):
+        DiffusionDPO(beta=-1)
+
+
+def test_infinity_switches_a_limit_off() -> None:
+    run = config.from_mapping({**VALUES, "optim": {"max_grad_norm": math.inf}, "health": {"max_error_rise": math.inf}})
+    assert run.optim.max_grad_norm == run.health.max_error_rise == math.inf
+    assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
+
+
+def test_a_wrong_key_is_answered_without_importing_torch(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**VALUES, "train": {"stps": 1}, "objective": "spo"}))
+    code = (
+        "import sys\nfrom t2i_align import config\n"
+        f"try: config.load({str(file)!r})\nexcept ValueError as error: print(error)\n"
+        "sys.exit(bool({'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "train.stps" in done.stdout and "unknown objective" in done.stdout, done.stderr
+
+
+def test_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/fox")
     run = config.from_mapping({**VALUES, "output_dir": "~/runs/x", "data": {"path": "~/pairs", "cache_dir": "~/cache"}})
     assert run.output_dir == "/home/fox/runs/x"
@@ -101,7 +187,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) ->
     assert config.from_mapping(VALUES).data.path == "testbed:pairs"
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_files_that_are_not_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
         config.load(tmp_path / "no.yaml")
     for text, message in (("a: [", "not valid YAML"), ("- a", "a mapping of keys"), ("resume: true", "missing key")):
@@ -110,5 +196,5 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
             config.load(tmp_path / "bad.yaml")
 
 
-def test_timestep_samplings_are_those_of_the_forward_process() -> None:
+def test_timestep_samplings_match_the_forward_process() -> None:
     assert get_args(get_type_hints(TrainConfig)["timestep_sampling"]) == TIMESTEP_SAMPLING

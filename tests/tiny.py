@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from pipelines import TrainablePipeline
 
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -341,3 +343,48 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "ltx": tiny_ltx,
     "ltx-0.9.1": lambda folder: tiny_ltx(folder, timestep_conditioning=True),
 }
+
+
+def in_plain_diffusers(
+    pipe: Any, like: TrainablePipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, **options: Any
+) -> torch.Tensor:
+    """Samples of a diffusers pipeline that is called with text, at the size of `like` and its tokenizers' length."""
+    size = dict(zip(("height", "width"), like.default_size, strict=True))
+    if like.video:
+        size["num_frames"] = like.default_frames
+    if any(isinstance(part, T5Tokenizer) for part in pipe.components.values()):
+        size["max_sequence_length"] = 16
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    arguments = {"num_inference_steps": steps, "generator": generators, "output_type": "pt", **size, **options}
+    output = pipe(list(prompts), **arguments)
+    return output.frames if like.video else output.images
+
+
+def randomise_lora(pipeline: TrainablePipeline, rank: int = 2, alpha: float = 3.0, targets: str = "attention") -> None:
+    """A LoRA whose B is not zero, so that it changes the model."""
+    pipeline.add_lora(rank=rank, alpha=alpha, dropout=0.0, targets=targets)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in pipeline.trainable_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+def sample_latents(pipeline: TrainablePipeline, pipe: Any = None) -> torch.Tensor:
+    """Latents of one sample in plain diffusers, without the VAE's time; pipe: another than the pipeline's own."""
+    options = {"steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    return in_plain_diffusers(pipe or pipeline.pipe, pipeline, ["a fox"], [3], **options)
+
+
+def example(pipeline: TrainablePipeline) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Noisy latents, timesteps and conditioning of two samples."""
+    height, width = pipeline.default_size
+    channels = pipeline.vae_config.get("latent_channels") or pipeline.vae_config["z_dim"]
+    sides = (height // pipeline.vae_factor, width // pipeline.vae_factor)
+    frames = (3,) if pipeline.family != "ltx" else (2,)
+    shape = (channels, *(frames if pipeline.video else ()), *sides)
+    generator = torch.Generator().manual_seed(1)
+    times = pipeline.process.timesteps(torch.tensor([0.3, 0.8]))
+    return (
+        torch.randn(2, *shape, generator=generator),
+        times,
+        pipeline.encode_prompts(["a red circle", "two blue squares"]),
+    )

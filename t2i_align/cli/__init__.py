@@ -315,13 +315,14 @@ def _objectives(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="explain this one")
     options = _parse(parser, argv)
     from t2i_align import objectives
+    from t2i_align.utils.settings import expected
 
     if options.name:
         cls = objectives.get(options.name)
         facts = f"Needs {cls.needs}. A complete run: configs/{cls.config}"
         print(inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), facts, "Hyper-parameters:", sep="\n\n")
         for field in fields(cls):  # type: ignore[arg-type]  # each is a dataclass, their base is not
-            print(f"  objective.{field.name}: {field.type} = {field.default!r}")
+            print(f"  objective.{field.name} = {field.default!r}  ({expected(cls, field.name)})")
         return 0
     rows = [(name, cls.paper, str(cls.needs), cls.config) for name, cls in sorted(objectives.OBJECTIVES.items())]
     rows = [("name", "paper", "needs", "in configs/"), *rows]

@@ -2,29 +2,34 @@
 
     UNet           [BOS, w_1 … w_m]  ->  [BOS, p_1 + q(t) … p_n + q(t), w_1 … w_m]    for the cross-attention
     joint (SD3)    [w_1 … w_m]       ->  [p_1 + q(t) … p_n + q(t), w_1 … w_m]         for each of the first blocks,
-                                          with tokens of its own that go in front of its text and are taken off after
+                                          with its own tokens, which are removed from its output
 
 q is one vector for each of 100 bins of t. For UNets that read CLIP's hidden states (SD1.x, SD2.x, SDXL) and for SD3's
-joint transformer, whose tokens are of the transformer's own width. They live on the denoiser as a module and work
-through hooks, so that the genuine diffusers pipeline generates with them. As in the released code all prompts get them,
-the empty one of guidance too. (There only some of a UNet's blocks do; here every block.)
+joint transformer, where tokens have the transformer's width. They live on the denoiser as a module and work through
+hooks, so that the genuine diffusers pipeline generates with them. As in the released code all prompts get them, also
+guidance's empty one. (There only some of a UNet's blocks do; here every block.)
 
-Tokens cannot be inserted without effect: attention divides among them. For UNets the least is done by copies of the BOS
-token, the authors' start for SD1.5, which only give it more weight; give `initial` for that. They have a file of their
-own: `remove` them before a pipeline is saved as a whole.
+Tokens cannot be inserted without effect: attention divides among them. In UNets copies of the BOS token, the authors'
+start for SD1.5, change least: they only give it more weight. Remove soft tokens before a pipeline is saved as a whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from t2i_align.conditioning.adapter import Adapter
+from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
 
 NAME = "soft_tokens"  # of the module on the denoiser
 FILE = "soft_tokens.safetensors"
@@ -33,6 +38,8 @@ BINS = 100
 TIMES = 1000  # timesteps run to here
 SPREAD = 0.02  # standard deviation at the start
 JOINT_BLOCKS = 5  # so many of a joint transformer's blocks get tokens
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class SoftTokens(nn.Module):
@@ -43,14 +50,66 @@ class SoftTokens(nn.Module):
         self.tokens = nn.Parameter(SPREAD * torch.randn(blocks, n_tokens, width))
         self.times = nn.Parameter(SPREAD * torch.randn(blocks, bins, width))
         self.hooks: list[Any] = []
-        self.now: Tensor | None = None  # a joint transformer's timesteps, which its blocks are not told
+        self.now: Tensor | None = None  # a joint transformer's timesteps, which its blocks do not receive
 
     def forward(self, embeds: Tensor, timesteps: Tensor, block: int = 0, after: int = 1) -> Tensor:
-        """Embeddings [B, L, width] and timesteps [B] or one, to [B, L + n, width]; tokens stand `after` so many."""
+        """Embeddings [B, L, width] and timesteps [B] or one, to [B, L + n, width]; tokens follow the first `after`."""
         bins = self.times.shape[1]
         at = (timesteps.to(self.times.device) * bins / TIMES).long().clamp(0, bins - 1)
         soft = (self.tokens[block] + self.times[block, at.expand(len(embeds))].unsqueeze(1)).to(embeds.dtype)
         return torch.cat([embeds[:, :after], soft, embeds[:, after:]], dim=1)
+
+
+class SoftTokensAdapter(Adapter):
+    """Soft tokens as a run trains, saves and loads them."""
+
+    kind = "soft_tokens"
+
+    def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
+        assert config.soft_tokens is not None
+        bos = None
+        if config.soft_tokens.start == "bos":
+            pipeline.load_encoders()
+            bos = pipeline.encode_prompts(["a"])["prompt_embeds"][0, 0]  # causal: the text after it has no influence
+        install(pipeline.denoiser, config.soft_tokens.count, initial=bos)
+
+    def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = getattr(pipeline.denoiser, NAME).state_dict()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / FILE)
+        return folder / FILE
+
+    def recognises(self, keys: Set[str]) -> bool:
+        return keys == KEYS
+
+    def installed(self, pipeline: TrainablePipeline) -> bool:
+        return hasattr(pipeline.denoiser, NAME)
+
+    def load(self, pipeline: TrainablePipeline, path: str | Path, *, scale: float = 1.0) -> None:
+        """Put saved soft tokens on the denoiser, replacing any that are there.
+
+        Raises:
+            UserError: the file holds something else, or tokens of another width or number of blocks.
+        """
+        state = load_file(path)
+        if set(state) != KEYS:
+            raise UserError(f"{path}: no soft tokens; found {', '.join(sorted(state)) or 'nothing'}")
+        blocks, n_tokens, width = state["tokens"].shape
+        if (width, blocks) != (expected := layout(pipeline.denoiser)):
+            raise UserError(
+                f"{path}: these soft tokens are of width {width} for {blocks} places in the denoiser; "
+                f"this model's would be of width {expected[0]} for {expected[1]}"
+            )
+        if self.installed(pipeline):
+            self.remove(pipeline)
+        soft = install(pipeline.denoiser, n_tokens)
+        soft.times.data = soft.times.data.new_empty(state["times"].shape)
+        soft.load_state_dict(state)
+
+    def remove(self, pipeline: TrainablePipeline) -> None:
+        for hook in getattr(pipeline.denoiser, NAME).hooks:
+            hook.remove()
+        delattr(pipeline.denoiser, NAME)
 
 
 def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) -> SoftTokens:
@@ -61,7 +120,7 @@ def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) 
             on SD1.5.
 
     Raises:
-        UserError: the denoiser has soft tokens already, or is of a kind that they are not made for.
+        UserError: the denoiser already has soft tokens, or none are made for its kind.
     """
     if hasattr(denoiser, NAME):
         raise UserError("this denoiser has soft tokens already; remove them first")
@@ -76,11 +135,8 @@ def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) 
     denoiser.requires_grad_(False)
     # Trained, so in single precision whatever the frozen weights are in.
     denoiser.add_module(NAME, soft.to(next(denoiser.parameters()).device))
-    if not joint:
-        soft.hooks = [denoiser.register_forward_pre_hook(_insert, with_kwargs=True)]
-        return soft
-    soft.hooks = [denoiser.register_forward_pre_hook(_note_time, with_kwargs=True)]
-    for number, block in enumerate(denoiser.transformer_blocks[:blocks]):
+    soft.hooks = [denoiser.register_forward_pre_hook(_note_time if joint else _insert, with_kwargs=True)]
+    for number, block in enumerate(denoiser.transformer_blocks[:blocks] if joint else ()):
         around = _AroundBlock(soft, number)
         soft.hooks.append(block.register_forward_pre_hook(around.put, with_kwargs=True))
         soft.hooks.append(block.register_forward_hook(around.take))
@@ -88,7 +144,7 @@ def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) 
 
 
 def layout(denoiser: Any) -> tuple[int, int]:
-    """Width of the tokens, and at how many places they go in.
+    """Width of the tokens, and at how many places they are inserted.
 
     Raises:
         UserError: neither a UNet with cross-attention nor SD3's transformer.
@@ -102,51 +158,8 @@ def layout(denoiser: Any) -> tuple[int, int]:
     )
 
 
-def remove(denoiser: nn.Module) -> None:
-    """Take the soft tokens off again; the denoiser is then as it was."""
-    for hook in getattr(denoiser, NAME).hooks:
-        hook.remove()
-    delattr(denoiser, NAME)
-
-
-def save(denoiser: nn.Module, path: str | Path) -> Path:
-    """Write a denoiser's soft tokens as safetensors; returns the file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in getattr(denoiser, NAME).state_dict().items()},
-        path,
-    )
-    return path
-
-
-def load(denoiser: Any, path: str | Path) -> SoftTokens:
-    """Put saved soft tokens on a denoiser, in the place of any that are there.
-
-    Raises:
-        UserError: the file holds something else, or tokens of another width or number of blocks.
-    """
-    state = load_file(path)
-    if set(state) != KEYS:
-        raise UserError(f"{path}: no soft tokens; found {', '.join(sorted(state)) or 'nothing'}")
-    blocks, n_tokens, width = state["tokens"].shape
-    if (width, blocks) != (expected := layout(denoiser)):
-        raise UserError(
-            f"{path}: these soft tokens are of width {width} for {blocks} places in the denoiser; "
-            f"this model's would be of width {expected[0]} for {expected[1]}"
-        )
-    if hasattr(denoiser, NAME):
-        remove(denoiser)
-    soft = install(denoiser, n_tokens)
-    soft.times.data = soft.times.data.new_empty(state["times"].shape)
-    soft.load_state_dict(state)
-    return soft
-
-
-def _insert(
-    denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The denoiser's arguments with the soft tokens inserted. It knows no tokens but its own, so copies keep theirs."""
+def _insert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The denoiser's arguments with the soft tokens inserted. It uses only its own tokens, so copies keep theirs."""
     timesteps = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
     embeds = kwargs.get("encoder_hidden_states")
     if embeds is None:
@@ -159,14 +172,12 @@ def _note_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _AroundBlock:
-    """Puts a block's soft tokens in front of its text, and takes them off what it returns."""
+    """Puts a block's soft tokens in front of its text, and removes them from its output."""
 
     def __init__(self, soft: SoftTokens, number: int) -> None:
         self.soft, self.number = soft, number
 
-    def put(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def put(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         assert self.soft.now is not None
         if args:  # under gradient checkpointing the block is called by position: image, text, ...
             image, text, *rest = args

@@ -12,18 +12,21 @@ them like that.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2i_align.data import jsonl, parquet
-from t2i_align.data.formats import COLUMNS
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import COLUMNS, SCORES, Column, Group, Skipped
 from t2i_align.errors import UserError
 
-ONE_A_CANDIDATE = ("scores", "captions")
+ID = Column("id")
+
+
+def annotated_columns() -> dict[str, Column]:
+    """What annotations may give."""
+    return {"scores": SCORES, **COLUMNS}
 
 
 class Value(NamedTuple):
@@ -64,12 +67,12 @@ class Annotations:
         Raises:
             UserError: not one value per candidate.
         """
-        found = self.entries.get(group.id, {})
+        found, known = self.entries.get(group.id, {}), annotated_columns()
         for name, files in self.files.items():
             if name not in found and (name == "scores" or getattr(group, name) is None):
                 return Skipped(id=group.id, origin=group.origin, reason=f"no {name!r} for it in {', '.join(files)}")
         for name, (value, origin) in found.items():
-            if name in ONE_A_CANDIDATE and len(value) != len(group.candidates):
+            if known[name].per_candidate and len(value) != len(group.candidates):
                 raise UserError(
                     f"{origin}: {name!r} must have one value for each of the {len(group.candidates)} candidates of "
                     f"group {group.id!r} ({group.origin}), found {len(value)}"
@@ -103,20 +106,21 @@ def _rows(file: Path) -> Iterator[tuple[str, jsonl.Entry]]:
     if file.suffix != ".parquet":
         yield from ((origin, entry) for _, origin, entry in jsonl.entries(file))
         return
-    for number, row in enumerate(parquet.rows(file, ("id", *COLUMNS))):
+    for number, row in enumerate(parquet.rows(file, ("id", *annotated_columns()))):
         yield f"{file}, row {number}", row
 
 
 def _collect(file: Path, entries: dict[str, dict[str, Value]]) -> list[str]:
     """Add a file's values to those by id and column; returns the columns that it gives."""
+    known = annotated_columns()
     given: dict[str, None] = {}
     seen: dict[str, str] = {}
     for origin, row in _rows(file):
-        columns = [name for name in COLUMNS if name in row]
+        columns = [name for name in known if name in row]
         if "id" not in row or not columns:
             found = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{origin}: expected 'id' with any of {', '.join(map(repr, COLUMNS))}; found {found}")
-        group_id = _name(row, "id", origin)
+            raise UserError(f"{origin}: expected 'id' with any of {', '.join(map(repr, known))}; found {found}")
+        group_id = _parsed(row, ID, origin)
         if group_id in seen:
             raise UserError(f"{origin}: the id {group_id!r} is there already: {seen[group_id]}")
         seen[group_id] = origin
@@ -126,34 +130,15 @@ def _collect(file: Path, entries: dict[str, dict[str, Value]]) -> list[str]:
                 continue
             if name in values:
                 raise UserError(f"{origin}: {name!r} of id {group_id!r} is given already: {values[name].origin}")
-            values[name] = Value(VALUES[name](row, name, origin), origin)
+            values[name] = Value(_parsed(row, known[name], origin), origin)
             given[name] = None
     if not seen:
         raise UserError(f"{file}: no rows in it")
     return list(given)
 
 
-def _scores(row: jsonl.Entry, name: str, origin: str) -> tuple[float, ...]:
-    scores = jsonl.numbers(row, name, origin)
-    if not all(map(math.isfinite, scores)):
-        raise UserError(f"{origin}: {name!r} must be finite numbers, found {row[name]}")
-    return tuple(scores)
-
-
-def _captions(row: jsonl.Entry, name: str, origin: str) -> tuple[str, ...]:
-    return tuple(jsonl.texts(row, name, origin))
-
-
-def _name(row: jsonl.Entry, name: str, origin: str) -> str:
-    value = row[name]
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise UserError(f"{origin}: {name!r} must be text or an integer, found {value!r}")
-    return str(value)
-
-
-VALUES: dict[str, Callable[[jsonl.Entry, str, str], Any]] = {
-    "scores": _scores,
-    "captions": _captions,
-    "negative_caption": jsonl.text,
-    "user": _name,
-}
+def _parsed(row: jsonl.Entry, column: Column, origin: str) -> Any:
+    try:
+        return column.parse(row[column.name])
+    except ValueError as error:
+        raise UserError(f"{origin}: {column.name!r} {error}") from error

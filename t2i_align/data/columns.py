@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from t2i_align.data import tables
-from t2i_align.data.formats import Items, exists, inside
-from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.data.formats import exists, inside
+from t2i_align.data.schema import Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.errors import UserError
 from t2i_align.labeling.votes import majority
+from t2i_align.utils.settings import Bool, settings
 
 ORDERS = ("scores", "ranks", "votes", "winner", "best_first")
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
@@ -31,7 +32,7 @@ class _Unusable(ValueError):
     """Why a row cannot be used."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Columns:
     """Column names. A list of names has one per candidate; a single name is of a column that holds a list.
 
@@ -51,7 +52,7 @@ class Columns:
     ranks: Names | None = None
     votes: Names | None = None
     winner: str | None = None
-    best_first: bool = False
+    best_first: Bool = False
     captions: Names | None = None
     negative_caption: str | None = None
     user: str | None = None
@@ -162,9 +163,11 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
             candidates=tuple(_media(value, root, row.origin) for value in values),
             scores=scores,
             origin=row.origin,
-            captions=_captions(members, columns, len(values)),
-            negative_caption=_text(row, negative, only=str) if negative and row.values.get(negative) else None,
-            user=user,
+            columns={
+                "captions": _captions(members, columns, len(values)),
+                "negative_caption": _text(row, negative, only=str) if negative and row.values.get(negative) else None,
+                "user": user,
+            },
         )
     except _Unusable as error:
         return Skipped(id=name, origin=row.origin, reason=str(error))

@@ -19,9 +19,9 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_align.data.formats import Items, exists, inside
+from t2i_align.data.formats import exists, inside
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.errors import UserError
 
 WINNERS = ("winner", "winners", "chosen", "preferred", "good", "w")

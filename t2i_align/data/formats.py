@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.errors import UserError
 
-Items = Iterator[Group | Skipped]
 REASONS_SHOWN = 3
-COLUMNS = ("scores", "captions", "negative_caption", "user")  # what an objective may ask for, and annotations may add
-LABELS = (-1.0, 0.0, 0.5, 1.0)  # scores that say better, worse, equal and no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +21,8 @@ class Survey:
 
     rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
     are equal. disliked: single samples that were not liked. accepted, score_range: number of groups that a selection
-    accepts, and their least and greatest score. texts: distinct prompts and captions. columns: how many
-    groups have each of COLUMNS. reasons: the first skips'.
+    accepts, and their least and greatest score. texts: distinct prompts and captions. columns: how many groups have
+    each column (see `Group.present`). reasons: the first skips'.
     """
 
     rows: int
@@ -45,14 +42,14 @@ class Survey:
     @property
     def texts_per_group(self) -> int:
         """How many texts are encoded of a group at most: its prompt, and where there are any, its captions."""
-        captions = max(self.candidates) if self.columns.get("captions") else 0
-        return 1 + captions + bool(self.columns.get("negative_caption"))
+        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
+        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
 
     @classmethod
     def of(cls, items: Iterable[Group | Skipped], selection: Selection | None = None) -> Survey:
+        selection = selection or EVERYTHING
         rows = disliked = accepted = 0
         least, greatest = math.inf, -math.inf
-        selection = selection or EVERYTHING
         candidates: Counter[int] = Counter()
         ties: Counter[int] = Counter()
         columns: Counter[str] = Counter()
@@ -65,14 +62,14 @@ class Survey:
                     reasons.append(f"{item.origin}: {item.reason}")
                 continue
             candidates[len(item.candidates)] += 1
-            if is_tie(item.scores):
+            if item.is_tie:
                 ties[len(item.candidates)] += 1
-            disliked += is_disliked(item.scores)
+            disliked += item.is_disliked
             if selection.accepts(item):
                 accepted += 1
                 least, greatest = min(least, *item.scores), max(greatest, *item.scores)
             texts.update(item.texts)
-            columns.update(present_columns(item))
+            columns.update(item.present)
         return cls(
             rows=rows,
             candidates=dict(candidates),
@@ -97,9 +94,9 @@ class Selection:
 
     def accepts(self, group: Group) -> bool:
         """Whether the objective learns from a group."""
-        if self.likes_only and is_disliked(group.scores):
+        if self.likes_only and group.is_disliked:
             return False
-        return len(group.candidates) >= self.candidates and (self.ties or not is_tie(group.scores))
+        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
 
     def first(self, items: Iterable[Group | Skipped], accepted: int = 0) -> Items:
         """The items up to the one with which the limit is reached; `accepted` groups came before."""
@@ -111,22 +108,6 @@ class Selection:
 
 
 EVERYTHING = Selection()
-
-
-def is_tie(scores: tuple[float, ...]) -> bool:
-    """Whether a group with several candidates prefers none of them."""
-    return len(scores) > 1 and max(scores) == min(scores)
-
-
-def is_disliked(scores: tuple[float, ...]) -> bool:
-    """Whether a group is a single sample that was not liked."""
-    return len(scores) == 1 and scores[0] <= 0
-
-
-def present_columns(group: Group) -> list[str]:
-    """Which of COLUMNS this group has; scores count where they are more than labels."""
-    graded = any(score not in LABELS for score in group.scores)
-    return [name for name in COLUMNS if (graded if name == "scores" else getattr(group, name) is not None)]
 
 
 def exists(path: Path) -> bool:

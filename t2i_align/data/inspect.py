@@ -19,12 +19,12 @@ from PIL import Image
 
 from t2i_align.data import jsonl, readers, tables
 from t2i_align.data.annotations import Annotations
-from t2i_align.data.formats import REASONS_SHOWN, Items, is_tie, present_columns
+from t2i_align.data.formats import REASONS_SHOWN
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import resolve_model
+from t2i_align.inference.models import resolve_model
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
 BINS = 24
@@ -205,8 +205,8 @@ def _count(
         return
     found.groups += 1
     found.candidates[len(item.candidates)] += 1
-    found.ties += is_tie(item.scores)
-    found.present.update(present_columns(item))
+    found.ties += item.is_tie
+    found.present.update(item.present)
     found.prompts[item.prompt] += 1
     if item.user is not None:
         found.users[item.user] += 1

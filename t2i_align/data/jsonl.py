@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.formats import Items, exists, inside
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.formats import exists, inside
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.errors import UserError
 
 Entry = dict[str, Any]
@@ -98,9 +98,13 @@ def _group(path: Path, default_id: str, origin: str, entry: Entry) -> Group | Sk
         candidates=images,
         scores=tuple(scores),
         origin=origin,
-        captions=captions,
-        negative_caption=None if entry.get("negative_caption") is None else text(entry, "negative_caption", origin),
-        user=None if user is None else str(user),
+        columns={
+            "captions": captions,
+            "negative_caption": None
+            if entry.get("negative_caption") is None
+            else text(entry, "negative_caption", origin),
+            "user": None if user is None else str(user),
+        },
     )
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from t2i_align.data import columns, jsonl, tables
 from t2i_align.data.columns import Columns
-from t2i_align.data.formats import Items
 from t2i_align.data.media import MEDIA_SUFFIXES
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.errors import UserError
 

@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from t2i_align.data.formats import Items, inside
+from t2i_align.data.formats import inside
 from t2i_align.data.parquet import open_parquet, rows
-from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.data.schema import Group, Items, Media, Skipped
 from t2i_align.data.tables import below, missing_shards
 from t2i_align.errors import UserError
 
@@ -154,8 +154,10 @@ def _group(row: dict[str, Any], group_id: str, origin: str, root: Path, images: 
         candidates=tuple(candidates),
         scores=(float(labels[0]), float(labels[1])),
         origin=origin,
-        captions=captions,
-        user=None if user is None else str(user),
+        columns={
+            "captions": captions,
+            "user": None if user is None else str(user),
+        },
     )
 
 

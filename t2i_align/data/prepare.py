@@ -32,10 +32,9 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.formats import COLUMNS, EVERYTHING, REASONS_SHOWN, Selection, is_tie, present_columns
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.formats import EVERYTHING, REASONS_SHOWN, Selection
+from t2i_align.data.schema import COLUMNS, Group, Skipped
 from t2i_align.data.store import (
-    COLUMN_TYPES,
     FINGERPRINT,
     GROUPS,
     INDEX,
@@ -44,8 +43,8 @@ from t2i_align.data.store import (
     MANIFEST,
     SKIPPED,
     STATE,
-    TEXT_COLUMNS,
     TEXTS,
+    column_types,
     is_complete,
     read_table,
     shard_name,
@@ -211,8 +210,8 @@ class _Writer:
                 if isinstance(item, Skipped) or isinstance(row, str):
                     skipped.append(Skipped(id=item.id, origin=item.origin, reason=str(row)))
                     continue
-                rows.append({**{name: getattr(item, name) for name in COLUMN_TYPES}, **row})
-                counts.update([f"k={len(item.candidates)}", *["ties"] * is_tie(item.scores), *present_columns(item)])
+                rows.append({**{name: getattr(item, name) for name in column_types()}, **row})
+                counts.update([f"k={len(item.candidates)}", *["ties"] * item.is_tie, *item.present])
                 usable += self.selection.accepts(item)
             covered += len(items)
             last = not items or usable == self.selection.limit
@@ -226,7 +225,7 @@ class _Writer:
     def _store(self, number: int, rows: list[Row], skipped: list[Skipped], state: dict[str, Any]) -> None:
         texts = self.encoder.take_texts()
         with atomic_folder(self.out / shard_name(number)) as folder:
-            write_table(folder / GROUPS, rows, {**COLUMN_TYPES, **self.encoder.columns})
+            write_table(folder / GROUPS, rows, {**column_types(), **self.encoder.columns})
             if self.encoder.text_columns:
                 write_table(folder / TEXTS, texts, {"text": pa.string(), **self.encoder.text_columns})
             state["texts"] = len(texts)
@@ -268,7 +267,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
             **{name: sum(state[name] for state in states) for name in ("groups", "skipped", "texts")},
             "ties": counts["ties"],
             "candidates": {name[2:]: count for name, count in sorted(counts.items()) if name.startswith("k=")},
-            "columns": {name: counts[name] for name in COLUMNS},
+            "columns": {name: counts[name] for name in ("scores", *COLUMNS)},
         },
         **encoder.description,
         "buckets": buckets,
@@ -296,7 +295,8 @@ def _write_index(out: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
         return -1 if text is None else numbers.get(text, -1)
 
     stored = 0
-    index: dict[str, list[Any]] = {name: [] for name in ("k", "best", "worst", "bucket", *TEXT_COLUMNS)}
+    lists = {"prompt": False, **{name: column.per_candidate for name, column in COLUMNS.items() if column.text}}
+    index: dict[str, list[Any]] = {name: [] for name in (*INDEX_TYPES, *lists)}
     for folder in folders:
         groups = read_table(folder / GROUPS)
         if (folder / TEXTS).exists():
@@ -307,9 +307,9 @@ def _write_index(out: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
         index["k"] += map(len, scores)
         index["best"] += map(max, scores)
         index["worst"] += map(min, scores)
-        for name in TEXT_COLUMNS:
+        for name, is_list in lists.items():
             values = groups[name].to_pylist()
-            if pa.types.is_list(COLUMN_TYPES[name]):
+            if is_list:
                 index[name] += [[number(text) for text in texts or ()] for texts in values]
             else:
                 index[name] += map(number, values)
@@ -319,7 +319,8 @@ def _write_index(out: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
     buckets = sorted(set(index["bucket"]), key=lambda bucket: bucket[0][0] / bucket[0][1])
     index["bucket"] = [buckets.index(bucket) for bucket in index["bucket"]] or [0] * len(index["k"])
     with atomic_file(out / INDEX) as file:
-        write_table(file, index, INDEX_TYPES)
+        texts = {name: pa.list_(pa.int64()) if is_list else pa.int64() for name, is_list in lists.items()}
+        write_table(file, index, {**INDEX_TYPES, **texts})
     return [{"size": size, "shape": shape} for size, shape in buckets]
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from t2i_align.data import folders, hub, jsonl, layouts, pickapic, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import EVERYTHING, Items, Selection, Survey, exists
+from t2i_align.data.formats import EVERYTHING, Selection, Survey, exists
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)

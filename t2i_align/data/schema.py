@@ -7,24 +7,113 @@ A group is one prompt with k candidates and what is known about which is better:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 Media = bytes | Path
 Conditioning = dict[str, Tensor]
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
+T = TypeVar("T")
+PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
 
 
+@dataclass(frozen=True)
+class Column:
+    """An optional column of groups.
+
+    type: name of a value's Arrow type, such as "string" or "double"; where the column is `per_candidate`, of one
+    candidate's. text: whether values are encoded as prompts are, so that a batch holds their conditioning.
+    """
+
+    name: str
+    type: str = "string"
+    per_candidate: bool = False
+    text: bool = False
+
+    def parse(self, value: Any) -> Any:
+        """A group's value as a file gives it, checked and converted. Raises ValueError where it has another type."""
+        if self.per_candidate and not isinstance(value, list | tuple):
+            raise ValueError(f"must be a list, found {value!r}")
+        return tuple(self._parsed(one, value) for one in value) if self.per_candidate else self._parsed(value, value)
+
+    def texts(self, value: Any) -> Sequence[str]:
+        """The texts of a group's value that are encoded."""
+        if value is None or not self.text:
+            return ()
+        return value if self.per_candidate else (value,)
+
+    def take(self, value: Any, places: Sequence[int]) -> Any:
+        """A group's value for some of its candidates."""
+        return tuple(value[place] for place in places) if self.per_candidate else value
+
+    def _parsed(self, one: Any, value: Any) -> str | float:
+        numeric = isinstance(one, int | float) and not isinstance(one, bool)
+        if self.type == "string" and (isinstance(one, str) or (numeric and not self.text)):
+            return str(one)
+        if self.type != "string" and numeric and math.isfinite(as_float(one)):
+            return as_float(one)
+        kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
+        expected = f"a list of {kind}s" if self.per_candidate else kind
+        raise ValueError(f"must be {expected}, found {value!r}")
+
+
+def as_float(value: float) -> float:
+    """A number as a float; JSON's integers have no limit, so infinity stands for those beyond a float's."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+SCORES = Column("scores", "double", per_candidate=True)
+# The optional columns. Readers, annotations, the store and the loader go by this table.
+COLUMNS: dict[str, Column] = {
+    column.name: column
+    for column in (
+        Column("captions", per_candidate=True, text=True),  # a caption of each candidate's own
+        Column("negative_caption", text=True),  # does not fit the best candidate
+        Column("user"),  # whose preference it is
+    )
+}
+
+
+def named_columns(cls: type[T]) -> type[T]:
+    """Let a dataclass with a field `columns` also take the optional columns by name: `Group(..., user="u")`."""
+    build: Any = cls.__init__
+
+    @wraps(build)
+    def init(self: T, *, columns: Mapping[str, Any] | None = None, **values: Any) -> None:
+        given = {**(columns or {}), **{name: values.pop(name) for name in COLUMNS if name in values}}
+        build(self, columns={name: value for name, value in given.items() if value is not None}, **values)
+
+    cls.__init__ = init  # type: ignore[assignment, method-assign]
+    return cls
+
+
+class WithColumns:
+    """Optional columns as attributes; None where there is no value."""
+
+    columns: Mapping[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in COLUMNS:
+            return vars(self)["columns"].get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+@named_columns
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(WithColumns):
     """One prompt with k candidates.
 
     `id` is unique and stable within a source (randomness is keyed by it); `origin` names the file and row for
-    messages. `scores` has one number per candidate, higher is better, equal is a tie. `captions` has one text per
-    candidate, `negative_caption` is a text that does not fit the best one. `user` says whose preference it is.
+    messages. `scores` has one number per candidate, higher is better, equal is a tie. `columns` has the optional
+    columns that this group has (see COLUMNS); `group.user` is short for `group.columns.get("user")`.
     """
 
     id: str
@@ -32,34 +121,53 @@ class Group:
     candidates: tuple[Media, ...]
     scores: tuple[float, ...]
     origin: str
-    captions: tuple[str, ...] | None = None
-    negative_caption: str | None = None
-    user: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         k = len(self.candidates)
         if k == 0:
             raise ValueError(f"{self.origin}: a group needs at least one candidate")
-        if len(self.scores) != k or (self.captions is not None and len(self.captions) != k):
+        if len(self.scores) != k:
             raise ValueError(f"{self.origin}: {k} candidates, but {len(self.scores)} scores")
+        for name, value in self.columns.items():
+            if COLUMNS[name].per_candidate and len(value) != k:
+                raise ValueError(f"{self.origin}: {k} candidates, but {len(value)} {name}")
         if not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"{self.origin}: scores must be finite numbers, found {list(self.scores)}")
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All that a text encoder is to see: the prompt, the captions, the negative caption."""
-        negative = () if self.negative_caption is None else (self.negative_caption,)
-        return (self.prompt, *(self.captions or ()), *negative)
+        """All texts for the encoder: the prompt, then those of the columns."""
+        return (self.prompt, *(text for name in COLUMNS for text in COLUMNS[name].texts(self.columns.get(name))))
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether it has several candidates and prefers none of them."""
+        return len(self.scores) > 1 and max(self.scores) == min(self.scores)
+
+    @property
+    def is_disliked(self) -> bool:
+        """Whether it is a single sample that was not liked."""
+        return len(self.scores) == 1 and self.scores[0] <= 0
+
+    @property
+    def present(self) -> list[str]:
+        """The columns an objective may require that it has: `scores` where they are more than labels, and COLUMNS."""
+        graded = any(score not in PLAIN_SCORES for score in self.scores)
+        return [*(["scores"] if graded else []), *(name for name in COLUMNS if name in self.columns)]
+
+    def take(self, places: Sequence[int]) -> Group:
+        """The group with the candidates at these places, in this order."""
+        return replace(
+            self,
+            candidates=tuple(self.candidates[place] for place in places),
+            scores=tuple(self.scores[place] for place in places),
+            columns={name: COLUMNS[name].take(value, places) for name, value in self.columns.items()},
+        )
 
     def best_first(self) -> Group:
         """The same group with its candidates in descending order of score; ties keep their order."""
-        order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
-        return replace(
-            self,
-            candidates=tuple(self.candidates[i] for i in order),
-            scores=tuple(self.scores[i] for i in order),
-            captions=None if self.captions is None else tuple(self.captions[i] for i in order),
-        )
+        return self.take(sorted(range(len(self.scores)), key=lambda place: -self.scores[place]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +179,21 @@ class Skipped:
     reason: str
 
 
+Items = Iterator[Group | Skipped]
+
+
+@named_columns
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(WithColumns):
     """B groups with the same number k of candidates, encoded.
 
     keys: what each sample's randomness is keyed by ("epoch/group id"), [B].
     latents: [B, k, *latent shape], float32, best first. scores: [B, k].
-    sizes: what the model is told of each image's size and crop, [B, k, 6] (see `images.time_ids`), float32; None for
-    families that are told nothing.
+    sizes: each image's size and crop for the model, [B, k, 6] (see `media.time_ids`), float32; None for families
+        that are not conditioned on it.
     conditioning: a dict of batch-first tensors [B, ...] that only the model family opens; the prompt's.
-    captions: the candidates' own captions, [B, k, ...]; negative_caption: [B, ...]. Both only where the objective
-        asked for them.
+    columns: the optional columns that the objective requires. Of texts, their conditioning: `batch.captions` is
+        [B, k, ...], `batch.negative_caption` [B, ...]; of others a tuple of values, [B] or [B, k].
     empty: the empty prompt's conditioning, [1, ...], for objectives that guide.
     state: the objective's, scalars (see `Objective.update_state`).
     """
@@ -90,18 +202,25 @@ class Batch:
     latents: Tensor
     scores: Tensor
     conditioning: Conditioning
-    captions: Conditioning | None = None
-    negative_caption: Conditioning | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
     sizes: Tensor | None = None
     empty: Conditioning | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""
+
+        def taken(name: str, value: Any) -> Any:
+            if not COLUMNS[name].per_candidate:
+                return value
+            if COLUMNS[name].text:
+                return {key: tensor[:, places] for key, tensor in value.items()}
+            return tuple(COLUMNS[name].take(row, places) for row in value)
+
         return replace(
             self,
             latents=self.latents[:, places],
             scores=self.scores[:, places],
-            captions=None if self.captions is None else {name: t[:, places] for name, t in self.captions.items()},
+            columns={name: taken(name, value) for name, value in self.columns.items()},
             sizes=None if self.sizes is None else self.sizes[:, places],
         )

@@ -13,7 +13,7 @@ Its name stands for the source everywhere: in `data.path`, and for every command
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +22,11 @@ import yaml
 
 from t2i_align.data import columns, hub
 from t2i_align.data.columns import Columns
-from t2i_align.data.formats import Items, exists, is_tie
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.formats import exists
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.splits import By, Part
 from t2i_align.errors import UserError
+from t2i_align.utils.settings import Bool, build, settings
 
 if TYPE_CHECKING:
     from t2i_align.data.readers import Reader
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".yaml", ".yml")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DatasetSpec:
     """What a source file says; see the module.
 
@@ -45,7 +46,7 @@ class DatasetSpec:
     format: str = "auto"
     columns: Columns | None = None
     pairs: Literal["all", "best_worst"] | None = None
-    ties: bool = True
+    ties: Bool = True
     part: Part | None = None
 
 
@@ -56,14 +57,12 @@ def detects(path: Path) -> bool:
 
 def load(file: Path) -> DatasetSpec:
     """What a source file says. Raises UserError where it is no such file, with the keys that there are."""
-    from t2i_align.config import build  # the run's configuration knows no readers, nor do they need it otherwise
-
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
     try:
-        return build(DatasetSpec, values, where="")
+        return build(DatasetSpec, values)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -137,22 +136,12 @@ def _expanded(group: Group, description: DatasetSpec) -> Iterator[Group | Skippe
         if description.pairs == "best_worst":
             order = sorted(range(len(group.scores)), key=lambda i: -group.scores[i])
             chosen = [(order[0], order[-1])]
-        made = [_pair(group, i, j) for i, j in chosen]
+        made = [replace(group.take(pair), id=f"{group.id}#{pair[0]}-{pair[1]}") for pair in chosen]
     for item in made:
-        if not description.ties and is_tie(item.scores):
+        if not description.ties and item.is_tie:
             yield Skipped(id=item.id, origin=item.origin, reason="a tie")
         else:
             yield item
-
-
-def _pair(group: Group, i: int, j: int) -> Group:
-    return replace(
-        group,
-        id=f"{group.id}#{i}-{j}",
-        candidates=(group.candidates[i], group.candidates[j]),
-        scores=(group.scores[i], group.scores[j]),
-        captions=None if group.captions is None else (group.captions[i], group.captions[j]),
-    )
 
 
 def split(

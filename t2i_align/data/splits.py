@@ -7,12 +7,14 @@ same seed and share (`data split`, `train-scorer`) holds out the same prompts.
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from t2i_align.data.schema import Group
 from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.errors import UserError
+from t2i_align.utils.settings import Float, Int, settings
 
 By = Literal["prompt", "user"]
 
@@ -29,7 +31,7 @@ def normalise(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Part:
     """One side of a split.
 
@@ -39,15 +41,9 @@ class Part:
     """
 
     of: Literal["train", "held_out"]
-    held_out: float = 0.1
-    by: list[By] = field(default_factory=lambda: ["prompt"])
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise UserError(f"part.held_out must lie between 0 and 1, found {self.held_out!r}")
-        if not self.by or set(self.by) - {"prompt", "user"}:
-            raise UserError(f"part.by must be prompt, user or both, found {self.by!r}")
+    held_out: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.1
+    by: Annotated[list[By], Field(min_length=1)] = field(default_factory=lambda: ["prompt"])
+    seed: Int = 0
 
     def belongs(self, group: Group) -> bool | None:
         """Whether a group is on this side; None where it is on neither."""

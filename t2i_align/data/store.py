@@ -20,32 +20,29 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.media import time_ids
-from t2i_align.data.schema import Batch, Conditioning, Media
+from t2i_align.data.schema import COLUMNS, Batch, Column, Conditioning, Media
 from t2i_align.errors import UserError
 from t2i_align.utils.files import read_json
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
 GROUPS, TEXTS, STATE = "groups.arrow", "texts.arrow", "state.json"
-COLUMN_TYPES = {
-    "id": pa.string(),
-    "prompt": pa.string(),
-    "scores": pa.list_(pa.float64()),
-    "captions": pa.list_(pa.string()),
-    "negative_caption": pa.string(),
-    "user": pa.string(),
-}
-TEXT_COLUMNS = ("prompt", "captions", "negative_caption")  # those whose texts are encoded
-INDEX_TYPES = {
-    "k": pa.int32(),
-    "best": pa.float64(),
-    "worst": pa.float64(),
-    "bucket": pa.int32(),
-    **{name: pa.list_(pa.int64()) if pa.types.is_list(COLUMN_TYPES[name]) else pa.int64() for name in TEXT_COLUMNS},
-}
+INDEX_TYPES = {"k": pa.int32(), "best": pa.float64(), "worst": pa.float64(), "bucket": pa.int32()}
+EVERY = slice(None)
 
 Position = tuple[int, int]  # (epoch, group)
 Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over: fields of `Batch`
+
+
+def column_types() -> dict[str, pa.DataType]:
+    """What all groups have, by name, and the optional columns."""
+
+    def optional(column: Column) -> pa.DataType:
+        one = pa.type_for_alias(column.type)
+        return pa.list_(one) if column.per_candidate else one
+
+    common = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
+    return {**common, **{name: optional(column) for name, column in COLUMNS.items()}}
 
 
 def is_store(path: Path) -> bool:
@@ -144,7 +141,8 @@ class Store:
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
         self.texts: dict[str, Any] = {
             name: Ragged.of_lists(index[name]) if pa.types.is_list(index[name].type) else np.from_dlpack(index[name])
-            for name in TEXT_COLUMNS
+            for name in index.schema.names
+            if name not in INDEX_TYPES
         }
         self._buckets: list[dict[str, Any]] = self.manifest["buckets"]
         self._layout: dict[str, dict[str, Any]] = self.manifest.get("conditioning", {})
@@ -201,17 +199,24 @@ class Store:
                 own = shard.sizes[row].reshape(-1, 2)[cut].tolist()
                 sizes.append([time_ids((height, width), *bucket["size"]) for height, width in own])
         texts = {"conditioning": self.texts["prompt"][numbers]}
+        values: dict[str, Any] = {}
         for name in columns:
             if isinstance(of := self.texts.get(name), Ragged):
                 texts[name] = np.stack([of[number][cut] for number, cut in zip(numbers, cuts, strict=True)])
             elif of is not None:
                 texts[name] = of[numbers]
+            elif name in COLUMNS:
+                own = [shard.groups[name][row].as_py() for shard, row in map(self.group, numbers)]
+                lists = COLUMNS[name].per_candidate
+                values[name] = [one[cut] for one, cut in zip(own, cuts, strict=True)] if lists else own
+        encoded = self._conditioning(texts)
         return {
             "keys": keys,
             "scores": torch.from_numpy(np.stack(scores)).float(),
             "latents": torch.from_numpy(np.stack(latents)),
             "sizes": torch.tensor(sizes).float() if sizes else None,
-            **self._conditioning(texts),
+            "conditioning": encoded.pop("conditioning"),
+            "columns": {**encoded, **values},
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
@@ -252,9 +257,6 @@ class Store:
             field: {name: part[place].unflatten(0, texts[field].shape) for name, part in parts.items()}
             for place, field in enumerate(texts)
         }
-
-
-EVERY = slice(None)
 
 
 def pair(k: int) -> slice:

@@ -22,9 +22,9 @@ import torch
 
 from t2i_align.data import hub, layouts, readers, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import Items, Selection, Survey
+from t2i_align.data.formats import Selection, Survey
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.schema import Batch, Conditioning, Group, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
 from t2i_align.data.store import Item, pair, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
@@ -133,23 +133,21 @@ class Stream:
 
     def fetch(self, positions: Sequence[Position], pairs: bool = False, columns: Sequence[str] = ()) -> Item:
         """A micro-batch, decoded: pixels [B, k, 3, H, W] or [B, k, F, 3, H, W] of 8 bits, and its texts."""
-        found = [self._decoded(shard, row, pairs) for _, shard, row in positions]
-        if len({len(loaded) for _, _, loaded in found}) > 1:
+        decoded = [self._decoded(shard, row, pairs) for _, shard, row in positions]
+        if len({len(loaded) for _, loaded in decoded}) > 1:
             raise UserError("for this objective, groups must have the same number of candidates")
+        groups = [group for group, _ in decoded]
+        values = {name: [group.columns[name] for group in groups] for name in columns if name in COLUMNS}
         size = self.size.height, self.size.width
-        texts: dict[str, Any] = {"conditioning": [group.prompt for group, _, _ in found]}
-        if "captions" in columns:
-            texts["captions"] = [list(group.captions or ())[cut] for group, cut, _ in found]
-        if "negative_caption" in columns:
-            texts["negative_caption"] = [group.negative_caption for group, _, _ in found]
+        sizes = [[time_ids(one.size, *size) for one in loaded] for _, loaded in decoded]
         return {
-            "keys": [f"{epoch}/{group.id}" for (epoch, _, _), (group, _, _) in zip(positions, found, strict=True)],
-            "scores": torch.tensor([group.scores[cut] for group, cut, _ in found]),
-            "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for _, _, loaded in found]),
-            "sizes": torch.tensor([[time_ids(one.size, *size) for one in loaded] for _, _, loaded in found]).float()
-            if self.size_conditioned else None,
-            "texts": texts,
-        }  # fmt: skip
+            "keys": [f"{epoch}/{group.id}" for (epoch, _, _), group in zip(positions, groups, strict=True)],
+            "scores": torch.tensor([group.scores for group in groups]),
+            "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for _, loaded in decoded]),
+            "sizes": torch.tensor(sizes).float() if self.size_conditioned else None,
+            "prompts": [group.prompt for group in groups],
+            "columns": values,
+        }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
         """Encode the micro-batch, in float32 on its device: images together, clips one by one."""
@@ -158,12 +156,15 @@ class Stream:
             self._encoder().encode_pixels(part.float() / 255).to(device).float()
             for part in pixels.split(len(pixels) if self.size.frames is None else 1)
         ])  # fmt: skip
+        texts = {name: value for name, value in item["columns"].items() if COLUMNS[name].text}
+        encoded = self._conditioning({"conditioning": item["prompts"], **texts}, device)
         return Batch(
             keys=tuple(item["keys"]),
             latents=latents.unflatten(0, item["pixels"].shape[:2]),
             scores=widened(item["scores"], device),
+            conditioning=encoded.pop("conditioning"),
+            columns={**item["columns"], **encoded},
             sizes=widened(item["sizes"], device),
-            **self._conditioning(item["texts"], device),
         )
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
@@ -223,8 +224,8 @@ class Stream:
         )
         return np.fromiter(islice(rows, limit), np.int64)
 
-    def _decoded(self, shard: int, row: int, pairs: bool) -> tuple[Group, slice, list[Loaded]]:
-        """The group at a position, which candidates are taken, and these; if they are damaged, the next group's.
+    def _decoded(self, shard: int, row: int, pairs: bool) -> tuple[Group, list[Loaded]]:
+        """The group at a position, and its candidates; if these are damaged, the next group of its window.
 
         What comes at a position depends on nothing else, so that a resumed run and other processes agree on it.
         """
@@ -232,9 +233,10 @@ class Stream:
         at = row % self.window
         for item in (*window[at:], *window[:at]):
             if isinstance(item, Group) and self.selection.accepts(item):
-                cut = pair(len(item.candidates)) if pairs else slice(None)
+                places = range(len(item.candidates))
+                group = item.take(places[pair(len(places))]) if pairs else item
                 try:
-                    return item, cut, [load(media, self.size) for media in item.candidates[cut]]
+                    return group, [load(media, self.size) for media in group.candidates]
                 except ImageError as error:
                     logger.warning("%s: %s; the next group stands in for it", item.origin, error)
         raise UserError(f"{self.shards.folder / self.shards.names[shard]}: no image around row {row} can be decoded")

@@ -19,23 +19,16 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import Sample, check_sampling, sample, sample_seed
-from t2i_align.inference.resolve import (
-    PRECISIONS,
-    adapter_on,
-    build_scorers,
-    check_precision,
-    load_pipeline,
-    memory_for,
-    resolve_aligned,
-    resolve_base,
-    resolve_model,
-    resolve_prompts,
-)
+from t2i_align.inference.generate import Sample, sample, sample_seed
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
+from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for
+from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.scorers import build_scorers
 from t2i_align.utils.files import output_lock, write_text
 
 if TYPE_CHECKING:
@@ -121,14 +114,14 @@ def evaluate(
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
-    check_sampling(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    check_counts(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
     check_precision(precision)
     other = resolve_aligned(aligned)
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     loaded = not isinstance(base, str | Path | None)
-    source = None if loaded else asdict(resolve_base(base, other, **version))  # type: ignore[arg-type]
+    model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
     _check_free(folder, force)
     judges = build_scorers(scorers)
@@ -139,7 +132,7 @@ def evaluate(
     except ValueError as error:
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline
-    pipeline = load_pipeline(**source, precision=precision, device=device) if source else base  # type: ignore
+    pipeline = load_pipeline(model, precision, device) if model else base  # type: ignore[assignment]
     if other.kind == "model":
         if (family := pipelines.family_of(resolve_model(other.path))) is not None:
             _check_media(pipeline.video, family.video, other.path)
@@ -160,7 +153,7 @@ def evaluate(
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
-    origin = source or {"path": pipeline.source, **version}
+    origin = asdict(model) if model else {"path": pipeline.source, **version}
     with _workplace(folder, force) as store, tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
         what = (rows, judges, store, bar, batch_size, fps)
         before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
@@ -170,7 +163,8 @@ def evaluate(
         else:
             del pipeline
             _release()
-            pipeline = load_pipeline(other.path, precision, device, single_file_config=origin["single_file_config"])
+            whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
+            pipeline = load_pipeline(whole, precision, device)
             _check_media(video, pipeline.video, other.path)  # of a single file, nothing said so before
             after = _measure("aligned", pipeline, *what, **sampling)
         bar.close()

@@ -1,11 +1,9 @@
-"""Images or clips from a model: PNG or MP4 files and a list of what each of them is."""
+"""Images or clips from a model: PNG or MP4 files, and a list of their prompts, seeds and settings."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +15,10 @@ from tqdm import tqdm
 from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import (
-    PRECISIONS,
-    adapter_on,
-    check_precision,
-    load_pipeline,
-    memory_for,
-    resolve_adapter,
-    resolve_base,
-    resolve_prompts,
-)
-from t2i_align.utils.files import atomic_file, output_lock
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
+from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for
+from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.utils.files import append_line, atomic_file, output_lock
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -37,7 +28,7 @@ Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
 def sample_seed(seed: int, prompt: int, k: int) -> int:
-    """The seed of the k-th image of the prompt at this index, 32 bits: what both sides of a comparison share."""
+    """The seed of the k-th image of the prompt at this index, 32 bits; both sides of a comparison share it."""
     return stable_seed(seed, prompt, k) % 2**32
 
 
@@ -49,12 +40,12 @@ def sample(
     batch_size: int | None = None,
     **options: Any,
 ) -> list[Any]:
-    """A `Sample` for each prompt and seed, 8 bits as it would be saved; `options` as `TrainablePipeline.generate` has.
+    """A `Sample` per prompt and seed, 8 bits as it would be saved; `options`: of `TrainablePipeline.generate`.
 
     Raises:
-        UserError: the GPU's memory does not do for the batch.
+        UserError: the batch does not fit into the GPU's memory.
     """
-    batch_size = batch_size or pipeline.default_batch_size
+    batch_size = batch_size or pipeline.sampling()[2]
     with memory_for(batch_size):
         pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
     return list(to_bytes(pixels)) if pixels.ndim == 5 else to_images(pixels)
@@ -102,11 +93,11 @@ def generate(
         prompts: text file with one prompt per line (blank lines are skipped), `testbed:dev`, or a list.
         prompt: further single prompts, after those.
         lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
-        per_prompt: images a prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
+        per_prompt: images per prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
         steps, guidance: of sampling (default: the diffusers pipeline's own).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: text that guidance leads away from.
         height, width, frames: in pixels, and of a clip (default: the model's own).
-        fps: frames a second that a clip is shown at (default: the model's own).
+        fps: frame rate of the clips (default: the model's own).
         batch_size: samples at a time (default: 8 images, or 1 clip).
         revision, variant, single_file_config, expert: of the model, as in `pipelines.load`; where None, and `lora`
             comes from a training run of this model, those of that run.
@@ -118,48 +109,49 @@ def generate(
     texts = [*(resolve_prompts(prompts) if prompts is not None else ()), *(resolve_prompts(prompt) if prompt else ())]
     if not texts:
         raise UserError("no prompts: give a prompt file or single prompts")
-    check_sampling(steps=steps, batch_size=batch_size, per_prompt=per_prompt)
+    check_counts(steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     check_precision(precision)
-    loaded = not isinstance(model, str | Path)
     adapter = None if lora is None else resolve_adapter(lora)
-    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
-    source = None if loaded else asdict(resolve_base(model, adapter, **version))  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    _check_free(folder, force)
-
-    pipeline: TrainablePipeline
-    pipeline = load_pipeline(**source, precision=precision, device=device) if source else model  # type: ignore
+    if isinstance(model, str | Path):
+        version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
+        base = resolve_base(model, adapter, **version)
+        _check_free(folder, force)
+        pipeline, autocast, revision = load_pipeline(base, precision, device), None, base.revision
+        name = base.path
+    else:
+        _check_free(folder, force)
+        pipeline, autocast, revision = model, None if precision == "fp32" else PRECISIONS[precision], None
+        name = pipeline.source
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
-    how = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
-    sampling: dict[str, Any] = {**how, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
-    sampling["autocast"] = PRECISIONS[precision] if loaded and precision != "fp32" else None
-    identity = {
-        "model": source["path"] if source else pipeline.source,
-        "revision": source["revision"] if source else None,
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+    columns = {
+        "model": name,
+        "revision": revision,
         "lora": None if lora is None else str(lora),
         "lora_scale": None if lora is None else lora_scale,
-        **how,
+        **options,
     }
+    options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
-        identity["fps"] = fps = fps or pipeline.fps
+        columns["fps"] = fps = fps or pipeline.fps
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
         _check_free(folder, force)  # another run may have come and gone meanwhile
         _clear(folder)
-        with open(folder / LIST, "w") as lines, tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+        with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
             for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                texts, seeds = [text for text, _ in part], [number for _, number in part]
-                samples = sample(pipeline, texts, seeds, **sampling)
-                for index, ((text, number), made) in enumerate(zip(part, samples, strict=True), start):
-                    if isinstance(made, Tensor):
-                        save_clip(made, folder / (name := f"{index:05d}.mp4"), fps or pipeline.fps)
+                batch = rows[start : start + batch_size]
+                texts, seeds = map(list, zip(*batch, strict=True))
+                samples = sample(pipeline, texts, seeds, batch_size=batch_size, **options)
+                for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
+                    file = folder / f"{index:05d}.{'mp4' if pipeline.video else 'png'}"
+                    if isinstance(item, Tensor):
+                        save_clip(item, file, fps or pipeline.fps)
                     else:
-                        save_image(made, folder / (name := f"{index:05d}.png"))
-                    row = {"prompt": text, "seed": number, "file": name, **identity}
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                lines.flush()
-                bar.update(len(part))
+                        save_image(item, file)
+                    append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
+                bar.update(len(batch))
     return folder / LIST
 
 
@@ -167,13 +159,6 @@ def save_image(image: Image.Image, file: Path) -> None:
     """Write a PNG atomically."""
     with atomic_file(file, sync=False) as temporary:
         image.save(temporary, format="PNG")
-
-
-def check_sampling(**counts: int | None) -> None:
-    """Raise UserError for a number of steps, images or a batch below 1; None is somebody's default."""
-    for key, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
 
 
 def _check_free(folder: Path, force: bool) -> None:
@@ -184,7 +169,7 @@ def _check_free(folder: Path, force: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Take away what an earlier run wrote, and nothing else."""
+    """Remove what an earlier run wrote, and nothing else."""
     if (folder / LIST).is_file():
         for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.*"):
             if file.suffix in (".png", ".mp4"):

@@ -16,13 +16,13 @@ from PIL import Image
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.formats import Items, Survey, is_tie
+from t2i_align.data.formats import Survey
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import check_sampling
-from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick_device
+from t2i_align.inference.options import check_counts, memory_for, pick_device
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.labeling.captioner import DRAWN, Captioner, load_captioner
 from t2i_align.labeling.perturber import RULES, Perturber, load_perturber
 from t2i_align.labeling.rules import KINDS
@@ -85,7 +85,7 @@ def caption(
         raise unknown("variant", variant, VARIANTS)
     if variant != "p" and captioner is None:
         raise UserError(f"variant {variant} describes images: name a captioner (a folder, a Hub id, or {DRAWN})")
-    check_sampling(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     sidecar = ResumableTable(out, force=force)
     opened = Source.open(source, format, annotations, pairs=variant != "c")
     settings: Row = {"variant": variant, "annotations": sidecar_identity(annotations)}
@@ -142,7 +142,7 @@ def perturb(
 
     Arguments and errors are those of `caption`.
     """
-    check_sampling(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     sidecar = ResumableTable(out, force=force)
     opened = Source.open(source, format)
     own: Row = {"template": perturber_template, "revision": perturber_revision, "max_new_tokens": max_new_tokens}
@@ -184,7 +184,7 @@ def relabel(
     Raises:
         UserError: anything above that cannot be used, or a source without a group to annotate.
     """
-    check_sampling(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     if rule is not None and rule not in VOTES:
         raise unknown("rule", rule, VOTES)
     sidecar = ResumableTable(out, force=force)
@@ -196,7 +196,7 @@ def relabel(
 
     def annotate(groups: Sequence[Group]) -> list[Row | Skipped]:
         batch = Batch(groups)
-        batch.skip(lambda group: not_for(built, group.prompt))
+        batch.skip(lambda group: unscorable(built, group.prompt))
         if rule != "sum":
             batch.skip(lambda group: "" if len(group.candidates) > 1 else "a single candidate, none to compare it with")
         raw = raw_scores(batch, built, batch_size)
@@ -328,7 +328,7 @@ def raw_scores(batch: Batch, scorers: Sequence[Scorer], batch_size: int) -> dict
 def _without_a_winner(group: Group) -> str:
     if len(group.candidates) != 2:
         return f"{len(group.candidates)} candidates; this variant is defined on pairs"
-    return "a tie: neither candidate is the winner" if is_tie(group.scores) else ""
+    return "a tie: neither candidate is the winner" if group.is_tie else ""
 
 
 def _not_finite(names: Sequence[str], scores: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from reward_scorers.vlm import chat_inputs, without_special_tokens
 from t2i_align.errors import unknown
-from t2i_align.inference.resolve import TESTBED
+from t2i_align.inference.prompts import TESTBED
 from t2i_align.labeling.language_models import TextModel, one_line, padded_in_front
 
 DRAWN = "testbed:captioner"

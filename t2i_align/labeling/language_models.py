@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from t2i_align.errors import UserError
-from t2i_align.inference.generate import check_sampling
-from t2i_align.inference.resolve import PRECISIONS, check_precision, pick_device, resolve_model
+from t2i_align.inference.models import resolve_model
+from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, pick_device
 
 
 class TextModel(ABC):
@@ -42,7 +42,7 @@ class TextModel(ABC):
         max_new_tokens: int = 128,
     ) -> None:
         check_precision(precision)
-        check_sampling(max_new_tokens=max_new_tokens)
+        check_counts(max_new_tokens=max_new_tokens)
         self.device, self.dtype = pick_device(device), PRECISIONS[precision]
         self.name, self.template, self.max_new_tokens = path, template, max_new_tokens
         try:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from reward_scorers.base import ScorerError, rounding
 from t2i_align.data.media import DECODER, ImageError, decode, is_clip, whole_clip
 from t2i_align.errors import UserError
-from t2i_align.inference.generate import check_sampling
-from t2i_align.inference.resolve import PRECISIONS, build_scorers, check_precision, memory_for, not_for, pick_device
+from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.labeling.listing import Entry, images_of, parse
 from t2i_align.utils.files import output_lock
 
@@ -76,7 +76,7 @@ def score(
     Raises:
         UserError: a list, line, scorer or device that cannot be used.
     """
-    check_sampling(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     check_precision(precision)
     crew = Crew()
     place = pick_device(device)
@@ -132,7 +132,7 @@ class Judge:
     def refusal(self, prompt: str) -> str:
         """Why this prompt cannot be judged, or nothing."""
         with self.autocast():
-            return not_for([self.scorer], prompt)
+            return unscorable([self.scorer], prompt)
 
     @torch.no_grad()
     def __call__(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -32,18 +32,11 @@ from tqdm import tqdm
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.store import SKIPPED
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import check_sampling, sample, sample_seed, save_image
-from t2i_align.inference.resolve import (
-    adapter_on,
-    build_scorers,
-    check_precision,
-    load_pipeline,
-    not_for,
-    pick_device,
-    resolve_aligned,
-    resolve_base,
-    resolve_prompts,
-)
+from t2i_align.inference.generate import sample, sample_seed, save_image
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
+from t2i_align.inference.options import check_counts, check_precision, pick_device
+from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.labeling.annotate import Batch, raw_scores
 from t2i_align.labeling.votes import majority, shares
 from t2i_align.utils.files import differences, write_json
@@ -109,7 +102,7 @@ def synthesize(
         UserError: anything above that cannot be used, or a folder begun with other settings.
     """
     texts = list(dict.fromkeys(resolve_prompts(prompts)))
-    check_sampling(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
+    check_counts(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
     check_precision(precision)
     if pairs is not None and pairs not in PAIRS:
         raise unknown("pairs", pairs, PAIRS)
@@ -171,7 +164,7 @@ class _Work:
 
     def refused(self, scorers: Sequence[Scorer]) -> dict[int, str]:
         """Prompts that a scorer cannot judge, found before images are made of them."""
-        reasons = {number: not_for(scorers, self.prompts[number]) for number in self._own()}
+        reasons = {number: unscorable(scorers, self.prompts[number]) for number in self._own()}
         return {number: reason for number, reason in reasons.items() if reason}
 
     def draw(
@@ -190,7 +183,7 @@ class _Work:
             if pipeline.video:
                 raise UserError(f"{name}: this model makes clips; preferences are made of images here")
             self._identify(name, pipeline.denoiser)
-            batch_size = sampling["batch_size"] or pipeline.default_batch_size
+            *_, batch_size = pipeline.sampling(batch_size=sampling["batch_size"])
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, prompt, k) for prompt, k in part]
@@ -331,7 +324,7 @@ def _loaded(name: str, precision: str, device: str) -> Iterator[TrainablePipelin
     if found.kind == "model":
         yield load_pipeline(found.path, precision, device)
         return
-    pipeline = load_pipeline(**asdict(resolve_base(None, found)), precision=precision, device=device)
+    pipeline = load_pipeline(resolve_base(None, found), precision, device)
     with adapter_on(pipeline, found):
         yield pipeline
 

@@ -7,7 +7,6 @@ Diffusion-DPO convention: the logit is h = -1/2 beta (s_w - s_l) with s = err - 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError
 
 Metrics = dict[str, Tensor]  # [B] each; NaN where a metric does not apply to a group
 
@@ -80,17 +78,11 @@ class Objective(ABC):
     def update_state(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The next optimiser step's state.
 
-        Separate from `step`, which sees one micro-batch of one process: `means` are the metrics averaged over all groups
-        of the optimiser step, on all processes, so that the state does not depend on how a batch was split.
+        Separate from `step`, which sees one micro-batch of one process: `means` are the metrics averaged over all
+        groups of the optimiser step, on all processes, so that the state does not depend on how a batch was split.
         """
         return dict(state)
 
     def fit_to_data(self, facts: DataStats) -> Self:
         """A copy with unset hyper-parameters estimated from the data (default: self)."""
         return self
-
-
-def require_positive(key: str, value: float) -> None:
-    """Raise UserError unless a hyper-parameter is a positive number."""
-    if not 0 < value < math.inf:
-        raise UserError(f"objective.{key} must be positive, found {value!r}")

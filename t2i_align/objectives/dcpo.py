@@ -13,17 +13,16 @@ A margin can be bought by the text alone where z_l is merely a bad caption: watc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.utils.settings import Positive, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DCPO(Pairwise):
     """DCPO on pairs with two captions. The released runs use beta 500 on SD2.1."""
 
-    beta: float = 500.0
+    beta: Positive = 500.0
 
     name = "dcpo"
     paper = "arXiv 2502.06023"

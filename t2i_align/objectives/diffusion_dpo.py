@@ -9,12 +9,11 @@ epsilon-, v for v-prediction and flow matching (Flow-DPO, arXiv 2501.13918, whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.utils.settings import settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DiffusionDPO(Pairwise):
     """Diffusion-DPO on pairs.
 

@@ -8,16 +8,18 @@ It vanishes at h = log((1 - alpha) / alpha): unlike Diffusion-DPO it stops there
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.utils.settings import Float, settings
 
 
 def dmpo_loss(h: Tensor, *, alpha: float) -> Tensor:
@@ -26,11 +28,11 @@ def dmpo_loss(h: Tensor, *, alpha: float) -> Tensor:
     return p * (F.logsigmoid(h) - math.log1p(-alpha)) + (1 - p) * (F.logsigmoid(-h) - math.log(alpha))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DMPO(Pairwise):
     """DMPO on pairs; the released code uses alpha 0.01 and beta 2000."""
 
-    alpha: float = 0.01
+    alpha: Annotated[Float, Field(gt=0, lt=0.5, description="a number in (0, 0.5)")] = 0.01
 
     name = "dmpo"
     paper = "arXiv 2511.03317"
@@ -38,8 +40,6 @@ class DMPO(Pairwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha < 0.5:
-            raise UserError(f"objective.alpha must be in (0, 0.5), found {self.alpha!r}")
         if self.link != "sigmoid" or self.label_smoothing:
             raise UserError("objective.link and objective.label_smoothing have no meaning for dmpo; leave them out")
 

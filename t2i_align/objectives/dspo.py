@@ -15,20 +15,20 @@ share: the same formula serves all three.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
-from t2i_align.objectives.guard import check_guard, safeguard, scale_gradient
+from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.objectives.guard import safeguard, scale_gradient
 from t2i_align.objectives.monitoring import preference_metrics
 from t2i_align.objectives.pairwise import dpo_logit
+from t2i_align.utils.settings import Float, Positive, Share, settings
 
 
 def dspo_loss(residual_w: Tensor, ref_residual_w: Tensor, h: Tensor, *, beta: float) -> Tensor:
@@ -37,7 +37,7 @@ def dspo_loss(residual_w: Tensor, ref_residual_w: Tensor, h: Tensor, *, beta: fl
     return squared_error(residual_w - push * (residual_w - ref_residual_w))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DSPO(Objective):
     """DSPO on pairs.
 
@@ -46,22 +46,15 @@ class DSPO(Objective):
     guard: SDPO's mu in [0, 1]; null switches it off. Its runs on SD1.5 use 0.2.
     """
 
-    beta: float = 0.001
-    logit_beta: float | None = None
+    beta: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.001
+    logit_beta: Positive | None = None
     noise: Literal["shared", "independent"] = "shared"
-    guard: float | None = None
+    guard: Share | None = None
 
     name = "dspo"
     paper = "OpenReview xyfb9HHvMe"
     config = "sd15_dspo.yaml"
     needs = Requirements(candidates=2, ties=False, reference=True)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise UserError(f"objective.beta must be in (0, 1), found {self.beta!r}")
-        if self.logit_beta is not None:
-            require_positive("logit_beta", self.logit_beta)
-        check_guard(self.guard)
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)

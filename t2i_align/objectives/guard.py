@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t2i_align.errors import UserError
-
 
 def safeguard(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
     """Share of the loser's gradient that passes, [B] in [0, 1] (SDPO, arXiv 2511.03317); residuals [B, D].
@@ -22,9 +20,3 @@ def safeguard(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
     """`value` unchanged, with its gradient multiplied by `factor`."""
     return value.detach() + factor * (value - value.detach())
-
-
-def check_guard(mu: float | None) -> None:
-    """Raise UserError unless mu is in [0, 1], or null, which switches the guard off."""
-    if mu is not None and not 0 <= mu <= 1:
-        raise UserError(f"objective.guard must be in [0, 1] or null, found {mu!r}")

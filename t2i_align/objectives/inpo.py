@@ -10,20 +10,17 @@ by up to `levels` calls without gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.inversion import inverted_noise
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError, unknown
 from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.utils.settings import Count, Float, Share, Whole, settings
 
-INVERSION_MODELS = ("reference", "policy")
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class InPO(Pairwise):
     """InPO on pairs. The paper uses beta 2000 (SD1.5, from an SFT model) and 5000 (SDXL), and 10 steps of inversion.
 
@@ -35,26 +32,15 @@ class InPO(Pairwise):
     renoise: corrections of each step, one call more each.
     """
 
-    levels: int = 10
+    levels: Count = 10
     inversion_model: Literal["reference", "policy"] = "reference"
-    inversion_guidance: float = 1.0
-    eta: float = 0.0
-    renoise: int = 0
+    inversion_guidance: Float = 1.0
+    eta: Share = 0.0
+    renoise: Whole = 0
 
     name = "inpo"
     paper = "arXiv 2503.18454"
     config = "sd15_inpo.yaml"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.levels < 1:
-            raise UserError(f"objective.levels must be at least 1, found {self.levels!r}")
-        if self.inversion_model not in INVERSION_MODELS:
-            raise unknown("inversion_model", self.inversion_model, INVERSION_MODELS)
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"objective.eta must be in [0, 1], found {self.eta!r}")
-        if self.renoise < 0:
-            raise UserError(f"objective.renoise must be 0 or more, found {self.renoise!r}")
 
     def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
         return inverted_noise(

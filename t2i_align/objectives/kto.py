@@ -10,7 +10,6 @@ batch changes it), as in the released code. The paper's beta has no factor 1/2: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor, distributed
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError, unknown
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
-
-UTILITIES = ("kahneman_tversky", "loss_averse", "risk_seeking")
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.utils.settings import NonNegative, Positive, settings
 
 
 def kto_loss(g: Tensor, liked: Tensor, z: Tensor, *, utility: str, desirable: float, undesirable: float) -> Tensor:
@@ -49,17 +47,17 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return mean
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DiffusionKTO(Objective):
     """Diffusion-KTO on single samples, or on groups, whose best candidates count as liked and the others as not.
 
     desirable, undesirable: lambda_y; leave them at 1 where the data's own balance is right.
     """
 
-    beta: float = 10000.0
+    beta: Positive = 10000.0
     utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky"
-    desirable: float = 1.0
-    undesirable: float = 1.0
+    desirable: NonNegative = 1.0
+    undesirable: NonNegative = 1.0
     noise: Literal["shared", "independent"] = "independent"
 
     name = "kto"
@@ -68,10 +66,7 @@ class DiffusionKTO(Objective):
     needs = Requirements(candidates=1, ties=False, reference=True, lists=True)
 
     def __post_init__(self) -> None:
-        require_positive("beta", self.beta)
-        if self.utility not in UTILITIES:
-            raise unknown("utility", self.utility, UTILITIES)
-        if min(self.desirable, self.undesirable) < 0 or self.desirable + self.undesirable == 0:
+        if self.desirable + self.undesirable == 0:
             raise UserError("objective.desirable and objective.undesirable must be 0 or more, and not both 0")
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:

@@ -10,16 +10,18 @@ start p = 1/2, so w = eta: eta = 1/2 would give no signal at all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.utils.settings import Float, Share, settings
 
 ETA_MAX = 0.999  # eta = 1 would trust every label for good
 
@@ -30,15 +32,15 @@ def trust(h: Tensor, eta: Tensor | float) -> Tensor:
     return eta * p / (eta * p + (1 - eta) * (1 - p))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LCPO(Pairwise):
     """LCPO on pairs. eta: its first value, in (1/2, 1). rate: of its running mean, in [0, 1]; 0 keeps it.
 
     Both defaults are the paper's, which found rates of 0.001 and 1 worse.
     """
 
-    eta: float = 0.9
-    rate: float = 0.1
+    eta: Annotated[Float, Field(gt=0.5, lt=1, description="a number in (0.5, 1)")] = 0.9
+    rate: Share = 0.1
 
     name = "lcpo"
     paper = "arXiv 2509.24159"
@@ -46,10 +48,6 @@ class LCPO(Pairwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.5 < self.eta < 1:
-            raise UserError(f"objective.eta must be in (0.5, 1), found {self.eta!r}")
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"objective.rate must be in [0, 1], found {self.rate!r}")
         if self.link != "sigmoid" or self.label_smoothing:
             raise UserError("objective.link and objective.label_smoothing have no meaning for lcpo; leave them out")
 

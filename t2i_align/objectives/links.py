@@ -14,29 +14,26 @@ gradients below Adam's eps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from t2i_align.errors import UserError, unknown
+from t2i_align.utils.settings import Float, settings
 
 LINKS = ("sigmoid", "robust", "hinge", "ipo")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Link:
     """Fields that every pairwise objective offers. label_smoothing is eps above, in [0, 1/2)."""
 
     link: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5, description="a number in [0, 0.5)")] = 0.0
 
     def __post_init__(self) -> None:
-        if self.link not in LINKS:
-            raise unknown("link", self.link, LINKS)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"objective.label_smoothing must be in [0, 0.5), found {self.label_smoothing!r}")
         if self.label_smoothing and self.link in ("hinge", "ipo"):
             raise UserError(f"objective.label_smoothing has no meaning with link {self.link!r}; use sigmoid or robust")
 

@@ -9,7 +9,6 @@ those that are strictly worse, and j itself. The paper sums the terms; their mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
+from t2i_align.objectives.base import Metrics, Objective, Requirements
 from t2i_align.objectives.monitoring import list_metrics
+from t2i_align.utils.settings import Positive, settings
 
 
 def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:
@@ -31,20 +31,17 @@ def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:
     return terms.sum(1) / worse.any(2).sum(1).clamp_min(1)  # who beats nobody has the term h_j - h_j = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DiffusionLPO(Objective):
     """Diffusion-LPO on groups of k candidates."""
 
-    beta: float = 2000.0
+    beta: Positive = 2000.0
     noise: Literal["shared", "independent"] = "shared"
 
     name = "lpo"
     paper = "arXiv 2510.01540"
     config = "sd15_lpo.yaml"
     needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
-
-    def __post_init__(self) -> None:
-        require_positive("beta", self.beta)
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)

@@ -10,7 +10,6 @@ The exponent of phi is reconstructed from a garbled print; it agrees with the pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError, unknown
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
+from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.utils.settings import NonNegative, Positive, settings
 
 SERIES_BELOW = 1e-3
 
@@ -44,7 +43,7 @@ def mapo_loss(
     return err_w - weight * F.logsigmoid(margin), margin
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class MaPO(Objective):
     """MaPO on pairs.
 
@@ -53,24 +52,16 @@ class MaPO(Objective):
     """
 
     variant: Literal["code", "paper"] = "code"
-    beta: float = 8.0
-    weight: float = 0.1
-    scale: float = 1000.0
-    s: float = 0.5
+    beta: Positive = 8.0
+    weight: NonNegative = 0.1
+    scale: Positive = 1000.0
+    s: Positive = 0.5
     noise: Literal["shared", "independent"] = "shared"
 
     name = "mapo"
     paper = "arXiv 2406.06424"
     config = "sd15_mapo.yaml"
     needs = Requirements(candidates=2, ties=False)
-
-    def __post_init__(self) -> None:
-        if self.variant not in ("code", "paper"):
-            raise unknown("variant", self.variant, ("code", "paper"))
-        for key in ("beta", "scale", "s"):
-            require_positive(key, getattr(self, key))
-        if self.weight < 0:
-            raise UserError(f"objective.weight must be 0 or more, found {self.weight!r}")
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         err_w, err_l = squared_error(random_noise(batch, draw, self.noise).residuals(policy))[:, [0, -1]].unbind(1)

@@ -25,14 +25,12 @@ from torch import Tensor
 from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.diffusion.noising import Noised, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import unknown
 from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.utils.settings import Positive, settings
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import ForwardProcess
-
-STEPS = ("posterior", "uniform")
 
 
 class Perceiving(Protocol):
@@ -83,22 +81,17 @@ class Perceived(Noised):
         return (features.to(dtype) - self.target.to(dtype)).flatten(1).unflatten(0, (self.groups, -1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class NCPDPO(Pairwise):
     """NCP-DPO on pairs. beta: the paper's 2500 has no factor 1/2: it is 5000 here. renoise: how to step."""
 
-    beta: float = 5000.0
+    beta: Positive = 5000.0
     renoise: Literal["posterior", "uniform"] = "posterior"
 
     name = "ncp_dpo"
     paper = "arXiv 2406.17636"
     config = "sd15_ncp_dpo.yaml"
     needs = Requirements(candidates=2, ties=False, reference=True, features=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.renoise not in STEPS:
-            raise unknown("renoise", self.renoise, STEPS)
 
     def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
         noised = random_noise(batch, draw, self.noise)

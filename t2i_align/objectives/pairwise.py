@@ -14,20 +14,20 @@ A method says how candidates become noisy (`noised`), under which captions (`pai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import Noised, random_noise, squared_error
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
-from t2i_align.objectives.guard import check_guard, safeguard, scale_gradient
+from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.objectives.guard import safeguard, scale_gradient
 from t2i_align.objectives.links import Link
 from t2i_align.objectives.monitoring import by_time, preference_metrics
+from t2i_align.utils.settings import Float, Positive, Share, settings
 
 BETA_RATE = 0.5  # how fast log(beta) follows the gradient factor's distance from its target, per optimiser step
 
@@ -44,7 +44,7 @@ def time_weight(draw: SampleRNG, timesteps: Tensor) -> Tensor:
     return (1 + sigma / (alpha + sigma)).to(torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Pairwise(Link, Objective):
     """Fields of every method on pairs.
 
@@ -57,21 +57,14 @@ class Pairwise(Link, Objective):
         1/2 is no preference learned, 0 is all learned; around 0.4 is a gentle run.
     """
 
-    beta: float = 2000.0
+    beta: Positive = 2000.0
     reduction: Literal["mean", "sum"] = "mean"
     noise: Literal["shared", "independent"] = "shared"
-    guard: float | None = None
+    guard: Share | None = None
     time_weight: Literal["none", "snr"] = "none"
-    target_gradient: float | None = None
+    target_gradient: Annotated[Float, Field(gt=0, lt=0.5, description="a number in (0, 0.5)")] | None = None
 
     needs = Requirements(candidates=2, ties=False, reference=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("beta", self.beta)
-        check_guard(self.guard)
-        if self.target_gradient is not None and not 0 < self.target_gradient < 0.5:
-            raise UserError(f"objective.target_gradient must be in (0, 0.5) or null, found {self.target_gradient!r}")
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         batch = self.paired(batch)

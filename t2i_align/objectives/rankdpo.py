@@ -11,7 +11,6 @@ the sum of D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError, unknown
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics, Objective, Requirements
 from t2i_align.objectives.monitoring import list_metrics
+from t2i_align.utils.settings import Bool, Positive, settings
 
 
 def win_rates(scores: Tensor) -> Tensor:
@@ -50,24 +50,19 @@ def rankdpo_loss(s: Tensor, weights: Tensor, *, beta: float, normalise: bool) ->
     return total / weights.sum((1, 2)).clamp_min(torch.finfo(total.dtype).tiny) if normalise else total
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RankDPO(Objective):
     """RankDPO on groups of k candidates; for k = 2 and `normalise` it is Diffusion-DPO with independent noise."""
 
-    beta: float = 2000.0
+    beta: Positive = 2000.0
     gain: Literal["wins", "scores"] = "wins"
-    normalise: bool = True
+    normalise: Bool = True
     noise: Literal["shared", "independent"] = "independent"
 
     name = "rankdpo"
     paper = "arXiv 2410.18013"
     config = "sd15_rankdpo.yaml"
     needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
-
-    def __post_init__(self) -> None:
-        require_positive("beta", self.beta)
-        if self.gain not in ("wins", "scores"):
-            raise unknown("gain", self.gain, ("wins", "scores"))
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, draw, self.noise)

@@ -7,7 +7,6 @@ The baseline of every preference method, and the first stage of some.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -16,9 +15,10 @@ from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.utils.settings import settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SFT(Objective):
     """Denoising on the preferred candidate alone; asks no reference. Ties and disliked samples are left out."""
 

@@ -8,7 +8,7 @@ teaches nothing, and at most 0.46.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import DataStats, Requirements, require_positive
+from t2i_align.objectives.base import DataStats, Requirements
 from t2i_align.objectives.inpo import InPO
+from t2i_align.utils.settings import Count, Float, Positive, Whole, settings
 
 
 def certainty(score_w: Tensor, score_l: Tensor, *, score_min: float, score_max: float) -> Tensor:
@@ -25,7 +26,7 @@ def certainty(score_w: Tensor, score_l: Tensor, *, score_min: float, score_max: 
     return torch.tanh((score_w - score_l) / (score_max - score_min) / 2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SmPO(InPO):
     """SmPO on pairs with scores. The paper uses beta 2000 (SD1.5, from an SFT model) and 5000 (SDXL), as InPO.
 
@@ -34,11 +35,11 @@ class SmPO(InPO):
         cosines on Pick-a-Pic, 0.11544 to 0.28202.
     """
 
-    levels: int = 5
-    renoise: int = 1
-    gamma: float = 10.0
-    score_min: float | None = None
-    score_max: float | None = None
+    levels: Count = 5
+    renoise: Whole = 1
+    gamma: Positive = 10.0
+    score_min: Float | None = None
+    score_max: Float | None = None
 
     name = "smpo"
     paper = "arXiv 2506.02698"
@@ -47,7 +48,6 @@ class SmPO(InPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive("gamma", self.gamma)
         if self.score_min is not None and self.score_max is not None and not self.score_min < self.score_max:
             raise UserError(
                 "objective.score_min must be less than objective.score_max, "

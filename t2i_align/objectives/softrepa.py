@@ -14,8 +14,6 @@ error unless set, which serves every prediction type and noise level. Equal prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +22,8 @@ from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Metrics, Objective, Requirements, require_positive
+from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.utils.settings import Count, NonNegative, Positive, settings
 
 
 def contrastive_loss(errors: Tensor, other: Tensor, *, scale: float, temperature: float | Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def different_prompts(conditioning: Conditioning, groups: int) -> Tensor:
     return different
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SoftREPA(Objective):
     """SoftREPA on the preferred candidates; ties and disliked samples are left out, as in SFT. Asks no reference.
 
@@ -62,24 +61,15 @@ class SoftREPA(Objective):
         batch size x (1 + negatives).
     """
 
-    scale: float = 4.0
-    temperature: float | None = None
-    dweight: float = 10.0
-    negatives: int | None = None
+    scale: Positive = 4.0
+    temperature: Positive | None = None
+    dweight: NonNegative = 10.0
+    negatives: Count | None = None
 
     name = "softrepa"
     paper = "arXiv 2503.08250"
     config = "sd15_softrepa.yaml"
     needs = Requirements(candidates=1, ties=False, likes_only=True)
-
-    def __post_init__(self) -> None:
-        require_positive("scale", self.scale)
-        if self.temperature is not None:
-            require_positive("temperature", self.temperature)
-        if self.dweight < 0:
-            raise UserError(f"objective.dweight must be 0 or more, found {self.dweight!r}")
-        if self.negatives is not None and self.negatives < 1:
-            raise UserError(f"objective.negatives must be 1 or more, or null, found {self.negatives!r}")
 
     def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = self._noised(batch, draw)

@@ -9,16 +9,17 @@ and does not print how: the form above, which stops rewarding the unlearning of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.objectives.base import Metrics, Requirements, require_positive
+from t2i_align.objectives.base import Metrics, Requirements
 from t2i_align.objectives.kto import DiffusionKTO
 from t2i_align.objectives.pairwise import Pairwise, dpo_logit
+from t2i_align.utils.settings import Positive, settings
 
 NEEDS = Requirements(candidates=1, ties=True, likes_only=True, reference=True, columns=("negative_caption",))
 
@@ -30,25 +31,25 @@ def one_image_two_texts(batch: Batch) -> Batch:
     return replace(
         batch.take([0, 0]),
         scores=torch.tensor([1.0, 0.0], device=batch.scores.device).expand(len(batch.keys), 2),
-        captions={name: torch.stack([tensor, negative[name]], dim=1) for name, tensor in batch.conditioning.items()},
+        columns={
+            "captions": {
+                name: torch.stack([tensor, negative[name]], dim=1) for name, tensor in batch.conditioning.items()
+            }
+        },
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TDPO(Pairwise):
     """TDPO on single images. limit: how far the error under c- may rise above the reference's and still count."""
 
-    beta: float = 2000.0
-    limit: float = 0.01
+    beta: Positive = 2000.0
+    limit: Positive = 0.01
 
     name = "tdpo"
     paper = "arXiv 2509.25771"
     config = "sd15_tdpo.yaml"
     needs = NEEDS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("limit", self.limit)
 
     def paired(self, batch: Batch) -> Batch:
         return one_image_two_texts(batch)
@@ -57,7 +58,7 @@ class TDPO(Pairwise):
         return dpo_logit(err_w, torch.minimum(err_l, ref_err_l + self.limit), ref_err_w, ref_err_l, beta=beta)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TKTO(DiffusionKTO):
     """TKTO on single images: Diffusion-KTO's utility on two texts."""
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import check_sampling
-from t2i_align.inference.resolve import build_scorers, memory_for, not_for, pick_device, resolve_prompts
+from t2i_align.inference.options import check_counts, memory_for, pick_device
+from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.reward_models.plots import line_plot, reliability_plot
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences
 from t2i_align.reward_models.train import Accuracy, measure, pairs
@@ -101,7 +102,7 @@ def audit(
     Raises:
         UserError: data, scorers or prompts that cannot be used.
     """
-    check_sampling(batch_size=batch_size, prompt_count=prompt_count, limit=limit)
+    check_counts(batch_size=batch_size, prompt_count=prompt_count, limit=limit)
     place, folder = pick_device(device), Path(out).expanduser()
     asked = resolve_prompts(prompts)[:prompt_count] if optimise else []
     for prompt in asked:
@@ -113,7 +114,7 @@ def audit(
         data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)
         if not any(_pairs(data, row) for row in range(len(data))):
             raise UserError(f"{source}: only ties in it; an audit needs candidates of which one is preferred")
-        if reason := next(filter(None, (not_for(built, prompt) for prompt in data.prompts)), None):
+        if reason := next(filter(None, (unscorable(built, prompt) for prompt in data.prompts)), None):
             raise UserError(f"{source}: {reason}")
         scores, sharpness = _score(data, built, batch_size, progress)
         rows = list(range(len(data)))

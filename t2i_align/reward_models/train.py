@@ -10,19 +10,17 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reward_scorers import ScorerError, build
 from reward_scorers.heads import PAL
@@ -34,17 +32,15 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.evaluation.stats import compare
+from t2i_align.objectives.base import Metrics
 from t2i_align.reward_models import losses
 from t2i_align.reward_models.config import ScorerRun, load
 from t2i_align.reward_models.policies import Features, FrozenFeatures, Policy, WholeClip
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences, split
-from t2i_align.training import checkpoint
-from t2i_align.training.monitor import MetricAverager
-from t2i_align.training.optim import make_optimizer, make_schedule
-from t2i_align.training.run import RUN_FILE, write_atomically
-from t2i_align.training.signals import graceful_shutdown
-from t2i_align.training.trainer import METRICS_FILE
-from t2i_align.utils.files import differences, output_lock, write_json
+from t2i_align.training.loop import Loop, Task
+from t2i_align.training.output import check_output, write_settings
+from t2i_align.training.weights import Weights
+from t2i_align.utils.files import output_lock, write_json
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -86,13 +82,17 @@ def train_scorer(
     AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(run.train.precision, run.train.precision)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
-    output = Path(run.output_dir).expanduser()
+    output, settings = Path(run.output_dir).expanduser(), json.loads(json.dumps(dataclasses.asdict(run)))
     with output_lock(output, first=accelerator.is_main_process):
-        check_folder(run, output)
-        return _train_into(output, run, accelerator, progress)
+        if accelerator.is_main_process:
+            check_output(output, settings, resume=run.resume, free=FREE_ON_RESUME, extra=("features-", "images-"))
+        accelerator.wait_for_everyone()
+        return _train_into(output, run, settings, accelerator, progress)
 
 
-def _train_into(output: Path, run: ScorerRun, accelerator: Accelerator, progress: bool) -> ScorerResult:
+def _train_into(
+    output: Path, run: ScorerRun, settings: dict[str, Any], accelerator: Accelerator, progress: bool
+) -> ScorerResult:
     opened: dict[str, Any] = {"root": output, "progress": progress and accelerator.is_main_process}
     with accelerator.main_process_first():
         data = open_preferences(run.data.path, format=run.data.format, annotations=run.data.annotations,
@@ -106,10 +106,14 @@ def _train_into(output: Path, run: ScorerRun, accelerator: Accelerator, progress
             model = Model.begin(run, data, test, parts.train, output, accelerator.device, opened["progress"])
     except ScorerError as error:
         raise UserError(f"model: {error}") from error
+    if run.tune == "users":  # decay would change known users' weights as well, whose gradients are zero
+        run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, weight_decay=0.0))
+    loop = Loop(ScorerTask(run, accelerator, model.policy, data, parts.train), accelerator, run, progress)
+    if run.resume:
+        loop.resume()
     if accelerator.is_main_process:
-        plain = json.loads(json.dumps(dataclasses.asdict(run)))
-        write_atomically(output / RUN_FILE, yaml.safe_dump(plain, sort_keys=False))
-    train(run, accelerator, model, data, parts.train, output, opened["progress"])
+        write_settings(output, settings)
+    loop.run()
     held_out = {"new_prompts": (data, parts.new_prompts), "new_users": (data, parts.new_users)}
     if test is not None:
         held_out["test"] = (test, list(range(len(test))))
@@ -222,102 +226,31 @@ def with_users(head: PAL, count: int) -> None:
     head.w.register_hook(only_new)
 
 
-def train(
-    run: ScorerRun, accelerator: Accelerator, model: Model, data: Preferences, rows: Sequence[int], output: Path,
-    progress: bool,
-) -> None:  # fmt: skip
-    """From the newest checkpoint, or from the start, to the configured step."""
-    network, config = model.policy.network, run.train
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    # Decay would pull known users' weights as well, whose gradients are none.
-    optim = dataclasses.replace(run.optim, weight_decay=0.0) if run.tune == "users" else run.optim
-    optimizer = make_optimizer(optim, list(parameters.values()))
-    schedule = make_schedule(optim, optimizer, config.steps)
-    fingerprint = f"{data.fingerprint} {len(rows)} {config.batch_size * accelerator.num_processes}"
-    window = MetricAverager()  # of the metrics since the last logged line
-    step = restore(run, output, parameters, optimizer, schedule, fingerprint, window) if run.resume else 0
-    if accelerator.is_main_process:
-        checkpoint.truncate_lines(output / METRICS_FILE, step)
-    prepared, optimizer = accelerator.prepare(network, optimizer)
-    weights = balance(config.balance, data, rows)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    order = steps(np.array(rows), seed=config.seed, size=config.batch_size * world, start=step)
-    places = micro_batches(order, config.batch_size, rank=rank, world=world)
-    bar = tqdm(initial=step, total=config.steps, desc="train", disable=not progress)
-    with bar, graceful_shutdown() as stop:
-        while step < config.steps:
-            torch.manual_seed(stable_seed(config.seed, "step", step, accelerator.process_index))
-            prepared.train()
-            taken = [row for _, row in next(places)]
-            batch = {key: value.to(accelerator.device) for key, value in model.policy.batch(data, taken).items()}
-            labels = [data.labels[row].to(accelerator.device) for row in taken]
-            with accelerator.autocast():
-                scores = prepared(**batch).float()
-            weight = torch.tensor([weights[row] for row in taken], device=accelerator.device)
-            loss = losses.per_group(run.loss, scores, labels)
-            accelerator.backward((loss * weight / weight.mean()).mean())
-            norm = accelerator.clip_grad_norm_(prepared.parameters(), optim.max_grad_norm)
-            if not bool(torch.isfinite(torch.as_tensor(norm))) and run.train.precision != "fp16":
-                raise UserError(f"step {step + 1}: the gradient is not finite; a smaller optim.lr usually helps")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            window.add({"loss": loss, "accuracy": losses.right(scores.detach(), labels)})
-            step += 1
-            bar.update()
-            last = step == config.steps
-            if step % run.log.every == 0 or last:
-                means = window.numbers(accelerator)
-                window = MetricAverager()
-                if accelerator.is_main_process:
-                    checkpoint.append_line(
-                        output / METRICS_FILE, {"step": step, **means, "lr": schedule.get_last_lr()[0]}
-                    )
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
-            if step % run.log.checkpoint_every == 0 or last or stop.is_set():
-                counted = window.reduced(accelerator)
-                if accelerator.is_main_process:
-                    state: dict[str, Any] = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                    state |= {"data": fingerprint, "window": counted}
-                    checkpoint.save(output, step, dict(parameters), state, run.log.keep_checkpoints)
-                accelerator.wait_for_everyone()
-            if stop.is_set() and not last:
-                raise KeyboardInterrupt(f"stopped after step {step}; its checkpoint is saved")
+class ScorerTask(Task):
+    """A preference model on the groups `rows` of the data."""
 
+    def __init__(
+        self, run: ScorerRun, accelerator: Accelerator, policy: Policy, data: Preferences, rows: Sequence[int]
+    ) -> None:
+        self.run, self.accelerator, self.policy, self.data, self.rows = run, accelerator, policy, data, rows
+        self.weights, self.fingerprint = Weights(policy.network), f"{data.fingerprint} {len(rows)}"
+        self.balance = balance(run.train.balance, data, rows)
 
-def restore(
-    run: ScorerRun, output: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR, fingerprint: str, window: MetricAverager,
-) -> int:  # fmt: skip
-    """Continue from the newest checkpoint; returns its step, 0 where there is none."""
-    saved = checkpoint.all_steps(output)
-    if not saved:
-        return 0
-    weights, state = checkpoint.load(saved[-1])
-    if state["data"] != fingerprint:
-        raise UserError(f"{output}: data, batch size or processes have changed since {saved[-1].name} was saved")
-    if set(weights) != set(parameters) or state["step"] > run.train.steps:
-        raise UserError(f"{saved[-1]}: does not fit this run; choose another output_dir")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    window.totals = dict(state["window"])
-    return int(state["step"])
+    def batches(self, step: int) -> Iterator[tuple[dict[str, Any], list[Tensor], Tensor]]:
+        device, train = self.accelerator.device, self.run.train
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        ordered = steps(np.array(self.rows), seed=train.seed, size=train.batch_size * world, start=step)
+        for places in micro_batches(ordered, train.batch_size, rank=rank, world=world):
+            rows = [row for _, row in places]
+            inputs = {key: value.to(device) for key, value in self.policy.batch(self.data, rows).items()}
+            labels = [self.data.labels[row].to(device) for row in rows]
+            yield inputs, labels, torch.tensor([self.balance[row] for row in rows], device=device)
 
-
-def check_folder(run: ScorerRun, output: Path) -> None:
-    """Raise UserError where the folder holds another run, or this one and `resume` is not asked for."""
-    file = output / RUN_FILE
-    if not file.is_file():
-        return
-    if not run.resume:
-        raise UserError(f"{output}: holds a run already; resume=true continues it, or choose another output_dir")
-    plain = {key: value for key, value in dataclasses.asdict(run).items() if key not in FREE_ON_RESUME}
-    stored = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key not in FREE_ON_RESUME}
-    if changed := differences(stored, json.loads(json.dumps(plain))):
-        raise UserError(f"{output}: this is another run: {'; '.join(changed)}. Choose another output_dir.")
+    def losses(self, network: nn.Module, batch: tuple[dict[str, Any], list[Tensor], Tensor]) -> tuple[Tensor, Metrics]:
+        inputs, labels, weight = batch
+        scores = network(**inputs).float()
+        loss = losses.per_group(self.run.loss, scores, labels)
+        return loss * weight / weight.mean(), {"loss": loss, "accuracy": losses.right(scores.detach(), labels)}
 
 
 def check_learnable(run: ScorerRun, data: Preferences, rows: Sequence[int]) -> None:

@@ -1,28 +1,47 @@
 """Captions of drawn scenes: what a caption states, how it is phrased, and how it is read back.
 
-A caption is a phrasing of a `Statement`. `parse` recovers the statement from the text alone, so the
-oracle needs nothing but pixels and the prompt. Relations come in several phrasings, some of which name
-the place before the noun: CLIP's text model is causal, hence "a red circle to the left of ..." gives
-the token "circle" no place, while "on the left a red circle" does.
+A caption is a phrasing of a `Statement`. `parse` recovers the statement from the text alone, so the oracle needs
+nothing but pixels and the prompt. Relations come in several phrasings, some of which name the place before the noun:
+CLIP's text model is causal, hence "a red circle to the left of ..." gives the token "circle" no place, while "on the
+left a red circle" does. `Phrase`, its words and its corruption serve the captions of clips as well.
+
+The splits of the prompts hash the `repr` of statements (`prompts.split_of`): renaming a class or a field here moves
+prompts between splits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, OPPOSITE, RADII, SHAPES, Scene, compose, degrade, render
+from t2i_align.testbed.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OPPOSITE,
+    RADII,
+    SHAPES,
+    Scene,
+    choose_other,
+    compose,
+    maybe_degrade,
+    render,
+)
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 RELATION_WORDS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 PLACES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 FAULTS = ("colour", "shape", "size", "relation", "count", "background", "exchange")
+CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(RADII)}  # of a phrase
 
 
 class CaptionError(ValueError):
     """The caption is not one of this world; the message quotes it."""
+
+
+# What a caption states ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +76,11 @@ class Statement:
 
 
 def describe(scene: Scene, rng: np.random.Generator, *, p_size: float = 0.5, p_background: float = 0.6) -> Statement:
-    """A true statement about a scene that leaves some sizes and backgrounds unsaid, and every stray object."""
-    objects = scene.stated_objects
+    """A true statement about a scene; leaves stray objects out, and some sizes and backgrounds."""
+    objects, number = scene.stated_objects, 1
     if scene.kind == "count":
-        first = objects[0]
-        size = first.size if rng.random() < p_size else None
-        phrases: tuple[Phrase, ...] = (Phrase(first.shape, first.colour, size, len(objects)),)
-    else:
-        phrases = tuple(Phrase(o.shape, o.colour, o.size if rng.random() < p_size else None) for o in objects)
+        objects, number = objects[:1], len(objects)
+    phrases = tuple(Phrase(o.shape, o.colour, o.size if rng.random() < p_size else None, number) for o in objects)
     background = scene.background if rng.random() < p_background else None
     return Statement(phrases, scene.relation, background)
 
@@ -86,19 +102,16 @@ def draw_for(statement: Statement, rng: np.random.Generator) -> Scene:
 
 def draw_image(statement: Statement, rng: np.random.Generator, degraded: float = 0.0) -> np.ndarray:
     """An image [64, 64, 3] of which the statement is true, degraded with this probability."""
-    return spoil(render(draw_for(statement, rng)), rng, degraded)
+    return maybe_degrade(render(draw_for(statement, rng)), rng, degraded)
 
 
-def spoil(pixels: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
-    """The image, degraded with this probability."""
-    return degrade(pixels, rng) if rng.random() < probability else pixels
+# Writing and reading ------------------------------------------------------------------------------------------------
 
 
 def noun_words(phrase: Phrase) -> str:
     """As in "a large red circle" or "two red circles"."""
-    adjectives = [phrase.size] if phrase.size else []
     noun = phrase.shape if phrase.number == 1 else phrase.shape + ("es" if phrase.shape.endswith("s") else "s")
-    words = " ".join([*adjectives, phrase.colour, noun])
+    words = " ".join([*([phrase.size] if phrase.size else []), phrase.colour, noun])
     if phrase.number > 1:
         return f"{NUMBERS[phrase.number]} {words}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -111,13 +124,12 @@ def write(statement: Statement, rng: np.random.Generator) -> str:
         a, b, here, there = *nouns, statement.relation, OPPOSITE[statement.relation]
         if rng.random() < 0.5:
             a, b, here, there = b, a, there, here
-        template = int(rng.integers(3))
-        if template == 0:
-            text = f"{a} {RELATION_WORDS[here]} {b}"
-        elif template == 1:
-            text = f"{RELATION_WORDS[here]} {b} there is {a}"
-        else:
-            text = f"{PLACES[here]} {a}, {PLACES[there]} {b}"
+        templates = (
+            f"{a} {RELATION_WORDS[here]} {b}",
+            f"{RELATION_WORDS[here]} {b} there is {a}",
+            f"{PLACES[here]} {a}, {PLACES[there]} {b}",
+        )
+        text = templates[rng.integers(3)]
     else:
         text = nouns[0] if len(nouns) == 1 else ", ".join(nouns[:-1]) + " and " + nouns[-1]
         if rng.random() < 0.3:
@@ -143,7 +155,7 @@ _FORMS = {
 
 
 def read_noun(words: str) -> Phrase:
-    """What `noun_words` wrote; a CaptionError for anything else."""
+    """Inverse of `noun_words`; a CaptionError for anything else."""
     number, *adjectives, noun = words.split()
     count = {"two": 2, "three": 3}.get(number, 1)
     shape = noun if count == 1 else noun.removesuffix("es" if noun.endswith("sses") else "s")
@@ -153,21 +165,24 @@ def read_noun(words: str) -> Phrase:
     return phrase
 
 
+def clean(caption: str) -> str:
+    """Lower case, single spaces, no full stop."""
+    return " ".join(caption.lower().strip().rstrip(".").split())
+
+
 def parse(caption: str) -> Statement:
     """Read a caption back into what it states.
 
     Raises:
         CaptionError: the caption is no sentence of this world; quotes it and gives an example.
     """
-    text = " ".join(caption.lower().strip().rstrip(".").split())
-    backgrounds = _BACKGROUND.findall(text)
-    core = _BACKGROUND.sub("", text)
+    backgrounds = _BACKGROUND.findall(clean(caption))
+    core = _BACKGROUND.sub("", clean(caption))
     for form, pattern in _FORMS.items():
         match = pattern.fullmatch(core)
         if match is None or len(backgrounds) > 1:
             continue
         parts = match.groupdict()
-        phrases = tuple(read_noun(parts[key]) for key in "abc" if parts.get(key))
         relation = None
         if form == "places":
             place = {words: name for name, words in PLACES.items()}
@@ -176,6 +191,7 @@ def parse(caption: str) -> Statement:
                 break
         elif form != "list":
             relation = {words: name for name, words in RELATION_WORDS.items()}[parts["relation"]]
+        phrases = tuple(read_noun(parts[key]) for key in "abc" if parts.get(key))
         return Statement(phrases, relation, backgrounds[0] if backgrounds else None)
     raise CaptionError(
         f"cannot read the prompt {caption!r}: the testbed's oracle knows captions such as "
@@ -183,51 +199,51 @@ def parse(caption: str) -> Statement:
     )
 
 
-def _other(rng: np.random.Generator, choices: list[str], *taken: str | None) -> str:
-    return str(rng.choice([c for c in choices if c not in taken]))
+# Wrong captions -----------------------------------------------------------------------------------------------------
+
+
+def wrong_phrase(phrase: Phrase, name: str, phrases: Sequence[Phrase], rng: np.random.Generator) -> Phrase:
+    """The phrase with a colour or shape that none of `phrases` has, or with the other size."""
+    taken = [phrase.size] if name == "size" else [getattr(other, name) for other in phrases]
+    changes: dict[str, str] = {name: choose_other(rng, CHOICES[name], *taken)}
+    return dataclasses.replace(phrase, **changes)  # type: ignore[arg-type]
 
 
 def corrupt(statement: Statement, fault: str, rng: np.random.Generator) -> Statement | None:
     """The statement with one attribute wrong, or None where the fault does not apply to it.
 
-    `exchange` swaps the colours of two phrases (the attribute leakage of real models); the other faults
-    are named after the attribute they falsify (`FAULTS`). Only stated attributes are touched.
+    `exchange` swaps the colours of two phrases (the attribute leakage of real models); the other faults are named
+    after the attribute they falsify (`FAULTS`). Only stated attributes are changed.
     """
-    phrases, which = list(statement.phrases), int(rng.integers(len(statement.phrases)))
-    phrase = phrases[which]
-    if fault == "background":
-        if statement.background is None:
-            return None
-        return dataclasses.replace(statement, background=_other(rng, list(BACKGROUNDS), statement.background))
-    if fault == "relation":
-        if statement.relation is None:
-            return None
-        return dataclasses.replace(statement, relation=OPPOSITE[statement.relation])
-    if fault == "size":
-        stated = [i for i, p in enumerate(phrases) if p.size]
-        if not stated:
-            return None
-        which = int(rng.choice(stated))
-        phrases[which] = dataclasses.replace(phrases[which], size=_other(rng, list(RADII), phrases[which].size))
-    elif fault == "colour":
-        taken = [p.colour for p in phrases]
-        phrases[which] = dataclasses.replace(phrase, colour=_other(rng, list(COLOURS), *taken))
-    elif fault == "shape":
-        taken = [p.shape for p in phrases]
-        phrases[which] = dataclasses.replace(phrase, shape=_other(rng, list(SHAPES), *taken))
-    elif fault == "count":
-        if len(phrases) > 1:
-            return None
-        numbers = [n for n in NUMBERS if abs(n - phrase.number) == 1]
-        phrases[0] = dataclasses.replace(phrase, number=int(rng.choice(numbers)))
-    elif fault == "exchange":
-        if len(phrases) < 2:
-            return None
-        other = (which + 1) % len(phrases)
-        phrases[which] = dataclasses.replace(phrase, colour=phrases[other].colour)
-        phrases[other] = dataclasses.replace(phrases[other], colour=phrase.colour)
-    else:
+    if fault not in FAULTS:
         raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
+    phrases, which = list(statement.phrases), int(rng.integers(len(statement.phrases)))
+    sized = [i for i, phrase in enumerate(phrases) if phrase.size]
+    applies = {
+        "background": statement.background is not None,
+        "relation": statement.relation is not None,
+        "size": bool(sized),
+        "count": len(phrases) == 1,
+        "exchange": len(phrases) > 1,
+    }
+    if not applies.get(fault, True):
+        return None
+    if fault == "background":
+        return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
+    if fault == "relation":
+        return dataclasses.replace(statement, relation=OPPOSITE[str(statement.relation)])
+    if fault == "count":
+        number = int(rng.choice([n for n in NUMBERS if abs(n - phrases[0].number) == 1]))
+        phrases[0] = dataclasses.replace(phrases[0], number=number)
+    elif fault == "exchange":
+        other = (which + 1) % len(phrases)
+        colours = phrases[which].colour, phrases[other].colour
+        phrases[other], phrases[which] = (
+            dataclasses.replace(phrases[i], colour=c) for i, c in zip((other, which), colours, strict=True)
+        )
+    else:
+        which = int(rng.choice(sized)) if fault == "size" else which
+        phrases[which] = wrong_phrase(phrases[which], fault, phrases, rng)
     return dataclasses.replace(statement, phrases=tuple(phrases))
 
 

@@ -1,8 +1,8 @@
-"""The oracle: is the image what its prompt says, and is it well made?
+"""The oracle: does the image show what its prompt states, and is it well made?
 
-It sees pixels and the prompt only. Faithfulness is the share of stated attributes that hold; quality is
-sharpness x contrast x smoothness; the reward is their weighted sum. It is the ground truth that aligned
-models are judged by, so it is versioned and depends on no model.
+It sees pixels and the prompt only. Faithfulness is the share of stated attributes that hold; quality is sharpness x
+contrast x smoothness; the reward is their weighted sum. It is the ground truth that aligned models are judged by, so
+it is versioned and depends on no model. `clip_oracle` extends it to clips.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from t2i_align.testbed.captions import Phrase, Statement, parse
 from t2i_align.testbed.scenes import SIDE, relation_between
 from t2i_align.testbed.vision import Seen, View, look
 
-ATTRIBUTES = ("colour", "shape", "size", "relation", "count", "background")
-
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """Float arrays [B] in [0, 1]; an attribute is NaN where the prompt does not state it.
 
-    `strict` is 1 where every stated attribute holds. `views` is what the oracle saw.
+    `strict` is 1 where every stated attribute holds. `views` is what the oracle saw of images.
     """
 
     reward: np.ndarray
@@ -37,6 +35,12 @@ class Verdict:
     quality: np.ndarray
     attributes: dict[str, np.ndarray]
     views: tuple[View, ...] = dataclasses.field(repr=False, default=())
+
+    def means(self) -> dict[str, float]:
+        """Mean reward, faithfulness, strict and quality, and each attribute's over prompts that state it."""
+        means = {name: float(getattr(self, name).mean()) for name in ("reward", "faithfulness", "strict", "quality")}
+        stated = {name: values[~np.isnan(values)] for name, values in self.attributes.items()}
+        return means | {name: float(values.mean()) for name, values in stated.items() if len(values)}
 
 
 class Oracle:
@@ -47,9 +51,12 @@ class Oracle:
     """
 
     version = "1.0"
+    attributes: tuple[str, ...] = ("colour", "shape", "size", "relation", "count", "background")
 
     def __init__(self, faithfulness_weight: float = 0.6) -> None:
-        self.faithfulness_weight = check_weight(faithfulness_weight)
+        if not 0.0 <= faithfulness_weight <= 1.0:
+            raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
+        self.faithfulness_weight = faithfulness_weight
 
     def judge(self, pixels: Tensor | np.ndarray, prompts: Sequence[str]) -> Verdict:
         """Judge images.
@@ -59,8 +66,7 @@ class Oracle:
             prompts: B captions of the testbed.
 
         Raises:
-            ValueError: wrong shape, values outside [0, 1] or not finite, or as many prompts as images
-                are not given.
+            ValueError: wrong shape, values outside [0, 1] or not finite, or another number of prompts than images.
             CaptionError: a prompt is not of this world.
         """
         statements = [parse(prompt) for prompt in prompts]
@@ -68,28 +74,22 @@ class Oracle:
         images = to_images(pixels, len(statements))
         for start in range(0, len(images), 64):
             views += look(images[start : start + 64])
-        rows = np.array([_check(view, statement) for view, statement in zip(views, statements, strict=True)], float)
+        rows = [_check(view, statement) for view, statement in zip(views, statements, strict=True)]
         quality = np.array([image_quality(view) for view in views], float)
-        return Verdict(**grades(rows, ATTRIBUTES, quality, self.faithfulness_weight), views=tuple(views))
+        return Verdict(**self._grades(rows, quality), views=tuple(views))
 
-
-def check_weight(faithfulness_weight: float) -> float:
-    if not 0.0 <= faithfulness_weight <= 1.0:
-        raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
-    return faithfulness_weight
-
-
-def grades(held: np.ndarray, names: Sequence[str], quality: np.ndarray, weight: float) -> dict[str, Any]:
-    """What images' and clips' verdicts have in common, from which attributes hold [B, len(names)] and quality [B]."""
-    held = held.reshape(-1, len(names))
-    faithfulness = np.nanmean(held, axis=1) if len(held) else np.zeros(0)
-    return {
-        "reward": weight * faithfulness + (1.0 - weight) * quality,
-        "faithfulness": faithfulness,
-        "strict": np.where(np.isnan(held), 1.0, held == 1.0).min(axis=1, initial=1.0),
-        "quality": quality,
-        "attributes": {name: held[:, i] for i, name in enumerate(names)},
-    }
+    def _grades(self, rows: Sequence[Sequence[float]], quality: np.ndarray) -> dict[str, Any]:
+        """The fields of a verdict, from the share [0, 1] to which each attribute holds and the quality [B]."""
+        held = np.array(rows, float).reshape(-1, len(self.attributes))
+        faithfulness = np.nanmean(held, axis=1) if len(held) else np.zeros(0)
+        weight = self.faithfulness_weight
+        return {
+            "reward": weight * faithfulness + (1.0 - weight) * quality,
+            "faithfulness": faithfulness,
+            "strict": np.where(np.isnan(held), 1.0, held == 1.0).min(axis=1, initial=1.0),
+            "quality": quality,
+            "attributes": dict(zip(self.attributes, held.T, strict=True)),
+        }
 
 
 def to_images(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
@@ -109,24 +109,25 @@ def to_images(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
     return images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def likeness(phrase: Phrase, item: Seen) -> float:
+    """How much of a phrase's colour, shape and size an object has; shape decides ties."""
+    size = phrase.size in (None, item.size)
+    return (phrase.colour == item.colour) + 1.1 * (phrase.shape == item.shape) + 0.5 * size
+
+
 def _match_objects(objects: Sequence[Seen], statement: Statement) -> list[tuple[Phrase, Seen | None]]:
     """Assign seen objects to the stated ones so that most of colour, shape, size and relation hold."""
     wanted = [phrase for phrase in statement.phrases for _ in range(phrase.number)]
     # The biggest six are enough: more objects than that are wrong in any case.
     candidates: list[Seen | None] = sorted(objects, key=lambda o: -o.radius)[:6]  # type: ignore[assignment]
     candidates += [None] * max(0, len(wanted) - len(candidates))
-    best, best_score = None, -1.0
-    for chosen in itertools.permutations(candidates, len(wanted)):
-        score = sum(
-            (p.colour == o.colour) + 1.1 * (p.shape == o.shape) + 0.5 * (p.size in (None, o.size))
-            for p, o in zip(wanted, chosen, strict=True)
-            if o is not None
-        )
+
+    def score(chosen: Sequence[Seen | None]) -> float:
+        looks = sum(likeness(phrase, item) for phrase, item in zip(wanted, chosen, strict=True) if item is not None)
         # Where exchanged colours leave it open which object is meant, relation and shape decide.
-        score += 0.5 * _relation_holds(statement, chosen)
-        if score > best_score:
-            best, best_score = chosen, score
-    assert best is not None
+        return looks + 0.5 * _relation_holds(statement, chosen)
+
+    best = max(itertools.permutations(candidates, len(wanted)), key=score)
     return list(zip(wanted, best, strict=True))
 
 
@@ -137,15 +138,15 @@ def _relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool
 
 
 def _check(view: View, statement: Statement) -> list[float]:
-    """One value per `ATTRIBUTES`: the share of phrases for which it holds, NaN where nothing is stated.
+    """One value per attribute: the share of phrases for which it holds, NaN where nothing is stated.
 
-    A phrase is judged on the objects assigned to it; a phrase without any holds in nothing. Of "three
-    circles" with one missing only the count is wrong.
+    A phrase is judged on the objects assigned to it; a phrase without any holds in nothing. Of "three circles" with
+    one missing only the count is wrong.
     """
     matched = _match_objects(view.objects, statement)
     held: dict[str, list[float]] = {"colour": [], "shape": [], "size": []}
     for phrase in statement.phrases:
-        seen = [o for p, o in matched if p is phrase and o is not None]
+        seen = [item for wanted, item in matched if wanted is phrase and item is not None]
         for name in held:
             stated = getattr(phrase, name)
             if stated is not None:

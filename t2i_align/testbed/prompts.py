@@ -1,7 +1,7 @@
-"""Prompts of the small world, split by what they state.
+"""Prompts of the two worlds, split by what they state.
 
-The split is a hash of the canonical statement, so two phrasings of one statement can never fall on two
-sides, and the pretraining can leave the statements of dev and test out.
+The split is a hash of the canonical statement, so two phrasings of one statement never fall into two splits, and
+pretraining can leave the statements of dev and test out.
 """
 
 from __future__ import annotations
@@ -9,42 +9,40 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any
 
 import numpy as np
 
-from t2i_align.testbed.captions import Statement, describe, write
-from t2i_align.testbed.scenes import sample_scene
+from t2i_align.testbed.world import CLIPS, IMAGES, World
 
-Split = Literal["train", "dev", "test"]
-SIZES: dict[str, int] = {"train": 4096, "dev": 320, "test": 640}
+SPLITS = ("train", "dev", "test")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-class Canonical(Protocol):
-    """A statement, of an image or of a clip."""
-
-    def canonical(self) -> object: ...
-
-
-def split_of(statement: Canonical) -> Split:
-    """The split a statement belongs to: about 7 % dev, 14 % test, the rest train."""
+def split_of(statement: Any) -> str:
+    """The split of a statement about an image or a clip: about 7 % dev, 14 % test, the rest train."""
     digest = hashlib.sha256(repr(statement.canonical()).encode()).digest()
     share = int.from_bytes(digest[:4], "big") / 2**32
     return "dev" if share < 0.07 else "test" if share < 0.21 else "train"
 
 
-def make_prompts(split: Split, number: int) -> list[str]:
-    """`number` prompts of a split, no statement twice, in the mix of kinds of `scenes.KINDS`."""
-    rng = np.random.default_rng((2024, get_args(Split).index(split)))
-    seen: set[Statement] = set()
-    found: list[str] = []
-    while len(found) < number:
-        statement = describe(sample_scene(rng), rng, p_size=0.6, p_background=0.8)
-        if split_of(statement) == split and statement.canonical() not in seen:
-            seen.add(statement.canonical())
-            found.append(write(statement, rng))
-    return found
+def draw_statement(world: World, rng: np.random.Generator, split: str = "train") -> Any:
+    """A random true statement of a split, about a scene or clip that is not kept."""
+    while True:
+        statement = world.describe(world.sample(rng), rng, p_size=0.6, p_background=0.8)
+        if split_of(statement) == split:
+            return statement
+
+
+def make_prompts(world: World, split: str, number: int) -> list[str]:
+    """`number` prompts of a split, no statement twice; always the same."""
+    rng = np.random.default_rng((world.seed, SPLITS.index(split)))
+    texts: dict[Any, str] = {}
+    while len(texts) < number:
+        statement = draw_statement(world, rng, split)
+        if statement.canonical() not in texts:
+            texts[statement.canonical()] = world.write(statement, rng)
+    return list(texts.values())
 
 
 @functools.cache
@@ -52,7 +50,9 @@ def _read(split: str) -> tuple[str, ...]:
     path = ASSETS / f"prompts_{split}.txt"
     if path.exists():
         return tuple(path.read_text(encoding="utf-8").split("\n")[:-1])
-    return tuple(make_prompts(split, SIZES[split]))  # type: ignore[arg-type]
+    kind, _, name = split.rpartition("-")
+    world = CLIPS if kind else IMAGES
+    return tuple(make_prompts(world, name, world.sizes[name]))
 
 
 def prompts(split: str) -> list[str]:
@@ -64,12 +64,7 @@ def prompts(split: str) -> list[str]:
     Raises:
         ValueError: an unknown split.
     """
-    kind, _, name = split.rpartition("-")
-    if name not in SIZES or kind not in ("", "video"):
-        choices = [*SIZES, *(f"video-{name}" for name in SIZES)]
+    choices = (*SPLITS, *(f"video-{name}" for name in SPLITS))
+    if split not in choices:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(choices)}")
-    if kind == "video":
-        from t2i_align.testbed.video.prompts import make_prompts as make_video_prompts  # which needs this module
-
-        return list(make_video_prompts(name))
-    return list(_read(name))
+    return list(_read(split))

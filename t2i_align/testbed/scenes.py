@@ -8,7 +8,7 @@ antialiased and a shape's area does not depend on where it falls on the pixel gr
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -52,7 +52,7 @@ class Object:
 
     shape: str
     colour: str
-    size: Literal["small", "large"]
+    size: str
     x: float
     y: float
     radius: float
@@ -63,13 +63,17 @@ class Object:
         across, up, down = (self.radius * e for e in EXTENTS[self.shape])
         return self.x - across, self.y - up, self.x + across, self.y + down
 
+    def at(self, x: float, y: float) -> Object:
+        """The object moved to (x, y)."""
+        return dataclasses.replace(self, x=float(x), y=float(y))
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """A kind (`KINDS`), a background (`BACKGROUNDS`) and one to four objects that never overlap.
 
-    In a pair the first object stands in `relation` to the second. `stray` counts the objects at the end
-    of `objects` that no caption mentions: a planted fault of the images that bases are trained on.
+    In a pair the first object stands in `relation` to the second. `stray` is the number of objects at the end of
+    `objects` that no caption mentions: a planted fault in the training images of the bases.
     """
 
     kind: str
@@ -117,40 +121,29 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return (np.clip(pixels, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
-def _apart(item: Object, others: list[Object], gap: float = 3.0, margin: float = 1.0) -> bool:
-    """True where `item` lies inside the frame and its box is `gap` pixels from every other box."""
+def box_gap(a: Object, b: Object) -> float:
+    """Pixels between two bounding boxes along the axis that separates them most; negative where they overlap."""
+    (l1, t1, r1, b1), (l2, t2, r2, b2) = a.box, b.box
+    return max(l2 - r1, l1 - r2, t2 - b1, t1 - b2)
+
+
+def fits(item: Object, others: Sequence[Object], gap: float = 3.0, margin: float = 1.0) -> bool:
+    """Whether the item's box is `margin` pixels inside the frame and `gap` pixels from every other box."""
     left, top, right, bottom = item.box
-    if min(left, top) < margin or max(right, bottom) > SIDE - margin:
-        return False
-    for other in others:
-        l2, t2, r2, b2 = other.box
-        if max(l2 - right, left - r2, t2 - bottom, top - b2) < gap:
-            return False
-    return True
+    inside = min(left, top) >= margin and max(right, bottom) <= SIDE - margin
+    return inside and all(box_gap(item, other) >= gap for other in others)
 
 
 def _draw(rng: np.random.Generator, shape: str, colour: str, size: str) -> Object:
-    low, high = RADII[size]
     x, y = rng.uniform(7, SIDE - 7, 2)
-    return Object(shape, colour, size, float(x), float(y), float(rng.uniform(low, high)))  # type: ignore[arg-type]
+    return Object(shape, colour, size, float(x), float(y), float(rng.uniform(*RADII[size])))
 
 
-def _place(rng: np.random.Generator, items: list[Object]) -> list[Object] | None:
-    """Move the items to random places where none touch; None when that failed too often."""
-    placed: list[Object] = []
-    for item in items:
-        moved = _place_one(rng, item, placed)
-        if moved is None:
-            return None
-        placed.append(moved)
-    return placed
-
-
-def _place_one(rng: np.random.Generator, item: Object, others: list[Object]) -> Object | None:
+def _place(rng: np.random.Generator, item: Object, others: list[Object]) -> Object | None:
+    """The item at a random place where it touches no other; None after 60 failures."""
     for _ in range(60):
-        x, y = rng.uniform(7, SIDE - 7, 2)
-        moved = dataclasses.replace(item, x=float(x), y=float(y))
-        if _apart(moved, others):
+        moved = item.at(*rng.uniform(7, SIDE - 7, 2))
+        if fits(moved, others):
             return moved
     return None
 
@@ -173,9 +166,8 @@ def _place_pair(rng: np.random.Generator, items: list[Object], relation: str) ->
             y2 = y + rng.uniform(-5, 5)
         else:
             x2 = x + rng.uniform(-5, 5)
-        first = dataclasses.replace(items[0], x=float(x), y=float(y))
-        second = dataclasses.replace(items[1], x=float(x2), y=float(y2))
-        if relation_between(x - x2, y - y2) == relation and _apart(first, []) and _apart(second, [first], gap=4.0):
+        first, second = items[0].at(x, y), items[1].at(x2, y2)
+        if relation_between(x - x2, y - y2) == relation and fits(first, []) and fits(second, [first], gap=4.0):
             return [first, second]
     return None
 
@@ -186,7 +178,15 @@ def compose(rng: np.random.Generator, specs: list[tuple[str, str, str]], relatio
     None where no room was found, which is rare: try again.
     """
     items = [_draw(rng, *spec) for spec in specs]
-    return _place_pair(rng, items, relation) if relation else _place(rng, items)
+    if relation:
+        return _place_pair(rng, items, relation)
+    placed: list[Object] = []
+    for item in items:
+        moved = _place(rng, item, placed)
+        if moved is None:
+            return None
+        placed.append(moved)
+    return placed
 
 
 def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool = False) -> Scene:
@@ -214,7 +214,7 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
             continue
         if stray:
             extra = _draw(rng, str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), "small")
-            spot = _place_one(rng, extra, placed)
+            spot = _place(rng, extra, placed)
             if spot is None:
                 continue
             placed.append(spot)
@@ -223,7 +223,7 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
 
 
 def degrade(pixels: np.ndarray, rng: np.random.Generator, how: str | None = None) -> np.ndarray:
-    """Spoil an image's quality and nothing else: blur, fade or mottle (at random when None).
+    """Lower an image's quality and change nothing else: blur, fade or mottle (at random when None).
 
     Args:
         pixels: float [64, 64, 3] in [0, 1].
@@ -242,3 +242,13 @@ def degrade(pixels: np.ndarray, rng: np.random.Generator, how: str | None = None
         # Pulled in from the limits first, else white and black would hide half of the noise.
         return np.clip(0.5 + (pixels - 0.5) * 0.9 + noise[..., None], 0.0, 1.0).astype(np.float32)
     raise ValueError(f"unknown degradation {how!r}; the choices are {', '.join(DEGRADATIONS)}")
+
+
+def maybe_degrade(pixels: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
+    """The image, degraded with this probability."""
+    return degrade(pixels, rng) if rng.random() < probability else pixels
+
+
+def choose_other(rng: np.random.Generator, choices: Iterable[str], *excluded: str | None) -> str:
+    """A random one of the choices that are not excluded."""
+    return str(rng.choice([choice for choice in choices if choice not in excluded]))

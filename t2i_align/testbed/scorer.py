@@ -1,8 +1,8 @@
-"""The testbed's oracle as a scorer: importing this module registers `oracle`."""
+"""The testbed's oracles as scorers: importing this module registers `oracle` and `motion_oracle`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,26 +10,28 @@ import torch
 from torch import Tensor
 
 from reward_scorers import Scorer, ScorerError, register
-from t2i_align.testbed.captions import parse
 from t2i_align.testbed.oracle import Oracle
+from t2i_align.testbed.tracking import MIN_FRAMES
+from t2i_align.testbed.world import CLIPS, IMAGES, World
 
 
-class TruthScorer(Scorer):
-    """An oracle's reward; its parts are faithfulness, quality, strict and each attribute that a prompt may state.
+class OracleScorer(Scorer):
+    """The truth about images: parts are faithfulness, quality, strict and each attribute that a prompt may state.
 
-    It is the truth of the testbed and not a model, so no gradient flows. Prompts have to be the testbed's captions.
+    No model, so no gradient flows. Prompts have to be the testbed's captions.
     """
 
+    name = "oracle"
+    version = Oracle.version
     differentiable = False
     tie_margin = 0.02  # without one, traces of quality decide between images that look the same
-    oracle: Any
-    parse: Callable[[str], object]
+    world: World = IMAGES
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ScorerError for a prompt that is no caption of the testbed."""
         for row, prompt in enumerate(prompts):
             try:
-                self.parse(prompt)
+                self.world.parse(prompt)
             except ValueError as error:
                 raise ScorerError(f"{self.name}: prompts[{row}]: {error}") from error
 
@@ -38,36 +40,61 @@ class TruthScorer(Scorer):
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         verdict = self._verdict(pixels, prompts)
-        return as_tensor(verdict.reward), {name: as_tensor(values) for name, values in self._columns(verdict).items()}
+        columns = {name: getattr(verdict, name) for name in ("faithfulness", "quality", "strict")}
+        columns |= verdict.attributes | self._more_columns(verdict)
+        return _tensor(verdict.reward), {name: _tensor(values) for name, values in columns.items()}
 
-    def _columns(self, verdict: Any) -> dict[str, np.ndarray]:
-        return {name: getattr(verdict, name) for name in ("faithfulness", "quality", "strict")} | verdict.attributes
+    def _more_columns(self, verdict: Any) -> dict[str, np.ndarray]:
+        return {}
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
-        if pixels.shape[-1] != pixels.shape[-2]:
-            what, size = "clips" if self.clips else "images", f"{pixels.shape[-1]} x {pixels.shape[-2]}"
-            raise ScorerError(f"{self.name}: expected square {what}, found {size}")
+        height, width = pixels.shape[-2:]
+        if height != width:
+            what = "clips" if self.clips else "images"
+            raise ScorerError(f"{self.name}: expected square {what}, found {width} x {height}")
         self.check_prompts(prompts)
-        return self.oracle.judge(pixels.detach().float().cpu(), prompts)
+        return self.world.oracle().judge(pixels.detach().float().cpu(), prompts)
 
 
-class OracleScorer(TruthScorer):
-    """The truth about images."""
+class ClipOracleScorer(OracleScorer):
+    """The truth about clips.
 
-    name = "oracle"
-    version = Oracle.version
-    parse = staticmethod(parse)
+    `quality` is the mean over frames of `image` (how well each is drawn) times `temporal` (how steady it is); these
+    two are parts as well.
+    """
 
-    def __init__(self) -> None:
-        self.oracle = Oracle()
+    name = "motion_oracle"
+    clips = True
+    world = CLIPS
+
+    def frame_scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Quality of each frame [B, F] in [0, 1], for methods that learn from segments."""
+        return _tensor(self._verdict(pixels, prompts).frames)
+
+    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        if pixels.shape[1] < MIN_FRAMES:
+            raise ScorerError(f"{self.name}: expected clips of {MIN_FRAMES} frames or more, found {pixels.shape[1]}")
+        return super()._judge(pixels, prompts)
+
+    def _more_columns(self, verdict: Any) -> dict[str, np.ndarray]:
+        return {"image": verdict.image.mean(1), "temporal": verdict.temporal.mean(1)}
 
 
 @register("oracle")
 def _build(argument: str) -> OracleScorer:
+    return _without_argument(OracleScorer, argument)
+
+
+@register("motion_oracle")
+def _build_for_clips(argument: str) -> OracleScorer:
+    return _without_argument(ClipOracleScorer, argument)
+
+
+def _without_argument(cls: type[OracleScorer], argument: str) -> OracleScorer:
     if argument:
-        raise ScorerError(f"oracle: takes no argument, found {argument!r}")
-    return OracleScorer()
+        raise ScorerError(f"{cls.name}: takes no argument, found {argument!r}")
+    return cls()
 
 
-def as_tensor(values: np.ndarray) -> Tensor:
+def _tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32))

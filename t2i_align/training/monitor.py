@@ -1,8 +1,8 @@
-"""Means of logged numbers, each over the groups to which it applies."""
+"""What is watched while training: means of metrics, the way of a step, and divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MetricAverager:
-    """Sum and count, [2], of each metric's values that are not NaN; nothing here waits for the device."""
+    """Sum and count, [2], of each metric's values that are not NaN; no host-device synchronisation."""
 
     def __init__(self, totals: Mapping[str, Tensor] | None = None) -> None:
         self.totals: dict[str, Tensor] = dict(totals or {})
@@ -28,7 +28,7 @@ class MetricAverager:
             self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def reduced(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """The totals as the average process has them, so that every process can go on from them after a restart."""
+        """All-reduced totals (mean over ranks), so that any rank can resume from them."""
         if not self.totals:
             return {}
         names = sorted(self.totals)
@@ -40,7 +40,52 @@ class MetricAverager:
         return {name: total[0] / total[1] for name, total in self.reduced(accelerator).items()}
 
     def numbers(self, accelerator: Accelerator) -> dict[str, float]:
-        """The same as plain numbers, which waits for the device; without the metrics that applied to no group."""
+        """The same as plain numbers, without the metrics that applied to no group. Waits for the device."""
         means = self.means(accelerator)
         values = torch.stack(list(means.values())).tolist() if means else []
         return {name: value for name, value in zip(means, values, strict=True) if value == value}
+
+
+class Diverged(Exception):
+    """What was seen, and after which step."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"step {step} {what}")
+        self.step = step
+
+
+def check_finite(numbers: Tensor | None, step: int) -> None:
+    """Raise Diverged unless a step's loss and gradient norm, [2], are finite. Waits for the device."""
+    if numbers is not None and not bool(torch.isfinite(numbers).all()):
+        loss, norm = numbers.tolist()
+        raise Diverged(step, f"is not finite (loss {loss}, gradient norm {norm})")
+
+
+def check_winners(means: Mapping[str, float], step: int, max_error_rise: float | None) -> None:
+    """Raise Diverged where the policy denoises the winners much worse than the reference does.
+
+    The loss also falls when both errors rise, the loser's faster; samples degrade anyway. Without a reference there is
+    nothing to compare with, and nothing is checked.
+    """
+    rise = means.get("error/chosen_minus_reference")
+    if rise is None or max_error_rise is None:
+        return
+    error = means["error/chosen"]
+    reference = error - rise
+    if rise > max_error_rise * reference:
+        raise Diverged(
+            step,
+            f"has winners that are denoised much worse than by the reference (mean error {error:.4g}, the reference's "
+            f"{reference:.4g}; health.max_error_rise allows {1 + max_error_rise:.4g} times as much)",
+        )
+
+
+def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters as they are now."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def change(before: list[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """The norm of what has been added to all parameters together; overwrites `before`, to need no third copy."""
+    torch._foreach_sub_(before, [parameter.detach() for parameter in parameters])
+    return torch.nn.utils.get_total_norm(before)

@@ -1,14 +1,11 @@
-"""The optimiser, the learning rate's schedule and averaged weights, by their names in a configuration."""
+"""The optimiser and the learning rate's schedule, by their names in a configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 
 from t2i_align.config import OptimConfig, RunConfig
 from t2i_align.errors import UserError, unknown
@@ -52,14 +49,3 @@ def scale_rate(schedule: torch.optim.lr_scheduler.LambdaLR, factor: float) -> No
 def check_optimizer(config: RunConfig) -> None:
     """Raise UserError where the optimizer or its schedule cannot be made, before anything long starts."""
     make_schedule(config.optim, make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))]), config.train.steps)
-
-
-@contextmanager
-def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters hold their average."""
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)

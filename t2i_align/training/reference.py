@@ -1,193 +1,166 @@
-"""The reference model that preference objectives measure against. It never carries gradients.
+"""The reference that preference objectives measure against, and when it follows the policy (arXiv 2505.18736).
 
-adapter_off      the policy's own weights with its LoRA switched off: no second model in memory
-copy             a frozen copy of the denoiser as it was before training
-offloaded_copy   the same copy kept in CPU memory and streamed to the device layer by layer
+    adapter_off      the policy's own weights with its LoRA switched off: no second model in memory
+    copy             a frozen copy of the denoiser as it was before training
+    offloaded_copy   the same copy kept in CPU memory and streamed to the device layer by layer
 
-A reference that follows the policy (see `reference_update`) is one of the copies, whose weights are overwritten,
-or, under a LoRA, the policy's own weights with an older copy of the LoRA's.
+With `train.reference_update` the reference becomes the policy every so many steps (the copy is overwritten, or under a
+LoRA an older LoRA is kept), as long as
+
+    D = mean over winners of (err_policy - err_initial) < max_drift
+
+Once this fails, the reference is frozen permanently. The paper leaves open what D is measured on. Here it is the first
+winners in the data's order, each with its own noise and at one of evenly spread times, always the same: errors of the
+model's native prediction, means over its elements, so that max_drift means the same whatever the objective. Against the
+same noise the difference is known far better than either error, and only the initial model's errors must be kept.
 """
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import cpu_offload
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.func import functional_call
+from accelerate import Accelerator
+from torch import Tensor
 
-from t2i_align.data.schema import Conditioning
+from t2i_align.config import RunConfig, TrainConfig
+from t2i_align.data.loader import PreferenceDataset
+from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.diffusion.noising import Noised, with_sizes
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
+from t2i_align.training.weights import Weights, adapter_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
-
-@contextmanager
-def adapters_off(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the denoiser is its base model; afterwards everything is as it was, also after an exception.
-
-    Only the layers' private flag is flipped: peft's public toggle also changes `requires_grad`, which silently
-    loses gradients when it runs between a forward and its backward pass.
-    """
-    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer._disable_adapters = state
+WINNERS = 32
 
 
-@contextmanager
-def dropout_off(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, nothing is dropped at random; all else stays in training mode."""
-    active = [module for module in denoiser.modules() if isinstance(module, nn.Dropout) and module.training]
-    for module in active:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in active:
-            module.training = True
-
-
-class Reference(ABC):
-    """A frozen model as objectives see it."""
+class Reference:
+    """The reference weights as objectives call them; they never carry gradients."""
 
     def __init__(self, pipeline: TrainablePipeline) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self.weights = pipeline, Weights(pipeline.denoiser)
 
     @torch.no_grad()
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.ask(self.pipeline.predict, noisy_latents, timesteps, conditioning)
+        with self.weights.using("reference") as denoiser:
+            return self.pipeline.predict(noisy_latents, timesteps, conditioning, denoiser=denoiser)
 
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the frozen denoiser sees in noisy latents, with gradients to these and to nothing else."""
-        return self.ask(self.pipeline.features, noisy_latents, timesteps, conditioning)
-
-    @abstractmethod
-    def ask(self, method: Callable[..., Tensor], *inputs: object) -> Tensor:
-        """What one of the pipeline's methods answers with `denoiser=` the frozen one."""
+        """The frozen denoiser's features of noisy latents, with gradients to these and to nothing else."""
+        with self.weights.using("reference") as denoiser:
+            return self.pipeline.features(noisy_latents, timesteps, conditioning, denoiser=denoiser)
 
 
-class AdapterOff(Reference):
-    """The policy's own weights with its LoRA switched off."""
-
-    def ask(self, method: Callable[..., Tensor], *inputs: object) -> Tensor:
-        denoiser = self.pipeline.denoiser
-        with adapters_off(denoiser):
-            return method(*inputs, denoiser=denoiser)
-
-
-class UpdatableReference(Reference):
-    """A reference that can be given other weights. weights: by the names of the policy's trained parameters."""
-
-    weights: dict[str, Tensor]
-
-    @torch.no_grad()
-    def overwrite(self, weights: Mapping[str, Tensor]) -> None:
-        """Become a model with these weights, which are copied."""
-        for name, tensor in self.weights.items():
-            tensor.copy_(weights[name])
-
-
-class FrozenCopy(UpdatableReference):
-    """A copy of the denoiser on its device, or in CPU memory and streamed to the device layer by layer."""
-
-    def __init__(self, pipeline: TrainablePipeline, device: torch.device, *, offload: bool, compile: bool) -> None:
-        super().__init__(pipeline)
-        # In the policy's own mode and precision, so that equal weights give equal predictions to the last bit.
-        self.denoiser = copy.deepcopy(pipeline.denoiser).requires_grad_(False)
-        for module in self.denoiser.modules():
-            if isinstance(module, BaseTunerLayer):
-                module._disable_adapters = True
-        self.weights = {name: parameter.detach() for name, parameter in self.denoiser.to(device).named_parameters()}
-        if offload:
-            # What is streamed is read from here, so that it can be overwritten, too.
-            state = {name: tensor.cpu() for name, tensor in self.denoiser.state_dict().items()}
-            self.weights = {name: state[name] for name in self.weights}
-            cpu_offload(self.denoiser, execution_device=device, state_dict=state)
-        if compile:
-            self.denoiser.compile()
-
-    def ask(self, method: Callable[..., Tensor], *inputs: object) -> Tensor:
-        return method(*inputs, denoiser=self.denoiser)
-
-
-class OlderAdapter(UpdatableReference):
-    """The policy's base with a LoRA of its own, put in for one call: the policy's is never written to."""
-
-    def __init__(self, pipeline: TrainablePipeline) -> None:
-        super().__init__(pipeline)
-        named = pipeline.denoiser.named_parameters()
-        self.weights = {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
-        self.around = _Around(pipeline.denoiser)
-
-    def ask(self, method: Callable[..., Tensor], *inputs: object) -> Tensor:
-        weights = {f"denoiser.{name}": tensor for name, tensor in self.weights.items()}
-        with dropout_off(self.pipeline.denoiser):
-            return functional_call(self.around, weights, (method, *inputs))
-
-
-class _Around(nn.Module):
-    """A module that hands its denoiser to a pipeline's method, for `functional_call`, which wants a module."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, method: Callable[..., Tensor], *inputs: object) -> Tensor:
-        return method(*inputs, denoiser=self.denoiser)
-
-
-def choose_kind(kind: str, *, lora: bool, moving: bool = False) -> str:
-    """What `auto` stands for.
-
-    Raises:
-        UserError: `adapter_off` without a LoRA, or a copy under one that is to follow the policy.
-    """
-    if kind == "auto":
-        return "adapter_off" if lora else "copy"
-    if kind == "adapter_off" and not lora:
+def check_reference(train: TrainConfig, *, lora: bool) -> None:
+    """Raise UserError for `adapter_off` without a LoRA, or a copy under one that is to be updated."""
+    if train.reference == "adapter_off" and not lora:
         raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
-    if kind != "adapter_off" and lora and moving:
-        raise UserError(f"train.reference {kind!r} with train.reference_update: under a LoRA use 'auto', which is free")
-    return kind
+    if train.reference not in ("auto", "adapter_off") and lora and train.reference_update is not None:
+        raise UserError(
+            f"train.reference {train.reference!r} with train.reference_update: under a LoRA use 'auto', which is free"
+        )
 
 
-def no_reference(noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    """Stands in where the objective's `needs` declare none, so that no second denoiser is kept for nothing."""
-    raise RuntimeError("this objective asked a reference model, but its needs say that it has none")
-
-
-def build_reference(
-    kind: str,
-    pipeline: TrainablePipeline,
-    device: torch.device,
-    *,
-    lora: bool,
-    compile: bool = False,
-    moving: bool = False,
-) -> Reference:
+def build_reference(train: TrainConfig, pipeline: TrainablePipeline) -> Reference:
     """The reference. Build it from the base weights, before a checkpoint is loaded into the policy.
 
-    Args:
-        compile: the policy is compiled, so a copy has to be, too: equal weights must give equal predictions.
-        moving: it must be `UpdatableReference`.
-
     Raises:
-        UserError: see `choose_kind`.
+        UserError: see `check_reference`.
     """
-    kind = choose_kind(kind, lora=lora, moving=moving)
-    if kind == "adapter_off":
-        return OlderAdapter(pipeline) if moving else AdapterOff(pipeline)
-    return FrozenCopy(pipeline, device, offload=kind == "offloaded_copy", compile=compile)
+    denoiser, updated = pipeline.denoiser, train.reference_update is not None
+    lora = bool(getattr(denoiser, "peft_config", None))
+    check_reference(train, lora=lora)
+    reference = Reference(pipeline)
+    if train.reference in ("copy", "offloaded_copy") or not lora:
+        offload = train.reference == "offloaded_copy"
+        variant = frozen_copy(denoiser, offload=offload, compile=train.compile, updated=updated)
+    else:
+        variant = older_policy(reference.weights) if updated else adapter_off(denoiser)
+    reference.weights.variants["reference"] = variant
+    return reference
+
+
+class ReferenceUpdate:
+    """When the reference follows the policy.
+
+    frozen: whether it has stopped permanently. initial: the initial model's errors on the winners, [WINNERS].
+    """
+
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, source: PreferenceDataset, reference: Reference
+    ) -> None:
+        assert config.train.reference_update is not None
+        self.config, self.update = config, config.train.reference_update
+        self.accelerator, self.source, self.reference = accelerator, source, reference
+        self.frozen = False
+        self.initial: Tensor | None = None
+        self._winners: list[tuple[Noised, Tensor]] = []
+
+    def due(self, step: int) -> bool:
+        """Whether to call `follow` after this step; at step 0, that measures the initial model."""
+        return not self.frozen and step % self.update.every == 0
+
+    def follow(self) -> dict[str, float]:
+        """Become the policy, unless that has drifted; returns what to log. All processes decide alike."""
+        if self.initial is None:
+            self.initial = self.errors()
+            return {}
+        drift = float(self.accelerator.reduce((self.errors() - self.initial).nanmean(), reduction="mean"))
+        if drift < self.update.max_drift:
+            self.reference.weights.overwrite("reference", self.reference.weights.policy)
+        else:
+            self.frozen = True
+        return {"reference/drift": drift, "reference/frozen": float(self.frozen)}
+
+    @torch.no_grad()
+    def errors(self) -> Tensor:
+        """The policy's error on each winner, without its LoRA's dropout; NaN for a disliked single sample."""
+        pipeline = self.reference.pipeline
+        if not self._winners:
+            self._winners = self._noised_winners()
+        with dropout_off(pipeline.denoiser), self.accelerator.autocast():
+            errors = torch.cat([noised.errors(pipeline.predict)[:, 0] for noised, _ in self._winners])
+        return torch.where(torch.cat([liked for _, liked in self._winners]), errors, math.nan)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the weights."""
+        return {"frozen": self.frozen, "initial": self.initial}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.frozen, self.initial = state["frozen"], state["initial"].to(self.accelerator.device)
+
+    def _noised_winners(self) -> list[tuple[Noised, Tensor]]:
+        """The first winners in the run's order, in batches of its size; on every process the same."""
+        train = self.config.train
+        items: Iterator[Any] = self.source.loader(
+            seed=train.seed, start_step=0, batch_size=train.batch_size, accumulate=1, rank=0, world=1, workers=0
+        )
+        quantiles = (torch.arange(WINNERS, device=self.accelerator.device) + 0.5) / WINNERS
+        return [
+            self._noised(self.source.to_batch(next(items), self.accelerator.device), part)
+            for part in quantiles.split(train.batch_size)
+        ]
+
+    def _noised(self, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
+        """The best candidates of as many groups as there are quantiles of time, and whether they were liked."""
+        count, process = len(quantiles), self.reference.pipeline.process
+        rng = SampleRNG(self.config.train.seed, batch.keys[:count], process, device=self.accelerator.device)
+        latents, timesteps = batch.latents[:count, 0], process.timesteps(quantiles)
+        noise = rng.normal("reference drift", latents.shape[1:])
+        noised = Noised(
+            latents=process.add_noise(latents, noise, timesteps),
+            timesteps=timesteps,
+            target=process.target(latents, noise, timesteps),
+            conditioning={
+                name: tensor[:count] for name, tensor in with_sizes(batch.conditioning, batch.take([0])).items()
+            },
+            groups=count,
+        )
+        liked = batch.scores[:count, 0] > 0 if batch.scores.shape[1] == 1 else torch.ones(count, dtype=torch.bool)
+        return noised, liked.to(latents.device)

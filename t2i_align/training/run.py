@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from diffusers.training_utils import cast_training_params
 
 import pipelines
 from pipelines import TrainablePipeline
 from t2i_align import config as configuration
-from t2i_align.conditioning import soft_tokens
+from t2i_align.conditioning import TRAINED
+from t2i_align.conditioning.adapter import Kind
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
-from t2i_align.data.schema import Model
 from t2i_align.errors import UserError
-from t2i_align.inference.resolve import resolve_model
-from t2i_align.training import checkpoint
+from t2i_align.inference.models import resolve_model
+from t2i_align.training.loop import METRICS_FILE, Loop
 from t2i_align.training.optim import check_optimizer
-from t2i_align.training.reference import build_reference, choose_kind, no_reference
-from t2i_align.training.trainer import METRICS_FILE, Trainer
+from t2i_align.training.output import RUN_FILE, check_output, check_same_run, write_settings
+from t2i_align.training.reference import Reference, build_reference, check_reference
+from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import atomic_folder, output_lock
+from t2i_align.utils.settings import with_overrides
 
-RUN_FILE = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Text encoders of the size of T5-XXL overflow half precision, and nobody runs them in single.
 LARGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
-# What may change between a run and its continuation without making it another run. Batch sizes may trade places
-# with each other and with processes: the trainer sees to it that a step takes as many groups as before.
+# Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
+# the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
     "resume",
     "log",
@@ -49,7 +46,6 @@ FREE_ON_RESUME = (
     "train.accumulate",
 )
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
-WRITING = ".writing_"  # what a killed run may have left behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,27 +74,28 @@ def align(
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif isinstance(config, Mapping):
-        config = configuration.from_mapping(configuration.with_overrides(config, overrides))
-    output = Path(config.output_dir)
-    check_machine(config)
+        config = configuration.from_mapping(with_overrides(config, overrides))
+    check_training(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     accelerator = Accelerator(
-        # Without being told, accelerate takes each of several CPU processes for a run of its own.
+        # By default, accelerate takes each of several CPU processes for a separate run.
         cpu=not torch.accelerator.is_available(),
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         log_with=list(config.log.trackers) or None,
-        project_dir=str(output),
+        project_dir=config.output_dir,
     )
+    # The main process holds the folder for all; they wait until it has checked that it may.
+    with output_lock(Path(config.output_dir), first=accelerator.is_main_process):
+        return _align(config, accelerator, progress)
+
+
+def _align(config: RunConfig, accelerator: Accelerator, progress: bool) -> RunResult:
+    output, settings = Path(config.output_dir), configuration.to_mapping(config)
+    free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
     if accelerator.is_main_process:
-        with output_lock(output) if output.is_dir() else nullcontext():  # another run's is refused before long work
-            check_output(config)
-    lora, needs_reference = config.lora is not None, config.objective.needs.reference
-    moving = config.train.reference_update is not None
-    if needs_reference:
-        choose_kind(config.train.reference, lora=lora, moving=moving)
-    elif moving:
-        raise UserError(f"train.reference_update: {config.objective.name} asks no reference that could be updated")
-    check_optimizer(config)
+        unset = [f"objective.{key}" for key, value in settings["objective"].items() if value is None]
+        check_output(output, settings, resume=config.resume, free=[*free, *unset])
+    accelerator.wait_for_everyone()
     validate = Validation(config, accelerator) if config.validation.every else None
     pipeline = load_model(config, accelerator.device)
     size, frames = extent(config, pipeline)
@@ -106,60 +103,54 @@ def align(
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
+    settings = configuration.to_mapping(config)
     if accelerator.is_main_process:
-        check_same_run(config, fit_to_data=True)
+        check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
     if config.validation.every:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream:
         pipeline.drop_encoders()
-    reference = reference_for(config, pipeline, accelerator.device)
+    reference = reference_for(config, pipeline)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    trainer = Trainer(config, accelerator, pipeline, reference, source, validate, progress)
-    with output_lock(output, first=accelerator.is_main_process):
+    loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
+    if config.resume:
+        loop.resume()
+    if accelerator.is_main_process:
+        write_settings(output, settings)
+        print(describe(config, pipeline, source))
+    if config.log.trackers:
+        accelerator.init_trackers(config.log.project)
+    try:
+        metrics = loop.run()
+        weights = output / config.trains
         if accelerator.is_main_process:
-            check_output(config)  # another run may have come and gone meanwhile
-        if config.resume:
-            trainer.resume()
-        if accelerator.is_main_process:  # all that can be wrong has been seen: from here on the folder holds this run
-            write_atomically(output / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
-            print(describe(config, pipeline, source))
-        if config.log.trackers:
-            accelerator.init_trackers(config.log.project)
-        try:
-            metrics = trainer.run()
-            weights = output / config.trains
-            if accelerator.is_main_process:
-                with trainer.averaged():
-                    weights = save_weights(pipeline, weights, config.trains)
-            accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
-        finally:
-            accelerator.end_training()
-    return RunResult(output_dir=output, weights=weights, steps=trainer.step, metrics=metrics)
+            with loop.weights.using(loop.weights.result):
+                weights = save_weights(pipeline, weights, config.trains)
+        accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
+    finally:
+        accelerator.end_training()
+    return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
 
-def check_machine(config: RunConfig) -> None:
-    """Raise UserError for a precision this machine cannot train in, or a tracker that is not installed."""
+def check_training(config: RunConfig) -> None:
+    """Raise UserError for what this machine, or this kind of training, cannot do."""
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in config.log.trackers:
         if tracker not in installed:
             raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
+    if config.objective.needs.reference:
+        check_reference(config.train, lora=config.lora is not None)
+    elif config.train.reference_update is not None:
+        raise UserError(f"train.reference_update: {config.objective.name} asks no reference that could be updated")
+    check_optimizer(config)
 
 
-def reference_for(config: RunConfig, pipeline: TrainablePipeline, device: torch.device) -> Model:
-    """The reference that the objective asks, of the base weights; where it asks none, nothing is kept."""
-    if not config.objective.needs.reference:
-        return no_reference
-    return build_reference(
-        config.train.reference,
-        pipeline,
-        device,
-        lora=config.lora is not None,
-        compile=config.train.compile,
-        moving=config.train.reference_update is not None,
-    )
+def reference_for(config: RunConfig, pipeline: TrainablePipeline) -> Reference:
+    """The reference that the objective needs, of the base weights; where it needs none, none is kept."""
+    return build_reference(config.train, pipeline) if config.objective.needs.reference else Reference(pipeline)
 
 
 def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
@@ -235,87 +226,22 @@ def load_data(
 
 
 def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
-    """Switch gradients on for what is trained: an adapter, kept in float32 under autocast, or everything."""
-    denoiser = pipeline.denoiser
+    """Make trainable what the run trains, with fresh weights of its seed."""
     torch.manual_seed(config.train.seed)
-    if config.lora:
-        pipeline.add_lora(
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.lora.targets,
-        )
-        cast_training_params(denoiser, dtype=torch.float32)
-    elif config.soft_tokens:
-        bos = None
-        if config.soft_tokens.start == "bos":
-            pipeline.load_encoders()
-            bos = pipeline.encode_prompts(["a"])["prompt_embeds"][0, 0]  # causal: it knows nothing of the text after it
-        soft_tokens.install(denoiser, config.soft_tokens.count, initial=bos)
-    else:
-        denoiser.requires_grad_(True)
+    TRAINED[config.trains].install(pipeline, config)
     if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+        pipeline.denoiser.enable_gradient_checkpointing()
+    pipeline.denoiser.train()
 
 
-def save_weights(pipeline: TrainablePipeline, folder: Path, what: str) -> Path:
+def save_weights(pipeline: TrainablePipeline, folder: Path, kind: Kind) -> Path:
     """Write the LoRA's or soft tokens' file, or the whole pipeline, complete or not at all; returns what was written.
 
-    what: `RunConfig.trains`.
+    kind: `RunConfig.trains`.
     """
-    temporary = folder.with_name(f"{WRITING}{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    name = ""
-    if what == "lora":
-        name = pipeline.save_lora(temporary).name
-    elif what == "soft_tokens":
-        name = soft_tokens.save(pipeline.denoiser, temporary / soft_tokens.FILE).name
-    else:
-        pipeline.load_encoders()
-        pipeline.save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    return folder / name
-
-
-def check_output(config: RunConfig) -> None:
-    """Refuse an output folder that holds something else, or another run; continue only when told to."""
-    output = Path(config.output_dir)
-    if output.is_file():
-        raise UserError(f"output_dir {output}: this is a file, a folder is needed")
-    if not output.is_dir() or all(entry.name.startswith(WRITING) for entry in output.iterdir()):
-        return
-    if not (output / RUN_FILE).is_file():
-        raise UserError(f"output_dir {output}: the folder is not empty and holds no run; choose another")
-    steps = checkpoint.all_steps(output)
-    if not config.resume:
-        state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no checkpoint yet"
-        raise UserError(
-            f"output_dir {output}: this folder holds a run already ({state}). "
-            "Add resume=true to continue it, or choose another output_dir."
-        )
-    check_same_run(config, fit_to_data=False)
-
-
-def check_same_run(config: RunConfig, *, fit_to_data: bool) -> None:
-    """Refuse to continue another run than the one in the output folder, if there is one.
-
-    fitted: what the objective left open (null) has been filled in from the data, as it is in a run's own file. Before
-    that, an open number may yet become any, and is let pass.
-    """
-    run_file = Path(config.output_dir) / RUN_FILE
-    if not run_file.is_file():
-        return
-    free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
-    now = configuration.to_mapping(config)
-    if not fit_to_data:
-        free += tuple(f"objective.{key}" for key, value in now["objective"].items() if value is None)
-    differences = _differences(yaml.safe_load(run_file.read_text()), now, free)
-    if differences:
-        raise UserError(
-            f"output_dir {config.output_dir}: this folder holds another run; keys differ: {'; '.join(differences)}"
-        )
+    with atomic_folder(folder) as temporary:
+        written = TRAINED[kind].save(pipeline, temporary)
+    return folder / written.relative_to(temporary)
 
 
 def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
@@ -337,25 +263,4 @@ def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceD
     )
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a small file in one move."""
-    temporary = file.with_name(f"{WRITING}{file.name}")
-    temporary.write_text(text)
-    temporary.replace(file)
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str], prefix: str = "") -> list[str]:
-    out = []
-    for key in sorted({*before, *now}):
-        name = f"{prefix}{key}"
-        if name in free or (not prefix and key == "output_dir"):
-            continue
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            out += _differences(old, new, free, f"{name}.")
-        elif old != new:
-            out.append(f"{name} ({old!r} there, {new!r} now)")
-    return out
-
-
-__all__ = ["METRICS_FILE", "RunResult", "align"]
+__all__ = ["METRICS_FILE", "RUN_FILE", "RunResult", "align"]

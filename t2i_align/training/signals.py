@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which let a run finish the step in hand and save it."""
+"""Finish the current step and save on SIGINT and SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from typing import Any
 
 @contextmanager
 def graceful_shutdown() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that the step in hand is finished and saved; a second stops at once."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach the main thread only; a notebook's worker thread runs without
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
 
-    for number in before:
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:

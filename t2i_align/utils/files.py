@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
         return
     real = output.resolve()
     lock = real.with_name(f".{real.name}.lock") if file else real / LOCK
+    new = not file and not real.exists()
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         acquired = FileLock(lock).acquire(timeout=0)
@@ -189,6 +190,9 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
             yield
         finally:
             lock.unlink(missing_ok=True)  # while locked: a process that has opened it meanwhile is refused
+            if new:
+                with suppress(OSError):  # a folder in which nothing was written is not left behind
+                    real.rmdir()
 
 
 def _names(path: str | Path) -> tuple[Path, Path]:

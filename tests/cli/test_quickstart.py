@@ -9,7 +9,7 @@ import pytest
 
 from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
-from t2i_align.inference.resolve import resolve_prompts
+from t2i_align.inference.prompts import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, COMPLETE, MARKER, TEST_SEED, quickstart, replacing
 from t2i_align.training import run as runs
 
@@ -64,7 +64,7 @@ def test_anything_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.stesp=3", "unknown key in train 'stesp'"),
+        ("train.stesp=3", "train.stesp: unknown key"),
         ("data.path=typo.jsonl", "typo.jsonl: no such file"),
         ("output_dir=elsewhere", "choose that with --output"),
     ],

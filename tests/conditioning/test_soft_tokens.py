@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
 import pipelines
+from pipelines import TrainablePipeline
 from t2i_align.conditioning import soft_tokens
-from t2i_align.conditioning.soft_tokens import SoftTokens
+from t2i_align.conditioning.soft_tokens import SoftTokens, SoftTokensAdapter
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -25,14 +25,14 @@ from t2i_align.testbed.captions import describe, write
 from t2i_align.testbed.scenes import render, sample_scene
 from tests.tiny import tiny_sd3
 
+ADAPTER = SoftTokensAdapter()
 PROMPTS = ["a red circle", "two blue squares"]
 
 
-def images(pipe: StableDiffusionPipeline) -> Tensor:
+def images(pipeline: TrainablePipeline) -> Tensor:
     """Through the genuine diffusers pipeline, with guidance."""
-    pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return torch.from_numpy(pipe(PROMPTS, num_inference_steps=3, generator=generator, output_type="np").images)
+    return torch.from_numpy(pipeline.pipe(PROMPTS, num_inference_steps=3, generator=generator, output_type="np").images)
 
 
 def test_tokens_stand_after_bos_with_their_bin_of_time_added() -> None:
@@ -65,24 +65,18 @@ def test_only_the_tokens_and_the_bins_in_use_get_gradients(sd_path: Path) -> Non
 def test_generation_changes_with_them_and_saving_loading_and_removing_give_the_same_images(
     sd_path: Path, tmp_path: Path
 ) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(str(sd_path))
-    before = images(pipe)
-    trainable = [p.requires_grad for p in pipe.unet.parameters()]
-    soft = soft_tokens.install(pipe.unet, n_tokens=3)
-    soft.tokens.data.mul_(50)
-    after = images(pipe)
+    pipeline, fresh = pipelines.load(sd_path), pipelines.load(sd_path)
+    before, count = images(pipeline), len(list(pipeline.denoiser.parameters()))
+    soft_tokens.install(pipeline.denoiser, n_tokens=3).tokens.data.mul_(50)
+    after = images(pipeline)
     assert (after - before).abs().max() > 1e-3
-    file = soft_tokens.save(pipe.unet, tmp_path / "new" / "soft.safetensors")
-
-    fresh = StableDiffusionPipeline.from_pretrained(str(sd_path))
-    soft_tokens.load(fresh.unet, file)
-    assert torch.equal(images(fresh), after)
-    soft_tokens.load(fresh.unet, file)  # once more, in their place
-    assert torch.equal(images(fresh), after)
-
-    soft_tokens.remove(pipe.unet)
-    assert torch.equal(images(pipe), before)
-    assert len(list(pipe.unet.parameters())) == len(trainable)
+    file = ADAPTER.save(pipeline, tmp_path / "new")
+    for _ in range(2):  # the second time replacing the first
+        ADAPTER.load(fresh, file)
+        assert torch.equal(images(fresh), after)
+    ADAPTER.remove(pipeline)
+    assert torch.equal(images(pipeline), before)
+    assert len(list(pipeline.denoiser.parameters())) == count and not ADAPTER.installed(pipeline)
 
 
 def test_the_toolkit_and_the_diffusers_pipeline_insert_the_same(sd_path: Path) -> None:
@@ -110,9 +104,10 @@ def test_a_copy_has_tokens_of_its_own(sd_path: Path) -> None:
     twin.soft_tokens.tokens.data.mul_(50)
     assert torch.equal(pipeline.predict(*inputs), first)
     assert not torch.allclose(pipeline.predict(*inputs, denoiser=twin), first)
-    soft_tokens.remove(twin)
-    assert torch.equal(pipeline.predict(*inputs), first)
-    assert not torch.equal(pipeline.predict(*inputs, denoiser=twin), first)
+    of_twin = pipeline.predict(*inputs, denoiser=twin)
+    ADAPTER.remove(pipeline)
+    assert not torch.equal(pipeline.predict(*inputs), first)
+    assert torch.equal(pipeline.predict(*inputs, denoiser=twin), of_twin)
 
 
 def test_copies_of_bos_change_less_than_fresh_tokens_but_something(sd_path: Path) -> None:
@@ -124,28 +119,28 @@ def test_copies_of_bos_change_less_than_fresh_tokens_but_something(sd_path: Path
     assert not torch.equal(pipeline.predict(*inputs), base)
     expected = torch.cat([conditioning["prompt_embeds"][:, :1].expand(-1, 4, -1), conditioning["prompt_embeds"]], dim=1)
     by_bos = pipeline.predict(*inputs)
-    soft_tokens.remove(pipeline.denoiser)
+    ADAPTER.remove(pipeline)
     torch.testing.assert_close(by_bos, pipeline.predict(*inputs[:2], {"prompt_embeds": expected}))
 
 
 def test_what_does_not_fit_is_refused(sd_path: Path, tmp_path: Path) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(str(sd_path))
+    pipeline = pipelines.load(sd_path)
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"other\.safetensors: no soft tokens; found a"):
-        soft_tokens.load(pipe.unet, tmp_path / "other.safetensors")
+        ADAPTER.load(pipeline, tmp_path / "other.safetensors")
     save_file({"tokens": torch.zeros(1, 4, 768), "times": torch.zeros(1, 100, 768)}, tmp_path / "wide.safetensors")
     with pytest.raises(
         UserError, match="of width 768 for 1 places in the denoiser; this model's would be of width 16 for 1"
     ):
-        soft_tokens.load(pipe.unet, tmp_path / "wide.safetensors")
-    soft_tokens.install(pipe.unet)
+        ADAPTER.load(pipeline, tmp_path / "wide.safetensors")
+    soft_tokens.install(pipeline.denoiser)
     with pytest.raises(UserError, match="soft tokens already"):
-        soft_tokens.install(pipe.unet)
+        soft_tokens.install(pipeline.denoiser)
     with pytest.raises(TypeError, match="as a keyword argument"):
-        pipe.unet(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 16, 16))
+        pipeline.denoiser(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 16, 16))
 
 
-def scenes(pipeline: pipelines.TrainablePipeline, count: int) -> Batch:
+def scenes(pipeline: TrainablePipeline, count: int) -> Batch:
     """Images of the testbed's world with their true captions."""
     rng = np.random.default_rng(0)
     drawn = [sample_scene(rng) for _ in range(count)]
@@ -159,7 +154,7 @@ def scenes(pipeline: pipelines.TrainablePipeline, count: int) -> Batch:
     )
 
 
-def contrast(pipeline: pipelines.TrainablePipeline, batch: Batch, objective: SoftREPA, epoch: str) -> Tensor:
+def contrast(pipeline: TrainablePipeline, batch: Batch, objective: SoftREPA, epoch: str) -> Tensor:
     keys = tuple(key.replace("0/", f"{epoch}/", 1) for key in batch.keys)
     draw = SampleRNG(0, keys, pipeline.process)
     return objective.step(pipeline.predict, pipeline.predict, replace(batch, keys=keys), draw)[0].mean()
@@ -185,12 +180,12 @@ def test_training_them_on_the_testbeds_base_lowers_the_contrast_at_times_not_tra
 
 
 @pytest.fixture
-def sd3(tmp_path: Path) -> pipelines.TrainablePipeline:
+def sd3(tmp_path: Path) -> TrainablePipeline:
     return pipelines.load(tiny_sd3(tmp_path / "sd3"))
 
 
 def test_a_joint_transformer_gets_tokens_in_front_of_the_text_of_its_first_blocks(
-    sd3: pipelines.TrainablePipeline, tmp_path: Path
+    sd3: TrainablePipeline, tmp_path: Path
 ) -> None:
     """Each block of its own, with the bin of time added, and off again; the last block, which drops its text, has none.
 
@@ -209,15 +204,15 @@ def test_a_joint_transformer_gets_tokens_in_front_of_the_text_of_its_first_block
     plain = sd3.encode_prompts(PROMPTS)["prompt_embeds"].shape[1]
     assert set(lengths) == {plain + 3}
     assert (after - before).abs().max() > 1e-3
-    file = soft_tokens.save(sd3.denoiser, tmp_path / "soft.safetensors")
-    soft_tokens.remove(sd3.denoiser)
+    file = ADAPTER.save(sd3, tmp_path)
+    ADAPTER.remove(sd3)
     assert torch.equal(sd3.generate(PROMPTS, [0, 1], steps=2), before)
-    soft_tokens.load(sd3.denoiser, file)
+    ADAPTER.load(sd3, file)
     assert torch.equal(sd3.generate(PROMPTS, [0, 1], steps=2), after)
 
 
 def test_a_joint_transformers_tokens_learn_with_and_without_checkpointing_and_copies_keep_theirs(
-    sd3: pipelines.TrainablePipeline,
+    sd3: TrainablePipeline,
 ) -> None:
     soft = soft_tokens.install(sd3.denoiser)
     inputs = (
@@ -245,6 +240,6 @@ def test_a_joint_transformers_tokens_learn_with_and_without_checkpointing_and_co
     assert not torch.allclose(sd3.predict(*inputs, conditioning, denoiser=twin), first)
 
 
-def test_a_joint_transformer_has_no_bos_to_start_from(sd3: pipelines.TrainablePipeline) -> None:
+def test_a_joint_transformer_has_no_bos_to_start_from(sd3: TrainablePipeline) -> None:
     with pytest.raises(UserError, match=r"soft_tokens\.start=random"):
         soft_tokens.install(sd3.denoiser, initial=torch.zeros(4))

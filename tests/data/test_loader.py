@@ -172,7 +172,7 @@ def test_the_loader_leaves_the_global_generator_alone(tmp_path: Path, pairs: Pat
 def test_a_limit_takes_the_first_usable_groups(tmp_path: Path, pairs: Path, cache: bool) -> None:
     source = opened(tmp_path, pairs, cache=cache, limit=3)
     assert sorted(keys(batches(source, 3, 1))) == ["0/1000", "0/1002", "0/1003"]
-    with pytest.raises(UserError, match=r"data\.limit must be at least 1"):
+    with pytest.raises(UserError, match=r"limit must be a whole number of at least 1"):
         opened(tmp_path, pairs, limit=0)
 
 

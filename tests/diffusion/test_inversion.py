@@ -476,11 +476,11 @@ def test_a_last_level_without_signal_and_a_first_without_noise_stay_finite(kind:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"levels": 0}, "levels must be at least 1"),
+        ({"levels": 0}, "levels must be a whole number of at least 1"),
         ({"inversion_model": "polcy"}, "Did you mean 'policy'"),
-        ({"eta": 1.1}, r"eta must be in \[0, 1\]"),
-        ({"renoise": -1}, "renoise must be 0 or more"),
-        ({"beta": 0.0}, "beta must be positive"),
+        ({"eta": 1.1}, r"eta must be a number in \[0, 1\]"),
+        ({"renoise": -1}, "renoise must be a whole number of 0 or more"),
+        ({"beta": 0.0}, "beta must be a positive number"),
     ],
 )
 def test_senseless_hyper_parameters_are_refused(values: dict, message: str) -> None:

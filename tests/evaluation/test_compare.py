@@ -216,7 +216,7 @@ def test_too_little_memory_for_a_scorer_names_the_option(sd_path: Path, tmp_path
         def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"8 images at a time; lower batch_size \(--batch-size\)"):
+    with pytest.raises(UserError, match=r"CUDA out of memory at batch size 8; lower batch_size \(--batch-size\)"):
         evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Huge()], out=tmp_path, **FAST)
 
 
@@ -249,7 +249,7 @@ def test_bad_input_is_named_before_anything_is_generated(
     cases = [
         ({"base": tmp_path / "nowhere"}, "no such model"),
         ({"base": "no/such/model"}, "no such model"),
-        ({"base": None}, "no base model told"),
+        ({"base": None}, "no base model given"),
         ({"aligned": "folder/foxs"}, "folder/foxs: no such model: no such file or folder"),
         ({"aligned": "somebody/foxs"}, "somebody/foxs: no such model: .*, nor on the Hub: no connection"),
         ({"device": "cdua"}, "device 'cdua' cannot be used: "),

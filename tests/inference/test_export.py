@@ -1,4 +1,4 @@
-"""A LoRA under the names of other tools."""
+"""Export of a LoRA with the names of other tools."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import pipelines
 from pipelines import PipelineError
 from t2i_align.errors import UserError
 from t2i_align.inference.export import export_lora
-from tests.tiny import tiny_wan
+from tests.tiny import randomise_lora, tiny_wan
 
 
 def trained(path: Path, folder: Path) -> Path:
     pipeline = pipelines.load(path)
-    pipeline.add_lora(rank=2, alpha=6.0, dropout=0.0, targets="attention")
-    torch.manual_seed(0)
-    for parameter in pipeline.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=1.0)
+    randomise_lora(pipeline, alpha=6.0)
     return pipeline.save_lora(folder)
 
 
@@ -41,13 +38,13 @@ def test_an_exported_lora_makes_the_same_images(sd_path: Path, tmp_path: Path) -
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["diffusers.safetensors", "kohya.safetensors"]
 
 
-def test_what_cannot_be_exported_is_named(sd_path: Path, tmp_path: Path) -> None:
+def test_export_errors_name_the_problem(sd_path: Path, tmp_path: Path) -> None:
     lora = trained(sd_path, tmp_path / "lora")
-    for out, message in ((lora, "is there already"), (tmp_path / "a.pt", "does not end in .safetensors")):
+    for out, message in ((lora, "exists already"), (tmp_path / "a.pt", "does not end in .safetensors")):
         with pytest.raises(UserError, match=message):
             export_lora(lora, out, model=sd_path)
-    with pytest.raises(UserError, match="no base model told"):
+    with pytest.raises(UserError, match="no base model given"):
         export_lora(lora, tmp_path / "out.safetensors")
     wan = tiny_wan(tmp_path / "wan")
-    with pytest.raises(PipelineError, match="a LoRA of wan cannot be named as 'kohya' has it"):
+    with pytest.raises(PipelineError, match="a LoRA of wan cannot be written with 'kohya' names"):
         export_lora(trained(wan, tmp_path / "wan-lora"), tmp_path / "out.safetensors", model=wan)

@@ -416,18 +416,18 @@ def test_margins_are_split_by_time_and_add_up() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MaPO(beta=0), "beta must be positive"),
-        (lambda: MaPO(weight=-1), "weight must be 0 or more"),
-        (lambda: DMPO(alpha=0.5), r"alpha must be in \(0, 0.5\)"),
+        (lambda: MaPO(beta=0), "beta must be a positive number"),
+        (lambda: MaPO(weight=-1), "weight must be a number of 0 or more"),
+        (lambda: DMPO(alpha=0.5), r"alpha must be a number in \(0, 0.5\)"),
         (lambda: DMPO(link="hinge"), "no meaning for dmpo"),
-        (lambda: LCPO(eta=0.5), r"eta must be in \(0.5, 1\)"),
+        (lambda: LCPO(eta=0.5), r"eta must be a number in \(0.5, 1\)"),
         (lambda: LCPO(label_smoothing=0.1), "no meaning for lcpo"),
-        (lambda: TDPO(limit=0), "limit must be positive"),
+        (lambda: TDPO(limit=0), "limit must be a positive number"),
         (lambda: DiffusionKTO(desirable=0, undesirable=0), "not both 0"),
         (lambda: DiffusionKTO(utility="kahneman"), "Did you mean 'kahneman_tversky'"),
         (lambda: RankDPO(gain="win"), "Did you mean 'wins'"),
-        (lambda: DiffusionDPO(guard=1.5), r"guard must be in \[0, 1\] or null"),
-        (lambda: DiffusionDPO(target_gradient=0.5), r"target_gradient must be in \(0, 0.5\)"),
+        (lambda: DiffusionDPO(guard=1.5), r"guard must be a number in \[0, 1\] or null"),
+        (lambda: DiffusionDPO(target_gradient=0.5), r"target_gradient must be a number in \(0, 0.5\) or null"),
     ],
 )
 def test_senseless_hyper_parameters_are_refused(build, message: str) -> None:

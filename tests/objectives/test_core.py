@@ -232,10 +232,10 @@ def test_sft_leaves_out_what_was_disliked_and_counts_it(cache: bool, tmp_path: P
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"beta": 0}, "beta must be positive"),
-        ({"beta": -1.0}, "beta must be positive"),
-        ({"beta": float("nan")}, "beta must be positive"),
-        ({"label_smoothing": 0.5}, r"in \[0, 0.5\)"),
+        ({"beta": 0}, "beta must be a positive number"),
+        ({"beta": -1.0}, "beta must be a positive number"),
+        ({"beta": float("nan")}, "beta must be a positive number"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must be a number in \[0, 0.5\)"),
         ({"link": "hinge", "label_smoothing": 0.1}, "no meaning with link 'hinge'"),
         ({"link": "sigmod"}, "Did you mean 'sigmoid'"),
     ],

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import pipelines
 from pipelines import TrainablePipeline
+from t2i_align.config import TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats, Objective
-from t2i_align.training.reference import build_reference, no_reference
+from t2i_align.training.reference import Reference, build_reference
 from tests import tiny
 
 BUILDERS = {"sdxl": tiny.tiny_sdxl, "sd3": tiny.tiny_sd3, "wan": tiny.tiny_wan}
@@ -84,9 +83,7 @@ def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict
     own, a batch is its groups one at a time."""
     pipeline = families[family]
     objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.1, 0.9)))
-    reference: Any = no_reference
-    if objective.needs.reference:
-        reference = build_reference("adapter_off", pipeline, torch.device("cpu"), lora=True)
+    reference = build_reference(TrainConfig(), pipeline) if objective.needs.reference else Reference(pipeline)
     batch = batch_for(pipeline)
 
     def step(rows: slice) -> Tensor:

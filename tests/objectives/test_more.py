@@ -315,15 +315,15 @@ def test_softrepa_uses_the_first_samples_draw_and_depends_on_its_batch() -> None
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (DSPO, {"beta": 1.0}, r"beta must be in \(0, 1\)"),
-        (DSPO, {"logit_beta": 0.0}, "logit_beta must be positive"),
-        (DSPO, {"guard": 1.1}, r"guard must be in \[0, 1\]"),
+        (DSPO, {"beta": 1.0}, r"beta must be a number in \(0, 1\)"),
+        (DSPO, {"logit_beta": 0.0}, "logit_beta must be a positive number or null"),
+        (DSPO, {"guard": 1.1}, r"guard must be a number in \[0, 1\]"),
         (NCPDPO, {"renoise": "posterio"}, "Did you mean 'posterior'"),
-        (NCPDPO, {"beta": 0}, "beta must be positive"),
-        (SoftREPA, {"temperature": 0.0}, "temperature must be positive"),
-        (SoftREPA, {"scale": -1.0}, "scale must be positive"),
-        (SoftREPA, {"dweight": -1.0}, "dweight must be 0 or more"),
-        (SoftREPA, {"negatives": 0}, "negatives must be 1 or more"),
+        (NCPDPO, {"beta": 0}, "beta must be a positive number"),
+        (SoftREPA, {"temperature": 0.0}, "temperature must be a positive number"),
+        (SoftREPA, {"scale": -1.0}, "scale must be a positive number"),
+        (SoftREPA, {"dweight": -1.0}, "dweight must be a number of 0 or more"),
+        (SoftREPA, {"negatives": 0}, "negatives must be a whole number of at least 1"),
     ],
 )
 def test_senseless_hyper_parameters_are_refused(cls: type, values: dict[str, Any], message: str) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pipelines
-from pipelines import PipelineError, TrainablePipeline
+from pipelines import FAMILIES, PipelineError, TrainablePipeline
+from t2i_align.config import TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import NCPDPO
 from t2i_align.training.reference import build_reference
-from tests.pipelines.test_load import randomise_lora
+from tests.tiny import example, randomise_lora
 
 CPU = torch.device("cpu")
 
@@ -41,6 +44,26 @@ def gradient_of(features: Tensor, latents: Tensor) -> Tensor:
     """Of a sum that weighs every entry differently."""
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2))
     return torch.autograd.grad((features * weights).sum(), latents)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_the_output_of_the_denoisers_block_and_carry_gradients(
+    name: str, shared: Callable[[str], TrainablePipeline]
+) -> None:
+    pipeline = shared(name)
+    latents, times, conditioning = example(pipeline)
+    features = pipeline.features(latents.requires_grad_(), times, conditioning)
+    assert len(features) == 2 and features.isfinite().all()
+    features.square().mean().backward()
+    assert latents.grad is not None and (latents.grad.flatten(1).abs().amax(1) > 0).all()
+    seen: list[Any] = []
+    block = pipeline.denoiser.get_submodule(pipeline.feature_block)
+    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        pipeline.predict(latents, times, conditioning)
+    handle.remove()
+    parts = seen[0] if isinstance(seen[0], tuple) else seen
+    assert any(torch.equal(features, part) for part in parts)
 
 
 def test_features_are_what_a_full_forward_computes_and_stop_there(sd_path: Path) -> None:
@@ -99,7 +122,7 @@ def test_every_reference_sees_as_the_base_did_also_in_the_backward_pass(
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
     assert not torch.allclose(pipeline.features(latents, timesteps, conditioning), of_base)
-    features = build_reference(kind, pipeline, CPU, lora=True).features(latents, timesteps, conditioning)
+    features = build_reference(TrainConfig(reference=kind), pipeline).features(latents, timesteps, conditioning)
     assert pipeline.denoiser.is_gradient_checkpointing is checkpointing
     torch.testing.assert_close(features, of_base)
     torch.testing.assert_close(gradient_of(features, latents), expected, rtol=1e-4, atol=1e-5)
@@ -118,7 +141,7 @@ def test_ncp_trains_a_lora_on_a_real_unet_and_nothing_else(renoise: str, sd_path
     pipeline = pipelines.load(sd_path)
     conditioning = pipeline.encode_prompts(["a cat", "two dogs"])
     pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
-    reference = build_reference("adapter_off", pipeline, CPU, lora=True)
+    reference = build_reference(TrainConfig(), pipeline)
     batch = Batch(
         keys=("0/a", "0/b"),
         latents=torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(4)),

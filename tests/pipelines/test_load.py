@@ -1,98 +1,27 @@
-"""The SD family: what training computes is what the genuine diffusers pipeline computes, and every way of loading."""
+"""Loading a checkpoint: families, components, single files, without encoders, and the fingerprint of the encoders."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
 import pipelines
-from pipelines import PipelineError
-from t2i_align.training.reference import adapters_off, build_reference
+from pipelines import FAMILIES, PipelineError, TrainablePipeline
+from t2i_align.config import TrainConfig
+from t2i_align.training.reference import build_reference
+from t2i_align.training.weights import adapters_off
 from tests.single_file import write_single_file
-
-PROMPTS = ["a red circle", "two blue squares", ""]
-
-
-def randomise_lora(pipeline: pipelines.TrainablePipeline, rank: int = 2, alpha: float = 3.0) -> None:
-    """A LoRA whose B is not zero, so that it changes the model."""
-    pipeline.add_lora(rank=rank, alpha=alpha, dropout=0.0, targets="attention")
-    generator = torch.Generator().manual_seed(5)
-    for parameter in pipeline.trainable_parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-
-
-@pytest.mark.parametrize("fixture", ["sd_path", "sd_v_path"])
-def test_prediction_and_encoding_equal_the_diffusers_pipeline(fixture: str, request: pytest.FixtureRequest) -> None:
-    """One call of the pipeline with guidance off passes exactly our kwargs to the UNet."""
-    path = request.getfixturevalue(fixture)
-    ours, theirs = pipelines.load(path), StableDiffusionPipeline.from_pretrained(str(path))
-    seen = []
-    theirs.unet.register_forward_hook(
-        lambda module, args, kwargs, out: seen.append((*args, kwargs["encoder_hidden_states"], out[0])),
-        with_kwargs=True,
-    )
-    theirs(PROMPTS, num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
-    assert len(seen) == 3
-    for latents, timestep, _, prediction in seen:
-        mine = ours.predict(latents, timestep.expand(3), ours.encode_prompts(PROMPTS))
-        torch.testing.assert_close(mine, prediction, rtol=1e-5, atol=1e-5)
-    assert ours.process.prediction_type == theirs.scheduler.config.prediction_type
-
-
-def test_latents_are_scaled_as_the_checkpoint_says_and_decode_inverts(sd_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    pixels = torch.rand(2, 3, 32, 32)
-    latents = pipeline.encode_pixels(pixels)
-    vae = pipeline.pipe.vae
-    raw = vae.encode(2 * pixels - 1).latent_dist.mode()
-    torch.testing.assert_close(latents, raw * vae.config.scaling_factor)
-    expected = (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(pipeline.decode_latents(latents), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_image_depends_on_its_own_prompt_and_seed_alone(sd_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    together = pipeline.generate(PROMPTS, [1, 2, 3], steps=3, batch_size=3)
-    apart = pipeline.generate(PROMPTS[1:2], [2], steps=3)
-    torch.testing.assert_close(together[1:2], apart, rtol=1e-4, atol=1e-5)
-    assert (together[0] - together[1]).abs().max() > 1e-3
-
-
-def test_generate_equals_plain_diffusers(sd_path: Path) -> None:
-    theirs = StableDiffusionPipeline.from_pretrained(str(sd_path))(
-        "x", num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(9), output_type="pt"
-    ).images
-    assert torch.equal(pipelines.load(sd_path).generate(["x"], [9], steps=4, guidance=3.0), theirs.float())
-
-
-def test_lora_file_loads_in_plain_diffusers_with_the_same_images(sd_path: Path, tmp_path: Path) -> None:
-    trained = pipelines.load(sd_path)
-    base = trained.generate(["x"], [4], steps=3)
-    randomise_lora(trained)
-    expected = trained.generate(["x"], [4], steps=3)
-    assert (expected - base).abs().max() > 1e-3
-    file = trained.save_lora(tmp_path / "lora")
-    plain = StableDiffusionPipeline.from_pretrained(str(sd_path))
-    plain.load_lora_weights(str(file.parent))
-    theirs = plain(
-        "x", num_inference_steps=3, guidance_scale=7.5, negative_prompt="", generator=torch.Generator().manual_seed(4),
-        output_type="pt",
-    ).images  # fmt: skip
-    torch.testing.assert_close(theirs, expected, rtol=0, atol=0)
-    fresh = pipelines.load(sd_path)
-    fresh.load_lora(file)
-    assert torch.equal(fresh.generate(["x"], [4], steps=3), expected)
+from tests.tiny import example, randomise_lora
 
 
 def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(sd_path: Path) -> None:
@@ -100,9 +29,8 @@ def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(sd_path: Path
     randomise_lora(tuned)
     latents, times, conditioning = torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), base.encode_prompts(["a", "b"])
     expected = base.predict(latents, times, conditioning)
-    device = torch.device("cpu")
     for kind in ("adapter_off", "copy", "offloaded_copy"):
-        reference = build_reference(kind, tuned, device, lora=True)
+        reference = build_reference(TrainConfig(reference=kind), tuned)
         out = reference(latents, times, conditioning)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
         assert not out.requires_grad
@@ -118,7 +46,7 @@ def test_adapters_off_is_the_base_model_and_leaves_gradients_alone(sd_path: Path
 
 def test_full_copy_does_not_follow_the_policy(sd_path: Path) -> None:
     tuned = pipelines.load(sd_path)
-    reference = build_reference("auto", tuned, torch.device("cpu"), lora=False)
+    reference = build_reference(TrainConfig(), tuned)
     args = (torch.randn(1, 4, 16, 16), torch.tensor([100]), tuned.encode_prompts(["a"]))
     before = reference(*args)
     with torch.no_grad():
@@ -133,17 +61,6 @@ def test_single_file_checkpoint_loads_as_its_folder_does(sd_path: Path, tmp_path
     loaded = pipelines.load(file, single_file_config=str(sd_path))
     expected = pipelines.load(sd_path).generate(["x"], [1], steps=3)
     torch.testing.assert_close(loaded.generate(["x"], [1], steps=3), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_encoders_can_be_left_out_and_brought_back(sd_path: Path, tmp_path: Path) -> None:
-    pipeline = pipelines.load(sd_path, encoders=False)
-    assert not pipeline.has_encoders and pipeline.default_size == (32, 32)
-    with pytest.raises(PipelineError, match="without its encoders"):
-        pipeline.save(tmp_path / "no")
-    pipeline.load_encoders()
-    pipeline.save(tmp_path / "yes")
-    expected = pipelines.load(sd_path).generate(["x"], [1], steps=2)
-    assert torch.equal(pipelines.load(tmp_path / "yes").generate(["x"], [1], steps=2), expected)
 
 
 def test_fingerprint_is_of_the_encoders_not_of_the_denoiser(sd_path: Path, tmp_path: Path) -> None:
@@ -199,7 +116,7 @@ def test_fingerprint_of_a_hub_model_fetches_its_encoders_alone(sd_path: Path, mo
     monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda *_, **__: str(sd_path / "model_index.json"))
     monkeypatch.setattr(pipeline_utils, "snapshot_download", snapshot)
     index = json.loads((sd_path / "model_index.json").read_text())
-    monkeypatch.setattr(importlib.import_module("pipelines.load"), "_model_index", lambda *_: index)
+    monkeypatch.setattr(pipeline_utils.DiffusionPipeline, "load_config", lambda *_, **__: index)
     assert pipelines.encoder_fingerprint("fox/sd", variant="fp16") == pipelines.encoder_fingerprint(sd_path)
     weights = sorted(file for file in asked if file.endswith(".safetensors"))
     assert weights == ["text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"]
@@ -225,7 +142,7 @@ def damaged(sd_path: Path, tmp_path: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("family", "'KandinskyPipeline' are not known.*StableDiffusionPipeline"),
+        ("family", "'KandinskyPipeline' are not supported.*StableDiffusionPipeline"),
         ("component", "lacks its component 'unet'"),
         ("index", "no model_index.json"),
         ("weights", "could not be loaded"),
@@ -250,16 +167,64 @@ def test_wrong_paths_sizes_and_options_say_what_is_expected(sd_path: Path, tmp_p
         pipeline.set_attention("flash")
     with pytest.raises(PipelineError, match="needs a CUDA GPU"):
         pipeline.set_attention("xformers")
-    with pytest.raises(PipelineError, match="'to_x' matches no module"):
-        pipeline.lora_targets(["to_q", "to_x"])
-    with pytest.raises(PipelineError, match=r"unknown LoRA targets 'everything'. Choices for sd: all, attention"):
-        pipeline.lora_targets("everything")
-    with pytest.raises(PipelineError, match="2 prompts but 1 seeds"):
-        pipeline.generate(["a", "b"], [1])
 
 
-def test_images_that_are_not_finite_are_refused_with_prompt_and_seed(sd_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    torch.nn.init.constant_(pipeline.denoiser.conv_out.bias, math.nan)
-    with pytest.raises(PipelineError, match=r"2 of 2 images are not finite, as prompt 'a' with seed 5\."):
-        pipeline.generate(["a", "b"], [5, 6], steps=1)
+@pytest.mark.parametrize("name", [*FAMILIES, "wan-experts"])
+def test_without_encoders_a_pipeline_predicts_the_same_and_knows_its_sizes(
+    name: str, path: Callable[[str], Path], shared: Callable[[str], TrainablePipeline], tmp_path: Path
+) -> None:
+    whole, bare = shared(name), pipelines.load(path(name), encoders=False)
+    assert not bare.has_encoders and list(bare.modules()) == [whole.denoiser_name]
+    inputs = example(whole)
+    with torch.no_grad():
+        assert torch.equal(bare.predict(*inputs), whole.predict(*inputs))
+    assert bare.default_size == whole.default_size and bare.default_frames == whole.default_frames
+    bare.check_size(*bare.default_size, bare.default_frames)
+    with pytest.raises(PipelineError, match=r"do not fit .* both sides must be multiples of"):
+        bare.check_size(whole.default_size[0] + 1, whole.default_size[1], whole.default_frames)
+    denoiser = bare.denoiser
+    bare.load_encoders()
+    assert bare.has_encoders and bare.denoiser is denoiser and bare.modules().keys() == whole.modules().keys()
+    bare.drop_encoders()
+    assert not bare.has_encoders and bare.denoiser is denoiser
+    with pytest.raises(PipelineError, match="without its encoders"):
+        bare.save(tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_missing_component_is_named_before_anything_loads(
+    name: str, path: Callable[[str], Path], tmp_path: Path
+) -> None:
+    family = pipelines.FAMILIES[name]
+    for component in (family.denoiser_name, "scheduler", "vae", "text_encoder", "tokenizer"):
+        broken = tmp_path / component
+        shutil.copytree(path(name), broken, ignore=lambda _, names, gone=component: [n for n in names if n == gone])
+        with pytest.raises(PipelineError, match=f"lacks its component '{component}': there is no such folder"):
+            pipelines.load(broken)
+        index = json.loads((broken / "model_index.json").read_text())
+        del index[component]
+        (broken / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(PipelineError, match=f"lacks its component '{component}': model_index.json has none"):
+            pipelines.load(broken)
+
+
+def test_a_file_with_the_denoiser_alone_takes_the_rest_from_its_configuration(
+    path: Callable[[str], Path], shared: Callable[[str], TrainablePipeline], tmp_path: Path
+) -> None:
+    whole = shared("ltx")
+    theirs = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    weights = {}
+    for key, value in whole.denoiser.state_dict().items():
+        for ours, name in theirs.items():
+            key = key.replace(ours, name)
+        weights[f"model.diffusion_model.{key}"] = value * 1.5
+    file = tmp_path / "ltx.safetensors"
+    save_file(weights, file)
+    loaded = pipelines.load(file, single_file_config=str(path("ltx")))
+    for key, value in whole.denoiser.state_dict().items():
+        assert torch.equal(loaded.denoiser.state_dict()[key], value * 1.5)
+    inputs = example(loaded)
+    for key, value in whole.encode_prompts(["a red circle", "two blue squares"]).items():
+        assert torch.equal(inputs[2][key], value)
+    clip = torch.zeros(1, 1, 3, 64, 64)
+    assert torch.equal(loaded.encode_pixels(clip), whole.encode_pixels(clip))

@@ -1,4 +1,4 @@
-"""Each image's own size and crop, from the file to the model that is told them (SDXL)."""
+"""Micro-conditioning: each image's size and crop, from the file to SDXL."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tests.runs import image, run_values
 from tests.tiny import tiny_sdxl
 
 CPU = torch.device("cpu")
-# (height, width) of three images of one prompt, and what is told of them at 8 x 8, best first
+# (height, width) of three images of one prompt, and their time ids at 8 x 8
 SIZES = {"a.png": (8, 16), "b.png": (12, 8), "c.png": (16, 16)}
-TOLD = {"a.png": [8, 16, 0, 4, 8, 8], "b.png": [12, 8, 2, 0, 8, 8], "c.png": [16, 16, 0, 0, 8, 8]}
+TIME_IDS = {"a.png": [8, 16, 0, 4, 8, 8], "b.png": [12, 8, 2, 0, 8, 8], "c.png": [16, 16, 0, 0, 8, 8]}
 
 
 class Sized(StandIn):
@@ -66,7 +66,7 @@ def first_batch(source: PreferenceDataset) -> Batch:
     return source.to_batch(next(islice(loader, 1)), CPU)
 
 
-def test_the_crop_is_told_in_pixels_of_the_scaled_image() -> None:
+def test_the_crop_is_in_pixels_of_the_scaled_image() -> None:
     """800 x 600 covers 512 x 512 at 512/600: 682.67 x 512, of which (682.67 - 512) / 2 = 85.3 are cut on the left;
     50 x 100 is enlarged by 64/50 to 64 x 128, of which 32 rows are cut above; 500 x 1000 fits 128 x 256 as a whole."""
     assert time_ids((600, 800), 512, 512) == [600, 800, 0, 85, 512, 512]
@@ -74,14 +74,14 @@ def test_the_crop_is_told_in_pixels_of_the_scaled_image() -> None:
     assert time_ids((1000, 500), 256, 128) == [1000, 500, 0, 0, 256, 128]
 
 
-def test_what_is_told_is_what_is_cut() -> None:
+def test_time_ids_describe_the_crop() -> None:
     whole = image(3, 12).resize((20, 12))
     _, _, top, left, height, width = time_ids((12, 20), 12, 12)
     cut = whole.crop((left, top, left + width, top + height))
     assert torch.equal(to_pixels(whole, 12, 12), to_pixels(cut, 12, 12))
 
 
-def test_a_turned_image_counts_as_it_is_seen(tmp_path: Path) -> None:
+def test_a_rotated_image_has_its_upright_size(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying down
     Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
@@ -91,9 +91,9 @@ def test_a_turned_image_counts_as_it_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_cache_and_live_encoding_tell_the_same(tmp_path: Path, cache: bool) -> None:
+def test_cache_and_on_the_fly_give_the_same_sizes(tmp_path: Path, cache: bool) -> None:
     data = write_rankings(tmp_path)
-    order = [TOLD[name] for name in ("c.png", "a.png", "b.png")]
+    order = [TIME_IDS[name] for name in ("c.png", "a.png", "b.png")]
     every = first_batch(opened(tmp_path, data, Requirements(lists=True), cache=cache))
     assert every.sizes is not None and every.sizes.dtype == torch.float32 and every.sizes.tolist() == [order, order]
     pair = first_batch(opened(tmp_path, data, Requirements(candidates=2), cache=cache))
@@ -102,7 +102,7 @@ def test_cache_and_live_encoding_tell_the_same(tmp_path: Path, cache: bool) -> N
 
 
 def sized_batch(groups: int = 3, k: int = 2) -> Batch:
-    """Candidate n has latents of n throughout, and is told a size of n; so either is known by the other."""
+    """Candidate n has latents of n throughout, and a size of n, so that one identifies the other."""
     number = torch.arange(float(groups * k)).view(groups, k)
 
     def text(*shape: int) -> Conditioning:
@@ -133,14 +133,14 @@ class Noiseless(RectifiedFlow):
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_every_objective_tells_each_candidate_its_own(name: str) -> None:
+def test_every_objective_passes_each_candidate_its_own_size(name: str) -> None:
     calls = []
     scale = torch.ones((), requires_grad=True)
 
     def model(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        told = conditioning["time_ids"]
-        assert told.shape == (len(noisy), 6)
-        assert torch.equal(told[:, 0], noisy.mean((1, 2, 3)).round())
+        sizes = conditioning["time_ids"]
+        assert sizes.shape == (len(noisy), 6)
+        assert torch.equal(sizes[:, 0], noisy.mean((1, 2, 3)).round())
         calls.append(len(noisy))
         return 1e-4 * noisy * scale * conditioning["embeds"].mean()  # little, as inversion follows it
 
@@ -167,8 +167,8 @@ def test_the_empty_prompt_keeps_the_images_sizes() -> None:
     batch = replace(sized_batch(), captions=None)
     conditioning = candidates_conditioning(batch)
     guided(model, conditioning, batch.empty, 3.0)(batch.latents.flatten(0, 1), torch.zeros(6))
-    assert len(seen) == 2 and all(torch.equal(told["time_ids"], conditioning["time_ids"]) for told in seen)
-    assert sorted(float(told["embeds"].abs().sum()) == 0 for told in seen) == [False, True]
+    assert len(seen) == 2 and all(torch.equal(each["time_ids"], conditioning["time_ids"]) for each in seen)
+    assert sorted(float(each["embeds"].abs().sum()) == 0 for each in seen) == [False, True]
     assert batch.empty is not None
     dropped = drop_captions(batch, batch.empty, SampleRNG(0, batch.keys, Noiseless()), 1.0)
     assert dropped.conditioning["embeds"].abs().sum() == 0
@@ -185,19 +185,19 @@ def test_one_image_under_two_texts_and_against_others_keeps_its_size() -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_run_tells_sdxl_the_sizes(cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_passes_the_sizes_to_sdxl(cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 32 x 32, 8 x 16 is enlarged by 4 to 32 x 64: 16 columns are cut; 12 x 8 to 48 x 32: 8 rows are cut."""
-    told: list[list[float]] = []
+    time_ids_seen: list[list[float]] = []
     predict = StableDiffusionXL.predict
 
     def spied(self: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: Any = None) -> Tensor:
-        told.extend(conditioning["time_ids"].tolist())
+        time_ids_seen.extend(conditioning["time_ids"].tolist())
         return predict(self, noisy, timesteps, conditioning, denoiser)
 
     monkeypatch.setattr(StableDiffusionXL, "predict", spied)
     changes = {"data__cache": cache, "train__steps": 2, "objective": {"name": "rankdpo"}}
     values = run_values(tiny_sdxl(tmp_path / "sdxl"), write_rankings(tmp_path), tmp_path / "run", **changes)
     assert align(values, progress=False).steps == 2
-    assert {tuple(row) for row in told} == {
+    assert {tuple(row) for row in time_ids_seen} == {
         (8, 16, 0, 16, 32, 32), (12, 8, 8, 0, 32, 32), (16, 16, 0, 0, 32, 32)
     }  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from itertools import islice
@@ -15,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 import pipelines
@@ -34,7 +31,7 @@ from t2i_align.inference.generate import generate, sample
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, write_jsonl
 from tests.runs import image, jsonl_pairs, run_values
-from tests.tiny import tiny_wan
+from tests.tiny import randomise_lora, tiny_wan
 
 FRAMES, RATE = 9, 16
 CPU = torch.device("cpu")
@@ -106,7 +103,7 @@ def skipped(folder: Path) -> list[dict[str, str]]:
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def test_cache_and_live_encoding_give_the_same_clips_one_by_one(clips: Path, tmp_path: Path) -> None:
+def test_cache_and_on_the_fly_encode_the_same_clips_one_by_one(clips: Path, tmp_path: Path) -> None:
     cached, live = Clips(), Clips()
     one = first_batch(opened(tmp_path, clips, cached))
     other = first_batch(opened(tmp_path, clips, live, cache=False))
@@ -118,7 +115,7 @@ def test_cache_and_live_encoding_give_the_same_clips_one_by_one(clips: Path, tmp
     assert torch.equal(other.latents[number, 0], Clips().encode_pixels(clean)[0])
 
 
-def test_clips_that_cannot_be_used_are_written_down(tmp_path: Path) -> None:
+def test_unusable_clips_are_skipped_with_a_reason(tmp_path: Path) -> None:
     for number in range(2):
         save_clip(moving_clip(number), tmp_path / f"{number}.gif", RATE)
         save_clip(moving_clip(number, frames=5), tmp_path / f"short{number}.gif", RATE)
@@ -193,31 +190,6 @@ def test_images_and_clips_do_not_mix(wan_path: Path, sd_path: Path, clips: Path,
         assert not (tmp_path / "run").exists()
 
 
-def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("trained", ["lora", "model"])
-def test_a_run_on_clips_resumes_exactly(trained: str, wan_path: Path, clips: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train__batch_size": 2, "data__cache": trained == "lora"}
-    if trained == "model":
-        changes |= {"lora": None, "optim__lr": 1e-5}
-    whole = align(run_values(wan_path, clips, tmp_path / "whole", **changes), progress=False)
-    align(run_values(wan_path, clips, tmp_path / "parts", **changes, train__steps=2), progress=False)
-    parts = align(run_values(wan_path, clips, tmp_path / "parts", **changes, resume=True), progress=False)
-    found = losses(tmp_path / "whole")
-    assert len(found) == 4 and found[0] == pytest.approx(math.log(2), abs=1e-6) and found == losses(tmp_path / "parts")
-    if trained == "lora":
-        one, other = load_file(whole.weights), load_file(parts.weights)
-        assert all(torch.equal(one[name], other[name]) for name in one)
-        plain = WanPipeline.from_pretrained(str(wan_path))
-        plain.load_lora_weights(str(whole.weights))
-    else:
-        plain = WanPipeline.from_pretrained(str(whole.weights))
-        one, base = plain.transformer.state_dict(), pipelines.load(wan_path).denoiser.state_dict()
-        assert any(not torch.equal(one[name], base[name]) for name in base)
-
-
 def test_the_timestep_shift_reaches_training(
     wan_path: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +210,7 @@ def test_the_timestep_shift_reaches_training(
     torch.testing.assert_close(own, 3 * one / (1 + 2 * one))
 
 
-def test_low_noise_expert_and_bf16_encoders_are_the_configurations(clips: Path, tmp_path: Path) -> None:
+def test_low_noise_expert_and_bf16_encoders_come_from_the_configuration(clips: Path, tmp_path: Path) -> None:
     model = tiny_wan(tmp_path / "experts", experts=True)
     changes = {"train__steps": 1, "train__batch_size": 2, "model__expert": "low", "train__precision": "bf16"}
     result = align(run_values(model, clips, tmp_path / "run", **changes), progress=False)
@@ -270,10 +242,7 @@ class Brightness(Scorer):
 def changed_wan(path: Path, folder: Path) -> Path:
     """A LoRA that changes every clip."""
     pipeline = pipelines.load(path)
-    pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
-    torch.manual_seed(0)
-    for parameter in pipeline.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=1.0)
+    randomise_lora(pipeline)
     return pipeline.save_lora(folder)
 
 
@@ -315,7 +284,7 @@ def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: P
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
 
 
-def test_a_clip_model_is_not_compared_with_a_image_model(
+def test_a_clip_model_is_not_compared_with_an_image_model(
     wan_path: Path, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("t2i_align.evaluation.compare.sample", None)  # it is refused before anything is drawn

@@ -18,13 +18,13 @@ import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
-from t2i_align.config import build
 from t2i_align.data.spec import split as data_split
 from t2i_align.errors import UserError
 from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
 from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
+from t2i_align.utils.settings import build
 from tests.reward_scorers.test_towers import write_hf_clip
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
@@ -67,7 +67,7 @@ def run_of(output: Path, source: Path, model: str, **more: Any) -> ScorerRun:
     }
     for key, value in more.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
-    return build(ScorerRun, values, where="")
+    return build(ScorerRun, values)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "linear"])
@@ -186,13 +186,13 @@ def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path
 def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, tmp_path: Path) -> None:
     warm = source / "warm.jsonl"
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"loss": "dpo"}, "loss must be one of pickscore, hpsv2, imagereward, btt, found 'dpo'"),
-        ({"tune": "most"}, "unknown value for tune: 'most'"),
+        ({"loss": "dpo"}, "unknown loss 'dpo'"),
+        ({"tune": "most"}, "tune must be .*, found 'most'"),
         ({"model": "clip:ViT-B-32:openai"}, "model must be hf-clip:"),
-        ({"data": {"holdout_prompts": 1.0}}, r"data.holdout_prompts must be in \[0, 1\)"),
-        ({"train": {"steps": 0}}, "train.steps must be at least 1"),
-        ({"pal": {"prototypes": 0}}, "pal.prototypes must be at least 1"),
-        ({"data": {"pth": "x"}}, "unknown key in data 'pth'"),
+        ({"data": {"holdout_prompts": 1.0}}, r"data.holdout_prompts must be a number in \[0, 1\)"),
+        ({"train": {"steps": 0}}, "train.steps must be a whole number of at least 1"),
+        ({"pal": {"prototypes": 0}}, "pal.prototypes must be a whole number of at least 1"),
+        ({"data": {"pth": "x"}}, "data.pth: unknown key"),
     ]
     for change, match in cases:
         with pytest.raises(UserError, match=match):
@@ -212,10 +212,10 @@ def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, 
         train_scorer(run_of(tmp_path / "bad4", ties, clip, tune="pal"), progress=False)
     run = run_of(tmp_path / "good", warm, clip, tune="linear")
     train_scorer(run, progress=False)
-    with pytest.raises(UserError, match="holds a run already; resume=true continues it"):
+    with pytest.raises(UserError, match=r"holds a run already .*resume=true"):
         train_scorer(run, progress=False)
     other = dataclasses.replace(run, loss="hpsv2", resume=True)
-    with pytest.raises(UserError, match="loss: there 'pickscore', here 'hpsv2'"):
+    with pytest.raises(UserError, match="loss is 'pickscore' there, 'hpsv2' here"):
         train_scorer(other, progress=False)
     with pytest.raises(UserError, match="only PAL has users"):
         train_scorer(run_of(tmp_path / "u", warm, str(tmp_path / "good"), tune="users"), progress=False)
@@ -249,7 +249,7 @@ def test_the_command(clip: str, source: Path, tmp_path: Path, capsys: pytest.Cap
     told = capsys.readouterr().out
     assert "new prompts" in told and f"the scorer is trained:{tmp_path / 'run' / 'scorer'}" in told
     assert cli.main(["train-scorer", str(tmp_path / "run.yaml"), "train.stesp=3"]) == 2
-    assert "unknown key in train 'stesp'. Did you mean 'steps'" in capsys.readouterr().err
+    assert "train.stesp: unknown key. Did you mean 'steps'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -140,7 +140,7 @@ def test_too_little_memory_and_no_such_device_are_named(images: Path) -> None:
         def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"2 images at a time; lower batch_size \(--batch-size\)"):
+    with pytest.raises(UserError, match=r"CUDA out of memory at batch size 2; lower batch_size \(--batch-size\)"):
         run(images, Huge())
     with pytest.raises(UserError, match="device 'cdua' cannot be used: "):
         score(images, [Red()], device="cdua", progress=False)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from t2i_align.testbed.captions import FAULTS, CaptionError, corrupt, describe, write
-from t2i_align.testbed.oracle import ATTRIBUTES, Oracle
+from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import DEGRADATIONS, degrade, render, sample_scene, to_uint8
 
 NUMBER = 300
@@ -48,9 +48,9 @@ def test_a_planted_fault_lowers_its_attribute_alone(world, fault):
     assert (verdict.faithfulness < 1).all() and (verdict.strict == 0).all()
     # Exchanged colours: the shapes stay where the caption says, so the colours are what is wrong.
     target = "colour" if fault == "exchange" else fault
-    lowered = {name: np.nan_to_num(verdict.attributes[name], nan=1.0) < 1 for name in ATTRIBUTES}
+    lowered = {name: np.nan_to_num(verdict.attributes[name], nan=1.0) < 1 for name in Oracle.attributes}
     assert lowered[target].mean() >= 0.99
-    for name in ATTRIBUTES:
+    for name in Oracle.attributes:
         if name != target:
             assert lowered[name].mean() <= 0.01, name
 
@@ -60,7 +60,7 @@ def test_a_stray_object_spoils_the_count_alone(world):
     scenes = [sample_scene(rng, stray=True) for _ in range(100)]
     verdict = judge([render(s) for s in scenes], [write(describe(s, rng), rng) for s in scenes])
     assert (verdict.attributes["count"] == 0).mean() >= 0.99
-    for name in ATTRIBUTES:
+    for name in Oracle.attributes:
         if name != "count":
             assert np.nanmean(verdict.attributes[name]) >= 0.99, name
 

@@ -6,13 +6,12 @@ import torch
 
 from reward_scorers import ScorerError
 from t2i_align.data.media import load_clip, save_clip
-from t2i_align.inference.resolve import build_scorers
+from t2i_align.inference.scorers import build_scorers
 from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import CaptionError
-from t2i_align.testbed.prompts import split_of
-from t2i_align.testbed.scenes import DEGRADATIONS, SIDE, degrade
-from t2i_align.testbed.video.captions import FAULTS, corrupt, describe, parse, write
-from t2i_align.testbed.video.motion import (
+from t2i_align.testbed.clip_captions import FAULTS, corrupt, describe, parse, write
+from t2i_align.testbed.clip_oracle import ClipOracle
+from t2i_align.testbed.clips import (
     DIRECTIONS,
     FRAMES,
     PATHS,
@@ -25,7 +24,8 @@ from t2i_align.testbed.video.motion import (
     spoil,
     to_clip,
 )
-from t2i_align.testbed.video.oracle import MotionOracle
+from t2i_align.testbed.prompts import split_of
+from t2i_align.testbed.scenes import DEGRADATIONS, SIDE, degrade
 
 
 def pixels_of(clips):
@@ -39,7 +39,7 @@ def world():
     clips = [sample_clip(rng) for _ in range(40)]
     statements = [describe(clip, rng) for clip in clips]
     texts = [write(statement, rng) for statement in statements]
-    verdict = MotionOracle().judge(pixels_of([to_clip(clip.scenes, rng) for clip in clips]), texts)
+    verdict = ClipOracle().judge(pixels_of([to_clip(clip.scenes, rng) for clip in clips]), texts)
     return clips, statements, texts, verdict
 
 
@@ -157,7 +157,7 @@ def test_faults_of_time_lower_the_quality_of_their_frames_alone(world, kind):
         drawn.append(to_clip(scenes, rng))
         segments.append(segment)
     assert sum(len(segment) > 0 for segment in segments) > 30
-    verdict = MotionOracle().judge(pixels_of(drawn), texts)
+    verdict = ClipOracle().judge(pixels_of(drawn), texts)
     np.testing.assert_array_equal(verdict.faithfulness, clean.faithfulness)
     np.testing.assert_allclose(verdict.image, clean.image, atol=0.1)
     for quality, segment in zip(verdict.frames, segments, strict=True):
@@ -173,7 +173,7 @@ def test_faults_of_images_lower_their_quality_alone(world, how):
         np.stack([degrade(frame, np.random.default_rng(i), how) for frame in render_clip(clip.scenes)]).clip(0, 1)
         for i, clip in enumerate(clips[:12])
     ]
-    verdict = MotionOracle().judge(torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3), texts[:12])
+    verdict = ClipOracle().judge(torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3), texts[:12])
     assert (verdict.quality < clean.quality[:12] - 0.1).all()
     assert verdict.temporal.mean() > 0.97
     assert (verdict.faithfulness == clean.faithfulness[:12]).mean() > 0.9
@@ -185,7 +185,7 @@ def test_a_wrong_caption_fails_in_that_attribute_alone(world, fault):
     rng = np.random.default_rng(5)
     wrong = [(clip, bad) for clip, s in zip(clips, statements, strict=True) if (bad := corrupt(s, fault, rng))][:12]
     pixels = pixels_of([to_clip(clip.scenes, rng) for clip, _ in wrong])
-    verdict = MotionOracle().judge(pixels, [write(bad, rng) for _, bad in wrong])
+    verdict = ClipOracle().judge(pixels, [write(bad, rng) for _, bad in wrong])
     for name, values in verdict.attributes.items():
         stated = values[~np.isnan(values)]
         # Of two objects only the one that moves is described wrongly: half of the attribute holds.
@@ -196,10 +196,10 @@ def test_a_wrong_caption_fails_in_that_attribute_alone(world, fault):
 def test_what_the_oracle_cannot_judge_is_an_error():
     text = ["a red circle moving to the left"]
     with pytest.raises(ValueError, match="5 frames or more"):
-        MotionOracle().judge(torch.zeros(1, 4, 3, 64, 64), text)
+        ClipOracle().judge(torch.zeros(1, 4, 3, 64, 64), text)
     with pytest.raises(ValueError, match="2 clips but 1 prompts"):
-        MotionOracle().judge(torch.zeros(2, 9, 3, 64, 64), text)
-    verdict = MotionOracle().judge(torch.ones(1, 9, 3, 64, 64), text)
+        ClipOracle().judge(torch.zeros(2, 9, 3, 64, 64), text)
+    verdict = ClipOracle().judge(torch.ones(1, 9, 3, 64, 64), text)
     assert verdict.faithfulness == 0 and verdict.quality == 0
 
 

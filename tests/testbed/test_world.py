@@ -16,8 +16,9 @@ from t2i_align.testbed.captions import (
     parse,
     write,
 )
-from t2i_align.testbed.prompts import SIZES, make_prompts, split_of
+from t2i_align.testbed.prompts import make_prompts, split_of
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, KINDS, degrade, relation_between, render, sample_scene
+from t2i_align.testbed.world import IMAGES
 
 
 def test_render_draws_the_colour_on_the_background():
@@ -128,13 +129,13 @@ def test_corruption_changes_the_meaning(fault):
 
 
 def test_splits_are_disjoint_in_meaning_and_match_the_files():
-    meanings = {split: {parse(p).canonical() for p in split_prompts(split)} for split in SIZES}
-    for split, number in SIZES.items():
+    meanings = {split: {parse(p).canonical() for p in split_prompts(split)} for split in IMAGES.sizes}
+    for split, number in IMAGES.sizes.items():
         assert len(meanings[split]) == number == len(split_prompts(split))
         assert all(split_of(statement) == split for statement in meanings[split])
     assert not meanings["train"] & meanings["test"] and not meanings["dev"] & meanings["test"]
-    assert split_prompts("dev")[:20] == make_prompts("dev", 20)
-    assert split_prompts("test")[:20] == make_prompts("test", 20)
+    assert split_prompts("dev")[:20] == make_prompts(IMAGES, "dev", 20)
+    assert split_prompts("test")[:20] == make_prompts(IMAGES, "test", 20)
 
 
 def test_scenes_drawn_for_a_statement_make_it_true():

@@ -14,13 +14,13 @@ import reward_scorers
 from t2i_align.testbed import base_path
 from t2i_align.testbed.captions import draw_image, draw_wrong, parse, write
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.prompts import split_of
+from t2i_align.testbed.prompts import draw_statement, split_of
 from t2i_align.testbed.scenes import Object, Scene
+from t2i_align.testbed.world import IMAGES
 from tools.testbed.clip import (
     LookHeads,
     build_clip,
     contrastive_loss,
-    draw_statement,
     main,
     to_input,
 )
@@ -40,7 +40,7 @@ def test_statements_are_of_the_train_split_and_wrong_images_are_wrong() -> None:
     rng = np.random.default_rng(0)
     oracle = Oracle()
     for _ in range(20):
-        statement = draw_statement(rng)
+        statement = draw_statement(IMAGES, rng)
         assert split_of(statement) == "train"
         caption = write(statement, rng)
         assert split_of(parse(caption)) == "train"
@@ -64,7 +64,7 @@ def test_the_loss_of_a_model_that_knows_nothing() -> None:
     with torch.no_grad():
         model.visual_projection.weight.zero_()
     rng = np.random.default_rng(0)
-    pixels = to_input([draw_image(draw_statement(rng), rng) for _ in range(8)])
+    pixels = to_input([draw_image(draw_statement(IMAGES, rng), rng) for _ in range(8)])
     ids = WordEncoder(build_tokenizer())(["a red circle"] * 4)
     assert contrastive_loss(model, pixels, ids).item() == pytest.approx((math.log(8) + math.log(4)) / 2, abs=1e-5)
 

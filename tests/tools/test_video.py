@@ -9,7 +9,7 @@ import torch
 import pipelines
 from t2i_align.data.readers import read
 from t2i_align.testbed import base_path, prompts
-from t2i_align.testbed.video.captions import parse, words
+from t2i_align.testbed.clip_captions import parse, words
 from tools.testbed.__main__ import main
 from tools.testbed.loop import LoopConfig, fit
 from tools.testbed.muon import Muon, orthogonal

@@ -23,8 +23,8 @@ from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
-from t2i_align.training import checkpoint, trainer
-from t2i_align.training.divergence import Diverged, change, check_finite, check_winners, copies
+from t2i_align.training import checkpoint, loop
+from t2i_align.training.monitor import Diverged, change, check_finite, check_winners, copies
 from tests.runs import jsonl_pairs, run_values
 
 SPOILING = 0.1  # a learning rate at which all the tiny model's weights are soon useless, and a half or a quarter is not
@@ -90,7 +90,7 @@ def test_update_norm_is_the_way_of_the_logged_step_and_costs_the_others_nothing(
     sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(trainer, "copies", lambda parameters: calls.append(1) or copies(parameters))
+    monkeypatch.setattr(loop, "copies", lambda parameters: calls.append(1) or copies(parameters))
     values = run_values(sd_path, pairs, tmp_path / "run", train__steps=6, log__every=2, log__checkpoint_every=1)
     values["log"]["keep_checkpoints"] = 10
     align(values, progress=False)

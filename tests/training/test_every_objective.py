@@ -15,7 +15,7 @@ import pipelines
 from t2i_align import align
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import sample
-from t2i_align.inference.resolve import adapter_on, resolve_aligned
+from t2i_align.inference.models import adapter_on, resolve_aligned
 from t2i_align.objectives import OBJECTIVES
 from tests.runs import image, run_values
 
@@ -80,7 +80,7 @@ def test_soft_tokens_are_trained_alone_saved_and_found(sd_path: Path, rankings: 
     [
         ({"soft_tokens": {"count": 2}, "objective": {"name": "softrepa"}}, "alternatives: with soft_tokens, set lora"),
         ({"soft_tokens": {"count": 2}, "lora": None}, "objectives without a reference; diffusion_dpo has one"),
-        ({"soft_tokens": {"count": 0}}, "soft_tokens.count must be at least 1"),
+        ({"soft_tokens": {"count": 0}}, "soft_tokens.count must be a whole number of at least 1"),
         (
             {"objective": {"name": "ncp_dpo"}, "train__reference_update": {"every": 2}},
             "ncp_dpo compares in the features of the model before training",

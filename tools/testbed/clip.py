@@ -24,9 +24,10 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, get_linear_schedule_with_warmup
 
 from t2i_align.testbed import base_path
-from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, spoil, write
-from t2i_align.testbed.prompts import split_of
-from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, render, sample_scene, signed_distance
+from t2i_align.testbed.captions import draw_for, draw_image, draw_wrong, write
+from t2i_align.testbed.prompts import draw_statement
+from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, maybe_degrade, render, signed_distance
+from t2i_align.testbed.world import IMAGES
 from tools.testbed.muon import Muon
 from tools.testbed.text import WordEncoder, build_tokenizer
 
@@ -60,14 +61,6 @@ def save_clip(model: CLIPModel, folder: Path) -> None:
     }
     settings |= {"image_mean": MEAN, "image_std": STD, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def draw_statement(rng: np.random.Generator) -> Statement:
-    """A random statement of the train split."""
-    while True:
-        statement = describe(sample_scene(rng), rng, p_size=0.6, p_background=0.8)
-        if split_of(statement) == "train":
-            return statement
 
 
 def to_input(images: list[np.ndarray]) -> Tensor:
@@ -123,12 +116,12 @@ def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLI
     model, words, heads = build_clip(seed), WordEncoder(build_tokenizer()), LookHeads()
 
     def see(rng: np.random.Generator) -> Tensor:
-        scenes = [draw_for(draw_statement(rng), rng) for _ in range(batch)]
-        images = to_input([spoil(render(scene), rng, SPOILT) for scene in scenes])
+        scenes = [draw_for(draw_statement(IMAGES, rng), rng) for _ in range(batch)]
+        images = to_input([maybe_degrade(render(scene), rng, SPOILT) for scene in scenes])
         return heads.loss(model.vision_model(pixel_values=images).last_hidden_state[:, 1:], scenes)
 
     def match(rng: np.random.Generator) -> Tensor:
-        statements = [draw_statement(rng) for _ in range(batch)]
+        statements = [draw_statement(IMAGES, rng) for _ in range(batch)]
         images = [draw_image(s, rng, SPOILT) for s in statements]
         images += [draw_image(draw_wrong(s, rng), rng, SPOILT) for s in statements]
         return contrastive_loss(model, to_input(images), words([write(s, rng) for s in statements]))

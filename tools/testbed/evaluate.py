@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 import pipelines
+from t2i_align.testbed.clip_oracle import ClipOracle, ClipVerdict
 from t2i_align.testbed.oracle import Oracle, Verdict
-from t2i_align.testbed.prompts import SIZES, prompts
-from t2i_align.testbed.video.oracle import ClipVerdict, MotionOracle
+from t2i_align.testbed.prompts import SPLITS, prompts
 from tools.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 
 
@@ -55,14 +55,14 @@ def evaluate(
     clips = samples.ndim == 5
     if image is not None and len(samples) >= 16:
         grid(samples.flatten(0, 1), 2 * samples.shape[1]).save(image) if clips else grid(samples).save(image)
-    return MotionOracle().judge(samples, captions) if clips else Oracle().judge(samples, captions)
+    return ClipOracle().judge(samples, captions) if clips else Oracle().judge(samples, captions)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the oracle's means over a split as JSON."""
     p = argparse.ArgumentParser(prog="python -m tools.testbed evaluate", description=__doc__)
     p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or another base")
-    p.add_argument("--split", choices=list(SIZES), default="dev")
+    p.add_argument("--split", choices=SPLITS, default="dev")
     p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")
     p.add_argument("--steps", type=int, default=STEPS)
     p.add_argument("--guidance", type=float, default=GUIDANCE)

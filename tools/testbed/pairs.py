@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
+from t2i_align.testbed.clip_oracle import ClipVerdict
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.video.oracle import ClipVerdict
 from tools.testbed.sampling import GUIDANCE, load, model_folder, sample
 
 _TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()

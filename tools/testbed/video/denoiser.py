@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5EncoderModel
 
 from pipelines import RectifiedFlow
+from t2i_align.testbed import clip_captions as captions
+from t2i_align.testbed.clips import FRAMES, Clip
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.video import captions
-from t2i_align.testbed.video.motion import FRAMES, Clip
 from tools.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
 from tools.testbed.loop import LoopConfig, fit
 from tools.testbed.muon import Muon

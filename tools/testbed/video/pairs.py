@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
+from t2i_align.testbed.clip_oracle import ClipOracle
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.video.oracle import MotionOracle
 from tools.testbed.pairs import PairsConfig, begin, choose, sampling_arguments
 from tools.testbed.sampling import load, sample
 
@@ -29,7 +29,7 @@ PAIRS, CLIPS = "pairs.jsonl", "clips"
 
 def make_pairs(pipeline: Any, captions: Sequence[str], config: PairsConfig, out: Path) -> Iterator[dict[str, object]]:
     """Lines of `PAIRS`, each yielded when its two clips lie under `out`; the oracle sees what is written, 8 bits."""
-    oracle = MotionOracle()
+    oracle = ClipOracle()
     for start in tqdm(range(0, len(captions), config.prompts_per_batch), desc="sampling pairs", unit="batch"):
         some = list(captions[start : start + config.prompts_per_batch])
         repeated = list(itertools.chain.from_iterable([caption] * config.candidates for caption in some))

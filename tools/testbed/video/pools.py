@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from t2i_align.testbed.video.motion import FAULT_RATES, Clip, sample_clip, spoil, to_clip
+from t2i_align.testbed.clips import FAULT_RATES, Clip, sample_clip, spoil, to_clip
 from tools.testbed.pools import Pool, cached_latents
 from tools.testbed.video.vae import encode, normalise
 

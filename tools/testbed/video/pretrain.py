@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import T5Tokenizer
 
+from t2i_align.testbed.clip_captions import words
+from t2i_align.testbed.clips import Clip
 from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.video.captions import words
-from t2i_align.testbed.video.motion import Clip
 from tools.testbed.evaluate import evaluate, summary
 from tools.testbed.pools import Pool
 from tools.testbed.sampling import save

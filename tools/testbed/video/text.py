@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from t2i_align.testbed.clip_captions import ClipStatement, describe, write
+from t2i_align.testbed.clips import PATHS, SPEEDS, Clip
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES
-from t2i_align.testbed.video.captions import ClipStatement, describe, write
-from t2i_align.testbed.video.motion import PATHS, SPEEDS, Clip
 from tools.testbed.text import WIDTH, WORDS
 
 _CHOICES = (list(COLOURS), list(SHAPES), list(RADII), list(PATHS), list(SPEEDS))

@@ -19,8 +19,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 from torch.nn import functional as F
 
+from t2i_align.testbed.clips import FAULT_RATES, FRAMES, sample_clip, spoil, to_clip
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.video.motion import FAULT_RATES, FRAMES, sample_clip, spoil, to_clip
 from tools.testbed.loop import LoopConfig, fit
 from tools.testbed.muon import Muon
 from tools.testbed.vae import spread_to

@@ -11,7 +11,21 @@ import dataclasses
 
 import numpy as np
 
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE, Object, Scene, degrade, render, to_uint8
+from t2i_align.testbed.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RADII,
+    SHAPES,
+    SIDE,
+    Object,
+    Scene,
+    box_gap,
+    choose_other,
+    degrade,
+    fits,
+    render,
+    to_uint8,
+)
 
 FRAMES = 9
 # Pixels a frame along the path; the gap between the ranges keeps the words decidable on generated clips.
@@ -43,8 +57,7 @@ class Mover:
     track: tuple[tuple[float, float], ...]
 
     def at(self, frame: int) -> Object:
-        x, y = self.track[frame]
-        return dataclasses.replace(self.item, x=x, y=y)
+        return self.item.at(*self.track[frame])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,10 @@ class Clip:
         """The frames; the kind of a scene plays no part in drawing."""
         kind = "single" if len(self.movers) == 1 else "pair"
         return [Scene(kind, self.background, tuple(m.at(f) for m in self.movers)) for f in range(FRAMES)]
+
+    def touches(self) -> bool:
+        """Whether its two objects come closer to each other than three pixels."""
+        return len(self.movers) > 1 and any(box_gap(*scene.objects) < 3.0 for scene in self.scenes)
 
 
 def draw_offsets(path: str, speed: float, rng: np.random.Generator) -> np.ndarray:
@@ -93,37 +110,16 @@ def _room(item: Object, offsets: np.ndarray, rng: np.random.Generator, margin: f
         first, last = margin + at - low - along.min(), SIDE - margin - (high - at) - along.max()
         if first > last:
             return None
-        start.append(float(rng.uniform(first, last)))
-    return dataclasses.replace(item, x=start[0], y=start[1])
-
-
-def _apart(a: Object, b: Object, gap: float = 3.0) -> bool:
-    (l1, t1, r1, b1), (l2, t2, r2, b2) = a.box, b.box
-    return max(l2 - r1, l1 - r2, t2 - b1, t1 - b2) >= gap
+        start.append(rng.uniform(first, last))
+    return item.at(*start)
 
 
 def _mover(rng: np.random.Generator, shape: str, colour: str, size: str, path: str, speed: str | None) -> Mover | None:
     offsets = draw_offsets(path, rng.uniform(*SPEEDS[speed]) if speed else 0.0, rng)
-    item = _room(Object(shape, colour, size, 0.0, 0.0, float(rng.uniform(*RADII[size]))), offsets, rng)  # type: ignore[arg-type]
+    item = _room(Object(shape, colour, size, 0.0, 0.0, float(rng.uniform(*RADII[size]))), offsets, rng)
     if item is None:
         return None
     return Mover(item, path, speed, tuple((item.x + float(dx), item.y + float(dy)) for dx, dy in offsets))
-
-
-def compose_clip(rng: np.random.Generator, specs: list[tuple[str, str, str, str, str | None]], background: str) -> Clip:
-    """A clip of movers given as (shape, colour, size, path, speed), placed at random where they never touch.
-
-    Raises:
-        ValueError: no room was found in 200 attempts.
-    """
-    for _ in range(200):
-        movers = [_mover(rng, *spec) for spec in specs]
-        if None in movers:
-            continue
-        clip = Clip(background, tuple(movers))  # type: ignore[arg-type]
-        if len(movers) == 1 or all(_apart(scene.objects[0], scene.objects[1]) for scene in clip.scenes):
-            return clip
-    raise ValueError(f"no room for {specs}")
 
 
 def sample_clip(rng: np.random.Generator) -> Clip:
@@ -134,28 +130,21 @@ def sample_clip(rng: np.random.Generator) -> Clip:
         paths = [str(rng.choice(list(PATHS), p=list(PATHS.values()))), "still"][:number]
         if number == 2 and paths[0] == "still":
             continue
-        specs = [
-            (str(shape), str(colour), str(rng.choice(list(RADII))), path, draw_speed(path, rng))
-            for shape, colour, path in zip(shapes, colours, paths, strict=True)
-        ]
-        try:
-            return compose_clip(rng, specs, str(rng.choice(list(BACKGROUNDS))))
-        except ValueError:  # two large objects and a long path
-            continue
-
-
-def draw_speed(path: str, rng: np.random.Generator) -> str | None:
-    """A random word of speed; None for what stands still."""
-    return None if path == "still" else str(rng.choice(list(SPEEDS)))
-
-
-def render_clip(scenes: list[Scene]) -> np.ndarray:
-    """Draw frames: float32 [F, 64, 64, 3] in [0, 1]."""
-    return np.stack([render(scene) for scene in scenes])
+        specs = []
+        for shape, colour, path in zip(shapes, colours, paths, strict=True):
+            size = str(rng.choice(list(RADII)))
+            speed = None if path == "still" else str(rng.choice(list(SPEEDS)))
+            specs.append((str(shape), str(colour), size, path, speed))
+        background = str(rng.choice(list(BACKGROUNDS)))
+        for _ in range(200):  # two large objects and a long path may never fit
+            movers = [mover for spec in specs if (mover := _mover(rng, *spec))]
+            clip = Clip(background, tuple(movers))
+            if len(movers) == number and not clip.touches():
+                return clip
 
 
 def spoil(clip: Clip, rng: np.random.Generator, kind: str | None = None) -> tuple[list[Scene], range]:
-    """The frames with one fault of time (at random when None) in the mover, and the segment it sits in.
+    """The frames with one fault in time (at random when None) in the mover, and the segment of the fault.
 
     flicker: it has another colour, or the image another background; shape: it has another shape; teleport: it is
     elsewhere. The first frame is never faulty, and at least five of nine are as they should be.
@@ -170,42 +159,34 @@ def spoil(clip: Clip, rng: np.random.Generator, kind: str | None = None) -> tupl
     jump = _jump(clip, segment, rng) if kind in (None, "teleport") else None
     if kind is None:
         kind = str(rng.choice([k for k in TIME_FAULTS if k != "teleport" or jump]))
+    if kind not in TIME_FAULTS:
+        raise ValueError(f"unknown fault {kind!r}; the choices are {', '.join(TIME_FAULTS)}")
+    if kind == "teleport" and jump is None:
+        raise ValueError("no room for a jump")
     background, change = clip.background, {}
     if kind == "flicker" and rng.random() < 0.3:
-        background = _other(rng, list(BACKGROUNDS), background)
+        background = choose_other(rng, BACKGROUNDS, background)
     elif kind == "flicker":
-        change = {"colour": _other(rng, list(COLOURS), *(m.item.colour for m in clip.movers))}
+        change = {"colour": choose_other(rng, COLOURS, *(m.item.colour for m in clip.movers))}
     elif kind == "shape":
-        change = {"shape": _other(rng, list(SHAPES), *(m.item.shape for m in clip.movers))}
-    elif kind != "teleport":
-        raise ValueError(f"unknown fault {kind!r}; the choices are {', '.join(TIME_FAULTS)}")
-    elif jump is None:
-        raise ValueError("no room for a jump")
+        change = {"shape": choose_other(rng, SHAPES, *(m.item.shape for m in clip.movers))}
     dx, dy = jump if kind == "teleport" and jump else (0.0, 0.0)
     for f in segment:
-        item = mover.at(f)
-        item = dataclasses.replace(item, x=item.x + dx, y=item.y + dy, **change)  # type: ignore[arg-type]
+        x, y = mover.track[f]
+        item = dataclasses.replace(mover.item.at(x + dx, y + dy), **change)  # type: ignore[arg-type]
         scenes[f] = dataclasses.replace(scenes[f], background=background, objects=(item, *scenes[f].objects[1:]))
     return scenes, segment
 
 
-def _other(rng: np.random.Generator, choices: list[str], *taken: str) -> str:
-    return str(rng.choice([c for c in choices if c not in taken]))
-
-
 def _jump(clip: Clip, segment: range, rng: np.random.Generator) -> tuple[float, float] | None:
     """An offset to a free place, across the way, so that both jumps are longer than any step; None if none is found."""
-    mover, rest = clip.movers[0], [m.item for m in clip.movers[1:]]
+    mover, others = clip.movers[0], [other.item for other in clip.movers[1:]]
     steps = np.diff(np.array(mover.track), axis=0)
     longest = np.hypot(*steps.T).max()
     for _ in range(200):
         angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(*JUMPS[mover.speed])
         jump = length * np.array([np.cos(angle), np.sin(angle)])
-        there = [
-            dataclasses.replace(mover.at(f), x=mover.track[f][0] + jump[0], y=mover.track[f][1] + jump[1])
-            for f in segment
-        ]
-        if any(min(i.box[:2]) < 1 or max(i.box[2:]) > SIDE - 1 or not all(_apart(i, r) for r in rest) for i in there):
+        if not all(fits(mover.item.at(*(mover.track[f] + jump)), others) for f in segment):
             continue
         back = [steps[segment.stop - 1] - jump] if segment.stop < FRAMES else []
         if min(np.hypot(*step) for step in [steps[segment.start - 1] + jump, *back]) >= longest + 5.0:
@@ -213,7 +194,12 @@ def _jump(clip: Clip, segment: range, rng: np.random.Generator) -> tuple[float, 
     return None
 
 
+def render_clip(scenes: list[Scene]) -> np.ndarray:
+    """Draw frames: float32 [F, 64, 64, 3] in [0, 1]."""
+    return np.stack([render(scene) for scene in scenes])
+
+
 def to_clip(scenes: list[Scene], rng: np.random.Generator, degraded: bool = False) -> np.ndarray:
-    """Frames drawn as uint8 [F, 64, 64, 3], all of them with the same blur, fade or mottle where `degraded`."""
+    """Frames drawn as uint8 [F, 64, 64, 3], all with the same blur, fade or mottle where `degraded`."""
     frames, seed = render_clip(scenes), rng.integers(2**32)
     return to_uint8(np.stack([degrade(f, np.random.default_rng(seed)) for f in frames]) if degraded else frames)

@@ -1,4 +1,4 @@
-"""Follow objects through the frames of a clip and say how they move: the oracle's eyes over time."""
+"""Follow objects through the frames of a clip and name their paths and speeds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from t2i_align.testbed.captions import Phrase
-from t2i_align.testbed.video.motion import DIRECTIONS, SPEEDS
+from t2i_align.testbed.clips import DIRECTIONS, SPEEDS
+from t2i_align.testbed.oracle import likeness
 from t2i_align.testbed.vision import Seen, View
 
-MIN_FRAMES = 5  # with fewer no path can be told
+Track = Sequence[Seen | None]  # an object in every frame; None where it is not seen
+
+MIN_FRAMES = 5  # fewer do not determine a path
 # The geometric mean of the fastest slow and the slowest quick step, in pixels a frame.
 SPEED_THRESHOLD = math.sqrt(SPEEDS["slowly"][1] * SPEEDS["quickly"][0])
-STILL = 3.0  # pixels: what stays within is still; the shortest way of the world spans 4.8
+STILL = 3.0  # pixels: what stays within is still; the shortest path of the world spans 4.8
 JUMP = 3.5  # pixels by which a step exceeds the usual one
-TURNING = 0.05  # area over squared length of the way: a circle's arcs have 0.08 to 0.16, what is straight none
+TURNING = 0.05  # area over squared length of the path: a circle's arcs have 0.08 to 0.16, straight ones 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """How an object moves: names as in motion (None: none of them), and how far frames are off the path [F] (pixels).
+    """How an object moves: names as in `clips` (None: none of them), and how far frames are off the path [F] (pixels).
 
     `jumps` is the distance by which a segment is displaced, `stutter` that by which a frame's steps differ from the
     usual step.
@@ -44,7 +47,7 @@ def follow(views: Sequence[View], phrases: Sequence[Phrase]) -> list[list[Seen |
         seen: list[Seen | None] = [*sorted(view.objects, key=lambda o: -o.radius)[:4], *[None] * len(phrases)]
         chosen = max(
             itertools.permutations(seen, len(phrases)),
-            key=lambda some: sum(map(_likeness, phrases, some, last)),
+            key=lambda items: sum(map(_score, phrases, items, last)),
         )
         for track, item in zip(tracks, chosen, strict=True):
             track.append(item)
@@ -52,17 +55,14 @@ def follow(views: Sequence[View], phrases: Sequence[Phrase]) -> list[list[Seen |
     return tracks
 
 
-def _likeness(phrase: Phrase, item: Seen | None, last: Seen | None) -> float:
+def _score(phrase: Phrase, item: Seen | None, last: Seen | None) -> float:
     if item is None:
         return 0.0
     near = math.exp(-math.hypot(item.x - last.x, item.y - last.y) / 10.0) if last else 0.0
-    looks = (
-        (phrase.colour == item.colour) + 1.1 * (phrase.shape == item.shape) + 0.5 * (phrase.size in (None, item.size))
-    )
-    return 0.1 + looks + near
+    return 0.1 + likeness(phrase, item) + near
 
 
-def read_motion(track: Sequence[Seen | None]) -> Motion:
+def read_motion(track: Track) -> Motion:
     """Path and speed of a followed object, with jumps taken out first, so that they spoil the quality alone."""
     frames = np.array([f for f, item in enumerate(track) if item is not None])
     nothing = np.zeros(len(track))

@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, noun_words, read_noun
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES
-from t2i_align.testbed.video.motion import SPEEDS, Clip
+from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, clean, noun_words, read_noun, wrong_phrase
+from t2i_align.testbed.clips import SPEEDS, Clip
+from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, choose_other
 
 WAYS = {  # verb and direction of each path; the speed's word stands between them
     "right": ("moving", "to the right"),
@@ -22,19 +22,14 @@ WAYS = {  # verb and direction of each path; the speed's word stands between the
     "vertically": ("bouncing", "up and down"),
     "still": ("standing", "still"),
 }
-OTHER_WAY = {
-    "right": "left",
-    "up": "down",
-    "clockwise": "anticlockwise",
-    "sideways": "vertically",
-}
+OTHER_WAY = {"right": "left", "up": "down", "clockwise": "anticlockwise", "sideways": "vertically"}
 OTHER_WAY |= {b: a for a, b in OTHER_WAY.items()}
 FAULTS = ("path", "speed", "background", "size", "colour", "shape")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One object and its path (`motion.PATHS`); `speed` None where it stands still or the caption leaves it open."""
+    """One object and its path (`clips.PATHS`); `speed` None where it stands still or the caption leaves it open."""
 
     phrase: Phrase
     path: str
@@ -56,7 +51,7 @@ class ClipStatement:
 def describe(
     clip: Clip, rng: np.random.Generator, *, p_size: float = 0.6, p_speed: float = 0.8, p_background: float = 0.8
 ) -> ClipStatement:
-    """A true statement about a clip that leaves some sizes, speeds and backgrounds unsaid."""
+    """A true statement about a clip that leaves out some sizes, speeds and backgrounds."""
     parts = []
     for mover in clip.movers:
         size = mover.item.size if rng.random() < p_size else None
@@ -99,17 +94,13 @@ def parse(caption: str) -> ClipStatement:
     Raises:
         CaptionError: the caption is no sentence about this world's clips; quotes it and gives an example.
     """
-    match = _CAPTION.fullmatch(" ".join(caption.lower().strip().rstrip(".").split()))
+    match = _CAPTION.fullmatch(clean(caption))
     if match is None or (match["first"] and match["last"]) or re.search(r"\b(two|three) ", caption.lower()):
         raise CaptionError(
             f"cannot read the prompt {caption!r}: the testbed's video captions are such as "
             "'a large red circle moving quickly to the right on a white background'"
         )
-    nouns_and_motions = [match.group(i) for i in (2, 3, 4, 5)]
-    parts = []
-    for noun, motion in zip(nouns_and_motions[::2], nouns_and_motions[1::2], strict=True):
-        if noun is not None:
-            parts.append(Part(read_noun(noun), *_MOTIONS[motion]))
+    parts = [Part(read_noun(match[i]), *_MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
     return ClipStatement(tuple(parts), match["first"] or match["last"]).canonical()
 
 
@@ -122,30 +113,24 @@ def words() -> list[str]:
 
 def corrupt(statement: ClipStatement, fault: str, rng: np.random.Generator) -> ClipStatement | None:
     """The statement with one attribute of what moves (or of the background) wrong; None where it is not stated."""
-    part, rest = statement.parts[0], statement.parts[1:]
-    phrase = part.phrase
-    if fault == "background":
-        if statement.background is None:
-            return None
-        return dataclasses.replace(statement, background=_other(rng, list(BACKGROUNDS), statement.background))
-    if fault == "path" and part.path != "still":
-        part = dataclasses.replace(part, path=OTHER_WAY[part.path])
-    elif fault == "speed" and part.speed is not None:
-        part = dataclasses.replace(part, speed=_other(rng, list(SPEEDS), part.speed))
-    elif fault == "size" and phrase.size is not None:
-        part = dataclasses.replace(part, phrase=dataclasses.replace(phrase, size=_other(rng, list(RADII), phrase.size)))
-    elif fault == "colour":
-        colour = _other(rng, list(COLOURS), *(p.phrase.colour for p in statement.parts))
-        part = dataclasses.replace(part, phrase=dataclasses.replace(phrase, colour=colour))
-    elif fault == "shape":
-        shape = _other(rng, list(SHAPES), *(p.phrase.shape for p in statement.parts))
-        part = dataclasses.replace(part, phrase=dataclasses.replace(phrase, shape=shape))
-    elif fault in FAULTS:
-        return None
-    else:
+    if fault not in FAULTS:
         raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
-    return dataclasses.replace(statement, parts=(part, *rest))
-
-
-def _other(rng: np.random.Generator, choices: list[str], *taken: str) -> str:
-    return str(rng.choice([c for c in choices if c not in taken]))
+    part = statement.parts[0]
+    stated = {
+        "background": statement.background,
+        "path": part.path != "still",
+        "speed": part.speed,
+        "size": part.phrase.size,
+    }
+    if not stated.get(fault, True):
+        return None
+    if fault == "background":
+        return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
+    if fault == "path":
+        part = dataclasses.replace(part, path=OTHER_WAY[part.path])
+    elif fault == "speed":
+        part = dataclasses.replace(part, speed=choose_other(rng, SPEEDS, part.speed))
+    else:
+        phrases = [other.phrase for other in statement.parts]
+        part = dataclasses.replace(part, phrase=wrong_phrase(part.phrase, fault, phrases, rng))
+    return dataclasses.replace(statement, parts=(part, *statement.parts[1:]))

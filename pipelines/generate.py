@@ -1,0 +1,109 @@
+"""Sampling through the genuine diffusers pipeline, fed with the embeddings that training sees."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from pipelines.base import Conditioning, Family, PipelineError
+
+
+class GenerateMixin(Family):
+    def sampling(
+        self, steps: int | None = None, guidance: float | None = None, batch_size: int | None = None
+    ) -> tuple[int, float, int]:
+        """Steps, guidance scale and batch size; None is the diffusers pipeline's default, and 8 images or 1 clip."""
+        defaults = inspect.signature(type(self.pipe).__call__).parameters
+        guidance = float(defaults["guidance_scale"].default) if guidance is None else guidance
+        return steps or int(defaults["num_inference_steps"].default), guidance, batch_size or (1 if self.video else 8)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str] | Conditioning,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> Tensor:
+        """Images [N, 3, H, W], or clips [N, F, 3, H, W] from video families, float32 in [0, 1] on the CPU.
+
+        `prompts` may be their conditioning instead, [N, ...] as `encode_prompts` has it. Sample i is drawn from its own
+        generator with seeds[i], so it does not depend on its neighbours. Sizes, steps and guidance: None is the
+        model's own.
+
+        Raises:
+            PipelineError: a size the model cannot take, a negative prompt it has no use for, no encoders, or images
+                that are not finite, naming prompt and seed.
+        """
+        count = len(next(iter(prompts.values()))) if isinstance(prompts, Mapping) else len(prompts)
+        if count != len(seeds):
+            raise PipelineError(f"{count} prompts but {len(seeds)} seeds; give one seed per prompt")
+        if not self.has_encoders:
+            raise PipelineError(f"{self.source}: loaded without its encoders; call load_encoders() to generate")
+        if negative_prompt and self.distilled_guidance:
+            raise PipelineError(f"{self.family} has distilled guidance and takes no negative prompt; leave it out")
+        default_height, default_width = self.default_size
+        height, width = height or default_height, width or default_width
+        frames = frames or self.default_frames
+        steps, guidance, batch_size = self.sampling(steps, guidance, batch_size)
+        self.check_size(height, width, frames)
+        size = {"height": height, "width": width, **({"num_frames": frames} if frames else {})}
+        shape = (3, height, width) if frames is None else (frames, 3, height, width)
+        samples = [torch.empty(0, *shape)]
+        training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+                guided = guidance > 1 and not self.distilled_guidance
+                negative = self.encode_prompts([negative_prompt]) if guided else {}
+                for start in range(0, count, batch_size):
+                    rows = slice(start, start + batch_size)
+                    generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+                    output = self.pipe(
+                        **self._conditioning(prompts, rows),
+                        **{f"negative_{key}": _repeat(value, len(generators)) for key, value in negative.items()},
+                        **size,
+                        guidance_scale=guidance,
+                        num_inference_steps=steps,
+                        generator=generators,
+                        output_type="pt",
+                    )
+                    pixels = (output.frames if self.video else output.images).float().cpu()
+                    self._check_finite(pixels, prompts, seeds, start)
+                    samples.append(pixels.clamp(0, 1))
+        finally:
+            self.denoiser.train(training)
+        return torch.cat(samples)
+
+    def _conditioning(self, prompts: Sequence[str] | Conditioning, rows: slice) -> Conditioning:
+        if isinstance(prompts, Mapping):
+            return {key: value[rows].to(self.device) for key, value in prompts.items()}
+        return self.encode_prompts(prompts[rows])
+
+    def _check_finite(
+        self, samples: Tensor, prompts: Sequence[str] | Conditioning, seeds: Sequence[int], start: int
+    ) -> None:
+        """Saved as bytes, NaN would be a black image that scorers score like any other."""
+        bad = (~samples.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            first = start + bad[0]
+            which = f"number {first}" if isinstance(prompts, Mapping) else f"prompt {prompts[first]!r}"
+            raise PipelineError(
+                f"{len(bad)} of {len(samples)} {'clips' if self.video else 'images'} are not finite, as {which} with "
+                f"seed {seeds[first]}. The weights have diverged, or the VAE overflows in half precision: try float32."
+            )
+
+
+def _repeat(value: Tensor, count: int) -> Tensor:
+    return value.expand(count, *value.shape[1:])

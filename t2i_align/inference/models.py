@@ -1,0 +1,208 @@
+"""Resolve user-supplied models and adapters, and load them.
+
+The checks open as little as they can, so that a wrong name fails before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from t2i_align.conditioning import ADAPTERS, TRAINED
+from t2i_align.conditioning.adapter import Kind
+from t2i_align.config import ModelConfig
+from t2i_align.errors import UserError
+from t2i_align.inference.options import PRECISIONS, check_precision, first_line, pick_device
+from t2i_align.inference.prompts import TESTBED, bundled
+from t2i_align.training.output import RUN_FILE
+from t2i_align.utils.settings import build
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+
+LORA_ENDING = ".safetensors"
+HUB_KINDS: dict[str, Kind] = {  # the file that identifies a Hub repository
+    "model_index.json": "model",
+    "pytorch_lora_weights.safetensors": "lora",
+}
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The model to compare with its base: a whole model, or a LoRA or soft tokens for the base (a local file)."""
+
+    kind: Kind
+    path: str
+
+
+def resolve_model(path: str | Path, what: str = "model") -> str:
+    """A path or Hub id that `pipelines.load` takes, from a path, a Hub id or `testbed:sd`; does not ask the Hub.
+
+    Raises:
+        UserError: an unknown bundled model, or neither an existing path nor a Hub id; `what` is the noun in messages.
+    """
+    text = str(path)
+    if text.startswith(TESTBED):
+        from t2i_align.testbed import base_path
+
+        return str(bundled(base_path, text))
+    local = Path(text).expanduser()
+    if local.exists():
+        return str(local)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/"):
+        raise UserError(f"{text}: no such {what}: no such file or folder, and a Hub id has the form owner/name")
+    if local.parent.exists():  # a mistyped path rather than the id of a Hub owner with a folder's name
+        raise UserError(f"{text}: no such {what}: no such file or folder (in {local.parent}/, so this is no Hub id)")
+    return text
+
+
+def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
+    """Whether a path or Hub id is an adapter or a whole model; of a run's folder, `lora/`, `soft_tokens/` or `model/`.
+
+    Raises:
+        UserError: nothing there, several, or neither; `what` is the noun in messages.
+    """
+    local = Path(path).expanduser()
+    if not local.exists():
+        name = resolve_model(path, what)
+        return Aligned("model", name) if Path(name).exists() else _on_the_hub(name, what)
+    if local.is_file():
+        return Aligned(_kind_of_file(local), str(local))
+    if (local / "model_index.json").is_file():
+        _check_whole(local)
+        return Aligned("model", str(local))
+    inner = [local / name for name in TRAINED if (local / name).is_dir()]
+    if len(inner) == 1:
+        return resolve_aligned(inner[0])
+    if inner:
+        names = " and ".join(f"{folder.name}/" for folder in inner)
+        raise UserError(f"{path}: holds {names}; name the one to evaluate")
+    adapters = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]
+    if len(adapters) == 1:
+        return resolve_aligned(adapters[0])
+    if adapters:
+        raise UserError(f"{path}: {len(adapters)} LoRA files here; name one: {', '.join(f.name for f in adapters)}")
+    raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+
+
+def resolve_adapter(path: str | Path) -> Aligned:
+    """A LoRA or soft tokens from its file, its folder, a training run's folder or a Hub id.
+
+    Raises:
+        UserError: nothing there, or a whole model.
+    """
+    adapter = resolve_aligned(path, "LoRA")
+    if adapter.kind == "model":
+        raise UserError(f"{path}: this is a whole model, not a LoRA; give it as the model")
+    return adapter
+
+
+def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **version: str | None) -> ModelConfig:
+    """The base model and its version; what is None is taken from the training run of `aligned`.
+
+    A run's revision, variant, single-file configuration and expert apply where `model` is that run's or None.
+
+    Raises:
+        UserError: no such model, or None and `aligned` is not a training run's.
+    """
+    run = _trained_from(aligned) if aligned else None
+    if model is None and run is None:
+        raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
+    if run is None or (model is not None and Path(model) != Path(run.path)):
+        run = ModelConfig(path=str(model))
+    resolve_model(run.path)
+    given: dict[str, Any] = {key: value for key, value in version.items() if value is not None}
+    return replace(run, **given)
+
+
+def load_pipeline(
+    model: str | Path | ModelConfig, precision: str = "fp32", device: str | None = None, *, encoders: bool = True
+) -> TrainablePipeline:
+    """A model on `device` (default: the GPU if there is one) with its weights in `precision`."""
+    import pipelines
+
+    check_precision(precision)
+    place = pick_device(device)
+    config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+    options: dict[str, Any] = {**asdict(config), "path": resolve_model(config.path), "encoders": encoders}
+    # Large text encoders overflow half precision.
+    large = torch.bfloat16 if precision == "fp16" else None
+    return pipelines.load(**options, dtype=PRECISIONS[precision], large_encoder_dtype=large).to(place)
+
+
+@contextmanager
+def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0) -> Iterator[None]:
+    """Put a LoRA or soft tokens on a pipeline inside the block; afterwards the pipeline is as before.
+
+    Raises:
+        UserError: the pipeline already carries an adapter, or these weights do not fit it.
+    """
+    if any(kind.installed(pipeline) for kind in ADAPTERS.values()):
+        raise UserError(f"{pipeline.source}: this pipeline already carries an adapter; save it and give its path")
+    from pipelines import PipelineError
+
+    kind = ADAPTERS[adapter.kind]
+    try:
+        kind.load(pipeline, adapter.path, scale=scale)
+    except PipelineError as error:
+        raise UserError(str(error)) from error
+    try:
+        yield
+    finally:
+        kind.remove(pipeline)
+
+
+def _trained_from(aligned: Aligned) -> ModelConfig | None:
+    """The model section of the training run whose output folder holds these weights; None if there is none."""
+    weights = Path(aligned.path)
+    folder = weights.parent if weights.is_file() else weights
+    file = folder.absolute().parent / RUN_FILE
+    if folder.name not in TRAINED or not file.is_file():
+        return None
+    return build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
+
+
+def _on_the_hub(repository: str, what: str) -> Aligned:
+    """A Hub repository by the first of HUB_KINDS that it has; a LoRA is fetched, of a model only its index."""
+    from transformers.utils import cached_file
+
+    for name, kind in HUB_KINDS.items():
+        try:
+            file = cached_file(repository, name)
+        except OSError as error:  # not there, no access, or no connection
+            reason = first_line(error)
+        else:
+            return Aligned(kind, repository if kind == "model" else str(file))
+    raise UserError(f"{repository}: no such {what}: no such file or folder, nor on the Hub: {reason}")
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a half-copied model now rather than after the base has been sampled."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'model_index.json'}: not JSON: {error}") from error
+    for name, part in index.items():
+        if isinstance(part, list) and part and part[0] and not (folder / name).is_dir():
+            raise UserError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
+
+
+def _kind_of_file(file: Path) -> Kind:
+    """Adapters are recognised by their keys; any other file is a single-file checkpoint."""
+    if file.suffix != LORA_ENDING:
+        return "model"
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            keys = set(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file: {error}") from error
+    return next((kind for kind, adapter in ADAPTERS.items() if adapter.recognises(keys)), "model")

@@ -1,0 +1,287 @@
+"""The one training loop: distribution, accumulation, clipping, averaging, logging, checkpoints, divergence.
+
+It knows no method, model family or data; these are a `Task`. Users: `trainer` and `reward_models.train`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from t2i_align.config import HealthConfig, RunConfig
+from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError
+from t2i_align.training import checkpoint
+from t2i_align.training.monitor import Diverged, MetricAverager, change, check_finite, check_winners, copies
+from t2i_align.training.optim import make_optimizer, make_schedule, scale_rate
+from t2i_align.training.signals import graceful_shutdown
+from t2i_align.training.weights import Weights, older_policy
+from t2i_align.utils.files import append_line
+
+if TYPE_CHECKING:
+    from t2i_align.reward_models.config import ScorerRun
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Task(ABC):
+    """What a loop trains.
+
+    weights: of the network, on the accelerator's device, with gradients switched on for what is to be trained.
+    fingerprint: of the data; equal when each step takes the same samples. accumulate: micro-batches of a step. health:
+    how often it is rolled back, and from when. advice: what helps against divergence.
+    """
+
+    weights: Weights
+    fingerprint: str
+    accumulate: int = 1
+    health: HealthConfig = HealthConfig(rollbacks=0)
+    advice: str = "A smaller optim.lr usually helps."
+
+    @abstractmethod
+    def batches(self, step: int) -> Iterator[Any]:
+        """Endless micro-batches of this process on its device, from an optimiser step on."""
+
+    @abstractmethod
+    def losses(self, network: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss [B] with gradient through `network` (which may be wrapped), and metrics [B] each to log.
+
+        A metric `loss` is logged instead of the loss.
+        """
+
+    def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
+        """Called after each optimiser step; `means()` are the step's metrics averaged over all its groups."""
+        return
+
+    def due(self, step: int, last: bool) -> Sequence[Callable[[], dict[str, float]]]:
+        """What else is done after this step (0: before the first); the results are logged."""
+        return ()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and optimiser: tensors and plain values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's `state`."""
+        return
+
+
+class Loop:
+    """Trains a task to `config.train.steps`, in the folder `config.output_dir`."""
+
+    def __init__(
+        self, task: Task, accelerator: Accelerator, config: RunConfig | ScorerRun, progress: bool = True
+    ) -> None:
+        self.task, self.accelerator, self.progress = task, accelerator, progress
+        self.train, self.optim, self.log = config.train, config.optim, config.log
+        self.output = Path(config.output_dir).expanduser()
+        self.groups_per_step = config.train.batch_size * task.accumulate * accelerator.num_processes
+        self.weights, self.parameters = task.weights, list(task.weights.policy.values())
+        optimizer = make_optimizer(config.optim, self.parameters)
+        # Of this optimizer, not the prepared one, which would step once a process.
+        self.schedule = make_schedule(config.optim, optimizer, config.train.steps)
+        self.ema: EMAModel | None = None
+        if config.optim.ema is not None:
+            self.weights.variants["ema"] = average = older_policy(self.weights)
+            self.ema = EMAModel(self.parameters, decay=config.optim.ema)
+            self.ema.shadow_params = list(average.tensors.values())
+        self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
+        self.step = self.rollbacks = 0
+        self.went_back = False  # whether a rollback has led here
+        self.resumed = False
+        self.update_norm = torch.zeros(())  # of the last logged step
+        self.window = MetricAverager()  # of the metrics since the last logged line
+        self.last_logged: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        """Train to the configured step; returns the last logged metrics.
+
+        Raises:
+            UserError: the run has diverged too often. KeyboardInterrupt: it was interrupted, and its state is saved.
+        """
+        hidden = not (self.progress and self.accelerator.is_main_process)
+        bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
+        if not self.resumed:
+            self._follow_up(self.task.due(0, False))
+            self._save()  # what a run that diverges early goes back to; and a full disk is noticed before, not after
+        with bar, graceful_shutdown() as stop:
+            while self.step < self.train.steps:
+                try:
+                    self._train(bar, stop)
+                except Diverged as divergence:
+                    self._roll_back(divergence)
+                    bar.n = self.step
+        return self.last_logged
+
+    def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
+        """From here to the configured step, or until the run diverges."""
+        batches = self.task.batches(self.step)
+        previous: Tensor | None = None
+        while self.step < self.train.steps:
+            last = self.step + 1 == self.train.steps
+            report = (self.step + 1) % self.log.every == 0 or last
+            numbers = self._one_step(batches, report)
+            # The step before is checked, not this one: its numbers are ready, so nothing waits for the device.
+            check_finite(previous, self.step - 1)
+            previous = numbers
+            bar.update()
+            stopping = self._agreed(stop.is_set(), report)
+            save = self.step % self.log.checkpoint_every == 0 or last or stopping
+            due = self.task.due(self.step, last)
+            if report or save or due:
+                check_finite(numbers, self.step)
+            if report or save:
+                means = self.window.numbers(self.accelerator)
+                check_winners(means, self.step, self.task.health.max_error_rise)
+            if report:
+                now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
+                self.last_logged, self.window = {**means, **now}, MetricAverager()
+                self._record(self.last_logged)
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+            self._follow_up(due)
+            if save:
+                self.went_back = False
+                self._save()
+            if stopping and not last:
+                raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
+
+    def _one_step(self, batches: Iterator[Any], report: bool) -> Tensor:
+        """Train one step; the loss and the gradient's norm, [2], for the check that both are finite."""
+        # Reseeded each step (for LoRA dropout), so that a resumed run does not depend on what ran before.
+        torch.manual_seed(stable_seed(self.train.seed, "step", self.step, self.accelerator.process_index))
+        self.network.train()
+        metrics, total = MetricAverager(), torch.zeros((), device=self.accelerator.device)
+        for micro in range(self.task.accumulate):
+            batch = next(batches)
+            hold = nullcontext() if micro == self.task.accumulate - 1 else self.accelerator.no_sync(self.network)
+            with hold:
+                with self.accelerator.autocast():
+                    loss, values = self.task.losses(self.network, batch)
+                self.accelerator.backward(loss.mean() / self.task.accumulate)
+            total += loss.detach().mean() / self.task.accumulate
+            metrics.add({"loss": loss, **values})
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
+        before = copies(self.parameters) if report else []
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if report:
+            self.update_norm = change(before, self.parameters)
+        self.schedule.step()
+        if self.ema:
+            self.ema.step(self.parameters)
+        norm = torch.as_tensor(norm, device=total.device).detach()
+        if self.optimizer.step_was_skipped:  # fp16: the scaler met an infinite gradient, took no step and backs off
+            norm = torch.zeros_like(norm)
+        self.task.stepped(lambda: metrics.means(self.accelerator))
+        metrics.add({"grad_norm": norm.view(1)})
+        self.window.merge(metrics)
+        self.step += 1
+        # Of all processes, so that all stop where one has met a bad number.
+        return self.accelerator.reduce(torch.stack([total, norm.to(total.dtype)]), reduction="mean")
+
+    def _follow_up(self, due: Sequence[Callable[[], dict[str, float]]]) -> None:
+        for act in due:
+            self._record(act())
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if metrics and self.accelerator.is_main_process:
+            self.accelerator.log(metrics, step=self.step)
+            append_line(self.output / METRICS_FILE, {"step": self.step, **metrics})
+
+    def _agreed(self, stop: bool, report: bool) -> bool:
+        """Whether to stop now. Several processes get a signal at different steps, so they agree when they log."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.accelerator.device)
+        return report and bool(self.accelerator.reduce(flag, reduction="sum"))
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest complete checkpoint, if there is one.
+
+        Raises:
+            UserError: see `checkpoint.load` and `checkpoint.check_continues`.
+        """
+        if saved := checkpoint.all_steps(self.output):
+            weights, state = checkpoint.load(saved[-1])
+            checkpoint.check_continues(saved[-1], state, self.task.fingerprint, self.groups_per_step, self.train.steps)
+            self._restore(weights, state)
+            self.resumed = True
+        if self.accelerator.is_main_process:
+            lines = checkpoint.truncate_lines(self.output / METRICS_FILE, self.step if saved else -1)
+            self.last_logged = next((line for line in reversed(lines) if "loss" in line), {})
+            self.last_logged.pop("step", None)
+        self.accelerator.wait_for_everyone()
+
+    def _roll_back(self, divergence: Diverged) -> None:
+        """Back to the last good checkpoint with half the learning rate; an error when that has been done enough."""
+        limit, saved = self.task.health.rollbacks, checkpoint.all_steps(self.output)
+        if self.rollbacks >= limit:
+            again = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
+            raise UserError(
+                f"{divergence}{again}, so the run has stopped. The last good checkpoint is {saved[-1]}. "
+                f"{self.task.advice}"
+            )
+        # Where the newest has led to divergence once more, it was spoilt before anything showed.
+        good = saved[-2] if self.went_back and len(saved) > 1 else saved[-1]
+        rollbacks = self.rollbacks + 1
+        self._restore(*checkpoint.load(good))
+        scale_rate(self.schedule, 0.5 ** (rollbacks - self.rollbacks))
+        self.rollbacks, self.went_back = rollbacks, True
+        self.accelerator.wait_for_everyone()  # all have read what is now written anew
+        if self.accelerator.is_main_process:
+            record = {"step": self.step, "rollback": rollbacks, "diverged_at": divergence.step}
+            # It is there already if the run was killed before the next checkpoint.
+            if record not in checkpoint.truncate_lines(self.output / METRICS_FILE, self.step):
+                append_line(self.output / METRICS_FILE, record)
+            tqdm.write(
+                f"{divergence}. The run goes back to {good} and on with {0.5**rollbacks:g} times the learning rate "
+                f"(rollback {rollbacks} of at most {limit})."
+            )
+        self._save()
+        if self.accelerator.is_main_process and good != saved[-1]:
+            shutil.rmtree(saved[-1])
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        window = self.window.reduced(self.accelerator)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state: dict[str, Any] = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "rollbacks": self.rollbacks,
+                "went_back": self.went_back,
+                "window": window,
+                "task": self.task.state(),
+                "data": self.task.fingerprint,
+                "groups_per_step": self.groups_per_step,
+            }
+            checkpoint.save(self.output, self.step, self.weights.state(), state, self.log.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.weights.load_state(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        device = self.accelerator.device
+        self.window = MetricAverager({name: value.to(device) for name, value in state["window"].items()})
+        self.task.load_state(state["task"])
+        self.step, self.rollbacks, self.went_back = state["step"], state["rollbacks"], state["went_back"]
+        if self.ema:
+            self.ema.optimization_step = self.step
