@@ -51,9 +51,6 @@ class CogVideoX(VideoPipeline):
         )
         return prediction.transpose(1, 2)
 
-    def normalisation(self, latents: Tensor) -> tuple[float, float]:
-        return 0.0, float(self.vae_config["scaling_factor"])
-
     @property
     def padded_frames(self) -> int:
         """Latent frames prepended to a clip's own."""

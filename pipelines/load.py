@@ -101,11 +101,7 @@ def load(
 
 
 def family_of(path: str | Path, revision: str | None = None) -> type[TrainablePipeline] | None:
-    """The family of a folder or Hub id, without loading it; None for a single file, which would have to be opened.
-
-    Raises:
-        PipelineError: nothing there, not a pipeline, an unknown family.
-    """
+    """The family of a folder or Hub id, without loading it; None for a single file, which would have to be opened."""
     return None if Path(path).is_file() else _family(model_index(path, revision).get("_class_name"), path)
 
 

@@ -60,11 +60,11 @@ class LTXVideo(VideoPipeline):
         return unpacked
 
     def normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.pipe.vae
+        vae = self.pipe.vae  # mean and std are among its weights
         mean, std = (values.view(1, -1, 1, 1, 1).to(latents) for values in (vae.latents_mean, vae.latents_std))
         return mean, vae.config.scaling_factor / std
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
+    def run_decoder(self, latents: Tensor) -> Tensor:
         # Some of these decoders take a time for a last step of denoising; the pipeline adds no noise, so t = 0.
         time = latents.new_zeros(len(latents)) if self.vae_config["timestep_conditioning"] else None
         pixels: Tensor = self.pipe.vae.decode(latents, time).sample

@@ -1,4 +1,4 @@
-"""Around every family: its components loaded, moved and saved, and what LoRA, features, attention and sampling add."""
+"""What every family has beside its contract: its components loaded, moved and saved, and the mixins, joined."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pipelines.features import FeaturesMixin
 from pipelines.generate import GenerateMixin
 from pipelines.lora import LoRAMixin
 from pipelines.process import RectifiedFlow, resolution_shift
+from pipelines.vae import VAEMixin
 
 
-class TrainablePipeline(GenerateMixin, LoRAMixin, FeaturesMixin, AttentionMixin):
+class TrainablePipeline(GenerateMixin, LoRAMixin, FeaturesMixin, AttentionMixin, VAEMixin):
     """What the rest of a program holds: a family (`pipelines.base.Family`) and all that families share."""
 
     def load_encoders(self) -> None:
@@ -50,11 +51,6 @@ class TrainablePipeline(GenerateMixin, LoRAMixin, FeaturesMixin, AttentionMixin)
         if not self.has_encoders:
             raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
         self.pipe.save_pretrained(str(directory), safe_serialization=True)
-
-    def tile_vae(self) -> None:
-        """Run the VAE over large images in tiles and over batches one by one: less memory."""
-        self.pipe.vae.enable_tiling()
-        self.pipe.vae.enable_slicing()
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """The denoiser's parameters that take gradients."""

@@ -1,4 +1,4 @@
-"""What the video families share: a VAE over space and time, the sizes of clips, and prompts through a T5."""
+"""What the video families share: a VAE over space and time, sizes of clips, and prompts through a T5."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from pipelines.base import Conditioning, PipelineError
 from pipelines.lora import ATTENTION, FEED_FORWARD
@@ -16,7 +15,7 @@ from pipelines.pipeline import TrainablePipeline
 
 
 class VideoPipeline(TrainablePipeline):
-    """A family of clips [B, F, 3, H, W]. Its latents [B, C, f, h, w] are (z - shift) x scale.
+    """A family of clips [B, F, 3, H, W] with latents [B, C, f, h, w].
 
     The first frame has a latent of its own, every further latent covers `frame_multiple` frames or a divisor of it.
     """
@@ -29,8 +28,6 @@ class VideoPipeline(TrainablePipeline):
     required_multiple: ClassVar[int] = 1  # the diffusers pipeline itself wants both sides to be multiples of this
     max_text_tokens: ClassVar[int]  # the pipeline's default
 
-    # What a family fills in -------------------------------------------------------------------------------------
-
     @property
     @abstractmethod
     def clip_size(self) -> tuple[int, int, int]:
@@ -40,17 +37,6 @@ class VideoPipeline(TrainablePipeline):
     @abstractmethod
     def compression(self) -> tuple[int, int]:
         """(frames, pixels along one side) that a latent covers."""
-
-    @abstractmethod
-    def normalisation(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """(shift, scale), each a number or shaped to multiply with `latents`."""
-
-    def decode_raw(self, latents: Tensor) -> Tensor:
-        """The VAE's output [B, 3, F, H, W] for latents that are no longer normalised."""
-        pixels: Tensor = self.pipe.vae.decode(latents).sample
-        return pixels
-
-    # What is the same for all -----------------------------------------------------------------------------------
 
     @property
     def vae_factor(self) -> int:
@@ -77,42 +63,21 @@ class VideoPipeline(TrainablePipeline):
         )
         return {"prompt_embeds": embeddings}
 
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        if pixels.ndim != 5:
-            raise PipelineError(f"{self.family} takes clips [B, F, 3, H, W], found {list(pixels.shape)}")
-        vae = self.pipe.vae
-        self.check_size(pixels.shape[-2], pixels.shape[-1], pixels.shape[1])
-        clips = (2 * pixels - 1).transpose(1, 2).split(1)  # one by one: a clip alone fills a lot of memory
-        latents = torch.cat([vae.encode(clip.to(vae.device, vae.dtype)).latent_dist.mode() for clip in clips])
-        shift, scale = self.normalisation(latents)
-        return (latents - shift) * scale
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        shift, scale = self.normalisation(latents)
-        raw = (latents / scale + shift).to(vae.device, vae.dtype)
-        clips = torch.cat([self.decode_raw(clip) for clip in raw.split(1)])
-        return (clips.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
-
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
-        if frames is None:
-            raise PipelineError(f"{self.family} makes clips: give their number of frames")
-        patch = self.denoiser.config.patch_size
-        multiple = math.lcm(self.vae_factor * (patch if isinstance(patch, int) else patch[-1]), self.required_multiple)
-        if min(height, width) < 1 or height % multiple or width % multiple:
-            raise PipelineError(
-                f"clips of {height} x {width} pixels do not fit {self.family} as {self.source} has it: "
-                f"both sides must be multiples of {multiple}"
-            )
+        super().check_size(height, width, frames)
         step = self.frame_multiple
-        if frames < 1 or (frames - 1) % step:
+        if frames is not None and (frames < 1 or (frames - 1) % step):
             below = max((frames - 1) // step, 0) * step + 1
             raise PipelineError(
                 f"clips of {frames} frames do not fit {self.family} as {self.source} has it: "
                 f"frames must be {step}k + 1; {below} and {below + step} fit"
             )
+
+    @property
+    def size_multiple(self) -> int:
+        patch = self.denoiser.config.patch_size
+        patch = patch if isinstance(patch, int) else patch[-1]
+        return math.lcm(self.vae_factor * patch, self.required_multiple)
 
     @property
     def default_size(self) -> tuple[int, int]:

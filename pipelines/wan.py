@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipelines.attention import DISPATCHED_BACKENDS
@@ -59,13 +58,6 @@ class Wan(VideoPipeline):
             timestep=timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
         )
-
-    def normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(self.vae_config[name]).view(1, -1, 1, 1, 1).to(latents)
-            for name in ("latents_mean", "latents_std")
-        )
-        return mean, 1 / std
 
     @property
     def lora_options(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def synthesize(argv: list[str]) -> int:
     silence_libraries()
     summary = make(**options)
     if summary.missing:
-        print(f"{summary.missing} blocks are left to other processes; who finishes last writes {summary.out}")
+        print(f"{summary.missing} prompts are left to other processes; the last one to finish writes {summary.out}")
     else:
         print(f"{summary.groups} groups in {summary.out}, {summary.skipped} skipped")
     return 0

@@ -1,4 +1,4 @@
-"""Which column of a table holds what, and the groups that its rows make.
+"""From rows to groups: a column map tells which column of a table holds what.
 
 Columns(candidates=["left", "right"], votes=["votes_left", "votes_right"], prompt="text")
 Columns(candidates="image_path", ranks="rank", group="prompt_id")
@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from t2i_align.data import tables
-from t2i_align.data.formats import exists, inside
-from t2i_align.data.schema import Group, Items, Media, Skipped
+from t2i_align.data.schema import COLUMNS, Column, Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
+from t2i_align.data.votes import majority
 from t2i_align.errors import UserError
-from t2i_align.labeling.votes import majority
 from t2i_align.utils.settings import Bool, settings
 
-ORDERS = ("scores", "ranks", "votes", "winner", "best_first")
+ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
+SHARES_TOLERANCE = 1e-3
+ID = Column("id")
 Names = list[str] | str
-
-
-class _Unusable(ValueError):
-    """Why a row cannot be used."""
 
 
 @settings
@@ -37,94 +37,123 @@ class Columns:
     """Column names. A list of names has one per candidate; a single name is of a column that holds a list.
 
     candidates: images or clips: their bytes, or paths in `folder`, which is relative to the table's own.
+    prompt: where a row has none, the caption of its best candidate stands in; None: always.
     Exactly one of these says which is better:
         scores: numbers, higher is better.
         ranks: numbers, 1 is the best. They become the share of the other candidates that one beats, ties counting half.
         votes: how many voted for each; they become shares of all votes.
+        shares: of votes, which add up to 1.
         winner: the name of a candidate's column, its place from 0, its own value, or `tie`.
         best_first: true where candidates are listed in that order.
+    judged: a column that is false for rows without a judgement.
+    id: unique per row; with `id_if_unique`, only where all rows of the table differ in it.
     group: rows with the same value here are one group, with one candidate a row and no lists.
+    columns: where optional columns are found, by their names in `schema.COLUMNS`; with `own_names`, all others are
+        looked for under these names.
     """
 
     candidates: Names
-    prompt: str = "prompt"
+    prompt: str | None = "prompt"
     scores: Names | None = None
     ranks: Names | None = None
     votes: Names | None = None
+    shares: Names | None = None
     winner: str | None = None
     best_first: Bool = False
-    captions: Names | None = None
-    negative_caption: str | None = None
-    user: str | None = None
+    judged: str | None = None
     id: str | None = None
+    id_if_unique: Bool = False
     group: str | None = None
     folder: str = "."
+    columns: dict[str, Names] = field(default_factory=dict)
+    own_names: Bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ORDERS if getattr(self, name)]
         if len(given) != 1:
-            found = ", ".join(given) or "none"
-            raise UserError(f"columns: exactly one of {', '.join(ORDERS)} says which is better; found {found}")
-        for name in ("scores", "ranks", "votes", "captions"):
-            value = getattr(self, name)
-            if isinstance(value, list) and (
-                not isinstance(self.candidates, list) or len(value) != len(self.candidates)
-            ):
+            raise UserError(f"columns: exactly one of {', '.join(ORDERS)} says which is better; found "
+                            f"{', '.join(given) or 'none'}")  # fmt: skip
+        per_candidate = {name: getattr(self, name) for name in ORDERS[:4]}
+        per_candidate |= {name: value for name, value in self.columns.items() if COLUMNS[name].per_candidate}
+        for name, value in per_candidate.items():
+            alike = isinstance(self.candidates, list) and isinstance(value, list)
+            if isinstance(value, list) and not (alike and len(value) == len(self.candidates)):
                 raise UserError(f"columns: {name} names {len(value)} columns, candidates {self.candidates!r}")
-        if self.group and (isinstance(self.candidates, list) or given[0] not in ("scores", "ranks", "votes")):
+        if self.group and (isinstance(self.candidates, list) or given[0] not in ORDERS[:4]):
             raise UserError("columns: with group, candidates is one column and scores, ranks or votes another")
+
+    @property
+    def order(self) -> str:
+        """Which of ORDERS is given."""
+        return next(name for name in ORDERS if getattr(self, name))
+
+    @property
+    def required(self) -> list[str]:
+        """The columns without which there are no groups."""
+        better = None if self.best_first else getattr(self, self.order)
+        return _flat(self.candidates, better, self.prompt or self.columns["captions"], self.group)
 
     @property
     def names(self) -> list[str]:
         """All columns that are read."""
-        out: dict[str, None] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "folder" and value and value is not True:
-                out.update(dict.fromkeys(value if isinstance(value, list) else [value]))
-        return list(out)
+        return [*dict.fromkeys([*self.required, *_flat(self.judged, self.id, *self.optional.values())])]
 
     @property
-    def needed(self) -> list[str]:
-        """Those without which there are no groups."""
-        optional = {self.user, self.id, self.negative_caption}
-        return [name for name in self.names if name not in optional]
+    def optional(self) -> Mapping[str, Names]:
+        """Where each optional column is looked for."""
+        return {**{name: name for name in COLUMNS if self.own_names}, **self.columns}
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """The required columns that are not among `names`."""
+        return [name for name in self.required if name not in names]
 
 
-def read(path: Path, columns: Columns, *, images: bool = True) -> Items:
-    """The groups of a table. Rows that cannot be used are skipped, each with its reason.
+def _flat(*names: Names | None) -> list[str]:
+    return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
+
+
+def read(path: Path, maps: Sequence[Columns], *, images: bool = True) -> Items:
+    """The groups of a table, each row read by the first map whose columns it has.
 
     Raises:
-        UserError: before anything is read: a column that is missing; while reading: a path outside of its folder, a
-            table that is broken as a whole.
+        UserError: at once, where a file with a fixed schema lacks a column; while reading, a file that is broken as a
+            whole, or a path that leads out of the folder.
     """
     for file in tables.files(path):
-        found = tables.columns(file)
-        if missing := [name for name in columns.needed if found and name not in found]:
+        names = tables.columns(file)
+        if file.suffix in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
+            missing = min((columns.missing(names) for columns in maps), key=len)
             raise UserError(
-                f"{file}: column {missing[0]!r} is missing. Columns found: {', '.join(found)}. A source file can say "
-                "which column holds what (docs/data.md)."
+                f"{file}: column {missing[0]!r} is missing. Columns found: {', '.join(names) or 'none'}. A dataset "
+                "spec can say which column holds what (docs/data.md)."
             )
-    rows = tables.rows(path, columns.names, images=images)
-    root = (path if path.is_dir() else path.parent) / columns.folder
-    if columns.group:
-        yield from _grouped(rows, columns, root)
+    maps = [replace(columns, id=None) if not _has_ids(path, columns) else columns for columns in maps]
+    return _groups(path, maps, images)
+
+
+def _groups(path: Path, maps: Sequence[Columns], images: bool) -> Items:
+    names = [*dict.fromkeys(name for columns in maps for name in columns.names)]
+    rows = tables.rows(path, names, images=images)
+    folder = path if path.is_dir() else path.parent
+    if maps[0].group:
+        yield from _gathered(rows, maps[0], folder / maps[0].folder)
         return
+    required = [(columns, {*columns.required}) for columns in maps]
     for row in rows:
-        yield row if isinstance(row, Skipped) else group_of(row, [row], columns, root)
+        if isinstance(row, Skipped):
+            yield row
+        elif columns := next((columns for columns, needed in required if needed <= row.values.keys()), None):
+            yield group_of(row, [row], columns, folder / columns.folder)
+        else:
+            expected = " or ".join(", ".join(columns.required) for columns in maps)
+            keys = ", ".join(map(repr, row.values)) or "none"
+            yield Skipped(id=row.id, origin=row.origin, reason=f"expected the keys {expected}; found {keys}")
 
 
-def files(path: Path, columns: Columns) -> list[Path]:
-    """The table's files and the images that they name."""
-    groups = (item for item in read(path, columns, images=False) if isinstance(item, Group))
-    media = dict.fromkeys(media for group in groups for media in group.candidates if isinstance(media, Path))
-    return [*tables.files(path), *media]
-
-
-def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Items:
+def _gathered(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Items:
     """Rows of one group need not follow each other, so all are held in memory, their images being paths."""
     assert columns.group is not None
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if isinstance(row, Skipped):
             yield row
@@ -133,9 +162,9 @@ def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Ite
         elif isinstance(row.values.get(str(columns.candidates)), bytes | dict):
             raise UserError(f"{row.origin}: with a group column, images must be paths, not part of the table")
         else:
-            found.setdefault(str(value), []).append(row)
-    for value, members in found.items():
-        prompts = [member.values.get(columns.prompt) for member in members]
+            groups.setdefault(str(value), []).append(row)
+    for value, members in groups.items():
+        prompts = [member.values.get(str(columns.prompt)) for member in members]
         if any(prompt != prompts[0] for prompt in prompts):
             reason = f"its {len(members)} rows have different prompts"
             yield Skipped(id=value, origin=members[0].origin, reason=reason)
@@ -143,8 +172,21 @@ def _grouped(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Ite
             yield group_of(Row(value, members[0].origin, members[0].values), members, columns, root)
 
 
+def _has_ids(path: Path, columns: Columns) -> bool:
+    """Whether a table's ids can be used as they are."""
+    if not columns.id or not columns.id_if_unique:
+        return True
+    chunks: list[pa.Array] = []
+    for file in tables.files(path):
+        if file.suffix != ".parquet" or (part := tables.parquet_column(file, columns.id)) is None:
+            return False
+        chunks += part.cast(pa.string()).chunks
+    ids = pa.chunked_array(chunks, pa.string())
+    return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
+
+
 def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> Group | Skipped:
-    """The group of a row, or of `members` with one candidate each.
+    """The group of a row, or of `members` with one candidate each; what makes it unusable becomes a `Skipped` here.
 
     Raises:
         UserError: a path that leads out of `root`.
@@ -152,24 +194,25 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     name = row.id
     try:
         if columns.id and row.values.get(columns.id) is not None:
-            name = _text(row, columns.id)
+            name = _parsed(ID, columns.id, row.values[columns.id])
+        if columns.judged and row.values.get(columns.judged) in (False, 0):
+            raise ValueError(f"not labelled ({columns.judged} is false)")
         values = _values(members, columns.candidates)
         scores = _scores(members, columns, values)
-        user = None if columns.user is None or row.values.get(columns.user) is None else _text(row, columns.user)
-        negative = columns.negative_caption
+        optional = dict(_optional(members, columns))
         return Group(
             id=name,
-            prompt=_text(row, columns.prompt, only=str),
-            candidates=tuple(_media(value, root, row.origin) for value in values),
+            prompt=_prompt(row, columns, scores, optional.get("captions")),
+            candidates=tuple(
+                _media(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
+            ),
             scores=scores,
             origin=row.origin,
-            columns={
-                "captions": _captions(members, columns, len(values)),
-                "negative_caption": _text(row, negative, only=str) if negative and row.values.get(negative) else None,
-                "user": user,
-            },
+            columns=optional,
         )
-    except _Unusable as error:
+    except UserError:
+        raise
+    except ValueError as error:
         return Skipped(id=name, origin=row.origin, reason=str(error))
 
 
@@ -184,83 +227,125 @@ def _values(members: Sequence[Row], names: Names) -> list[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise _Unusable(f"{names!r} is not a list: {error}") from error
+            raise ValueError(f"{names!r} is not a list: {error}") from error
     return value if isinstance(value, list) else [value]
 
 
 def _scores(members: Sequence[Row], columns: Columns, candidates: list[Any]) -> tuple[float, ...]:
     k = len(candidates)
     if k == 0:
-        raise _Unusable("no candidates")
+        raise ValueError("no candidates")
     if columns.best_first:
         return tuple((k - 1 - place) / (k - 1) if k > 1 else 1.0 for place in range(k))
     if columns.winner is not None:
         return _won(members[0], columns.winner, columns.candidates, candidates)
-    kind = next(name for name in ("scores", "ranks", "votes") if getattr(columns, name))
-    values = _values(members, getattr(columns, kind))
+    names: Names = getattr(columns, columns.order)
+    values = _values(members, names)
     if len(values) != k:
-        raise _Unusable(f"{k} candidates, but {len(values)} {kind}")
-    numbers = [_number(value, kind) for value in values]
-    if kind == "ranks" and k > 1:
+        raise ValueError(f"{k} candidates, but {len(values)} {columns.order}")
+    numbers = [_number(value, _key(names, place)) for place, value in enumerate(values)]
+    if columns.order == "ranks" and k > 1:
         numbers = majority(-np.array([numbers])).tolist()
-    elif kind == "votes":
+    elif columns.order == "votes":
         if min(numbers) < 0 or sum(numbers) == 0:
-            raise _Unusable(f"votes must not be negative, nor all of them 0; found {values}")
+            raise ValueError(f"votes must not be negative, nor all of them 0; found {values}")
         numbers = [number / sum(numbers) for number in numbers]
+    elif columns.order == "shares" and (min(numbers) < 0 or abs(sum(numbers) - 1) > SHARES_TOLERANCE):
+        keys = " and ".join(_key(names, place) for place in range(k))
+        raise ValueError(f"{keys} must lie in [0, 1] and add up to 1, found {' and '.join(map(str, numbers))}")
     return tuple(numbers)
 
 
-def _won(row: Row, name: str, columns: Names, candidates: list[Any]) -> tuple[float, ...]:
-    value = row.values.get(name)
-    said = str(value).strip()
-    if said.lower() in TIE:
+def _won(row: Row, name: str, names: Names, candidates: list[Any]) -> tuple[float, ...]:
+    winner = str(row.values.get(name)).strip()
+    if winner.lower() in TIE:
         return (0.5,) * len(candidates)
-    known = columns if isinstance(columns, list) else []
+    columns = names if isinstance(names, list) else []
     for place, candidate in enumerate(candidates):
-        if said in (*known[place : place + 1], str(place)) or (isinstance(candidate, str) and said == candidate):
+        own_path = isinstance(candidate, str) and winner == candidate
+        if own_path or winner in (*columns[place : place + 1], str(place)):
             return tuple(float(other == place) for other in range(len(candidates)))
-    places = " or ".join([*known, f"0 to {len(candidates) - 1}", TIE[0]])
-    raise _Unusable(f"{name!r} must be {places}, found {value!r}")
+    expected = " or ".join([*columns, f"0 to {len(candidates) - 1}", TIE[0]])
+    raise ValueError(f"{name!r} must be {expected}, found {row.values.get(name)!r}")
 
 
-def _number(value: Any, what: str) -> float:
+def _optional(members: Sequence[Row], columns: Columns) -> Iterator[tuple[str, Any]]:
+    """The optional columns that have a value."""
+    for name, where in columns.optional.items():
+        if COLUMNS[name].per_candidate:
+            value: Any = _values(members, where)
+            absent = value != [] and all(one is None for one in value)
+        else:
+            value = members[0].values.get(str(where))
+            absent = value in (None, "")
+        if not absent:
+            yield name, _parsed(COLUMNS[name], " and ".join(_flat(where)), value)
+
+
+def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Sequence[str] | None) -> str:
+    value = row.values.get(columns.prompt) if columns.prompt else None
+    if value is None and captions:
+        return captions[scores.index(max(scores))]
+    if value is None:
+        raise ValueError(f"no {columns.prompt or 'captions'!r}")
+    if not isinstance(value, str):
+        raise ValueError(f"{columns.prompt!r} must be text, found {value!r}")
+    return value
+
+
+def _parsed(column: Column, key: str, value: Any) -> Any:
+    try:
+        return column.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{key!r} {error}") from error
+
+
+def _number(value: Any, key: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise _Unusable(f"{what} must be finite numbers, found {value!r}")
+        raise ValueError(f"{key} must be a finite number, found {value!r}")
     return number
 
 
-def _captions(members: Sequence[Row], columns: Columns, k: int) -> tuple[str, ...] | None:
-    if columns.captions is None:
-        return None
-    values = _values(members, columns.captions)
-    if len(values) != k or not all(isinstance(value, str) for value in values):
-        raise _Unusable(f"expected one caption for each of {k} candidates, found {values}")
-    return tuple(values)
+def _key(names: Names, place: int) -> str:
+    """How messages name a candidate's value."""
+    return repr(names[place]) if isinstance(names, list) else f"{names!r} [{place}]"
 
 
-def _text(row: Row, name: str, only: type = object) -> str:
-    value = row.values.get(name)
-    if value is None:
-        raise _Unusable(f"no {name!r}")
-    if not isinstance(value, only) or not isinstance(value, str | int | float):
-        raise _Unusable(f"{name!r} must be text, found {value!r}")
-    return str(value)
-
-
-def _media(value: Any, root: Path, origin: str) -> Media:
+def _media(value: Any, key: str, root: Path, origin: str) -> Media:
     if isinstance(value, dict) and {"bytes", "path"} >= value.keys():  # the Image feature of `datasets`
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise _Unusable("an image is missing")
+        raise ValueError(f"{key}: an image is missing")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise _Unusable(f"expected an image or its path, found {value!r}")
+        raise ValueError(f"{key}: expected an image or its path, found {value!r}")
     path = inside(root, value, origin)
     if not exists(path):
-        raise _Unusable(f"no such image: {value}")
+        raise ValueError(f"no such image: {value}")
+    return path
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; `Path.exists` raises where a name is too long to be one."""
+    return os.path.exists(path)
+
+
+def inside(root: Path, name: str, origin: str) -> Path:
+    """The image or clip `name`, relative to `root`, as an absolute path.
+
+    Raises:
+        UserError: the path leaves `root` (absolute, through `..`, or through a symbolic link), or is no path at all.
+    """
+    try:
+        base = root.resolve()
+        path = (base / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a symlink loop, a null byte
+        raise UserError(f"{origin}: {name!r} is not a usable path: {error}") from error
+    if not path.is_relative_to(base):
+        raise UserError(f"{origin}: {name!r} leads outside {base}; images must lie in that folder")
     return path

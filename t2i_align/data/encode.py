@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data.buckets import nearest
-from t2i_align.data.formats import Survey
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
 from t2i_align.data.prepare import Encoder, Row
+from t2i_align.data.readers import Survey
 from t2i_align.data.schema import Group, Media
 from t2i_align.errors import UserError
 

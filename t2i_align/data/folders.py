@@ -14,12 +14,11 @@ winner (`chosen/fox.png`) comes before one without a folder (`fox.png`), and tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_align.data.formats import exists, inside
+from t2i_align.data.columns import exists, inside
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
 from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.errors import UserError
@@ -34,16 +33,6 @@ CAPTION_KEYS = ("prompt", "caption", "text")
 def detects(path: Path) -> bool:
     """A folder with a winner and a loser folder in it, or in a folder of it."""
     return path.is_dir() and all(map(_has_sides, _sets(path)))
-
-
-def files(path: Path) -> Iterator[Path]:
-    """The images and captions; whatever else lies there, such as a run's output, does not make another source."""
-    for folder in _sets(path):
-        winner_folder, loser_folder = _sides(folder)
-        yield from (*_media(winner_folder), *_media(loser_folder))
-        for place in (winner_folder, folder / CAPTIONS):
-            yield from (file for file in _entries(place) if file.suffix.lower() in CAPTION_SUFFIXES)
-        yield from (file for file in (folder / METADATA, winner_folder / METADATA) if file.is_file())
 
 
 def read_folders(path: Path) -> Items:
@@ -62,7 +51,7 @@ def read_folders(path: Path) -> Items:
             found = winners.get(stem, []), losers.get(stem, [])
             item = _pair(folder, winner_folder, stem, *found, captions.get(stem))
             yield replace(item, id=prefix + item.id)
-    # Last, because they are no part of `files`: one more of them must not shift the pairs of an interrupted prepare.
+    # Last, because the source's identity ignores them: one more must not shift the pairs of an interrupted prepare.
     for folder in sets:
         for side in _sides(folder):
             yield from _not_media(side, path)

@@ -17,10 +17,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from t2i_align.data import jsonl, readers, tables
+from t2i_align.data import readers, tables
 from t2i_align.data.annotations import Annotations
-from t2i_align.data.formats import REASONS_SHOWN
 from t2i_align.data.media import ImageError, decode
+from t2i_align.data.readers import REASONS_SHOWN
 from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
@@ -244,7 +244,7 @@ def _by_scorer(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Sequence[
     for file in files:
         if file.suffix != ".jsonl" or not file.is_file():
             continue
-        for number, _, entry in jsonl.entries(file):
+        for number, _, entry in tables.json_entries(file):
             said = entry.get("by_scorer")
             if isinstance(said, dict):
                 yield str(entry.get("id", f"{file.name}:{number}")), {key: said[key]["scores"] for key in said}

@@ -23,9 +23,9 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.buckets import bucket_sizes
 from t2i_align.data.encode import Latents
-from t2i_align.data.formats import Selection, Survey
 from t2i_align.data.media import CROP, MediaSize
 from t2i_align.data.prepare import write
+from t2i_align.data.readers import Selection, Survey
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.store import LAYOUT, Item, Store, is_complete, is_store
 from t2i_align.data.stream import Shards, Stream
@@ -210,7 +210,7 @@ def source_fingerprint(
 ) -> dict[str, Any]:
     """What decides which groups are read."""
     return {
-        "source": readers.identity(path, format),
+        "source": readers.identity(path, format, selection),
         "annotations": sidecar_identity(annotations),
         "reader": format,
         "selection": None if selection.limit is None else vars(selection),

@@ -32,7 +32,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.formats import EVERYTHING, REASONS_SHOWN, Selection
+from t2i_align.data.readers import EVERYTHING, REASONS_SHOWN, Selection
 from t2i_align.data.schema import COLUMNS, Group, Skipped
 from t2i_align.data.store import (
     FINGERPRINT,

@@ -1,4 +1,4 @@
-"""From any source to groups. One function a format, registered by name; `read` finds the right one.
+"""From any source to groups: `read` finds the format, and does what holds for all formats.
 
 Your own format is a function from a path to groups:
 
@@ -6,29 +6,34 @@ Your own format is a function from a path to groups:
     def read_votes(path: Path) -> Iterator[Group | Skipped]:
         ...
 
-What holds for all formats is done here, once: groups come best first, ids are unique, prompts are usable text.
+Groups come best first, ids are unique, prompts are usable text.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
+import os
 import runpy
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i_align.data import folders, hub, jsonl, layouts, pickapic, spec, tables
+from t2i_align.data import folders, hub, layouts, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import EVERYTHING, Selection, Survey, exists
+from t2i_align.data.columns import exists
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.schema import Group, Items, Skipped
+from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
-CONTENT_HASHED_UP_TO = 256 << 20  # bytes; a larger source is identified by its files' names, sizes and times
+CONTENT_HASHED_UP_TO = 256 << 20  # bytes
+REASONS_SHOWN = 3
 
 
 def _never(path: Path) -> bool:
@@ -40,8 +45,8 @@ class Reader:
     """A format.
 
     read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
-    outline: the same items with images left out, where reading them is costly. files: all files that make up the
-    source and the folders with a clip's frames, where these are not simply those below its path.
+    outline: the same items with images left out, where reading them is costly. files: the files that hold the rows,
+    where these are not the path or the files below it.
     """
 
     read: Read
@@ -71,19 +76,40 @@ def register(
     return add
 
 
-register("described", detects=spec.detects, files=spec.files, outline=spec.outline)(spec.read)
-register("folders", detects=folders.detects, files=folders.files)(folders.read_folders)
-register("webdataset", detects=layouts.is_webdataset, outline=partial(layouts.read_webdataset, images=False),
-         files=tables.files)(layouts.read_webdataset)  # fmt: skip
-for _name in layouts.LAYOUTS:
+register("described", detects=spec.detects, files=spec.files, outline=partial(spec.read, images=False))(spec.read)
+register("folders", detects=folders.detects, files=lambda path: [])(folders.read_folders)
+for _name in layouts.PUBLISHED:
     register(
         _name,
         detects=partial(layouts.detects, name=_name),
         outline=partial(layouts.read, name=_name, images=False),
-        files=partial(layouts.files, name=_name),
+        files=tables.files,
     )(partial(layouts.read, name=_name))
-register("jsonl", detects=jsonl.detects, files=jsonl.files)(jsonl.read_jsonl)
-register("pickapic", detects=pickapic.detects, outline=pickapic.outline, files=pickapic.files)(pickapic.read_pickapic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
+
+    candidates: int = 1
+    ties: bool = True
+    likes_only: bool = False
+    limit: int | None = None
+
+    def accepts(self, group: Group) -> bool:
+        """Whether the objective learns from a group."""
+        if self.likes_only and group.is_disliked:
+            return False
+        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
+
+    def first(self, items: Items, accepted: int = 0) -> Items:
+        """The items up to the group with which the limit is reached, none beyond; `accepted` groups came before."""
+        while accepted != self.limit and (item := next(items, None)) is not None:
+            accepted += isinstance(item, Group) and self.accepts(item)
+            yield item
+
+
+EVERYTHING = Selection()
 
 
 def read(
@@ -93,6 +119,7 @@ def read(
     *,
     best_first: bool = True,
     images: bool = True,
+    selection: Selection = EVERYTHING,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -102,6 +129,7 @@ def read(
         annotations: what sidecar files add; see `Annotations.load`.
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
         images: false leaves them out where reading them is costly.
+        selection: its limit is where to stop; no row beyond is read.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -110,26 +138,8 @@ def read(
     file = resolve(path)
     reader = READERS[detect(file, format)]
     items = _checked((reader.read if images else reader.outline or reader.read)(file), file, annotations)
+    items = selection.first(items)
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
-
-
-def survey(
-    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
-) -> Survey:
-    """What a source holds, without opening its images. Raises UserError as `read` does.
-
-    A limit of the selection ends the reading. Annotations that belong to nothing in the source are reported as a
-    warning, unless a limit left some of it unread.
-    """
-    file = resolve(path)
-    reader = READERS[detect(file, format)]
-    unmatched = dict.fromkeys(annotations.entries)
-    items = _without(unmatched, _checked((reader.outline or reader.read)(file), file, annotations))
-    found = Survey.of(items, selection)
-    if unmatched and selection.limit is None:
-        logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
-                       path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
-    return found
 
 
 def resolve(path: str | Path) -> Path:
@@ -164,11 +174,11 @@ def detect(path: Path, format: str = "auto") -> str:
     for name, reader in READERS.items():
         if reader.detects(path):
             return name
-    found = tables.columns(path)
-    columns = f" Its columns: {', '.join(found)}; a source file can say what they hold (docs/data.md)." if found else ""
+    names = [name for file in tables.files(path)[:1] for name in tables.columns(file)]
+    spec_hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}.{columns}"
+        f"there are: {', '.join(sorted(READERS))}.{spec_hint if names else ''}"
     )
 
 
@@ -177,43 +187,6 @@ def _run_once(file: str) -> None:
     if not Path(file).is_file():
         raise UserError(f"data.format: {file}: no such file with a format of your own")
     runpy.run_path(file)
-
-
-def identity(path: Path, format: str) -> str:
-    """A hash of a source: of its files' contents, or where these are large, of their names, sizes and times."""
-    root = path if path.is_dir() else path.parent
-    entries = [
-        (str(file.relative_to(root)) if file.is_relative_to(root) else str(file), file)
-        for file in dict.fromkeys(files_of(path, format))
-    ]
-    stats = [file.stat() for _, file in entries if exists(file)]
-    small = sum(stat.st_size for stat in stats) <= CONTENT_HASHED_UP_TO
-    digest = hashlib.sha256()
-    for name, file in sorted(entries):
-        digest.update(f"{name}\x1f".encode(errors="surrogateescape"))
-        if not exists(file):
-            digest.update(b"missing")
-        elif small:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        else:
-            digest.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
-def embedded_bytes(path: Path, format: str) -> int:
-    """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
-    files = files_of(path, format)
-    return sum(file.stat().st_size for file in files if exists(file) and file.suffix.lower() not in MEDIA_SUFFIXES)
-
-
-def files_of(path: Path, format: str) -> Iterator[Path]:
-    """All files that make up a source, each once; of a candidate that is a folder of frames, these."""
-    for file in dict.fromkeys((READERS[detect(path, format)].files or _files_below)(path)):
-        yield from frame_files(file) if exists(file) and file.is_dir() else [file]
-
-
-def _files_below(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
 def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
@@ -234,13 +207,6 @@ def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
         raise UserError(f"{source}: no rows in it")
 
 
-def _without(ids: dict[str, None], items: Items) -> Items:
-    """The items, whose ids are taken out of `ids` on the way."""
-    for item in items:
-        ids.pop(item.id, None)
-        yield item
-
-
 def _unusable(group: Group, seen: set[str]) -> str | None:
     if group.id in seen:
         return f"duplicate id {group.id!r}; the first group with it was kept"
@@ -258,3 +224,125 @@ def has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+# What a source holds ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a source holds, without opening its images.
+
+    rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
+    are equal. disliked: single samples that were not liked. accepted, score_range: number of groups that a selection
+    accepts, and their least and greatest score. texts: distinct prompts and captions. columns: how many groups have
+    each column (see `Group.present`). reasons: the first skips'.
+    """
+
+    rows: int
+    candidates: dict[int, int]
+    ties: dict[int, int]
+    disliked: int
+    accepted: int
+    score_range: tuple[float, float]
+    texts: int
+    columns: dict[str, int]
+    reasons: tuple[str, ...]
+
+    @property
+    def groups(self) -> int:
+        return sum(self.candidates.values())
+
+    @property
+    def texts_per_group(self) -> int:
+        """How many texts are encoded of a group at most: its prompt and those of the columns."""
+        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
+        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
+
+    @classmethod
+    def of(cls, items: Iterable[Group | Skipped], selection: Selection = EVERYTHING) -> Survey:
+        rows = disliked = accepted = 0
+        least, greatest = math.inf, -math.inf
+        candidates, ties, columns = Counter[int](), Counter[int](), Counter[str]()
+        texts: set[str] = set()
+        reasons: list[str] = []
+        for rows, item in enumerate(items, start=1):  # noqa: B007
+            if isinstance(item, Skipped):
+                reasons += [f"{item.origin}: {item.reason}"] if len(reasons) < REASONS_SHOWN else []
+                continue
+            candidates[len(item.candidates)] += 1
+            ties.update([len(item.candidates)] if item.is_tie else [])
+            disliked += item.is_disliked
+            if selection.accepts(item):
+                accepted += 1
+                least, greatest = min(least, *item.scores), max(greatest, *item.scores)
+            texts.update(item.texts)
+            columns.update(item.present)
+        return cls(rows=rows, candidates=dict(candidates), ties=dict(ties), disliked=disliked,
+                   accepted=accepted, score_range=(least, greatest), texts=len(texts), columns=dict(columns),
+                   reasons=tuple(reasons))  # fmt: skip
+
+
+def survey(
+    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
+) -> Survey:
+    """What a source holds, without opening its images. Raises UserError as `read` does.
+
+    Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
+    """
+    unmatched = dict.fromkeys(annotations.entries)
+    items = read(path, format, annotations, images=False, selection=selection)
+    result = Survey.of(_without(unmatched, items), selection)
+    if unmatched and selection.limit is None:
+        logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
+                       path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
+    return result
+
+
+def _without(ids: dict[str, None], items: Items) -> Items:
+    """The items, whose ids are taken out of `ids` on the way."""
+    for item in items:
+        ids.pop(item.id, None)
+        yield item
+
+
+def identity(path: Path, format: str, selection: Selection = EVERYTHING) -> str:
+    """A hash of a source's groups and images, as far as the limit lets them be read.
+
+    Images that lie in the source's own files count by these files. Beyond
+    CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
+    """
+    digest, hashed = hashlib.sha256(), 0
+
+    def add(file: Path) -> None:
+        nonlocal hashed
+        stat = file.stat()
+        hashed += stat.st_size
+        large = f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+        digest.update(large if hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())
+
+    own_files = False
+    for item in read(path, format, best_first=False, images=False, selection=selection):
+        if isinstance(item, Group):
+            paths = [media for media in item.candidates if isinstance(media, Path)]
+            own_files = own_files or len(paths) < len(item.candidates)
+            names = [os.fsencode(media.name).hex() for media in paths]
+            row = [item.id, item.prompt, item.scores, dict(item.columns), names]
+            digest.update(json.dumps(row, sort_keys=True).encode())
+            for media in paths:
+                for file in frame_files(media) if media.is_dir() else [media]:
+                    add(file)
+    for file in sorted((READERS[detect(path, format)].files or files_below)(path)) if own_files else []:
+        add(file)
+    return digest.hexdigest()[:16]
+
+
+def embedded_bytes(path: Path, format: str) -> int:
+    """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
+    files = (READERS[detect(path, format)].files or files_below)(path)
+    return sum(file.stat().st_size for file in files if exists(file) and file.suffix.lower() not in MEDIA_SUFFIXES)
+
+
+def files_below(path: Path) -> list[Path]:
+    """A file itself, or all files below a folder."""
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

@@ -1,4 +1,4 @@
-"""A source file: YAML that says where preference data lie, what their columns hold, and which part of them is meant.
+"""Dataset spec (YAML): where preference data lie, what their columns hold, which part is used.
 
     path: votes.csv                  # relative to this file, or hub:owner/name
     format: auto
@@ -7,7 +7,7 @@
     ties: false                      # groups without a preference are skipped
     part: {of: train, held_out: 0.1, by: [prompt], seed: 0}
 
-Its name stands for the source everywhere: in `data.path`, and for every command that takes a source.
+The file's name stands for the source everywhere: in `data.path`, and for every command that takes a source.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
-from t2i_align.data import columns, hub
-from t2i_align.data.columns import Columns
-from t2i_align.data.formats import exists
-from t2i_align.data.schema import Group, Items, Skipped
+from t2i_align.data import columns, hub, tables
+from t2i_align.data.columns import Columns, exists
+from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.splits import By, Part
 from t2i_align.errors import UserError
 from t2i_align.utils.settings import Bool, build, settings
 
-if TYPE_CHECKING:
-    from t2i_align.data.readers import Reader
-
 SUFFIXES = (".yaml", ".yml")
+
+
+def _gathered(values: Any) -> Any:
+    """Optional columns stand beside the others in a file."""
+    if not isinstance(values, dict):
+        return values
+    optional = {name: values[name] for name in COLUMNS if values.get(name) is not None}
+    rest = {name: value for name, value in values.items() if name not in COLUMNS}
+    return {**rest, "columns": optional} if optional else rest
 
 
 @settings
 class DatasetSpec:
-    """What a source file says; see the module.
+    """See the module.
 
     pairs: `all` makes every two candidates of a group a pair; `best_worst` keeps only these two; null leaves groups as
     they are, from which an objective on pairs takes the best and the worst.
@@ -56,92 +61,85 @@ def detects(path: Path) -> bool:
 
 
 def load(file: Path) -> DatasetSpec:
-    """What a source file says. Raises UserError where it is no such file, with the keys that there are."""
+    """Parse and check a spec. Raises UserError naming the file and the keys that are wrong."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
+    if isinstance(values, dict) and "columns" in values:
+        values = {**values, "columns": _gathered(values["columns"])}
     try:
         return build(DatasetSpec, values)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 
-def read(path: Path) -> Items:
-    """The groups of the source that a file describes."""
-    return _items(path, images=True)
-
-
-def outline(path: Path) -> Items:
-    """The same items with images left out, where reading them is costly."""
-    return _items(path, images=False)
-
-
-def files(path: Path) -> Iterator[Path]:
-    """The source file and the files of what it describes."""
-    from t2i_align.data.readers import files_of
-
-    description = load(path)
-    inner = _resolve(path, description)
-    yield path
-    if description.columns:
-        yield from columns.files(inner, description.columns)
+def read(path: Path, *, images: bool = True) -> Items:
+    """The groups of the source that a spec describes, of the part that it selects."""
+    spec = load(path)
+    source = _source(path, spec)
+    if spec.columns:
+        items = columns.read(source, [spec.columns], images=images)
     else:
-        yield from files_of(inner, description.format)
+        reader = _reader(source, spec.format)
+        items = (reader.read if images else reader.outline or reader.read)(source)
+    return _selected(items, spec)
 
 
-def _items(path: Path, images: bool) -> Items:
-    description = load(path)
-    inner = _resolve(path, description)
-    if description.columns:
-        items = columns.read(inner, description.columns, images=images)
-    else:
-        reader = _reader(inner, description.format)
-        items = (reader.read if images else reader.outline or reader.read)(inner)
+def files(path: Path) -> list[Path]:
+    """The spec itself and the files that hold its rows."""
+    from t2i_align.data.readers import files_below
+
+    spec = load(path)
+    source = _source(path, spec)
+    own = tables.files if spec.columns else _reader(source, spec.format).files or files_below
+    return [path, *own(source)]
+
+
+def _source(file: Path, spec: DatasetSpec) -> Path:
+    if spec.path.startswith(hub.PREFIX):
+        return hub.folder(spec.path)
+    source = (file.parent / Path(spec.path).expanduser()).resolve()
+    if not exists(source):
+        raise UserError(f"{file}: path: no such file or folder: {source}")
+    if source == file.resolve() or detects(source):
+        raise UserError(f"{file}: path: {source} is a dataset spec itself; name what it describes")
+    return source
+
+
+def _reader(source: Path, format: str) -> Any:
+    from t2i_align.data.readers import READERS, detect  # which reads specs
+
+    return READERS[detect(source, format)]
+
+
+def _selected(items: Items, spec: DatasetSpec) -> Items:
     for item in items:
         if isinstance(item, Skipped):
             yield item
             continue
-        found = description.part.belongs(item) if description.part else True
-        if found is None:
-            yield Skipped(
-                id=item.id, origin=item.origin, reason="its prompt and its user are on two sides of the split"
-            )
-        elif found:
-            yield from _expanded(item, description)
+        belongs = spec.part.belongs(item) if spec.part else True
+        if belongs is None:
+            reason = "its prompt and its user are on two sides of the split"
+            yield Skipped(id=item.id, origin=item.origin, reason=reason)
+        elif belongs:
+            yield from _pairs(item, spec)
 
 
-def _resolve(file: Path, description: DatasetSpec) -> Path:
-    if description.path.startswith(hub.PREFIX):
-        return hub.folder(description.path)
-    inner = (file.parent / Path(description.path).expanduser()).resolve()
-    if not exists(inner):
-        raise UserError(f"{file}: path: no such file or folder: {inner}")
-    if inner == file.resolve() or detects(inner):
-        raise UserError(f"{file}: path: {inner} is a source file itself; name what it describes")
-    return inner
-
-
-def _reader(inner: Path, format: str) -> Reader:
-    from t2i_align.data.readers import READERS, detect
-
-    return READERS[detect(inner, format)]
-
-
-def _expanded(group: Group, description: DatasetSpec) -> Iterator[Group | Skipped]:
-    """The group, or its pairs, without those that a person does not want."""
-    made = [group]
-    if description.pairs and len(group.candidates) > 2:
-        chosen = list(combinations(range(len(group.candidates)), 2))
-        if description.pairs == "best_worst":
+def _pairs(group: Group, spec: DatasetSpec) -> Iterator[Group | Skipped]:
+    """Expand rankings to pairs and drop ties, as configured."""
+    groups = [group]
+    if spec.pairs and len(group.candidates) > 2:
+        places = list(combinations(range(len(group.candidates)), 2))
+        if spec.pairs == "best_worst":
             order = sorted(range(len(group.scores)), key=lambda i: -group.scores[i])
-            chosen = [(order[0], order[-1])]
-        made = [replace(group.take(pair), id=f"{group.id}#{pair[0]}-{pair[1]}") for pair in chosen]
-    for item in made:
-        if not description.ties and item.is_tie:
-            yield Skipped(id=item.id, origin=item.origin, reason="a tie")
+            places = [(order[0], order[-1])]
+        groups = [replace(group.take(pair), id=f"{group.id}#{pair[0]}-{pair[1]}") for pair in places]
+    for one in groups:
+        if not spec.ties and one.is_tie:
+            yield Skipped(id=one.id, origin=one.origin, reason="a tie")
         else:
-            yield item
+            yield one
 
 
 def split(
@@ -160,7 +158,7 @@ def split(
     Raises:
         UserError: a source that cannot be read, is a part already, or leaves one side empty.
     """
-    from t2i_align.data import readers
+    from t2i_align.data import readers  # which reads specs
 
     path = readers.resolve(source).absolute()
     values: dict[str, Any] = {"path": str(path), "format": readers.detect(path, format)}
@@ -169,7 +167,7 @@ def split(
             raise UserError(f"{source}: this is one part of a split already; split what it describes")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not values["path"].startswith(hub.PREFIX):
-            values["path"] = str(_resolve(path, load(path)))
+            values["path"] = str(_source(path, load(path)))
     part = {"held_out": held_out, "by": list(by), "seed": seed}
     sides = {name: Part(of=name, **part) for name in ("train", "held_out")}  # type: ignore[arg-type]
     counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)

@@ -22,8 +22,8 @@ import torch
 
 from t2i_align.data import hub, layouts, readers, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.formats import Selection, Survey
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
+from t2i_align.data.readers import Selection, Survey
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
 from t2i_align.data.store import Item, pair, widened
 from t2i_align.diffusion.randomness import permutation
@@ -83,8 +83,8 @@ class Shards:
     def _split(self) -> Shards:
         """One shard per file where rows do not depend on those of other files."""
         files = tables.files(self.folder) if self.folder.is_dir() else []
-        layout = layouts.LAYOUTS.get(self.format, ())
-        apart = self.format in ("webdataset", "pickapic") or (layout and not any(one.group for one in layout))
+        layout = layouts.PUBLISHED.get(self.format, ())
+        apart = bool(layout) and not any(columns.group for columns in layout)
         names = tuple(file.relative_to(self.folder).as_posix() for file in files)
         if not apart or not names or (self.annotations.entries and any("/" in name for name in names)):
             return self

@@ -1,4 +1,13 @@
-"""Tables of any kind, row by row: JSON Lines and .json lists, CSV and TSV, parquet, and webdataset shards.
+"""Rows of tables of any kind: JSON Lines and .json lists, CSV and TSV, parquet, webdataset shards.
+
+A sample of a webdataset shard, that is the members of one key (the name up to its first dot), is a row:
+
+    000017.json            {"prompt": "a red fox", "scores": [3, 1]}
+    000017.0.jpg  000017.1.jpg
+
+Each member is a column named by the rest of its name, media without their ending (`0`), text as `label_0` for
+`label_0.txt`; the keys of `json` are columns themselves. `images` lists the media in the order of their names. Nothing
+is unpacked to disk, so names that lead elsewhere lead nowhere.
 
 A shard that its neighbours' numbers say should be there (`train-00001-of-00003.parquet`, `000001.tar`) and is not
 becomes a `Skipped` in its place.
@@ -7,7 +16,9 @@ becomes a `Skipped` in its place.
 from __future__ import annotations
 
 import csv
+import json
 import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,16 +26,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from t2i_align.data import jsonl, parquet, webdataset
+from t2i_align.data.media import MEDIA_SUFFIXES
 from t2i_align.data.schema import Skipped
 from t2i_align.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
+JSON, CSV = (".jsonl", ".json"), (".csv", ".tsv")
 SHARDED = (".parquet", ".tar")  # kinds that come as a folder of numbered files
+SUFFIXES = (*JSON, *CSV, *SHARDED)
 NUMBERED = re.compile(r"^(.*?)(\d{3,})(-of-(\d+))?(\.\w+)$")
 LEFT_OUT = b"left out"  # stands for an image where images are not wanted
+ROWS_AT_ONCE = 32  # images of so many rows are held in memory
 MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not swallow a file of any size
+MAX_MEMBER = 256 << 20  # bytes; what a tar header claims is not read into memory unseen
+TEXTS = ("txt", "caption", "prompt")  # endings of text members
+PROMPTS = ("prompt", "caption", "txt", "original_prompt")  # columns of a sample that hold its prompt
+DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python has no value for
+Values = dict[str, Any]
 
 
 class Row(NamedTuple):
@@ -32,35 +51,31 @@ class Row(NamedTuple):
 
     id: str
     origin: str
-    values: dict[str, Any]
+    values: Values
 
 
 def files(path: Path) -> list[Path]:
     """The files that make up a table: itself, or all parquet files below a folder, or all webdataset shards."""
     if path.is_file():
         return [path]
-    return next((found for suffix in SHARDED if (found := below(path, suffix))), [])
+    # Some programs write a folder named like a file, with the files in it.
+    below = ([file for file in path.rglob(f"*{suffix}") if not file.is_dir()] for suffix in SHARDED)
+    return next((sorted(files) for files in below if files), [])
 
 
-def below(folder: Path, suffix: str) -> list[Path]:
-    """All files of a kind below a folder; some programs write a folder of that name with the files in it."""
-    return sorted(file for file in folder.rglob(f"*{suffix}") if not file.is_dir())
-
-
-def columns(path: Path) -> list[str]:
-    """The names of a table's columns, from its first file alone; of lines and samples, those of the first."""
-    found = files(path)
-    if not found or found[0].suffix not in SUFFIXES:
+def columns(file: Path) -> list[str]:
+    """The names of a file's columns; of lines and samples, those of the first."""
+    if not file.is_file() or file.suffix not in SUFFIXES:
         return []
-    return list(_columns(found[0], found[0].stat().st_mtime_ns))
+    return list(_columns(file, file.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=64)  # several layouts ask, and a .json list has to be read whole
 def _columns(file: Path, changed: int) -> tuple[str, ...]:
     if file.suffix == ".parquet":
-        return tuple(parquet.open_parquet(file).schema_arrow.names)
-    if file.suffix in (".csv", ".tsv"):
-        with _opened(file) as reader:
+        return tuple(open_parquet(file).schema_arrow.names)
+    if file.suffix in CSV:
+        with _csv_reader(file) as reader:
             return tuple(_header(file, reader))
     first = next((row for row in _rows(file, file.name, None, images=False) if isinstance(row, Row)), None)
     return tuple(first.values) if first else ()
@@ -69,91 +84,118 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
 def rows(path: Path, names: Sequence[str] | None = None, *, images: bool = True) -> Iterator[Row | Skipped]:
     """The rows of a table, streamed, with the columns `names` (default: all) of those that there are.
 
-    Ids are `<file>:<row>`, as the readers of JSON Lines and parquet give them. Without `images`, those that lie in
-    the table itself are LEFT_OUT.
+    Ids are `<file>:<row>`: the line of JSON Lines, else the number from 0, or the key of a sample. Without `images`,
+    those that lie in the table itself are LEFT_OUT.
 
     Raises:
         UserError: no file of a known kind, or one that is broken as a whole.
     """
-    found = files(path)
-    if not found:
+    parts = files(path)
+    if not parts:
         raise UserError(f"{path}: no table in this folder (files ending in {' or '.join(SHARDED)})")
     root = path if path.is_dir() else path.parent
-    missing = missing_shards(found)
-    for file in found:
-        yield from missing.pop(file, [])
+    missing = _missing_shards(parts)
+    for file in parts:
+        yield from missing.get(file, [])
         yield from _rows(file, file.relative_to(root).as_posix(), names, images)
 
 
-def missing_shards(found: Sequence[Path]) -> dict[Path, list[Skipped]]:
+def _missing_shards(parts: Sequence[Path]) -> dict[Path, list[Skipped]]:
     """For each file of numbered shards, those that should come right before it and are not there."""
-    out: dict[Path, list[Skipped]] = {}
-    before: dict[tuple[Path, str, str], int] = {}
-    for file in found:
+    missing: dict[Path, list[Skipped]] = {}
+    last: dict[tuple[Path, str, str], int] = {}
+    for file in parts:
         if match := NUMBERED.match(file.name):
             start, number, total, _, suffix = match.groups()
             series = (file.parent, start, total or "")
-            expected = before.get(series, -1 if total else int(number) - 1) + 1
+            expected = last.get(series, -1 if total else int(number) - 1) + 1
             names = [f"{start}{n:0{len(number)}d}{total or ''}{suffix}" for n in range(expected, int(number))]
-            out[file] = [_missing(file.parent / name) for name in names]
-            before[series] = int(number)
-    return {file: skips for file, skips in out.items() if skips}
-
-
-def _missing(file: Path) -> Skipped:
-    return Skipped(id=file.name, origin=str(file), reason="this shard is missing; none of its rows is used")
+            reason = "this shard is missing; none of its rows is used"
+            missing[file] = [Skipped(id=name, origin=str(file.parent / name), reason=reason) for name in names]
+            last[series] = int(number)
+    return missing
 
 
 def _rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> Iterator[Row | Skipped]:
-    if file.suffix in (".jsonl", ".json"):
-        yield from (Row(f"{name}:{n}", origin, entry) for n, origin, entry in jsonl.entries(file))
-    elif file.suffix in (".csv", ".tsv"):
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file}: not a table; known endings: {', '.join(SUFFIXES)}")
+    if file.suffix == ".tar":
+        yield from _samples(file, name, images)
+    elif file.suffix in CSV:
         yield from _csv_rows(file, name)
     elif file.suffix == ".parquet":
-        schema = parquet.open_parquet(file).schema_arrow
-        wanted = [column for column in schema.names if names is None or column in names]
-        left_out = {column: LEFT_OUT for column in wanted if not images and _holds_bytes(schema.field(column).type)}
-        for number, row in enumerate(parquet.rows(file, [column for column in wanted if column not in left_out])):
-            yield Row(f"{name}:{number}", f"{file}, row {number}", {**row, **left_out})
-    elif file.suffix == ".tar":
-        for sample in webdataset.samples(file, images=images):
-            if isinstance(sample, Skipped):
-                yield sample
-            else:
-                key, values = sample
-                yield Row(f"{name}:{key}", f"{file}, sample {key!r}", values)
+        yield from _parquet_rows(file, name, names, images)
     else:
-        raise UserError(f"{file}: not a table; known endings: {', '.join(SUFFIXES)}")
+        for number, origin, entry in json_entries(file):
+            yield Row(f"{name}:{number}", origin, entry)
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
+    """The objects of a .jsonl or a .json list: line (from 1) or place (from 0), what to call it in messages, values.
+
+    Raises:
+        UserError: empty, not valid JSON (with the line), or an entry that is no object.
+    """
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty")
+    if file.suffix == ".json":
+        entries = _parse(file.read_bytes(), str(file))
+        if not isinstance(entries, list):
+            raise UserError(f"{file}: a .json file must hold one list of entries, found {type(entries).__name__}")
+        for number, entry in enumerate(entries):
+            yield number, (origin := f"{file}, entry {number}"), _object(entry, origin)
+        return
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, (origin := f"{file}, line {number}"), _object(_parse(line, origin), origin)
+
+
+def _parse(text: bytes, origin: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON: {error}") from error
+
+
+def _object(entry: Any, origin: str) -> Values:
+    if not isinstance(entry, dict):
+        raise UserError(f"{origin}: expected an object with keys such as 'prompt', found {type(entry).__name__}")
+    return entry
+
+
+# CSV ----------------------------------------------------------------------------------------------------------------
 
 
 def _csv_rows(file: Path, name: str) -> Iterator[Row | Skipped]:
-    with _opened(file) as reader:
+    with _csv_reader(file) as reader:
         header = _header(file, reader)
         for number, fields in enumerate(row for row in reader if row):
-            origin = f"{file}, row {number}"
-            if len(fields) != len(header):
-                reason = f"{len(fields)} fields, but {len(header)} columns"
-                yield Skipped(id=f"{name}:{number}", origin=origin, reason=reason)
-                continue
-            values = {key: value if value else None for key, value in zip(header, fields, strict=True)}
-            yield Row(f"{name}:{number}", origin, values)
+            row_id, origin = f"{name}:{number}", f"{file}, row {number}"
+            if len(fields) == len(header):
+                yield Row(row_id, origin, {key: value or None for key, value in zip(header, fields, strict=True)})
+            else:
+                yield Skipped(id=row_id, origin=origin, reason=f"{len(fields)} fields, but {len(header)} columns")
 
 
 def _header(file: Path, reader: Any) -> list[str]:
     header: list[str] = next(reader, [])
     if not header:
         raise UserError(f"{file}: the file is empty; expected a first line with the columns' names")
-    if len(set(header)) < len(header):
-        raise UserError(f"{file}: two columns of the same name among {', '.join(header)}")
-    return header
+    return _distinct(file, header)
+
+
+def _distinct(file: Path, names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: two columns of the same name among {', '.join(names)}")
+    return names
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _csv_reader(file: Path) -> Iterator[Any]:
     """A CSV or TSV file's reader; what it cannot read is an error that names file and line."""
     csv.field_size_limit(MAX_FIELD)
     with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -164,3 +206,131 @@ def _opened(file: Path) -> Iterator[Any]:
             raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
         except csv.Error as error:
             raise UserError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from error
+
+
+# Parquet ------------------------------------------------------------------------------------------------------------
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """The file, memory-mapped. Raises UserError where it is empty or no parquet."""
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty")
+    try:
+        parquet = pq.ParquetFile(file, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file (damaged or cut short?): {error}") from error
+    _distinct(file, parquet.schema_arrow.names)
+    return parquet
+
+
+def parquet_column(file: Path, name: str) -> pa.ChunkedArray | None:
+    """A column alone; None where there is none. Raises UserError where it is damaged."""
+    parquet = open_parquet(file)
+    if name not in parquet.schema_arrow.names:
+        return None
+    try:
+        return parquet.read(columns=[name]).column(0)
+    except DAMAGED as error:
+        raise UserError(f"{file}: column {name!r} cannot be read (damaged?): {error}") from error
+
+
+def _parquet_rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> Iterator[Row]:
+    parquet = open_parquet(file)
+    schema = parquet.schema_arrow
+    wanted = [column for column in schema.names if names is None or column in names]
+    left_out = {column: LEFT_OUT for column in wanted if not images and _holds_bytes(schema.field(column).type)}
+    batches = parquet.iter_batches(ROWS_AT_ONCE, columns=[column for column in wanted if column not in left_out])
+    done = 0
+    while True:
+        try:
+            values = None if (batch := next(batches, None)) is None else batch.to_pylist()
+        except DAMAGED as error:
+            raise UserError(f"{file}: cannot be read after row {done} (damaged?): {error}") from error
+        if values is None:
+            return
+        for number, row in enumerate(values, start=done):
+            yield Row(f"{name}:{number}", f"{file}, row {number}", {**row, **left_out})
+        done += len(values)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
+
+
+# Webdataset ---------------------------------------------------------------------------------------------------------
+
+
+def _samples(file: Path, name: str, images: bool) -> Iterator[Row | Skipped]:
+    members: Values = {}
+    key, bad = "", ""
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
+                stem, _, column = base.partition(".")
+                if member.isdir() or not column or base.startswith("."):
+                    continue
+                own_key = f"{folder}/{stem}" if folder else stem
+                if own_key != key:
+                    yield from _sample(file, name, key, members, bad)
+                    key, members, bad = own_key, {}, ""
+                bad = bad or _add_member(archive, member, column, members, images)
+            yield from _sample(file, name, key, members, bad)
+            if file.stat().st_size < archive.offset + tarfile.BLOCKSIZE:  # cut between two members
+                raise EOFError("it has no end mark")
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        after = f" after sample {key!r}" if key else ""
+        raise UserError(f"{file}: cannot be read as a tar file{after} (damaged or cut short?): {error}") from error
+
+
+def _sample(file: Path, name: str, key: str, members: Values, bad: str) -> Iterator[Row | Skipped]:
+    if not key:
+        return
+    row_id, origin = f"{name}:{key}", f"{file}, sample {key!r}"
+    if bad:
+        yield Skipped(id=row_id, origin=origin, reason=bad)
+        return
+    media = sorted(column for column in members if column.lower().endswith(MEDIA_SUFFIXES))
+    stems = [column.rpartition(".")[0] for column in media]
+    values = {**members, **{stem: members[column] for stem, column in zip(stems, media, strict=True)}}
+    values["images"] = [members[column] for column in media]
+    values["prompt"] = next((members[column] for column in PROMPTS if members.get(column)), None)
+    for column, numbered in (("scores", "label"), ("captions", "caption")):
+        if f"{numbered}_0" in members and not members.get(column):
+            values[column] = [members.get(f"{numbered}_{place}") for place in range(len(media))]
+    if members.get("winner") in stems:
+        values["winner"] = stems.index(members["winner"])
+    yield Row(row_id, origin, values)
+
+
+def _add_member(archive: tarfile.TarFile, member: tarfile.TarInfo, column: str, members: Values, images: bool) -> str:
+    """Add a member to its sample; returns the reason why it cannot be used, or nothing."""
+    kind = column.rpartition(".")[2]
+    if kind in TEXTS:
+        column = column.removesuffix(f".{kind}")
+    if column in members:
+        return f"two members named {column!r}: samples of the same key must not follow each other"
+    if not member.isfile():
+        return f"{column!r} is a link, not a file"
+    if member.size > MAX_MEMBER:
+        return f"{column!r} has {member.size} bytes, more than {MAX_MEMBER}"
+    if not images and kind not in (*TEXTS, "json"):
+        members[column] = LEFT_OUT
+        return ""
+    stream = archive.extractfile(member)
+    content = stream.read() if stream else b""
+    if len(content) != member.size:
+        raise EOFError(f"{member.name}: {member.size} bytes expected, {len(content)} found")
+    try:
+        if kind == "json":
+            entry = json.loads(content.decode("utf-8-sig"))
+            if not isinstance(entry, dict):
+                return f"{column!r} must hold an object, found {type(entry).__name__}"
+            members.update(entry)
+        else:
+            members[column] = content.decode("utf-8-sig").strip() if kind in TEXTS else content
+    except (ValueError, RecursionError) as error:
+        return f"{column!r} is not {'valid JSON' if kind == 'json' else 'UTF-8 text'}: {error}"
+    return ""

@@ -1,6 +1,6 @@
-"""Noise by inversion: the probability-flow ODE is followed from the clean latents up, and a model tells the direction.
+"""Noise by inversion: the probability-flow ODE is followed from the clean latents up, with a model's predictions.
 
-    x_{k+1} = alpha_{k+1} x_hat + sigma_{k+1} noise_hat       x_hat, noise_hat: what the model sees in x_k at tau_k
+    x_{k+1} = alpha_{k+1} x_hat + sigma_{k+1} noise_hat       x_hat, noise_hat: the model's estimates from x_k at tau_k
     noise*  = (x_tau - alpha_tau x) / sigma_tau               and the native target that follows from it
 
 This is DDIM run backwards (arXiv 2010.02502, eq. 13) for variance-preserving processes and Euler's method for flow, as
@@ -27,7 +27,7 @@ from t2i_align.errors import UserError
 def inverted_noise(
     model: Model,
     batch: Batch,
-    draw: SampleRNG,
+    rng: SampleRNG,
     *,
     levels: int = 10,
     guidance: float = 1.0,
@@ -35,39 +35,39 @@ def inverted_noise(
     renoise: int = 0,
     sharing: NoiseSharing = "shared",
 ) -> Noised:
-    """Candidates inverted to one level a group, drawn from `level_grid`; all that it returns is detached.
+    """Candidates inverted to one level per group, drawn from `level_grid`; all that it returns is detached.
 
     Args:
-        model: whose predictions are followed.
-        levels: how many the grid has; the deepest of the batch says how many steps are taken.
+        model: its predictions drive the ODE.
+        levels: number of levels in the grid; the deepest in the batch sets the number of steps.
         guidance: classifier-free guidance scale (arXiv 2207.12598); 1 is none, and costs no second call.
         eta: share of fresh noise in [0, 1] (see `advance`): 0 is deterministic, 1 is `random_noise`.
         renoise: corrections of each step (ReNoise, arXiv 2403.14602), with one more call each: the prediction is
             averaged with the one at the point where the step has led, and the step is taken again.
-        sharing: whether the candidates of a group get the same fresh noise.
+        sharing: `shared` within a group, or `independent`.
 
     Raises:
         UserError: guidance without the empty prompt's conditioning in the batch.
     """
-    process, clean, conditioning = draw.process, batch.latents.flatten(0, 1), candidates_conditioning(batch)
+    process, clean, conditioning = rng.process, batch.latents.flatten(0, 1), candidates_conditioning(batch)
     groups, k = batch.latents.shape[:2]
     predict = guided(model, conditioning, batch.empty, guidance)
-    grid = level_grid(draw, levels)
-    level = (draw.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
+    grid = level_grid(rng, levels)
+    level = (rng.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
     latents, now = clean, torch.zeros_like(grid[level])
     for i in range(int(level.max()) + 1):
         to = grid[i].repeat(len(clean))
-        fresh = fresh_noise(batch, draw, f"inversion noise {i}", sharing) if eta else None
+        fresh = fresh_noise(batch, rng, f"inversion noise {i}", sharing) if eta else None
         # The network knows no cleaner level than timestep 0, but the first latents are clean beyond any table.
         known = clean if i == 0 else None
         first = predict(latents, now)
-        moved = advance(draw, first, latents, now, to, known, fresh, eta)
+        moved = advance(rng, first, latents, now, to, known, fresh, eta)
         for _ in range(renoise):
             again = predict(moved, to)
             # Targets of two levels differ even where both see the same image and noise: average them at one.
             there = process.to_clean(again, moved, to), process.to_noise(again, moved, to)
-            moved = advance(draw, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
-        latents = torch.where(_like(level >= i, clean), moved, latents)  # who has reached its level stays
+            moved = advance(rng, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
+        latents = torch.where(_like(level >= i, clean), moved, latents)  # samples at their level stay
         now = to
     # Autocast caches cast weights, here without their gradient: the policy's own step would train nothing.
     torch.clear_autocast_cache()
@@ -75,7 +75,7 @@ def inverted_noise(
     return Noised(
         latents=latents,
         timesteps=timesteps,
-        target=process.target(clean, implied_noise(draw, latents, clean, timesteps), timesteps),
+        target=process.target(clean, implied_noise(rng, latents, clean, timesteps), timesteps),
         conditioning=conditioning,
         groups=groups,
     )
@@ -111,17 +111,17 @@ def guided(
     return both
 
 
-def level_grid(draw: SampleRNG, levels: int) -> Tensor:
+def level_grid(rng: SampleRNG, levels: int) -> Tensor:
     """Increasing timesteps, [K]: the training times' quantiles in the middles of K equal parts, such as 50, 150 … 950.
 
     A table with fewer entries than `levels` gives each of them once.
     """
-    middles = (torch.arange(levels, device=draw.device) + 0.5) / levels
-    return draw.process.timesteps(middles, draw.timestep_sampling).unique()
+    middles = (torch.arange(levels, device=rng.device) + 0.5) / levels
+    return rng.process.timesteps(middles, rng.timestep_sampling).unique()
 
 
 def advance(
-    draw: SampleRNG,
+    rng: SampleRNG,
     model_pred: Tensor,
     latents: Tensor,
     now: Tensor,
@@ -140,7 +140,7 @@ def advance(
 
     clean: the latents without noise where these are known: then SNR_now is infinite.
     """
-    process = draw.process
+    process = rng.process
     noise = process.to_noise(model_pred, latents, now)
     if fresh is not None:
         share = torch.full_like(now, eta, dtype=latents.dtype)
@@ -153,16 +153,16 @@ def advance(
     return process.add_noise(process.to_clean(model_pred, latents, now) if clean is None else clean, noise, to)
 
 
-def implied_noise(draw: SampleRNG, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+def implied_noise(rng: SampleRNG, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
     """noise* = (x_tau - alpha x) / sigma, [B, ...]; 0 where sigma is 0 and nothing is implied. timesteps: [B]."""
-    alpha, sigma = (_like(value, clean).to(clean.dtype) for value in draw.process.alpha_sigma(timesteps))
+    alpha, sigma = (_like(value, clean).to(clean.dtype) for value in rng.process.alpha_sigma(timesteps))
     return (latents - alpha * clean) / sigma.clamp_min(torch.finfo(clean.dtype).tiny)
 
 
-def fresh_noise(batch: Batch, draw: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
+def fresh_noise(batch: Batch, rng: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
     """Standard normal numbers for each candidate, [B * k, ...]; `shared` gives those of a group the same."""
     _, k, *shape = batch.latents.shape
-    noise = draw.normal(name, (1 if sharing == "shared" else k, *shape))
+    noise = rng.normal(name, (1 if sharing == "shared" else k, *shape))
     return noise.expand_as(batch.latents).flatten(0, 1)
 
 

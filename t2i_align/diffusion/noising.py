@@ -41,6 +41,15 @@ class Noised:
         """Per-candidate squared error of a model's native prediction, [B, k], float32 or better."""
         return squared_error(self.residuals(model), reduction)
 
+    def errors_against(self, policy: Model, reference: Model) -> tuple[Tensor, Tensor]:
+        """Mean errors [B, k] of the policy and, without gradient, of the reference.
+
+        The reference runs first: its memory is free again before the policy's activations take theirs.
+        """
+        with torch.no_grad():
+            ref_err = self.errors(reference)
+        return self.errors(policy), ref_err
+
 
 def squared_error(residuals: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Squared error over the last dimension: its mean, or its sum."""
@@ -48,20 +57,20 @@ def squared_error(residuals: Tensor, reduction: Reduction = "mean") -> Tensor:
     return squared.mean(-1) if reduction == "mean" else squared.sum(-1)
 
 
-def random_noise(batch: Batch, draw: SampleRNG, sharing: NoiseSharing = "shared") -> Noised:
+def random_noise(batch: Batch, rng: SampleRNG, sharing: NoiseSharing = "shared") -> Noised:
     """x_t = alpha_t x + sigma_t noise at one training time per group.
 
     `shared`: the candidates of a group get the same noise, as all released code does (Diffusion-DPO, arXiv
     2311.12908, algorithm in appendix); `independent`: each its own, which the objective's derivation permits.
     """
     groups, k, *shape = batch.latents.shape
-    noise = draw.normal("noise", (1 if sharing == "shared" else k, *shape)).expand_as(batch.latents)
-    timesteps = draw.timesteps().repeat_interleave(k)
+    noise = rng.normal("noise", (1 if sharing == "shared" else k, *shape)).expand_as(batch.latents)
+    timesteps = rng.timesteps().repeat_interleave(k)
     latents, noise = batch.latents.flatten(0, 1), noise.flatten(0, 1)
     return Noised(
-        latents=draw.process.add_noise(latents, noise, timesteps),
+        latents=rng.process.add_noise(latents, noise, timesteps),
         timesteps=timesteps,
-        target=draw.process.target(latents, noise, timesteps),
+        target=rng.process.target(latents, noise, timesteps),
         conditioning=candidates_conditioning(batch),
         groups=groups,
     )
@@ -69,7 +78,7 @@ def random_noise(batch: Batch, draw: SampleRNG, sharing: NoiseSharing = "shared"
 
 def candidates_conditioning(batch: Batch) -> Conditioning:
     """What each candidate is denoised under, [B * k, ...]: its own caption where the batch has these, or the prompt;
-    and where the model is told sizes, its own."""
+    and its own size, for families conditioned on it."""
     if batch.captions is not None:
         return with_sizes({name: tensor.flatten(0, 1) for name, tensor in batch.captions.items()}, batch)
     k = batch.latents.shape[1]
@@ -77,11 +86,11 @@ def candidates_conditioning(batch: Batch) -> Conditioning:
 
 
 def with_sizes(conditioning: Conditioning, batch: Batch) -> Conditioning:
-    """The texts' conditioning, [B * k, ...], with each candidate's size and crop, where the model is told these."""
+    """The texts' conditioning, [B * k, ...], with each candidate's size and crop for families conditioned on them."""
     return conditioning if batch.sizes is None else {**conditioning, "time_ids": batch.sizes.flatten(0, 1)}
 
 
-def drop_captions(batch: Batch, empty: Conditioning, draw: SampleRNG, share: float) -> Batch:
+def drop_captions(batch: Batch, empty: Conditioning, rng: SampleRNG, share: float) -> Batch:
     """The batch with the empty prompt's conditioning for a random `share` of its groups, whole groups at a time.
 
     empty: the conditioning of one empty prompt, [1, ...]. Where its sequences are of another length than the batch's,
@@ -89,7 +98,7 @@ def drop_captions(batch: Batch, empty: Conditioning, draw: SampleRNG, share: flo
     """
     if share == 0:
         return batch
-    dropped = draw.uniform("caption dropout") < share
+    dropped = rng.uniform("caption dropout") < share
 
     def emptied(conditioning: Conditioning) -> Conditioning:
         out = {}

@@ -1,4 +1,4 @@
-"""Every draw is a function of (seed, epoch, sample, name), and of nothing else.
+"""Random numbers as a function of (seed, epoch, sample id, name) alone.
 
 Not of the batch size, the number of processes, the device, or what ran before. So a resumed run equals an
 uninterrupted one bit for bit, and 2 x 4 accumulated equals 8.
@@ -29,7 +29,7 @@ def permutation(n: int, *key: object) -> Tensor:
 
 
 class SampleRNG:
-    """Random numbers for one batch: each row is keyed by its own sample.
+    """Random numbers for one batch; each row is keyed by its own sample.
 
     Args:
         seed: the run's seed.
@@ -65,12 +65,12 @@ class SampleRNG:
         """One training time per group, [B]: its candidates share it."""
         return self.process.timesteps(self.uniform("timestep"), self.timestep_sampling)
 
-    def _rows(self, draw: object, name: str, shape: Sequence[int]) -> Tensor:
+    def _rows(self, sample: object, name: str, shape: Sequence[int]) -> Tensor:
         out = torch.empty((len(self.keys), *shape))
         generator = torch.Generator()
         for row, key in zip(out, self.keys, strict=True):
             generator.manual_seed(stable_seed(self.seed, key, name))
-            draw(tuple(shape), generator=generator, out=row)  # type: ignore[operator]
+            sample(tuple(shape), generator=generator, out=row)  # type: ignore[operator]
         if self.device.type == "cuda":
             return out.pin_memory().to(self.device, non_blocking=True)
         return out.to(self.device)

@@ -1,33 +1,28 @@
 """Files of annotations beside a source: captions, negative captions and scores, for `data.annotations` of a run.
 
-All three functions continue an unfinished `out`, skip groups that cannot be used and say why, and keep the
-source's own order of candidates.
+All three functions continue an unfinished `out`, record why a group is skipped, and keep the source's own order of
+candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.formats import Survey
-from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group, Items, Skipped
+from t2i_align.data.schema import Group
+from t2i_align.data.votes import RULES as VOTES
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.options import check_counts, memory_for, pick_device
 from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.labeling.captioner import DRAWN, Captioner, load_captioner
+from t2i_align.labeling.groups import Annotate, Batch, Summary, fill, slices
 from t2i_align.labeling.perturber import RULES, Perturber, load_perturber
 from t2i_align.labeling.rules import KINDS
-from t2i_align.labeling.votes import RULES as VOTES
-from t2i_align.utils.resumable import ResumableTable, Row, Summary
+from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -60,51 +55,53 @@ def caption(
 ) -> Summary:
     """Write `captions`, one per candidate: the three variants of DCPO (arXiv 2502.06023).
 
-    c: what the captioner says of each image. p: the winner has the prompt, the loser a perturbed prompt. h: the
-    winner has its description, the loser a perturbed description of its own. The last two are of pairs without ties.
+    c: the captioner's description of each image. p: the prompt for the winner, a perturbed prompt for the loser. h: the
+    winner's description, and a perturbed description of the loser. The last two are defined on pairs without ties.
 
     Args:
-        source: file or folder of preference data, or `testbed:pairs`.
+        source: File or folder of preference data, or `testbed:pairs`.
         variant: c, p or h.
         out: JSONL file.
-        captioner: folder, Hub id, `testbed:captioner`, or any `Captioner`; p needs none.
+        captioner: Folder, Hub id, `testbed:captioner`, or any `Captioner`; p needs none.
         perturber: `rules`, folder, Hub id, or any `Perturber`; c needs none.
-        annotations: files that add to the source, such as scores that say who wins.
-        format: of the source.
-        kinds, strength: of the edits of `rules`.
-        captioner_template, perturber_template: what the models are told, with {prompt} or {caption} in it.
-        captioner_revision, perturber_revision: branch, tag or commit on the Hub.
-        max_new_tokens, precision: of the models' answers and weights.
-        batch_size: groups at a time, and images.
-        force: replace what `out` holds.
+        annotations: Files that add to the source, such as scores that decide who wins.
+        format: Format of the source.
+        kinds: Kinds of edits that `rules` makes.
+        strength: Number of edits that `rules` makes.
+        captioner_template: Instruction for the captioner, with {prompt} in it.
+        captioner_revision: The captioner's branch, tag or commit on the Hub.
+        perturber_template: Instruction for the perturber, with {caption} in it.
+        perturber_revision: The perturber's branch, tag or commit on the Hub.
+        max_new_tokens: Limit of the models' answers.
+        precision: The models' weights: fp32, bf16 or fp16.
+        seed: Seed of the perturbations.
+        batch_size: Groups at a time, and images.
+        device: Device of the models (default: the GPU if there is one).
+        force: Replace what `out` holds.
+        progress: Show a progress bar.
 
     Raises:
-        UserError: anything above that cannot be used, or a source without a group to annotate.
+        UserError: an argument that cannot be used, or a source without a group to annotate.
     """
     if variant not in VARIANTS:
         raise unknown("variant", variant, VARIANTS)
     if variant != "p" and captioner is None:
         raise UserError(f"variant {variant} describes images: name a captioner (a folder, a Hub id, or {DRAWN})")
-    check_counts(batch_size=batch_size)
-    sidecar = ResumableTable(out, force=force)
-    opened = Source.open(source, format, annotations, pairs=variant != "c")
+    job = _Job(source, out, format, annotations, pairs=variant != "c", batch_size=batch_size, force=force)
     settings: Row = {"variant": variant, "annotations": sidecar_identity(annotations)}
-    model = {"max_new_tokens": max_new_tokens, "precision": precision}
+    shared = {"max_new_tokens": max_new_tokens, "precision": precision}
     describe = change = None
     if variant != "p":
-        own: Row = {"template": captioner_template, "revision": captioner_revision, **model}
-        describe = load_captioner(captioner, **own, device=device) if isinstance(captioner, str) else captioner
-        settings["captioner"] = {"name": _name(describe), **own}
+        own: Row = {"template": captioner_template, "revision": captioner_revision, **shared}
+        describe, settings["captioner"] = _model(load_captioner, captioner, device, own)
     if variant != "c":
-        own = {"template": perturber_template, "revision": perturber_revision, **model}
+        own = {"template": perturber_template, "revision": perturber_revision, **shared}
         own |= {"kinds": list(kinds), "strength": strength}
-        change = load_perturber(perturber, **own, device=device) if isinstance(perturber, str) else perturber
-        settings["perturber"] = {"name": _name(change), **own, "seed": seed}
+        change, settings["perturber"] = _model(load_perturber, perturber, device, own, seed=seed)
 
-    def annotate(groups: Sequence[Group]) -> list[Row | Skipped]:
-        batch = Batch(groups)
+    def annotate(batch: Batch) -> dict[str, Row]:
         if change is not None:
-            batch.skip(_without_a_winner)
+            batch.skip(_no_winner)
         texts = {group.id: [group.prompt] * len(group.candidates) for group in batch.left}
         if describe is not None:
             texts = _descriptions(batch, describe, batch_size)
@@ -113,11 +110,9 @@ def caption(
             changed = _changed(batch, {key: texts[key][loser] for key, loser in losers.items()}, change, seed)
             for key, text in changed.items():
                 texts[key][losers[key]] = text
-        return batch.results({key: {"captions": value} for key, value in texts.items()})
+        return {key: {"captions": captions} for key, captions in texts.items()}
 
-    with sidecar.begun({"source": opened.identity, **settings}):
-        items = opened.items(images=describe is not None)
-        return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
+    return job.run(annotate, settings, images=describe is not None, progress=progress)
 
 
 def perturb(
@@ -138,25 +133,38 @@ def perturb(
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
-    """Write `negative_caption`, the prompt perturbed, which TDPO and TKTO want (arXiv 2509.25771).
+    """Write `negative_caption`, the perturbed prompt, which TDPO and TKTO need (arXiv 2509.25771).
 
-    Arguments and errors are those of `caption`.
+    Args:
+        source: File or folder of preference data, or `testbed:pairs`.
+        out: JSONL file.
+        perturber: `rules`, folder, Hub id, or any `Perturber`.
+        format: Format of the source.
+        kinds: Kinds of edits that `rules` makes.
+        strength: Number of edits that `rules` makes.
+        perturber_template: Instruction for the perturber, with {caption} in it.
+        perturber_revision: The perturber's branch, tag or commit on the Hub.
+        max_new_tokens: Limit of the model's answers.
+        precision: The model's weights: fp32, bf16 or fp16.
+        seed: Seed of the perturbations.
+        batch_size: Groups at a time.
+        device: Device of the model (default: the GPU if there is one).
+        force: Replace what `out` holds.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: an argument that cannot be used, or a source without a group to annotate.
     """
-    check_counts(batch_size=batch_size)
-    sidecar = ResumableTable(out, force=force)
-    opened = Source.open(source, format)
+    job = _Job(source, out, format, batch_size=batch_size, force=force)
     own: Row = {"template": perturber_template, "revision": perturber_revision, "max_new_tokens": max_new_tokens}
     own |= {"precision": precision, "kinds": list(kinds), "strength": strength}
-    change = load_perturber(perturber, **own, device=device) if isinstance(perturber, str) else perturber
+    change, settings = _model(load_perturber, perturber, device, own, seed=seed)
 
-    def annotate(groups: Sequence[Group]) -> list[Row | Skipped]:
-        batch = Batch(groups)
-        changed = _changed(batch, {group.id: group.prompt for group in groups}, change, seed)
-        return batch.results({key: {"negative_caption": text} for key, text in changed.items()})
+    def annotate(batch: Batch) -> dict[str, Row]:
+        changed = _changed(batch, {group.id: group.prompt for group in batch.groups}, change, seed)
+        return {key: {"negative_caption": text} for key, text in changed.items()}
 
-    with sidecar.begun({"source": opened.identity, "perturber": {"name": _name(change), **own, "seed": seed}}):
-        items = opened.items(images=False)
-        return sidecar.fill(items, annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
+    return job.run(annotate, {"perturber": settings}, images=False, progress=progress)
 
 
 def relabel(
@@ -174,179 +182,117 @@ def relabel(
     """Write `scores`, one per candidate, and each scorer's own with its version under `by_scorer`.
 
     Args:
-        source: file or folder of preference data, or `testbed:pairs`.
-        scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
+        source: File or folder of preference data, or `testbed:pairs`.
+        scorers: Specs of scorers, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
         out: JSONL file.
-        rule: `majority`, `mean_rank` or `sum` of the scorers (`t2i_align.labeling.votes`). Default: a single scorer's
-            scores as they are, which SmPO wants (arXiv 2506.02698), and `majority` of several.
-        batch_size: groups at a time, and images.
+        rule: How several scorers become one number: `majority`, `mean_rank` or `sum`. Default: a single scorer's scores
+            as they are, which SmPO needs (arXiv 2506.02698), and `majority` of several.
+        format: Format of the source.
+        batch_size: Groups at a time, and images.
+        device: Device of the scorers (default: the GPU if there is one).
+        force: Replace what `out` holds.
+        progress: Show a progress bar.
 
     Raises:
-        UserError: anything above that cannot be used, or a source without a group to annotate.
+        UserError: an argument that cannot be used, or a source without a group to annotate.
     """
-    check_counts(batch_size=batch_size)
     if rule is not None and rule not in VOTES:
         raise unknown("rule", rule, VOTES)
-    sidecar = ResumableTable(out, force=force)
-    opened = Source.open(source, format)
+    job = _Job(source, out, format, batch_size=batch_size, force=force)
     place = pick_device(device)
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
-    rule = rule or ("sum" if len(built) == 1 else "majority")
+    combine = VOTES[rule := rule or ("sum" if len(built) == 1 else "majority")]
     margins = [scorer.tie_margin for scorer in built]
 
-    def annotate(groups: Sequence[Group]) -> list[Row | Skipped]:
-        batch = Batch(groups)
+    def annotate(batch: Batch) -> dict[str, Row]:
         batch.skip(lambda group: unscorable(built, group.prompt))
         if rule != "sum":
             batch.skip(lambda group: "" if len(group.candidates) > 1 else "a single candidate, none to compare it with")
-        raw = raw_scores(batch, built, batch_size)
-        rows: dict[str, Row] = {}
-        for group in batch.left:
-            by_scorer = {
-                scorer.name: {"version": scorer.version, "scores": values}
-                for scorer, values in zip(built, raw[group.id].tolist(), strict=True)
+        return {
+            key: {
+                "scores": combine(raw, margins).tolist(),
+                "by_scorer": {
+                    scorer.name: {"version": scorer.version, "scores": scores}
+                    for scorer, scores in zip(built, raw.tolist(), strict=True)
+                },
             }
-            rows[group.id] = {"scores": VOTES[rule](raw[group.id], margins).tolist(), "by_scorer": by_scorer}
-        return batch.results(rows)
+            for key, raw in batch.scores(built, batch_size).items()
+            if key not in batch.reasons
+        }
 
     versions = {scorer.name: scorer.version for scorer in built}
-    with sidecar.begun({"source": opened.identity, "rule": rule, "scorers": versions}):
-        return sidecar.fill(opened.items(), annotate, total=opened.survey.rows, batch=batch_size, progress=progress)
+    return job.run(annotate, {"rule": rule, "scorers": versions}, progress=progress)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Preference data to annotate, of which nothing but its outline has been read."""
+class _Job:
+    """A source to annotate, of which only an outline has been read, and the table to write.
 
-    path: Path
-    format: str
-    annotations: Annotations
-    survey: Survey
+    Raises:
+        UserError: an `out` that cannot be written; a source that cannot be read, or has no group, or no pair where
+            `pairs` are needed.
+    """
 
-    @classmethod
-    def open(
-        cls, source: str | Path, format: str, annotations: Sequence[str | Path] = (), *, pairs: bool = False
-    ) -> Source:
-        """Raises UserError for a source that cannot be read, or has no group, or none of the `pairs` that it needs."""
-        path = readers.resolve(source).absolute()
-        kind, added = readers.detect(path, format), Annotations.load(annotations)
-        survey = readers.survey(path, kind, added)
+    def __init__(
+        self, source: str | Path, out: str | Path, format: str, annotations: Sequence[str | Path] = (), *,
+        pairs: bool = False, batch_size: int, force: bool,
+    ) -> None:  # fmt: skip
+        check_counts(batch_size=batch_size)
+        self.table, self.batch_size, self.force = ResumableTable(out), batch_size, force
+        if not force:
+            self.table.check_unfinished()
+        self.path = readers.resolve(source).absolute()
+        self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
+        survey = readers.survey(self.path, self.format, self.annotations)
+        self.total = survey.rows
         if survey.groups == 0:
             raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
         if pairs and survey.candidates.get(2, 0) == survey.ties.get(2, 0):
             raise UserError(f"{source}: no pair with a winner in it; its groups by candidates: {survey.candidates}")
-        return cls(path=path, format=kind, annotations=added, survey=survey)
 
-    @property
-    def identity(self) -> str:
-        return readers.identity(self.path, self.format)
+    def run(self, annotate: Annotate, settings: Row, *, images: bool = True, progress: bool) -> Summary:
+        """Fill the table; `images` says whether they are read. Raises UserError if no group could be annotated."""
+        table = self.table
+        with table.begun({"source": readers.identity(self.path, self.format), **settings}, force=self.force):
+            items = readers.read(self.path, self.format, self.annotations, best_first=False, images=images)
+            fill(table, items, annotate, total=self.total, batch=self.batch_size, progress=progress)
+            why = table.skipped_file if table.skipped else None
+            if not table.keys:
+                raise UserError(f"{table.out}: none of {len(table.skipped)} groups could be annotated; {why} says why")
+            table.finish()
+        return Summary(out=table.out, groups=len(table.keys), skipped=len(table.skipped), why_skipped=why)
 
-    def items(self, *, images: bool = True) -> Items:
-        return readers.read(self.path, self.format, self.annotations, best_first=False, images=images)
 
-
-@dataclass
-class Batch:
-    """Groups that are annotated together, and why some cannot be: reasons by group id."""
-
-    groups: Sequence[Group]
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def left(self) -> list[Group]:
-        """The groups that have no reason yet."""
-        return [group for group in self.groups if group.id not in self.reasons]
-
-    def skip(self, reason: Callable[[Group], str]) -> None:
-        """Leave out the groups for which the function `reason` gives one."""
-        self.reasons |= {group.id: text for group in self.left if (text := reason(group))}
-
-    def images(self) -> dict[str, list[Image.Image]]:
-        """The candidates of the groups that are left; those with an image that cannot be used are skipped."""
-        found = {}
-        for group in self.left:
-            try:
-                found[group.id] = [_decoded(group, i) for i in range(len(group.candidates))]
-            except ImageError as error:
-                self.reasons[group.id] = str(error)
-        return found
-
-    def results(self, rows: Mapping[str, Row]) -> list[Row | Skipped]:
-        """One a group: its row with its id in front, or that it is skipped."""
-        return [
-            Skipped(id=group.id, origin=group.origin, reason=self.reasons[group.id])
-            if group.id in self.reasons
-            else {"id": group.id, **rows[group.id]}
-            for group in self.groups
-        ]
+def _model(load: Any, model: Any, device: str | None, options: Row, **recorded: Any) -> tuple[Any, Row]:
+    """A captioner or perturber, loaded where it is a name, and what is recorded about it."""
+    built = load(model, **options, device=device) if isinstance(model, str) else model
+    # A plain function without a name will do as well.
+    name = getattr(built, "name", None) or getattr(built, "__qualname__", type(built).__qualname__)
+    return built, {"name": str(name), **options, **recorded}
 
 
 def _descriptions(batch: Batch, describe: Captioner, batch_size: int) -> dict[str, list[str]]:
-    images = batch.images()
-    prompts = [group.prompt for group in batch.left for _ in group.candidates]
-    flat = [image for group in batch.left for image in images[group.id]]
-    said: list[str] = []
-    for some in _slices(len(flat), batch_size):
-        with memory_for(len(flat[some])):
-            said += describe(flat[some], prompts[some])
-    answers = iter(said)
-    texts = {group.id: [next(answers) for _ in group.candidates] for group in batch.left}
-    batch.skip(lambda group: "" if all(texts[group.id]) else "the captioner found nothing to say of a candidate")
+    images, prompts = batch.images()
+    answers: list[str] = []
+    for part in slices(len(images), batch_size):
+        with memory_for(len(images[part])):
+            answers += describe(images[part], prompts[part])
+    rest = iter(answers)
+    texts = {group.id: [next(rest) for _ in group.candidates] for group in batch.left}
+    batch.skip(lambda group: "" if all(texts[group.id]) else "the captioner has no description of a candidate")
     return texts
 
 
 def _changed(batch: Batch, texts: Mapping[str, str], change: Perturber, seed: int) -> dict[str, str]:
-    """The texts perturbed, by group id; groups whose text stays what it is are skipped."""
+    """The texts perturbed, by group id; groups whose text cannot be changed are skipped."""
     if not texts:
         return {}
     seeds = [stable_seed(seed, key) for key in texts]
     changed = dict(zip(texts, change(list(texts.values()), seeds), strict=True))
-    batch.skip(
-        lambda group: "" if changed[group.id] else f"the perturber found nothing to change in {texts[group.id]!r}"
-    )
+    batch.skip(lambda group: "" if changed[group.id] else f"the perturber cannot change {texts[group.id]!r}")
     return {key: text for key, text in changed.items() if text}
 
 
-def raw_scores(batch: Batch, scorers: Sequence[Scorer], batch_size: int) -> dict[str, np.ndarray]:
-    """Each scorer's scores, [scorers, k], by group id; groups that cannot be scored are skipped."""
-    images = batch.images()
-    prompts = [group.prompt for group in batch.left for _ in group.candidates]
-    flat = [image for group in batch.left for image in images[group.id]]
-    scores = np.empty((len(scorers), len(flat)))
-    for row, scorer in zip(scores, scorers, strict=True):
-        for some in _slices(len(flat), batch_size):
-            with memory_for(len(flat[some])):
-                row[some] = scorer.score_images(flat[some], prompts[some]).cpu().numpy()
-    ends = np.cumsum([len(group.candidates) for group in batch.left])
-    parts = np.split(scores, ends[:-1], axis=1) if len(ends) else []
-    raw = {group.id: part for group, part in zip(batch.left, parts, strict=True)}
-    names = [scorer.name for scorer in scorers]
-    batch.skip(lambda group: _not_finite(names, raw[group.id]))
-    return raw
-
-
-def _without_a_winner(group: Group) -> str:
+def _no_winner(group: Group) -> str:
     if len(group.candidates) != 2:
         return f"{len(group.candidates)} candidates; this variant is defined on pairs"
     return "a tie: neither candidate is the winner" if group.is_tie else ""
-
-
-def _not_finite(names: Sequence[str], scores: np.ndarray) -> str:
-    bad = [name for name, row in zip(names, scores, strict=True) if not np.isfinite(row).all()]
-    return f"no finite score by {', '.join(bad)}" if bad else ""
-
-
-def _decoded(group: Group, candidate: int) -> Image.Image:
-    try:
-        return decode(group.candidates[candidate])
-    except ImageError as error:
-        raise ImageError(f"candidate {candidate}: {error}") from error
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, length, size))
-
-
-def _name(model: Captioner | Perturber | None) -> str:
-    """What identifies it; a plain function will do as well."""
-    return str(getattr(model, "name", None) or getattr(model, "__qualname__", type(model).__qualname__))

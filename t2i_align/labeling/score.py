@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from glob import escape
 from itertools import islice
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from reward_scorers.base import ScorerError, rounding
-from t2i_align.data.media import DECODER, ImageError, decode, is_clip, whole_clip
+from t2i_align.data import readers, tables
+from t2i_align.data.media import DECODER, ImageError, decode, frame_files, is_clip, whole_clip
+from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
+from t2i_align.evaluation.result import number
+from t2i_align.inference.generate import LIST
 from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
 from t2i_align.inference.scorers import build_scorers, unscorable
-from t2i_align.labeling.listing import Entry, images_of, parse
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.distributed import Distributed
+from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
-IMAGE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")  # what a line is about, and who says it
-JSONL, PARQUET = ".jsonl", ".parquet"
+IMAGE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")
+KEY = (*IMAGE, *SCORER)  # primary key of a row
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in (*IMAGE, *SCORER)),
+        *((name, pa.string()) for name in KEY),
         ("score", pa.float64()),
         ("error", pa.string()),
         ("parts", pa.map_(pa.string(), pa.float64())),
     ]
 )
-Row = dict[str, Any]
-key_of = itemgetter(*IMAGE, *SCORER)
+IMAGE_KEYS, PROMPT_KEYS = ("image", "file"), ("prompt", "caption")  # of a list of images
+GROUP_KEYS = ("images", "videos", "chosen")  # JSONL with one of these is preference data
 
 
 def score(
@@ -60,246 +64,231 @@ def score(
 ) -> dict[str, float]:
     """Score images against their prompts; prints and returns each scorer's mean.
 
-    Under torchrun the processes share the work; each writes beside `out`, and the first one gathers.
+    Under torchrun the processes share the work, and the first one merges what they wrote.
 
     Args:
-        images: folder with the `samples.jsonl` of `generate`, images or clips; JSONL or parquet with `image` and
-            `prompt` a row; preference data of any format, all of whose candidates are scored; or prepared images.
-        scorers: their specs, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
+        images: Folder with the `samples.jsonl` of `generate`, images or clips; JSONL or parquet with `image` and
+            `prompt` in each row; preference data of any format, all candidates of which are scored; or prepared images.
+        scorers: Specs of scorers, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
         out: JSONL file to append to, or a .parquet: image, sha256 (of the file), prompt, scorer, version, score and
-            parts; for an image that cannot be read `error` instead of a score. What it already holds is not scored
-            again: delete a line to repeat it. Another image under the same name is another image.
-        batch_size: images at a time.
-        precision: "bf16" or "fp16" runs the networks under autocast, and says so in the version.
-        device: default: the GPU if there is one.
+            parts; for an image that cannot be scored, `error` instead of a score. What it already holds is not scored
+            again: delete a row to repeat it. Another image under the same name is another image.
+        batch_size: Images at a time.
+        precision: bf16 or fp16 runs the networks under autocast, which the recorded version names.
+        device: Device of the scorers (default: the GPU if there is one).
+        progress: Show a progress bar.
 
     Raises:
-        UserError: a list, line, scorer or device that cannot be used.
+        UserError: a list, row, scorer or device that cannot be used.
     """
     check_counts(batch_size=batch_size)
     check_precision(precision)
-    crew = Crew()
-    place = pick_device(device)
-    entries, total = images_of(images)
-    target = None if out is None else Path(out).expanduser().resolve()  # a link stays one
-    if target is not None and (target.suffix not in (JSONL, PARQUET) or target.is_dir()):
-        raise UserError(f"{target}: expected a file that ends in {JSONL} or {PARQUET}")
-    with nullcontext() if target is None else output_lock(target, file=True, first=crew.first):
-        if target is not None and crew.first:
-            _gather(target)
-        crew.wait()
-        done = {} if target is None else {key_of(row): row for row in _read(target)}
-        crew.wait()  # until all have read it, and nobody takes a line in the making for one that was cut off
-        judges = [Judge(scorer.to(place), torch.device(place).type, precision) for scorer in build_scorers(scorers)]
-        journal = None if target is None else _journal(target, crew.rank)
-        totals = {judge.scorer.name: [0.0, 0, 0] for judge in judges}  # sum, scored, not scored
-        with tqdm(total=total, unit="img", disable=not (progress and crew.first)) as bar:
-            for rows in _batches(judges, entries, done, crew, batch_size, bar):
-                new = [row for row in rows if key_of(row) not in done]
-                if journal is not None and new:
-                    with open(journal, "a", encoding="utf-8") as lines:
-                        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-                for row in rows:
-                    count = totals[row["scorer"]]
-                    if "error" in row:
-                        count[2] += 1
-                    elif row.get("score") is not None:
-                        count[0], count[1] = count[0] + row["score"], count[1] + 1
-        crew.wait()
-        if target is not None and crew.first:
-            _gather(target)
-    return _summary(crew.summed(totals), crew.first)
+    processes = Distributed()
+    place = pick_device(device or processes.device)
+    candidates, total = _candidates(images)
+    table = None if out is None else ResumableTable(out, KEY, schema=SCHEMA, rank=processes.rank)
+    with table.begun() if table else nullcontext():
+        written = {table.key_of(row): row for row in table.rows()} if table else {}
+        runs = [_ScorerRun(scorer.to(place), torch.device(place).type, precision) for scorer in build_scorers(scorers)]
+        totals = {run.scorer.name: np.zeros(3) for run in runs}  # sum, scored, not scored
+        with (
+            tqdm(total=total, unit="img", disable=not progress or processes.rank > 0) as bar,
+            ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
+        ):
+            for index, batch in enumerate(iter(lambda: list(islice(candidates, batch_size)), [])):
+                if index % processes.world == processes.rank:
+                    rows = _score_batch(runs, batch, written, pool)
+                    if table:
+                        table.add(rows)
+                    for row in rows:
+                        if "error" in row or row.get("score") is not None:
+                            totals[row["scorer"]] += (row.get("score") or 0, "error" not in row, "error" in row)
+                bar.update(len(batch))
+        processes.wait()
+        if table and processes.rank == 0:
+            table.merge()
+    everywhere = processes.gather(totals)
+    return _means({name: sum(part[name] for part in everywhere) for name in totals}, report=processes.rank == 0)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A scorer, on what, and in which precision."""
+class _Candidate:
+    """An image or clip to score.
+
+    image: its name in the rows. media: path or encoded bytes. error: why it cannot be scored, or "".
+    """
+
+    image: str
+    media: Media
+    prompt: str
+    error: str = ""
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Hash of the file or its frames: all models' images have the same names; None if it cannot be read."""
+        if self.error:
+            return None
+        if isinstance(self.media, bytes):
+            return hashlib.sha256(self.media).hexdigest()
+        try:
+            if not self.media.is_dir():
+                return hashlib.sha256(self.media.read_bytes()).hexdigest()
+            names = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in frame_files(self.media)]
+            return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return None
+
+    def load(self) -> Image.Image | Tensor | str:
+        """The image, the clip, or why there is none."""
+        try:
+            clip = isinstance(self.media, Path) and is_clip(self.media)
+            return self.error or (whole_clip(self.media) if clip else decode(self.media))
+        except ImageError as error:
+            return str(error)
+
+
+@dataclass(frozen=True)
+class _ScorerRun:
+    """A scorer on its device, in its precision."""
 
     scorer: Scorer
     device: str
     precision: str
 
     @cached_property
-    def named(self) -> tuple[str, str]:
+    def identity(self) -> tuple[str, str]:
         """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
         with self.autocast():
             return self.scorer.name, f"{self.scorer.version}{rounding()}, {DECODER}"
 
     def autocast(self) -> torch.autocast:
-        """How its networks run."""
         return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
 
-    def refusal(self, prompt: str) -> str:
-        """Why this prompt cannot be judged, or nothing."""
-        with self.autocast():
-            return unscorable([self.scorer], prompt)
-
     @torch.no_grad()
-    def __call__(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores and parts of images, or of one clip."""
+    def rows(self, batch: Sequence[_Candidate], media: Mapping[int, Any], indices: Collection[int]) -> Iterator[Row]:
+        """A row for each of these candidates of a batch: score and parts, or the error."""
         with self.autocast():
-            if isinstance(media[0], Tensor):
-                return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
-            return self.scorer.judge_images(media, prompts)
+            errors = {
+                i: media[i] if isinstance(media[i], str) else unscorable([self.scorer], batch[i].prompt)
+                for i in indices
+            }
+            yield from (self._row(batch[i], error=error) for i, error in errors.items() if error)
+            usable = [i for i in indices if not errors[i]]
+            stills = [i for i in usable if isinstance(media[i], Image.Image)]
+            for part in ([stills] if stills else []) + [[i] for i in usable if i not in stills]:
+                try:
+                    with memory_for(len(part)):
+                        total, parts = self._judge([media[i] for i in part], [batch[i].prompt for i in part])
+                except ScorerError as error:
+                    raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
+                for place, i in enumerate(part):
+                    values = {name: number(values[place].item()) for name, values in parts.items()}
+                    row = self._row(batch[i], score=number(total[place].item()))
+                    yield row | ({"parts": values} if values else {})
 
+    def _judge(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(media[0], Tensor):  # a single clip
+            return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
+        return self.scorer.judge_images(media, prompts)
 
-class Crew:
-    """The processes that torchrun started, or this one alone."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.first = self.rank == 0
-        if self.world > 1:
-            from accelerate import PartialState
-
-            self.state = PartialState(cpu=not torch.accelerator.is_available())
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.world > 1:
-            self.state.wait_for_everyone()
-
-    def summed(self, totals: dict[str, list[float]]) -> dict[str, list[float]]:
-        """The sums over all processes."""
-        if self.world == 1:
-            return totals
-        from accelerate.utils import gather_object
-
-        everyone = gather_object([totals])
-        return {name: [sum(one[name][i] for one in everyone) for i in range(3)] for name in totals}
-
-
-def _batches(
-    judges: Sequence[Judge],
-    entries: Iterator[Entry],
-    done: dict[Any, Row],
-    crew: Crew,
-    batch_size: int,
-    bar: tqdm[Any],
-) -> Iterator[list[Row]]:
-    """The rows of each batch that is this process's."""
-    batches = iter(lambda: list(islice(entries, batch_size)), [])
-    with ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool:
-        for number, batch in enumerate(batches):
-            if number % crew.world == crew.rank:
-                yield _score_batch(judges, batch, done, pool)
-            bar.update(len(batch))
+    def _row(self, candidate: _Candidate, **values: Any) -> Row:
+        return dict(zip(KEY, (*attrgetter(*IMAGE)(candidate), *self.identity), strict=True)) | values
 
 
 def _score_batch(
-    judges: Sequence[Judge], entries: Sequence[Entry], done: dict[Any, Row], pool: ThreadPoolExecutor
+    runs: Sequence[_ScorerRun], batch: Sequence[_Candidate], written: Mapping[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
-    """A row for each scorer and image: what an earlier run wrote of it, or a new one."""
-    subjects = list(pool.map(attrgetter(*IMAGE), entries))  # which hashes the files
-    wanted = [i for i, about in enumerate(subjects) if any((*about, *judge.named) not in done for judge in judges)]
-    loaded = dict(zip(wanted, pool.map(_load, [entries[i] for i in wanted]), strict=True))  # the others stay closed
+    """A row for each scorer and image: what an earlier run wrote, or a new one."""
+    subjects = list(pool.map(attrgetter(*IMAGE), batch))  # hashes the files
+    new = {run: [i for i, subject in enumerate(subjects) if (*subject, *run.identity) not in written] for run in runs}
+    unread = sorted({i for indices in new.values() for i in indices})  # the others are not opened
+    media = dict(zip(unread, pool.map(_Candidate.load, [batch[i] for i in unread]), strict=True))
     rows = []
-    for judge in judges:
-        keys = [(*about, *judge.named) for about in subjects]
-        heads = [dict(zip((*IMAGE, *SCORER), key, strict=True)) for key in keys]
-        rows += [done[key] for key in keys if key in done]
-        todo = [i for i, key in enumerate(keys) if key not in done]
-        why_not = {i: loaded[i] if isinstance(loaded[i], str) else judge.refusal(entries[i].prompt) for i in todo}
-        rows += [{**heads[i], "error": why} for i, why in why_not.items() if why]
-        usable = [i for i in todo if not why_not[i]]
-        images = [i for i in usable if isinstance(loaded[i], Image.Image)]
-        for some in (images, *([i] for i in usable if isinstance(loaded[i], Tensor))):
-            if not some:
-                continue
-            try:
-                with memory_for(len(some)):
-                    total, parts = judge([loaded[i] for i in some], [entries[i].prompt for i in some])
-            except ScorerError as error:  # its rows are the batch's
-                raise UserError(f"{entries[some[0]].image} ... {entries[some[-1]].image}: {error}") from error
-            for place, i in enumerate(some):
-                values = {name: number(part[place].item()) for name, part in parts.items()}
-                told = {"parts": values} if values else {}
-                rows.append({**heads[i], "score": number(total[place].item()), **told})
+    for run, indices in new.items():
+        keys = [(*subject, *run.identity) for subject in subjects]
+        rows += [written[key] for key in keys if key in written]
+        rows += run.rows(batch, media, indices)
     return rows
 
 
-def _load(entry: Entry) -> Any:
-    """The image or clip, or why there is none."""
-    if entry.error:
-        return entry.error
-    try:
-        if isinstance(entry.media, Path) and is_clip(entry.media):
-            return whole_clip(entry.media)
-        return decode(entry.media)
-    except ImageError as error:
-        return str(error)
-
-
-def number(value: float) -> float | None:
-    """JSON has no NaN: null stands for "does not apply"."""
-    return value if math.isfinite(value) else None
-
-
-def _journal(target: Path, rank: int) -> Path:
-    """Where a process writes as it goes: the file itself, or one beside it that is gathered in the end."""
-    if rank == 0 and target.suffix != PARQUET:
-        return target
-    return target.with_name(f".{target.name}.{rank}.jsonl")
-
-
-def _gather(target: Path) -> None:
-    """Move what the processes, of this run or of one that was stopped, wrote beside `target` into it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    parts = sorted(target.parent.glob(f".{escape(target.name)}.*.jsonl"))
-    rows = _read(target)
-    have = {key_of(row) for row in rows}  # all, where a run was killed between writing and unlinking
-    new = [row for part in parts for row in _lines(part) if key_of(row) not in have]
-    if new and target.suffix == PARQUET:
-        temporary = target.with_name(f".{target.name}.tmp")
-        table = [{**row, "parts": list((row.get("parts") or {}).items()) or None} for row in rows + new]
-        pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), temporary)
-        temporary.replace(target)
-    elif new:
-        with open(target, "a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-    for part in parts:
-        part.unlink()
-
-
-def _read(target: Path) -> list[Row]:
-    if target.suffix != PARQUET:
-        return list(_lines(target))
-    if not target.is_file():
-        return []
-    try:
-        table = pq.read_table(target)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{target}: not a readable parquet file: {error}") from error
-    if not {*IMAGE, *SCORER} <= set(table.schema.names):
-        raise UserError(f"{target}: not a file of scores; choose another output file")
-    rows = []
-    for row in table.to_pylist():
-        row["parts"] = dict(row["parts"] or [])
-        rows.append({key: value for key, value in row.items() if value not in (None, {}) or key in IMAGE})
-    return rows
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    """The rows of a JSONL of scores; a last line that its writer was killed in is cut off."""
-    if not file.is_file():
-        return
-    text = file.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
-        row = parse(line, f"{file}, line {number}")
-        if not {*IMAGE, *SCORER} <= row.keys():
-            raise UserError(f"{file}, line {number}: not a line of scores; choose another output file")
-        yield row
-    if len(whole) < len(text):
-        with open(file, "rb+") as stream:
-            stream.truncate(len(whole))
-
-
-def _summary(totals: dict[str, list[float]], say: bool) -> dict[str, float]:
+def _means(totals: Mapping[str, np.ndarray], *, report: bool) -> dict[str, float]:
     means = {}
-    for name, (sum_of, count, unreadable) in totals.items():
-        means[name] = sum_of / count if count else math.nan
-        note = f"; {unreadable:.0f} could not be scored" if unreadable else ""
-        if say:
-            print(f"{name}: mean {means[name]:.4f} over {count:.0f} images{note}")
+    for name, (total, scored, failed) in totals.items():
+        means[name] = float(total / scored) if scored else float("nan")
+        if report:
+            note = f"; {failed:.0f} could not be scored" if failed else ""
+            print(f"{name}: mean {means[name]:.4f} over {scored:.0f} images{note}")
     return means
+
+
+# Sources: an image with a prompt is a group with one candidate -----------------------------------------------------
+
+
+def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
+    """The candidates of a source, none of them opened, and how many there are.
+
+    Raises:
+        UserError: nothing there or nothing listed; a row without an image or a prompt.
+    """
+    path = Path(source).expanduser()
+    file = path / LIST if path.is_dir() else path
+    if path.is_dir() and is_store(path):
+        store = Store(path)
+        if "conditioning" in store.manifest:
+            raise UserError(f"{source}: holds encoded latents, not images; score the source they were encoded from")
+        return _flat(_stored(store)), int(store.k.sum())
+    if file.is_file() and file.suffix == ".parquet":
+        if {*IMAGE_KEYS} & {*tables.open_parquet(file).schema_arrow.names}:
+            rows = enumerate(tables.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS)))
+            listed = (_listed(row.values, file, row.origin, n) for n, row in rows if isinstance(row, tables.Row))
+            return listed, tables.open_parquet(file).metadata.num_rows
+    elif file.is_file() and file.suffix != ".json":
+        _, _, first = next(tables.json_entries(file), (0, "", None))
+        if first is None:
+            raise UserError(f"{file}: no image listed")
+        if not {*GROUP_KEYS} & first.keys():
+            checked = [_listed(entry, file, origin) for _, origin, entry in tables.json_entries(file)]
+            return iter(checked), len(checked)
+    try:
+        readers.detect(readers.resolve(source))
+    except UserError as error:
+        raise UserError(f"{error} Or give a folder with {LIST}, JSONL or parquet with 'image' and 'prompt'.") from error
+    survey = readers.survey(source)
+    if not survey.groups:
+        raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
+    skipped = survey.rows - survey.groups
+    return _flat(readers.read(source, best_first=False)), sum(k * n for k, n in survey.candidates.items()) + skipped
+
+
+def _flat(items: Iterable[Group | Skipped]) -> Iterator[_Candidate]:
+    """All candidates in their order; a row that cannot be used is one with an error."""
+    for item in items:
+        if isinstance(item, Skipped):
+            yield _Candidate(f"{item.id} ({item.origin})", b"", "", item.reason)
+        else:
+            for place, media in enumerate(item.candidates):
+                yield _Candidate(f"{item.id}#{place}", media, item.prompt)
+
+
+def _stored(store: Store) -> Iterator[Group]:
+    for index in range(len(store)):
+        shard, row = store.group(index)
+        media, prompt, name = store.media(index), shard.groups["prompt"][row].as_py(), shard.ids[row].as_py()
+        scores = tuple(map(float, shard.scores[row]))
+        yield Group(id=name, prompt=prompt, candidates=tuple(media), scores=scores, origin=str(store.path))
+
+
+def _listed(row: Row, file: Path, origin: str, index: int = 0) -> _Candidate:
+    value = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), None)
+    name = value if isinstance(value, str) else None
+    if isinstance(value, dict):  # the Image feature of `datasets`
+        name, value = value.get("path"), value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) or not value or readers.has_lone_surrogate(str(name)):
+        images = {key: row[key] for key in IMAGE_KEYS if key in row} or f"the keys {', '.join(row)}"
+        raise UserError(f"{origin}: expected a path under 'image', found {images}")
+    prompt = next((row[key] for key in PROMPT_KEYS if key in row), None)
+    if not isinstance(prompt, str) or not prompt.strip() or readers.has_lone_surrogate(prompt):
+        raise UserError(f"{origin}: expected text under 'prompt', found {prompt!r}")
+    if isinstance(value, bytes):
+        return _Candidate(name or f"{file.name}:{index}", value, prompt)
+    return _Candidate(value, file.parent / value, prompt)

@@ -1,27 +1,26 @@
 """Preferences made from prompts alone: models x seeds -> images -> scorers -> groups (Syn-Pic, arXiv 2410.18013).
 
-    <out>/settings.json       what it is made with; another run with other settings is refused
-          images/000012/    one folder a prompt: <model>-<seed>.png, complete once it has this name
-          scores/000000.json  what each scorer says of a block of prompts
-          groups.jsonl        the groups, as the `jsonl` reader takes them, with each scorer's scores, seeds and models
-          skipped.jsonl       what is not in there, and why
+    <out>/settings.json          what it is made with; another run with other settings is refused
+          images/000012/0-3.png  prompt 12 by model 0, its image 3
+          model-0.json           hash of the weights
+          scores.jsonl           each scorer's scores of a prompt's images (further processes: .scores.jsonl.RANK.jsonl)
+          groups.jsonl           the groups, as the `jsonl` reader takes them, with scores by scorer, seeds and models
+          skipped.jsonl          what is not in there, and why
 
 Images and scores that are there are not made again, so it continues after a kill. Several processes (torchrun,
-accelerate launch, on several machines that share the folder) each take every so-many-th block; who finds all blocks
-done writes `groups.jsonl`.
+accelerate launch, on several machines that share the folder) each take every so-many-th block of prompts; the one that
+finishes last writes `groups.jsonl`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,35 +29,26 @@ from torch import nn
 from tqdm import tqdm
 
 from t2i_align.data.schema import Group, Skipped
-from t2i_align.data.store import SKIPPED
+from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.generate import sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import check_counts, check_precision, pick_device
 from t2i_align.inference.prompts import resolve_prompts
 from t2i_align.inference.scorers import build_scorers, unscorable
-from t2i_align.labeling.annotate import Batch, raw_scores
-from t2i_align.labeling.votes import majority, shares
-from t2i_align.utils.files import differences, write_json
+from t2i_align.labeling.groups import Batch, Summary, fill
+from t2i_align.utils.distributed import Distributed
+from t2i_align.utils.files import append_line, atomic_file, claim, read_json
+from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
 SCORED_AT_ONCE = 8  # images, where no batch size is given
-BLOCK = 32  # prompts that one process makes and scores before what it knows is written down
-SETTINGS, GROUPS = "settings.json", "groups.jsonl"
+BLOCK = 32  # prompts of one process whose images are scored and recorded together
+SETTINGS, SCORES, GROUPS, SKIPPED = "settings.json", "scores.jsonl", "groups.jsonl", "skipped.jsonl"
 PAIRS = ("best_worst", "all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What came of it. missing: blocks that other processes have not finished; while there are any, nothing is out."""
-
-    out: Path
-    groups: int = 0
-    skipped: int = 0
-    missing: int = 0
 
 
 def synthesize(
@@ -87,19 +77,26 @@ def synthesize(
     (phi of arXiv 2410.18013; a difference within a scorer's tie margin is half a win).
 
     Args:
-        prompts: text file with one prompt per line, `testbed:dev`, or a list; each distinct one is used once.
-        models: paths, Hub ids, training runs or LoRAs, `testbed:sd`.
-        scorers: their specs.
-        out: folder.
-        per_prompt: images of each prompt by each model.
+        prompts: Text file with one prompt per line, `testbed:dev`, or a list; each distinct one is used once.
+        models: Paths, Hub ids, training runs or LoRAs, `testbed:sd`.
+        scorers: Specs of scorers, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
+        out: Folder for images, scores and `groups.jsonl`.
+        per_prompt: Images of each prompt by each model.
         pairs: `best_worst` or `all` pairs instead of groups of all candidates.
-        agree: of a pair, at least this share of the scorers must prefer the better one; of a group, its best to its
-            worst.
-        seed, steps, guidance, negative_prompt, height, width, batch_size, precision, device: as for `generate`; each
-            model's own where it is not given.
+        agree: Share of the scorers that must prefer the better one of a pair, or a group's best to its worst.
+        seed: Seed of the images.
+        steps: Sampling steps (default: the model's own).
+        guidance: Guidance scale (default: the model's own).
+        negative_prompt: What guidance leads away from.
+        height: Height in pixels (default: the model's own).
+        width: Width in pixels (default: the model's own).
+        batch_size: Images at a time (default: the model's own; 8 for scorers).
+        precision: The models' weights: fp32, bf16 or fp16.
+        device: Device of models and scorers (default: the GPU if there is one).
+        progress: Show progress bars.
 
     Raises:
-        UserError: anything above that cannot be used, or a folder begun with other settings.
+        UserError: an argument that cannot be used, or a folder begun with other settings.
     """
     texts = list(dict.fromkeys(resolve_prompts(prompts)))
     check_counts(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
@@ -113,181 +110,163 @@ def synthesize(
         raise UserError(f"models: expected different ones that make 2 candidates or more, found {', '.join(names)}")
     for name in names:
         resolve_aligned(name)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = pick_device(device or _own_device())
+    processes = Distributed()
+    place = pick_device(device or processes.device)
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
-    work = _Work(
-        Path(out).expanduser(), texts, names, per_prompt, seed, range(rank, -(-len(texts) // BLOCK), world), progress
-    )
+    work = _Work(Path(out).expanduser(), texts, names, per_prompt, seed, built, processes, progress)
     sampling = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "height": height,
                 "width": width}  # fmt: skip
-    work.begin({**sampling, "precision": precision}, {scorer.name: scorer.version for scorer in built})
-    refused = work.refused(built)
-    for number, name in enumerate(names):
-        work.draw(number, name, refused, {**sampling, "batch_size": batch_size}, precision, place)
-    work.score(built, refused, batch_size or SCORED_AT_ONCE)
-    return work.finish(built, pairs, agree)
+    work.begin({**sampling, "precision": precision})
+    for index, name in enumerate(names):
+        work.draw(index, name, {**sampling, "batch_size": batch_size}, precision, place)
+    work.score(batch_size or SCORED_AT_ONCE)
+    return work.finish(pairs, agree)
 
 
-@dataclass
 class _Work:
-    """One process's share of the work, and the files that it comes to."""
+    """One process's share of the prompts, and the files in `out`."""
 
-    out: Path
-    prompts: list[str]
-    models: list[str]
-    per_prompt: int
-    seed: int
-    blocks: range
-    progress: bool
+    def __init__(
+        self, out: Path, prompts: Sequence[str], models: Sequence[str], per_prompt: int, seed: int,
+        scorers: Sequence[Scorer], processes: Distributed, progress: bool,
+    ) -> None:  # fmt: skip
+        self.out, self.prompts, self.models, self.per_prompt, self.seed = out, prompts, models, per_prompt, seed
+        self.scorers, self.progress, self.rank = scorers, progress, processes.rank
+        self.margins = [scorer.tie_margin for scorer in scorers]
+        own = [i for i in range(len(prompts)) if i // BLOCK % processes.world == processes.rank]
+        self.own = {i: unscorable(scorers, prompts[i]) for i in own}  # with the reason why it cannot be scored, or ""
 
-    def begin(self, sampling: dict[str, Any], scorers: dict[str, str]) -> None:
+    def begin(self, settings: Row) -> None:
         """Start the folder, or continue one that was begun with the same settings."""
         text = "\n".join(self.prompts)
-        wanted = {
+        settings = {
             "prompts": hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16],
             "models": self.models,
             "per_prompt": self.per_prompt,
             "seed": self.seed,
-            **sampling,
-            "scorers": scorers,
+            **settings,
+            "scorers": {scorer.name: scorer.version for scorer in self.scorers},
         }
         self.out.mkdir(parents=True, exist_ok=True)
         with FileLock(self.out / ".lock"):
-            file = self.out / SETTINGS
-            if not file.exists():
-                if any(entry.name != ".lock" for entry in self.out.iterdir()):
-                    raise UserError(f"{self.out}: the folder is not empty and holds no synthesis; choose another")
-                write_json(file, wanted)
-            elif differing := differences(json.loads(file.read_text()), wanted):
-                raise UserError(f"{self.out}: this folder was begun with other settings: {'; '.join(differing)}.")
+            if not (self.out / SETTINGS).exists() and any(file.name[0] != "." for file in self.out.iterdir()):
+                raise UserError(f"{self.out}: the folder is not empty and holds no synthesis; choose another")
+            claim(self.out / SETTINGS, settings, advice="choose another folder")
 
-    def refused(self, scorers: Sequence[Scorer]) -> dict[int, str]:
-        """Prompts that a scorer cannot judge, found before images are made of them."""
-        reasons = {number: unscorable(scorers, self.prompts[number]) for number in self._own()}
-        return {number: reason for number, reason in reasons.items() if reason}
-
-    def draw(
-        self, number: int, name: str, refused: dict[int, str], sampling: dict[str, Any], precision: str, device: str
-    ) -> None:
+    def draw(self, model: int, name: str, sampling: Row, precision: str, device: str) -> None:
         """This process's images by one model, which is loaded only where some are missing."""
-        rows = [
-            (prompt, k)
-            for prompt in self._own()
-            for k in range(self.per_prompt)
-            if prompt not in refused and not self.image(prompt, number, k).exists()
-        ]
+        wanted = [(i, k) for i, refused in self.own.items() if not refused for k in range(self.per_prompt)]
+        rows = [(i, k) for i, k in wanted if not self.image(i, model, k).exists()]
         if not rows:
             return
-        with _loaded(name, precision, device) as pipeline, self._bar(len(rows), f"draw {name}", "img") as bar:
+        with (
+            _loaded(name, precision, device) as pipeline,
+            tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
+        ):
             if pipeline.video:
                 raise UserError(f"{name}: this model makes clips; preferences are made of images here")
-            self._identify(name, pipeline.denoiser)
-            *_, batch_size = pipeline.sampling(batch_size=sampling["batch_size"])
+            with FileLock(self.out / ".lock"):  # refuses other weights under the same name
+                claim(self._identity(model), {"model": name, "sha256": weights_hash(pipeline.denoiser)})
+            batch_size = sampling["batch_size"] or pipeline.sampling()[2]
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
-                seeds = [sample_seed(self.seed, prompt, k) for prompt, k in part]
-                made = sample(pipeline, [self.prompts[prompt] for prompt, _ in part], seeds, **sampling)
-                for (prompt, k), image in zip(part, made, strict=True):
-                    file = self.image(prompt, number, k)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    save_image(image, file)
+                seeds = [sample_seed(self.seed, i, k) for i, k in part]
+                images = sample(pipeline, [self.prompts[i] for i, _ in part], seeds, **sampling)
+                for (i, k), image in zip(part, images, strict=True):
+                    save_image(image, self.image(i, model, k))
                 bar.update(len(part))
 
-    def score(self, scorers: Sequence[Scorer], refused: dict[int, str], batch_size: int) -> None:
-        """This process's blocks, each scored as a whole: [scorers, k] a prompt, or why there is none."""
-        (self.out / "scores").mkdir(exist_ok=True)
-        blocks = [block for block in self.blocks if not self._scores(block).exists()]
-        with self._bar(len(blocks), "score", "block") as bar:
-            for block in blocks:
-                numbers = self._numbers(block)
-                batch = Batch([self.group(number) for number in numbers if number not in refused])
-                raw = raw_scores(batch, scorers, batch_size)
-                found = {group.id: raw[group.id].tolist() for group in batch.left}
-                skipped = {_name(n): refused[n] for n in numbers if n in refused} | batch.reasons
-                write_json(self._scores(block), {"scores": found, "skipped": skipped})
-                bar.update()
+    def score(self, batch_size: int) -> None:
+        """Scores [scorers, k] of this process's prompts, or why there are none."""
+        self.table = ResumableTable(self.out / SCORES, rank=self.rank)
+        groups = [
+            Skipped(id=_name(i), origin=self._origin(i), reason=refused) if refused else self.group(i)
+            for i, refused in self.own.items()
+        ]
 
-    def finish(self, scorers: Sequence[Scorer], pairs: str | None, agree: float) -> Summary:
-        """Write the groups, if all blocks are there."""
-        files = [self._scores(block) for block in range(-(-len(self.prompts) // BLOCK))]
-        if missing := sum(not file.exists() for file in files):
+        def annotate(batch: Batch) -> dict[str, Row]:
+            return {key: {"scores": raw.tolist()} for key, raw in batch.scores(self.scorers, batch_size).items()}
+
+        with self.table.begun():
+            fill(self.table, groups, annotate, total=len(groups), batch=BLOCK, progress=self.progress, what="score")
+
+    def finish(self, pairs: str | None, agree: float) -> Summary:
+        """Write the groups, if all prompts are done."""
+        scores = {row["id"]: np.array(row["scores"]) for row in self.table.rows()}
+        reasons = {row["id"]: row["reason"] for row in self.table.skips()}
+        if missing := sum(_name(i) not in scores.keys() | reasons.keys() for i in range(len(self.prompts))):
             return Summary(out=self.out / GROUPS, missing=missing)
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         skipped: list[Skipped] = []
-        known = {name: self._identity(name) for name in self.models}  # none where a scorer refused all prompts
-        identities = {name: json.loads(file.read_text()) for name, file in known.items() if file.exists()}
-        for block, file in enumerate(files):
-            stored = json.loads(file.read_text())
-            for number in self._numbers(block):
-                group = self.group(number)
-                if group.id in stored["skipped"]:
-                    skipped.append(Skipped(id=group.id, origin=group.origin, reason=stored["skipped"][group.id]))
-                    continue
-                raw = np.array(stored["scores"][group.id])
-                for row in _rows(group, raw, scorers, pairs, agree):
-                    if isinstance(row, Skipped):
-                        skipped.append(row)
-                    else:
-                        rows.append(self._row(number, group, raw, row, scorers, identities))
-        with FileLock(self.out / ".lock"):
-            _write_lines(self.out / SKIPPED, map(asdict, skipped))
-            _write_lines(self.out / GROUPS, rows)
+        files = map(self._identity, range(len(self.models)))
+        identities = [read_json(file) if file.exists() else {} for file in files]  # none if all prompts were refused
+        for i in range(len(self.prompts)):
+            group = self.group(i)
+            if group.id in reasons:
+                skipped.append(Skipped(id=group.id, origin=group.origin, reason=reasons[group.id]))
+                continue
+            for chosen in self._chosen(group, scores[group.id], pairs, agree):
+                if isinstance(chosen, Skipped):
+                    skipped.append(chosen)
+                else:
+                    rows.append(self._row(i, group, scores[group.id], chosen, identities))
+        for name, lines in ((SKIPPED, list(map(asdict, skipped))), (GROUPS, rows)):
+            with FileLock(self.out / ".lock"), atomic_file(self.out / name) as temporary:
+                temporary.touch()
+                append_line(temporary, *lines)
         if not rows:
             raise UserError(f"{self.out}: no group is left of {len(self.prompts)} prompts; {SKIPPED} says why")
-        return Summary(out=self.out / GROUPS, groups=len(rows), skipped=len(skipped))
+        why = self.out / SKIPPED if skipped else None
+        return Summary(out=self.out / GROUPS, groups=len(rows), skipped=len(skipped), why_skipped=why)
 
-    def group(self, number: int) -> Group:
+    def group(self, prompt: int) -> Group:
         """A prompt's group, its candidates in the order of models and seeds."""
-        media = [self.image(number, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
-        return Group(id=_name(number), prompt=self.prompts[number], candidates=tuple(media),
-                     scores=(0.0,) * len(media), origin=f"{self.out}, prompt {number}")  # fmt: skip
+        media = [self.image(prompt, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
+        return Group(id=_name(prompt), prompt=self.prompts[prompt], candidates=tuple(media),
+                     scores=(0.0,) * len(media), origin=self._origin(prompt))  # fmt: skip
 
     def image(self, prompt: int, model: int, k: int) -> Path:
         return self.out / "images" / _name(prompt) / f"{model}-{k}.png"
 
+    def _chosen(
+        self, group: Group, raw: np.ndarray, pairs: str | None, agree: float
+    ) -> Iterator[tuple[int, ...] | Skipped]:
+        """The places of the candidates of each group that is wanted, or why there is none."""
+        order = np.argsort(-majority(raw, self.margins), kind="stable").tolist()
+        prefers = shares(raw, self.margins)
+        for better, worse in combinations(order, 2) if pairs == "all" else [(order[0], order[-1])]:
+            share, name = prefers[better, worse], group.id if pairs is None else f"{group.id}#{better}-{worse}"
+            if pairs is not None and share == prefers[worse, better]:
+                yield Skipped(id=name, origin=group.origin, reason="the scorers prefer neither")
+            elif share < agree:
+                reason = f"{share:.2f} of the scorers prefer the better one, expected at least {agree:g}"
+                yield Skipped(id=name, origin=group.origin, reason=reason)
+            else:
+                yield (better, worse) if pairs else tuple(range(raw.shape[1]))
+
     def _row(
-        self, number: int, group: Group, raw: np.ndarray, chosen: tuple[int, ...], scorers: Sequence[Scorer],
-        identities: dict[str, dict[str, str]],
-    ) -> dict[str, Any]:  # fmt: skip
-        share = majority(raw, [scorer.tie_margin for scorer in scorers])
+        self, prompt: int, group: Group, raw: np.ndarray, chosen: tuple[int, ...], identities: Sequence[Row]
+    ) -> Row:
+        share = majority(raw, self.margins)
         places = [divmod(place, self.per_prompt) for place in chosen]
         return {
             "id": group.id if len(chosen) == len(group.candidates) else f"{group.id}#{chosen[0]}-{chosen[1]}",
             "prompt": group.prompt,
-            "images": [self.image(number, model, k).relative_to(self.out).as_posix() for model, k in places],
+            "images": [self.image(prompt, model, k).relative_to(self.out).as_posix() for model, k in places],
             "scores": [float(share[place]) for place in chosen],
             "by_scorer": {
                 scorer.name: {"version": scorer.version, "scores": [float(scores[place]) for place in chosen]}
-                for scorer, scores in zip(scorers, raw, strict=True)
+                for scorer, scores in zip(self.scorers, raw, strict=True)
             },
-            "seeds": [sample_seed(self.seed, number, k) for _, k in places],
-            "models": [identities[self.models[model]] for model, _ in places],
+            "seeds": [sample_seed(self.seed, prompt, k) for _, k in places],
+            "models": [identities[model] for model, _ in places],
         }
 
-    def _own(self) -> list[int]:
-        return [number for block in self.blocks for number in self._numbers(block)]
+    def _identity(self, model: int) -> Path:
+        return self.out / f"model-{model}.json"
 
-    def _numbers(self, block: int) -> range:
-        return range(block * BLOCK, min((block + 1) * BLOCK, len(self.prompts)))
-
-    def _scores(self, block: int) -> Path:
-        return self.out / "scores" / f"{block:06d}.json"
-
-    def _identity(self, name: str) -> Path:
-        return self.out / f"model-{self.models.index(name)}.json"
-
-    def _identify(self, name: str, denoiser: nn.Module) -> None:
-        """Write down which weights a model's name stands for, and refuse others in the middle of the work."""
-        found = {"model": name, "sha256": weights_hash(denoiser)}
-        with FileLock(self.out / ".lock"):
-            file = self._identity(name)
-            if file.exists() and (stored := json.loads(file.read_text())) != found:
-                raise UserError(f"{self.out}: {name} has other weights now; begun with {stored['sha256']}")
-            write_json(file, found)
-
-    def _bar(self, total: int, what: str, unit: str) -> Any:
-        return tqdm(total=total, desc=what, unit=unit, disable=not self.progress)
+    def _origin(self, prompt: int) -> str:
+        return f"{self.out}, prompt {prompt}"
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -299,48 +278,16 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _rows(
-    group: Group, raw: np.ndarray, scorers: Sequence[Scorer], pairs: str | None, agree: float
-) -> Iterator[tuple[int, ...] | Skipped]:
-    """The places of the candidates of each group that is wanted, or why there is none."""
-    margins = [scorer.tie_margin for scorer in scorers]
-    order = np.argsort(-majority(raw, margins), kind="stable").tolist()
-    prefers = shares(raw, margins)
-    chosen = list(combinations(order, 2)) if pairs == "all" else [(order[0], order[-1])]
-    for better, worse in chosen:
-        name = group.id if pairs is None else f"{group.id}#{better}-{worse}"
-        if pairs is not None and prefers[better, worse] == prefers[worse, better]:
-            yield Skipped(id=name, origin=group.origin, reason="the scorers prefer neither")
-        elif prefers[better, worse] < agree:
-            reason = f"{prefers[better, worse]:.2f} of the scorers prefer the better one, {agree:g} were asked for"
-            yield Skipped(id=name, origin=group.origin, reason=reason)
-        else:
-            yield (better, worse) if pairs else tuple(range(raw.shape[1]))
-
-
 @contextmanager
 def _loaded(name: str, precision: str, device: str) -> Iterator[TrainablePipeline]:
-    found = resolve_aligned(name)
-    if found.kind == "model":
-        yield load_pipeline(found.path, precision, device)
+    aligned = resolve_aligned(name)
+    if aligned.kind == "model":
+        yield load_pipeline(aligned.path, precision, device)
         return
-    pipeline = load_pipeline(resolve_base(None, found), precision, device)
-    with adapter_on(pipeline, found):
+    pipeline = load_pipeline(resolve_base(None, aligned), precision, device)
+    with adapter_on(pipeline, aligned):
         yield pipeline
-
-
-def _own_device() -> str | None:
-    """Of several processes on one machine, each has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
 
 
 def _name(prompt: int) -> str:
     return f"{prompt:06d}"
-
-
-def _write_lines(file: Path, rows: Any) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(temporary, file)

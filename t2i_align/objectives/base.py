@@ -22,19 +22,20 @@ Metrics = dict[str, Tensor]  # [B] each; NaN where a metric does not apply to a 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStats:
-    """What an objective may be fitted to. score_range: the least and the greatest score of the data."""
+    """Statistics that open hyper-parameters are estimated from. score_range: minimum and maximum score of the data."""
 
     score_range: tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What an objective wants; checked before anything loads.
+    """What an objective needs of data and reference; checked before anything loads.
 
-    candidates: at least so many a group; 2 means a pair: larger groups give their best and worst, unless the objective
-    takes whole `lists`. ties: whether a group whose best and worst score are equal teaches it anything. likes_only: a
-    single sample must have been liked. reference: whether it asks a reference model. features: whether it asks that
-    reference for features. columns: optional fields of `Group` it reads.
+    candidates: minimum number per group. With 2, larger groups give their best and worst, unless `lists`.
+    ties: whether groups whose best and worst score are equal contribute to the loss.
+    likes_only: single samples with a negative score are left out.
+    reference: the reference is called. features: `reference.features` is called.
+    lists: whole groups are passed. columns: optional columns (`schema.COLUMNS`) that the batch must have.
     """
 
     candidates: int = 1
@@ -46,7 +47,7 @@ class Requirements:
     columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """For people: what data, and whether a reference."""
+        """One phrase for `t2i-align objectives`: the kind of data, its columns, the reference."""
         if self.candidates > 1:
             data = "rankings" if self.lists else "pairs"
         else:
@@ -68,7 +69,7 @@ class Objective(ABC):
     needs: ClassVar[Requirements]
 
     @abstractmethod
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         """Loss [B] with gradient through `policy`, and detached metrics [B] each to log under their names."""
 
     def initial_state(self) -> dict[str, float]:

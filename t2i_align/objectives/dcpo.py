@@ -14,12 +14,12 @@ A margin can be bought by the text alone where z_l is merely a bad caption: watc
 from __future__ import annotations
 
 from t2i_align.objectives.base import Requirements
-from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Positive, settings
 
 
 @settings
-class DCPO(Pairwise):
+class DCPO(DiffusionDPO):
     """DCPO on pairs with two captions. The released runs use beta 500 on SD2.1."""
 
     beta: Positive = 500.0

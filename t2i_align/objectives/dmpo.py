@@ -18,7 +18,7 @@ from torch import Tensor
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
-from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Float, settings
 
 
@@ -29,7 +29,7 @@ def dmpo_loss(h: Tensor, *, alpha: float) -> Tensor:
 
 
 @settings
-class DMPO(Pairwise):
+class DMPO(DiffusionDPO):
     """DMPO on pairs; the released code uses alpha 0.01 and beta 2000."""
 
     alpha: Annotated[Float, Field(gt=0, lt=0.5, description="a number in (0, 0.5)")] = 0.01

@@ -25,9 +25,8 @@ from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
-from t2i_align.objectives.guard import safeguard, scale_gradient
-from t2i_align.objectives.monitoring import preference_metrics
-from t2i_align.objectives.pairwise import dpo_logit
+from t2i_align.objectives.diffusion_dpo import dpo_logit
+from t2i_align.objectives.pairwise import preference_metrics, safeguard, scale_gradient
 from t2i_align.utils.settings import Float, Positive, Share, settings
 
 
@@ -56,8 +55,8 @@ class DSPO(Objective):
     config = "sd15_dspo.yaml"
     needs = Requirements(candidates=2, ties=False, reference=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        noised = random_noise(batch, draw, self.noise)
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
+        noised = random_noise(batch, rng, self.noise)
         with torch.no_grad():
             ref_residual_w, ref_residual_l = noised.residuals(reference)[:, [0, -1]].unbind(1)
         residual_w, residual_l = noised.residuals(policy)[:, [0, -1]].unbind(1)

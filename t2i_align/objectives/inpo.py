@@ -16,12 +16,12 @@ from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.inversion import inverted_noise
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Count, Float, Share, Whole, settings
 
 
 @settings
-class InPO(Pairwise):
+class InPO(DiffusionDPO):
     """InPO on pairs. The paper uses beta 2000 (SD1.5, from an SFT model) and 5000 (SDXL), and 10 steps of inversion.
 
     levels: of the grid that training times are drawn from, and at most so many steps of inversion.
@@ -42,11 +42,11 @@ class InPO(Pairwise):
     paper = "arXiv 2503.18454"
     config = "sd15_inpo.yaml"
 
-    def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
+    def noised(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> Noised:
         return inverted_noise(
             policy if self.inversion_model == "policy" else reference,
             batch,
-            draw,
+            rng,
             levels=self.levels,
             guidance=self.inversion_guidance,
             eta=self.eta,

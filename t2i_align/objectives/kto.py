@@ -69,11 +69,8 @@ class DiffusionKTO(Objective):
         if self.desirable + self.undesirable == 0:
             raise UserError("objective.desirable and objective.undesirable must be 0 or more, and not both 0")
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        noised = random_noise(batch, draw, self.noise)
-        with torch.no_grad():
-            ref_err = noised.errors(reference)
-        err = noised.errors(policy)
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
+        err, ref_err = random_noise(batch, rng, self.noise).errors_against(policy, reference)
         g = 0.5 * self.beta * (ref_err - err)
         z = mean_over_processes(g).clamp_min(0)
         liked = liked_candidates(batch.scores)

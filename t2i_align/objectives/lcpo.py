@@ -20,10 +20,10 @@ from torch import Tensor
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
-from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Float, Share, settings
 
-ETA_MAX = 0.999  # eta = 1 would trust every label for good
+ETA_MAX = 0.999  # eta = 1 would trust every label permanently
 
 
 def trust(h: Tensor, eta: Tensor | float) -> Tensor:
@@ -33,7 +33,7 @@ def trust(h: Tensor, eta: Tensor | float) -> Tensor:
 
 
 @settings
-class LCPO(Pairwise):
+class LCPO(DiffusionDPO):
     """LCPO on pairs. eta: its first value, in (1/2, 1). rate: of its running mean, in [0, 1]; 0 keeps it.
 
     Both defaults are the paper's, which found rates of 0.001 and 1 worse.

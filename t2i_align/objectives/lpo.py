@@ -9,17 +9,11 @@ those that are strictly worse, and j itself. The paper sums the terms; their mea
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise
-from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.objectives.base import Metrics, Objective, Requirements
-from t2i_align.objectives.monitoring import list_metrics
-from t2i_align.utils.settings import Positive, settings
+from t2i_align.objectives.listwise import Listwise
+from t2i_align.utils.settings import settings
 
 
 def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:
@@ -28,25 +22,16 @@ def plackett_luce_loss(h: Tensor, scores: Tensor) -> Tensor:
     itself = torch.eye(h.shape[1], dtype=torch.bool, device=h.device)
     rivals = h.unsqueeze(1).expand(-1, h.shape[1], -1).masked_fill(~(worse | itself), -torch.inf)
     terms = torch.logsumexp(rivals, dim=2) - h
-    return terms.sum(1) / worse.any(2).sum(1).clamp_min(1)  # who beats nobody has the term h_j - h_j = 0
+    return terms.sum(1) / worse.any(2).sum(1).clamp_min(1)  # a candidate that beats none has the term h_j - h_j = 0
 
 
 @settings
-class DiffusionLPO(Objective):
+class DiffusionLPO(Listwise):
     """Diffusion-LPO on groups of k candidates."""
-
-    beta: Positive = 2000.0
-    noise: Literal["shared", "independent"] = "shared"
 
     name = "lpo"
     paper = "arXiv 2510.01540"
     config = "sd15_lpo.yaml"
-    needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        noised = random_noise(batch, draw, self.noise)
-        with torch.no_grad():
-            ref_err = noised.errors(reference)
-        err = noised.errors(policy)
-        loss = plackett_luce_loss(-0.5 * self.beta * (err - ref_err), batch.scores)
-        return loss, list_metrics(err.detach(), ref_err, batch.scores, beta=self.beta)
+    def list_loss(self, s: Tensor, scores: Tensor) -> Tensor:
+        return plackett_luce_loss(-0.5 * self.beta * s, scores)

@@ -63,8 +63,8 @@ class MaPO(Objective):
     config = "sd15_mapo.yaml"
     needs = Requirements(candidates=2, ties=False)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        err_w, err_l = squared_error(random_noise(batch, draw, self.noise).residuals(policy))[:, [0, -1]].unbind(1)
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
+        err_w, err_l = squared_error(random_noise(batch, rng, self.noise).residuals(policy))[:, [0, -1]].unbind(1)
         loss, margin = mapo_loss(
             err_w, err_l, variant=self.variant, beta=self.beta, weight=self.weight, scale=self.scale, s=self.s
         )

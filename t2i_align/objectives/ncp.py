@@ -26,7 +26,7 @@ from t2i_align.data.schema import Batch, Conditioning, Model
 from t2i_align.diffusion.noising import Noised, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Requirements
-from t2i_align.objectives.pairwise import Pairwise
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Positive, settings
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -82,7 +82,7 @@ class Perceived(Noised):
 
 
 @settings
-class NCPDPO(Pairwise):
+class NCPDPO(DiffusionDPO):
     """NCP-DPO on pairs. beta: the paper's 2500 has no factor 1/2: it is 5000 here. renoise: how to step."""
 
     beta: Positive = 5000.0
@@ -93,17 +93,17 @@ class NCPDPO(Pairwise):
     config = "sd15_ncp_dpo.yaml"
     needs = Requirements(candidates=2, ties=False, reference=True, features=True)
 
-    def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
-        noised = random_noise(batch, draw, self.noise)
+    def noised(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> Noised:
+        noised = random_noise(batch, rng, self.noise)
         k, shape = batch.latents.shape[1], batch.latents.shape[2:]
         if self.renoise == "uniform":
-            earlier, noise = draw.process.timesteps(draw.uniform("renoise")).repeat_interleave(k), None
+            earlier, noise = rng.process.timesteps(rng.uniform("renoise")).repeat_interleave(k), None
         else:
             copies = 1 if self.noise == "shared" else k
-            noise = draw.normal("posterior", (copies, *shape)).expand_as(batch.latents).flatten(0, 1)
+            noise = rng.normal("posterior", (copies, *shape)).expand_as(batch.latents).flatten(0, 1)
             earlier = (noised.timesteps - 1).clamp_min(0)
         perceive = cast(Perceiving, reference).features
-        perceived = Perceived(**vars(noised), process=draw.process, earlier=earlier, noise=noise, perceive=perceive)
+        perceived = Perceived(**vars(noised), process=rng.process, earlier=earlier, noise=noise, perceive=perceive)
         with torch.no_grad():
             truth = perceive(perceived.step(noised.target), earlier, noised.conditioning)
         return replace(perceived, target=truth)

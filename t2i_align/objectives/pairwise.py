@@ -1,6 +1,6 @@
-"""What every method on pairs shares: errors of both candidates against a reference, one logit, one link.
+"""What every method on pairs shares: errors of both candidates against a reference, one logit, one loss.
 
-    h = -1/2 beta w [ (err_w - ref_err_w) - (err_l - ref_err_l) ],    loss = link(h)
+    h = logit(err_w, err_l, ref_err_w, ref_err_l; beta w),    loss = pair_loss(h)
 
 A method says how candidates become noisy (`noised`), under which captions (`paired`) and how strongly a pair counts
 (`strength`, the w above). Two safeguards can be added to any of them:
@@ -13,6 +13,8 @@ A method says how candidates become noisy (`noised`), under which captions (`pai
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -24,28 +26,14 @@ from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import Noised, random_noise, squared_error
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
-from t2i_align.objectives.guard import safeguard, scale_gradient
-from t2i_align.objectives.links import Link
-from t2i_align.objectives.monitoring import by_time, preference_metrics
 from t2i_align.utils.settings import Float, Positive, Share, settings
 
 BETA_RATE = 0.5  # how fast log(beta) follows the gradient factor's distance from its target, per optimiser step
-
-
-def dpo_logit(err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, *, beta: float | Tensor) -> Tensor:
-    """h of Diffusion-DPO (arXiv 2311.12908, eq. 14), [B]; positive where the policy prefers the winner more than the
-    reference does."""
-    return -0.5 * beta * ((err_w - ref_err_w) - (err_l - ref_err_l))
-
-
-def time_weight(draw: SampleRNG, timesteps: Tensor) -> Tensor:
-    """1 + z / (1 + z) with z = sigma / alpha, in [1, 2]: more at high noise. timesteps [B]."""
-    alpha, sigma = draw.process.alpha_sigma(timesteps)
-    return (1 + sigma / (alpha + sigma)).to(torch.float32)
+TIME_BUCKETS = 4
 
 
 @settings
-class Pairwise(Link, Objective):
+class Pairwise(Objective):
     """Fields of every method on pairs.
 
     beta: strength of the pull to the reference, with mean errors.
@@ -66,9 +54,9 @@ class Pairwise(Link, Objective):
 
     needs = Requirements(candidates=2, ties=False, reference=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         batch = self.paired(batch)
-        noised = self.noised(policy, reference, batch, draw)
+        noised = self.noised(policy, reference, batch, rng)
         with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
             ref_residuals = noised.residuals(reference)
             ref_err_w, ref_err_l = squared_error(ref_residuals, self.reduction)[:, [0, -1]].unbind(1)
@@ -80,7 +68,7 @@ class Pairwise(Link, Objective):
         timesteps = noised.timesteps.view(len(err_w), -1)[:, 0]
         beta = self._beta(batch) * self.strength(batch)
         if self.time_weight == "snr":
-            beta = beta * time_weight(draw, timesteps)
+            beta = beta * time_weight(rng, timesteps)
         h = self.logit(err_w, err_l, ref_err_w, ref_err_l, beta)
         metrics = preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
         metrics |= by_time("rewards/margins", metrics["rewards/margins"], timesteps)
@@ -99,21 +87,21 @@ class Pairwise(Link, Objective):
         """The winner and the loser with the captions they are denoised under: here the prompt for both."""
         return batch
 
-    def noised(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> Noised:
+    def noised(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> Noised:
         """How candidates become noisy latents with a target."""
-        return random_noise(batch, draw, self.noise)
+        return random_noise(batch, rng, self.noise)
 
     def strength(self, batch: Batch) -> float | Tensor:
         """How strongly each pair counts inside the logit, [B] or one number."""
         return 1.0
 
+    @abstractmethod
     def logit(self, err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, beta: float | Tensor) -> Tensor:
-        """h, [B]."""
-        return dpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
+        """h, [B]; positive where the policy agrees with the label."""
 
+    @abstractmethod
     def pair_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss of each pair, [B], and metrics of its own."""
-        return self.loss(h), {}
 
     # Automatic beta --------------------------------------------------------------------------------------------------
 
@@ -129,3 +117,62 @@ class Pairwise(Link, Objective):
 
     def _beta(self, batch: Batch) -> float | Tensor:
         return self.beta if self.target_gradient is None else batch.state["beta"]
+
+
+# Safeguards -----------------------------------------------------------------------------------------------------------
+
+
+def time_weight(rng: SampleRNG, timesteps: Tensor) -> Tensor:
+    """1 + z / (1 + z) with z = sigma / alpha, in [1, 2]: more at high noise. timesteps [B]."""
+    alpha, sigma = rng.process.alpha_sigma(timesteps)
+    return (1 + sigma / (alpha + sigma)).to(torch.float32)
+
+
+def safeguard(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
+    """Share of the loser's gradient that passes, [B] in [0, 1] (SDPO, arXiv 2511.03317); residuals [B, D].
+
+    Residuals stand for the gradients of the squared errors in the output, to which they are proportional.
+    """
+    residual_w, residual_l = residual_w.detach(), residual_l.detach()
+    along = (residual_l * residual_w).sum(-1)
+    share = (1 - mu) * residual_w.square().sum(-1) / along
+    return torch.where(along > 0, share.clamp(0, 1), torch.ones_like(along))
+
+
+def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
+    """`value` unchanged, with its gradient multiplied by `factor`."""
+    return value.detach() + factor * (value - value.detach())
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def preference_metrics(
+    err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, *, beta: float | Tensor
+) -> dict[str, Tensor]:
+    """What is watched in a pairwise run, [B] each; both error differences rising together is the main failure."""
+    chosen = -0.5 * beta * (err_w - ref_err_w)
+    rejected = -0.5 * beta * (err_l - ref_err_l)
+    margins = chosen - rejected
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/negative_margins": (margins < 0).float(),
+        "error/chosen": err_w,
+        "error/rejected": err_l,
+        "error/chosen_minus_reference": err_w - ref_err_w,
+        "error/rejected_minus_reference": err_l - ref_err_l,
+    }
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def by_time(name: str, values: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+    """The metric split by quarter of the schedule (timesteps run to 1000 in every family), NaN outside its own."""
+    bucket = (timesteps * TIME_BUCKETS / 1000).long().clamp(0, TIME_BUCKETS - 1)
+    nothing = torch.full_like(values, math.nan)
+    width = 1000 // TIME_BUCKETS
+    return {
+        f"{name}/t{i * width}-{(i + 1) * width}": torch.where(bucket == i, values, nothing) for i in range(TIME_BUCKETS)
+    }

@@ -17,13 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise
-from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Metrics, Objective, Requirements
-from t2i_align.objectives.monitoring import list_metrics
-from t2i_align.utils.settings import Bool, Positive, settings
+from t2i_align.objectives.listwise import Listwise
+from t2i_align.utils.settings import Bool, settings
 
 
 def win_rates(scores: Tensor) -> Tensor:
@@ -51,10 +47,9 @@ def rankdpo_loss(s: Tensor, weights: Tensor, *, beta: float, normalise: bool) ->
 
 
 @settings
-class RankDPO(Objective):
+class RankDPO(Listwise):
     """RankDPO on groups of k candidates; for k = 2 and `normalise` it is Diffusion-DPO with independent noise."""
 
-    beta: Positive = 2000.0
     gain: Literal["wins", "scores"] = "wins"
     normalise: Bool = True
     noise: Literal["shared", "independent"] = "independent"
@@ -62,16 +57,10 @@ class RankDPO(Objective):
     name = "rankdpo"
     paper = "arXiv 2410.18013"
     config = "sd15_rankdpo.yaml"
-    needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        noised = random_noise(batch, draw, self.noise)
-        with torch.no_grad():
-            ref_err = noised.errors(reference)
-        err = noised.errors(policy)
-        weights = dcg_weights(batch.scores, self._phi(batch.scores)).to(err.dtype)
-        loss = rankdpo_loss(err - ref_err, weights, beta=self.beta, normalise=self.normalise)
-        return loss, list_metrics(err.detach(), ref_err, batch.scores, beta=self.beta)
+    def list_loss(self, s: Tensor, scores: Tensor) -> Tensor:
+        weights = dcg_weights(scores, self._phi(scores)).to(s.dtype)
+        return rankdpo_loss(s, weights, beta=self.beta, normalise=self.normalise)
 
     def _phi(self, scores: Tensor) -> Tensor:
         if self.gain == "wins":

@@ -29,6 +29,6 @@ class SFT(Objective):
     config = "sd15_sft.yaml"
     needs = Requirements(candidates=1, ties=False, likes_only=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        err_w = random_noise(batch.take([0]), draw).errors(policy, self.reduction)[:, 0]
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
+        err_w = random_noise(batch.take([0]), rng).errors(policy, self.reduction)[:, 0]
         return err_w, {"error/chosen": err_w.detach()}

@@ -71,8 +71,8 @@ class SoftREPA(Objective):
     config = "sd15_softrepa.yaml"
     needs = Requirements(candidates=1, ties=False, likes_only=True)
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        noised = self._noised(batch, draw)
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
+        noised = self._noised(batch, rng)
         errors = noised.errors(policy)  # [B, 1 + n], the own prompt first
         other = different_prompts(noised.conditioning, len(errors))
         temperature = errors.detach().mean() if self.temperature is None else self.temperature
@@ -86,7 +86,7 @@ class SoftREPA(Objective):
         }
         return contrast + self.dweight * errors[:, 0], metrics
 
-    def _noised(self, batch: Batch, draw: SampleRNG) -> Noised:
+    def _noised(self, batch: Batch, rng: SampleRNG) -> Noised:
         """Every image once for each prompt that it is set against, all at one time and with one noise."""
         groups = len(batch.keys)
         if groups < 2:
@@ -94,12 +94,12 @@ class SoftREPA(Objective):
         count = min(self.negatives or groups, groups - 1)
         repeated = batch.take([0] * (1 + count))
         clean = repeated.latents.flatten(0, 1)
-        noise = draw.normal("noise", clean.shape[1:])[:1].expand_as(clean)
-        timesteps = draw.timesteps()[:1].expand(len(clean))
+        noise = rng.normal("noise", clean.shape[1:])[:1].expand_as(clean)
+        timesteps = rng.timesteps()[:1].expand(len(clean))
         return Noised(
-            latents=draw.process.add_noise(clean, noise, timesteps),
+            latents=rng.process.add_noise(clean, noise, timesteps),
             timesteps=timesteps,
-            target=draw.process.target(clean, noise, timesteps),
+            target=rng.process.target(clean, noise, timesteps),
             conditioning=with_sizes(shifted(batch.conditioning, count), repeated),
             groups=groups,
         )

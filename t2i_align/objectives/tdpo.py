@@ -17,8 +17,8 @@ from torch import Tensor
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Requirements
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO, dpo_logit
 from t2i_align.objectives.kto import DiffusionKTO
-from t2i_align.objectives.pairwise import Pairwise, dpo_logit
 from t2i_align.utils.settings import Positive, settings
 
 NEEDS = Requirements(candidates=1, ties=True, likes_only=True, reference=True, columns=("negative_caption",))
@@ -40,7 +40,7 @@ def one_image_two_texts(batch: Batch) -> Batch:
 
 
 @settings
-class TDPO(Pairwise):
+class TDPO(DiffusionDPO):
     """TDPO on single images. limit: how far the error under c- may rise above the reference's and still count."""
 
     beta: Positive = 2000.0
@@ -67,5 +67,5 @@ class TKTO(DiffusionKTO):
     config = "sd15_tkto.yaml"
     needs = NEEDS
 
-    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
-        return super().step(policy, reference, one_image_two_texts(batch), draw)
+    def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
+        return super().step(policy, reference, one_image_two_texts(batch), rng)

@@ -41,9 +41,6 @@ class CaptionError(ValueError):
     """The caption is not one of this world; the message quotes it."""
 
 
-# What a caption states ----------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Phrase:
     """`number` objects of one shape and colour; `size` None where the caption leaves it open."""
@@ -103,9 +100,6 @@ def draw_for(statement: Statement, rng: np.random.Generator) -> Scene:
 def draw_image(statement: Statement, rng: np.random.Generator, degraded: float = 0.0) -> np.ndarray:
     """An image [64, 64, 3] of which the statement is true, degraded with this probability."""
     return maybe_degrade(render(draw_for(statement, rng)), rng, degraded)
-
-
-# Writing and reading ------------------------------------------------------------------------------------------------
 
 
 def noun_words(phrase: Phrase) -> str:
@@ -176,8 +170,7 @@ def parse(caption: str) -> Statement:
     Raises:
         CaptionError: the caption is no sentence of this world; quotes it and gives an example.
     """
-    backgrounds = _BACKGROUND.findall(clean(caption))
-    core = _BACKGROUND.sub("", clean(caption))
+    backgrounds, core = _BACKGROUND.findall(clean(caption)), _BACKGROUND.sub("", clean(caption))
     for form, pattern in _FORMS.items():
         match = pattern.fullmatch(core)
         if match is None or len(backgrounds) > 1:
@@ -199,9 +192,6 @@ def parse(caption: str) -> Statement:
     )
 
 
-# Wrong captions -----------------------------------------------------------------------------------------------------
-
-
 def wrong_phrase(phrase: Phrase, name: str, phrases: Sequence[Phrase], rng: np.random.Generator) -> Phrase:
     """The phrase with a colour or shape that none of `phrases` has, or with the other size."""
     taken = [phrase.size] if name == "size" else [getattr(other, name) for other in phrases]
@@ -215,35 +205,29 @@ def corrupt(statement: Statement, fault: str, rng: np.random.Generator) -> State
     `exchange` swaps the colours of two phrases (the attribute leakage of real models); the other faults are named
     after the attribute they falsify (`FAULTS`). Only stated attributes are changed.
     """
-    if fault not in FAULTS:
-        raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
     phrases, which = list(statement.phrases), int(rng.integers(len(statement.phrases)))
-    sized = [i for i, phrase in enumerate(phrases) if phrase.size]
-    applies = {
-        "background": statement.background is not None,
-        "relation": statement.relation is not None,
-        "size": bool(sized),
-        "count": len(phrases) == 1,
-        "exchange": len(phrases) > 1,
-    }
-    if not applies.get(fault, True):
-        return None
-    if fault == "background":
-        return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
-    if fault == "relation":
-        return dataclasses.replace(statement, relation=OPPOSITE[str(statement.relation)])
-    if fault == "count":
-        number = int(rng.choice([n for n in NUMBERS if abs(n - phrases[0].number) == 1]))
-        phrases[0] = dataclasses.replace(phrases[0], number=number)
-    elif fault == "exchange":
-        other = (which + 1) % len(phrases)
-        colours = phrases[which].colour, phrases[other].colour
-        phrases[other], phrases[which] = (
-            dataclasses.replace(phrases[i], colour=c) for i, c in zip((other, which), colours, strict=True)
-        )
-    else:
-        which = int(rng.choice(sized)) if fault == "size" else which
-        phrases[which] = wrong_phrase(phrases[which], fault, phrases, rng)
+    with_size = [i for i, phrase in enumerate(phrases) if phrase.size]
+    match fault:
+        case "background" if statement.background:
+            return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
+        case "relation" if statement.relation:
+            return dataclasses.replace(statement, relation=OPPOSITE[statement.relation])
+        case "count" if len(phrases) == 1:
+            number = int(rng.choice([n for n in NUMBERS if abs(n - phrases[0].number) == 1]))
+            phrases[0] = dataclasses.replace(phrases[0], number=number)
+        case "exchange" if len(phrases) > 1:
+            first, second = phrases[which], phrases[(which + 1) % len(phrases)]
+            phrases[which] = dataclasses.replace(first, colour=second.colour)
+            phrases[(which + 1) % len(phrases)] = dataclasses.replace(second, colour=first.colour)
+        case "size" if with_size:
+            which = int(rng.choice(with_size))
+            phrases[which] = wrong_phrase(phrases[which], "size", phrases, rng)
+        case "colour" | "shape":
+            phrases[which] = wrong_phrase(phrases[which], fault, phrases, rng)
+        case _ if fault in FAULTS:
+            return None
+        case _:
+            raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
     return dataclasses.replace(statement, phrases=tuple(phrases))
 
 

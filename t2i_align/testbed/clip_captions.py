@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, clean, noun_words, read_noun, wrong_phrase
+from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, clean, noun_words, read_noun
 from t2i_align.testbed.clips import SPEEDS, Clip
-from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, choose_other
+from t2i_align.testbed.scenes import BACKGROUNDS
 
 WAYS = {  # verb and direction of each path; the speed's word stands between them
     "right": ("moving", "to the right"),
@@ -22,9 +22,6 @@ WAYS = {  # verb and direction of each path; the speed's word stands between the
     "vertically": ("bouncing", "up and down"),
     "still": ("standing", "still"),
 }
-OTHER_WAY = {"right": "left", "up": "down", "clockwise": "anticlockwise", "sideways": "vertically"}
-OTHER_WAY |= {b: a for a, b in OTHER_WAY.items()}
-FAULTS = ("path", "speed", "background", "size", "colour", "shape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +62,13 @@ def _motion(path: str, speed: str | None) -> str:
     return f"{verb} {speed} {way}" if speed else f"{verb} {way}"
 
 
-_MOTIONS = {
+MOTIONS = {
     _motion(path, speed): (path, speed)
     for path in WAYS
     for speed in (None, *SPEEDS)
     if speed is None or path != "still"
 }
-_PART = rf"({NOUN}) ({'|'.join(_MOTIONS)})"
+_PART = rf"({NOUN}) ({'|'.join(MOTIONS)})"
 _CAPTION = re.compile(
     rf"(?:on an? (?P<first>{'|'.join(BACKGROUNDS)}) background, )?{_PART}(?: and {_PART})?"
     rf"(?: on an? (?P<last>{'|'.join(BACKGROUNDS)}) background)?"
@@ -100,37 +97,5 @@ def parse(caption: str) -> ClipStatement:
             f"cannot read the prompt {caption!r}: the testbed's video captions are such as "
             "'a large red circle moving quickly to the right on a white background'"
         )
-    parts = [Part(read_noun(match[i]), *_MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
+    parts = [Part(read_noun(match[i]), *MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
     return ClipStatement(tuple(parts), match["first"] or match["last"]).canonical()
-
-
-def words() -> list[str]:
-    """Every word and sign a caption can hold, sorted."""
-    glue = ["a", "an", "on", "and", "background", ","]
-    motions = " ".join(_MOTIONS).split()
-    return sorted({*glue, *motions, *COLOURS, *SHAPES, *RADII, *BACKGROUNDS})
-
-
-def corrupt(statement: ClipStatement, fault: str, rng: np.random.Generator) -> ClipStatement | None:
-    """The statement with one attribute of what moves (or of the background) wrong; None where it is not stated."""
-    if fault not in FAULTS:
-        raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(FAULTS)}")
-    part = statement.parts[0]
-    stated = {
-        "background": statement.background,
-        "path": part.path != "still",
-        "speed": part.speed,
-        "size": part.phrase.size,
-    }
-    if not stated.get(fault, True):
-        return None
-    if fault == "background":
-        return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
-    if fault == "path":
-        part = dataclasses.replace(part, path=OTHER_WAY[part.path])
-    elif fault == "speed":
-        part = dataclasses.replace(part, speed=choose_other(rng, SPEEDS, part.speed))
-    else:
-        phrases = [other.phrase for other in statement.parts]
-        part = dataclasses.replace(part, phrase=wrong_phrase(part.phrase, fault, phrases, rng))
-    return dataclasses.replace(statement, parts=(part, *statement.parts[1:]))

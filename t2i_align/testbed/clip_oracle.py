@@ -35,6 +35,9 @@ class ClipVerdict(Verdict):
     def frames(self) -> np.ndarray:
         return self.image * self.temporal
 
+    def columns(self) -> dict[str, np.ndarray]:
+        return {**super().columns(), "image": self.image.mean(1), "temporal": self.temporal.mean(1)}
+
 
 class ClipOracle(Oracle):
     """Judges clips against the video prompts of this world."""

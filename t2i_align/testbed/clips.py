@@ -20,11 +20,6 @@ from t2i_align.testbed.scenes import (
     Object,
     Scene,
     box_gap,
-    choose_other,
-    degrade,
-    fits,
-    render,
-    to_uint8,
 )
 
 FRAMES = 9
@@ -41,10 +36,6 @@ PATHS = {  # with their shares among movers
 }
 PAIRS = 0.2  # share of clips in which a second object stands by
 CIRCLE = (5.5, 6.5)  # radius in pixels of the path, small enough for a slow quarter turn to be seen as one
-TIME_FAULTS = ("flicker", "shape", "teleport")
-LENGTHS = {None: 2, "slowly": 2, "quickly": 4}  # frames of a faulty segment
-JUMPS = {None: (6.0, 8.0), "slowly": (6.0, 8.0), "quickly": (10.0, 13.0)}  # pixels
-FAULT_RATES = {None: 0.25, "slowly": 0.4, "quickly": 0.8}  # how many clips of a faulty pool get a fault of time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,65 +132,3 @@ def sample_clip(rng: np.random.Generator) -> Clip:
             clip = Clip(background, tuple(movers))
             if len(movers) == number and not clip.touches():
                 return clip
-
-
-def spoil(clip: Clip, rng: np.random.Generator, kind: str | None = None) -> tuple[list[Scene], range]:
-    """The frames with one fault in time (at random when None) in the mover, and the segment of the fault.
-
-    flicker: it has another colour, or the image another background; shape: it has another shape; teleport: it is
-    elsewhere. The first frame is never faulty, and at least five of nine are as they should be.
-
-    Raises:
-        ValueError: an unknown kind, or there is no room for the jump.
-    """
-    mover, scenes = clip.movers[0], clip.scenes
-    length = LENGTHS[mover.speed]
-    first = int(rng.integers(1, FRAMES - length + 1))
-    segment = range(first, first + length)
-    jump = _jump(clip, segment, rng) if kind in (None, "teleport") else None
-    if kind is None:
-        kind = str(rng.choice([k for k in TIME_FAULTS if k != "teleport" or jump]))
-    if kind not in TIME_FAULTS:
-        raise ValueError(f"unknown fault {kind!r}; the choices are {', '.join(TIME_FAULTS)}")
-    if kind == "teleport" and jump is None:
-        raise ValueError("no room for a jump")
-    background, change = clip.background, {}
-    if kind == "flicker" and rng.random() < 0.3:
-        background = choose_other(rng, BACKGROUNDS, background)
-    elif kind == "flicker":
-        change = {"colour": choose_other(rng, COLOURS, *(m.item.colour for m in clip.movers))}
-    elif kind == "shape":
-        change = {"shape": choose_other(rng, SHAPES, *(m.item.shape for m in clip.movers))}
-    dx, dy = jump if kind == "teleport" and jump else (0.0, 0.0)
-    for f in segment:
-        x, y = mover.track[f]
-        item = dataclasses.replace(mover.item.at(x + dx, y + dy), **change)  # type: ignore[arg-type]
-        scenes[f] = dataclasses.replace(scenes[f], background=background, objects=(item, *scenes[f].objects[1:]))
-    return scenes, segment
-
-
-def _jump(clip: Clip, segment: range, rng: np.random.Generator) -> tuple[float, float] | None:
-    """An offset to a free place, across the way, so that both jumps are longer than any step; None if none is found."""
-    mover, others = clip.movers[0], [other.item for other in clip.movers[1:]]
-    steps = np.diff(np.array(mover.track), axis=0)
-    longest = np.hypot(*steps.T).max()
-    for _ in range(200):
-        angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(*JUMPS[mover.speed])
-        jump = length * np.array([np.cos(angle), np.sin(angle)])
-        if not all(fits(mover.item.at(*(mover.track[f] + jump)), others) for f in segment):
-            continue
-        back = [steps[segment.stop - 1] - jump] if segment.stop < FRAMES else []
-        if min(np.hypot(*step) for step in [steps[segment.start - 1] + jump, *back]) >= longest + 5.0:
-            return float(jump[0]), float(jump[1])
-    return None
-
-
-def render_clip(scenes: list[Scene]) -> np.ndarray:
-    """Draw frames: float32 [F, 64, 64, 3] in [0, 1]."""
-    return np.stack([render(scene) for scene in scenes])
-
-
-def to_clip(scenes: list[Scene], rng: np.random.Generator, degraded: bool = False) -> np.ndarray:
-    """Frames drawn as uint8 [F, 64, 64, 3], all with the same blur, fade or mottle where `degraded`."""
-    frames, seed = render_clip(scenes), rng.integers(2**32)
-    return to_uint8(np.stack([degrade(f, np.random.default_rng(seed)) for f in frames]) if degraded else frames)

@@ -36,11 +36,15 @@ class Verdict:
     attributes: dict[str, np.ndarray]
     views: tuple[View, ...] = dataclasses.field(repr=False, default=())
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Everything that makes up the reward, by name."""
+        return {"faithfulness": self.faithfulness, "quality": self.quality, "strict": self.strict, **self.attributes}
+
     def means(self) -> dict[str, float]:
         """Mean reward, faithfulness, strict and quality, and each attribute's over prompts that state it."""
         means = {name: float(getattr(self, name).mean()) for name in ("reward", "faithfulness", "strict", "quality")}
-        stated = {name: values[~np.isnan(values)] for name, values in self.attributes.items()}
-        return means | {name: float(values.mean()) for name, values in stated.items() if len(values)}
+        stated = {name: values for name, values in self.attributes.items() if not np.isnan(values).all()}
+        return means | {name: float(np.nanmean(values)) for name, values in stated.items()}
 
 
 class Oracle:

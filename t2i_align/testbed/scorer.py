@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,12 +41,7 @@ class OracleScorer(Scorer):
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         verdict = self._verdict(pixels, prompts)
-        columns = {name: getattr(verdict, name) for name in ("faithfulness", "quality", "strict")}
-        columns |= verdict.attributes | self._more_columns(verdict)
-        return _tensor(verdict.reward), {name: _tensor(values) for name, values in columns.items()}
-
-    def _more_columns(self, verdict: Any) -> dict[str, np.ndarray]:
-        return {}
+        return _tensor(verdict.reward), {name: _tensor(values) for name, values in verdict.columns().items()}
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
         height, width = pixels.shape[-2:]
@@ -76,24 +72,15 @@ class ClipOracleScorer(OracleScorer):
             raise ScorerError(f"{self.name}: expected clips of {MIN_FRAMES} frames or more, found {pixels.shape[1]}")
         return super()._judge(pixels, prompts)
 
-    def _more_columns(self, verdict: Any) -> dict[str, np.ndarray]:
-        return {"image": verdict.image.mean(1), "temporal": verdict.temporal.mean(1)}
 
-
-@register("oracle")
-def _build(argument: str) -> OracleScorer:
-    return _without_argument(OracleScorer, argument)
-
-
-@register("motion_oracle")
-def _build_for_clips(argument: str) -> OracleScorer:
-    return _without_argument(ClipOracleScorer, argument)
-
-
-def _without_argument(cls: type[OracleScorer], argument: str) -> OracleScorer:
+def _build(cls: type[OracleScorer], argument: str) -> OracleScorer:
     if argument:
         raise ScorerError(f"{cls.name}: takes no argument, found {argument!r}")
     return cls()
+
+
+for _cls in (OracleScorer, ClipOracleScorer):
+    register(_cls.name)(functools.partial(_build, _cls))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -20,7 +20,6 @@ class World:
     Attributes:
         sample: draws a random scene or clip.
         describe, write, parse: scene to statement, statement to caption, caption to statement.
-        corrupt: a statement with one of `faults` in it, or None where the fault does not apply.
         sizes: number of prompts in each split.
         seed: of the prompts.
     """
@@ -29,8 +28,6 @@ class World:
     describe: Callable[..., Any]
     write: Callable[..., str]
     parse: Callable[[str], Any]
-    corrupt: Callable[..., Any]
-    faults: tuple[str, ...]
     oracle: type[Oracle]
     sizes: dict[str, int]
     seed: int
@@ -41,8 +38,6 @@ IMAGES = World(
     describe=captions.describe,
     write=captions.write,
     parse=captions.parse,
-    corrupt=captions.corrupt,
-    faults=captions.FAULTS,
     oracle=Oracle,
     sizes={"train": 4096, "dev": 320, "test": 640},
     seed=2024,
@@ -52,8 +47,6 @@ CLIPS = World(
     describe=clip_captions.describe,
     write=clip_captions.write,
     parse=clip_captions.parse,
-    corrupt=clip_captions.corrupt,
-    faults=clip_captions.FAULTS,
     oracle=ClipOracle,
     sizes={"train": 2048, "dev": 160, "test": 320},
     seed=2025,

@@ -90,8 +90,12 @@ def append_line(path: str | Path, *records: Mapping[str, Any]) -> None:
             stream.write(_encode(lines))
 
 
-def whole_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file (none if it is missing); cuts off a half-written last line.
+def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]]:
+    """The objects of a JSONL file (none if it is missing) without a half-written last line.
+
+    Args:
+        path: JSONL file.
+        repair: cut that line off in the file as well; False where another process may be writing it.
 
     Raises:
         UserError: a line that is not a JSON object.
@@ -101,7 +105,7 @@ def whole_lines(path: str | Path) -> list[dict[str, Any]]:
         return []
     text = path.read_bytes()
     end = text.rfind(b"\n") + 1
-    if end < len(text):
+    if repair and end < len(text):
         os.truncate(path, end)
     lines = enumerate(text[:end].split(b"\n"), 1)
     return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]

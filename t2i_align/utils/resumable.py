@@ -1,160 +1,147 @@
-"""Annotations in the making: a JSONL beside a source, written group by group, that continues after a kill.
+"""A table that is written in batches of rows and continues after a kill.
 
-Beside FILE lie FILE.settings.json, what it is made with, and FILE.skipped.jsonl, the groups that it lacks and why.
+FILE                  the rows: JSONL, or parquet that `merge` writes
+.FILE.RANK.jsonl      part file: the rows of one process until `merge`; rank 0 appends to a JSONL FILE itself
+FILE.skipped.jsonl    what has no row, and why
+FILE.settings.json    what the rows are made with, and whether all are there
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from t2i_align.data import jsonl
-from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import append_line, atomic_file, claim, output_lock, read_json, whole_lines, write_json
 
 Row = dict[str, Any]
-Annotate = Callable[[Sequence[Group]], Sequence[Row | Skipped]]
-ENDING = ".jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a finished file holds. why_skipped: the file that says it, if anything was skipped."""
-
-    out: Path
-    groups: int
-    skipped: int
-    why_skipped: Path | None
+JSONL, PARQUET, SKIPPED = ".jsonl", ".parquet", ".skipped.jsonl"
+ADVICE = "choose another file, or --force to make it anew"
 
 
 class ResumableTable:
-    """The file of annotations `out`; nothing is written before `begun`.
+    """Rows in the file `out`, each with its own primary key; nothing is written before `begun`.
+
+    Args:
+        out: .jsonl file, or with a schema also .parquet.
+        key: columns that identify a row.
+        schema: of the parquet file.
+        rank: of this process, where several write together.
 
     Raises:
-        UserError: not a .jsonl file, or one that is finished or was not made here, unless `force`.
+        UserError: a name with another ending, or a folder.
     """
 
-    def __init__(self, out: str | Path, *, force: bool = False) -> None:
-        self.out, self.force = Path(out).expanduser().resolve(), force  # what a link leads to is written
+    def __init__(
+        self, out: str | Path, key: Sequence[str] = ("id",), *, schema: pa.Schema | None = None, rank: int = 0
+    ) -> None:
+        self.out = Path(out).expanduser().resolve()  # a link stays one
+        endings = (JSONL, PARQUET) if schema else (JSONL,)
+        if self.out.suffix not in endings or self.out.is_dir():
+            raise UserError(f"{out}: expected a file that ends in {' or '.join(endings)}")
+        self.key, self.schema, self.rank = tuple(key), schema, rank
+        direct = rank == 0 and self.out.suffix == JSONL
+        self.file = self.out if direct else self.out.with_name(f".{self.out.name}.{rank}{JSONL}")
         self.settings_file = Path(f"{self.out}.settings.json")
-        self.skipped_file = Path(f"{self.out}.skipped{ENDING}")
-        if self.out.suffix != ENDING or self.out.is_dir():
-            raise UserError(f"{out}: expected the name of a {ENDING} file to write")
-        if force:
-            return
+        self.skipped_file = Path(f"{self.file}{SKIPPED}")
+
+    def check_unfinished(self) -> None:
+        """Raise UserError for a file that is finished, or was written by something else; asked before long work."""
         if self.out.exists() and not self.settings_file.exists():
-            raise UserError(f"{out}: exists, and was not made by this command; choose another file, or --force")
-        if self._stored().get("finished"):
-            raise UserError(f"{out}: exists and is finished; choose another file, or --force to make it anew")
+            raise UserError(f"{self.out}: exists, and was not made by this command; choose another file, or --force")
+        if self.settings_file.exists() and read_json(self.settings_file).get("finished"):
+            raise UserError(f"{self.out}: exists and is finished; {ADVICE}")
 
     @contextmanager
-    def begun(self, settings: Row) -> Iterator[None]:
-        """Start a file that is made with these settings, or continue it; no other run writes to it meanwhile.
+    def begun(self, settings: Row | None = None, *, force: bool = False) -> Iterator[None]:
+        """Lock the table, start or continue it, and repair a half-written last line.
+
+        Args:
+            settings: what the rows are made with; None keeps no record of it.
+            force: drop what is there.
 
         Raises:
-            UserError: it was begun with other settings, says which; or another run is at it.
+            UserError: it was begun with other settings, names them; it holds rows of another kind; or another run
+                writes it.
         """
-        with output_lock(self.out, file=True):
-            self.settings: Row = json.loads(json.dumps(settings))
-            if self.force:
+        with output_lock(self.out if self.rank == 0 else self.file, file=True):
+            if force:
                 for file in (self.out, self.skipped_file, self.settings_file):
                     file.unlink(missing_ok=True)
-            if self.settings_file.exists():
-                self._compare(self._stored())
-            else:
-                self._store(finished=False)
-            self.written = {str(row["id"]) for row in _whole_lines(self.out)}
-            self.skipped = {(row["id"], row["origin"]) for row in _whole_lines(self.skipped_file)}
+            if settings is not None:
+                claim(self.settings_file, {"finished": False, "settings": settings}, advice=ADVICE)
+            self.keys = {self.key_of(row) for row in self.rows()}
+            self.skipped = {(row["id"], row["origin"]) for row in self.skips()}
             yield
 
-    def fill(
-        self, items: Iterable[Group | Skipped], annotate: Annotate, *, total: int, batch: int, progress: bool
-    ) -> Summary:
-        """Annotate a source's items, `batch` at a time, and say what came of it.
+    def key_of(self, row: Row) -> tuple[Any, ...]:
+        """The primary key of a row."""
+        return tuple(row[name] for name in self.key)
 
-        A batch is always made of the same items, whole, so that a continued file equals an uninterrupted one even
-        where a model's answer depends on what else is in its batch.
+    def rows(self) -> Iterator[Row]:
+        """The rows that all processes have written, each once."""
+        seen = set()
+        for file in (self.out, *self._parts()):
+            for number, row in enumerate(self._read(file), 1):
+                if missing := [name for name in self.key if name not in row]:
+                    raise UserError(f"{file}, row {number}: has no {missing[0]!r}; choose another output file")
+                if (key := self.key_of(row)) not in seen:
+                    seen.add(key)
+                    yield row
 
-        Raises:
-            UserError: not one group could be annotated.
-        """
-        items = iter(items)
-        with tqdm(total=total, unit="group", desc=self.out.name, disable=not progress) as bar:
-            while some := list(islice(items, batch)):
-                if not all(map(self._has, some)):
-                    made = iter(annotate([item for item in some if isinstance(item, Group)]))
-                    self._add(some, [next(made) if isinstance(item, Group) else item for item in some])
-                bar.update(len(some))
-        why = self.skipped_file if self.skipped else None
-        if not self.written:
-            raise UserError(f"{self.out}: none of {len(self.skipped)} groups could be annotated; {why} says why")
-        self._store(finished=True)
-        return Summary(out=self.out, groups=len(self.written), skipped=len(self.skipped), why_skipped=why)
+    def skips(self) -> Iterator[Row]:
+        """What all processes have skipped: id, origin and reason."""
+        others = self.out.parent.glob(f".{escape(self.out.name)}.*{SKIPPED}")
+        for file in (Path(f"{self.out}{SKIPPED}"), *sorted(others)):
+            yield from whole_lines(file, repair=file == self.skipped_file)
 
-    def _has(self, item: Group | Skipped) -> bool:
-        return (item.id, item.origin) in self.skipped or (isinstance(item, Group) and item.id in self.written)
+    def add(self, rows: Sequence[Row], skipped: Sequence[Row] = ()) -> None:
+        """Append the rows and skips that are not there yet."""
+        new = {self.key_of(row): row for row in rows}
+        append_line(self.file, *(row for key, row in new.items() if key not in self.keys))
+        self.keys |= new.keys()
+        skips = {(row["id"], row["origin"]): row for row in skipped}
+        append_line(self.skipped_file, *(row for key, row in skips.items() if key not in self.skipped))
+        self.skipped |= skips.keys()
 
-    def _add(self, items: Sequence[Group | Skipped], results: Sequence[Row | Skipped]) -> None:
-        new = [result for item, result in zip(items, results, strict=True) if not self._has(item)]
-        rows = [row for row in new if isinstance(row, dict)]
-        skipped = [item for item in new if isinstance(item, Skipped)]
-        _append(self.out, rows)
-        _append(self.skipped_file, map(asdict, skipped))
-        self.written |= {row["id"] for row in rows}
-        self.skipped |= {(item.id, item.origin) for item in skipped}
+    def merge(self) -> None:
+        """Move the part files into `out`, when all processes are done."""
+        parts = self._parts()
+        if self.out.suffix == PARQUET and parts:
+            rows = [self._with_maps(row, lambda value: list(value.items())) for row in self.rows()]
+            with atomic_file(self.out) as temporary:
+                pq.write_table(pa.Table.from_pylist(rows, self.schema), temporary)
+        elif parts:
+            there = {self.key_of(row) for row in self._read(self.out)}
+            append_line(self.out, *(row for row in self.rows() if self.key_of(row) not in there))
+        for part in parts:
+            part.unlink()
 
-    def _compare(self, stored: Row) -> None:
-        there = stored.get("settings", {})
-        differing = [
-            f"{name} is {self.settings.get(name)!r} here, {there.get(name)!r} there"
-            for name in sorted({*there, *self.settings})
-            if there.get(name) != self.settings.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.out}: was begun with other settings: {'; '.join(differing)}. Choose another file, or "
-                "--force to make it anew."
-            )
+    def finish(self) -> None:
+        """Record that all rows are there."""
+        write_json(self.settings_file, read_json(self.settings_file) | {"finished": True})
 
-    def _stored(self) -> Row:
-        if not self.settings_file.exists():
-            return {}
+    def _parts(self) -> list[Path]:
+        files = self.out.parent.glob(f".{escape(self.out.name)}.*{JSONL}")
+        return sorted(file for file in files if file.suffixes[-2][1:].isdigit())
+
+    def _read(self, file: Path) -> list[Row]:
+        if file.suffix == JSONL or not file.is_file():
+            return whole_lines(file, repair=file == self.file)
         try:
-            stored = json.loads(self.settings_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.settings_file}: not valid JSON: {error}") from error
-        if not isinstance(stored, dict):
-            raise UserError(f"{self.settings_file}: expected an object, found {type(stored).__name__}")
-        return stored
+            rows = pq.read_table(file).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable parquet file: {error}") from error
+        present = ({name: v for name, v in row.items() if v is not None or name in self.key} for row in rows)
+        return [self._with_maps(row, dict) for row in present]
 
-    def _store(self, *, finished: bool) -> None:
-        temporary = self.settings_file.with_name(f".{self.settings_file.name}.tmp")
-        text = json.dumps({"finished": finished, "settings": self.settings}, ensure_ascii=False, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, self.settings_file)
-
-
-def _append(file: Path, rows: Iterable[Row]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if lines:
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write(lines)
-
-
-def _whole_lines(file: Path) -> Iterator[Row]:
-    """The rows of a file; a last line in which its writer was killed is cut off."""
-    if not file.exists():
-        return
-    with open(file, "rb+") as stream:
-        stream.truncate(stream.read().rfind(b"\n") + 1)
-    if file.stat().st_size:
-        yield from (entry for _, _, entry in jsonl.entries(file))
+    def _with_maps(self, row: Row, convert: Callable[[Any], Any]) -> Row:
+        """Convert values of map columns, which pyarrow represents as lists of pairs."""
+        maps = {field.name for field in self.schema or () if pa.types.is_map(field.type)}
+        return {name: convert(value) if name in maps and value else value for name, value in row.items()}

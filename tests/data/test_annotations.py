@@ -193,13 +193,14 @@ def test_jsonl_holds_negative_captions_itself(tmp_path: Path) -> None:
     path = source_of(tmp_path, [[0, 1]], negative_caption="a red owl", captions=["a", "b"])
     group = groups_of(path)["g0"]
     assert isinstance(group, Group) and (group.negative_caption, group.captions) == ("a red owl", ("b", "a"))
-    with pytest.raises(UserError, match=r"d\.jsonl, line 1: 'negative_caption' must be text, found 5"):
-        groups_of(source_of(tmp_path, [[0, 1]], negative_caption=5))
-    for key, value in (("negative_caption", " "), ("captions", ["a", ""])):
+    for key, value, reason in (
+        ("negative_caption", 5, "'negative_caption' must be text, found 5"),
+        ("negative_caption", " ", "a caption is empty"),
+        ("captions", ["a", ""], "a caption is empty"),
+        ("negative_caption", "\ud800", "not valid Unicode"),
+    ):
         skipped = groups_of(source_of(tmp_path, [[0, 1]], **{key: value}))["g0"]
-        assert isinstance(skipped, Skipped) and skipped.reason == "a caption is empty"
-    skipped = groups_of(source_of(tmp_path, [[0, 1]], negative_caption="\ud800"))["g0"]
-    assert isinstance(skipped, Skipped) and "not valid Unicode" in skipped.reason
+        assert isinstance(skipped, Skipped) and reason in skipped.reason
 
 
 def test_a_group_without_an_entry(tmp_path: Path) -> None:

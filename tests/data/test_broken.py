@@ -183,7 +183,7 @@ def test_columns_of_the_wrong_type(folder: Path) -> None:
     scores = {f"weighted_results_image{n}_preference": ["high"] for n in (1, 2)}
     pq.write_table(pa.table({"prompt": ["x"], "image1": [png(0)], "image2": [png(1)], **scores}), folder / "b.parquet")
     (item,) = read(folder / "b.parquet")
-    assert isinstance(item, Skipped) and "finite numbers, found 'high'" in item.reason
+    assert isinstance(item, Skipped) and "finite number, found 'high'" in item.reason
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "link.png", "sub/../../secret.png", "loop"])

@@ -101,8 +101,8 @@ def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
         ({"images": "[0"}, "'images' is not a list"),
         ({"images": '["0.png", "gone.png"]'}, "no such image: gone.png"),
         ({"images": '["0.png", 7]'}, "expected an image or its path, found 7"),
-        ({"scores": "[1, NaN]"}, "scores must be finite numbers"),
-        ({"scores": '[1, "best"]'}, "scores must be finite numbers, found 'best'"),
+        ({"scores": "[1, NaN]"}, "'scores' [1] must be a finite number, found nan"),
+        ({"scores": '[1, "best"]'}, "'scores' [1] must be a finite number, found 'best'"),
         ({"images": "[]", "scores": "[]"}, "no candidates"),
     ]
     source = sheet(tmp_path / "a.csv", [{**row, **change} for change, _ in changed])
@@ -122,7 +122,10 @@ def test_tables_that_are_broken(tmp_path: Path) -> None:
         (b"prompt,chosen,rejected\n", "no rows in it"),
         (b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8 text"),
         (b'prompt,chosen,rejected\n"x,0.png,1.png\n', "not valid CSV"),
-        (b"text,left,right\nx,0.png,1.png\n", r"no reader recognises .* Its columns: text, left, right; a source file"),
+        (
+            b"text,left,right\nx,0.png,1.png\n",
+            "Its columns: text, left, right; a dataset spec",
+        ),
         (b"prompt,chosen,rejected\nx,0.png,../1.png\n", "leads outside"),
     ):
         (tmp_path / "a.csv").write_bytes(content)
@@ -149,7 +152,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
     [
         ("path: gone.csv", "no such file or folder"),
         ("format: auto", "missing key"),
-        ("path: a.csv\ncolour: red", "colour: unknown key. Choices: "),
+        ("path: a.csv\ncolour: red", "colour: unknown key"),
         ("path: a.csv\ncolumns: {candidates: [left, right]}", "exactly one of .* found none"),
         ("path: a.csv\ncolumns: {candidates: x, scores: s, ranks: r}", "exactly one of .* found scores, ranks"),
         ("path: a.csv\ncolumns: {candidates: [left, right], scores: [s]}", "scores names 1 columns"),
@@ -158,7 +161,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
             r"'won' is missing. Columns found: text",
         ),
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
-        ("path: s.yaml", "a source file itself"),
+        ("path: s.yaml", "a dataset spec itself"),
         ("{", "not valid YAML"),
         ("path: hub:nobody", "expected hub:owner/name"),
     ],
@@ -173,8 +176,13 @@ def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -
 def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
     source = formats.write(tmp_path, "vote_counts")
     seen = {readers.identity(source, "described")}
-    for file in (source, tmp_path / "vote_counts" / "votes.tsv", tmp_path / "vote_counts" / "p" / "1.png"):
-        file.write_bytes(file.read_bytes() + b"\n")
+    changes = [
+        (source, b"[for_left, for_right]", b"[for_right, for_left]"),
+        (tmp_path / "vote_counts" / "votes.tsv", b"\t7", b"\t8"),
+        (tmp_path / "vote_counts" / "p" / "1.png", b"PNG", b"png"),
+    ]
+    for file, old, new in changes:
+        file.write_bytes(file.read_bytes().replace(old, new))
         seen.add(readers.identity(source, "described"))
     assert len(seen) == 4
 

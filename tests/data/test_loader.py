@@ -313,13 +313,29 @@ def test_alike_is_asked_only_of_the_groups_that_are_used(tmp_path: Path) -> None
     assert opened(tmp_path, path, needs=Requirements(ties=False, likes_only=True)).counts["groups"] == 2
 
 
+@pytest.mark.parametrize("kind", [{"cache": True}, {"cache": False}, {"buckets": True}])
+def test_a_limit_stops_the_reading(tmp_path: Path, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+
+    @readers.register("guarded")
+    def read_guarded(path: Path) -> Iterator[Group]:
+        for number in range(2):
+            yield Group(id=str(number), prompt="p", candidates=(jpeg(0), jpeg(1)), scores=(1.0, 0.0), origin="here")
+        pytest.fail("read beyond the limit")
+
+    (tmp_path / "source.any").touch()
+    source = opened(tmp_path, tmp_path / "source.any", format="guarded", limit=2, **kind)
+    assert source.counts["groups"] == 2
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_bad_sources_fail_before_the_pipeline_loads(tmp_path: Path, cache: bool) -> None:
-    """A label outside its range in the last row is found before the first image is encoded."""
-    rows = pick_rows(9)
-    rows["label_0"][8] = 1.5
-    with pytest.raises(UserError, match=r"row 8: label_0 must lie in \[0, 1\]"):
-        opened(tmp_path, write_parquet(tmp_path / "a.parquet", rows), pipeline=never, cache=cache)
+    """A path that leaves the folder in the last row is found before the first image is encoded."""
+    path = entries(tmp_path, [2, 2])
+    with open(path, "a") as stream:
+        stream.write(json.dumps({"prompt": "p", "chosen": "0.jpg", "rejected": "../1.jpg"}) + "\n")
+    with pytest.raises(UserError, match=r"line 3: '\.\./1\.jpg' leads outside"):
+        opened(tmp_path, path, pipeline=never, cache=cache)
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     with pytest.raises(UserError, match="is empty"):

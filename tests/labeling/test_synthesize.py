@@ -15,10 +15,11 @@ from reward_scorers import Scorer, ScorerError, registry
 from t2i_align.cli import main
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
+from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError
 from t2i_align.labeling import synthesize as module
-from t2i_align.labeling.synthesize import Summary, synthesize
-from t2i_align.labeling.votes import majority, shares
+from t2i_align.labeling.groups import Summary
+from t2i_align.labeling.synthesize import synthesize
 
 PROMPTS = ["a red fox", "a blue owl", "a red fox", "unspeakable", "a green dog"]
 
@@ -51,7 +52,9 @@ def rows(out: Path, name: str = "groups.jsonl") -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, sd_path: Path) -> Path:
     out = tmp_path_factory.mktemp("made")
-    assert make(out, sd_path) == Summary(out=out / "groups.jsonl", groups=3, skipped=1)
+    assert make(out, sd_path) == Summary(
+        out=out / "groups.jsonl", groups=3, skipped=1, why_skipped=out / "skipped.jsonl"
+    )
     return out
 
 
@@ -74,13 +77,13 @@ def test_what_is_there_is_not_made_again(made: Path, sd_path: Path, monkeypatch:
     genuine = module.sample
     monkeypatch.setattr(module, "sample", lambda *a, **k: drawn.append(len(a[1])) or genuine(*a, **k))
     (made / "groups.jsonl").unlink()
-    (made / "scores" / "000000.json").unlink()
+    (made / "scores.jsonl").write_bytes((made / "scores.jsonl").read_bytes()[:-9])
     (made / "images" / "000001" / "0-2.png").unlink()
     make(made, sd_path)
     assert drawn == [1] and (made / "groups.jsonl").read_bytes() == before
     make(made, sd_path)
     assert drawn == [1]
-    with pytest.raises(UserError, match=r"begun with other settings. steps: begun with 1, now 2"):
+    with pytest.raises(UserError, match=r"begun with other settings: steps is 1 there, 2 here"):
         make(made, sd_path, steps=2)
 
 

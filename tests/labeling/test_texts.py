@@ -35,13 +35,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from t2i_align.data.votes import RULES, majority, mean_rank, total
 from t2i_align.errors import UserError
 from t2i_align.labeling import words
 from t2i_align.labeling.captioner import QUESTION, ImageModel, load_captioner
 from t2i_align.labeling.language_models import one_line
 from t2i_align.labeling.perturber import load_perturber
 from t2i_align.labeling.rules import KINDS, RulePerturber
-from t2i_align.labeling.votes import RULES, majority, mean_rank, total
 from t2i_align.testbed.captions import describe, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import render, sample_scene, to_uint8

@@ -1,12 +1,22 @@
-"""The oracle against scenes whose truth is known. The templates share the renderer: this validates it on renders."""
+"""The oracles against scenes and clips whose truth is known, and as scorers.
+
+Their templates share the renderer: this validates them on renders.
+"""
 
 import numpy as np
 import pytest
 import torch
 
+from reward_scorers import ScorerError
+from t2i_align.inference.scorers import build_scorers
+from t2i_align.testbed import clip_captions
 from t2i_align.testbed.captions import FAULTS, CaptionError, corrupt, describe, write
+from t2i_align.testbed.clip_oracle import ClipOracle
+from t2i_align.testbed.clips import DIRECTIONS, FRAMES, TURNS, sample_clip
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import DEGRADATIONS, degrade, render, sample_scene, to_uint8
+from tools.testbed import faults
+from tools.testbed.faults import render_clip, spoil, to_clip
 
 NUMBER = 300
 
@@ -111,3 +121,106 @@ def test_bad_input_is_named(shape, value, prompts, message):
 def test_foreign_prompts_are_named():
     with pytest.raises(CaptionError, match="a photo of a cat"):
         Oracle().judge(torch.zeros(1, 3, 64, 64), ["a photo of a cat"])
+
+
+# Clips --------------------------------------------------------------------------------------------------------------
+
+
+def pixels_of(clips):
+    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).float() / 255
+
+
+@pytest.fixture(scope="module")
+def clip_world():
+    """Forty clips, true prompts, their statements, and the verdict on clean renders."""
+    rng = np.random.default_rng(1)
+    clips = [sample_clip(rng) for _ in range(40)]
+    statements = [clip_captions.describe(clip, rng) for clip in clips]
+    texts = [clip_captions.write(statement, rng) for statement in statements]
+    verdict = ClipOracle().judge(pixels_of([to_clip(clip.scenes, rng) for clip in clips]), texts)
+    return clips, statements, texts, verdict
+
+
+def test_clean_clips_are_right_and_good(clip_world):
+    *_, verdict = clip_world
+    assert (verdict.faithfulness == 1).mean() >= 0.99
+    assert verdict.quality.min() > 0.97 and verdict.frames.shape == (40, FRAMES)
+
+
+@pytest.mark.parametrize("kind", faults.TIME_FAULTS)
+def test_faults_in_time_lower_the_quality_of_their_frames_alone(clip_world, kind):
+    clips, _, texts, clean = clip_world
+    rng = np.random.default_rng(4)
+    drawn, segments = [], []
+    for clip in clips:
+        try:
+            scenes, segment = spoil(clip, rng, kind)
+        except ValueError:  # no room for a jump
+            scenes, segment = clip.scenes, range(0)
+        drawn.append(to_clip(scenes, rng))
+        segments.append(segment)
+    assert sum(len(segment) > 0 for segment in segments) > 30
+    verdict = ClipOracle().judge(pixels_of(drawn), texts)
+    np.testing.assert_array_equal(verdict.faithfulness, clean.faithfulness)
+    np.testing.assert_allclose(verdict.image, clean.image, atol=0.1)
+    for quality, segment in zip(verdict.frames, segments, strict=True):
+        inside = [f in segment for f in range(FRAMES)]
+        assert quality[np.logical_not(inside)].min() > 0.9
+        assert not segment or quality[inside].max() < 0.8
+
+
+@pytest.mark.parametrize("how", DEGRADATIONS)
+def test_faults_of_images_lower_their_quality_alone(clip_world, how):
+    clips, _, texts, clean = clip_world
+    drawn = [
+        np.stack([degrade(frame, np.random.default_rng(i), how) for frame in render_clip(clip.scenes)]).clip(0, 1)
+        for i, clip in enumerate(clips[:12])
+    ]
+    verdict = ClipOracle().judge(torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3), texts[:12])
+    assert (verdict.quality < clean.quality[:12] - 0.1).all()
+    assert verdict.temporal.mean() > 0.97
+    assert (verdict.faithfulness == clean.faithfulness[:12]).mean() > 0.9
+
+
+@pytest.mark.parametrize("fault", faults.CAPTION_FAULTS)
+def test_a_wrong_caption_fails_in_that_attribute_alone(clip_world, fault):
+    clips, statements, _, _ = clip_world
+    rng = np.random.default_rng(5)
+    wrong = [(clip, bad) for clip, s in zip(clips, statements, strict=True) if (bad := faults.corrupt(s, fault, rng))][
+        :12
+    ]
+    pixels = pixels_of([to_clip(clip.scenes, rng) for clip, _ in wrong])
+    verdict = ClipOracle().judge(pixels, [clip_captions.write(bad, rng) for _, bad in wrong])
+    for name, values in verdict.attributes.items():
+        stated = values[~np.isnan(values)]
+        # Of two objects only the one that moves is described wrongly: half of the attribute holds.
+        assert (stated < 1).all() if name == fault else (stated == 1).all(), name
+    assert not verdict.strict.any()
+
+
+def test_unjudgeable_clips_are_errors():
+    text = ["a red circle moving to the left"]
+    with pytest.raises(ValueError, match="5 frames or more"):
+        ClipOracle().judge(torch.zeros(1, 4, 3, 64, 64), text)
+    with pytest.raises(ValueError, match="2 clips but 1 prompts"):
+        ClipOracle().judge(torch.zeros(2, 9, 3, 64, 64), text)
+    verdict = ClipOracle().judge(torch.ones(1, 9, 3, 64, 64), text)
+    assert verdict.faithfulness == 0 and verdict.quality == 0
+
+
+def test_the_clip_scorer_sees_whole_clips(clip_world):
+    clips, _, texts, verdict = clip_world
+    scorer = build_scorers("motion_oracle")[0]
+    pixels = pixels_of([to_clip(clip.scenes, np.random.default_rng(0)) for clip in clips[:4]])
+    total, parts = scorer.judge(pixels, texts[:4])
+    np.testing.assert_allclose(total.numpy(), verdict.reward[:4], rtol=1e-6)
+    np.testing.assert_allclose(scorer.score(pixels, texts[:4]).numpy(), verdict.reward[:4], rtol=1e-6)
+    assert {"faithfulness", "quality", "temporal", "path", "speed"} <= parts.keys()
+    assert scorer.frame_scores(pixels, texts[:4]).shape == (4, FRAMES)
+    backwards = scorer.parts(pixels.flip(1), texts[:4])["path"]
+    ways = [clip_captions.parse(text).parts[0].path for text in texts[:4]]
+    assert [bool(p < 1) for p in backwards] == [way in DIRECTIONS or way in TURNS for way in ways]
+    with pytest.raises(ScorerError, match=r"expected clips \[B, F, 3, H, W\]"):
+        scorer.score(pixels[:, 0], texts[:4])
+    with pytest.raises(ScorerError, match=r"prompts\[0\].*a red circle"):
+        scorer.check_prompts(["a red circle"])

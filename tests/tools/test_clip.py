@@ -18,7 +18,7 @@ from t2i_align.testbed.prompts import draw_statement, split_of
 from t2i_align.testbed.scenes import Object, Scene
 from t2i_align.testbed.world import IMAGES
 from tools.testbed.clip import (
-    LookHeads,
+    PatchHeads,
     build_clip,
     contrastive_loss,
     main,
@@ -44,21 +44,21 @@ def test_statements_are_of_the_train_split_and_wrong_images_are_wrong() -> None:
         assert split_of(statement) == "train"
         caption = write(statement, rng)
         assert split_of(parse(caption)) == "train"
-        images = [draw_image(said, rng) for said in (statement, draw_wrong(statement, rng))]
+        images = [draw_image(stated, rng) for stated in (statement, draw_wrong(statement, rng))]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         right, wrong = oracle.judge(pixels, [caption] * 2).strict
         assert right == 1 and wrong == 0
 
 
-def test_a_patch_is_told_from_what_is_drawn_at_it() -> None:
+def test_patch_targets_name_what_is_drawn_there() -> None:
     objects = (Object("cross", "blue", "large", 12.0, 12.0, 10.0), Object("circle", "red", "small", 50.0, 44.0, 6.0))
-    colours, shapes, sizes = LookHeads.targets(Scene("pair", "white", objects))
+    colours, shapes, sizes = PatchHeads.targets(Scene("pair", "white", objects))
     assert colours.shape == (8, 8) and set(colours.flatten()) == {0, 1, 6} and set(shapes.flatten()) == {0, 1, 5}
     assert (colours[1, 1], shapes[1, 1], sizes[1, 1]) == (6, 5, 2)  # the patch from (8, 8) to (16, 16)
     assert (colours[5, 6], shapes[5, 6], sizes[5, 6]) == (1, 1, 1) and colours[7, 7] == 0
 
 
-def test_the_loss_of_a_model_that_knows_nothing() -> None:
+def test_loss_of_an_uninformative_model() -> None:
     """With equal features: half of log 2B over captions' images and log B over images' captions."""
     model = build_clip().eval()
     with torch.no_grad():
@@ -79,5 +79,5 @@ def test_the_command_leaves_a_scorer(tmp_path: Path) -> None:
         for name in ("one", "two")
     ]
     assert torch.equal(*scores) and scores[0].std() > 0
-    with pytest.raises(SystemExit, match="exists; choose another folder"):
+    with pytest.raises(SystemExit, match="exists; pass --force"):
         main(["--out", str(tmp_path / "one"), *arguments])

@@ -1,4 +1,7 @@
-"""The parts that bases are trained with: tokenizer, parse targets, balanced latents, resuming."""
+"""How bases are trained: tokenizers, parse targets, latents' bases, captions, students, resuming, the commands."""
+
+import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -7,29 +10,29 @@ from transformers import CLIPTextModel
 
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
-from t2i_align.testbed import captions as image_captions
+from t2i_align.data.readers import read
+from t2i_align.testbed import captions, clip_captions, prompts
 from t2i_align.testbed.captions import describe, parse, write
-from t2i_align.testbed.prompts import prompts, split_of
+from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import sample_scene
-from tools.testbed.denoiser import (
-    Denoiser,
-    DenoiserConfig,
-    build_scheduler,
-    build_unet,
-    draw_captions,
-    train_denoiser,
-)
+from tools.testbed.__main__ import COMMANDS, main
+from tools.testbed.base import VAERecipe
+from tools.testbed.denoiser import Pool, draw_captions, train_denoiser
 from tools.testbed.distill import Distillation, teacher_timesteps
-from tools.testbed.pools import Pool
-from tools.testbed.sampling import assemble
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.muon import orthogonal
+from tools.testbed.sd import BALANCE, SD, assemble, build_scheduler, build_unet
 from tools.testbed.students import STUDENTS, Student
-from tools.testbed.text import ParseHeads, WordEncoder, build_text_encoder, build_tokenizer
-from tools.testbed.vae import BALANCE, balance_latents, build_vae, encode, render_pool
+from tools.testbed.text import build_clip_text, warm_up
+from tools.testbed.vae import decode, draw_crops, encode, render_samples
+from tools.testbed.wan import Wan
+
+TINY = "--vae-steps 3 --vae-clips 6 --clips 8 --text-steps 2 --steps 2 --batch 2 --every 2 --evaluated 1 --threads 1"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
+def sd():
+    return SD()
 
 
 @pytest.fixture(scope="module")
@@ -38,58 +41,124 @@ def scenes():
     return [sample_scene(rng) for _ in range(40)]
 
 
-def test_the_table_equals_the_tokenizer(tokenizer):
-    captions = [*prompts("dev")[:200], ""]
-    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(ids, WordEncoder(tokenizer)(captions))
-    assert (ids[:, -4:] == tokenizer.pad_token_id).all()
+# Text ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_takes_any_text(tokenizer):
+def test_word_encoder_equals_the_tokenizer(sd):
+    texts = [*prompts("dev")[:200], ""]
+    ids = sd.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(ids, sd.to_ids(texts))
+    assert (ids[:, -4:] == sd.tokenizer.pad_token_id).all()
+    rng = np.random.default_rng(3)
+    sd.to_ids([write(describe(sample_scene(rng), rng), rng) for _ in range(300)])  # no word is unknown
+
+
+def test_the_tokenizer_takes_any_text(sd):
     text = "zebras, très bien"
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).strip().replace(" ,", ",") == text
+    ids = sd.tokenizer(text).input_ids
+    assert sd.tokenizer.decode(ids, skip_special_tokens=True).strip().replace(" ,", ",") == text
 
 
-def test_parse_targets_do_not_depend_on_the_phrasing():
-    left = parse("a small red circle to the left of a blue square on a white background")
-    right = parse("on a white background, on the right a blue square, on the left a small red circle")
-    targets = ParseHeads.targets([left, right])
-    assert torch.equal(targets[0], targets[1])
-    # red = 1, circle = 1, small = 1; blue = 6, square = 2, size open; no third; horizontal, two, white.
-    assert targets[0].tolist() == [1, 1, 1, 6, 2, 0, 0, 0, 0, 1, 1, 1]
-
-
-def test_balancing_keeps_the_images_and_spreads_the_latents():
+def test_every_word_of_a_clip_is_one_token_and_text_after_the_end_is_zero():
+    base = Wan()
+    for caption in [*prompts("video-dev"), ""]:
+        assert len(base.tokenizer(caption).input_ids) == len(caption.replace(",", " ,").split()) + 1 <= 24, caption
     torch.manual_seed(0)
-    vae = build_vae()
-    images, _ = render_pool(24, 0.0, 0)
-    with torch.no_grad():
-        before = vae.decode(encode(vae, images)).sample
-        balance_latents(vae, images)
-        latents = encode(vae, images)
-        after = vae.decode(latents).sample
-    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
-    covariance = torch.cov(latents.permute(1, 0, 2, 3).reshape(4, -1))
-    torch.testing.assert_close(covariance, torch.diag(torch.tensor(BALANCE) ** 2), atol=1e-2, rtol=1e-2)
+    hidden, read_off = base.encode_text(base.build_text_encoder(), ["a red circle standing still", ""])
+    assert hidden.shape == (2, 24, 128)
+    assert not hidden[0, 6:].any() and not hidden[1, 1:].any() and hidden[0, :6].any(1).all()
+    assert torch.equal(read_off[:, 0], torch.stack([hidden[0, 5], hidden[1, 0]]))
 
 
-def test_training_captions_leave_dev_and_test_out(scenes):
-    pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
-    captions, _ = draw_captions(
-        pool, np.arange(40).repeat(20), np.random.default_rng(1), DenoiserConfig(), True, image_captions
-    )
-    stated = [parse(caption) for caption in captions if caption]
+@pytest.mark.parametrize(
+    ("base", "language", "texts", "expected"),
+    [
+        # red = 1, circle = 1, small = 1; blue = 6, square = 2, size open; no third; horizontal, two, white.
+        (
+            SD,
+            captions,
+            (
+                "a small red circle to the left of a blue square on a white background",
+                "on a white background, on the right a blue square, on the left a small red circle",
+            ),
+            [1, 1, 1, 6, 2, 0, 0, 0, 0, 1, 1, 1],
+        ),
+        # red, circle, large, right, quickly; blue, square, size open, still (the ninth path), no speed; no background.
+        (
+            Wan,
+            clip_captions,
+            (
+                "a large red circle moving quickly to the right and a blue square standing still",
+                "a blue square standing still and a large red circle moving quickly to the right",
+            ),
+            [1, 1, 2, 1, 2, 6, 2, 0, 9, 0, 0],
+        ),
+    ],
+)
+def test_parse_targets_do_not_depend_on_the_phrasing(base, language, texts, expected):
+    targets = [base().parse_targets(language.parse(text)) for text in texts]
+    assert targets == [expected, expected]
+    assert all(value < size for value, size in zip(expected, sum(base.parse_sizes, ()), strict=True))
+
+
+def test_training_captions_leave_dev_and_test_out(sd, scenes):
+    texts, _ = draw_captions(scenes * 20, sd, np.random.default_rng(1), sd.recipe, True)
+    stated = [parse(caption) for caption in texts if caption]
     assert len(stated) > 400 and all(split_of(statement) == "train" for statement in stated)
 
 
-def test_planted_faults_occur_at_their_rate(scenes):
+def test_planted_faults_occur_at_their_rate(sd, scenes):
     """With only the background's fault at rate 0.3, that share of stated backgrounds is wrong (4 standard errors)."""
-    config = DenoiserConfig(fault_rates={"background": 0.3}, caption_dropout=0.0)
-    pool = Pool(scenes, torch.zeros(len(scenes), 4, 16, 16))
-    index = np.arange(40).repeat(100)
-    _, statements = draw_captions(pool, index, np.random.default_rng(2), config, True, image_captions)
-    wrong = [s.background != scenes[i].background for s, i in zip(statements, index, strict=True) if s.background]
+    recipe = dataclasses.replace(sd.recipe, fault_rates={"background": 0.3}, caption_dropout=0.0)
+    _, statements = draw_captions(scenes * 100, sd, np.random.default_rng(2), recipe, True)
+    wrong = [
+        s.background != scene.background for s, scene in zip(statements, scenes * 100, strict=True) if s.background
+    ]
     assert abs(np.mean(wrong) - 0.3) < 4 * np.sqrt(0.21 / len(wrong))
+
+
+# Autoencoders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "number"), [(SD, 24), (Wan, 8)])
+def test_finishing_keeps_the_samples_and_spreads_the_latents(kind, number):
+    """Images' latents get the standard deviations of BALANCE, uncorrelated; clips' are standardised by the pipeline."""
+    base = kind()
+    torch.manual_seed(0)
+    vae = base.build_vae()
+    samples, _ = render_samples(base, base.vae_recipe, number, 1)
+    base.bf16 = False
+    before = decode(base, vae, encode(base, vae, samples))
+    base.finish(vae, samples)
+    latents = encode(base, vae, samples)
+    torch.testing.assert_close(decode(base, vae, latents), before, atol=2e-3, rtol=1e-2)
+    flat = latents.transpose(0, 1).flatten(1)
+    if kind is SD:
+        torch.testing.assert_close(torch.cov(flat), torch.diag(torch.tensor(BALANCE) ** 2), atol=1e-2, rtol=1e-2)
+    else:
+        assert latents.shape == (8, 16, 3, 8, 8)
+        torch.testing.assert_close(flat.mean(1), torch.zeros(16), atol=1e-3, rtol=0)
+        torch.testing.assert_close(flat.std(1), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_crops_lie_inside_and_hold_the_first_frames():
+    """A sample whose pixels are its own frame and column: the crop shows consecutive columns of the first frames."""
+    samples = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, None, None, :, None], (2, 9, 64, 64, 3)).copy()
+    samples += 100 * (np.arange(9) > 4).astype(np.uint8)[None, :, None, None, None]
+    crops = draw_crops(samples, np.array([[0, 63], [63, 0]]), np.random.default_rng(0), 8, 5, 32)
+    assert crops.shape == (8, 3, 5, 32, 32) and crops.max() <= 63 / 127.5 - 1 + 1e-6
+    torch.testing.assert_close(crops.diff(dim=-1), torch.full_like(crops[..., 1:], 1 / 127.5), atol=1e-6, rtol=0)
+
+
+def test_a_recipe_scales_to_a_number_of_steps():
+    recipe = VAERecipe(
+        phases=((1600, 4, 1, 32), (700, 2, 1, 64)), lr=1.0, muon=False, number=1, faulty=0.0, degraded=0.0
+    )
+    assert [phase[0] for phase in recipe.scaled(23).phases] == [16, 7]
+    assert [phase[0] for phase in recipe.scaled(23, 3).phases] == [3, 20]
+
+
+# Denoisers ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_v_base_ends_in_pure_noise():
@@ -108,11 +177,11 @@ def test_teacher_and_student_meet_at_the_same_noise_level():
     torch.testing.assert_close(teacher_timesteps(own[timesteps], own), timesteps.float())
 
 
-class Oracle(Student):
-    """Predicts what follows from a teacher that knows the truth."""
+class KnowingStudent(Student):
+    """Predicts what follows from the one image that it knows."""
 
     def __init__(self, process, truth):
-        self.kind, self.truth, self.asked = process, truth, None
+        self.kind, self.truth = process, truth
 
     @property
     def process(self):
@@ -124,21 +193,17 @@ class Oracle(Student):
     assemble = build
 
     def predict(self, noisy, timesteps, captions, rng):
-        noise = (noisy - self._over(0, timesteps) * self.truth) / self._over(1, timesteps)
-        return self.kind.target(self.truth.expand_as(noisy), noise, timesteps)
-
-    def _over(self, which, timesteps):
-        return self.kind.alpha_sigma(timesteps)[which].float().view(-1, 1, 1, 1)
+        alpha, sigma = (x.float().view(-1, 1, 1, 1) for x in self.kind.alpha_sigma(timesteps))
+        return self.kind.target(self.truth.expand_as(noisy), (noisy - alpha * self.truth) / sigma, timesteps)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_student_that_knows_what_the_teacher_knows_has_no_error(tokenizer, scenes, kind):
+def test_a_student_that_knows_what_the_teacher_knows_has_no_error(sd, scenes, kind):
     """A teacher that sees one image in everything, at its own noise level: v = alpha noise - sigma x. The student
-    that knows the image predicts the same thing in its own words; one that knows another image does not."""
+    that knows the image predicts the same in its own parameterisation; one that knows another image does not."""
     truth = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
     pool = Pool(scenes, truth.expand(len(scenes), -1, -1, -1))
-    teacher_process = VariancePreserving(build_scheduler("v_prediction").alphas_cumprod, "v_prediction")
-    abar = teacher_process.alphas_cumprod
+    abar = sd.process.alphas_cumprod
 
     def teacher(noisy, levels, hidden):
         below = levels.long().clamp(max=998)
@@ -148,66 +213,131 @@ def test_a_student_that_knows_what_the_teacher_knows_has_no_error(tokenizer, sce
 
     processes = {
         "epsilon": VariancePreserving(build_scheduler("epsilon").alphas_cumprod, "epsilon"),
-        "v_prediction": teacher_process,
+        "v_prediction": sd.process,
         "flow": RectifiedFlow(),
     }
-    text_encoder, pools = build_text_encoder(tokenizer, CLIPTextModel), (pool, pool)
-    config, to_ids = DenoiserConfig(batch=16), WordEncoder(tokenizer)
+    recipe = dataclasses.replace(sd.recipe, batch=16)
 
     def loss(known):
-        student = Oracle(processes[kind], known)
-        return Distillation(teacher, text_encoder, teacher_process, student, to_ids, pools, config)(0)["error"].item()
+        student = KnowingStudent(processes[kind], known)
+        return Distillation(
+            sd, teacher, sd.build_text_encoder(), sd.process, student, sd.to_ids, (pool, pool), recipe
+        )(0)["error"].item()  # fmt: skip
 
     assert loss(truth) < 1e-4
     assert loss(-truth) > 0.1
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))
-def test_every_student_learns_and_becomes_a_pipeline(tokenizer, scenes, name):
+def test_every_student_learns_and_becomes_a_pipeline(sd, name):
     """Gradients reach all that is trained and nothing else, and the base predicts as it did while it was trained."""
-    teacher = assemble(
-        build_vae(), build_text_encoder(tokenizer, CLIPTextModel), tokenizer, build_unet(), "v_prediction"
-    )
+    text_encoder = build_clip_text(sd.tokenizer, CLIPTextModel)
+    teacher = assemble(sd.build_vae(), text_encoder, sd.tokenizer, build_unet(), "v_prediction")
     teacher.unet.requires_grad_(False), teacher.text_encoder.requires_grad_(False)
     torch.manual_seed(0)
     student = STUDENTS[name](teacher)
     noisy, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([300, 800])
-    captions = ["a red circle", "two blue squares"]
-    prediction = student.predict(noisy, timesteps, captions, np.random.default_rng(0))
+    texts = ["a red circle", "two blue squares"]
+    prediction = student.predict(noisy, timesteps, texts, np.random.default_rng(0))
     prediction.square().sum().backward()
     assert sum(p.grad.abs().sum() > 0 for p in student.trained.parameters() if p.grad is not None) > 50
     assert all(p.grad is None for p in [*teacher.unet.parameters(), *teacher.text_encoder.parameters()])
     family = pipelines.wrap(student.assemble(student.trained))
     assert family.process.prediction_type == student.process.prediction_type
-    again = family.predict(noisy, timesteps, family.encode_prompts(captions))
+    again = family.predict(noisy, timesteps, family.encode_prompts(texts))
     torch.testing.assert_close(again, prediction.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_resuming_equals_training_through(tmp_path, tokenizer, scenes):
+# The loop -----------------------------------------------------------------------------------------------------------
+
+
+def interrupt_at(stop):
+    def on_checkpoint(_, step):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    return on_checkpoint
+
+
+def test_resuming_a_denoiser_equals_training_through(tmp_path, sd, scenes):
     """Two steps, then two more from the checkpoint, give the weights of four steps."""
     pool = Pool(scenes, torch.randn(len(scenes), 4, 16, 16, generator=torch.manual_seed(0)))
-    config = DenoiserConfig(steps=4, batch=4)
+    recipe = dataclasses.replace(sd.recipe, steps=4, batch=4)
 
-    def train(folder, every, stop=None):
-        torch.manual_seed(1)
-        model = Denoiser(build_unet(), build_text_encoder(tokenizer, CLIPTextModel), ParseHeads())
+    def train(name, every, stop=None):
+        text = warm_up(sd, scenes, steps=1, seed=0, state_file=None)
+        file = tmp_path / f"{name}.pt"
+        return train_denoiser(sd, text, (pool, pool), recipe, file, interrupt_at(stop), every).state_dict()
 
-        def interrupt(_, step):
-            if step == stop:
-                raise KeyboardInterrupt
-
-        folder.mkdir(exist_ok=True)
-        options = {"every": every, "on_checkpoint": interrupt}
-        return train_denoiser(folder, model, tokenizer, (pool, pool), config, **options)
-
-    through = train(tmp_path / "a", 4)
+    through = train("a", 4)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", 2, stop=2)
-    resumed = train(tmp_path / "b", 2)
-    for name, value in through.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
+        train("b", 2, stop=2)
+    resumed = train("b", 2)
+    for name, value in through.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_words_of_every_caption_are_known(tokenizer):
-    encoder, rng = WordEncoder(tokenizer), np.random.default_rng(3)
-    encoder([write(describe(sample_scene(rng), rng), rng) for _ in range(300)])
+@pytest.mark.parametrize("muon", [False, True])
+def test_both_optimisers_learn_and_resume(tmp_path, muon):
+    """Ten steps and ten more from the checkpoint give the weights of twenty; matrices and vectors learn."""
+
+    def train(name, stop=None):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+        first = [p.clone() for p in model.parameters()]
+
+        def losses(step):
+            x = torch.randn(64, 16, generator=torch.Generator().manual_seed(step))
+            return {"error": (model(x) - x.flip(1)).square().mean()}
+
+        config = LoopConfig(steps=20, lr=1e-2, every=10, muon=muon)
+        fit(model, losses, config, tmp_path / f"{name}.pt", interrupt_at(stop))
+        return first, list(model.parameters())
+
+    first, through = train("a")
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(first, through, strict=True))
+    with pytest.raises(KeyboardInterrupt):
+        train("b", stop=10)
+    for a, b in zip(through, train("b")[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_newton_schulz_evens_singular_values_out():
+    torch.manual_seed(0)
+    for shape in ((20, 50), (50, 20)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(*shape)))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+# The commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and f"tools.testbed {command}" in capsys.readouterr().out
+
+
+def test_unknown_commands_are_named():
+    with pytest.raises(SystemExit, match="'train'; the commands are pretrain, clip"):
+        main(["train"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("video", ["", "-video"])
+def test_commands_make_a_base_and_pairs(tmp_path, capsys, video):
+    base, pairs = tmp_path / "base", tmp_path / ("pairs" if video else "pairs.parquet")
+    command = [f"pretrain{video}", "--out", str(base), "--work", str(tmp_path / "work"), "--no-compile", *TINY.split()]
+    main(command)
+    assert "dev at step 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exists; pass --force"):
+        main(command)
+    main([*command, "--force"])  # every stage is found done
+    options = "--prompts 2 --candidates 2 --steps 2 --margin 0 --threads 1"
+    main([f"pairs{video}", str(base), "--out", str(pairs), *options.split()])
+    groups = list(read(pairs / "pairs.jsonl" if video else pairs))
+    assert [group.prompt for group in groups] == prompts("video-train" if video else "train")[:2]
+    if video:
+        for line in map(json.loads, (pairs / "pairs.jsonl").read_text().splitlines()):
+            assert line["scores"][0] >= line["scores"][1] and np.shape(line["frame_scores"]) == (2, 9)

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, get_linear_schedule_with_warmup
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from t2i_align.testbed import base_path
 from t2i_align.testbed.captions import draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.prompts import draw_statement
 from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, maybe_degrade, render, signed_distance
 from t2i_align.testbed.world import IMAGES
-from tools.testbed.muon import Muon
+from tools.testbed.loop import LoopConfig, fit
+from tools.testbed.sampling import output_arguments, start
 from tools.testbed.text import WordEncoder, build_tokenizer
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # flat images of full colours, not photographs
@@ -80,7 +80,7 @@ def contrastive_loss(model: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
 
 
-class LookHeads(nn.Module):
+class PatchHeads(nn.Module):
     """Reads colour, shape and size of what each patch shows, 0 for nothing; used in training only."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class LookHeads(nn.Module):
 
 def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLIPModel:
     """Train from nothing: `look` steps of the vision tower alone, then `steps` of both."""
-    model, words, heads = build_clip(seed), WordEncoder(build_tokenizer()), LookHeads()
+    model, words, heads = build_clip(seed), WordEncoder(build_tokenizer()), PatchHeads()
 
     def see(rng: np.random.Generator) -> Tensor:
         scenes = [draw_for(draw_statement(IMAGES, rng), rng) for _ in range(batch)]
@@ -126,42 +126,26 @@ def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLI
         images += [draw_image(draw_wrong(s, rng), rng, SPOILT) for s in statements]
         return contrastive_loss(model, to_input(images), words([write(s, rng) for s in statements]))
 
-    _optimise(see, [*model.vision_model.parameters(), *heads.parameters()], look, 2 * lr, (seed, 0), "look")
-    _optimise(match, list(model.parameters()), steps, lr, (seed, 1), "clip")
-    return model.eval()
+    looking = nn.ModuleDict({"vision": model.vision_model, "heads": heads})
+    fit(looking, _losses(see, (seed, 0)), LoopConfig(steps=look, lr=2 * lr, warmup=20, muon=True))
+    return fit(model, _losses(match, (seed, 1)), LoopConfig(steps=steps, lr=lr, warmup=20, muon=True)).eval()
 
 
-def _optimise(
-    loss_of: Callable[[np.random.Generator], Tensor], parameters: list[nn.Parameter], steps: int, lr: float,
-    seed: tuple[int, ...], what: str,
-) -> None:  # fmt: skip
-    optimizer = Muon(parameters, lr)
-    schedule = get_linear_schedule_with_warmup(optimizer, min(20, steps // 10), steps)
-    with tqdm(total=steps, desc=what) as bar:
-        for step in range(steps):
-            loss = loss_of(np.random.default_rng((*seed, step)))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+def _losses(
+    loss_of: Callable[[np.random.Generator], Tensor], seed: tuple[int, int]
+) -> Callable[[int], dict[str, Tensor]]:
+    return lambda step: {"loss": loss_of(np.random.default_rng((*seed, step)))}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a tiny CLIP and save it."""
     p = argparse.ArgumentParser(prog="python -m tools.testbed clip", description=__doc__.split("\n")[0])
-    p.add_argument("--out", type=Path, required=True, help="folder for the model")
+    output_arguments(p, "folder for the model")
     p.add_argument("--look", type=int, default=500, help="steps in which the vision tower learns to look")
     p.add_argument("--steps", type=int, default=800)
     p.add_argument("--batch", type=int, default=64, help="captions per step; twice as many images")
     p.add_argument("--lr", type=float, default=2.5e-3)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args(argv)
-    if args.out.exists():
-        raise SystemExit(f"{args.out} exists; choose another folder")
-    torch.set_num_threads(args.threads)
+    start(args)
     save_clip(pretrain(args.look, args.steps, args.batch, args.lr, args.seed), args.out)
     print(f"written to {args.out}; a scorer: hf-clip:{args.out}")

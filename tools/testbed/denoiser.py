@@ -1,117 +1,98 @@
-"""Train the testbed's denoiser with its text encoder on cached latents of drawn scenes.
-
-Two phases under one cosine. First true captions and mostly clean images, so that the base *knows* its
-world. Then faults: captions with independent planted errors, degraded images, stray objects. The base
-ends as a mixture around what it knows, which is what preference alignment can sharpen.
-"""
+"""Train a base's denoiser with its text encoder, on cached latents of drawn images or clips."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from t2i_align.testbed import captions as image_captions
 from t2i_align.testbed.prompts import split_of
-from tools.testbed.loop import LoopConfig, fit
-from tools.testbed.pools import Pool
-from tools.testbed.precision import mixed
-from tools.testbed.text import WIDTH, ParseHeads, WordEncoder
-
-# Each is planted on its own with this probability wherever it applies. An ignored background and a wrong
-# scale are known from real models and are decided at high noise, where preferences act first; guidance
-# takes a part of every planted fault away, so the rates are high. What the base learns last (shapes,
-# relations) gets few: it makes faults there of its own accord.
-FAULT_RATES = {
-    "background": 0.45,
-    "size": 0.20,
-    "relation": 0.10,
-    "exchange": 0.10,
-    "count": 0.15,
-    "colour": 0.03,
-    "shape": 0.03,
-}
+from t2i_align.utils.files import atomic_file
+from tools.testbed.base import Base, DenoiserRecipe, ParseHeads, PoolConfig
+from tools.testbed.loop import LoopConfig, fit, mixed
+from tools.testbed.vae import encode
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """Recipe of a denoiser; the defaults are the shipped v base's."""
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Scenes or clips and their latents [N, ...] in half precision."""
 
-    steps: int = 7600
-    clean_fraction: float = 0.72
-    batch: int = 64
-    lr: float = 1e-3
-    caption_dropout: float = 0.1
-    parse_weight: float = 0.1
-    faulty_images: tuple[float, float] = (0.1, 0.7)  # share of the batch, in each phase
-    fault_rates: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(FAULT_RATES))
-    # Shapes are drawn between noise and image, where the loss is small against the noisy steps' irreducible
-    # one: this share of the times is logit-normal around `middle`, the rest uniform.
-    middle_share: float = 0.7
-    middle: tuple[float, float] = (-0.2, 1.0)
-    noisiest_share: float = 0.0  # of the times in the noisiest twentieth, where backgrounds are decided
-    # Images of large objects only are drawn so many times as often: a shape's word is learned from them first,
-    # since a small shape is three latent pixels wide.
-    large_weight: float = 3.0
-    seed: int = 0
+    drawn: list[Any]
+    latents: Tensor
+
+    @functools.cached_property
+    def large(self) -> np.ndarray:
+        """Whether only large objects are in it, [N]."""
+        return np.array([all(item.size == "large" for item in drawn.objects) for drawn in self.drawn])
+
+    def draw(self, rng: np.random.Generator, count: int, large_weight: float) -> np.ndarray:
+        """`count` random numbers of scenes; those of large objects only are `large_weight` times as likely."""
+        weights = np.cumsum(np.where(self.large, large_weight, 1.0))
+        return np.searchsorted(weights, rng.random(count) * weights[-1], side="right")
 
 
-def build_unet(channels: tuple[int, int, int] = (48, 96, 144), **more: Any) -> UNet2DConditionModel:
-    """Three levels (16 x 16 to 4 x 4), attention on the two lower ones where it is cheap."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        norm_num_groups=16,
-        **{"cross_attention_dim": WIDTH, **more},
+def make_pool(base: Base, config: PoolConfig, vae: nn.Module, cache: Path) -> Pool:
+    """Draw a pool, and encode it unless `cache` (a .pt file) holds its latents.
+
+    Raises:
+        ValueError: `cache` belongs to another configuration or autoencoder.
+    """
+    rng = np.random.default_rng((config.seed, 0))
+    drawn = [base.draw(rng, config.faulty) for _ in range(config.number)]
+    digest = hashlib.sha256(repr(config).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    if cache.exists():
+        saved = torch.load(cache, weights_only=True)
+        if saved["key"] != digest.hexdigest():
+            raise ValueError(f"{cache} was made by another autoencoder or PoolConfig; delete it to make it anew")
+        return Pool(drawn, saved["latents"])
+    rng, parts = np.random.default_rng((config.seed, 1)), []
+    for start in range(0, len(drawn), 500):
+        samples = [base.render(item, rng, config.faulty, config.degraded) for item in drawn[start : start + 500]]
+        parts.append(encode(base, vae, np.stack(samples)).half())
+        print(f"latents {start + len(samples)}/{len(drawn)}", flush=True)
+    with atomic_file(cache) as temporary:
+        torch.save({"key": digest.hexdigest(), "latents": torch.cat(parts)}, temporary)
+    return Pool(drawn, torch.cat(parts))
+
+
+def make_pools(base: Base, vae: nn.Module, work: Path, samples: int) -> tuple[Pool, Pool]:
+    """Clean and faulty pools, cached in `work`; `samples` clean images or clips, faulty ones in proportion."""
+    clean, faulty = (
+        dataclasses.replace(config, number=max(1, round(config.number * samples / base.clean.number)))
+        for config in (base.clean, base.faulty)
     )
-
-
-def build_scheduler(prediction_type: str) -> DDIMScheduler:
-    """SD's betas; the v base has zero terminal SNR, which makes its backgrounds free of a gray bias."""
-    zero_snr = prediction_type == "v_prediction"
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_snr,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
+    return (
+        make_pool(base, clean, vae, work / "latents_clean.pt"),
+        make_pool(base, faulty, vae, work / "latents_faulty.pt"),
     )
 
 
 def draw_captions(
-    pool: Pool[Any], index: np.ndarray, rng: np.random.Generator, config: DenoiserConfig, faulty: bool, language: Any
+    drawn: Sequence[Any], base: Base, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
 ) -> tuple[list[str], list[Any]]:
-    """A caption for each image, "" where dropped; statements of dev and test prompts never occur.
+    """A caption for each scene or clip, "" where dropped, and its statement, with planted faults where `faulty`.
 
-    `language` is the module that has the captions of what is in the pool.
+    Statements of dev and test prompts never occur.
     """
     captions, statements = [], []
-    for i in index:
-        statement = language.describe(pool.drawn[i], rng)
+    for item in drawn:
+        statement = base.world.describe(item, rng)
         if faulty:
-            for fault, rate in config.fault_rates.items():
+            for fault, rate in recipe.fault_rates.items():
                 if rng.random() < rate:
-                    statement = language.corrupt(statement, fault, rng) or statement
-        caption = language.write(statement, rng)
-        statement = language.parse(caption)  # in the order of the text
-        if rng.random() < config.caption_dropout or split_of(statement) != "train":
+                    statement = base.corrupt(statement, fault, rng) or statement
+        caption = base.world.write(statement, rng)
+        statement = base.world.parse(caption)  # in the order of the text
+        if rng.random() < recipe.caption_dropout or split_of(statement) != "train":
             caption = ""
         captions.append(caption)
         statements.append(statement)
@@ -119,80 +100,64 @@ def draw_captions(
 
 
 def draw_batch(
-    pools: tuple[Pool[Any], Pool[Any]],
-    rng: np.random.Generator,
-    config: DenoiserConfig,
-    faulty: bool,
-    language: Any = image_captions,
+    pools: tuple[Pool, Pool], base: Base, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
 ) -> tuple[Tensor, list[str], list[Any]]:
     """Latents [B, ...], captions and statements of clean and faulty images in their phase's shares."""
-    number = round(config.faulty_images[int(faulty)] * config.batch)
-    latents, captions, statements = [], [], []
-    for pool, count in zip(pools, (config.batch - number, number), strict=True):
-        index = pool.draw(rng, count, config.large_weight)
+    number = round(recipe.faulty_images[int(faulty)] * recipe.batch)
+    latents, drawn = [], []
+    for pool, count in zip(pools, (recipe.batch - number, number), strict=True):
+        index = pool.draw(rng, count, recipe.large_weight)
         latents.append(pool.latents[torch.from_numpy(index)].float())
-        some, stated = draw_captions(pool, index, rng, config, faulty, language)
-        captions += some
-        statements += stated
-    return torch.cat(latents), captions, statements
+        drawn += [pool.drawn[i] for i in index]
+    return torch.cat(latents), *draw_captions(drawn, base, rng, recipe, faulty)
 
 
-class Denoiser(nn.Module):
-    """The UNet, its text encoder and the parse heads as one trainable module."""
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, heads: ParseHeads) -> None:
-        super().__init__()
-        self.unet, self.text_encoder, self.heads = unet, text_encoder, heads
+def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
+    """Timesteps [B] in 0..999: stratified uniform, logit-normal and noisiest ones, see `DenoiserRecipe`."""
+    times = (rng.permutation(recipe.batch) + rng.random(recipe.batch)) / recipe.batch
+    middle = rng.random(recipe.batch) < recipe.middle_share
+    times[middle] = 1.0 / (1.0 + np.exp(-rng.normal(*recipe.middle, int(middle.sum()))))
+    noisiest = rng.random(recipe.batch) < recipe.noisiest_share
+    times[noisiest] = 1.0 - 0.05 * rng.random(int(noisiest.sum()))
+    return torch.from_numpy((times * 1000).astype(np.int64)).clamp(max=999)
 
 
 def train_denoiser(
-    out: Path,
-    model: Denoiser,
-    tokenizer: CLIPTokenizer,
-    pools: tuple[Pool[Any], Pool[Any]],
-    config: DenoiserConfig,
-    *,
-    on_checkpoint: Callable[[Denoiser, int], None] | None = None,
-    every: int = 500,
-) -> Denoiser:
-    """Train and return the exponential average, continuing from `out/denoiser.pt` where it exists.
+    base: Base,
+    text: nn.ModuleDict,
+    pools: tuple[Pool, Pool],
+    recipe: DenoiserRecipe,
+    state_file: Path,
+    on_checkpoint: Callable[[nn.ModuleDict, int], None] | None = None,
+    every: int = 760,
+) -> nn.ModuleDict:
+    """Train denoiser and text encoder and return their exponential average, continuing from `state_file`.
 
     Args:
-        pools: clean and faulty images.
+        text: from `text.warm_up`.
+        pools: clean and faulty images or clips.
         on_checkpoint: called with the average and the step after each checkpoint (`every` steps).
     """
-    # Plain matrix products: at these sizes the fused kernel's backward takes twice as long on a CPU.
-    model.unet.set_attn_processor(AttnProcessor())
-    to_ids = WordEncoder(tokenizer)
-    alphas = build_scheduler("v_prediction").alphas_cumprod.float()
+    torch.manual_seed(recipe.seed)
+    model = nn.ModuleDict({**text, "denoiser": base.build_denoiser()})
+    process, heads = base.process, cast(ParseHeads, model["heads"])
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((config.seed, 11, step))
-        faulty = step >= config.clean_fraction * config.steps
-        latents, captions, statements = draw_batch(pools, rng, config, faulty)
-        timesteps = draw_timesteps(len(latents), rng, config)
+        rng = np.random.default_rng((recipe.seed, 11, step))
+        faulty = step >= recipe.clean_fraction * recipe.steps
+        latents, captions, statements = draw_batch(pools, base, rng, recipe, faulty)
+        timesteps = draw_timesteps(rng, recipe)
+        if base.continuous:
+            timesteps = timesteps + torch.from_numpy(rng.random(len(latents), np.float32))
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        alpha, sigma = (x[timesteps].sqrt().view(-1, 1, 1, 1) for x in (alphas, 1.0 - alphas))
-        with mixed():
-            hidden = model.text_encoder(to_ids(captions)).last_hidden_state
-            prediction = model.unet(alpha * latents + sigma * noise, timesteps, hidden, return_dict=False)[0]
+        noisy = process.add_noise(latents, noise, timesteps)
+        with mixed(base.bf16):
+            hidden, read = base.encode_text(model["text_encoder"], captions)
+            prediction = model["denoiser"](noisy, timesteps, hidden, return_dict=False)[0]
         captioned = torch.tensor([bool(caption) for caption in captions])
-        parse_loss = model.heads.loss(hidden[captioned], ParseHeads.targets(statements)[captioned])
-        error = (prediction.float() - (alpha * noise - sigma * latents)).square().mean()
-        return {"error": error, "parse": config.parse_weight * parse_loss}
+        targets = torch.tensor([base.parse_targets(statement) for statement in statements])
+        error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean()
+        return {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
 
-    return fit(
-        model, losses, LoopConfig(steps=config.steps, lr=config.lr, every=every), out / "denoiser.pt", on_checkpoint
-    )
-
-
-def draw_timesteps(batch: int, rng: np.random.Generator, config: DenoiserConfig) -> Tensor:
-    """Timesteps [batch] in 0..999: stratified uniform, logit-normal and noisiest ones, see `DenoiserConfig`."""
-    times = (rng.permutation(batch) + rng.random(batch)) / batch
-    middle = rng.random(batch) < config.middle_share
-    mean, spread = config.middle
-    times[middle] = 1.0 / (1.0 + np.exp(-rng.normal(mean, spread, int(middle.sum()))))
-    if config.noisiest_share:
-        noisiest = rng.random(batch) < config.noisiest_share
-        times[noisiest] = 1.0 - 0.05 * rng.random(int(noisiest.sum()))
-    return torch.from_numpy((times * 1000).astype(np.int64)).clamp(max=999)
+    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, every=every, muon=recipe.muon)
+    return fit(model, losses, loop, state_file, on_checkpoint)

@@ -23,12 +23,12 @@ from transformers import CLIPTextModel
 from pipelines import VariancePreserving
 from t2i_align.testbed import base_path
 from t2i_align.testbed.prompts import prompts
-from tools.testbed.denoiser import DenoiserConfig, draw_batch, draw_timesteps
+from tools.testbed.base import DenoiserRecipe
+from tools.testbed.denoiser import Pool, draw_batch, draw_timesteps, make_pools
 from tools.testbed.evaluate import evaluate, summary
-from tools.testbed.loop import LoopConfig, fit
-from tools.testbed.pools import CLEAN, FAULTY, Pool, make_pool
-from tools.testbed.precision import mixed
-from tools.testbed.sampling import load, model_folder, save
+from tools.testbed.loop import LoopConfig, fit, mixed
+from tools.testbed.sampling import load, model_folder, output_arguments, save, start
+from tools.testbed.sd import SD
 from tools.testbed.students import STUDENTS, Student
 from tools.testbed.text import WordEncoder
 
@@ -44,21 +44,22 @@ def teacher_timesteps(levels: Tensor, teacher_alphas_cumprod: Tensor) -> Tensor:
 class Distillation:
     """The loss of a step: the student's mean squared error against what follows from the teacher's prediction."""
 
+    base: SD
     teacher: UNet2DConditionModel
     text_encoder: CLIPTextModel
     teacher_process: VariancePreserving
     student: Student
     to_ids: WordEncoder
     pools: tuple[Pool, Pool]
-    config: DenoiserConfig
+    recipe: DenoiserRecipe
 
     def __post_init__(self) -> None:
         self.process = self.student.process
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((self.config.seed, 13, step))
-        latents, captions, _ = draw_batch(self.pools, rng, self.config, faulty=True)
-        timesteps = draw_timesteps(len(latents), rng, self.config)
+        rng = np.random.default_rng((self.recipe.seed, 13, step))
+        latents, captions, _ = draw_batch(self.pools, self.base, rng, self.recipe, faulty=True)
+        timesteps = draw_timesteps(rng, self.recipe)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = self.process.add_noise(latents, noise, timesteps)
         with mixed():
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     """Options of the command; the defaults are the epsilon base's recipe."""
     p = argparse.ArgumentParser(prog="python -m tools.testbed distill", description=__doc__.split("\n")[0])
     p.add_argument("--student", choices=list(STUDENTS), default="sd-eps", help="which base to make")
-    p.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline, e.g. tiny-sd-eps")
+    output_arguments(p, "folder of the finished pipeline, e.g. tiny-sd-eps")
     p.add_argument("--teacher", type=model_folder, default=base_path("sd"), help="a v base; testbed:sd by default")
     p.add_argument("--work", type=Path, default=Path("distill"), help="folder of checkpoints and latents")
     p.add_argument("--steps", type=int, default=1500)
@@ -94,27 +95,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--noisiest-share", type=float, default=0.15, help="share of the times in the noisiest twentieth")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--every", type=int, default=300, help="steps between checkpoints, each of which is evaluated")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--force", action="store_true", help="replace --out where it exists")
+    p.add_argument("--samples", type=int, default=SD.clean.number, help="clean images; faulty ones in proportion")
+    p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     """Distil, evaluate on dev prompts at every checkpoint, and save the pipeline."""
     args = parser().parse_args(argv)
-    if args.out.exists() and not args.force:
-        raise SystemExit(f"{args.out} exists; pass --force to replace it")
+    start(args)
     teacher = load(args.teacher)
     kind = json.loads((args.teacher / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
     if kind != "v_prediction":
         raise SystemExit(f"{args.teacher} predicts {kind}; the teacher must be a v base, e.g. testbed:sd")
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    pools = (
-        make_pool(CLEAN, teacher.vae, args.work / "latents_clean.pt"),
-        make_pool(FAULTY, teacher.vae, args.work / "latents_faulty.pt"),
-    )
+    base = SD()
+    pools = make_pools(base, teacher.vae, args.work, args.samples)
     torch.manual_seed(args.seed)
     student = STUDENTS[args.student](teacher)
     # Plain matrix products: at these sizes the fused kernel takes longer on a CPU.
@@ -122,20 +118,21 @@ def main(argv: list[str] | None = None) -> None:
 
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
         pipeline = student.assemble(average)
-        verdict = evaluate(pipeline, prompts("dev")[:64], image=args.work / f"{args.student}_{step}.png")
+        verdict = evaluate(pipeline, prompts("dev")[: args.evaluated], image=args.work / f"{args.student}_{step}.png")
         print(f"dev at step {step}: {summary(verdict)}", flush=True)
 
-    config = DenoiserConfig(batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)
+    recipe = dataclasses.replace(SD.recipe, batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)
     average = fit(
         student.trained,
         Distillation(
+            base,
             teacher.unet,
             teacher.text_encoder.requires_grad_(False),
             VariancePreserving(teacher.scheduler.alphas_cumprod, "v_prediction"),
             student,
             WordEncoder(teacher.tokenizer),
             pools,
-            config,
+            recipe,
         ),
         LoopConfig(steps=args.steps, lr=args.lr, every=args.every),
         args.work / f"distilled_{args.student}.pt",

@@ -1,4 +1,4 @@
-"""How well does a base do? Samples prompts of a split and asks the oracle."""
+"""Sample a base on the prompts of a split and judge the samples by the oracle."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 import pipelines
-from t2i_align.testbed.clip_oracle import ClipOracle, ClipVerdict
-from t2i_align.testbed.oracle import Oracle, Verdict
+from t2i_align.testbed.oracle import Verdict
 from t2i_align.testbed.prompts import SPLITS, prompts
+from t2i_align.testbed.world import CLIPS, IMAGES
 from tools.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 
 
-def means(verdict: Verdict | ClipVerdict) -> dict[str, float]:
-    """Mean reward, faithfulness, strict and quality, and each attribute's over prompts that state it."""
-    figures = {name: float(getattr(verdict, name).mean()) for name in ("reward", "faithfulness", "strict", "quality")}
-    stated = {name: values[~np.isnan(values)] for name, values in verdict.attributes.items()}
-    return figures | {name: float(values.mean()) for name, values in stated.items() if len(values)}
-
-
-def summary(verdict: Verdict | ClipVerdict) -> str:
-    """The means on one line."""
-    return " ".join(f"{name} {value:.3f}" for name, value in means(verdict).items())
+def summary(verdict: Verdict) -> str:
+    """The verdict's means on one line."""
+    return " ".join(f"{name} {value:.3f}" for name, value in verdict.means().items())
 
 
 def grid(images: Tensor, columns: int = 16) -> Image.Image:
@@ -49,13 +41,13 @@ def evaluate(
     guidance: float = GUIDANCE,
     seed: int = 0,
     image: Path | None = None,
-) -> Verdict | ClipVerdict:
-    """Judge one sample a caption, with seeds seed, seed + 1, ...; `image` saves a grid of them, two clips a row."""
+) -> Verdict:
+    """Judge one sample per caption, with seeds seed, seed + 1, ...; `image` saves a grid of them, two clips a row."""
     samples = sample(pipeline, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
     clips = samples.ndim == 5
     if image is not None and len(samples) >= 16:
         grid(samples.flatten(0, 1), 2 * samples.shape[1]).save(image) if clips else grid(samples).save(image)
-    return ClipOracle().judge(samples, captions) if clips else Oracle().judge(samples, captions)
+    return (CLIPS if clips else IMAGES).oracle().judge(samples, captions)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,4 +68,4 @@ def main(argv: list[str] | None = None) -> None:
     captions = prompts(split)[: args.number]
     verdict = evaluate(pipeline, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, image=args.image)
     settings = {"model": str(args.model), "split": split, "prompts": len(captions), "steps": args.steps}
-    print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | means(verdict), indent=2))
+    print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | verdict.means(), indent=2))

@@ -1,4 +1,4 @@
-"""The loop every base is trained with: AdamW under a cosine, an exponential average, resumable checkpoints."""
+"""The loop that everything here is trained with: a cosine schedule, an exponential average, resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -13,63 +13,67 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from t2i_align.utils.files import atomic_file
+from tools.testbed.muon import Muon
+
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long and how fast; `every` steps lie between two checkpoints."""
+    """Steps and learning rate; `every` steps lie between two checkpoints. `muon`: that optimiser instead of AdamW."""
 
     steps: int
     lr: float = 1e-3
+    warmup: int = 200
     ema: float = 0.999
     every: int = 760
+    muon: bool = False
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """A linear warm-up over 200 steps under a cosine to zero."""
-    return config.lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    """A linear warm-up under a cosine to zero."""
+    return config.lr * min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
 def fit(
     model: M,
     losses: Callable[[int], Mapping[str, Tensor]],
     config: LoopConfig,
-    state_file: Path,
+    state_file: Path | None = None,
     on_checkpoint: Callable[[M, int], None] | None = None,
-    optimiser: torch.optim.Optimizer | None = None,
 ) -> M:
-    """Train `model` and return its exponential average, continuing from `state_file` where that exists.
+    """Train `model` in place and return its exponential average, continuing from `state_file` where that exists.
 
     Args:
         losses: the named losses of a step, whose sum is minimised; must depend on the step's number only.
         on_checkpoint: called with the average and the number of steps done after each checkpoint.
-        optimiser: of the model's parameters; AdamW by default.
     """
     average = copy.deepcopy(model).requires_grad_(False)
-    optimiser = optimiser or torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser: torch.optim.Optimizer = Muon(parameters, config.lr)
+    if not config.muon:
+        optimiser = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    parts: dict[str, nn.Module | torch.optim.Optimizer] = {"model": model, "average": average, "optimiser": optimiser}
     first = 0
-    if state_file.exists():
+    if state_file and state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         first = state["step"]
     begin, log = time.time(), []
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, step)
-        parts = losses(step)
+        terms = losses(step)
         optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(parts.values())).sum().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.stack(list(terms.values())).sum().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         with torch.no_grad():
             decay = min(config.ema, (step + 1) / (step + 20))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
-        log.append({name: part.detach() for name, part in parts.items()})
+        log.append({name: term.detach() for name, term in terms.items()})
         done = step + 1
         if done % 100 == 0:
             means = {name: torch.stack([entry[name] for entry in log]).mean() for name in log[0]}
@@ -77,9 +81,19 @@ def fit(
             shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
             print(f"step {done}/{config.steps} {shown} {time.time() - begin:.0f} s", flush=True)
         if done % config.every == 0 or done == config.steps:
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
-            torch.save({**state, "step": done}, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
+            if state_file:
+                with atomic_file(state_file) as temporary:
+                    torch.save({**{name: part.state_dict() for name, part in parts.items()}, "step": done}, temporary)
             if on_checkpoint is not None:
                 on_checkpoint(average, done)
     return average
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has bf16 instructions. Emulated, a training step takes ten times as long as in float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def mixed(enabled: bool = True) -> torch.autocast:
+    """Autocast to bf16 where that is faster than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled and has_bf16())

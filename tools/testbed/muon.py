@@ -1,9 +1,9 @@
 """Muon: momentum made orthogonal, for every weight with rows and columns; Adam for the rest.
 
-A clip is flat background but for an object, so gradients are nearly of rank one and what tells colours and shapes
-drowns in them. All their directions get the same length (arXiv 2502.16982). After 146 steps of the video autoencoder
-the squared error on objects was 0.10, with AdamW after 157 of the same loss 0.41 (one run each, one learning rate
-each). torch's own Muon takes matrices only, and computes in bf16, which few CPUs can.
+A clip is flat background but for an object, so gradients are nearly of rank one, and the directions that separate
+colours and shapes drown in them. Muon gives all directions the same length (arXiv 2502.16982). After 150 steps of the
+video autoencoder (batch 8, one run each) the squared error on objects was 0.19, with AdamW 0.55, 0.53 and 0.41 at
+learning rates 1e-3, 2e-3 and 5e-3. torch's own Muon takes matrices only, and computes in bf16, which few CPUs can.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the orthogonal matrix next to `matrix`, by a fifth-order Newton-Schulz iteration."""
+    """Nearly the orthogonal matrix closest to `matrix`, by a fifth-order Newton-Schulz iteration."""
     flat = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     flat = flat / (flat.norm() + 1e-9)
     for _ in range(steps):

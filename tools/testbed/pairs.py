@@ -1,7 +1,8 @@
-"""Make preference pairs: sample a base, let the oracle score, let an annotator label, write parquet.
+"""Make preference pairs: sample a base, let the oracle judge, keep the clear pairs.
 
-The file has the columns of Pick-a-Pic v2, so it is read like the real data set. `jpg_0`, `jpg_1` hold
-encoded bytes; `label_0` is 1 where the first image is preferred, 0 where the second is, 0.5 for ties.
+Images become a parquet file with the columns of Pick-a-Pic v2, labelled by a simulated annotator, so it is read like
+the real data set: `jpg_0`, `jpg_1` hold encoded bytes; `label_0` is 1 where the first image is preferred, 0 where the
+second is, 0.5 for ties. Clips become JSON Lines beside lossless video files.
 """
 
 from __future__ import annotations
@@ -12,67 +13,55 @@ import datetime
 import hashlib
 import io
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
-from t2i_align.testbed.clip_oracle import ClipVerdict
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
-from tools.testbed.sampling import GUIDANCE, load, model_folder, sample
+from t2i_align.testbed.world import CLIPS
+from t2i_align.utils.files import atomic_file, atomic_folder
+from tools.testbed.sampling import GUIDANCE, load, model_folder, output_arguments, sample, start
 
-_TEXT, _FLOAT, _BOOL, _INT = pa.string(), pa.float64(), pa.bool_(), pa.int64()
 SCHEMA = pa.schema(
     {
-        "are_different": _BOOL,
-        "best_image_uid": _TEXT,
-        "caption": _TEXT,
+        **dict.fromkeys(("are_different", "has_label"), pa.bool_()),
+        **dict.fromkeys(("best_image_uid", "caption"), pa.string()),
         "created_at": pa.timestamp("ns"),
-        "has_label": _BOOL,
-        "image_0_uid": _TEXT,
-        "image_0_url": _TEXT,
-        "image_1_uid": _TEXT,
-        "image_1_url": _TEXT,
-        "jpg_0": pa.binary(),
-        "jpg_1": pa.binary(),
-        "label_0": _FLOAT,
-        "label_1": _FLOAT,
-        "model_0": _TEXT,
-        "model_1": _TEXT,
-        "ranking_id": _INT,
-        "user_id": _INT,
-        "num_example_per_prompt": _INT,
-        # Not in Pick-a-Pic: what a simulation can tell besides.
-        "seed_0": _INT,
-        "seed_1": _INT,
-        "reward_0": _FLOAT,
-        "reward_1": _FLOAT,
-        "faithfulness_0": _FLOAT,
-        "faithfulness_1": _FLOAT,
-        "quality_0": _FLOAT,
-        "quality_1": _FLOAT,
-        "oracle": _TEXT,
+        **dict.fromkeys([f"image_{side}_{name}" for side in (0, 1) for name in ("uid", "url")], pa.string()),
+        **dict.fromkeys(("jpg_0", "jpg_1"), pa.binary()),
+        **dict.fromkeys(("label_0", "label_1"), pa.float64()),
+        **dict.fromkeys(("model_0", "model_1"), pa.string()),
+        **dict.fromkeys(("ranking_id", "user_id", "num_example_per_prompt"), pa.int64()),
+        # Not in Pick-a-Pic: what a simulation knows besides.
+        **dict.fromkeys(("seed_0", "seed_1"), pa.int64()),
+        **{f"{name}_{side}": pa.float64() for name in ("reward", "faithfulness", "quality") for side in (0, 1)},
+        "oracle": pa.string(),
     }
 )
+FPS = 8
+LINES, FOLDER = "pairs.jsonl", "clips"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig:
     """How pairs are sampled and chosen.
 
-    Of `candidates` images a prompt the best and the worst make a pair, the second best and the second
-    worst another, and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs
-    that differ in quality only, the share `quality_only` is kept: less than 1 where the base is so weak
-    that quality differs far more often than faithfulness and would drown it.
+    Of `candidates` samples per prompt the best and the worst make a pair, the second best and the second worst another,
+    and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs that differ in quality only,
+    the share `quality_only` is kept: less than 1 where the base is so weak that quality differs far more often than
+    faithfulness and would drown it.
     """
 
     candidates: int = 4
@@ -83,6 +72,18 @@ class PairsConfig:
     guidance: float = GUIDANCE
     prompts_per_batch: int = 32
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """A batch of judged samples: prompts, seeds and stored samples [N], and (better, worse) indices."""
+
+    captions: list[str]
+    seeds: range
+    stored: list[Any]
+    verdict: Any
+    pairs: list[tuple[int, int]]
+    rng: np.random.Generator
 
 
 def encode_jpeg(image: Tensor) -> bytes:
@@ -102,27 +103,19 @@ def decode(data: bytes) -> Tensor:
 def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
     """The verdict on a selection of the images."""
     index = np.asarray(index, int)
-    return Verdict(
-        reward=verdict.reward[index],
-        faithfulness=verdict.faithfulness[index],
-        strict=verdict.strict[index],
-        quality=verdict.quality[index],
-        attributes={name: values[index] for name, values in verdict.attributes.items()},
-        views=tuple(verdict.views[i] for i in index),
-    )
+    columns = {name: getattr(verdict, name)[index] for name in ("reward", "faithfulness", "strict", "quality")}
+    attributes = {name: values[index] for name, values in verdict.attributes.items()}
+    return Verdict(**columns, attributes=attributes, views=tuple(verdict.views[i] for i in index))
 
 
-def choose(
-    verdict: Verdict | ClipVerdict, number: int, config: PairsConfig, rng: np.random.Generator
-) -> list[tuple[int, int]]:
-    """(winner, loser) indices into a verdict on number x candidates images, grouped by prompt."""
+def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(winner, loser) indices into a verdict on number x candidates samples, grouped by prompt."""
     pairs = []
     for p in range(number):
         rows = np.arange(p * config.candidates, (p + 1) * config.candidates)
         order = rows[np.argsort(-verdict.reward[rows], kind="stable")]
-        for better, worse in list(zip(order, order[::-1], strict=True))[
-            : min(config.per_prompt, config.candidates // 2)
-        ]:
+        most = min(config.per_prompt, config.candidates // 2)
+        for better, worse in zip(order[:most], order[::-1][:most], strict=True):
             if verdict.reward[better] - verdict.reward[worse] < config.margin:
                 continue
             faithful = verdict.faithfulness[better] - verdict.faithfulness[worse] > 1e-6
@@ -131,116 +124,119 @@ def choose(
     return pairs
 
 
-def make_pairs(
-    pipeline: StableDiffusionPipeline,
+def sample_pairs(
+    pipeline: Any,
     captions: Sequence[str],
-    annotator: Annotator,
     config: PairsConfig,
-    *,
-    model: str = "tiny-sd",
-    limit: int | None = None,
-    oracle: Oracle | None = None,
-) -> list[dict[str, object]]:
-    """Rows of `SCHEMA`, at most `limit`; the left or right place of the winner is random.
-
-    The oracle judges the images after JPEG, which is what a reader of the file sees.
-    """
-    oracle = oracle or Oracle()
-    rows: list[dict[str, object]] = []
-    starts = range(0, len(captions), config.prompts_per_batch)
-    for start in tqdm(starts, desc="sampling pairs", unit="batch"):
-        some = list(captions[start : start + config.prompts_per_batch])
-        repeated = list(itertools.chain.from_iterable([p] * config.candidates for p in some))
-        first = 1_000_000 * (config.seed + 1) + start * config.candidates
-        seeds = range(first, first + len(repeated))
-        images = sample(pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance, batch=len(repeated))
-        encoded = [encode_jpeg(image) for image in images]
-        verdict = oracle.judge(torch.stack([decode(data) for data in encoded]), repeated)
-        rng = np.random.default_rng((config.seed, start))
-        chosen = choose(verdict, len(some), config, rng)
-        swapped = rng.random(len(chosen)) < 0.5
-        sides = [(b, a) if swap else (a, b) for (a, b), swap in zip(chosen, swapped, strict=True)]
-        left, right = (take(verdict, [side[k] for side in sides]) for k in (0, 1))
-        labels = annotator.label(left, right, rng)
-        for (a, b), label in zip(sides, labels, strict=True):
-            number = len(rows)
-            rows.append(
-                _row(repeated[a], (a, b), float(label), verdict, encoded, seeds, model, number, oracle, annotator)
-            )
-            if limit is not None and len(rows) >= limit:
-                return rows
-    return rows
-
-
-def _row(
-    caption: str,
-    pair: tuple[int, int],
-    label: float,
-    verdict: Verdict,
-    encoded: list[bytes],
-    seeds: range,
-    model: str,
-    number: int,
     oracle: Oracle,
-    annotator: Annotator,
-) -> dict[str, object]:
+    store: Callable[[Tensor], tuple[list[Any], Tensor]],
+) -> Iterator[Samples]:
+    """Batches of judged samples; `store` returns what is written of them, and the pixels that a reader will see."""
+    for first in tqdm(range(0, len(captions), config.prompts_per_batch), desc="sampling pairs", unit="batch"):
+        batch = captions[first : first + config.prompts_per_batch]
+        repeated = list(itertools.chain.from_iterable([caption] * config.candidates for caption in batch))
+        start_seed = 1_000_000 * (config.seed + 1) + first * config.candidates
+        seeds = range(start_seed, start_seed + len(repeated))
+        stored, pixels = store(sample(pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance))
+        verdict = oracle.judge(pixels, repeated)
+        rng = np.random.default_rng((config.seed, first))
+        yield Samples(repeated, seeds, stored, verdict, choose(verdict, len(batch), config, rng), rng)
+
+
+def make_pairs(
+    pipeline: Any, captions: Sequence[str], annotator: Annotator, config: PairsConfig, *, model: str = "tiny-sd"
+) -> Iterator[dict[str, object]]:
+    """Rows of `SCHEMA`; the left or right place of the winner is random. The oracle judges the images after JPEG."""
+
+    def store(images: Tensor) -> tuple[list[bytes], Tensor]:
+        encoded = [encode_jpeg(image) for image in images]
+        return encoded, torch.stack([decode(data) for data in encoded])
+
+    oracle, numbers = Oracle(), itertools.count()
+    for batch in sample_pairs(pipeline, captions, config, oracle, store):
+        swapped = batch.rng.random(len(batch.pairs)) < 0.5
+        sides = [(b, a) if swap else (a, b) for (a, b), swap in zip(batch.pairs, swapped, strict=True)]
+        left, right = (take(batch.verdict, [pair[side] for pair in sides]) for side in (0, 1))
+        for pair, label in zip(sides, annotator.label(left, right, batch.rng), strict=True):
+            row: dict[str, object] = {
+                "ranking_id": (number := next(numbers)),
+                # A fixed date: the same command must write the same bytes.
+                "created_at": datetime.datetime(2024, 1, 1) + datetime.timedelta(seconds=number),
+                "user_id": getattr(annotator, "user_id", 0),
+                "oracle": f"{oracle.version} faithfulness {oracle.faithfulness_weight}",
+            }
+            yield row | _row(batch, pair, float(label), model)
+
+
+def _row(batch: Samples, pair: tuple[int, int], label: float, model: str) -> dict[str, object]:
     row: dict[str, object] = {
         "are_different": label != 0.5,
-        "caption": caption,
-        # A fixed date: the same command must write the same bytes.
-        "created_at": datetime.datetime(2024, 1, 1) + datetime.timedelta(seconds=number),
+        "caption": batch.captions[pair[0]],
         "has_label": True,
-        "ranking_id": number,
-        "user_id": getattr(annotator, "user_id", 0),
         "num_example_per_prompt": 1,
         "label_0": label,
         "label_1": 1.0 - label,
-        "oracle": f"{oracle.version} faithfulness {oracle.faithfulness_weight}",
     }
     for side, i in enumerate(pair):
         # The seed is part of the name: two samples may well be the same bytes.
-        uid = hashlib.sha256(encoded[i] + str(seeds[i]).encode()).hexdigest()[:32]
+        uid = hashlib.sha256(batch.stored[i] + str(batch.seeds[i]).encode()).hexdigest()[:32]
+        row |= {f"jpg_{side}": batch.stored[i], f"image_{side}_uid": uid, f"image_{side}_url": ""}
+        row |= {f"model_{side}": model, f"seed_{side}": batch.seeds[i]}
         row |= {
-            f"jpg_{side}": encoded[i],
-            f"image_{side}_uid": uid,
-            f"image_{side}_url": "",
-            f"model_{side}": model,
-            f"seed_{side}": seeds[i],
-            f"reward_{side}": float(verdict.reward[i]),
-            f"faithfulness_{side}": float(verdict.faithfulness[i]),
-            f"quality_{side}": float(verdict.quality[i]),
+            f"{name}_{side}": float(getattr(batch.verdict, name)[i]) for name in ("reward", "faithfulness", "quality")
         }
     row["best_image_uid"] = row["image_0_uid"] if label > 0.5 else row["image_1_uid"] if label < 0.5 else ""
     return row
 
 
-def write_parquet(rows: list[dict[str, object]], path: Path, *, force: bool = False) -> None:
-    """Write rows in groups of 512, to a temporary name first.
-
-    Raises:
-        FileExistsError: `path` exists and `force` is not set.
-    """
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; pass --force to replace it")
+def write_parquet(rows: list[dict[str, object]], path: Path) -> None:
+    """Write rows in groups of 512, atomically."""
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, temporary, compression="zstd", row_group_size=512)
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=512)
+
+
+def make_clip_pairs(
+    pipeline: Any, captions: Sequence[str], config: PairsConfig, out: Path
+) -> Iterator[dict[str, object]]:
+    """Lines of JSON, each yielded when its two clips lie under `out`; the oracle sees what is written, 8 bits."""
+
+    def store(clips: Tensor) -> tuple[list[Tensor], Tensor]:
+        stored = to_bytes(clips)
+        return list(stored), stored.float() / 255
+
+    oracle = CLIPS.oracle()
+    for batch in sample_pairs(pipeline, captions, config, oracle, store):
+        for pair in batch.pairs:
+            names = [f"{FOLDER}/{batch.seeds[i]}.mp4" for i in pair]
+            for name, i in zip(names, pair, strict=True):
+                save_clip(batch.stored[i], out / name, FPS, lossless=True)
+            yield {
+                "id": f"{batch.seeds[pair[0]]}-{batch.seeds[pair[1]]}",
+                "prompt": batch.captions[pair[0]],
+                "chosen": names[0],
+                "rejected": names[1],
+                "scores": [round(float(batch.verdict.reward[i]), 4) for i in pair],
+                "faithfulness": [round(float(batch.verdict.faithfulness[i]), 4) for i in pair],
+                "frame_scores": [batch.verdict.frames[i].round(4).tolist() for i in pair],
+                "seeds": [batch.seeds[i] for i in pair],
+                "oracle": f"{oracle.version} faithfulness {oracle.faithfulness_weight}",
+            }
 
 
 def _annotator(args: argparse.Namespace) -> Annotator:
-    if args.annotator == "expert":
-        return Expert()
     if args.annotator == "noisy":
         return Noisy(flip=args.flip) if args.temperature is None else Noisy(temperature=args.temperature)
-    return Biased()
+    return Expert() if args.annotator == "expert" else Biased()
 
 
-def sampling_arguments(p: argparse.ArgumentParser, *, number: int, bases: str) -> None:
-    """What `pairs` and `pairs-video` are both told; `begin` reads it."""
-    p.add_argument("model", type=model_folder, help=f"folder of a diffusers pipeline, or {bases}")
-    p.add_argument("--prompts", type=int, default=number, help="how many train prompts to sample")
+def main(argv: list[str] | None = None, command: str = "pairs") -> None:
+    """Sample train prompts from a base and write the pairs."""
+    video = command == "pairs-video"
+    p = argparse.ArgumentParser(prog=f"python -m tools.testbed {command}", description=__doc__.split("\n")[0])
+    p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or another base")
+    output_arguments(p, f"folder to write {LINES} and {FOLDER}/ to" if video else "parquet file to write")
+    p.add_argument("--prompts", type=int, default=1000 if video else 2400, help="how many train prompts to sample")
     p.add_argument("--first", type=int, default=0, help="the first train prompt")
     p.add_argument("--limit", type=int, help="stop after so many pairs")
     p.add_argument("--candidates", type=int, default=PairsConfig.candidates)
@@ -248,35 +244,27 @@ def sampling_arguments(p: argparse.ArgumentParser, *, number: int, bases: str) -
     p.add_argument("--steps", type=int, default=PairsConfig.steps, help="of the sampler")
     p.add_argument("--margin", type=float, default=PairsConfig.margin, help="smallest difference of reward")
     p.add_argument("--guidance", type=float, default=PairsConfig.guidance)
-    p.add_argument("--seed", type=int, default=PairsConfig.seed)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--force", action="store_true", help="replace what --out holds")
-
-
-def begin(args: argparse.Namespace) -> PairsConfig:
-    """The configuration, once `--out` is known to be free."""
-    if args.out.exists() and not args.force:
-        raise SystemExit(f"{args.out} exists; pass --force to replace it")
-    torch.set_num_threads(args.threads)
-    told = {
-        field.name: getattr(args, field.name) for field in dataclasses.fields(PairsConfig) if hasattr(args, field.name)
-    }
-    return PairsConfig(**told)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Sample train prompts from a base and write the pairs."""
-    p = argparse.ArgumentParser(prog="python -m tools.testbed pairs", description=__doc__.split("\n")[0])
-    p.add_argument("--out", type=Path, required=True, help="parquet file to write")
-    sampling_arguments(p, number=2400, bases="testbed:sd")
     p.add_argument("--quality-only", type=float, default=PairsConfig.quality_only, help="share kept of such pairs")
-    p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
-    p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
-    p.add_argument("--temperature", type=float, help="of the noisy annotator; replaces --flip")
+    if not video:
+        p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
+        p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
+        p.add_argument("--temperature", type=float, help="of the noisy annotator; replaces --flip")
     args = p.parse_args(argv)
-    config = begin(args)
-    captions = prompts("train")[args.first : args.first + args.prompts]
-    rows = make_pairs(load(args.model), captions, _annotator(args), config, model=args.model.name, limit=args.limit)
-    write_parquet(rows, args.out, force=args.force)
-    differ = sum(row["faithfulness_0"] != row["faithfulness_1"] for row in rows)
+    start(args)
+    fields = (field.name for field in dataclasses.fields(PairsConfig))
+    config = PairsConfig(**{name: getattr(args, name) for name in fields if hasattr(args, name)})
+    captions = prompts("video-train" if video else "train")[args.first : args.first + args.prompts]
+    pipeline = load(args.model)
+    if video:
+        with atomic_folder(args.out) as folder:
+            (folder / FOLDER).mkdir()
+            rows = list(itertools.islice(make_clip_pairs(pipeline, captions, config, folder), args.limit))
+            (folder / LINES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        scores: list[Any] = [row["faithfulness"] for row in rows]
+    else:
+        pairs = make_pairs(pipeline, captions, _annotator(args), config, model=args.model.name)
+        rows = list(itertools.islice(pairs, args.limit))
+        write_parquet(rows, args.out)
+        scores = [(row["faithfulness_0"], row["faithfulness_1"]) for row in rows]
+    differ = sum(first != second for first, second in scores)
     print(f"{len(rows)} pairs of {len(captions)} prompts, {differ} differ in faithfulness: {args.out}")

@@ -1,77 +1,60 @@
-"""Assemble the testbed's parts into a genuine `StableDiffusionPipeline` and sample from it."""
+"""Load, save and sample bases; options that the commands share."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 import pipelines
 from t2i_align.testbed import base_path
-from tools.testbed.denoiser import build_scheduler
-from tools.testbed.precision import has_bf16
+from t2i_align.utils.files import atomic_folder, write_json
+from tools.testbed.loop import has_bf16
 
 # DDIM steps and classifier-free guidance of every figure about the testbed. No guidance: training changes the
 # prediction under a caption, and guidance would mix it with the one without, which no preference pair has taught.
 STEPS, GUIDANCE = 20, 1.0
 
 
-def assemble(
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
-    prediction_type: str,
-) -> StableDiffusionPipeline:
-    """A pipeline without safety checker (the world holds nothing to check) or image encoder."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def output_arguments(p: argparse.ArgumentParser, what: str) -> None:
+    """--out (`what` describes it), --force, --seed, --threads; `start` reads them."""
+    p.add_argument("--out", type=Path, required=True, help=what)
+    p.add_argument("--force", action="store_true", help="replace --out where it exists")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def start(args: argparse.Namespace) -> None:
+    """Exit where `--out` exists and may not be replaced; set the number of threads."""
+    if args.out.exists() and not args.force:
+        raise SystemExit(f"{args.out} exists; pass --force to replace it")
+    torch.set_num_threads(args.threads)
 
 
 def save(pipeline: DiffusionPipeline, path: Path) -> None:
-    """Save in half precision as safetensors, to a temporary name first; replaces what was there.
-
-    The pipeline itself is left as it was.
-    """
+    """Save in half precision as safetensors, atomically; replaces what was there. The pipeline is left as it was."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     kept = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(temporary, safe_serialization=True)
-    for file in (temporary / "model_index.json", *temporary.glob("*/config.json")):  # not where it was loaded from
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with atomic_folder(path) as folder:
+        pipeline.to(dtype=torch.float16)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # not where it was loaded from
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            write_json(file, dict(sorted(config.items())))
     pipeline.to(dtype=torch.float32)
     for name, part in parts.items():
         part.load_state_dict(kept[name])
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def model_folder(text: str) -> Path:
-    """The folder of a base from what the command line was given: a folder, or `testbed:sd` or the like.
+    """The folder of a base from a command-line argument: a folder, or `testbed:sd` or the like.
 
     Raises:
         argparse.ArgumentTypeError: neither; argparse shows its message.
@@ -100,14 +83,13 @@ def sample(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     batch: int = 64,
-    bf16: bool = True,
 ) -> Tensor:
-    """Images [B, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
+    """Images [B, 3, 64, 64] or clips [B, 9, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
 
     Raises:
-        PipelineError: not as many seeds as prompts.
+        PipelineError: another number of seeds than prompts.
     """
-    autocast = torch.bfloat16 if bf16 and has_bf16() else None
+    autocast = torch.bfloat16 if has_bf16() else None
     return pipelines.wrap(pipeline).generate(
         prompts, seeds, steps=steps, guidance=guidance, batch_size=batch, autocast=autocast
     )

@@ -1,4 +1,4 @@
-"""The bases that `distill` makes of the v base: which networks each has, what is trained, and how it predicts.
+"""The bases that `distill` makes from the v base: their networks, what is trained, and how they predict.
 
 Stable Diffusion's students keep the teacher's text encoder. The others read the penultimate layer of theirs, so
 they get the teacher's with one more layer, which begins as the identity.
@@ -18,9 +18,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -33,9 +31,8 @@ from transformers import (
 
 from pipelines import ForwardProcess, RectifiedFlow, VariancePreserving
 from t2i_align.testbed.scenes import SIDE
-from tools.testbed.denoiser import build_scheduler, build_unet
-from tools.testbed.sampling import assemble
-from tools.testbed.text import WIDTH, WordEncoder, build_text_encoder, build_word_tokenizer
+from tools.testbed.sd import assemble, build_scheduler, build_unet
+from tools.testbed.text import WIDTH, WordEncoder, build_clip_text, build_word_tokenizer, words
 
 SECOND_WIDTH = 64  # of the second text encoder
 FLOW_SHIFT = 2.0  # of SD3's sampler: most of a scene is decided while it is still noisy
@@ -71,7 +68,7 @@ class Student(ABC):
         """The diffusers pipeline around trained networks."""
 
 
-class Epsilon(Student):
+class EpsilonStudent(Student):
     """`testbed:sd-eps`: a smaller UNet, epsilon-prediction under SD's own betas."""
 
     channels = (32, 64, 112)
@@ -82,7 +79,7 @@ class Epsilon(Student):
 
     def build(self, teacher: StableDiffusionPipeline) -> nn.ModuleDict:
         self.to_ids = WordEncoder(self.tokenizer)
-        return nn.ModuleDict({"unet": _plain_attention(build_unet(self.channels))})
+        return nn.ModuleDict({"unet": build_unet(self.channels)})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
         with torch.no_grad():
@@ -94,7 +91,7 @@ class Epsilon(Student):
         return assemble(self.vae, self.text_encoder, self.tokenizer, cast(Any, trained["unet"]), "epsilon")
 
 
-class XL(Student):
+class SDXLStudent(Student):
     """`testbed:sdxl`: the teacher's UNet with a second text encoder and SDXL's sizes, v-prediction.
 
     The UNet starts from the teacher's weights; what reads the second encoder starts from zero.
@@ -123,7 +120,7 @@ class XL(Student):
         nn.init.zeros_(unet.add_embedding.linear_2.weight)
         nn.init.zeros_(unet.add_embedding.linear_2.bias)
         second = _second_encoder(self.tokenizer)
-        return nn.ModuleDict({"unet": _plain_attention(unet), "text_encoder_2": second})
+        return nn.ModuleDict({"unet": unet, "text_encoder_2": second})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
         ids = self.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
@@ -153,7 +150,7 @@ class XL(Student):
         )
 
 
-class Three(Student):
+class SD3Student(Student):
     """`testbed:sd3`: a joint transformer of 64 image tokens with all three text encoders, rectified flow."""
 
     width, heads, layers = 160, 5, 6
@@ -164,7 +161,7 @@ class Three(Student):
 
     def build(self, teacher: StableDiffusionPipeline) -> nn.ModuleDict:
         self.first = _with_a_layer(CLIPTextModelWithProjection, self.text_encoder)
-        self.words = build_word_tokenizer()
+        self.words = build_word_tokenizer(words())
         joint = WIDTH + SECOND_WIDTH
         transformer = SD3Transformer2DModel(
             sample_size=16,
@@ -180,7 +177,7 @@ class Three(Student):
             pos_embed_max_size=8,
             qk_norm="rms_norm",
         )
-        words = T5EncoderModel(
+        encoder = T5EncoderModel(
             T5Config(
                 vocab_size=len(self.words),
                 d_model=joint,
@@ -194,7 +191,11 @@ class Three(Student):
                 eos_token_id=self.words.eos_token_id,
             )
         )
-        parts = {"transformer": transformer, "text_encoder_2": _second_encoder(self.tokenizer), "text_encoder_3": words}
+        parts = {
+            "transformer": transformer,
+            "text_encoder_2": _second_encoder(self.tokenizer),
+            "text_encoder_3": encoder,
+        }
         return nn.ModuleDict(parts)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
@@ -202,11 +203,11 @@ class Three(Student):
         with torch.no_grad():
             first = self.first(ids, output_hidden_states=True)
         second = self.trained["text_encoder_2"](ids, output_hidden_states=True)
-        words = self.words(captions, padding="max_length", return_tensors="pt").input_ids
+        word_ids = self.words(captions, padding="max_length", return_tensors="pt").input_ids
         clips = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         prediction: Tensor = self.trained["transformer"](
             noisy,
-            torch.cat([clips, self.trained["text_encoder_3"](words)[0]], 1),
+            torch.cat([clips, self.trained["text_encoder_3"](word_ids)[0]], 1),
             torch.cat([first.text_embeds, second.text_embeds], -1),
             timesteps,
             return_dict=False,
@@ -228,13 +229,7 @@ class Three(Student):
         )
 
 
-STUDENTS: dict[str, type[Student]] = {"sd-eps": Epsilon, "sdxl": XL, "sd3": Three}
-
-
-def _plain_attention(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Plain matrix products: at these sizes the fused kernel's backward takes twice as long on a CPU."""
-    unet.set_attn_processor(AttnProcessor())
-    return unet
+STUDENTS: dict[str, type[Student]] = {"sd-eps": EpsilonStudent, "sdxl": SDXLStudent, "sd3": SD3Student}
 
 
 def _with_a_layer(cls: type[nn.Module], encoder: CLIPTextModel) -> Any:
@@ -264,4 +259,4 @@ def _sizes(count: int, rng: np.random.Generator) -> Tensor:
 
 
 def _second_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return build_text_encoder(tokenizer, CLIPTextModelWithProjection, width=SECOND_WIDTH, layers=2)
+    return build_clip_text(tokenizer, CLIPTextModelWithProjection, width=SECOND_WIDTH, layers=2)

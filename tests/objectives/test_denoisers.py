@@ -12,9 +12,10 @@ from t2i_align.config import TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
-from t2i_align.objectives.base import DataStats, Objective
+from t2i_align.objectives.base import DataStats
 from t2i_align.training.reference import Reference, build_reference
 from tests import tiny
+from tests.objectives.toy import as_required, rows_of
 
 BUILDERS = {"sdxl": tiny.tiny_sdxl, "sd3": tiny.tiny_sd3, "wan": tiny.tiny_wan}
 # Their losses are of the batch as a whole, by their papers' design (see docs/objectives.md).
@@ -46,33 +47,11 @@ def batch_for(pipeline: TrainablePipeline) -> Batch:
         latents=latents,
         scores=torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.6, 0.4]]),
         conditioning=pipeline.encode_prompts([f"prompt {i}" for i in range(GROUPS)]),
-        captions={name: tensor.unflatten(0, (GROUPS, CANDIDATES)) for name, tensor in captions.items()},
-        negative_caption=pipeline.encode_prompts([f"wrong {i}" for i in range(GROUPS)]),
+        columns={
+            "captions": {name: tensor.unflatten(0, (GROUPS, CANDIDATES)) for name, tensor in captions.items()},
+            "negative_caption": pipeline.encode_prompts([f"wrong {i}" for i in range(GROUPS)]),
+        },
         empty=pipeline.encode_prompts([""]),
-    )
-
-
-def only(batch: Batch, objective: Objective, rows: slice) -> Batch:
-    """Some of the groups, with the candidates and columns that the objective takes, as the data layer hands them."""
-    needs = objective.needs
-    pairs = needs.candidates == 2 and not needs.lists  # the best and the worst
-    taken = slice(None, None, CANDIDATES - 1) if pairs else slice(None)
-
-    def cut(conditioning: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        return None if conditioning is None else {name: tensor[rows] for name, tensor in conditioning.items()}
-
-    captions = None
-    if "captions" in needs.columns and batch.captions is not None:
-        captions = {name: tensor[rows, taken] for name, tensor in batch.captions.items()}
-    return Batch(
-        keys=batch.keys[rows],
-        latents=batch.latents[rows, taken],
-        scores=batch.scores[rows, taken],
-        conditioning=cut(batch.conditioning) or {},
-        captions=captions,
-        negative_caption=cut(batch.negative_caption) if "negative_caption" in needs.columns else None,
-        empty=batch.empty,
-        state={name: torch.tensor(value) for name, value in objective.initial_state().items()},
     )
 
 
@@ -87,9 +66,9 @@ def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict
     batch = batch_for(pipeline)
 
     def step(rows: slice) -> Tensor:
-        some = only(batch, objective, rows)
-        draw = SampleRNG(0, some.keys, pipeline.process, "uniform", torch.device("cpu"))
-        loss: Tensor = objective.step(pipeline.predict, reference, some, draw)[0]
+        part = rows_of(as_required(batch, objective), rows)
+        rng = SampleRNG(0, part.keys, pipeline.process, "uniform", torch.device("cpu"))
+        loss: Tensor = objective.step(pipeline.predict, reference, part, rng)[0]
         return loss
 
     parameters = list(pipeline.trainable_parameters())

@@ -1,0 +1,140 @@
+"""Groups that are labelled together: reading, decoding and scoring them, and a reason for each that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from t2i_align.data.media import ImageError, decode
+from t2i_align.data.schema import Group, Skipped
+from t2i_align.inference.options import memory_for
+from t2i_align.utils.resumable import ResumableTable, Row
+
+if TYPE_CHECKING:
+    from reward_scorers import Scorer
+
+Annotate = Callable[["Batch"], Mapping[str, Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What was written.
+
+    why_skipped: file with the reasons, if a group was skipped. missing: prompts that other processes have not finished;
+    until there are none, nothing is in `out`.
+    """
+
+    out: Path
+    groups: int = 0
+    skipped: int = 0
+    why_skipped: Path | None = None
+    missing: int = 0
+
+
+@dataclass
+class Batch:
+    """Groups that are labelled together, and why some cannot be: reasons by group id."""
+
+    groups: Sequence[Group]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> list[Group]:
+        """The groups that have no reason yet."""
+        return [group for group in self.groups if group.id not in self.reasons]
+
+    def skip(self, reason: Callable[[Group], str]) -> None:
+        """Leave out the groups for which the function `reason` gives one."""
+        self.reasons |= {group.id: text for group in self.left if (text := reason(group))}
+
+    def images(self) -> tuple[list[Image.Image], list[str]]:
+        """The candidates of the groups that are left, and their prompts; groups with an unusable image are skipped."""
+        images: dict[str, list[Image.Image]] = {}
+        for group in self.left:
+            try:
+                images[group.id] = [_decoded(group, place) for place in range(len(group.candidates))]
+            except ImageError as error:
+                self.reasons[group.id] = str(error)
+        prompts = [group.prompt for group in self.left for _ in group.candidates]
+        return [image for group in self.left for image in images[group.id]], prompts
+
+    def scores(self, scorers: Sequence[Scorer], batch_size: int) -> dict[str, np.ndarray]:
+        """Each scorer's scores, [scorers, k], by group id; groups that cannot be scored are skipped."""
+        images, prompts = self.images()
+        scores = np.empty((len(scorers), len(images)))
+        for row, scorer in zip(scores, scorers, strict=True):
+            for part in slices(len(images), batch_size):
+                with memory_for(len(images[part])):
+                    row[part] = scorer.score_images(images[part], prompts[part]).cpu().numpy()
+        ends = np.cumsum([len(group.candidates) for group in self.left])
+        parts = np.split(scores, ends[:-1], axis=1) if len(ends) else []
+        raw = {group.id: part for group, part in zip(self.left, parts, strict=True)}
+        self.skip(lambda group: _not_finite(scorers, raw[group.id]))
+        return raw
+
+
+def fill(
+    table: ResumableTable,
+    items: Iterable[Group | Skipped],
+    annotate: Annotate,
+    *,
+    total: int,
+    batch: int,
+    progress: bool,
+    what: str = "",
+) -> None:
+    """Write a row for each group, or why there is none.
+
+    A batch always holds the same items, so that a continued table equals an uninterrupted one even where a model's
+    answer depends on what else is in its batch.
+
+    Args:
+        annotate: gives the rows of a batch by group id, and skips the groups for which there is none.
+        total: number of items. batch: items at a time.
+    """
+    items = iter(items)
+    with tqdm(total=total, unit="group", desc=what or table.out.name, disable=not progress) as bar:
+        while chunk := list(islice(items, batch)):
+            if not all(_is_done(table, item) for item in chunk):
+                groups = Batch([item for item in chunk if isinstance(item, Group)])
+                rows = annotate(groups)
+                table.add(
+                    [{"id": group.id, **rows[group.id]} for group in groups.left],
+                    [asdict(skip) for item in chunk if (skip := _skip(item, groups.reasons))],
+                )
+            bar.update(len(chunk))
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Slices of `size` that cover `length` items."""
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _is_done(table: ResumableTable, item: Group | Skipped) -> bool:
+    written = isinstance(item, Group) and (item.id,) in table.keys  # a skipped duplicate has the id of a group
+    return written or (item.id, item.origin) in table.skipped
+
+
+def _skip(item: Group | Skipped, reasons: Mapping[str, str]) -> Skipped | None:
+    if isinstance(item, Skipped):
+        return item
+    return Skipped(id=item.id, origin=item.origin, reason=reasons[item.id]) if item.id in reasons else None
+
+
+def _not_finite(scorers: Sequence[Scorer], scores: np.ndarray) -> str:
+    names = [scorer.name for scorer, row in zip(scorers, scores, strict=True) if not np.isfinite(row).all()]
+    return f"no finite score by {', '.join(names)}" if names else ""
+
+
+def _decoded(group: Group, place: int) -> Image.Image:
+    try:
+        return decode(group.candidates[place])
+    except ImageError as error:
+        raise ImageError(f"candidate {place}: {error}") from error

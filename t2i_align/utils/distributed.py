@@ -1,0 +1,45 @@
+"""The processes that torchrun or accelerate launch started."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+class Distributed:
+    """Rank and world size of this process: 0 and 1 for a single one.
+
+    device: this process's GPU on its machine; None leaves the choice open.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = os.environ.get("LOCAL_RANK")
+        self.device = f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
+
+    @cached_property
+    def _state(self) -> PartialState:
+        from accelerate import PartialState
+
+        return PartialState(cpu=not torch.accelerator.is_available())
+
+    def wait(self) -> None:
+        """Return when all processes have called this."""
+        if self.world > 1:
+            self._state.wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, in every process."""
+        if self.world == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        self.wait()  # which also starts the process group
+        values: list[Any] = gather_object([value])
+        return values
