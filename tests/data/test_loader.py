@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pipelines
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.loader import PreferenceDataset, open_dataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Group
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
