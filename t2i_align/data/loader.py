@@ -280,7 +280,7 @@ def _on_the_fly(
                        "; ".join(survey.reasons))  # fmt: skip
     stream.encode_with(pipeline())
     fingerprint = {
-        "source": shards.identity,
+        "source": shards.identity(selection),
         "annotations": sidecar_identity(data.annotations),
         "reader": shards.format,
         "window": data.stream,

@@ -56,12 +56,11 @@ class Shards:
         local = readers.resolve(path)
         return cls(("",), readers.detect(local, format), local, annotations=annotations)._split()
 
-    @property
-    def identity(self) -> str:
-        """A fingerprint of the source."""
+    def identity(self, selection: Selection) -> str:
+        """A fingerprint of the source, as far as a limit lets it be read."""
         if self.remote is not None:
             return " ".join([self.remote, *self.names])
-        return readers.identity(self.folder, self.format)
+        return readers.identity(self.folder, self.format, selection)
 
     def items(self, number: int, *, images: bool = True) -> Items:
         """The groups and skipped rows of a shard, with the ids that they have in the whole source."""
