@@ -230,7 +230,7 @@ def judge(lora: str | None, split: str, budget: Budget) -> dict[str, list[float]
         with adapter_on(pipeline, resolve_aligned(lora)):
             images = sample(pipeline, texts, seeds, **options)
     (oracle,) = build_scorers("oracle")
-    reward, parts = oracle.judge_images(images, texts)
+    reward, parts = oracle.judge(images, texts)
     columns = {"reward": reward, **parts, "frame": torch.tensor([frame_score(image) for image in images])}
     return {name: [float(x) for x in values] for name, values in columns.items()}
 

@@ -25,8 +25,7 @@ from tqdm import tqdm
 from t2i_align.inference.generate import sample
 from t2i_align.inference.models import load_pipeline
 from t2i_align.inference.scorers import build_scorers
-from t2i_align.labeling.captioner import DRAWN, load_captioner
-from t2i_align.labeling.perturber import load_perturber
+from t2i_align.labeling.models import DRAWN, load_captioner, load_perturber
 from t2i_align.testbed import prompts
 
 CANDIDATES = 4
@@ -164,7 +163,7 @@ def _pool(folder: Path, base: str, texts: Sequence[str], steps: int) -> np.ndarr
         images = sample(pipeline, repeated, list(seeds), steps=steps, guidance=1.0, batch_size=len(repeated))
         for i, image in enumerate(images):
             image.save(folder / f"images/{start + i // CANDIDATES:05d}_{i % CANDIDATES}.png")
-        reward, _ = oracle.judge_images(images, repeated)
+        reward, _ = oracle.judge(images, repeated)
         rows.append(reward.double().numpy().reshape(-1, CANDIDATES))
     np.save(file, np.concatenate(rows))
     return np.concatenate(rows)

@@ -31,12 +31,12 @@ import torch
 from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
-from t2i_align.testbed.annotators import TRAITS, Annotator, Expert, Person
 from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
 from t2i_align.utils.settings import build
+from tools.testbed.annotators import TRAITS, Annotator, Expert, Person
 from tools.testbed.clip import pretrain, save_clip
 from tools.testbed.pairs import decode, encode_jpeg, take
 

@@ -80,7 +80,7 @@ def hpsv2(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
     scorer = HPSv2Scorer("2.1", file, model=model)
 
     def one(pil_image: Image.Image, prompt: str) -> Tensor:
-        inputs = scorer.transform(pil_image)[None].to(scorer.device)
+        inputs = scorer.preprocess(pil_image)[None].to(scorer.device)
         images, texts, _ = scorer.model(inputs, scorer.tokenizer([prompt]).to(scorer.device))
         return torch.diagonal(images @ texts.T).cpu()
 
@@ -141,7 +141,7 @@ def measure(
     """Seconds an image of each way in each round, and by how much ours and one at a time differ."""
     starts = range(0, len(images), options.batch_size)
     batches = [(images[i : i + options.batch_size], prompts[i : i + options.batch_size]) for i in starts]
-    ready = [scorer.inputs(some) for some, _ in batches]
+    ready = [torch.stack([scorer.preprocess(image) for image in some]).to(scorer.device) for some, _ in batches]
 
     def ours() -> Tensor:
         scorer._texts.clear()

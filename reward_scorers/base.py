@@ -5,41 +5,70 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import functional as F
 
-Judgement = tuple[Tensor, dict[str, Tensor]]
+from reward_scorers.errors import ScorerError
+from reward_scorers.images import DECODER, in_threads, to_rgb
 
-# Interpolation and autocast leave a decoded image a little outside of [0, 1]; an image in [-1, 1] is far outside.
+Judgement = tuple[Tensor, dict[str, Tensor]]  # scores [B], and what they are made of by name, [B] each
+Media = Tensor | Sequence[Image.Image]  # pixels [B, 3, H, W], clips [B, F, 3, H, W], or PIL images
+AnyScorer = TypeVar("AnyScorer", bound="Scorer")
+
+# Interpolation and autocast leave a decoded image slightly outside of [0, 1]; an image in [-1, 1] is far outside.
 RANGE_TOLERANCE = 1e-3
 
 
-class ScorerError(ValueError):
-    """A scorer, checkpoint, image or prompt that cannot be used; says what was expected and found."""
-
-
 class Scorer(ABC):
-    """Scores images against prompts; a subclass fills in `_score` and, where it has them, `_parts` or `_judge`.
+    """Scores images or clips against prompts; a subclass fills in `_score`, everything else is derived.
 
     Attributes:
         name: unique among scorers that are used together; recorded with every score.
-        version: changes whenever the numbers do (weights, code, preprocessing); recorded with every score.
+        version: changes whenever the numbers do (weights, code, preprocessing); see `recorded_version`.
         differentiable: whether gradients of `score` reach the pixels.
         tie_margin: differences up to this size are no preference (in units of the score).
-        clips: whether it takes clips as wholes, and only clips: `_score` and `_judge` get [B, F, 3, H, W].
+        takes: what `_score` gets at once: images (of a clip each frame, and the clip's score is their mean), whole
+            clips of at least `min_frames`, or, where other scorers do the work, the media as given.
     """
 
     name: str
     version: str
     differentiable: bool = False
     tie_margin: float = 0.0
-    clips: ClassVar[bool] = False
+    takes: ClassVar[Literal["images", "clips", "media"]] = "images"
+    min_frames: ClassVar[int] = 1
 
-    # What is called ---------------------------------------------------------------------------------------------
+    # What a scorer fills in -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _score(self, inputs: Any, prompts: Sequence[str]) -> Tensor | Judgement:
+        """Scores [B], with parts where there are any (NaN where one does not apply).
+
+        Args:
+            inputs: what `preprocess` returned, [B, C, h, w] on `device`; for a scorer of clips [B, F, C, h, w].
+            prompts: one per image or clip.
+        """
+
+    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
+        """To the input of `_score`: an RGB image to [C, h, w], or pixels [B, 3, H, W] to [B, C, h, w] differentiably.
+
+        Default: 8 bits to [0, 1], without resizing.
+        """
+        return image if isinstance(image, Tensor) else F.to_tensor(image)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
+        """Raise ScorerError for a prompt that this scorer cannot judge; asked before images are made for it."""
+
+    @property
+    def networks(self) -> list[nn.Module | Scorer]:
+        """What `to` moves. Default: the modules and scorers among the attributes."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module | Scorer)]
+
+    # What is derived --------------------------------------------------------------------------------------------
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] float32 of pixels [B, 3, H, W] in [0, 1]; clips [B, F, 3, H, W] get the mean over their frames.
@@ -47,102 +76,110 @@ class Scorer(ABC):
         Raises:
             ScorerError: shapes, lengths, range or prompts that cannot be scored.
         """
-        check(pixels, prompts)
-        return self._score_media(pixels, prompts)
-
-    def parts(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the score is made of, each [B] with NaN where it does not apply; {} for a scorer without parts."""
-        return self.judge(pixels, prompts)[1]
-
-    def judge(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
-        """`score` and `parts` in one pass."""
-        check(pixels, prompts)
-        return self._judge_media(pixels, prompts)
+        return self.judge(pixels, prompts)[0]
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores [B] of PIL images of any sizes and modes, through the original's exact preprocessing."""
-        return self.judge_images(images, prompts)[0]
+        return self.judge(images, prompts)[0]
 
-    @torch.no_grad()
-    def judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        """`score_images` and the parts in one pass."""
-        check_images(images, prompts)
-        if self.clips:
-            raise ScorerError(f"{self.name}: judges clips, not images")
-        try:
-            total, parts = self._judge_images(images, prompts)
-        except (OSError, SyntaxError) as error:  # PIL opens a file without decoding it
-            raise ScorerError(f"images: one of them cannot be decoded: {error}") from error
-        return total.float(), {name: part.float() for name, part in parts.items()}
+    def judge(self, media: Media, prompts: Sequence[str]) -> Judgement:
+        """Scores and their parts of pixels, clips or PIL images; gradients flow to pixels and clips."""
+        if isinstance(media, Tensor):
+            check_pixels(media, prompts)
+            return self._judge_pixels(media, prompts)
+        images = rgb_images(media, prompts)
+        with torch.no_grad():
+            return self._judge_images(images, prompts)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
-        """Raise ScorerError for a prompt that this scorer cannot judge; asked before images are made for it."""
+    @property
+    def recorded_version(self) -> str:
+        """`version`, and what else decides the numbers: autocast where it is on, and how images are decoded."""
+        kinds = (kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind))
+        rounding = "".join(f", {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')} autocast" for kind in kinds)
+        return f"{self.version}{rounding}, {DECODER}"
 
-    def to(self, device: torch.device | str) -> Scorer:
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are; the CPU where there are none."""
+        return torch.device("cpu") if self._parameter is None else self._parameter.device
+
+    def to(self: AnyScorer, device: torch.device | str) -> AnyScorer:
         """Move the networks, if there are any. Returns itself."""
+        for network in self.networks:
+            network.to(device)
         return self
 
-    def _units(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """What is judged at once, with its prompt: each frame, or each clip."""
-        if self.clips and pixels.ndim != 5:
-            raise ScorerError(f"{self.name}: expected clips [B, F, 3, H, W], found {list(pixels.shape)}")
-        return (pixels, list(prompts)) if self.clips else _frames(pixels, prompts)
+    @property
+    def _parameter(self) -> Tensor | None:
+        """A parameter of the first network, whose device and precision the inputs take."""
+        for network in self.networks:
+            return network._parameter if isinstance(network, Scorer) else next(network.parameters())
+        return None
 
-    # What a scorer fills in -------------------------------------------------------------------------------------
+    def _placed(self, inputs: Tensor) -> Tensor:
+        """On the networks' device, in single precision or the networks' own if that is higher."""
+        like = inputs if self._parameter is None else self._parameter
+        return inputs.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
-    @abstractmethod
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of checked pixels [B, 3, H, W]."""
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
-        """Scores [B] and parts of checked pixels [B, 3, H, W]."""
-        return self._score(pixels, prompts), {}
-
-    def _score_media(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of checked pixels, images or clips: the mean over frames, unless it takes whole clips."""
-        units, repeated = self._units(pixels, prompts)
-        return _per_frame(self._score(units, repeated), pixels).mean(1)
-
-    def _judge_media(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
-        """The same with parts."""
-        units, repeated = self._units(pixels, prompts)
-        total, parts = self._judge(units, repeated)
+    def _judge_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
+        if self.takes == "media":
+            return self._judgement(pixels, prompts)
+        frames = pixels.shape[1] if pixels.ndim == 5 else 1
+        if self.takes == "clips" and (pixels.ndim != 5 or frames < self.min_frames):
+            wanted = f"clips [B, F, 3, H, W] of {self.min_frames} frames or more"
+            raise ScorerError(f"{self.name}: expected {wanted}, found {list(pixels.shape)}")
+        inputs = self.preprocess(self._placed(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels))
+        if self.takes == "clips":
+            return self._judgement(inputs.unflatten(0, (-1, frames)), prompts)
+        total, parts = self._judgement(inputs, [prompt for prompt in prompts for _ in range(frames)])
         # A part may apply to some frames only, hence nanmean; a NaN score has to stay one.
-        named = {name: _per_frame(part, pixels).nanmean(1) for name, part in parts.items()}
-        return _per_frame(total, pixels).mean(1), named
+        by_clip = {name: part.view(-1, frames).nanmean(1) for name, part in parts.items()}
+        return total.view(-1, frames).mean(1), by_clip
 
     def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        """Default: 8-bit RGB to [0, 1] without resizing, then the tensor path, images of one size together."""
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for row, image in enumerate(images):
-            by_size.setdefault(image.size, []).append(row)
-        total = torch.empty(len(images))
-        parts: dict[str, Tensor] = {}
-        for rows in by_size.values():
-            pixels = torch.stack([F.to_tensor(images[row].convert("RGB")) for row in rows])
-            some, some_parts = self._judge(pixels, [prompts[row] for row in rows])
-            total[rows] = some.float().cpu()
-            for name, part in some_parts.items():
-                parts.setdefault(name, torch.full((len(images),), math.nan))[rows] = part.float().cpu()
-        return total, parts
+        if self.takes == "media":
+            return self._judgement(images, prompts)
+        if self.takes == "clips":
+            raise ScorerError(f"{self.name}: judges clips, found single images")
+        inputs = in_threads(self.preprocess, images)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for row, one in enumerate(inputs):
+            by_shape.setdefault(one.shape, []).append(row)
+        order, judged = [], []
+        for rows in by_shape.values():
+            batch = self._placed(torch.stack([inputs[row] for row in rows]))
+            judged.append(self._judgement(batch, [prompts[row] for row in rows]))
+            order += rows
+        place = torch.tensor(order).argsort()
+        names = dict.fromkeys(name for _, parts in judged for name in parts)
+        columns = {
+            name: torch.cat([parts.get(name, torch.full_like(total, math.nan)) for total, parts in judged])[place]
+            for name in names
+        }
+        return torch.cat([total for total, _ in judged])[place], columns
+
+    def _judgement(self, inputs: Any, prompts: Sequence[str]) -> Judgement:
+        """`_score`, with parts, in single precision at least, its shapes checked."""
+        answer = self._score(inputs, list(prompts))
+        total, parts = (answer, {}) if isinstance(answer, Tensor) else answer
+        for name, values in {"the score": total, **parts}.items():
+            if values.shape != (len(prompts),):
+                raise ScorerError(f"{self.name}: {name}: expected shape [{len(prompts)}], found {list(values.shape)}")
+        return single(total), {name: single(part) for name, part in parts.items()}
 
 
-def rounding() -> str:
-    """What autocast, where it is on, adds to the version of scores: its numbers are others."""
-    kinds = (
-        torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind)
-    )
-    return "".join(f", {str(dtype).removeprefix('torch.')} autocast" for dtype in kinds)
+def single(values: Tensor) -> Tensor:
+    """In single precision, or in double where it was that."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def check(pixels: Tensor, prompts: Sequence[str]) -> None:
-    """Raise ScorerError unless pixels and prompts can be scored."""
-    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-        found = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ScorerError(f"pixels: expected a floating-point tensor in [0, 1], found {found}")
+def check_pixels(pixels: Tensor, prompts: Sequence[str]) -> None:
+    """Raise ScorerError unless pixels [B, 3, H, W] or clips [B, F, 3, H, W] in [0, 1] and prompts can be scored."""
+    if not pixels.is_floating_point():
+        raise ScorerError(f"pixels: expected a floating-point tensor in [0, 1], found {pixels.dtype}")
     if pixels.ndim not in (4, 5) or pixels.shape[-3] != 3 or 0 in pixels.shape:
         raise ScorerError(f"pixels: expected [B, 3, H, W] or [B, F, 3, H, W], found {list(pixels.shape)}")
-    check_prompts(prompts, len(pixels))
+    check_texts(prompts, len(pixels))
     low, high = (float(value) for value in torch.stack(pixels.detach().aminmax()).float())
     if math.isnan(low) or math.isnan(high):  # aminmax hands a NaN on
         bad = [row for row, image in enumerate(pixels.detach().flatten(1)) if not image.isfinite().all()]
@@ -151,37 +188,30 @@ def check(pixels: Tensor, prompts: Sequence[str]) -> None:
         raise ScorerError(f"pixels: expected values in [0, 1], found [{low:.4g}, {high:.4g}]")
 
 
-def check_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Raise ScorerError unless these PIL images and prompts can be scored."""
+def rgb_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Image.Image]:
+    """`to_rgb` of each; raises ScorerError naming the image or prompt that cannot be scored."""
     if not hasattr(images, "__len__") or not len(images):
-        found = "none" if hasattr(images, "__len__") else type(images).__name__
-        raise ScorerError(f"images: expected a list of PIL images, found {found}")
-    check_prompts(prompts, len(images))
-    for row, image in enumerate(images):
-        if not isinstance(image, Image.Image):
-            raise ScorerError(f"images[{row}]: expected a PIL image, found {type(image).__name__}")
-        if reason := unusable(image):
-            raise ScorerError(f"images[{row}]: {reason}")
+        kind = "none" if hasattr(images, "__len__") else type(images).__name__
+        raise ScorerError(f"images: expected a list of PIL images, found {kind}")
+    check_texts(prompts, len(images))
+
+    def decoded(row: int) -> Image.Image:
+        if not isinstance(images[row], Image.Image):
+            raise ScorerError(f"images[{row}]: expected a PIL image, found {type(images[row]).__name__}")
+        try:
+            return to_rgb(images[row])
+        except ScorerError as error:
+            raise ScorerError(f"images[{row}]: {error}") from error
+
+    return in_threads(decoded, range(len(images)))
 
 
-def unusable(image: Image.Image) -> str | None:
-    """Why a PIL image cannot be scored; None if it can."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
-        return f"an animated image of {frames} frames; pick one frame"
-    if 0 in image.size:
-        return f"an image of {image.width} x {image.height} pixels"
-    if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255, NaN to black
-        return f"pixels of mode {image.mode} have no known range; convert them to 8 bits"
-    return None
-
-
-def check_prompts(prompts: Sequence[str], count: int) -> None:
+def check_texts(prompts: Sequence[str], count: int) -> None:
     """Raise ScorerError unless there are `count` prompts, each a string with something in it."""
     listed = hasattr(prompts, "__len__") and not isinstance(prompts, str)
     if not listed or len(prompts) != count:
-        found = f"{len(prompts)} prompts" if listed else repr(prompts)
-        raise ScorerError(f"prompts: expected a list of {count}, one per image, found {found}")
+        kind = f"{len(prompts)} prompts" if listed else repr(prompts)
+        raise ScorerError(f"prompts: expected a list of {count}, one per image, found {kind}")
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScorerError(f"prompts[{row}]: expected text, found {prompt!r}")
@@ -189,13 +219,3 @@ def check_prompts(prompts: Sequence[str], count: int) -> None:
             prompt.encode()
         except UnicodeEncodeError as error:  # which tokenizers refuse
             raise ScorerError(f"prompts[{row}]: not valid Unicode text: {prompt!r}") from error
-
-
-def _frames(pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-    if pixels.ndim == 4:
-        return pixels, list(prompts)
-    return pixels.flatten(0, 1), [prompt for prompt in prompts for _ in range(pixels.shape[1])]
-
-
-def _per_frame(values: Tensor, pixels: Tensor) -> Tensor:
-    return values.float().view(len(pixels), -1)

@@ -5,10 +5,9 @@ bound of 100) and torchmetrics' CLIPScore without its cut at zero, which would s
 2.5 · max(cos, 0) for the same ranking. Prompts beyond the context length (77 tokens for most) are cut, as open_clip
 does.
 
-Two paths to the network's input: PIL images go through open_clip's own transform; tensors through the same steps in
-torchvision (antialiased, so that gradients are right and small images agree), then cut to [0, 1] as 8-bit images
-are. What is left between them is PIL's rounding to 8 bits after the resize: at most 0.08 of a score that reaches from
--100 to 100, on 24 images of white noise (the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
+PIL images and tensors take open_clip's own transform, whose steps work on both. What is left between them is PIL's
+rounding to 8 bits after the resize: at most 0.08 of a score that reaches from -100 to 100, on 24 images of white noise
+(the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
 """
 
 from __future__ import annotations
@@ -22,14 +21,12 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
 
-from reward_scorers.base import ScorerError
+from reward_scorers.errors import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.towers import TwoTowers, unit
-from reward_scorers.weights import digest, digest_of_tensors, fit, listed, read_state
+from reward_scorers.towers import Preprocess, TwoTowers, unit
+from reward_scorers.weights import digest, digest_of_tensors, fit, listed, loading, read_state
 
 DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
 SCHEMES = ("hf-hub:", "local-dir:")
@@ -62,24 +59,11 @@ class ClipScorer(TwoTowers):
         self.model.eval().requires_grad_(False)
         self.name = ":".join(["clip", model, *([Path(pretrained).name] if pretrained else [])])
         self.version = f"open_clip {open_clip.__version__}, {weights}"
-        try:
+        with loading(f"clip: the tokenizer of {model!r} could not be loaded"):
             self.tokenizer = open_clip.get_tokenizer(model)
-        except Exception as error:  # whatever transformers or the Hub raise
-            raise ScorerError(f"clip: the tokenizer of {model!r} could not be loaded: {error}") from error
-        self._transform = image_transform_v2(
-            PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model)), is_train=False
-        )
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """open_clip's own transform."""
-        return self._transform(image)
-
-    def preprocess(self, pixels: Tensor) -> Tensor:
-        """The same steps, differentiably."""
-        for step in self._transform.transforms:
-            # Bicubic overshoots at edges. PIL cuts that off, and so must we, or sharp images score differently.
-            pixels = step(pixels.clamp(0, 1) if isinstance(step, Normalize) else pixels)
-        return pixels
+        config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
+        *steps, normalize = image_transform_v2(config, is_train=False).transforms
+        self.steps = Preprocess(*steps, mean=normalize.mean, std=normalize.std)
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return unit(self.model.encode_image(inputs, normalize=False))
@@ -118,15 +102,13 @@ def _load(model: str, pretrained: str | None) -> tuple[Any, str]:
 
 
 def _create(model: str, **options: Any) -> nn.Module:
-    try:
+    with loading(f"clip: {model!r} could not be loaded"):
         return open_clip.create_model(model, **options)
-    except Exception as error:  # open_clip, the Hub and torch each raise their own
-        raise ScorerError(f"clip: {model!r} could not be loaded: {error}") from error
 
 
 def _load_file(model: str, path: Path, tags: Sequence[str]) -> tuple[nn.Module, str]:
     """A local checkpoint: every key and shape has to fit (open_clip itself resizes position embeddings unasked)."""
-    # A file does not say how its images were normalised; where all published weights of the model agree, so does it.
+    # A file does not record how its images were normalised; where all published weights of the model agree, it is so.
     known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     keys = ("mean", "std", "interpolation", "resize_mode")
     settings = [{key: cfg[key] for key in keys if cfg.get(key) is not None} for cfg in known]

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +31,34 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 import yaml
-from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from reward_scorers.base import Judgement, Scorer, ScorerError, rounding
+from reward_scorers.base import Judgement, Media, Scorer
+from reward_scorers.errors import ScorerError
+from reward_scorers.images import DECODER
 from reward_scorers.registry import build, register
 
-KEYS = {"name", "rule", "strength", "quantile", "scorers"}
-MEMBER_KEYS = {"scorer", "weight", "centre", "spread", "reference"}
+
+class _MemberConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    scorer: str | Scorer
+    weight: FiniteFloat | None = None
+    centre: FiniteFloat | None = None
+    spread: FiniteFloat = Field(1.0, gt=0)
+    reference: Path | None = None
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    rule: str
+    strength: FiniteFloat | None = None
+    quantile: float | None = Field(None, ge=0, le=1)
+    scorers: list[_MemberConfig] = Field(min_length=1)
 
 
 @register("combine")
@@ -63,46 +81,50 @@ def from_file(argument: str) -> Combined:
 
 def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:
     """The same from plain values; paths of references are relative to `root`."""
-    _known(values, KEYS, "combine")
-    quantile = _number(values, "quantile", 0.5, "combine")
-    if not 0 <= quantile <= 1:
-        raise ScorerError(f"combine: quantile must be in [0, 1], found {quantile}")
-    listed = values.get("scorers")
-    if not isinstance(listed, list) or not listed:
-        raise ScorerError(f"combine: scorers: expected a list of at least one, found {listed!r}")
-    rule = values.get("rule")
+    entries = values.get("scorers")
+    if isinstance(entries, list):
+        entries = [{"scorer": entry} if isinstance(entry, str | Scorer) else entry for entry in entries]
+    try:
+        config = _Config.model_validate({**values, "scorers": entries})
+    except ValidationError as error:
+        raise ScorerError("combine: " + "; ".join(map(_described, error.errors()))) from None
     members = []
-    for number, entry in enumerate(listed):
+    for number, entry in enumerate(config.scorers):
         where = f"combine: scorers[{number}]"
-        entry = {"scorer": entry} if isinstance(entry, str | Scorer) else entry
-        if not isinstance(entry, Mapping) or "scorer" not in entry:
-            raise ScorerError(f"{where}: expected a scorer's spec or a mapping with `scorer`, found {entry!r}")
-        _known(entry, MEMBER_KEYS, where)
-        if "weight" in entry and rule != "weighted_sum":
-            raise ScorerError(f"{where}: weight belongs to the rule weighted_sum, not to {rule!r}")
-        if "centre" in entry and "reference" in entry:
+        if entry.weight is not None and config.rule != "weighted_sum":
+            raise ScorerError(f"{where}: weight belongs to the rule weighted_sum, not to {config.rule!r}")
+        if entry.centre is not None and entry.reference is not None:
             raise ScorerError(f"{where}: centre and reference are alternatives")
-        spread = _number(entry, "spread", 1.0, where)
-        if spread <= 0:
-            raise ScorerError(f"{where}: spread must be positive, found {spread}")
-        scorer = entry["scorer"] if isinstance(entry["scorer"], Scorer) else build(entry["scorer"])
+        scorer = entry.scorer if isinstance(entry.scorer, Scorer) else build(entry.scorer)
         reference = None
-        if "reference" in entry:
-            reference = read_reference(root / Path(str(entry["reference"])).expanduser(), scorer, quantile)
-        weight, centre = _number(entry, "weight", 1.0, where), _number(entry, "centre", 0.0, where)
-        members.append(Member(scorer, weight, centre, spread, reference))
-    if "strength" in values and rule != "mean_minus_std":
-        raise ScorerError(f"combine: strength belongs to the rule mean_minus_std, not to {rule!r}")
-    if "quantile" in values and all(member.reference is None for member in members):
+        if entry.reference is not None:
+            quantile = 0.5 if config.quantile is None else config.quantile
+            reference = read_reference(root / entry.reference.expanduser(), scorer, quantile)
+        weight = 1.0 if entry.weight is None else entry.weight
+        members.append(Member(scorer, weight, entry.centre or 0.0, entry.spread, reference))
+    if config.strength is not None and config.rule != "mean_minus_std":
+        raise ScorerError(f"combine: strength belongs to the rule mean_minus_std, not to {config.rule!r}")
+    if config.quantile is not None and all(member.reference is None for member in members):
         raise ScorerError("combine: quantile is of a reference's scores, and no scorer has a reference")
-    return Combined(str(rule), members, _number(values, "strength", 1.0, "combine"), str(values.get("name", rule)))
+    return Combined(config.rule, members, 1.0 if config.strength is None else config.strength, config.name)
+
+
+def _described(error: Any) -> str:
+    """One of pydantic's errors: where, what was expected, and what was found."""
+    where = ""
+    for key in error["loc"]:
+        where += f"[{key}]" if isinstance(key, int) else f".{key}" if where else str(key)
+    if error["type"] == "extra_forbidden":
+        known = (_MemberConfig if "[" in where else _Config).model_fields
+        return f"unknown key {where!r}. Choices: {', '.join(sorted(known))}"
+    return f"{where}: {error['msg']}, found {error['input']!r}"
 
 
 @dataclass(frozen=True)
 class Member:
     """A scorer and how its scores reach the common scale.
 
-    reference: by what `rounding` says, and then by prompt, what `centre` is there.
+    reference: the centre of each prompt, by the `recorded_version` of the scores that it was taken from.
     """
 
     scorer: Scorer
@@ -113,28 +135,21 @@ class Member:
 
     def value(self, scores: Tensor, prompts: Sequence[str]) -> Tensor:
         """(score - centre) / spread, [B]."""
-        centre: float | Tensor = self.centre
-        if self.reference is not None:
-            self.check(prompts)
-            known = self.reference[rounding()]
-            centre = torch.tensor([known[prompt] for prompt in prompts], device=scores.device)
-        return (scores - centre) / self.spread
+        return (scores - torch.tensor(self.centres(prompts), device=scores.device)) / self.spread
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Raise ScorerError for a prompt that the reference has no scores of, in the precision it is judged in."""
+    def centres(self, prompts: Sequence[str]) -> list[float]:
+        """The centre for each prompt; raises ScorerError for one that the reference lacks, in the precision in use."""
         if self.reference is None:
-            return
-        precision = rounding()
-        if precision not in self.reference:
-            there, here = (kind.removeprefix(", ") or "float32" for kind in (next(iter(self.reference)), precision))
-            raise ScorerError(f"combine: the reference of {self.scorer.name} was scored in {there}, this is {here}")
+            return [self.centre] * len(prompts)
+        name, version = self.scorer.name, self.scorer.recorded_version
+        if version not in self.reference:
+            there = ", ".join(map(repr, self.reference))
+            raise ScorerError(f"combine: the reference of {name} was scored by version {there}, this is {version!r}")
+        known = self.reference[version]
         for row, prompt in enumerate(prompts):
-            if prompt not in self.reference[precision]:
-                raise ScorerError(f"combine: prompts[{row}]: the reference of {self.scorer.name} lacks {prompt!r}")
-
-
-def _majority(values: Tensor, margins: Tensor) -> Tensor:
-    return torch.where(values.abs() <= margins, 0.5, (values > 0).float()).mean(0)
+            if prompt not in known:
+                raise ScorerError(f"combine: prompts[{row}]: the reference of {name} lacks {prompt!r}")
+        return [known[prompt] for prompt in prompts]
 
 
 class Combined(Scorer):
@@ -143,6 +158,8 @@ class Combined(Scorer):
     Args:
         rule: a name of RULES. members: at least one. strength: lambda of `mean_minus_std`.
     """
+
+    takes = "media"  # each member has its own preprocessing
 
     def __init__(self, rule: str, members: Sequence[Member], strength: float = 1.0, name: str | None = None) -> None:
         if rule not in RULES:
@@ -153,48 +170,34 @@ class Combined(Scorer):
         self.rule, self.members, self.strength = rule, list(members), strength
         self.name = f"combine:{name or rule}"
         self.differentiable = rule != "majority" and all(member.scorer.differentiable for member in members)
-        told = [[m.scorer.name, m.scorer.version, m.weight, m.centre, m.spread, m.reference] for m in members]
-        settings = json.dumps([rule, strength, told], sort_keys=True)
+        identities = [[m.scorer.name, m.scorer.version, m.weight, m.centre, m.spread, m.reference] for m in members]
+        settings = json.dumps([rule, strength, identities], sort_keys=True)
         self.version = f"{rule} of {', '.join(names)}, sha256 {hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
-    def to(self, device: torch.device | str) -> Combined:
-        """Move the members' networks. Returns itself."""
-        for member in self.members:
-            member.scorer.to(device)
-        return self
+    @property
+    def networks(self) -> list[Any]:
+        """The members' scorers."""
+        return [member.scorer for member in self.members]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ScorerError for a prompt that a member cannot judge, or that a reference lacks."""
         for member in self.members:
             member.scorer.check_prompts(prompts)
-            member.check(prompts)
+            member.centres(prompts)
 
-    def combine(self, scores: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """The rule applied to the members' scores, each [B]."""
-        device = scores[0].device
-        pairs = zip(self.members, scores, strict=True)
-        values = torch.stack([member.value(score.to(device), prompts) for member, score in pairs])
-        return RULES[self.rule](values, self)
-
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score_media(pixels, prompts)
-
-    def _score_media(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.combine([member.scorer.score(pixels, prompts) for member in self.members], prompts)
-
-    def _judge_media(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
-        return self._whole([member.scorer.score(pixels, prompts) for member in self.members], prompts)
-
-    def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        return self._whole([member.scorer.score_images(images, prompts) for member in self.members], prompts)
-
-    def _whole(self, scores: Sequence[Tensor], prompts: Sequence[str]) -> Judgement:
-        names = (member.scorer.name for member in self.members)
-        return self.combine(scores, prompts), dict(zip(names, scores, strict=True))
+    def _score(self, inputs: Media, prompts: Sequence[str]) -> Judgement:
+        parts = {member.scorer.name: member.scorer.judge(inputs, prompts)[0] for member in self.members}
+        device = next(iter(parts.values())).device
+        pairs = zip(self.members, parts.values(), strict=True)
+        return RULES[self.rule](torch.stack([m.value(scores.to(device), prompts) for m, scores in pairs]), self), parts
 
     def column(self, values: Sequence[float], like: Tensor) -> Tensor:
-        """One number a member as [members, 1] beside `like`."""
+        """One number per member as [members, 1] beside `like`."""
         return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+
+
+def _majority(values: Tensor, margins: Tensor) -> Tensor:
+    return torch.where(values.abs() <= margins, 0.5, (values > 0).float()).mean(0)
 
 
 RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
@@ -208,49 +211,32 @@ RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
 
 
 def read_reference(file: Path, scorer: Scorer, quantile: float) -> dict[str, dict[str, float]]:
-    """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's images, by precision.
+    """Each prompt's quantile of the scores that `t2i-align score` wrote of a base model's images, by their version.
 
-    Scores of other scorers and versions are left out.
+    Scores of other scorers, versions and decoders are left out.
 
     Raises:
         ScorerError: no such file, or no scores of this scorer and version in it.
     """
     if not file.is_file():
         raise ScorerError(f"combine: {file}: no such file of reference scores")
+    scores: dict[str, dict[str, list[float]]] = {}
     try:
         if file.suffix == ".parquet":
             rows = pq.read_table(file).to_pylist()
         else:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        told = [(row["scorer"], row["version"], row.get("score"), row["prompt"]) for row in rows]
+        for row in rows:
+            name, version, prompt = row["scorer"], row["version"], row["prompt"]
+            if name == scorer.name and row.get("score") is not None:
+                scores.setdefault(str(version), {}).setdefault(prompt, []).append(float(row["score"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ScorerError(f"combine: {file}: not a file of scores ({error!r})") from error
-    found: dict[str, dict[str, list[float]]] = {}
-    others: dict[str, None] = {}
-    for name, version, score, prompt in told:
-        precision = str(version).removeprefix(scorer.version)
-        if name == scorer.name and (precision == "" or precision.endswith(" autocast")):
-            if score is not None:
-                found.setdefault(precision, {}).setdefault(prompt, []).append(float(score))
-        elif name == scorer.name:
-            others[version] = None
-    if not found:
-        known = f" of version {scorer.version!r}, only of {', '.join(map(repr, others))}" if others else ""
-        raise ScorerError(f"combine: {file}: no scores of {scorer.name}{known} in it")
+    own = {v: of for v, of in scores.items() if v.startswith(f"{scorer.version},") and v.endswith(f", {DECODER}")}
+    if not own:
+        only = f" of version {scorer.recorded_version!r}, only of {', '.join(map(repr, scores))}" if scores else ""
+        raise ScorerError(f"combine: {file}: no scores of {scorer.name}{only} in it")
     return {
-        precision: {prompt: float(torch.tensor(scores).quantile(quantile)) for prompt, scores in by_prompt.items()}
-        for precision, by_prompt in found.items()
+        version: {prompt: float(torch.tensor(values).quantile(quantile)) for prompt, values in by_prompt.items()}
+        for version, by_prompt in own.items()
     }
-
-
-def _known(values: Mapping[str, Any], keys: set[str], where: str) -> None:
-    for key in values:
-        if key not in keys:
-            raise ScorerError(f"{where}: unknown key {key!r}. Choices: {', '.join(sorted(keys))}.")
-
-
-def _number(values: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ScorerError(f"{where}: {key}: expected a number, found {value!r}")
-    return float(value)

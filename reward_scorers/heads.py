@@ -1,4 +1,4 @@
-"""Small networks on the frozen features of a CLIP-style scorer: a linear head, and PAL's shared tastes."""
+"""Small networks on frozen features: a published rating head, a linear head, and PAL's shared tastes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MAX_SCALE = 100.0  # of the angle's exponent, CLIP's own bound
+RATING_WIDTHS = (1024, 128, 64, 16, 1)
+RATING_PLACES = (0, 2, 4, 6, 7)  # of the linear layers among the dropouts, by which checkpoints name them
+
+
+def rating_layers(width: int) -> nn.Sequential:
+    """The head of the aesthetic predictor and of ImageReward: [N, width] to [N, 1], without its training's dropout.
+
+    The layers follow each other without activations, so it is one linear map.
+    """
+    head = nn.Sequential()
+    for place, wide, narrow in zip(RATING_PLACES, (width, *RATING_WIDTHS), RATING_WIDTHS, strict=False):
+        head.add_module(str(place), nn.Linear(wide, narrow))
+    return head
 
 
 class LinearHead(nn.Module):
@@ -24,7 +37,7 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         with torch.no_grad():
-            self.linear.weight[:, width:] = 1.0  # where it begins it is the cosine
+            self.linear.weight[:, width:] = 1.0  # the untrained head is the cosine
 
     def forward(self, images: Tensor, texts: Tensor, users: Tensor | None = None) -> Tensor:
         """Scores [N] of unit features [N, D] each; the same for all users."""
@@ -39,7 +52,7 @@ class PAL(nn.Module):
     K = 1 users do not matter, and it is a plain Bradley-Terry model on the same features.
 
     Args:
-        width: of the features. users: how many rows w has; the row after them is nobody in particular, their mean.
+        width: of the features. users: how many rows w has; the last row of `mixture`'s table is the mean user.
         prototypes: K. latent: dimensions of z. hidden: of the MLP.
     """
 
@@ -60,7 +73,7 @@ class PAL(nn.Module):
         self.points = nn.Parameter(torch.randn(prototypes, latent)) if source == "points" else None
         self.g = nn.Linear(width, prototypes * latent) if source == "prompt" else None
         self.w = nn.Parameter(torch.zeros(users, prototypes))
-        nn.init.normal_(self.w, std=0.1)  # or nothing would tell two users' first steps apart
+        nn.init.normal_(self.w, std=0.1)  # with equal rows all users would get the same first steps
         self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, images: Tensor, texts: Tensor, users: Tensor | None = None) -> Tensor:
@@ -69,7 +82,7 @@ class PAL(nn.Module):
         return self.scored(*self.placed(images, texts), mixture)
 
     def placed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Where images are, [N, d], and where the tastes are, [N, K, d]: all that does not depend on the user."""
+        """Positions of images, [N, d], and of the tastes, [N, K, d]: all that does not depend on the user."""
         z = self.f(torch.cat([images, texts, images * texts], -1))
         if self.g is not None:
             return z, self.g(texts).unflatten(-1, (-1, z.shape[-1]))

@@ -1,4 +1,4 @@
-"""CLIP through transformers: PickScore (arXiv 2305.01569), and any checkpoint of one's own.
+"""CLIP through transformers: PickScore (arXiv 2305.01569), and any other checkpoint.
 
 score = exp(logit_scale) · cos(image, text), as PickScore's published recipe computes it before its softmax over a
 prompt's images: around 20 for ordinary images. PIL images take the steps of transformers' PIL processor, with
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as F
 from transformers import AutoConfig, CLIPModel
 
-from reward_scorers.base import ScorerError
+from reward_scorers.errors import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers, unit
-from reward_scorers.weights import check_local, from_hub, identity, load_pretrained, load_tokenizer
+from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers, shortest_side, unit
+from reward_scorers.weights import check_local, from_hub, identity, load_pretrained, load_tokenizer, loading
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and preprocessing, as published
+PROCESSOR = "preprocessor_config.json"
 BICUBIC = 3
 
 
@@ -57,22 +60,21 @@ class HFClipScorer(TwoTowers):
 
     def __init__(self, path: str, processor: str | None = None, name: str | None = None) -> None:
         self.name = name or f"hf-clip:{Path(path).name if Path(path).exists() else path}"
-        _check_kind(path, self.name)
+        check_local(path, self.name)
+        with loading(f"{self.name}: {path!r} could not be loaded"):
+            kind = AutoConfig.from_pretrained(path).model_type
+        if kind != "clip":
+            raise ScorerError(f"{self.name}: {path!r} is a model of type {kind!r}, expected 'clip'")
         self.model: Any = load_pretrained(CLIPModel.from_pretrained, path, self.name, dtype="float32")
-        self.model.eval().requires_grad_(False)
         self.version = f"transformers {transformers.__version__}, {identity(self.model)}"
         self.scale = float(self.model.logit_scale.exp())
         self.tokenizer = load_tokenizer(processor or path, self.name)
         self.length = self.model.config.text_config.max_position_embeddings
-        self.steps = _steps(processor or path, self.model.config.vision_config.image_size, self.name)
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """The steps of transformers' PIL processor."""
-        return self.steps.image(image)
-
-    def preprocess(self, pixels: Tensor) -> Tensor:
-        """The same, differentiably."""
-        return self.steps.pixels(pixels)
+        self.side = self.model.config.vision_config.image_size
+        settings = _processor(processor or path, self.side, self.name)
+        self.resize = settings["resize"]
+        crop = partial(centre, side=self.side)
+        self.steps = Preprocess(shortest_side(self.resize), crop, mean=settings["mean"], std=settings["std"])
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return unit(self.model.get_image_features(pixel_values=inputs).pooler_output)
@@ -91,46 +93,38 @@ class HFClipScorer(TwoTowers):
     def save_processor(self, folder: Path) -> None:
         """Write the tokenizer and the preprocessing beside a model that was trained from this one."""
         self.tokenizer.save_pretrained(folder)
-        side, resize = self.steps.side, self.steps.resize or self.steps.side
         settings = {
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": resize},
-            "crop_size": {"height": side, "width": side},
-            "image_mean": list(self.steps.mean),
-            "image_std": list(self.steps.std),
+            "size": {"shortest_edge": self.resize},
+            "crop_size": {"height": self.side, "width": self.side},
+            "image_mean": self.steps.mean,
+            "image_std": self.steps.std,
             "resample": BICUBIC,
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / PROCESSOR).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _check_kind(path: str, who: str) -> None:
-    check_local(path, who)
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
-    except Exception as error:  # no such folder, no config.json, no connection
-        reason = str(error).strip().partition("\n")[0]
-        raise ScorerError(f"{who}: {path!r} could not be loaded: {reason}") from error
-    if kind != "clip":
-        raise ScorerError(f"{who}: {path!r} is a model of type {kind!r}, expected 'clip'")
+def centre(image: Any, side: int) -> Any:
+    """The square in the middle, its offsets rounded down as transformers does; torchvision rounds to even."""
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+    return F.crop(image, (height - side) // 2, (width - side) // 2, side, side)
 
 
-def _steps(path: str, side: int, who: str) -> Preprocess:
-    """The preprocessing that preprocessor_config.json describes."""
-    local = Path(path) / "preprocessor_config.json"
-    file = local if Path(path).is_dir() else from_hub(path, local.name, who)
+def _processor(path: str, side: int, scorer: str) -> dict[str, Any]:
+    """resize, mean and std of the preprocessing that preprocessor_config.json describes."""
+    file = Path(path) / PROCESSOR if Path(path).is_dir() else from_hub(path, PROCESSOR, scorer)
     try:
         settings = dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ScorerError(f"{who}: {file}: the preprocessing cannot be read: {error}") from error
+        raise ScorerError(f"{scorer}: {file}: the preprocessing cannot be read: {error}") from error
     resize, crop = settings.get("size", side), settings.get("crop_size", side)
-    if isinstance(resize, dict):
-        resize = resize.get("shortest_edge")
+    resize = resize.get("shortest_edge") if isinstance(resize, dict) else resize
     crop = crop.get("height") if isinstance(crop, dict) else crop
     usual = all(settings.get(f"do_{step}", True) for step in ("resize", "center_crop", "rescale", "normalize"))
     if not usual or crop != side or not isinstance(resize, int) or settings.get("resample", BICUBIC) != BICUBIC:
         raise ScorerError(
-            f"{who}: {file}: expected CLIP's preprocessing (shortest edge resized, bicubic, centre cut out at {side}), "
-            f"found {settings}"
+            f"{scorer}: {file}: expected CLIP's preprocessing (shortest edge resized, bicubic, "
+            f"centre cut out at {side}), found {settings}"
         )
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
-    return Preprocess(side, tuple(mean), tuple(std), resize=resize)
+    return {"resize": resize, "mean": mean, "std": std}

@@ -3,22 +3,23 @@
 score = cos(image, text), without a logit scale: about 0.2 to 0.3 for ordinary images. The original's package keeps a
 copy of open_clip; the genuine one computes the same from the same checkpoint. Its preprocessing is not open_clip's: the
 long side is fitted to 224 and the short one padded with black, on floats, so PIL images and tensors take one path.
-What differs on purpose: RGBA loses its alpha (the original gives four channels to a network of three and fails), and an
-image so thin that it would shrink to nothing keeps one pixel.
+What differs on purpose: an image so thin that it would shrink to nothing keeps one pixel.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import open_clip
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as F
 
-from reward_scorers.base import ScorerError
 from reward_scorers.clip import ClipScorer
+from reward_scorers.errors import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.towers import Preprocess
+from reward_scorers.towers import BICUBIC, Preprocess
 from reward_scorers.weights import from_hub
 
 REPOSITORY = "xswu/HPSv2"
@@ -26,24 +27,12 @@ FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 MODEL = "ViT-H-14"
 
 
-@register("hpsv2.0")
-def v20(argument: str) -> HPSv2Scorer:
-    """`hpsv2.0`, which fetches the published checkpoint, or `hpsv2.0:/path/HPS_v2_compressed.pt`."""
-    return HPSv2Scorer("2.0", argument or None)
-
-
-@register("hpsv2.1")
-def v21(argument: str) -> HPSv2Scorer:
-    """`hpsv2.1`, which fetches the published checkpoint, or `hpsv2.1:/path/HPS_v2.1_compressed.pt`."""
-    return HPSv2Scorer("2.1", argument or None)
-
-
 class HPSv2Scorer(ClipScorer):
     """cos(image, text) of HPSv2.
 
     Args:
         hps: "2.0" or "2.1". The two differ in nothing but their weights, so it is the file that tells them apart.
-        checkpoint: .pt (loaded with weights_only) or .safetensors; None is the Hub's. "random" is for tests.
+        checkpoint: .pt (loaded with weights_only) or .safetensors; "" is the Hub's, "random" is for tests.
         model: of open_clip; another than ViT-H-14 is for tests.
 
     Raises:
@@ -52,7 +41,7 @@ class HPSv2Scorer(ClipScorer):
 
     scale = 1.0
 
-    def __init__(self, hps: str, checkpoint: str | None = None, model: str = MODEL) -> None:
+    def __init__(self, hps: str, checkpoint: str = "", model: str = MODEL) -> None:
         other = next(name for version, name in FILES.items() if version != hps)
         if checkpoint and Path(checkpoint).stem == Path(other).stem:
             raise ScorerError(f"hpsv{hps}: {checkpoint} is the checkpoint of the other version; {hps} is {FILES[hps]}")
@@ -62,17 +51,21 @@ class HPSv2Scorer(ClipScorer):
         super().__init__(model, path)
         self.name = f"hpsv{hps}"
         self.version = f"open_clip {open_clip.__version__}, {self.version.rpartition(', ')[2]}"
-        self._steps = Preprocess(_side(self.model), pad=True)
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """The original's steps: the long side fitted, the short one padded."""
-        return self._steps.image(image)
-
-    def preprocess(self, pixels: Tensor) -> Tensor:
-        """The same."""
-        return self._steps.pixels(pixels)
+        size = open_clip.get_model_preprocess_cfg(self.model)["size"]
+        self.steps = Preprocess(partial(padded, side=size if isinstance(size, int) else size[0]), clip=False)
 
 
-def _side(network: object) -> int:
-    size = open_clip.get_model_preprocess_cfg(network)["size"]
-    return size[0] if isinstance(size, tuple | list) else int(size)
+register("hpsv2.0")(partial(HPSv2Scorer, "2.0"))
+register("hpsv2.1")(partial(HPSv2Scorer, "2.1"))
+
+
+def padded(image: Image.Image | Tensor, side: int) -> Tensor:
+    """The long side resized to `side` pixels, unless it has that already, and the short one filled with black."""
+    pixels = image if isinstance(image, Tensor) else F.to_tensor(image)
+    height, width = pixels.shape[-2:]
+    scale = side / max(height, width)
+    if scale != 1.0:
+        height, width = (max(1, round(length * scale)) for length in (height, width))
+        pixels = F.resize(pixels, [height, width], BICUBIC, antialias=True)
+    left, top = (side - width) // 2, (side - height) // 2
+    return F.pad(pixels, [left, top, side - width - left, side - height - top])

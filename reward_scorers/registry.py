@@ -7,13 +7,16 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from reward_scorers.base import Scorer, ScorerError
+from reward_scorers.base import Scorer
+from reward_scorers.errors import ScorerError
 
 Factory = Callable[[str], Scorer]
+AnyFactory = TypeVar("AnyFactory", bound=Callable[..., Scorer])
 _FACTORIES: dict[str, Factory] = {}
 
-# Modules that register a name when they are imported, which is when it is first built: their libraries are slow.
+# Modules register their names when imported, which is when one of them is first built: their libraries are slow.
 MODULES = {
     "aesthetic": "reward_scorers.aesthetic",
     "clip": "reward_scorers.clip",
@@ -31,11 +34,19 @@ MODULES = {
 }
 
 
-def register(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: `build` calls the factory with the text after `name:` ("" where there is none)."""
+def register(name: str, *, argument: bool = True) -> Callable[[AnyFactory], AnyFactory]:
+    """Decorator: `build` calls the factory with the text after `name:` ("" where there is none).
 
-    def add(factory: Factory) -> Factory:
-        _FACTORIES[name] = factory
+    argument: False for a factory that takes none; `name:something` is then an error.
+    """
+
+    def add(factory: AnyFactory) -> AnyFactory:
+        def without(text: str) -> Scorer:
+            if text:
+                raise ScorerError(f"{name}: takes no argument, found {text!r}")
+            return factory()
+
+        _FACTORIES[name] = factory if argument else without
         return factory
 
     return add
@@ -65,4 +76,4 @@ def build(spec: str) -> Scorer:
     name, _, argument = spec.partition(":")
     if name not in _FACTORIES:
         importlib.import_module(MODULES[name])
-    return _FACTORIES[name](re.sub("(^|:)~/", rf"\1{Path.home()}/", argument))  # shells leave it as it is after a colon
+    return _FACTORIES[name](re.sub("(^|:)~/", rf"\1{Path.home()}/", argument))  # shells expand no ~ after a colon

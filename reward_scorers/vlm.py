@@ -17,30 +17,31 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from reward_scorers.base import Judgement, Scorer, ScorerError
+from reward_scorers.base import Judgement, Scorer
+from reward_scorers.errors import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.weights import identity, load_pretrained
+from reward_scorers.weights import identity, load_pretrained, loading
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # the paper's
 SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " No")}
 
 
 def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
-    """What a chat model takes, each image with its question, padded to one batch."""
+    """The inputs of a chat model, each image with its question, padded to one batch."""
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-    asked = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
     return processor(
         images=[[image] for image in images],
-        text=asked,
-        add_special_tokens=bos is None or not asked[0].startswith(bos),
+        text=texts,
+        add_special_tokens=bos is None or not texts[0].startswith(bos),
         padding=True,
         return_tensors="pt",
     )
 
 
 def without_special_tokens(tokenizer: Any, prompt: str) -> str:
-    """The prompt without what the model would take for more than text, such as a second "<image>"."""
+    """The prompt without the model's special tokens, such as a second "<image>"."""
     for token in tokenizer.all_special_tokens:
         prompt = prompt.replace(token, " ")
     return prompt
@@ -71,37 +72,22 @@ class VLMScorer(Scorer):
             raise ScorerError(f"vlm: the question needs {{prompt}} in it, found {question!r}")
         self.name, self.question = f"vlm:{path}", question
         load = AutoModelForImageTextToText.from_pretrained
-        self.model = load_pretrained(load, path, "vlm", strict=False, dtype=dtype)  # some carry heads of their training
-        self.model.eval().requires_grad_(False)
-        try:
+        # Not strict: some carry heads that only their training used.
+        self.model: Any = load_pretrained(load, path, "vlm", strict=False, dtype=dtype)
+        with loading(f"vlm: {path!r} has no processor for images and questions"):
             self.processor: Any = AutoProcessor.from_pretrained(path)
             self.tokenizer = self.processor.tokenizer
-        except Exception as error:  # transformers, tokenizers and the Hub each raise their own
-            raise ScorerError(f"vlm: {path!r} has no processor for images and questions: {error}") from error
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.chats = getattr(self.processor, "chat_template", None) is not None
         self.yes, self.no = self._answers()
         self.version = f"transformers {transformers.__version__}, {identity(self.model)}, {question}"
-        try:
-            self._judge_images([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
-        except Exception as error:  # what does not fit shows before the long work
-            raise ScorerError(f"vlm: {path!r} cannot be asked: {type(error).__name__}: {error}") from error
+        with loading(f"vlm: {path!r} cannot be asked"):  # what does not fit shows before the long work
+            self.judge([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
 
-    def to(self, device: torch.device | str) -> VLMScorer:
-        """Move the network. Returns itself."""
-        self.model.to(device)
-        return self
-
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._judge(pixels, prompts)[0]
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
-        return self._judge_images([F.to_pil_image(p.detach().float().cpu().clamp(0, 1)) for p in pixels], prompts)
-
-    def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
-        images = [image.convert("RGB") for image in images]
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Judgement:
+        images = [F.to_pil_image(pixels) for pixels in (255 * inputs.detach().clamp(0, 1)).round().byte().cpu()]
         if self.chats or len(set(prompts)) == 1:
             total, log_odds = self._asked(images, prompts)
         else:  # not all of the older models can pad: BLIP puts its first token where the padding is
@@ -121,8 +107,8 @@ class VLMScorer(Scorer):
         answer = self.model.generate(
             **moved, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-        chances = answer.logits[0].float().log_softmax(-1).cpu()
-        yes, no = (chances[:, ids].logsumexp(-1) for ids in (self.yes, self.no))
+        log_p = answer.logits[0].float().log_softmax(-1)
+        yes, no = (log_p[:, ids].logsumexp(-1) for ids in (self.yes, self.no))
         return yes.exp(), yes - no
 
     def _inputs(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
@@ -132,7 +118,7 @@ class VLMScorer(Scorer):
         return self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
 
     def _answers(self) -> tuple[list[int], list[int]]:
-        """The first tokens of yes and of no; one that both begin with, such as a bare space, tells nothing."""
+        """The first tokens of yes and of no, without those that both can begin with, such as a bare space."""
         first = {
             word: {ids[0] for spelling in spellings if (ids := self._ids(spelling))}
             for word, spellings in SPELLINGS.items()

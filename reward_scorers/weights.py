@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reward_scorers.base import ScorerError
+from reward_scorers.errors import ScorerError
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 State = Mapping[str, Tensor]
 
 
-def read_state(path: str | Path, who: str) -> dict[str, Tensor]:
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what libraries, the Hub and damaged files raise, each their own kinds, into a ScorerError about `what`."""
+    try:
+        yield
+    except ScorerError:
+        raise
+    except pickle.UnpicklingError as error:  # torch's own message advises to open it all the same
+        raise ScorerError(f"{what}: damaged, or more than tensors and plain values in it") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ScorerError(f"{what}: {reason}") from error
+
+
+def read_state(path: str | Path, scorer: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, unwrapped from a `state_dict` entry and DataParallel's `module.`.
 
     Pickles are opened with `weights_only`: a file that holds more than tensors and plain values is refused.
@@ -25,29 +40,23 @@ def read_state(path: str | Path, who: str) -> dict[str, Tensor]:
     Raises:
         ScorerError: no such file, another ending, damaged, or no named tensors in it.
     """
-    file = Path(path)
+    file, where = Path(path), f"{scorer}: {path}"
     if not file.is_file():
-        raise ScorerError(f"{who}: {path}: no such file")
+        raise ScorerError(f"{where}: no such file")
     if file.suffix not in ENDINGS:
-        raise ScorerError(f"{who}: {path}: expected a file that ends in one of {', '.join(ENDINGS)}")
-    try:
+        raise ScorerError(f"{where}: expected a file that ends in one of {', '.join(ENDINGS)}")
+    with loading(f"{where}: not a readable checkpoint"):
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own message advises to open it all the same
-        reason = "damaged, or more than tensors and plain values in it"
-        raise ScorerError(f"{who}: {path}: not a readable checkpoint: {reason}") from error
-    except Exception as error:  # safetensors and torch each raise their own for a damaged file
-        reason = str(error).partition(". ")[0] or type(error).__name__
-        raise ScorerError(f"{who}: {path}: not a readable checkpoint: {reason}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named or not state:
-        raise ScorerError(f"{who}: {path}: expected named tensors, found {type(state).__name__} of something else")
+        raise ScorerError(f"{where}: expected named tensors, found {type(state).__name__} of something else")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -59,7 +68,7 @@ def fit(network: nn.Module, state: State, where: str) -> None:
     """
     own = network.state_dict()
     state = dict(state)
-    for key in ("logit_scale", "logit_bias"):  # a scalar or [1], depending on who wrote the file
+    for key in ("logit_scale", "logit_bias"):  # a scalar or [1], depending on the writer of the file
         if key in state and key in own and state[key].numel() == 1:
             state[key] = state[key].reshape(own[key].shape)
     missing = [key for key in own if key not in state]
@@ -86,61 +95,53 @@ def check_finite(state: State, where: str) -> None:
         raise ScorerError(f"{where}: {len(bad)} tensors hold NaN or infinite values ({listed(bad[:3])})")
 
 
-def from_hub(repository: str, name: str, who: str) -> Path:
+def from_hub(repository: str, name: str, scorer: str) -> Path:
     """A file of a Hub repository, from the local cache where it is there."""
     from huggingface_hub import hf_hub_download
 
-    try:
+    with loading(f"{scorer}: {name} of {repository} could not be fetched"):
         return Path(hf_hub_download(repository, name))
-    except Exception as error:  # no connection, no access, no such file: the Hub's own kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise ScorerError(f"{who}: {name} of {repository} could not be fetched: {reason}") from error
 
 
-def load_pretrained(load: Callable[..., Any], path: str, who: str, *, strict: bool = True, **options: Any) -> Any:
-    """A transformers model through its `from_pretrained`, without the weights that this would fill in at random.
+def load_pretrained(load: Callable[..., Any], path: str, scorer: str, *, strict: bool = True, **options: Any) -> Any:
+    """A frozen transformers model through its `from_pretrained`, without weights that this would fill in at random.
 
     Raises:
-        ScorerError: not there, damaged, or with weights missing, of other shapes, not finite, or when `strict` without
-            a place.
+        ScorerError: not there, damaged, or with weights missing, of other shapes, not finite, or when `strict` unused.
     """
-    check_local(path, who)
-    try:
+    check_local(path, scorer)
+    where = f"{scorer}: {path!r}"
+    with loading(f"{where} could not be loaded"):
         network, info = load(path, output_loading_info=True, **options)
-    except Exception as error:  # transformers, the Hub and safetensors each raise their own
-        reason = " ".join(str(error).split())[:300]
-        raise ScorerError(f"{who}: {path!r} could not be loaded: {reason}") from error
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
-        raise ScorerError(f"{who}: {path!r} lacks {len(lacking)} weights ({listed(lacking[:3])})")
+        raise ScorerError(f"{where} lacks {len(lacking)} weights ({listed(lacking[:3])})")
     extra = sorted(key for key in info["unexpected_keys"] if not key.endswith("position_ids"))
-    if extra and strict:  # such as the layers that config.json does not know of
-        raise ScorerError(f"{who}: {path!r} has {len(extra)} weights without a place ({listed(extra[:3])})")
-    check_finite(network.state_dict(), f"{who}: {path!r}")
-    return network
+    if extra and strict:  # such as layers beyond those that config.json declares
+        raise ScorerError(f"{where} has {len(extra)} weights without a place ({listed(extra[:3])})")
+    check_finite(network.state_dict(), where)
+    return network.eval().requires_grad_(False)
 
 
-def check_local(path: str, who: str) -> None:
+def check_local(path: str, scorer: str) -> None:
     """Raise ScorerError for a folder that is not there, which transformers would take for an id of the Hub."""
     if path.startswith(("/", "./", "../", "~")) and not Path(path).exists():
-        raise ScorerError(f"{who}: {path}: no such folder")
+        raise ScorerError(f"{scorer}: {path}: no such folder")
 
 
-def load_tokenizer(path: str, who: str) -> Any:
+def load_tokenizer(path: str, scorer: str) -> Any:
     """A tokenizer of transformers, which makes an empty one where its files are missing: an error here."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"{scorer}: the tokenizer of {path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # whatever transformers, tokenizers or the Hub raise
-        raise ScorerError(f"{who}: the tokenizer of {path!r}: {error}") from error
     if tokenizer("a").input_ids == tokenizer("b").input_ids:
-        raise ScorerError(f"{who}: the tokenizer of {path!r}: no vocabulary there")
+        raise ScorerError(f"{scorer}: the tokenizer of {path!r}: no vocabulary there")
     return tokenizer
 
 
 def identity(network: Any) -> str:
-    """What tells a transformers model's weights: the Hub's commit, or a digest of them where they are local."""
+    """What identifies a transformers model's weights: the Hub's commit, or a digest of them where they are local."""
     commit = getattr(network.config, "_commit_hash", None)
     return f"revision {commit[:12]}" if commit else f"sha256 {digest_of_tensors(network.state_dict())}"
 

@@ -41,7 +41,8 @@ def quickstart(
     Args:
         overrides: `key=value` changes to the bundled configuration.
         output: folder to write to; what an earlier quickstart left there is replaced when this one is complete.
-        prompts, count: what to compare on, the first so many.
+        prompts: what to compare on: a text file with one prompt per line, `testbed:test`, or a list.
+        count: compare on the first so many prompts.
 
     Returns:
         The comparison; `seconds` in its settings is the whole job's time.

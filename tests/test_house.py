@@ -1,4 +1,4 @@
-"""The house: what is promised about the layout, the packaging and the documents holds."""
+"""The layout, the packaging and the documents are as the documents promise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,14 @@ SCORERS = ROOT / "configs" / "scorers"
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.y*ml") if SCORERS not in file.parents)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *ROOT.glob("docs/**/*.md")]
 
+# Longer than 350 lines until they are divided; nothing is added here.
+LONG = {f"t2i_align.data.{name}" for name in ("columns", "loader", "media", "shards")}
+
 
 def modules() -> list[str]:
     roots = [(str(ROOT / package), f"{package}.") for package in (*PACKAGES, "tools")]
-    found = [info.name for path, prefix in roots for info in pkgutil.walk_packages([path], prefix=prefix)]
-    return sorted([*PACKAGES, *(name for name in found if not name.endswith("__main__"))])
+    names = [info.name for path, prefix in roots for info in pkgutil.walk_packages([path], prefix=prefix)]
+    return sorted([*PACKAGES, *(name for name in names if not name.endswith("__main__"))])
 
 
 def test_the_list_of_modules_is_not_empty() -> None:
@@ -54,6 +59,47 @@ def test_a_users_own_pipelines_folder_does_not_break_the_objectives(tmp_path: Pa
     assert not {"diffusers", "transformers", "pipelines"} & set(loaded)
 
 
+def imported(file: Path) -> set[str]:
+    """Every module that a file imports, at its top or later."""
+    return names_in(ast.walk(ast.parse(file.read_text())))
+
+
+def imported_at_once(file: Path) -> set[str]:
+    """The modules that are imported together with a file: not those in functions or for type checkers alone."""
+    nodes, at_once = list(ast.parse(file.read_text()).body), []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef):
+            at_once.append(node)
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return names_in(at_once)
+
+
+def names_in(nodes: Iterable[ast.AST]) -> set[str]:
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def file_of(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def test_imports_form_no_circle() -> None:
+    graph = {name: imported_at_once(file_of(name)) & set(modules()) - {name} for name in modules()}
+    for name, imports in graph.items():  # `from package import module` needs the module; the package is its parent
+        graph[name] = {i for i in imports if not any(other.startswith(f"{i}.") for other in imports)}
+    assert len(graph) > 100 and graph["t2i_align.config"] >= {"t2i_align.objectives", "t2i_align.utils.settings"}
+    assert list(TopologicalSorter(graph).static_order())
+
+
 @pytest.mark.parametrize("package", ["pipelines", "reward_scorers"])
 def test_pipelines_and_scorers_import_nothing_of_the_toolkit(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
@@ -62,10 +108,10 @@ def test_pipelines_and_scorers_import_nothing_of_the_toolkit(package: str) -> No
         assert "t2i_align" not in {name.partition(".")[0] for name in imported(file)}, file
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_installed_packages_do_not_import_the_maintainers_tools(package: str) -> None:
-    for file in (ROOT / package).rglob("*.py"):
-        assert "tools" not in {name.partition(".")[0] for name in imported(file)}, file
+def test_modules_are_few_at_the_top_and_short() -> None:
+    assert len(list((ROOT / "t2i_align").glob("*.py"))) <= 8
+    lines = {name: len(file_of(name).read_text().splitlines()) for name in modules()}
+    assert {name for name, count in lines.items() if count > 350} <= LONG
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "t2i_align" / "objectives").glob("*.py")), ids=lambda file: file.stem)
@@ -75,18 +121,8 @@ def test_objectives_know_neither_trainer_nor_readers(file: Path) -> None:
         assert not name.startswith("t2i_align") or allowed.match(name), f"{file.name} imports {name}"
 
 
-def imported(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
 def test_every_configuration_loads_and_survives_a_round_trip() -> None:
-    assert len(CONFIGS) == 29
+    assert len(CONFIGS) >= 29
     for file in [*CONFIGS, CONFIG]:
         run = config.load(file)
         assert config.from_mapping(config.to_mapping(run)) == run, file
@@ -110,8 +146,10 @@ def test_the_readme_maps_the_folders_as_they_are() -> None:
         listed.add(parent / name if line.startswith(" ") else parent)
     missing = [str(path) for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README lists {missing}"
-    for folder in [path for path in (ROOT / "t2i_align").iterdir() if list(path.glob("*.py"))]:
-        assert folder.relative_to(ROOT) in listed, f"README's map lacks {folder.name}"
+    package = ROOT / "t2i_align"
+    folders = {file.parent for file in package.glob("*/*.py")}
+    for path in folders | {file for file in package.glob("*.py") if "__" not in file.name}:
+        assert path.relative_to(ROOT) in listed, f"README's map lacks {path.name}"
 
 
 def test_the_readme_lists_every_method_with_its_paper_file_and_configuration() -> None:

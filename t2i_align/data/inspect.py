@@ -126,6 +126,8 @@ def inspect(
     Args:
         source: file or folder of preference data, or anything else that `data.path` takes.
         out: HTML file.
+        format: format of the source; `auto` detects it.
+        annotations: files that add to the source, such as scores.
         model: path of a model whose tokenizers prompts are measured with; without one, words are counted.
         images: groups whose images are opened: the first ones. Those of the rest are not even read.
         examples: groups that are shown, chosen among these by their ids.

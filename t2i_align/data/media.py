@@ -28,7 +28,6 @@ from torch import Tensor
 
 from t2i_align.data.schema import Media
 
-DECODER = "decoder 2"  # recorded with scores; changes when `decode` or `frames_of` return other pixels
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")

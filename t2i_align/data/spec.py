@@ -155,6 +155,14 @@ def split(
 
     No group is copied: the files say by which rule a group belongs to them (`splits.Part`).
 
+    Args:
+        source: preference data: file, folder, dataset spec, `hub:owner/name`, or `testbed:pairs`.
+        out: folder to write them to.
+        held_out: share of prompts or users that is held out.
+        by: what is kept apart: `prompt`, `user` or both.
+        seed: selects which are held out.
+        format: format of the source; `auto` detects it.
+
     Raises:
         UserError: a source that cannot be read, is a part already, or leaves one side empty.
     """

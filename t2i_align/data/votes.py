@@ -1,4 +1,4 @@
-"""What several scorers say of a group's candidates, made into one number per candidate; higher is better."""
+"""Several scorers' scores of a group's candidates combined to one number per candidate; higher is better."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def majority(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.n
 
     phi_i = wins_i / (n (k - 1)) over n scorers and the k - 1 other candidates (Syn-Pic, arXiv 2410.18013); for a pair
     it is the share of votes. A comparison within a scorer's margin is half a win for both, so a scorer that cannot
-    tell the candidates apart moves nobody. Candidates can tie. The paper says nothing of ties.
+    tell the candidates apart changes no order. Candidates can tie; the paper does not mention ties.
 
     Args:
         scores: [n, k], each scorer on its own scale.
@@ -22,7 +22,7 @@ def majority(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.n
     k = _checked(scores).shape[1]
     if k == 1:
         return np.full(1, 0.5)
-    return (shares(scores, margins).sum(1) - 0.5) / (k - 1)  # nobody competes with himself
+    return (shares(scores, margins).sum(1) - 0.5) / (k - 1)  # exclude self-comparison
 
 
 def shares(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.ndarray:
@@ -37,7 +37,7 @@ def shares(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.nda
 def mean_rank(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.ndarray:
     """Minus the mean rank over scorers, 1 being the best and ties sharing their ranks, [k].
 
-    Without margins, which ranks do not know, this orders candidates as `majority` does.
+    Ignores margins; without them it orders candidates as `majority` does.
     """
     return -rankdata(-_checked(scores), axis=1).mean(0)
 

@@ -91,18 +91,25 @@ def evaluate(
         aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
         prompts: text file with one prompt per line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
+        out: folder for the result and the report.
         seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
-        steps, guidance: of sampling (default: those of the base's diffusers pipeline).
-        height, width, frames: in pixels, and of a clip (default: the base's own).
-        batch_size: samples at a time (default: 8 images, or 1 clip).
+        seed: first seed.
+        steps: denoising steps (default: those of the base's diffusers pipeline).
+        guidance: guidance scale (default: that of the base's diffusers pipeline).
+        height, width: in pixels (default: the base's own).
+        frames: frames of a clip, for models that make clips (default: the base's own).
         fps: frames a second at which the report shows clips (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
+        batch_size: samples at a time (default: 8 images, or 1 clip).
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
-        revision, variant, single_file_config, expert: of the base, as in `pipelines.load`; where None, and `aligned`
-            comes from a training run of this base, those of that run. single_file_config also serves an aligned single
-            file.
+        revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
+            any; the same for the next three).
+        variant: variant of the base's weight files, such as fp16.
+        single_file_config: folder or Hub id with the configuration of a single file, also of an aligned one.
+        expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
         precision: of the weights ("fp32", "bf16", "fp16"); a loaded pipeline runs under autocast instead.
+        device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -234,7 +241,7 @@ def _judged(
     """The first sample's number, scores and parts: of images all at once, of clips one by one."""
     images = [sample for sample in samples if not isinstance(sample, torch.Tensor)]
     if images:
-        yield 0, *scorer.judge_images(images, texts)
+        yield 0, *scorer.judge(images, texts)
     for place, clip in enumerate(samples):
         if isinstance(clip, torch.Tensor):
             with torch.no_grad():

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from t2i_align.errors import UserError
 from t2i_align.inference.models import LORA_ENDING, adapter_on, load_pipeline, resolve_adapter, resolve_base
 
 
-def export_lora(lora: str | Path, out: str | Path, *, format: str = "kohya", model: str | Path | None = None) -> Path:
+def export_lora(
+    lora: str | Path,
+    out: str | Path,
+    *,
+    format: Literal["kohya", "diffusers"] = "kohya",
+    model: str | Path | None = None,
+) -> Path:
     """Write a LoRA to the file `out`; returns that.
 
     Args:

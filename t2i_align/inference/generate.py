@@ -89,18 +89,28 @@ def generate(
     leaves a usable shorter list.
 
     Args:
-        model: path, Hub id, `testbed:sd`, or a loaded pipeline.
+        model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
         prompts: text file with one prompt per line (blank lines are skipped), `testbed:dev`, or a list.
+        out: folder for the samples and their list.
         prompt: further single prompts, after those.
-        lora, lora_scale: LoRA file, folder, training run or Hub id to put on the model, and its strength.
+        lora: LoRA to put on the model: file, folder, training run or Hub id.
+        lora_scale: strength of the LoRA.
         per_prompt: images per prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
-        steps, guidance: of sampling (default: the diffusers pipeline's own).
+        seed: first seed.
+        steps: denoising steps (default: the diffusers pipeline's own).
+        guidance: guidance scale (default: the diffusers pipeline's own).
         negative_prompt: text that guidance leads away from.
-        height, width, frames: in pixels, and of a clip (default: the model's own).
+        height, width: in pixels (default: the model's own).
+        frames: frames of a clip, for models that make clips (default: the model's own).
         fps: frame rate of the clips (default: the model's own).
         batch_size: samples at a time (default: 8 images, or 1 clip).
-        revision, variant, single_file_config, expert: of the model, as in `pipelines.load`; where None, and `lora`
-            comes from a training run of this model, those of that run.
+        revision: branch, tag or commit of the model on the Hub (default: that of the training run `lora` is from, if
+            any; the same for the next three).
+        variant: variant of the weight files, such as fp16.
+        single_file_config: folder or Hub id with the configuration of a single file.
+        expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
+        precision: `fp32`, `bf16` or `fp16`.
+        device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
 
     Raises:

@@ -18,9 +18,8 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.options import check_counts, memory_for, pick_device
 from t2i_align.inference.scorers import build_scorers, unscorable
-from t2i_align.labeling.captioner import DRAWN, Captioner, load_captioner
 from t2i_align.labeling.groups import Annotate, Batch, Summary, fill, slices
-from t2i_align.labeling.perturber import RULES, Perturber, load_perturber
+from t2i_align.labeling.models import DRAWN, RULES, Captioner, Perturber, load_captioner, load_perturber
 from t2i_align.labeling.rules import KINDS
 from t2i_align.utils.resumable import ResumableTable, Row
 
@@ -272,12 +271,12 @@ def _model(load: Any, model: Any, device: str | None, options: Row, **recorded: 
 
 def _descriptions(batch: Batch, describe: Captioner, batch_size: int) -> dict[str, list[str]]:
     images, prompts = batch.images()
-    answers: list[str] = []
+    answers: list[str | None] = []
     for part in slices(len(images), batch_size):
         with memory_for(len(images[part])):
             answers += describe(images[part], prompts[part])
     rest = iter(answers)
-    texts = {group.id: [next(rest) for _ in group.candidates] for group in batch.left}
+    texts = {group.id: [next(rest) or "" for _ in group.candidates] for group in batch.left}
     batch.skip(lambda group: "" if all(texts[group.id]) else "the captioner has no description of a candidate")
     return texts
 

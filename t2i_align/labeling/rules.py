@@ -1,8 +1,8 @@
-"""A perturber without a model: it changes what a caption states, by known words and a little grammar.
+"""Rule-based perturber: changes what a caption states, by known words and a little grammar.
 
 Four kinds of edits: `attribute` (another colour, size, material or shape), `count` (another number), `relation` (the
-opposite place) and `exchange` (two objects exchange colours, sizes or materials). It errs on the side of leaving a
-word alone: an edit that breaks the grammar teaches a model to tell bad English, not a wrong image.
+opposite place) and `exchange` (two objects exchange colours, sizes or materials). In doubt a word is left alone: an
+edit that breaks the grammar teaches a model to recognise bad English, not a wrong image.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from t2i_align.errors import UserError, unknown
 from t2i_align.labeling import words as w
@@ -21,7 +22,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*|\d+")
 
 @dataclass(frozen=True)
 class Change:
-    """Characters [start, stop) of the caption and what stands there instead, without regard to capitals."""
+    """Replacement of the characters [start, stop) of a caption, in lower case."""
 
     start: int
     stop: int
@@ -43,8 +44,9 @@ class Edit:
 class RulePerturber:
     """Captions to captions that contradict them, each a function of the caption and its seed alone.
 
-    kinds: of edits, each as likely as the others where a caption allows it. strength: number of edits; fewer where a
-    caption has no room for them, and None for one in which nothing can be changed.
+    Args:
+        kinds: of edits, equally likely where a caption allows them.
+        strength: number of edits; fewer where a caption allows fewer, and None instead of a caption that allows none.
 
     Raises:
         UserError: an unknown kind, none at all, or a strength below 1.
@@ -81,7 +83,7 @@ class RulePerturber:
 
 
 class Text:
-    """A caption as words, and where in it each kind of edit is possible."""
+    """A caption as words, and the places where each kind of edit is possible."""
 
     def __init__(self, caption: str) -> None:
         self.caption = caption
@@ -90,17 +92,12 @@ class Text:
 
     def edits(self) -> Iterator[Edit]:
         """All of them; they may overlap."""
-        for kind, found in (
-            ("attribute", self._attributes()),
-            ("count", self._counts()),
-            ("relation", self._relations()),
-            ("exchange", self._exchanges()),
-        ):
-            for alternatives in found:
-                yield Edit(kind, tuple(alternatives))
+        finders = (self._attributes, self._counts, self._relations, self._exchanges)
+        for kind, find in zip(KINDS, finders, strict=True):
+            yield from (Edit(kind, tuple(alternatives)) for alternatives in find())
 
     def changed(self, changes: Sequence[Change]) -> str:
-        """The caption with these changes, "a" and "an" in front of them put right and capitals kept."""
+        """The caption with these changes; "a" and "an" before them are corrected, and capitals kept."""
         changed = {change.start for change in changes}
         articles = []
         for change in changes:
@@ -156,15 +153,14 @@ class Text:
 
     def _exchanges(self) -> Iterator[list[tuple[Change, ...]]]:
         for table in (w.COLOURS, w.SIZES, w.MATERIALS):
-            found = [i for i, word in enumerate(self.words) if word in table and not self._closes(i)]
-            # The testbed's objects have no colours of backgrounds, and in other images it is no object either.
-            found = [i for i in found if self._head(i) != "background"]
-            for n, i in enumerate(found):
-                for j in found[n + 1 :]:
-                    one, two = self.words[i], self.words[j]
-                    contrast = two in table[one] or one in table[two] if table is w.SIZES else not w.alike(one, two)
-                    if contrast and self._head(i) != self._head(j):
-                        yield [(self._change(i, two), self._change(j, one))]
+            places = [i for i, word in enumerate(self.words) if word in table and not self._closes(i)]
+            # A background is no object, and the testbed's objects never have a background's colour.
+            places = [i for i in places if self._head(i) != "background"]
+            for i, j in combinations(places, 2):
+                one, two = self.words[i], self.words[j]
+                contrast = two in table[one] or one in table[two] if table is w.SIZES else not w.alike(one, two)
+                if contrast and self._head(i) != self._head(j):
+                    yield [(self._change(i, two), self._change(j, one))]
 
     # Grammar --------------------------------------------------------------------------------------------------------
 
@@ -172,27 +168,27 @@ class Text:
         return Change(*self.spans[i], text)
 
     def _absent(self, words: Sequence[str]) -> Sequence[str]:
-        """Those of the words that the caption does not have yet, else all: "red" for blue may fit a red neighbour."""
+        """Words that the caption does not have yet, else all: "red" for "blue" may fit a red neighbour."""
         present = {w.PLURALS.get(word, word) for word in self.words}
         return [word for word in words if word not in present] or words
 
     def _joined(self, i: int) -> bool:
-        """Whether nothing but space stands between a word and the next."""
+        """Whether only space separates a word from the next."""
         return i + 1 < len(self.words) and self.caption[self.spans[i][1] : self.spans[i + 1][0]].isspace()
 
     def _closes(self, i: int) -> bool:
-        """Whether a noun phrase that goes up to this word ends with it."""
+        """Whether a noun phrase that reaches this word ends with it."""
         return not self._joined(i) or self.words[i + 1] in w.FUNCTION_WORDS
 
     def _phrase(self, i: int) -> list[str]:
-        """The words from `i` on to the end of their noun phrase."""
+        """The words from `i` to the end of their noun phrase."""
         stop = i
         while stop < len(self.words) and not self._closes(stop):
             stop += 1
         return self.words[i : stop + 1] if i > 0 and self._joined(i - 1) else []
 
     def _head(self, i: int) -> str:
-        """What an adjective describes: the next word that is none."""
+        """The word that an adjective describes: the next one that is no adjective."""
         return next((word for word in self.words[i + 1 :] if word not in w.ADJECTIVES), "")
 
     def _is_adjective(self, i: int) -> bool:
@@ -207,12 +203,12 @@ class Text:
         return described and self._closes(i)
 
     def _stands_alone(self, i: int) -> bool:
-        """Whether this word is a number and no part of one, as in 2.5 or 16:9."""
+        """Whether this word is a whole number, not part of one as in 2.5 or 16:9."""
         start = self.spans[i][0]
         return self._joined(i) and (start == 0 or self.caption[start - 1].isspace())
 
     def _countable(self, i: int) -> int | None:
-        """Where the noun of "a large red circle" stands, if there may be several of it without changing a verb."""
+        """Index of the noun of "a large red circle", if its plural needs no other verb."""
         before = self.words[i - 1] if i else ""
         noun = i + 1
         while noun < len(self.words) and self.words[noun] in w.ADJECTIVES and not self._closes(noun):
@@ -223,7 +219,7 @@ class Text:
         return noun if closed and not self._agrees_with(noun) else None
 
     def _agrees_with(self, noun: int) -> bool:
-        """Whether a later word of the sentence may be a verb or pronoun of one: "sits", "its", "is" without "there"."""
+        """Whether a later word of the sentence may be a singular verb or pronoun ("sits", "its")."""
         end = re.compile("[.!?;]").search(self.caption, self.spans[noun][1])
         for i in range(noun + 1, len(self.words)):
             word = self.words[i]

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers.base import ScorerError, rounding
+from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
-from t2i_align.data.media import DECODER, ImageError, decode, frame_files, is_clip, whole_clip
+from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
@@ -33,7 +33,7 @@ from t2i_align.inference.generate import LIST
 from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
 from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.resumable import ResumableTable, Row
+from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
 )
 IMAGE_KEYS, PROMPT_KEYS = ("image", "file"), ("prompt", "caption")  # of a list of images
 GROUP_KEYS = ("images", "videos", "chosen")  # JSONL with one of these is preference data
+OTHER_SOURCES = f"Or give a folder with {LIST}, or JSONL or parquet with 'image' and 'prompt'."
 
 
 def score(
@@ -159,7 +160,7 @@ class _ScorerRun:
     def identity(self) -> tuple[str, str]:
         """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
         with self.autocast():
-            return self.scorer.name, f"{self.scorer.version}{rounding()}, {DECODER}"
+            return self.scorer.name, self.scorer.recorded_version
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
@@ -178,18 +179,16 @@ class _ScorerRun:
             for part in ([stills] if stills else []) + [[i] for i in usable if i not in stills]:
                 try:
                     with memory_for(len(part)):
-                        total, parts = self._judge([media[i] for i in part], [batch[i].prompt for i in part])
+                        images = [media[i] for i in part]
+                        # A clip is scored by itself.
+                        inputs = images if part == stills else images[0].unsqueeze(0).float() / 255
+                        total, parts = self.scorer.judge(inputs, [batch[i].prompt for i in part])
                 except ScorerError as error:
                     raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
                 for place, i in enumerate(part):
                     values = {name: number(values[place].item()) for name, values in parts.items()}
                     row = self._row(batch[i], score=number(total[place].item()))
                     yield row | ({"parts": values} if values else {})
-
-    def _judge(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(media[0], Tensor):  # a single clip
-            return self.scorer.judge(media[0].unsqueeze(0).float() / 255, prompts)
-        return self.scorer.judge_images(media, prompts)
 
     def _row(self, candidate: _Candidate, **values: Any) -> Row:
         return dict(zip(KEY, (*attrgetter(*IMAGE)(candidate), *self.identity), strict=True)) | values
@@ -237,25 +236,21 @@ def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
         if "conditioning" in store.manifest:
             raise UserError(f"{source}: holds encoded latents, not images; score the source they were encoded from")
         return _flat(_stored(store)), int(store.k.sum())
-    if file.is_file() and file.suffix == ".parquet":
-        if {*IMAGE_KEYS} & {*tables.open_parquet(file).schema_arrow.names}:
-            rows = enumerate(tables.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS)))
-            listed = (_listed(row.values, file, row.origin, n) for n, row in rows if isinstance(row, tables.Row))
+    columns = {*tables.columns(file)} if file.suffix in (JSONL, PARQUET) else set()
+    if columns & {*IMAGE_KEYS} and not columns & {*GROUP_KEYS}:
+        rows = tables.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS))
+        listed = (_listed(row, file) for row in rows if isinstance(row, tables.Row))
+        if file.suffix == PARQUET:  # which may hold the images
             return listed, tables.open_parquet(file).metadata.num_rows
-    elif file.is_file() and file.suffix != ".json":
-        _, _, first = next(tables.json_entries(file), (0, "", None))
-        if first is None:
-            raise UserError(f"{file}: no image listed")
-        if not {*GROUP_KEYS} & first.keys():
-            checked = [_listed(entry, file, origin) for _, origin, entry in tables.json_entries(file)]
-            return iter(checked), len(checked)
+        checked = list(listed)
+        return iter(checked), len(checked)
     try:
         readers.detect(readers.resolve(source))
     except UserError as error:
-        raise UserError(f"{error} Or give a folder with {LIST}, JSONL or parquet with 'image' and 'prompt'.") from error
+        raise UserError(f"{error} {OTHER_SOURCES}") from error
     survey = readers.survey(source)
     if not survey.groups:
-        raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
+        raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}. {OTHER_SOURCES}")
     skipped = survey.rows - survey.groups
     return _flat(readers.read(source, best_first=False)), sum(k * n for k, n in survey.candidates.items()) + skipped
 
@@ -278,17 +273,16 @@ def _stored(store: Store) -> Iterator[Group]:
         yield Group(id=name, prompt=prompt, candidates=tuple(media), scores=scores, origin=str(store.path))
 
 
-def _listed(row: Row, file: Path, origin: str, index: int = 0) -> _Candidate:
-    value = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), None)
-    name = value if isinstance(value, str) else None
-    if isinstance(value, dict):  # the Image feature of `datasets`
-        name, value = value.get("path"), value.get("bytes") or value.get("path")
-    if not isinstance(value, str | bytes) or not value or readers.has_lone_surrogate(str(name)):
-        images = {key: row[key] for key in IMAGE_KEYS if key in row} or f"the keys {', '.join(row)}"
-        raise UserError(f"{origin}: expected a path under 'image', found {images}")
-    prompt = next((row[key] for key in PROMPT_KEYS if key in row), None)
+def _listed(row: tables.Row, file: Path) -> _Candidate:
+    values = row.values
+    media = next((values[key] for key in IMAGE_KEYS if values.get(key) is not None), None)
+    name = media if isinstance(media, str) else row.id
+    if isinstance(media, dict):  # the Image feature of `datasets`
+        name, media = media.get("path") or row.id, media.get("bytes") or media.get("path")
+    if not isinstance(media, str | bytes) or not media or readers.has_lone_surrogate(name):
+        images = {key: values[key] for key in IMAGE_KEYS if key in values} or f"the keys {', '.join(values)}"
+        raise UserError(f"{row.origin}: expected a path under 'image', found {images}")
+    prompt = next((values[key] for key in PROMPT_KEYS if key in values), None)
     if not isinstance(prompt, str) or not prompt.strip() or readers.has_lone_surrogate(prompt):
-        raise UserError(f"{origin}: expected text under 'prompt', found {prompt!r}")
-    if isinstance(value, bytes):
-        return _Candidate(name or f"{file.name}:{index}", value, prompt)
-    return _Candidate(value, file.parent / value, prompt)
+        raise UserError(f"{row.origin}: expected text under 'prompt', found {prompt!r}")
+    return _Candidate(name, media if isinstance(media, bytes) else file.parent / media, prompt)

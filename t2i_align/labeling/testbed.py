@@ -1,4 +1,4 @@
-"""A captioner of the testbed: it says what its images show, and looks at nothing but pixels."""
+"""The testbed's captioner: describes drawn scenes from their pixels alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MOST = 3  # objects that a caption of the testbed can hold
 
 
 class DrawnCaptioner:
-    """Describes drawn scenes with the oracle's eyes, in the testbed's language; "" for an image without objects.
+    """Describes drawn scenes through the oracle's vision, in the testbed's language; "" for an image without objects.
 
-    The three largest objects are described. What two objects on a diagonal are to each other has no word; they are
-    put in the nearer of the two relations. How an image's caption is phrased is drawn by its pixels.
+    The three largest objects are described. Two objects on a diagonal get the nearer of the two relations. The phrasing
+    is drawn by the image's pixels.
     """
 
     name = "testbed:captioner"

@@ -1,7 +1,7 @@
-"""The words that the rule-based perturber knows, and the little grammar that changing them takes.
+"""The vocabulary of the rule-based perturber, and the little grammar that replacing its words takes.
 
-A word may be recognised without being offered as a replacement: "teal" becomes one of COLOURS, nothing becomes teal.
-What is offered are plain words, among them all those of the testbed.
+A word may be recognised without being a replacement: "teal" becomes one of COLOURS, nothing becomes teal. Replacements
+are plain words, among them all those of the testbed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 # Attributes ---------------------------------------------------------------------------------------------------------
-# For each word that is recognised, what may take its place; too near neighbours ("navy", "blue") are left out.
+# For each recognised word its replacements, without near synonyms ("navy", "blue").
 
 _HUES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 _SHADES = ("white", "gray", "black")
@@ -25,7 +25,7 @@ _NEAR = {
 
 
 def alike(word: str, other: str) -> bool:
-    """Whether two attributes are too near for one to contradict the other."""
+    """Whether two attributes are too similar to contradict each other."""
     return bool({word, *_NEAR.get(word, "").split()} & {other, *_NEAR.get(other, "").split()})
 
 
@@ -58,17 +58,17 @@ SHAPES: dict[str, tuple[str, ...]] = {  # as nouns; FORMS are adjectives
 }
 ADJECTIVES = {**COLOURS, **SIZES, **MATERIALS, **FORMS}
 
-# Numbers: what may take a number's place. Three becomes two only: the testbed counts no further.
+# Replacements of numbers. Three only becomes two: the testbed counts no further.
 NUMBERS: dict[str, tuple[str, ...]] = {
     "two": ("three",), "three": ("two",), "four": ("two", "three", "six"), "five": ("two", "three", "seven"),
     "six": ("three", "four", "eight"), "seven": ("three", "four", "five"), "eight": ("three", "four", "five"),
     "nine": ("three", "four", "five"), "ten": ("three", "four", "five"), "2": ("3",), "3": ("2",), "4": ("2", "3", "6"),
     "5": ("2", "3", "7"), "6": ("3", "4", "8"), "7": ("3", "4", "5"), "8": ("3", "4", "5"), "9": ("3", "4", "5"),
 }  # fmt: skip
-MANY = ("two", "three")  # what one becomes
+MANY = ("two", "three")  # replacements of one
 
-# Places: phrases and what contradicts them. All phrases of one AXES entry turn round together, so that "on the left a
-# cat, on the right a dog" does not end with both on one side; RELATIONS turn round one by one.
+# Places: phrases and their opposites. All phrases of one entry of AXES are replaced together, so that "on the left a
+# cat, on the right a dog" does not end with both on one side; RELATIONS are replaced one by one.
 AXES: tuple[dict[str, str], ...] = (
     {"on the left": "on the right", "on the right": "on the left"},
     {"at the top": "at the bottom", "at the bottom": "at the top"},
@@ -85,7 +85,7 @@ RELATIONS = {
 
 ARTICLES = ("a", "an")
 COPULAS = ("is", "are", "was", "were")
-# A word of these, a mark or the end of the text closes a noun phrase: what stands before is its noun.
+# One of these words, punctuation or the end of the text closes a noun phrase; the word before it is the noun.
 FUNCTION_WORDS = frozenset(
     "a about above across after against along among an and are around as at atop be before behind below beneath beside "
     "between beyond but by down during for from has have her his in inside into is it its near next of off on onto or "
@@ -107,7 +107,7 @@ NOUNS = frozenset((*_REGULAR.split(), *_IRREGULAR, *SHAPES))
 
 
 def plural(noun: str) -> str:
-    """More than one of a noun in NOUNS."""
+    """The plural of a noun in NOUNS."""
     if noun in _IRREGULAR:
         return _IRREGULAR[noun]
     if re.search(r"[^aeiou]y$", noun):
@@ -119,12 +119,12 @@ PLURALS = {plural(noun): noun for noun in NOUNS}
 
 
 def article(word: str) -> str:
-    """ "a" or "an" in front of one of the words here: by its letter, none of them is an exception."""
+    """ "a" or "an" before one of the words here, none of which is an exception."""
     return "an" if word[0].lower() in "aeiou" else "a"
 
 
 def like(pattern: str, word: str) -> str:
-    """`word` with the capitals of `pattern`: all of them, the first, or none."""
+    """`word` capitalised like `pattern`: all letters, the first, or none."""
     if pattern.isupper() and len(pattern) > 1:
         return word.upper()
     return word[0].upper() + word[1:] if pattern[0].isupper() else word

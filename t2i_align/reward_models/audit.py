@@ -85,7 +85,7 @@ def audit(
     format: str = "auto",
     limit: int | None = None,
     optimise: bool = False,
-    prompts: str | Sequence[str] = "testbed:dev",
+    prompts: str | Path | Sequence[str] = "testbed:dev",
     prompt_count: int = 32,
     seed: int = 0,
     batch_size: int = 8,
@@ -95,9 +95,18 @@ def audit(
     """Try scorers on preferences that they were not trained on; write audit.json and report.html.
 
     Args:
-        source: preference data of any format, or `testbed:pairs`.
-        optimise: on the testbed, optimise each scorer over drawn images of `prompt_count` of the `prompts`, and by
-            its gradient where it has one, and ask the oracle what became of them.
+        source: preference data of any format that the scorers were not trained on, or `testbed:pairs`.
+        scorers: their specs, such as `pickscore` or `trained:FOLDER`.
+        out: folder for audit.json and report.html.
+        format: format of the source; `auto` detects it.
+        limit: use only the first so many groups.
+        optimise: on the testbed, optimise each scorer over drawn images of `prompt_count` of the `prompts`, and by its
+            gradient where it has one, and ask the oracle what became of them.
+        prompts, prompt_count: what `optimise` draws images of: a text file or `testbed:dev`, and how many of its
+            prompts.
+        seed: seed of the drawn images.
+        batch_size: images at a time.
+        device: such as cpu or cuda:1 (default: the GPU if there is one).
 
     Raises:
         UserError: data, scorers or prompts that cannot be used.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reward_scorers.hf_clip import HFClipScorer
-from reward_scorers.towers import TwoTowers, in_threads, unit
+from reward_scorers.images import in_threads
+from reward_scorers.towers import TwoTowers, unit
 from t2i_align.config import LoraConfig
 from t2i_align.reward_models.preferences import Preferences
 
@@ -54,7 +55,7 @@ class WholeClip(Policy):
         counts = [len(preferences.labels[row]) for row in rows]
         tokens = self.scorer.tokens([preferences.prompts[row] for row in rows])
         return {
-            "pixel_values": torch.stack(in_threads(self.scorer.transform, images)),
+            "pixel_values": torch.stack(in_threads(self.scorer.preprocess, images)),
             "owner": torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
             **tokens,
         }
@@ -120,7 +121,11 @@ class Features:
             for row in tqdm(rows, desc="features", unit="group", disable=not progress):
                 waiting += preferences.images(row)
                 if len(waiting) >= EMBED_BATCH or row == rows[-1]:
-                    images.append(base.encode_images(base.inputs(waiting)).float().cpu())
+                    images.append(
+                        base.encode_images(torch.stack(in_threads(base.preprocess, waiting)).to(base.device))
+                        .float()
+                        .cpu()
+                    )
                     waiting = []
             distinct = list(dict.fromkeys(preferences.prompts))
             starts = range(0, len(distinct), EMBED_BATCH)

@@ -26,7 +26,7 @@ from reward_scorers import ScorerError, build
 from reward_scorers.heads import PAL
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.towers import TwoTowers
-from reward_scorers.trained import CLIP, DESCRIPTION, HEAD, LAYOUT, describe, load_head, make_head
+from reward_scorers.trained import CLIP, HEAD, LAYOUT, METADATA, load_head, make_head, read_metadata
 from t2i_align.data.loader import micro_batches, steps
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
@@ -74,6 +74,10 @@ def train_scorer(
     config: ScorerRun | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
 ) -> ScorerResult:
     """Train a preference model; see `ScorerRun`.
+
+    Args:
+        config: a ScorerRun, or the path of a YAML file such as those under configs/scorers/.
+        overrides: `key=value` changes to the file, such as train.steps=200.
 
     Raises:
         UserError: a configuration, data or model that cannot be used, or a folder of another run.
@@ -158,7 +162,7 @@ class Model:
             return cls(whole, whole, test, told)
         trained: nn.Module | None = None
         if run.tune == "users":
-            folder, told = describe(Path(run.model).expanduser())
+            folder, told = read_metadata(Path(run.model).expanduser())
             if told["kind"] != "pal":
                 raise UserError(f"model: {run.model} is of the kind {told['kind']!r}; only PAL has users")
             trained, told = load_head(folder, told), {**told, "name": name}
@@ -207,7 +211,7 @@ class Model:
         else:
             state = self.policy.network.state_dict()
             save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / HEAD)
-        write_json(temporary / DESCRIPTION, self.told)
+        write_json(temporary / METADATA, self.told)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

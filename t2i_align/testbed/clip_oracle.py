@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from t2i_align.testbed.clip_captions import ClipStatement, parse
-from t2i_align.testbed.oracle import Oracle, Verdict, fall, image_quality, to_images
+from t2i_align.testbed.oracle import Oracle, Verdict, fall, image_quality, shares, to_images
 from t2i_align.testbed.tracking import MIN_FRAMES, Motion, Track, follow, read_motion
 from t2i_align.testbed.vision import View, look
 
@@ -94,7 +94,7 @@ def _check(
     held["count"].append(_mode(len(view.objects) for view in views) == len(statement.parts))
     if statement.background is not None:
         held["background"].append(_mode(view.background for view in views) == statement.background)
-    return [float(np.mean(values)) if values else np.nan for values in held.values()]
+    return shares(held)
 
 
 def _temporal(views: Sequence[View], tracks: Sequence[Track], motions: Sequence[Motion]) -> np.ndarray:

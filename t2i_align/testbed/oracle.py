@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,6 @@ class Verdict:
     def columns(self) -> dict[str, np.ndarray]:
         """Everything that makes up the reward, by name."""
         return {"faithfulness": self.faithfulness, "quality": self.quality, "strict": self.strict, **self.attributes}
-
-    def means(self) -> dict[str, float]:
-        """Mean reward, faithfulness, strict and quality, and each attribute's over prompts that state it."""
-        means = {name: float(getattr(self, name).mean()) for name in ("reward", "faithfulness", "strict", "quality")}
-        stated = {name: values for name, values in self.attributes.items() if not np.isnan(values).all()}
-        return means | {name: float(np.nanmean(values)) for name, values in stated.items()}
 
 
 class Oracle:
@@ -148,18 +142,24 @@ def _check(view: View, statement: Statement) -> list[float]:
     one missing only the count is wrong.
     """
     matched = _match_objects(view.objects, statement)
-    held: dict[str, list[float]] = {"colour": [], "shape": [], "size": []}
+    held: dict[str, list[float]] = {name: [] for name in Oracle.attributes}
     for phrase in statement.phrases:
         seen = [item for wanted, item in matched if wanted is phrase and item is not None]
-        for name in held:
+        for name in ("colour", "shape", "size"):
             stated = getattr(phrase, name)
             if stated is not None:
                 held[name].append(float(np.mean([getattr(o, name) == stated for o in seen])) if seen else 0.0)
-    relation = float(_relation_holds(statement, [o for _, o in matched])) if statement.relation else np.nan
-    background = float(view.background == statement.background) if statement.background else np.nan
-    size = float(np.mean(held["size"])) if held["size"] else np.nan
-    count = float(len(view.objects) == statement.count)
-    return [float(np.mean(held["colour"])), float(np.mean(held["shape"])), size, relation, count, background]
+    if statement.relation:
+        held["relation"] = [_relation_holds(statement, [o for _, o in matched])]
+    if statement.background:
+        held["background"] = [view.background == statement.background]
+    held["count"] = [len(view.objects) == statement.count]
+    return shares(held)
+
+
+def shares(held: Mapping[str, Sequence[float]]) -> list[float]:
+    """The mean of each attribute's values, NaN where it has none."""
+    return [float(np.mean(values)) if values else np.nan for values in held.values()]
 
 
 def fall(value: float, good: float, bad: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from t2i_align.testbed.tracking import MIN_FRAMES
 from t2i_align.testbed.world import CLIPS, IMAGES, World
 
 
+@register("oracle", argument=False)
 class OracleScorer(Scorer):
     """The truth about images: parts are faithfulness, quality, strict and each attribute that a prompt may state.
 
@@ -36,22 +36,19 @@ class OracleScorer(Scorer):
             except ValueError as error:
                 raise ScorerError(f"{self.name}: prompts[{row}]: {error}") from error
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._judge(pixels, prompts)[0]
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        verdict = self._verdict(pixels, prompts)
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        verdict = self._verdict(inputs, prompts)
         return _tensor(verdict.reward), {name: _tensor(values) for name, values in verdict.columns().items()}
 
     def _verdict(self, pixels: Tensor, prompts: Sequence[str]) -> Any:
         height, width = pixels.shape[-2:]
         if height != width:
-            what = "clips" if self.clips else "images"
-            raise ScorerError(f"{self.name}: expected square {what}, found {width} x {height}")
+            raise ScorerError(f"{self.name}: expected square {self.takes}, found {width} x {height}")
         self.check_prompts(prompts)
         return self.world.oracle().judge(pixels.detach().float().cpu(), prompts)
 
 
+@register("motion_oracle", argument=False)
 class ClipOracleScorer(OracleScorer):
     """The truth about clips.
 
@@ -60,27 +57,12 @@ class ClipOracleScorer(OracleScorer):
     """
 
     name = "motion_oracle"
-    clips = True
+    takes, min_frames = "clips", MIN_FRAMES
     world = CLIPS
 
     def frame_scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Quality of each frame [B, F] in [0, 1], for methods that learn from segments."""
         return _tensor(self._verdict(pixels, prompts).frames)
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        if pixels.shape[1] < MIN_FRAMES:
-            raise ScorerError(f"{self.name}: expected clips of {MIN_FRAMES} frames or more, found {pixels.shape[1]}")
-        return super()._judge(pixels, prompts)
-
-
-def _build(cls: type[OracleScorer], argument: str) -> OracleScorer:
-    if argument:
-        raise ScorerError(f"{cls.name}: takes no argument, found {argument!r}")
-    return cls()
-
-
-for _cls in (OracleScorer, ClipOracleScorer):
-    register(_cls.name)(functools.partial(_build, _cls))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 from scipy import ndimage
@@ -25,7 +26,7 @@ _NAMES = tuple(COLOURS)
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One object found: names as in scenes (shape None: none of them), centre and radius in pixels.
+    """One object: names as in scenes (shape None: none of them), centre and radius in pixels.
 
     `chroma` is the peak chroma over the nominal one of its colour; `edge` the edge's width measure, the
     integral of coverage (1 - coverage) per pixel of outline: 1/6 for a perfect edge, 0.56 sigma when blurred.
@@ -60,25 +61,22 @@ _CHROMA = np.ptp(np.asarray(list(COLOURS.values())), axis=1)
 
 
 @functools.cache
-def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unit-norm coverages [T, 36 * 36] of every shape at several radii, subpixel offsets and blurs.
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Unit-norm coverages [T, 36 * 36] of every shape at several radii, subpixel offsets and blurs, and its index [T].
 
-    Also returns each template's shape index and radius.
+    In float64: in float32 the winner of two near templates would depend on the number of threads.
     """
     grid = np.arange(_CROP) + 0.5 - _CROP / 2
-    bank, shapes, radii = [], [], []
+    bank, shapes = [], []
     for index, shape in enumerate(SHAPES):
         for radius in np.arange(4.5, 13.1, 0.5):
-            for dx in (-0.33, 0.0, 0.33):
-                for dy in (-0.33, 0.0, 0.33):
-                    sharp = np.clip(0.5 - signed_distance(shape, grid[None] - dx, grid[:, None] - dy, radius), 0, 1)
-                    for sigma in (0.0, 1.0, 1.8):
-                        soft = ndimage.gaussian_filter(sharp, sigma) if sigma else sharp
-                        bank.append((soft / np.linalg.norm(soft)).ravel())
-                        shapes.append(index)
-                        radii.append(radius)
-    # In float64: in float32 the winner of two near templates would depend on the number of threads.
-    return np.asarray(bank, np.float64), np.asarray(shapes), np.asarray(radii)
+            for dx, dy in itertools.product((-0.33, 0.0, 0.33), repeat=2):
+                sharp = np.clip(0.5 - signed_distance(shape, grid[None] - dx, grid[:, None] - dy, radius), 0, 1)
+                for sigma in (0.0, 1.0, 1.8):
+                    soft = ndimage.gaussian_filter(sharp, sigma) if sigma else sharp
+                    bank.append((soft / np.linalg.norm(soft)).ravel())
+                    shapes.append(index)
+    return np.asarray(bank, np.float64), np.asarray(shapes)
 
 
 @functools.cache
@@ -101,15 +99,15 @@ def _components(chroma: np.ndarray, hue: np.ndarray) -> list[tuple[int, int, np.
     structure = np.zeros((3, 3, 3, 3), int)
     structure[1, 1] = ndimage.generate_binary_structure(2, 1)
     labels, _ = ndimage.label(layers, structure)
-    found = []
+    regions = []
     for label, where in enumerate(ndimage.find_objects(labels), start=1):
         b, c, rows, columns = where
         region = labels[b.start, c.start][rows, columns] == label
         if region.sum() >= 0.6 * MIN_AREA:
             whole = np.zeros(chroma.shape[1:], bool)
             whole[rows, columns] = region
-            found.append((b.start, c.start, whole))
-    return found
+            regions.append((b.start, c.start, whole))
+    return regions
 
 
 def _crop(image: np.ndarray, x: float, y: float) -> np.ndarray:
@@ -166,7 +164,7 @@ def _match(coverages: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     if not coverages:
         return np.zeros(0, int), np.zeros(0)
     flat = np.asarray(coverages, np.float64).reshape(len(coverages), -1)
-    bank, shapes, _ = _templates()
+    bank, shapes = _templates()
     cosine = (flat @ bank.T) / np.linalg.norm(flat, axis=1, keepdims=True)
     winner = cosine.argmax(1)
     return shapes[winner], cosine[np.arange(len(winner)), winner]

@@ -64,8 +64,8 @@ def align(
     """Align a diffusion model with preferences.
 
     Args:
-        config: a RunConfig, the same as nested values, or the path of a YAML file.
-        overrides: `key=value` changes to a mapping or file.
+        config: path of a YAML file such as those under configs/, a RunConfig, or the same as nested values.
+        overrides: `key=value` changes to the configuration: train.steps=200 objective.beta=500 lora=null ...
         progress: show progress bars.
 
     Raises:

@@ -106,7 +106,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["data", "split", str(source), "--out", str(out), "--held-out", "0.3", "--seed", "1"]) == 0
     printed = capsys.readouterr().out
     parts = {name: [g for g in read(out / f"{name}.yaml") if isinstance(g, Group)] for name in ("train", "held_out")}
-    assert len(parts["train"]) + len(parts["held_out"]) == 40 and f"train              {len(parts['train'])}" in printed
+    assert len(parts["train"]) + len(parts["held_out"]) == 40 and f"train            {len(parts['train'])}\n" in printed
     prompts = (out / "held_out_prompts.txt").read_text().splitlines()
     assert prompts == list(dict.fromkeys(group.prompt for group in parts["held_out"]))
     assert not set(prompts) & {group.prompt for group in parts["train"]}

@@ -34,16 +34,10 @@ class Red(Scorer):
     name = "red"
     version = "7"
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return pixels[:, 0].mean((1, 2))
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        blue = pixels[:, 2].mean((1, 2))
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        red, green, blue = inputs.mean((2, 3)).unbind(1)
         silent = torch.tensor(["a" in prompt for prompt in prompts])
-        return self._score(pixels, prompts), {
-            "green": pixels[:, 1].mean((1, 2)),
-            "blue": blue.masked_fill(silent, math.nan),
-        }
+        return red, {"green": green, "blue": blue.masked_fill(silent, math.nan)}
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +207,7 @@ def test_further_settings_are_written_and_reported(sd_path: Path, tmp_path: Path
 
 def test_too_little_memory_for_a_scorer_names_the_option(sd_path: Path, tmp_path: Path) -> None:
     class Huge(Red):
-        def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match=r"CUDA out of memory at batch size 8; lower batch_size \(--batch-size\)"):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +21,7 @@ from t2i_align.labeling.annotate import caption, perturb, relabel
 from t2i_align.testbed.captions import corrupt, describe, draw_for, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
-from tests.labeling.test_texts import blip, t5
+from tests.labeling.test_models import blip, t5
 
 GROUPS = 11
 QUIET: dict[str, Any] = {"progress": False, "batch_size": 4}
@@ -72,7 +68,7 @@ def prompts(source: Path) -> dict[str, str]:
 # What is written ------------------------------------------------------------------------------------------------
 
 
-def test_variant_c_describes_every_image_in_the_sources_order(source: Path, tmp_path: Path) -> None:
+def test_variant_c_describes_every_image_in_source_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "c.jsonl"
     summary = caption(source, "c", out, captioner="testbed:captioner", **QUIET)
     found = rows(out)
@@ -90,7 +86,7 @@ def test_variant_c_describes_every_image_in_the_sources_order(source: Path, tmp_
         assert (said[1 - better].relation, said[1 - better].phrases) != (stated.relation, said[better].phrases)
 
 
-def test_variant_p_gives_the_loser_a_caption_that_contradicts_the_prompt(source: Path, tmp_path: Path) -> None:
+def test_variant_p_perturbs_the_prompt_for_the_loser(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.jsonl"
     caption(source, "p", out, kinds=["relation"], **QUIET)
     assert skipped(out) == {"g4": "a tie: neither candidate is the winner"}  # no image was needed
@@ -102,7 +98,7 @@ def test_variant_p_gives_the_loser_a_caption_that_contradicts_the_prompt(source:
         assert parse(captions[1 - better]).canonical().phrases == opposite
 
 
-def test_variant_h_describes_both_and_perturbs_the_losers(source: Path, tmp_path: Path) -> None:
+def test_variant_h_perturbs_the_losers_description(source: Path, tmp_path: Path) -> None:
     out, plain = tmp_path / "h.jsonl", tmp_path / "c.jsonl"
     caption(source, "h", out, captioner="testbed:captioner", kinds=["attribute"], **QUIET)
     caption(source, "c", plain, captioner="testbed:captioner", **QUIET)
@@ -115,7 +111,7 @@ def test_variant_h_describes_both_and_perturbs_the_losers(source: Path, tmp_path
         assert changed != described[1 - better] and len(changed.split()) == len(described[1 - better].split())
 
 
-def test_scores_of_another_file_say_who_wins(source: Path, tmp_path: Path) -> None:
+def test_scores_from_annotations_decide_the_winner(source: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.jsonl"
     scores.write_text("".join(json.dumps({"id": f"g{i}", "scores": [0, 1]}) + "\n" for i in range(GROUPS)))
     out = tmp_path / "p.jsonl"
@@ -123,7 +119,7 @@ def test_scores_of_another_file_say_who_wins(source: Path, tmp_path: Path) -> No
     assert all(row["captions"][1] == prompts(source)[key] != row["captions"][0] for key, row in rows(out).items())
 
 
-def test_a_negative_of_a_prompt_depends_on_its_seed_and_id_alone(source: Path, tmp_path: Path) -> None:
+def test_negative_caption_depends_only_on_seed_and_id(source: Path, tmp_path: Path) -> None:
     outs = [tmp_path / f"{i}.jsonl" for i in range(3)]
     perturb(source, outs[0], **QUIET)
     perturb(source, outs[1], progress=False, batch_size=3)
@@ -138,7 +134,7 @@ def test_a_negative_of_a_prompt_depends_on_its_seed_and_id_alone(source: Path, t
     assert len({row["negative_caption"] for row in rows(tmp_path / "alike.jsonl").values()}) > 3
 
 
-def test_what_a_run_reads_of_it_is_sorted_with_the_candidates(source: Path, tmp_path: Path) -> None:
+def test_annotations_are_sorted_with_the_candidates(source: Path, tmp_path: Path) -> None:
     files = [tmp_path / "p.jsonl", tmp_path / "negatives.jsonl"]
     caption(source, "p", files[0], **QUIET)
     perturb(source, files[1], **QUIET)
@@ -217,14 +213,14 @@ def test_groups_that_cannot_be_scored_are_skipped(tmp_path: Path) -> None:
     assert relabel(single, [Fixed("a", lambda x: x)], tmp_path / "d.jsonl", **QUIET).groups == 1
 
 
-def test_a_prompt_in_which_nothing_can_be_changed_is_skipped(tmp_path: Path) -> None:
+def test_prompt_without_a_possible_edit_is_skipped(tmp_path: Path) -> None:
     data = grey_images(tmp_path / "data", 1, 2)
     with pytest.raises(UserError, match="none of 1"):
         perturb(data, tmp_path / "a.jsonl", **QUIET)
     assert skipped(tmp_path / "a.jsonl") == {"a": "the perturber cannot change 'x'"}
 
 
-def test_models_of_transformers_write_captions(source: Path, tmp_path: Path) -> None:
+def test_transformers_models_write_captions(source: Path, tmp_path: Path) -> None:
     """The whole path with a random BLIP and a random T5: what they say means nothing, that it is written does."""
     out = tmp_path / "h.jsonl"
     models = {"captioner": str(blip(tmp_path / "blip")), "perturber": str(t5(tmp_path / "t5"))}
@@ -255,7 +251,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 3, 5])
-def test_a_continued_file_equals_an_uninterrupted_one(batches: int, source: Path, tmp_path: Path) -> None:
+def test_continued_file_equals_an_uninterrupted_one(batches: int, source: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     first = Recorder()
     caption(source, "c", whole, captioner=first, **QUIET)
@@ -269,7 +265,7 @@ def test_a_continued_file_equals_an_uninterrupted_one(batches: int, source: Path
 
 
 @pytest.mark.parametrize("cut", range(0, 900, 90))
-def test_a_kill_in_the_middle_of_a_line_loses_that_line_only(cut: int, source: Path, tmp_path: Path) -> None:
+def test_half_written_line_is_repaired(cut: int, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.jsonl"
     caption(source, "c", out, captioner=Recorder(), **QUIET)
     whole, why = out.read_bytes(), Path(f"{out}.skipped.jsonl").read_bytes()
@@ -285,7 +281,7 @@ def unfinish(out: Path) -> None:
     file.write_text(file.read_text().replace('"finished": true', '"finished": false'))
 
 
-def test_skipped_rows_of_the_source_and_its_duplicates_are_recorded_once(source: Path, tmp_path: Path) -> None:
+def test_skipped_and_duplicate_rows_are_recorded_once(source: Path, tmp_path: Path) -> None:
     lines = source.read_text().splitlines()
     source.write_text("\n".join([lines[0], lines[0], lines[1].replace("1_0.png", "gone.png"), *lines[2:4]]) + "\n")
     out = tmp_path / "n.jsonl"
@@ -297,7 +293,7 @@ def test_skipped_rows_of_the_source_and_its_duplicates_are_recorded_once(source:
         unfinish(out)
 
 
-def test_a_file_of_other_settings_is_refused_and_says_what_differs(source: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_and_named(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "n.jsonl"
     perturb(source, out, **QUIET)
     before = out.read_bytes()
@@ -347,7 +343,7 @@ def test_finished_and_foreign_files_are_refused(source: Path, tmp_path: Path) ->
         (lambda s, o: relabel(s, ["oracle"], o, device="cuda:99"), "device 'cuda:99' cannot be used"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(call: Any, says: str, source: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named_before_anything_is_written(call: Any, says: str, source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with pytest.raises(UserError) as error:
         call(source, folder / "a.jsonl")
@@ -355,7 +351,7 @@ def test_bad_input_is_named_and_nothing_is_written(call: Any, says: str, source:
     assert not folder.exists()
 
 
-def test_a_source_without_pairs_or_groups_is_named(source: Path, tmp_path: Path) -> None:
+def test_source_without_usable_groups_is_named(source: Path, tmp_path: Path) -> None:
     ties = [row | {"scores": [1, 1]} for row in rows(source).values()]
     source.write_text("".join(json.dumps(row) + "\n" for row in ties))
     with pytest.raises(UserError, match=r"no pair with a winner in it; its groups by candidates: \{2: 11\}"):
@@ -368,9 +364,7 @@ def test_a_source_without_pairs_or_groups_is_named(source: Path, tmp_path: Path)
 # The commands ---------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_write_files_and_say_how_many(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_report_counts(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "c.jsonl"
     assert (
         cli.main(["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner", "--out", str(out)]) == 0
@@ -381,31 +375,3 @@ def test_the_commands_write_files_and_say_how_many(
     assert "exists and is finished" in capsys.readouterr().err
     assert cli.main(["relabel", str(source), "--scorers", "oracle", "--out", str(tmp_path / "s.jsonl")]) == 0
     assert len(rows(tmp_path / "s.jsonl")) == 10
-
-
-def test_scorers_may_be_listed_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    answer = SimpleNamespace(groups=1, skipped=0, why_skipped=None, out="x")
-    monkeypatch.setattr("t2i_align.labeling.annotate.relabel", lambda **keywords: calls.append(keywords) or answer)
-    assert cli.main(["relabel", "x", "--scorers", "a,b", "c:d:/e.pt", "--out", "o"]) == 0
-    assert calls[0]["scorers"] == ["a", "b", "c:d:/e.pt"]
-
-
-@pytest.mark.parametrize("name", ["caption", "perturb", "relabel"])
-def test_a_command_offers_what_its_function_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("t2i_align.labeling.annotate")
-    parameters = inspect.signature(getattr(module, name)).parameters
-    for example in cli.COMMANDS[name].examples:
-        calls: list[dict[str, Any]] = []
-
-        def recorded(calls: list[dict[str, Any]] = calls, **keywords: Any) -> Any:
-            calls.append(keywords)
-            return SimpleNamespace(groups=1, skipped=0, why_skipped=None, out="x")
-
-        monkeypatch.setattr(module, name, recorded)
-        arguments = shlex.split(example)[1:]
-        assert cli.main(arguments) == 0
-        assert calls[0].keys() == parameters.keys() - {"progress"}
-        for key, value in calls[0].items():
-            told = f"--{key.replace('_', '-')}" in arguments or key == "source"
-            assert told or value == parameters[key].default, f"the command's default of {key} is not the function's"

@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, sd_path: Path) -> Path:
     return out
 
 
-def test_prompts_become_groups_with_all_that_made_them(made: Path) -> None:
+def test_groups_record_scorers_seeds_and_models(made: Path) -> None:
     found = rows(made)
     assert [row["prompt"] for row in found] == ["a red fox", "a blue owl", "a green dog"]  # each distinct one once
     assert rows(made, "skipped.jsonl")[0]["reason"] == "not a prompt for this scorer"
@@ -70,7 +70,7 @@ def test_prompts_become_groups_with_all_that_made_them(made: Path) -> None:
     assert all(isinstance(group, Group) and len(group.candidates) == 3 for group in groups)
 
 
-def test_what_is_there_is_not_made_again(made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_images_and_scores_are_kept(made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image and the scores lost: one image is drawn and the result is the same, byte for byte."""
     before = (made / "groups.jsonl").read_bytes()
     drawn: list[int] = []
@@ -87,7 +87,7 @@ def test_what_is_there_is_not_made_again(made: Path, sd_path: Path, monkeypatch:
         make(made, sd_path, steps=2)
 
 
-def test_several_processes_share_the_work(
+def test_processes_share_the_prompts(
     tmp_path: Path, made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes every second prompt; the one that finds all done writes what a single one writes."""
@@ -104,7 +104,7 @@ def test_several_processes_share_the_work(
             assert said["scores"] == pytest.approx(other["by_scorer"][name]["scores"], abs=0.01)
 
 
-def test_pairs_that_scorers_agree_on(made: Path, sd_path: Path) -> None:
+def test_pairs_need_agreement_of_the_scorers(made: Path, sd_path: Path) -> None:
     groups = rows(made)
     agreed = 0
     for row in groups:
@@ -123,7 +123,7 @@ def test_pairs_that_scorers_agree_on(made: Path, sd_path: Path) -> None:
                    steps=1, guidance=1.0, height=32, width=32, agree=0.9, progress=False)  # fmt: skip
 
 
-def test_the_command(
+def test_command(
     tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(registry._FACTORIES, "channel", lambda argument: Channel(int(argument)))
@@ -141,7 +141,7 @@ def test_the_command(
     assert f"2 groups in {tmp_path / 'out' / 'groups.jsonl'}, 0 skipped" in capsys.readouterr().out
 
 
-def test_models_that_make_clips_are_refused(tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_video_models_are_refused(tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = module.load_pipeline
     monkeypatch.setattr(module, "load_pipeline", lambda *args: as_video(genuine(*args)))
     with pytest.raises(UserError, match="this model makes clips"):
@@ -162,13 +162,13 @@ def as_video(pipeline: Any) -> Any:
         ({"steps": 0}, "steps must be"),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, sd_path: Path, options: dict[str, Any], expected: str) -> None:
+def test_wrong_arguments_are_named(tmp_path: Path, sd_path: Path, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         make(tmp_path / "out", sd_path, **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_something_else_in_it(tmp_path: Path, sd_path: Path) -> None:
+def test_foreign_folder_is_refused(tmp_path: Path, sd_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and holds no synthesis"):
         make(tmp_path, sd_path)

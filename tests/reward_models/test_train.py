@@ -25,7 +25,7 @@ from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
 from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
 from t2i_align.utils.settings import build
-from tests.reward_scorers.test_towers import write_hf_clip
+from tests.reward_scorers.small import write_hf_clip
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
 USERS = ("warm", "cold")
@@ -231,12 +231,15 @@ def test_a_trained_scorer_refuses_another_base(clip: str, source: Path, tmp_path
     file.write_text(json.dumps({**told, "layout": 99}))
     with pytest.raises(ScorerError, match="written with layout 99, this version reads 1"):
         reward_scorers.build(f"trained:{tmp_path / 'run'}")
-    for change, found in (({"kind": "tree"}, "the kind 'tree'"), ({"width": None, "base": None}, "lacks base, width")):
+    for change, reason in (
+        ({"kind": "tree"}, "expected the kind clip or linear or pal, found 'tree'"),
+        ({"width": None, "base": None}, "the metadata of kind linear lacks base, width"),
+    ):
         file.write_text(json.dumps({key: value for key, value in {**told, **change}.items() if value is not None}))
-        with pytest.raises(ScorerError, match=f"expected a description of clip or linear or pal: {found}"):
+        with pytest.raises(ScorerError, match=reason):
             reward_scorers.build(f"trained:{tmp_path / 'run'}")
     file.write_text("[1]")
-    with pytest.raises(ScorerError, match=r"scorer.json: not a description"):
+    with pytest.raises(ScorerError, match=r"scorer.json: not the metadata of a scorer"):
         reward_scorers.build(f"trained:{tmp_path / 'run'}")
     with pytest.raises(ScorerError, match=r"no scorer.json in it"):
         reward_scorers.build(f"trained:{tmp_path}")

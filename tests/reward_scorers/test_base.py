@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import reward_scorers
 from reward_scorers import Scorer, ScorerError
+from reward_scorers.images import to_rgb
+from t2i_align.data.media import decode, to_pixels
 
 
 class Red(Scorer):
@@ -25,12 +28,9 @@ class Red(Scorer):
     version = "1"
     differentiable = True
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return pixels[:, 0].mean((1, 2))
-
-    def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        green = pixels[:, 1].mean((1, 2))
-        return self._score(pixels, prompts), {"green": torch.where(green > 0, green, torch.nan)}
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        red, green, _ = inputs.mean((2, 3)).unbind(1)
+        return red, {"green": torch.where(green > 0, green, torch.nan)}
 
 
 def test_a_clip_gets_the_mean_over_its_frames_and_a_part_over_the_frames_it_applies_to() -> None:
@@ -47,10 +47,10 @@ def test_images_of_mixed_sizes_and_modes_keep_their_order() -> None:
     images = [
         Image.new("RGB", (3, 5), (255, 0, 0)),
         Image.new("L", (8, 8), 51),  # 51 / 255 = 0.2
-        Image.new("RGBA", (3, 5), (102, 255, 0, 7)),  # 0.4
+        Image.new("RGB", (3, 5), (102, 255, 0)),  # 0.4
         Image.new("1", (1, 1), 0),
     ]
-    score, parts = Red().judge_images(images, list("abcd"))
+    score, parts = Red().judge(images, list("abcd"))
     torch.testing.assert_close(score, torch.tensor([1.0, 0.2, 0.4, 0.0]))
     torch.testing.assert_close(parts["green"], torch.tensor([torch.nan, 0.2, 1.0, torch.nan]), equal_nan=True)
     torch.testing.assert_close(Red().score_images(images, list("abcd")), score)
@@ -77,7 +77,7 @@ PIXELS = torch.rand(2, 3, 4, 4)
     ],
 )
 def test_bad_input_is_named(pixels: Tensor, prompts: Sequence[str], match: str) -> None:
-    for call in (Red().score, Red().judge, Red().parts):
+    for call in (Red().score, Red().judge):
         with pytest.raises(ScorerError, match=match):
             call(pixels, prompts)
 
@@ -100,26 +100,66 @@ def test_animated_and_foreign_images_are_named(tmp_path) -> None:
         (frames[0], "images: expected a list of PIL images, found Image"),
         ([], "images: expected a list of PIL images, found none"),
         ([Image.new("RGB", (0, 5))], r"images\[0\]: an image of 0 x 5 pixels"),
-        ([Image.open(tmp_path / "cut.png")], "images: one of them cannot be decoded: image file is truncated"),
-        *(([Image.new(mode, (4, 4))], f"pixels of mode {mode} have no known range") for mode in ("F", "I", "I;16")),
+        ([Image.open(tmp_path / "cut.png")], r"images\[0\]: cannot be decoded: image file is truncated"),
+        *(([Image.new(mode, (4, 4))], f"pixels of mode {mode} have no known range") for mode in ("F", "I")),
     ]
     for images, match in cases:
         with pytest.raises(ScorerError, match=match):
             Red().score_images(images, ["a"])
 
 
-def test_a_phones_jpeg_with_its_preview_is_one_image(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 8), (51, 0, 0))
-    image.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[image.resize((4, 4))])
-    opened = Image.open(tmp_path / "phone.jpg")
-    assert opened.n_frames == 2  # type: ignore[attr-defined]
-    assert Red().score_images([opened], ["a"]).item() == pytest.approx(0.2, abs=0.01)
+def odd_images(folder: Path) -> dict[str, Path]:
+    """A file of each kind that needs more than reading its pixels."""
+    gradient = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+    red = Image.merge("RGB", [gradient, gradient.rotate(90), gradient.rotate(180)])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    hidden = red.convert("RGBA")
+    hidden.putalpha(gradient)
+    sixteen = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
+    palette = red.quantize(16)
+    saved = {
+        "rotated.jpg": (red, {"exif": exif}),
+        "rotated.png": (red, {"exif": exif}),
+        "transparent.png": (hidden, {}),
+        "transparent_gray.png": (hidden.convert("LA"), {}),
+        "transparent_palette.png": (palette, {"transparency": 0}),
+        "transparent_colour.png": (red, {"transparency": red.getpixel((0, 0))}),
+        "sixteen.png": (sixteen, {}),
+        "cmyk.jpg": (red.convert("CMYK"), {}),
+        "palette.png": (palette, {}),
+        "phone.jpg": (red, {"format": "MPO", "save_all": True, "append_images": [red.resize((4, 4))]}),
+    }
+    for name, (image, options) in saved.items():
+        image.save(folder / name, **options)
+    return {name: folder / name for name in saved}
+
+
+def test_images_of_every_kind_are_decoded_as_training_data_are(tmp_path: Path) -> None:
+    """So a scorer gives a file, or the image that Pillow opens from it, the score of the pixels that are trained on."""
+    scores = {}
+    for name, file in odd_images(tmp_path).items():
+        np.testing.assert_array_equal(to_rgb(Image.open(file)), decode(file), err_msg=name)
+        scores[name] = Red().score_images([Image.open(file)], ["a"])
+        torch.testing.assert_close(scores[name], Red().score(to_pixels(decode(file), 8, 8)[None], ["a"]), msg=name)
+        raw = Image.open(file).convert("RGB")
+        changed = not np.array_equal(raw, to_rgb(Image.open(file)))
+        assert changed == (not name.startswith(("cmyk", "palette", "phone"))), name
 
 
 def noise_png() -> bytes:
     stream = io.BytesIO()
     Image.effect_noise((32, 32), 50).save(stream, format="PNG")
     return stream.getvalue()
+
+
+def test_scores_of_another_shape_are_refused() -> None:
+    class Flat(Red):
+        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Any:
+            return inputs.mean()
+
+    with pytest.raises(ScorerError, match=r"red: the score: expected shape \[2\], found \[\]"):
+        Flat().score(PIXELS, ["a", "b"])
 
 
 def test_registry_builds_by_name_and_names_the_choices() -> None:

@@ -23,11 +23,10 @@ from PIL import Image
 
 from reward_scorers.hpsv2 import HPSv2Scorer
 from reward_scorers.imagereward import ImageRewardScorer
-from tests.reward_scorers.test_imagereward import TEXT, VISION, checkpoint, tokenizer  # noqa: F401  (fixtures)
-from tests.reward_scorers.test_towers import MODES, PROMPTS, SIZES, TINY, noise
+from reward_scorers.images import to_rgb
+from tests.reward_scorers.small import MODES, PROMPTS, SIZES, TEXT, TINY, VISION, noise, write_imagereward
 
 pytestmark = pytest.mark.slow
-OPAQUE = [mode for mode in MODES if mode not in ("RGBA", "LA")]  # which are all that hpsv2 can score
 
 HPS = """
 import importlib, json, sys, types
@@ -120,12 +119,12 @@ def hpsv2_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return code
 
 
-def images(folder: Path, count: int, sizes: Sequence[tuple[int, int]], modes: Sequence[str]) -> list[tuple[str, str]]:
-    """Files of several sizes and modes, each with a prompt."""
+def images(folder: Path, count: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+    """Files of several sizes and modes, as the scorers decode them, each with a prompt."""
     rows = []
     for number in range(count):
         file = folder / f"{number}.tif"
-        noise(sizes[number % len(sizes)], number).convert(modes[number % len(modes)]).save(file)
+        to_rgb(noise(sizes[number % len(sizes)], number).convert(MODES[number % len(MODES)])).save(file)
         rows.append((str(file), PROMPTS[number % len(PROMPTS)]))
     (folder / "list.json").write_text(json.dumps(rows))
     return rows
@@ -157,7 +156,7 @@ def test_hpsv2s_own_code_on_100_images_with_a_reduced_model(hpsv2_code: Path, tm
     torch.manual_seed(0)
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": open_clip.create_model("tiny-ours").state_dict()}, weights)
-    rows = images(tmp_path, 105, SIZES, OPAQUE)
+    rows = images(tmp_path, 105, SIZES)
     worst = compare_hpsv2(hpsv2_code, tmp_path, "tiny-original", "tiny-ours", rows, weights)
     print(f"hpsv2, reduced depth, {len(rows)} images: {worst:.1e}")
 
@@ -168,16 +167,17 @@ def test_hpsv2s_own_code_on_100_images_with_vit_h(hpsv2_code: Path, tmp_path: Pa
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": open_clip.create_model("ViT-H-14").state_dict()}, weights)
     count = int(os.environ.get("ORIGINALS_IMAGES", "100"))
-    rows = images(tmp_path, count, [(224, 224), (512, 512), (97, 31), (640, 480)], OPAQUE)
+    rows = images(tmp_path, count, [(224, 224), (512, 512), (97, 31), (640, 480)])
     worst = compare_hpsv2(hpsv2_code, tmp_path, "ViT-H-14", "ViT-H-14", rows, weights)
     print(f"hpsv2, ViT-H-14, {len(rows)} images: {worst:.1e}")
 
 
-def test_imagerewards_own_code_on_100_pairs(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_imagerewards_own_code_on_100_pairs(tmp_path: Path) -> None:
     """Its own steps and `score`, on its own BLIP at a reduced depth."""
     code = fetched("image-reward==1.5", tmp_path)
+    checkpoint, tokenizer = write_imagereward(tmp_path)
     scorer = ImageRewardScorer(str(checkpoint), str(tokenizer), vision=VISION, text=TEXT)
-    rows = images(tmp_path, 105, SIZES, MODES)
+    rows = images(tmp_path, 105, SIZES)
     original(IMAGE_REWARD, code, checkpoint, tmp_path / "list.json", tokenizer, json.dumps(VISION), json.dumps(TEXT),
              tmp_path / "scores.json")  # fmt: skip
     expected = torch.tensor(json.loads((tmp_path / "scores.json").read_text()))

@@ -23,11 +23,9 @@ class Colours(TwoTowers):
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
 
-    def transform(self, image: Image.Image) -> Tensor:
-        raise NotImplementedError
-
-    def preprocess(self, pixels: Tensor) -> Tensor:
-        return pixels
+    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
+        assert isinstance(image, Tensor)
+        return image
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return F.normalize(inputs.mean((2, 3)), dim=-1)
@@ -67,7 +65,9 @@ def test_gradients_reach_the_frames() -> None:
 
 
 def test_images_and_short_clips_are_refused() -> None:
-    with pytest.raises(ScorerError, match=r"motion: expected clips \[B, F, 3, H, W\] of 2 frames or more"):
+    with pytest.raises(
+        ScorerError, match=r"motion: expected clips \[B, F, 3, H, W\] of 2 frames or more, found \[2, 3, 4, 4\]"
+    ):
         reward_scorers.build("motion").score(torch.rand(2, 3, 4, 4), ["a", "b"])
     with pytest.raises(ScorerError, match="of 3 frames or more"):
         reward_scorers.build("smoothness").judge(clip(0.1, 0.2), ["a"])

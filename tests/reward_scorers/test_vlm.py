@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration
 import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.vlm import VLMScorer
-from tests.labeling.test_texts import blip, llava
-from tests.reward_scorers.test_towers import write_hf_clip
+from tests.labeling.test_models import blip, llava
+from tests.reward_scorers.small import write_hf_clip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_score_is_the_chance_of_yes_at_the_first_token(folder: Path, judge: 
     image, prompt = images(1)[0], "two cats"
     with torch.no_grad():
         chances = model(**judge._inputs([image], [prompt])).logits[0, -1].softmax(-1)
-    total, parts = judge.judge_images([image], [prompt])
+    total, parts = judge.judge([image], [prompt])
     yes, no = chances[judge.yes].sum(), chances[judge.no].sum()
     torch.testing.assert_close(total[0], yes, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(parts["log_odds"][0], (yes / no).log(), atol=1e-4, rtol=1e-4)

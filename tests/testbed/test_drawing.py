@@ -9,7 +9,6 @@ import torch
 from t2i_align.data.media import load_clip, save_clip
 from t2i_align.testbed import base_path, clip_captions
 from t2i_align.testbed import prompts as split_prompts
-from t2i_align.testbed.annotators import Noisy, sample_people
 from t2i_align.testbed.captions import FAULTS, corrupt, describe, draw_for, write
 from t2i_align.testbed.clips import DIRECTIONS, FRAMES, PATHS, SPEEDS, TURNS, draw_offsets, sample_clip
 from t2i_align.testbed.oracle import Oracle
@@ -24,6 +23,7 @@ from t2i_align.testbed.scenes import (
     sample_scene,
     to_uint8,
 )
+from tools.testbed.annotators import Noisy, sample_people
 from tools.testbed.faults import spoil, to_clip
 
 

@@ -217,7 +217,7 @@ def test_the_clip_scorer_sees_whole_clips(clip_world):
     np.testing.assert_allclose(scorer.score(pixels, texts[:4]).numpy(), verdict.reward[:4], rtol=1e-6)
     assert {"faithfulness", "quality", "temporal", "path", "speed"} <= parts.keys()
     assert scorer.frame_scores(pixels, texts[:4]).shape == (4, FRAMES)
-    backwards = scorer.parts(pixels.flip(1), texts[:4])["path"]
+    backwards = scorer.judge(pixels.flip(1), texts[:4])[1]["path"]
     ways = [clip_captions.parse(text).parts[0].path for text in texts[:4]]
     assert [bool(p < 1) for p in backwards] == [way in DIRECTIONS or way in TURNS for way in ways]
     with pytest.raises(ScorerError, match=r"expected clips \[B, F, 3, H, W\]"):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from t2i_align.testbed import prompts
-from t2i_align.testbed.annotators import Expert
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.scenes import render, sample_scene
 from t2i_align.testbed.vision import View
+from tools.testbed.annotators import Expert
 from tools.testbed.pairs import SCHEMA, PairsConfig, choose, decode, encode_jpeg, main, make_pairs, write_parquet
 
 

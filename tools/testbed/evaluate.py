@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -19,9 +20,15 @@ from t2i_align.testbed.world import CLIPS, IMAGES
 from tools.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
 
 
+def means(verdict: Verdict) -> dict[str, float]:
+    """Mean of the reward and of each of its parts, attributes over prompts that state them."""
+    stated = {"reward": verdict.reward, **verdict.columns()}
+    return {name: float(np.nanmean(values)) for name, values in stated.items() if not np.isnan(values).all()}
+
+
 def summary(verdict: Verdict) -> str:
-    """The verdict's means on one line."""
-    return " ".join(f"{name} {value:.3f}" for name, value in verdict.means().items())
+    """The means on one line."""
+    return " ".join(f"{name} {value:.3f}" for name, value in means(verdict).items())
 
 
 def grid(images: Tensor, columns: int = 16) -> Image.Image:
@@ -68,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
     captions = prompts(split)[: args.number]
     verdict = evaluate(pipeline, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, image=args.image)
     settings = {"model": str(args.model), "split": split, "prompts": len(captions), "steps": args.steps}
-    print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | verdict.means(), indent=2))
+    print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | means(verdict), indent=2))

@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
-from t2i_align.testbed.annotators import Annotator, Biased, Expert, Noisy
 from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.prompts import prompts
 from t2i_align.testbed.world import CLIPS
 from t2i_align.utils.files import atomic_file, atomic_folder
+from tools.testbed.annotators import Annotator, Biased, Expert, Noisy
 from tools.testbed.sampling import GUIDANCE, load, model_folder, output_arguments, sample, start
 
 SCHEMA = pa.schema(

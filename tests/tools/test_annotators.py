@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from t2i_align.testbed.annotators import TRAITS, Biased, Expert, Noisy, Person, sample_people, traits
 from t2i_align.testbed.oracle import Verdict
 from t2i_align.testbed.vision import Seen, View
+from tools.testbed.annotators import TRAITS, Biased, Expert, Noisy, Person, sample_people, traits
 
 
 def verdict(rewards, views=None):

@@ -1,0 +1,255 @@
+"""Captioners (images to what they show) and perturbers (captions to captions that no longer fit): one protocol.
+
+Both are genuine transformers models, or the testbed's captioner and the rule-based perturber.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reward_scorers.vlm import chat_inputs, without_special_tokens
+from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.errors import UserError, unknown
+from t2i_align.inference.models import resolve_model
+from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, pick_device
+from t2i_align.inference.prompts import TESTBED
+from t2i_align.labeling.rules import KINDS, RulePerturber
+
+DRAWN = "testbed:captioner"
+RULES = "rules"
+PROMPT, CAPTION = "{prompt}", "{caption}"
+TOP_P = 0.75  # DCPO (arXiv 2502.06023) samples DIPPER with it
+# DCPO gives the captioner the prompt as well, which says what matters in the image.
+QUESTION = (
+    "Describe what this image shows in one sentence: its objects, how many there are, their attributes, where they "
+    'are, and the style. It was made for the prompt "{prompt}", but may differ from it: describe what you see, in the '
+    "manner of that prompt. Answer with the description alone."
+)
+INSTRUCTION = (
+    "Change one or two details of this description of an image, such as a colour, a number, an object or a position, "
+    "so that it no longer fits the image. Keep its length and style. Answer with the changed description alone.\n\n"
+    "{caption}"
+)
+Subject = TypeVar("Subject", contravariant=True)
+Context = TypeVar("Context", contravariant=True)
+
+
+class Annotator(Protocol[Subject, Context]):
+    """Writes a text per subject, in batches; "" or None where it has none.
+
+    name: recorded with its texts.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, subjects: Sequence[Subject], contexts: Sequence[Context], /) -> Sequence[str | None]: ...
+
+
+Captioner = Annotator[Image.Image, str]  # an image and its prompt -> a description
+Perturber = Annotator[str, int]  # a caption and a seed -> a caption that contradicts it
+
+
+def load_captioner(spec: str, **options: Any) -> Captioner:
+    """`testbed:captioner`, or a folder or Hub id with the options of `LanguageModel`.
+
+    Raises:
+        UserError: no such captioner, or one that cannot be used.
+    """
+    if not spec.startswith(TESTBED):
+        return ImageCaptioner(spec, **options)
+    if spec != DRAWN:
+        raise unknown("captioner", spec, [DRAWN])
+    from t2i_align.labeling.testbed import DrawnCaptioner
+
+    return DrawnCaptioner()
+
+
+def load_perturber(spec: str, *, kinds: Sequence[str] = KINDS, strength: int = 1, **options: Any) -> Perturber:
+    """`rules` with kinds and strength of its edits, or a folder or Hub id with the options of `LanguageModel`.
+
+    Raises:
+        UserError: no such perturber, or one that cannot be used.
+    """
+    if spec == RULES:
+        return RulePerturber(kinds=tuple(kinds), strength=strength)
+    template = options.get("template")
+    if template is not None and CAPTION not in template:
+        raise UserError(f"the perturber's template has no {CAPTION} where the caption goes: {template!r}")
+    return CaptionPerturber(spec, **options)
+
+
+class LanguageModel(ABC):
+    """A transformers model that writes texts, tried once so that what does not fit shows before the long work.
+
+    Args:
+        path: folder or Hub id.
+        template: instruction for the model; None for the subclass's own.
+        revision: branch, tag or commit on the Hub.
+        precision: of the weights. max_new_tokens: limit of each answer.
+
+    Raises:
+        UserError: no such model, one of another kind, or one that cannot be used like this.
+    """
+
+    role: str  # for messages
+    network: Any
+    tokenizer: Any
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        template: str | None = None,
+        revision: str | None = None,
+        precision: str = "fp32",
+        device: str | None = None,
+        max_new_tokens: int = 128,
+    ) -> None:
+        check_precision(precision)
+        check_counts(max_new_tokens=max_new_tokens)
+        self.device, self.dtype = pick_device(device), PRECISIONS[precision]
+        self.name, self.template, self.max_new_tokens = path, template, max_new_tokens
+        try:
+            self._load(resolve_model(path, self.role), revision=revision)
+            self.tokenizer.padding_side = "left"  # answers follow their questions without a gap
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.network.to(self.device).eval().requires_grad_(False)
+            self._try()
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # transformers, the Hub, tokenizers and chat templates each raise their own
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{path}: cannot be used as a {self.role}: {type(error).__name__}: {reason}") from error
+
+    @abstractmethod
+    def _load(self, path: str, **options: Any) -> None:
+        """Set `network`, `tokenizer` and what else is needed."""
+
+    @abstractmethod
+    def _try(self) -> None:
+        """Write one text."""
+
+    @torch.no_grad()
+    def _generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """Answers as tokens [B, length]."""
+        moved = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        return self.network.generate(**moved, max_new_tokens=self.max_new_tokens, **options)
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+class ImageCaptioner(LanguageModel):
+    """A model for images and text, such as LLaVA, Qwen-VL, BLIP, or a vision-encoder-decoder.
+
+    A model with a chat template is asked `template` (default: QUESTION), with the image's prompt for {prompt}. For
+    others `template` is the text that they continue or are controlled by; without one they caption unconditionally.
+    Answers are the model's most likely ones.
+    """
+
+    role = "captioner"
+
+    def _load(self, path: str, **options: Any) -> None:
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+        self.network = AutoModelForImageTextToText.from_pretrained(path, dtype=self.dtype, **options)
+        if self.network.config.model_type == "vision-encoder-decoder":  # has no processor of its own
+            self.processor: Any = AutoImageProcessor.from_pretrained(path, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        else:
+            self.processor = AutoProcessor.from_pretrained(path, **options)
+            self.tokenizer = self.processor.tokenizer
+        self.chats = getattr(self.processor, "chat_template", None) is not None
+        if self.chats and self.template is None:
+            self.template = QUESTION
+
+    def _try(self) -> None:
+        self([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], /) -> list[str]:
+        if self.template is None:
+            return self._answers(images, None)
+        texts = [self.template.replace(PROMPT, without_special_tokens(self.tokenizer, prompt)) for prompt in prompts]
+        if self.chats or len(set(texts)) == 1:
+            return self._answers(images, texts)
+        # Not all of the older models can pad: BLIP puts its first token where the padding is.
+        return [self._answers([one], [text])[0] for one, text in zip(images, texts, strict=True)]
+
+    def _answers(self, images: Sequence[Image.Image], texts: Sequence[str] | None) -> list[str]:
+        if self.chats and texts is not None:
+            inputs = chat_inputs(self.processor, images, texts)
+        else:
+            given = {} if texts is None else {"text": list(texts)}
+            inputs = self.processor(images=list(images), **given, return_tensors="pt")
+        answers = self._texts(self._generate(inputs, do_sample=False))
+        if "input_ids" in inputs:  # most models repeat the question in front of the answer
+            questions = self._texts(inputs["input_ids"])
+            answers = [a.strip().removeprefix(q.strip()) for a, q in zip(answers, questions, strict=True)]
+        return [one_line(answer) for answer in answers]
+
+
+class CaptionPerturber(LanguageModel):
+    """A model of text: sequence-to-sequence such as T5 or DIPPER, or causal such as Qwen.
+
+    It is given `template` (default: INSTRUCTION) with the caption for {caption}, through its chat template if it has
+    one. Answers are sampled (top-p 0.75); a batch is a function of its captions and seeds.
+    """
+
+    role = "perturber"
+
+    def _load(self, path: str, **options: Any) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        self.is_causal = not AutoConfig.from_pretrained(path, **options).is_encoder_decoder
+        kind = AutoModelForCausalLM if self.is_causal else AutoModelForSeq2SeqLM
+        self.network = kind.from_pretrained(path, dtype=self.dtype, **options)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
+
+    def _try(self) -> None:
+        self(["a gray square"], [0])
+
+    def __call__(self, captions: Sequence[str], seeds: Sequence[int], /) -> list[str | None]:
+        inputs = self._inputs([(self.template or INSTRUCTION).replace(CAPTION, caption) for caption in captions])
+        with torch.random.fork_rng():
+            torch.manual_seed(stable_seed(*seeds))
+            tokens = self._generate(inputs, do_sample=True, top_p=TOP_P, pad_token_id=self.tokenizer.pad_token_id)
+        if self.is_causal:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        answers = map(one_line, self._texts(tokens))
+        unchanged = [("", one_line(caption).casefold()) for caption in captions]
+        return [None if answer.casefold() in old else answer for answer, old in zip(answers, unchanged, strict=True)]
+
+    def _inputs(self, texts: list[str]) -> dict[str, Tensor]:
+        chats = self.tokenizer.chat_template is not None
+        if chats:
+            texts = [
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=False,  # ignored by templates of models without a thinking mode
+                )
+                for text in texts
+            ]
+        inputs = self.tokenizer(texts, padding=True, add_special_tokens=not chats, return_tensors="pt")
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}  # others are not accepted by all models
+
+
+def one_line(text: str) -> str:
+    """An answer as a caption: on one line, without quotation marks around it."""
+    text = " ".join(text.split())
+    for left, right in ('""', "''", "“”"):
+        if len(text) > 1 and text[0] == left and text[-1] == right and left not in text[1:-1]:
+            text = text[1:-1].strip()
+    return text
