@@ -3,8 +3,8 @@
     data/chosen/fox.png   data/rejected/fox.png   data/chosen/fox.txt
 
 A clip is a video file, or a folder with its frames. The two folders lie in the source itself or, as kohya's trainers
-have them, in each of several folders below it (`1_foxes/w`, `1_foxes/l`; the number of repeats in the name is of no
-account).
+have them, in each of several folders below it (`1_foxes/w`, `1_foxes/l`; kohya's repeat
+count is ignored).
 
 The caption is `<name>.txt` or `.caption` beside the winner, or in `captions/`, or an entry of `metadata.jsonl` (keys
 `file_name` and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There, the entry of the
@@ -13,7 +13,6 @@ winner (`chosen/fox.png`) comes before one without a folder (`fox.png`), and tha
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from t2i_align.data.columns import exists, inside
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
 from t2i_align.data.schema import Group, Items, Skipped
+from t2i_align.data.tables import json_entries
 from t2i_align.errors import UserError
 
 WINNERS = ("winner", "winners", "chosen", "preferred", "good", "w")
@@ -48,8 +48,8 @@ def read_folders(path: Path) -> Items:
         captions = _listed(folder, winner_folder, loser_folder)
         winners, losers = _by_stem(winner_folder), _by_stem(loser_folder)
         for stem in sorted(winners.keys() | losers.keys()):
-            found = winners.get(stem, []), losers.get(stem, [])
-            item = _pair(folder, winner_folder, stem, *found, captions.get(stem))
+            files = winners.get(stem, []), losers.get(stem, [])
+            item = _pair(folder, winner_folder, stem, *files, captions.get(stem))
             yield replace(item, id=prefix + item.id)
     # Last, because the source's identity ignores them: one more must not shift the pairs of an interrupted prepare.
     for folder in sets:
@@ -61,10 +61,10 @@ def _pair(
     root: Path, winner_folder: Path, stem: str, winners: list[Path], losers: list[Path], listed: str | None
 ) -> Group | Skipped:
     origin = f"{root}, {stem}"
-    for side, found in (("winner", winners), ("loser", losers)):
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found)
-            reason = f"several {side} images: {names}" if found else f"no {side} image of this name"
+    for side, files in (("winner", winners), ("loser", losers)):
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files)
+            reason = f"several {side} images: {names}" if files else f"no {side} image of this name"
             return Skipped(id=stem, origin=origin, reason=reason)
     candidates = tuple(inside(root, str(file.relative_to(root)), origin) for file in (*winners, *losers))
     caption = _caption(root, winner_folder, stem) or listed
@@ -101,27 +101,19 @@ def _metadata(folder: Path) -> list[tuple[Path, str]]:
     if not file.is_file():
         return []
     captions = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}, line {number}: not valid JSON: {error}") from error
-        found = [entry[key] for key in CAPTION_KEYS if isinstance(entry, dict) and isinstance(entry.get(key), str)]
-        if not found or not isinstance(entry.get("file_name"), str):
-            raise UserError(
-                f"{file}, line {number}: expected an object with 'file_name' and one of {', '.join(CAPTION_KEYS)}"
-            )
-        captions.append((Path(entry["file_name"]), found[0]))
+    for _, origin, entry in json_entries(file):
+        texts = [entry[key] for key in CAPTION_KEYS if isinstance(entry.get(key), str)]
+        if not texts or not isinstance(entry.get("file_name"), str):
+            raise UserError(f"{origin}: expected an object with 'file_name' and one of {', '.join(CAPTION_KEYS)}")
+        captions.append((Path(entry["file_name"]), texts[0]))
     return captions
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for file in _media(folder):
-        found.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
-    return found
+        files.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
+    return files
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -139,9 +131,9 @@ def _media(folder: Path) -> list[Path]:
 
 
 def _not_media(folder: Path, root: Path) -> Items:
-    known = _media(folder)
+    media = _media(folder)
     for file in _entries(folder):
-        if file not in known and file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
+        if file not in media and file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
             kind = "a folder without frames" if file.is_dir() else "no image or clip"
             yield Skipped(id=str(file.relative_to(root)), origin=str(file), reason=f"{kind} (known endings: "
                           f"{' '.join(MEDIA_SUFFIXES)})")  # fmt: skip
@@ -169,9 +161,9 @@ def _named(path: Path, names: tuple[str, ...]) -> list[Path]:
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name.lower() in names)
 
 
-def _one(path: Path, names: tuple[str, ...], what: str) -> Path:
-    found = _named(path, names)
-    if len(found) != 1:
-        have = ", ".join(folder.name for folder in found) or "none"
-        raise UserError(f"{path}: expected one {what} folder named {' or '.join(names)}, found {have}")
-    return found[0]
+def _one(path: Path, names: tuple[str, ...], side: str) -> Path:
+    folders = _named(path, names)
+    if len(folders) != 1:
+        have = ", ".join(folder.name for folder in folders) or "none"
+        raise UserError(f"{path}: expected one {side} folder named {' or '.join(names)}, found {have}")
+    return folders[0]

@@ -1,4 +1,4 @@
-"""The one decoder of images and clips: media to pixels and back, the same for training, labeling and scoring.
+"""The one decoder of images and clips, for training, labeling and scoring; and writing clips.
 
 Images are decoded whole or refused with a reason. Whatever comes out is upright, RGB and 8 bits: EXIF orientation is
 applied, transparency laid on white, 16-bit gray scaled, CMYK and palettes converted. Frames of clips (videos,
@@ -37,13 +37,11 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values that swap height and width
 # ffmpeg also opens playlists, which name other files and addresses: only these containers, and nothing but the file.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
-INPUT = ["-format_whitelist", CONTAINERS, "-protocol_whitelist", "file", "-max_pixels", str(MAX_PIXELS)]
+INPUT = ["-format_whitelist", "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "-protocol_whitelist", "file"]
 INPUT += ["-xerror", "-err_detect", "explode"]  # no damaged frame, patched up from its neighbours
-INPUT += ["-threads", "1"]  # several clips are decoded at a time
+INPUT += ["-max_pixels", str(MAX_PIXELS), "-threads", "1"]  # several clips are decoded at a time
 MAX_REPEAT = 1.25  # how far a wanted frame rate may exceed a clip's own before repeated frames would be its motion
 ROUNDING = 1e-4  # seconds
-QUALITY = 8  # of imageio's 0 … 10
 
 
 class ImageError(ValueError):
@@ -51,18 +49,12 @@ class ImageError(ValueError):
 
 
 class MediaSize(NamedTuple):
-    """Target height and width in pixels; of clips, frame count and frames per second.
-
-    frames: None for images. fps: None takes each clip's frames as they come.
-    """
+    """Target height and width in pixels; of clips, frame count (None: images) and rate (None: a clip's own)."""
 
     height: int
     width: int
     frames: int | None = None
     fps: float | None = None
-
-
-ANY_IMAGE = MediaSize(0, 0)  # where images of any size are wanted, and no clips
 
 
 class Loaded(NamedTuple):
@@ -197,7 +189,7 @@ def save_clip(clip: Tensor, path: Path, fps: float, *, lossless: bool = False) -
     if path.suffix == ".mp4":
         even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
         exact = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-qp", "0"]}
-        codec = exact if lossless else {"quality": QUALITY}
+        codec = exact if lossless else {"quality": 8}  # of imageio's 0 … 10
         imageio.imwrite(temporary, even, plugin="FFMPEG", fps=fps, macro_block_size=2, **codec)
     else:
         imageio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
@@ -217,11 +209,8 @@ def is_clip(path: Path) -> bool:
 def frame_files(folder: Path) -> list[Path]:
     """The images in a folder of frames, in natural order: 2.png comes before 10.png."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
-
-    def natural(file: Path) -> list[str | int]:
-        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", file.name))]
-
-    return sorted(files, key=natural)
+    parts = {file: re.split(r"(\d+)", file.name) for file in files}  # numbers are at odd places
+    return sorted(files, key=lambda file: [int(p) if n % 2 else p for n, p in enumerate(parts[file])])
 
 
 @contextmanager

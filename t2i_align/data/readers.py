@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from t2i_align.data import folders, hub, layouts, spec, tables
+from t2i_align.data import columns, folders, hub, layouts, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import exists
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
@@ -36,10 +37,6 @@ CONTENT_HASHED_UP_TO = 256 << 20  # bytes
 REASONS_SHOWN = 3
 
 
-def _never(path: Path) -> bool:
-    return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """A format.
@@ -50,7 +47,7 @@ class Reader:
     """
 
     read: Read
-    detects: Callable[[Path], bool] = _never
+    detects: Callable[[Path], bool] = lambda path: False
     outline: Read | None = None
     files: Callable[[Path], Iterable[Path]] | None = None
 
@@ -58,19 +55,13 @@ class Reader:
 READERS: dict[str, Reader] = {}
 
 
-def register(
-    name: str,
-    *,
-    detects: Callable[[Path], bool] = _never,
-    outline: Read | None = None,
-    files: Callable[[Path], Iterable[Path]] | None = None,
-) -> Callable[[Read], Read]:
+def register(name: str, **options: Any) -> Callable[[Read], Read]:
     """Make a reading function known under `name`; see `Reader` for the options."""
 
     def add(function: Read) -> Read:
         if name in READERS or name == "auto":
             raise ValueError(f"there is a reader named {name!r} already")
-        READERS[name] = Reader(read=function, detects=detects, outline=outline, files=files)
+        READERS[name] = Reader(read=function, **options)
         return function
 
     return add
@@ -78,13 +69,19 @@ def register(
 
 register("described", detects=spec.detects, files=spec.files, outline=partial(spec.read, images=False))(spec.read)
 register("folders", detects=folders.detects, files=lambda path: [])(folders.read_folders)
+
+
+def _read_published(path: Path, *, name: str, images: bool = True) -> Items:
+    return columns.read(path, layouts.maps_of(path, name), images=images)
+
+
 for _name in layouts.PUBLISHED:
     register(
         _name,
         detects=partial(layouts.detects, name=_name),
-        outline=partial(layouts.read, name=_name, images=False),
+        outline=partial(_read_published, name=_name, images=False),
         files=tables.files,
-    )(partial(layouts.read, name=_name))
+    )(partial(_read_published, name=_name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +260,7 @@ class Survey:
     def of(cls, items: Iterable[Group | Skipped], selection: Selection = EVERYTHING) -> Survey:
         rows = disliked = accepted = 0
         least, greatest = math.inf, -math.inf
-        candidates, ties, columns = Counter[int](), Counter[int](), Counter[str]()
+        candidates, ties, present = Counter[int](), Counter[int](), Counter[str]()
         texts: set[str] = set()
         reasons: list[str] = []
         for rows, item in enumerate(items, start=1):  # noqa: B007
@@ -277,9 +274,9 @@ class Survey:
                 accepted += 1
                 least, greatest = min(least, *item.scores), max(greatest, *item.scores)
             texts.update(item.texts)
-            columns.update(item.present)
+            present.update(item.present)
         return cls(rows=rows, candidates=dict(candidates), ties=dict(ties), disliked=disliked,
-                   accepted=accepted, score_range=(least, greatest), texts=len(texts), columns=dict(columns),
+                   accepted=accepted, score_range=(least, greatest), texts=len(texts), columns=dict(present),
                    reasons=tuple(reasons))  # fmt: skip
 
 

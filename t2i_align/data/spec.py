@@ -21,7 +21,8 @@ from typing import Any, Literal
 import yaml
 
 from t2i_align.data import columns, hub, tables
-from t2i_align.data.columns import Columns, exists
+from t2i_align.data.columns import exists
+from t2i_align.data.layouts import Columns
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.splits import By, Part
 from t2i_align.errors import UserError

@@ -29,7 +29,7 @@ def split_of(statement: Any) -> str:
 def draw_statement(world: World, rng: np.random.Generator, split: str = "train") -> Any:
     """A random true statement of a split, about a scene or clip that is not kept."""
     while True:
-        statement = world.describe(world.sample(rng), rng, p_size=0.6, p_background=0.8)
+        statement = world.language.describe(world.sample(rng), rng, p_size=0.6, p_background=0.8)
         if split_of(statement) == split:
             return statement
 
@@ -41,7 +41,7 @@ def make_prompts(world: World, split: str, number: int) -> list[str]:
     while len(texts) < number:
         statement = draw_statement(world, rng, split)
         if statement.canonical() not in texts:
-            texts[statement.canonical()] = world.write(statement, rng)
+            texts[statement.canonical()] = world.language.write(statement, rng)
     return list(texts.values())
 
 

@@ -32,7 +32,7 @@ class OracleScorer(Scorer):
         """Raise ScorerError for a prompt that is no caption of the testbed."""
         for row, prompt in enumerate(prompts):
             try:
-                self.world.parse(prompt)
+                self.world.language.parse(prompt)
             except ValueError as error:
                 raise ScorerError(f"{self.name}: prompts[{row}]: {error}") from error
 

@@ -15,39 +15,22 @@ from t2i_align.testbed.scenes import sample_scene
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """Scenes or clips, and statements about them; random functions take a generator.
+    """Scenes or clips, and statements about them.
 
     Attributes:
-        sample: draws a random scene or clip.
-        describe, write, parse: scene to statement, statement to caption, caption to statement.
+        sample: draws a random scene or clip from a generator.
+        language: module with `describe` (scene to statement), `write` (statement to caption) and `parse` (back).
         sizes: number of prompts in each split.
         seed: of the prompts.
     """
 
     sample: Callable[..., Any]
-    describe: Callable[..., Any]
-    write: Callable[..., str]
-    parse: Callable[[str], Any]
+    language: Any
     oracle: type[Oracle]
     sizes: dict[str, int]
     seed: int
 
 
-IMAGES = World(
-    sample=sample_scene,
-    describe=captions.describe,
-    write=captions.write,
-    parse=captions.parse,
-    oracle=Oracle,
-    sizes={"train": 4096, "dev": 320, "test": 640},
-    seed=2024,
-)
-CLIPS = World(
-    sample=sample_clip,
-    describe=clip_captions.describe,
-    write=clip_captions.write,
-    parse=clip_captions.parse,
-    oracle=ClipOracle,
-    sizes={"train": 2048, "dev": 160, "test": 320},
-    seed=2025,
-)
+_IMAGE_SIZES, _CLIP_SIZES = {"train": 4096, "dev": 320, "test": 640}, {"train": 2048, "dev": 160, "test": 320}
+IMAGES = World(sample=sample_scene, language=captions, oracle=Oracle, sizes=_IMAGE_SIZES, seed=2024)
+CLIPS = World(sample=sample_clip, language=clip_captions, oracle=ClipOracle, sizes=_CLIP_SIZES, seed=2025)

@@ -1,4 +1,4 @@
-"""What a person at a terminal or in a notebook is spared."""
+"""Silence library progress bars and known-harmless warnings."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import logging
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' bars of a second and their "safe to ignore" from drowning what should be read.
+    """Disable diffusers' and transformers' loading bars and one harmless warning; our own log lines stay visible.
 
-    Called by entry points only: it changes diffusers and transformers for the whole process. Downloads keep their bars.
+    Called by entry points only: it changes both libraries for the whole process. Downloads keep their bars.
     """
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("diffusers.loaders.lora_base").addFilter(_says_something)
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(_is_relevant)
 
 
-def _says_something(record: logging.LogRecord) -> bool:
-    # Said of every LoRA that leaves the text encoders alone, as all of ours do.
+def _is_relevant(record: logging.LogRecord) -> bool:
+    # Logged for every LoRA without text-encoder weights, as all of ours are.
     return not record.getMessage().startswith("No LoRA keys associated to")

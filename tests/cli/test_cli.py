@@ -253,7 +253,7 @@ def test_objectives_are_listed_and_explained(capsys: pytest.CaptureFixture[str])
     assert "pairs, with captions and a reference" in rows["dcpo"] and "rankings" in rows["lpo"]
     assert cli.main(["objectives", "diffusion_dpo"]) == 0
     out = capsys.readouterr().out
-    assert "loss = -log sigmoid(h)" in out and "objective.beta = 2000.0  (a positive number)" in out
+    assert "h = -1/2 beta [" in out and "objective.beta = 2000.0  (a positive number)" in out
     assert "objective.link = 'sigmoid'  ('sigmoid' or 'robust' or 'hinge' or 'ipo')" in out
     assert cli.main(["objectives", "dpo"]) == 2
     assert "unknown objective 'dpo'" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from t2i_align.data import encode, readers
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Latents
 from t2i_align.data.prepare import write
-from t2i_align.data.schema import Batch, Group, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Column, Group, Skipped
 from t2i_align.data.store import TEXTS, Store, read_table
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -538,3 +538,39 @@ def test_facts_are_of_the_chosen_groups(tmp_path: Path, cache: bool) -> None:
     assert opened(tmp_path, path, cache=cache, needs=PAIRS).stats.score_range == (-3.0, 8.0)
     assert opened(tmp_path, path, cache=cache, needs=Requirements(candidates=2)).stats.score_range == (-3.0, 9.0)
     assert opened(tmp_path, path, cache=cache, needs=PAIRS, limit=1).stats.score_range == (0.0, 2.0)
+
+
+# The table of columns -----------------------------------------------------------------------------------------------
+
+
+def test_a_new_column_is_one_line_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a row and from annotations to a group, in its order; refused where it has another type."""
+    monkeypatch.setitem(COLUMNS, "focus", Column("focus", "double", per_candidate=True))
+    monkeypatch.setitem(COLUMNS, "style", Column("style", text=True))
+    path = source_of(tmp_path, [[0, 1], [0, 1], [0, 1]], focus=[0.25, 0.75], style="ink")
+    group = groups_of(path)["g0"]
+    assert isinstance(group, Group) and group.columns == {"focus": (0.75, 0.25), "style": "ink"}
+    assert group.texts == (group.prompt, "ink") and "focus" in group.present
+    annotated = groups_of(path, write_jsonl(tmp_path / "s.jsonl", [{"id": f"g{n}", "focus": [1, n]} for n in range(3)]))
+    assert [group.focus for group in annotated.values()] == [(0.0, 1.0), (1.0, 1.0), (2.0, 1.0)]
+    refused = groups_of(source_of(tmp_path, [[0, 1]], focus=["far", "near"]))["g0"]
+    assert isinstance(refused, Skipped) and refused.reason.startswith("'focus' must be a list of finite numbers, found")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"path: {path.name}\ncolumns: {{candidates: images, scores: scores, id: id, style: prompt}}\n")
+    source_of(tmp_path, [[0, 1]])
+    (described,) = groups_of(spec).values()
+    assert isinstance(described, Group) and described.style == described.prompt
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_new_column_reaches_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool) -> None:
+    """Of a text its conditioning, of other columns their values; one per candidate is sorted and paired with these."""
+    monkeypatch.setitem(COLUMNS, "focus", Column("focus", "double", per_candidate=True))
+    monkeypatch.setitem(COLUMNS, "style", Column("style", text=True))
+    path = source_of(tmp_path, [[0, 1, 2]], focus=[0.25, 0.5, 0.75], style="ink", user="u")
+    needs = Requirements(candidates=2, columns=("focus", "style", "user"))
+    (batch,) = batches(opened(tmp_path, path, needs=needs, cache=cache), 1, 1)
+    assert [*map(list, batch.focus)] == [[0.75, 0.25]] and batch.user == ["u"]
+    assert torch.equal(batch.style["embeds"], StandIn().encode_prompts(["ink"])["embeds"])
+    with pytest.raises(UserError, match="needs 'focus' with each group, but only 0 of 1"):
+        opened(tmp_path, source_of(tmp_path, [[0, 1]], style="ink", user="u"), needs=needs, cache=cache)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from t2i_align.cli import main
 from t2i_align.data import readers
-from t2i_align.data.inspect import fingerprint, inspect
+from t2i_align.data.findings import fingerprint
+from t2i_align.data.inspect import inspect
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.data.spec import split

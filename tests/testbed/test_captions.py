@@ -19,9 +19,9 @@ def test_captions_round_trip(world):
     """1,000 random statements in random phrasings are read back as they were meant."""
     rng = np.random.default_rng(2)
     for _ in range(1000):
-        statement = world.describe(world.sample(rng), rng)
-        caption = world.write(statement, rng)
-        assert world.parse(caption).canonical() == statement.canonical(), caption
+        statement = world.language.describe(world.sample(rng), rng)
+        caption = world.language.write(statement, rng)
+        assert world.language.parse(caption).canonical() == statement.canonical(), caption
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_unknown_faults_are_errors(corrupt):
     rng = np.random.default_rng(0)
     world = IMAGES if corrupt is captions.corrupt else CLIPS
     with pytest.raises(ValueError, match="unknown fault 'weather'; the choices are"):
-        corrupt(world.describe(world.sample(rng), rng), "weather", rng)
+        corrupt(world.language.describe(world.sample(rng), rng), "weather", rng)
 
 
 @pytest.mark.parametrize(("world", "prefix"), [(IMAGES, ""), (CLIPS, "video-")])
 def test_splits_are_disjoint_in_meaning(world, prefix):
-    meanings = {split: {world.parse(text).canonical() for text in prompts(prefix + split)} for split in SPLITS}
+    meanings = {split: {world.language.parse(text).canonical() for text in prompts(prefix + split)} for split in SPLITS}
     for split, number in world.sizes.items():
         assert len(meanings[split]) == number == len(prompts(prefix + split))
         assert all(split_of(statement) == split for statement in meanings[split])

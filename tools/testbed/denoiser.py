@@ -85,13 +85,13 @@ def draw_captions(
     """
     captions, statements = [], []
     for item in drawn:
-        statement = base.world.describe(item, rng)
+        statement = base.world.language.describe(item, rng)
         if faulty:
             for fault, rate in recipe.fault_rates.items():
                 if rng.random() < rate:
                     statement = base.corrupt(statement, fault, rng) or statement
-        caption = base.world.write(statement, rng)
-        statement = base.world.parse(caption)  # in the order of the text
+        caption = base.world.language.write(statement, rng)
+        statement = base.world.language.parse(caption)  # in the order of the text
         if rng.random() < recipe.caption_dropout or split_of(statement) != "train":
             caption = ""
         captions.append(caption)

@@ -120,9 +120,9 @@ def warm_up(base: Base, drawn: Sequence[Any], *, steps: int, seed: int, state_fi
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 7, step))
-        statements = [world.describe(drawn[i], rng) for i in rng.integers(len(drawn), size=128)]
-        captions = [world.write(statement, rng) for statement in statements if split_of(statement) == "train"]
-        targets = torch.tensor([base.parse_targets(world.parse(caption)) for caption in captions])
+        statements = [world.language.describe(drawn[i], rng) for i in rng.integers(len(drawn), size=128)]
+        captions = [world.language.write(statement, rng) for statement in statements if split_of(statement) == "train"]
+        targets = torch.tensor([base.parse_targets(world.language.parse(caption)) for caption in captions])
         read = base.encode_text(model["text_encoder"], captions)[1]
         return {"parse": cast(ParseHeads, model["heads"]).loss(read, targets)}
 
