@@ -34,6 +34,7 @@ class Family(ABC):
     load_options: ClassVar[Mapping[str, Any]] = {}  # more arguments of the pipeline's `from_pretrained`
     denoiser_name: str
     encoder_names: tuple[str, ...]  # components that a latent and embedding cache replaces
+    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # what `encode_prompt` returns, "" what is not used
     optional_encoders: ClassVar[tuple[str, ...]] = ()  # of `encoder_names`, those that a checkpoint may lack
     large_encoders: ClassVar[tuple[str, ...]] = ()  # components of billions of parameters: `load` has a dtype for them
     experts: ClassVar[Mapping[str, str]] = {}  # where noise levels have their own denoisers: `load`'s name -> component
@@ -92,12 +93,19 @@ class Family(ABC):
 
     # What a family fills in -------------------------------------------------------------------------------------
 
-    @abstractmethod
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """Arguments of the diffusers pipeline's `encode_prompt` beside prompt and device."""
+        return {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to batch-first tensors [B, ...] that `predict` understands and nothing else opens.
 
         Their names are those of the diffusers pipeline's arguments, so that `generate` can pass them on.
         """
+        outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options)
+        return {name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name}
 
     @abstractmethod
     def encode_pixels(self, pixels: Tensor) -> Tensor:

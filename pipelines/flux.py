@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Flux(ImagePipeline):
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     large_encoders = ("text_encoder_2",)
+    text_outputs = ("prompt_embeds", "pooled_prompt_embeds")
     flow = True
     distilled_guidance = True
     training_guidance = TRAINING_GUIDANCE
@@ -40,13 +41,9 @@ class Flux(ImagePipeline):
     dispatches = True
     feature_output = 1  # (text's, image's)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = min(T5_TOKENS, self.pipe.tokenizer_2.model_max_length)
-        embeddings, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=tokens
-        )
-        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+    @property
+    def text_options(self) -> dict[str, Any]:
+        return {"max_sequence_length": min(T5_TOKENS, self.pipe.tokenizer_2.model_max_length)}
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

@@ -33,7 +33,6 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {
     family.family: family
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
 }
-SINGLE_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin")
 
 
 def load(
@@ -182,12 +181,10 @@ def _readable(path: str | Path) -> Iterator[None]:
 
 
 def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> TrainablePipeline:
-    if path.suffix not in SINGLE_FILE_ENDINGS:
-        raise PipelineError(f"{path}: a single-file checkpoint ends in one of {', '.join(SINGLE_FILE_ENDINGS)}")
     try:
         layout = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
     except Exception as error:  # diffusers, safetensors and torch each raise their own for a damaged file
-        raise PipelineError(f"{path}: not a readable checkpoint: {error}") from error
+        raise PipelineError(f"{path}: not a readable checkpoint (.safetensors, .ckpt, .pt, .bin): {error}") from error
     layouts = {name: family for family in FAMILIES.values() for name in family.single_file_layouts}
     if layout not in layouts:
         known = ", ".join(sorted(layouts))

@@ -79,36 +79,25 @@ class LoRAMixin(Family):
         local = Path(path)
         if local.is_dir() and not list(local.glob("*.safetensors")):
             raise PipelineError(f"{path}: no .safetensors file with LoRA weights in this folder")
-        if self._has_loaded_lora:
+        if LOADED in getattr(self.denoiser, "peft_config", {}):
             raise PipelineError(f"{path}: {self.source} already carries a LoRA that was loaded; unload it first")
-        misfit = f"{path}: this LoRA does not fit {self.family} ({self.source}): "
         try:
             read = self.pipe.lora_state_dict(str(path))
             self.pipe.load_lora_weights(str(path), adapter_name=LOADED, **self.lora_options)
+            # diffusers only logs a warning for keys that do not fit.
+            keys = read[0] if isinstance(read, tuple) else read
+            given = sum(key.startswith(f"{self._component}.") for key in keys)
+            on = LOADED in getattr(self.denoiser, "peft_config", {})
+            taken = len(get_peft_model_state_dict(self.denoiser, adapter_name=LOADED)) if on else 0
+            if not given or taken != given:
+                raise ValueError(f"{taken} of its {given} {self._component} tensors fit")
         except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
-            self._delete_loaded_lora()
+            self.denoiser.delete_adapters(LOADED)
             reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:300]
-            raise PipelineError(misfit + reason) from error
-        # diffusers only logs a warning for keys that do not fit.
-        keys = read[0] if isinstance(read, tuple) else read
-        given = sum(key.startswith(f"{self._component}.") for key in keys)
-        taken = len(get_peft_model_state_dict(self.denoiser, adapter_name=LOADED)) if self._has_loaded_lora else 0
-        if not given or taken != given:
-            self._delete_loaded_lora()
-            raise PipelineError(
-                misfit + (f"{taken} of its {given} tensors do" if given else f"no weights for the {self._component}")
-            )
+            raise PipelineError(f"{path}: this LoRA does not fit {self.family} ({self.source}): {reason}") from error
         self.pipe.set_adapters([LOADED], adapter_weights=[scale])
 
     @property
     def _component(self) -> str:
         """The prefix in LoRA files, also of a second expert: diffusers gives both experts' files the first's name."""
         return type(self).denoiser_name
-
-    @property
-    def _has_loaded_lora(self) -> bool:
-        return LOADED in getattr(self.denoiser, "peft_config", {})
-
-    def _delete_loaded_lora(self) -> None:
-        if self._has_loaded_lora:
-            self.denoiser.delete_adapters(LOADED)

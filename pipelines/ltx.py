@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 
 from pipelines.base import Conditioning
@@ -23,22 +20,13 @@ class LTXVideo(VideoPipeline):
     fps = 25.0
     pipeline_classes = ("LTXPipeline",)
     single_file_layouts = ("ltx-video", "ltx-video-0.9.1")
+    text_outputs = ("prompt_embeds", "prompt_attention_mask")
     flow = True
     attention_backends = ("native", "xformers")  # FlashAttention takes no mask, and its prompts are masked
     dispatches = True
     required_multiple = 32
     max_text_tokens = 128
     clip_size = (161, 512, 704)
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        embeddings, mask, _, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_tokens,
-            device=self.device,
-        )
-        return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

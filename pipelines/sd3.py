@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipelines.base import Conditioning, PipelineError
@@ -26,6 +25,7 @@ class StableDiffusion3(ImagePipeline):
     )  # fmt: skip
     optional_encoders = ("text_encoder_3", "tokenizer_3")
     large_encoders = ("text_encoder_3",)
+    text_outputs = ("prompt_embeds", "", "pooled_prompt_embeds")
     flow = True
     lora_presets = {
         "attention": tuple(f"attn.{name}" for name in JOINT_ATTENTION),
@@ -34,18 +34,11 @@ class StableDiffusion3(ImagePipeline):
     attention_backends = ("native", "xformers")
     feature_output = 1  # (text's, image's)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        texts, t5 = list(prompts), self.pipe.tokenizer_3
-        embeddings, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=texts,
-            prompt_2=texts,
-            prompt_3=texts,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=T5_TOKENS if t5 is None else min(T5_TOKENS, t5.model_max_length),
-        )
-        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+    @property
+    def text_options(self) -> dict[str, Any]:
+        t5 = self.pipe.tokenizer_3
+        tokens = T5_TOKENS if t5 is None else min(T5_TOKENS, t5.model_max_length)
+        return {**super().text_options, "prompt_2": None, "prompt_3": None, "max_sequence_length": tokens}
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

@@ -23,18 +23,15 @@ class StableDiffusionXL(StableDiffusion):
     single_file_layouts = ("xl_base",)
     load_options = {}
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_outputs = ("prompt_embeds", "", "pooled_prompt_embeds")
     size_conditioned = True
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        embeddings, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        conditioning = super().encode_prompts(prompts)
         if self.pipe.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([not prompt for prompt in prompts], device=embeddings.device)
-            embeddings = embeddings.masked_fill(empty.view(-1, 1, 1), 0)
-            pooled = pooled.masked_fill(empty.view(-1, 1), 0)
-        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+            for tensor in conditioning.values():
+                tensor[[not prompt for prompt in prompts]] = 0
+        return conditioning
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

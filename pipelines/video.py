@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-
-from pipelines.base import Conditioning, PipelineError
+from pipelines.base import PipelineError
 from pipelines.lora import ATTENTION, FEED_FORWARD
 from pipelines.pipeline import TrainablePipeline
 
@@ -53,15 +50,9 @@ class VideoPipeline(TrainablePipeline):
         """The number of tokens that prompts are cut or padded to."""
         return min(self.max_text_tokens, self.pipe.tokenizer.model_max_length)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        embeddings, *_ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_tokens,
-            device=self.device,
-        )
-        return {"prompt_embeds": embeddings}
+    @property
+    def text_options(self) -> dict[str, Any]:
+        return {"do_classifier_free_guidance": False, "max_sequence_length": self.text_tokens}
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         super().check_size(height, width, frames)

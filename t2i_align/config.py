@@ -39,6 +39,7 @@ else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @settings
@@ -129,10 +130,17 @@ class OptimConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegative = 1e-2
-    schedule: str = "constant_with_warmup"
+    schedule: Schedule = "constant_with_warmup"
     warmup_steps: Whole = 0
     max_grad_norm: Limit = 1.0
     ema: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule == "constant" and self.warmup_steps:
+            raise UserError(
+                f"optim.schedule 'constant' takes no warm-up, found optim.warmup_steps={self.warmup_steps}; "
+                "use 'constant_with_warmup'"
+            )
 
 
 @settings
@@ -239,6 +247,15 @@ class RunConfig:
         if isinstance(self.objective, Mapping):
             name, values = self.objective["name"], {k: v for k, v in self.objective.items() if k != "name"}
             object.__setattr__(self, "objective", build(objectives.get(name), values, where="objective"))
+        reference, needs = self.train.reference, self.objective.needs
+        if needs.reference and reference == "adapter_off" and not self.lora:
+            raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
+        if self.train.reference_update and not needs.reference:
+            raise UserError(f"train.reference_update: {self.objective.name} asks no reference that could be updated")
+        if self.train.reference_update and self.lora and reference not in ("auto", "adapter_off"):
+            raise UserError(
+                f"train.reference {reference!r} with train.reference_update: under a LoRA use 'auto', which is free"
+            )
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:

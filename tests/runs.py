@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
+import yaml
 from PIL import Image
+from torch import Tensor
 
+from t2i_align import align
 from t2i_align.objectives.base import Objective
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.training import checkpoint
 
 
 def image(seed: int, side: int = 32) -> Image.Image:
@@ -67,3 +77,52 @@ def run_values(model: Path, data: Path, output: Path, **changes: Any) -> dict[st
 def objective(**changes: Any) -> Objective:
     """Diffusion-DPO with small beta."""
     return DiffusionDPO(**{"beta": 100.0, **changes})
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether the tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def launch(values: dict[str, Any], folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
+    """`t2i-align train` in processes of its own."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    # Standalone: at a free port, so that tests may run side by side.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "t2i_align.train", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_in_two_processes(values: dict[str, Any], folder: Path) -> None:
+    """The run under torchrun; fails with its output if it does."""
+    process = launch(values, folder, processes=2)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing of t2i-align catches it."""
+
+
+def align_killed(values: dict[str, Any], before: Callable[..., bool], after: Callable[..., bool]) -> None:
+    """A run that is killed before or after the first checkpoint for which this holds of its step and state."""
+    real = checkpoint.save
+
+    def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+        if before(step, state):
+            raise Killed
+        folder = real(run, step, weights, state, keep)
+        if after(step, state):
+            raise Killed
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", save)
+        align(values, progress=False)

@@ -16,6 +16,7 @@ start for SD1.5, change least: they only give it more weight. Remove soft tokens
 from __future__ import annotations
 
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,9 +138,8 @@ def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) 
     denoiser.add_module(NAME, soft.to(next(denoiser.parameters()).device))
     soft.hooks = [denoiser.register_forward_pre_hook(_note_time if joint else _insert, with_kwargs=True)]
     for number, block in enumerate(denoiser.transformer_blocks[:blocks] if joint else ()):
-        around = _AroundBlock(soft, number)
-        soft.hooks.append(block.register_forward_pre_hook(around.put, with_kwargs=True))
-        soft.hooks.append(block.register_forward_hook(around.take))
+        soft.hooks.append(block.register_forward_pre_hook(partial(_put, soft, number), with_kwargs=True))
+        soft.hooks.append(block.register_forward_hook(partial(_take, soft)))
     return soft
 
 
@@ -171,20 +171,17 @@ def _note_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     getattr(denoiser, NAME).now = kwargs["timestep"]
 
 
-class _AroundBlock:
-    """Puts a block's soft tokens in front of its text, and removes them from its output."""
+def _put(soft: SoftTokens, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """A block's arguments with its soft tokens in front of the text."""
+    assert soft.now is not None
+    if args:  # under gradient checkpointing the block is called by position: image, text, ...
+        image, text, *rest = args
+        return (image, soft(text, soft.now, number, after=0), *rest), kwargs
+    text = soft(kwargs["encoder_hidden_states"], soft.now, number, after=0)
+    return args, {**kwargs, "encoder_hidden_states": text}
 
-    def __init__(self, soft: SoftTokens, number: int) -> None:
-        self.soft, self.number = soft, number
 
-    def put(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        assert self.soft.now is not None
-        if args:  # under gradient checkpointing the block is called by position: image, text, ...
-            image, text, *rest = args
-            return (image, self.soft(text, self.soft.now, self.number, after=0), *rest), kwargs
-        text = self.soft(kwargs["encoder_hidden_states"], self.soft.now, self.number, after=0)
-        return args, {**kwargs, "encoder_hidden_states": text}
-
-    def take(self, block: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        text, image = output
-        return text[:, self.soft.tokens.shape[1] :], image
+def _take(soft: SoftTokens, block: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A block's output without the soft tokens."""
+    text, image = output
+    return text[:, soft.tokens.shape[1] :], image

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from t2i_align.data.buckets import nearest
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
 from t2i_align.data.prepare import Encoder, Row
-from t2i_align.data.readers import Survey
 from t2i_align.data.schema import Group, Media
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -83,7 +83,7 @@ class Latents(Encoder):
     def check_space(self, out: Path, survey: Survey) -> None:
         """Raise UserError where a store at `out`, less what is there of it, is not expected to fit on the disk."""
         needed = sum(k * count for k, count in survey.candidates.items()) * self.latent_bytes
-        needed += (min(survey.texts, survey.groups * survey.texts_per_group) + 1) * self.text_bytes
+        needed += (min(len(survey.texts), survey.groups * survey.texts_per_group) + 1) * self.text_bytes
         stored = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if out.exists() else 0
         check_space(out, needed - stored, "Choose another folder with data.cache_dir, a smaller data.limit or "
                     "data.resolution, or data.cache=false.")  # fmt: skip

@@ -23,8 +23,10 @@ from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.tables import json_entries
 from t2i_align.errors import UserError
 
-WINNERS = ("winner", "winners", "chosen", "preferred", "good", "w")
-LOSERS = ("loser", "losers", "rejected", "bad", "l")
+SIDES = {
+    "winner": ("winner", "winners", "chosen", "preferred", "good", "w"),
+    "loser": ("loser", "losers", "rejected", "bad", "l"),
+}
 CAPTIONS, CAPTION_SUFFIXES = "captions", (".txt", ".caption")
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("prompt", "caption", "text")
@@ -32,7 +34,7 @@ CAPTION_KEYS = ("prompt", "caption", "text")
 
 def detects(path: Path) -> bool:
     """A folder with a winner and a loser folder in it, or in a folder of it."""
-    return path.is_dir() and all(map(_has_sides, _sets(path)))
+    return path.is_dir() and all(all(_named(folder)) for folder in _sets(path))
 
 
 def read_folders(path: Path) -> Items:
@@ -141,29 +143,25 @@ def _not_media(folder: Path, root: Path) -> Items:
 
 def _sets(path: Path) -> list[Path]:
     """The folders that have a winner and a loser folder: the source itself, or those in it."""
-    if path.is_dir() and not (_named(path, WINNERS) or _named(path, LOSERS)):
-        below = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _has_sides(folder)]
-        return below or [path]
+    if path.is_dir() and not any(_named(path)):
+        return [folder for folder in sorted(path.iterdir()) if folder.is_dir() and all(_named(folder))] or [path]
     return [path]
 
 
-def _has_sides(path: Path) -> bool:
-    return bool(_named(path, WINNERS)) and bool(_named(path, LOSERS))
+def _named(path: Path) -> tuple[list[Path], list[Path]]:
+    """The winner and the loser folders in a folder, by their names."""
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    winners, losers = ([folder for folder in folders if folder.name.lower() in names] for names in SIDES.values())
+    return winners, losers
 
 
 def _sides(path: Path) -> tuple[Path, Path]:
+    """The winner and the loser folder in a folder. Raises UserError unless there is one of each."""
     if not path.is_dir():
         raise UserError(f"{path}: expected a folder with a winner and a loser folder in it, found a file")
-    return _one(path, WINNERS, "winner"), _one(path, LOSERS, "loser")
-
-
-def _named(path: Path, names: tuple[str, ...]) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name.lower() in names)
-
-
-def _one(path: Path, names: tuple[str, ...], side: str) -> Path:
-    folders = _named(path, names)
-    if len(folders) != 1:
-        have = ", ".join(folder.name for folder in folders) or "none"
-        raise UserError(f"{path}: expected one {side} folder named {' or '.join(names)}, found {have}")
-    return folders[0]
+    for (side, names), folders in zip(SIDES.items(), _named(path), strict=True):
+        if len(folders) != 1:
+            have = ", ".join(folder.name for folder in folders) or "none"
+            raise UserError(f"{path}: expected one {side} folder named {' or '.join(names)}, found {have}")
+    (winner,), (loser,) = _named(path)
+    return winner, loser

@@ -17,10 +17,9 @@ from PIL import Image
 
 from t2i_align.data import readers, tables
 from t2i_align.data.annotations import Annotations
-from t2i_align.data.findings import Findings
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.readers import REASONS_SHOWN
-from t2i_align.data.schema import Group, Items, Media, Skipped
+from t2i_align.data.schema import Group, Items, Media
+from t2i_align.data.survey import REASONS_SHOWN, Findings
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
@@ -67,14 +66,13 @@ def inspect(
         raise UserError(f"{out}: expected the name of an .html file to write")
     path = readers.resolve(source)
     name = readers.detect(path, format)
-    columns = next(map(tables.columns, tables.files(path)), [])
-    findings = Findings(str(source), name, columns)
+    names = next(map(tables.columns, tables.files(path)), [])
+    findings = Findings(source=str(source), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):
-        if isinstance(item, Skipped):
-            findings.skips[item.reason] += 1
+        findings.add(item)
+        if not isinstance(item, Group):
             continue
-        findings.count(item)
         if item.id in scorers:
             findings.by_scorer.append({"label": item.scores, **scorers[item.id]})
         if findings.opened < images:

@@ -25,10 +25,11 @@ from t2i_align.data.buckets import bucket_sizes
 from t2i_align.data.encode import Latents
 from t2i_align.data.media import CROP, MediaSize
 from t2i_align.data.prepare import write
-from t2i_align.data.readers import Selection, Survey
+from t2i_align.data.readers import Selection
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.store import LAYOUT, Item, Store, is_complete, is_store
 from t2i_align.data.stream import Shards, Stream
+from t2i_align.data.survey import Survey
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -273,7 +274,8 @@ def _on_the_fly(
 ) -> PreferenceDataset:
     shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
     stream = Stream(shards, wanted, selection, data.stream)
-    survey = stream.survey() if data.stream else readers.survey(data.path, data.format, annotations, selection)
+    source = shards.file(0) if data.stream else data.path
+    survey = readers.survey(source, shards.format, annotations, selection)
     check_requirements(needs, survey, data.path, selection.limit)
     if survey.reasons:
         logger.warning("%s: %d rows cannot be used, such as %s", data.path, survey.rows - survey.groups,

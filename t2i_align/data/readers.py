@@ -14,10 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import runpy
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,13 +26,13 @@ from t2i_align.data import columns, folders, hub, layouts, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import exists
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
+from t2i_align.data.schema import Group, Items, Skipped
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
 CONTENT_HASHED_UP_TO = 256 << 20  # bytes
-REASONS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,63 +221,6 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-# What a source holds ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a source holds, without opening its images.
-
-    rows: items of any kind. candidates: number of groups by their k. ties: those of them whose best and worst score
-    are equal. disliked: single samples that were not liked. accepted, score_range: number of groups that a selection
-    accepts, and their least and greatest score. texts: distinct prompts and captions. columns: how many groups have
-    each column (see `Group.present`). reasons: the first skips'.
-    """
-
-    rows: int
-    candidates: dict[int, int]
-    ties: dict[int, int]
-    disliked: int
-    accepted: int
-    score_range: tuple[float, float]
-    texts: int
-    columns: dict[str, int]
-    reasons: tuple[str, ...]
-
-    @property
-    def groups(self) -> int:
-        return sum(self.candidates.values())
-
-    @property
-    def texts_per_group(self) -> int:
-        """How many texts are encoded of a group at most: its prompt and those of the columns."""
-        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
-        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
-
-    @classmethod
-    def of(cls, items: Iterable[Group | Skipped], selection: Selection = EVERYTHING) -> Survey:
-        rows = disliked = accepted = 0
-        least, greatest = math.inf, -math.inf
-        candidates, ties, present = Counter[int](), Counter[int](), Counter[str]()
-        texts: set[str] = set()
-        reasons: list[str] = []
-        for rows, item in enumerate(items, start=1):  # noqa: B007
-            if isinstance(item, Skipped):
-                reasons += [f"{item.origin}: {item.reason}"] if len(reasons) < REASONS_SHOWN else []
-                continue
-            candidates[len(item.candidates)] += 1
-            ties.update([len(item.candidates)] if item.is_tie else [])
-            disliked += item.is_disliked
-            if selection.accepts(item):
-                accepted += 1
-                least, greatest = min(least, *item.scores), max(greatest, *item.scores)
-            texts.update(item.texts)
-            present.update(item.present)
-        return cls(rows=rows, candidates=dict(candidates), ties=dict(ties), disliked=disliked,
-                   accepted=accepted, score_range=(least, greatest), texts=len(texts), columns=dict(present),
-                   reasons=tuple(reasons))  # fmt: skip
-
-
 def survey(
     path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
 ) -> Survey:
@@ -288,19 +229,16 @@ def survey(
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
     """
     unmatched = dict.fromkeys(annotations.entries)
-    items = read(path, format, annotations, images=False, selection=selection)
-    result = Survey.of(_without(unmatched, items), selection)
+    result = Survey()
+    for item in read(path, format, annotations, images=False, selection=selection):
+        unmatched.pop(item.id, None)
+        result.add(item)
+        if isinstance(item, Group) and selection.accepts(item):
+            result.accept(item)
     if unmatched and selection.limit is None:
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return result
-
-
-def _without(ids: dict[str, None], items: Items) -> Items:
-    """The items, whose ids are taken out of `ids` on the way."""
-    for item in items:
-        ids.pop(item.id, None)
-        yield item
 
 
 def identity(path: Path, format: str, selection: Selection = EVERYTHING) -> str:

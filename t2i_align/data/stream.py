@@ -23,7 +23,7 @@ import torch
 from t2i_align.data import hub, layouts, readers, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.readers import Selection, Survey
+from t2i_align.data.readers import Selection
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
 from t2i_align.data.store import Item, pair, widened
 from t2i_align.diffusion.randomness import permutation
@@ -119,10 +119,6 @@ class Stream:
         """Set the encoder of batches. Raises PipelineError for a size that it cannot take."""
         pipeline.check_size(self.size.height, self.size.width, self.size.frames)
         self.pipeline, self.size_conditioned = pipeline, pipeline.size_conditioned
-
-    def survey(self) -> Survey:
-        """What the first shard holds."""
-        return Survey.of(self.shards.items(0, images=False), self.selection)
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Position]]:
         """The groups of each optimiser step, from a step on: `size` consecutive positions of the stream."""

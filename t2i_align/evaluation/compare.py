@@ -1,9 +1,8 @@
-"""Two models, the same prompts and the same seeds: who wins, by how much, and how sure that is."""
+"""Compare two models on the same prompts and seeds: win rate and mean change with confidence intervals."""
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import Sample, sample, sample_seed
+from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
 from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for
 from t2i_align.inference.prompts import resolve_prompts
@@ -118,6 +117,7 @@ def evaluate(
             generated then.
     """
     import pipelines  # with diffusers, whose import takes seconds
+    from reward_scorers.weights import digest
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
@@ -169,18 +169,19 @@ def evaluate(
                 after = _measure("aligned", pipeline, *what, autocast=autocast, **sampling)
         else:
             del pipeline
-            _release()
+            gc.collect()
+            torch.cuda.empty_cache()
             whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
             pipeline = load_pipeline(whole, precision, device)
-            _check_media(video, pipeline.video, other.path)  # of a single file, nothing said so before
+            _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
             after = _measure("aligned", pipeline, *what, **sampling)
         bar.close()
-        made_with = {
+        recorded = {
             "base": origin.pop("path"),
             **origin,
             "aligned": str(aligned),
             "aligned_kind": other.kind,
-            "adapter_sha256": None if other.kind == "model" else _sha256(other.path),
+            "adapter_sha256": None if other.kind == "model" else digest(Path(other.path)),
             "prompts": len(texts),
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
@@ -195,7 +196,7 @@ def evaluate(
             **(settings or {}),
         }
         scores = _results(judges, rows, before, after, margins, ties)
-        result = Evaluation(out=folder, scorers=scores, settings=made_with)
+        result = Evaluation(out=folder, scorers=scores, settings=recorded)
         report = render(result.to_json(), _samples(rows, before, after, margins), store, images)
         write_text(folder / REPORT, report)
         lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
@@ -222,31 +223,21 @@ def _measure(
         part = rows[start : start + batch_size]
         texts = [row.prompt for row in part]
         samples = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
-        for offset, made in enumerate(samples):
-            keep(made, store, side, start + offset, fps)
+        for row, one in enumerate(samples, start):
+            keep(one, store, side, row, fps)
+        # Images all at once, clips one by one.
+        media = [clip.unsqueeze(0).float() / 255 for clip in samples] if pipeline.video else [samples]
         for scorer in scorers:
-            with memory_for(batch_size):
-                judged = list(_judged(scorer, samples, texts))
-            for first, total, parts in judged:
+            row = start
+            for batch in media:
+                with memory_for(batch_size), torch.no_grad():
+                    total, parts = scorer.judge(batch, texts[row - start :][: len(batch)])
                 for name, values in {TOTAL: total, **parts}.items():
                     column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
-                    column[start + first : start + first + len(total)] = values.double().cpu().numpy()
+                    column[row : row + len(batch)] = values.double().cpu().numpy()
+                row += len(batch)
         bar.update(len(part))
     return scores
-
-
-def _judged(
-    scorer: Scorer, samples: Sequence[Sample], texts: Sequence[str]
-) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
-    """The first sample's number, scores and parts: of images all at once, of clips one by one."""
-    images = [sample for sample in samples if not isinstance(sample, torch.Tensor)]
-    if images:
-        yield 0, *scorer.judge(images, texts)
-    for place, clip in enumerate(samples):
-        if isinstance(clip, torch.Tensor):
-            with torch.no_grad():
-                total, parts = scorer.judge(clip.unsqueeze(0).float() / 255, [texts[place]])
-            yield place, total, parts
 
 
 def _results(
@@ -273,13 +264,13 @@ def _results(
 
 def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
     if base != aligned:
-        made = [f"{name} makes {'clips' if video else 'images'}" for name, video in
-                (("the base", base), (path, aligned))]  # fmt: skip
-        raise UserError(f"{' and '.join(made)}: they cannot be compared")
+        outputs = [f"{name} makes {'clips' if video else 'images'}" for name, video in
+                   (("the base", base), (path, aligned))]  # fmt: skip
+        raise UserError(f"{' and '.join(outputs)}: they cannot be compared")
 
 
 def _samples(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One JSON object a pair: prompt, seed, and each scorer's numbers of both sides."""
+    """One JSON object per pair: prompt, seed, and each scorer's numbers of both sides."""
     named = {1.0: "win", 0.0: "loss", 0.5: "tie"}
     wins = {name: outcomes(old[TOTAL], after[name][TOTAL], margin=margins[name]) for name, old in before.items()}
     samples = []
@@ -329,7 +320,7 @@ def _workplace(folder: Path, force: bool) -> Iterator[Path]:
 
 
 def _check_free(folder: Path, force: bool) -> None:
-    """Only an earlier evaluation may be replaced, and only when told to; hidden files count for nothing."""
+    """Only an earlier evaluation may be replaced, and only with `force`; hidden files are ignored."""
     if folder.is_file():
         raise UserError(f"{folder}: is a file; expected a folder to write to")
     if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
@@ -338,13 +329,3 @@ def _check_free(folder: Path, force: bool) -> None:
         raise UserError(f"{folder}: not empty, and holds no evaluation; choose another folder")
     if not force:
         raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

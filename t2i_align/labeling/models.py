@@ -99,6 +99,7 @@ class LanguageModel(ABC):
     """
 
     role: str  # for messages
+    probe: tuple[Sequence[Any], Sequence[Any]]  # a subject and its context, to try the model with
     network: Any
     tokenizer: Any
 
@@ -122,7 +123,7 @@ class LanguageModel(ABC):
             if self.tokenizer.pad_token is None:
                 self.tokenizer.pad_token = self.tokenizer.eos_token
             self.network.to(self.device).eval().requires_grad_(False)
-            self._try()
+            self(*self.probe)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers, the Hub, tokenizers and chat templates each raise their own
@@ -134,8 +135,8 @@ class LanguageModel(ABC):
         """Set `network`, `tokenizer` and what else is needed."""
 
     @abstractmethod
-    def _try(self) -> None:
-        """Write one text."""
+    def __call__(self, subjects: Sequence[Any], contexts: Sequence[Any], /) -> Sequence[str | None]:
+        """A text per subject."""
 
     @torch.no_grad()
     def _generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
@@ -158,7 +159,7 @@ class ImageCaptioner(LanguageModel):
     Answers are the model's most likely ones.
     """
 
-    role = "captioner"
+    role, probe = "captioner", ([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
 
     def _load(self, path: str, **options: Any) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -173,9 +174,6 @@ class ImageCaptioner(LanguageModel):
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and self.template is None:
             self.template = QUESTION
-
-    def _try(self) -> None:
-        self([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], /) -> list[str]:
         if self.template is None:
@@ -206,7 +204,7 @@ class CaptionPerturber(LanguageModel):
     one. Answers are sampled (top-p 0.75); a batch is a function of its captions and seeds.
     """
 
-    role = "perturber"
+    role, probe = "perturber", (["a gray square"], [0])
 
     def _load(self, path: str, **options: Any) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -215,9 +213,6 @@ class CaptionPerturber(LanguageModel):
         kind = AutoModelForCausalLM if self.is_causal else AutoModelForSeq2SeqLM
         self.network = kind.from_pretrained(path, dtype=self.dtype, **options)
         self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
-
-    def _try(self) -> None:
-        self(["a gray square"], [0])
 
     def __call__(self, captions: Sequence[str], seeds: Sequence[int], /) -> list[str | None]:
         inputs = self._inputs([(self.template or INSTRUCTION).replace(CAPTION, caption) for caption in captions])

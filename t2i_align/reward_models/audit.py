@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.optimize import minimize_scalar
-from tqdm import tqdm
 
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
@@ -24,7 +23,7 @@ from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.reward_models.plots import line_plot, reliability_plot
 from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences
 from t2i_align.reward_models.train import Accuracy, measure, pairs
-from t2i_align.utils.files import output_lock, write_json
+from t2i_align.utils.files import output_lock, write_json, write_text
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -142,8 +141,8 @@ def audit(
             accuracy={name: accuracy_of(name, rows) for name in names},
             slices={
                 name: {
-                    kind: {value: accuracy_of(name, chosen) for value, chosen in found.items()}
-                    for kind, found in kinds.items()
+                    kind: {value: accuracy_of(name, chosen) for value, chosen in by_value.items()}
+                    for kind, by_value in kinds.items()
                 }
                 for name in names
             },
@@ -153,7 +152,7 @@ def audit(
             curves=curves,
         )
         write_json(folder / "audit.json", _plain(dataclasses.asdict(dataclasses.replace(result, out=folder))))
-        (folder / "report.html").write_text(_render(result, str(source), len(data)), encoding="utf-8")
+        write_text(folder / "report.html", _render(result, str(source), len(data)))
         return result
 
 
@@ -170,15 +169,15 @@ def slices(data: Preferences, sharpness: NDArray) -> Slices:
         known, counts = np.unique(list(data.users), return_counts=True)
         shown = set(known[np.argsort(-counts)][:MOST_USERS])
         kinds["annotator"] = [user if user in shown else "others" for user in data.users]
-    found: Slices = {}
+    shown_slices: Slices = {}
     for kind, values in kinds.items():
         of: dict[str, list[int]] = {}
         for row, value in enumerate(values):
             of.setdefault(value, []).append(row)
         large = {v: rows for v, rows in sorted(of.items()) if sum(_pairs(data, row) for row in rows) >= FEWEST}
         if len(large) > 1:
-            found[kind] = large
-    return found
+            shown_slices[kind] = large
+    return shown_slices
 
 
 def calibrate(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], prompts: Sequence[str]) -> Calibration:
@@ -213,52 +212,46 @@ def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
     """Of the pairs that both tell apart, the share that two judges order alike, by judge and judge."""
     signs = []
     for judge in judges:
-        parts = []
-        for values in judge:
-            first, second = torch.triu_indices(len(values), len(values), offset=1)
-            parts.append(torch.sign(values[first] - values[second]))
-        signs.append(torch.cat(parts))
-    table = []
-    for one in signs:
-        row = []
-        for other in signs:
-            both = (one != 0) & (other != 0)
-            row.append(float((one[both] == other[both]).float().mean()))
-        table.append(row)
-    return table
+        gaps = [
+            (values[:, None] - values[None, :])[*torch.triu_indices(len(values), len(values), 1)] for values in judge
+        ]
+        signs.append(torch.cat(gaps).sign())
+    decided = [[(one != 0) & (other != 0) for other in signs] for one in signs]
+    return [
+        [float((one[both] == other[both]).float().mean()) for other, both in zip(signs, row, strict=True)]
+        for one, row in zip(signs, decided, strict=True)
+    ]
 
 
 def _score(
     data: Preferences, scorers: Sequence[Scorer], batch_size: int, progress: bool
 ) -> tuple[dict[str, list[torch.Tensor]], NDArray]:
     """Scores of each group's candidates by scorer, and the sharpness of each group's images."""
-    found: dict[str, list[torch.Tensor]] = {scorer.name: [] for scorer in scorers}
-    sharpness, waiting = [], []
-    for row in tqdm(range(len(data)), desc="audit", unit="group", disable=not progress):
-        group_images = data.images(row)
-        sharpness.append(float(np.mean([_sharpness(image) for image in group_images])))
-        waiting += [(image, data.prompts[row]) for image in group_images]
-        if len(waiting) >= batch_size or row == len(data) - 1:
-            images, texts = zip(*waiting, strict=True)
-            for scorer in scorers:
-                with memory_for(len(images)):
-                    found[scorer.name].append(scorer.score_images(images, texts).float().cpu())
-            waiting = []
     counts = [len(label) for label in data.labels]
-    scores = {name: list(torch.cat(parts).split(counts)) for name, parts in found.items()}
+    flat: dict[str, list[torch.Tensor]] = {scorer.name: [] for scorer in scorers}
+    sharpness: list[float] = []
+    for rows, images in data.batches(batch_size, "audit", progress):
+        texts = [data.prompts[row] for row in rows for _ in range(counts[row])]
+        for scorer in scorers:
+            with memory_for(len(images)):
+                flat[scorer.name].append(scorer.score_images(images, texts).cpu())
+        sharpness += map(_sharpness, images)
+    scores = {name: list(torch.cat(parts).split(counts)) for name, parts in flat.items()}
     for name, groups in scores.items():
         bad = next((row for row, values in enumerate(groups) if not bool(values.isfinite().all())), None)
         if bad is not None:
             raise UserError(f"{name}: group {data.ids[bad]}: scores are not finite: {groups[bad].tolist()}")
-    return scores, np.array(sharpness)
+    return scores, np.array([values.mean() for values in np.split(sharpness, np.cumsum(counts)[:-1])])
 
 
 def _curves(scorer: Scorer, prompts: Sequence[str], seed: int, batch_size: int) -> list[Any]:
     from t2i_align.reward_models import optimise
 
     pool = optimise.draw_pool(prompts, seed=seed)
-    found = [optimise.best_of_n_curve(scorer, pool, max(batch_size, 64))]
-    return [*found, optimise.ascent_curve(scorer, pool, max(batch_size, 32))] if scorer.differentiable else found
+    curves = [optimise.best_of_n_curve(scorer, pool, max(batch_size, 64))]
+    if scorer.differentiable:
+        curves.append(optimise.ascent_curve(scorer, pool, max(batch_size, 32)))
+    return curves
 
 
 def _sharpness(image: Image.Image) -> float:

@@ -1,4 +1,4 @@
-"""Over-optimisation on the testbed: what the oracle says of images while a scorer is optimised ever harder.
+"""Over-optimisation on the testbed: the oracle's reward of images while a scorer is optimised ever harder.
 
 Best of n: of n drawn images the scorer's favourite (arXiv 2210.10760), with KL(n) = log n - (n - 1) / n to the pool.
 Ascent: steps up the scorer's gradient on a good image's pixels, the attack that direct reward fine-tuning is.
@@ -63,8 +63,8 @@ def draw_pool(prompts: Sequence[str], size: int = POOL, seed: int = 0) -> Pool:
     for number, prompt in enumerate(prompts):
         statement, rng = parse(prompt), np.random.default_rng((seed, number))
         for _ in range(size):
-            said = draw_wrong(statement, rng) if rng.random() < WRONG else statement
-            pixels.append(torch.from_numpy(draw_image(said, rng, DEGRADED)).permute(2, 0, 1))
+            drawn = draw_wrong(statement, rng) if rng.random() < WRONG else statement
+            pixels.append(torch.from_numpy(draw_image(drawn, rng, DEGRADED)).permute(2, 0, 1))
     stacked = torch.stack(pixels).float().clamp(0, 1).unflatten(0, (len(prompts), size))
     repeated = [prompt for prompt in prompts for _ in range(size)]
     return Pool(prompts, stacked, Oracle().judge(stacked.flatten(0, 1), repeated).reward.reshape(-1, size))
@@ -84,12 +84,14 @@ def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArra
 
 def best_of_n_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
     """n = 1, 2, 4 ... up to the pool's size."""
-    proxy = score_pool(scorer, pool, batch_size)
-    spread = (proxy - proxy.mean()) / max(proxy.std(), 1e-12)
-    sizes = [2**power for power in range(int(math.log2(proxy.shape[1])) + 1)]
-    found = [best_of_n(spread, pool.rewards, n) for n in sizes]
+    scores = score_pool(scorer, pool, batch_size)
+    spread = (scores - scores.mean()) / max(scores.std(), 1e-12)
+    sizes = [2**power for power in range(int(math.log2(scores.shape[1])) + 1)]
+    means = [best_of_n(spread, pool.rewards, n) for n in sizes]
     kl = [math.log(n) - (n - 1) / n for n in sizes]
-    return _curve("best of n", sizes, [p for p, _ in found], [r for _, r in found], pool.rewards.std(), kl)
+    return _curve(
+        "best of n", sizes, [proxy for proxy, _ in means], [reward for _, reward in means], pool.rewards.std(), kl
+    )
 
 
 @torch.no_grad()
@@ -98,30 +100,30 @@ def score_pool(scorer: Scorer, pool: Pool, batch_size: int) -> NDArray[np.float6
     pixels = pool.pixels.flatten(0, 1)
     prompts = [prompt for prompt in pool.prompts for _ in range(pool.pixels.shape[1])]
     starts = range(0, len(pixels), batch_size)
-    found = [scorer.score(pixels[i : i + batch_size], prompts[i : i + batch_size]).cpu() for i in starts]
-    return torch.cat(found).double().numpy().reshape(pool.rewards.shape)
+    scores = [scorer.score(pixels[i : i + batch_size], prompts[i : i + batch_size]).cpu() for i in starts]
+    return torch.cat(scores).double().numpy().reshape(pool.rewards.shape)
 
 
 def ascent_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
-    """From each prompt's first right image (or its best): signed steps, with the oracle's word every few of them."""
+    """From each prompt's first right image (or its best): signed steps, evaluated by the oracle every few steps."""
     proxy = score_pool(scorer, pool, batch_size)
     start = pool.rewards.argmax(1)
     pixels = pool.pixels[torch.arange(len(start)), torch.from_numpy(start)].clone()
-    oracle, told, values, rewards = Oracle(), [], [], []
+    oracle, steps, values, rewards = Oracle(), [], [], []
     for step in range(STEPS + 1):
         gradients = []
         scores = []
         for first in range(0, len(pixels), batch_size):
-            some = pixels[first : first + batch_size].clone().requires_grad_()
-            score = scorer.score(some, pool.prompts[first : first + batch_size])
-            gradients.append(torch.autograd.grad(score.sum(), some)[0].cpu())
+            batch = pixels[first : first + batch_size].clone().requires_grad_()
+            score = scorer.score(batch, pool.prompts[first : first + batch_size])
+            gradients.append(torch.autograd.grad(score.sum(), batch)[0].cpu())
             scores.append(score.detach().cpu())
         if step % max(1, STEPS // 12) == 0:
-            told.append(step)
+            steps.append(step)
             values.append((torch.cat(scores).double().numpy() - proxy.mean()) / max(proxy.std(), 1e-12))
             rewards.append(oracle.judge(pixels, pool.prompts).reward)
         pixels = (pixels + STEP_SIZE * torch.cat(gradients).sign()).clamp(0, 1)
-    return _curve("ascent", told, values, rewards, pool.rewards.std(), None)
+    return _curve("ascent", steps, values, rewards, pool.rewards.std(), None)
 
 
 def _curve(

@@ -1,4 +1,4 @@
-"""What is trained: a whole CLIP, or a head on features that were computed once."""
+"""Trainable scorers: a whole CLIP, or a head on features that are computed once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.images import in_threads
 from reward_scorers.towers import TwoTowers, unit
 from t2i_align.config import LoraConfig
 from t2i_align.reward_models.preferences import Preferences
+from t2i_align.utils.files import atomic_file
 
 EMBED_BATCH = 64  # images
 LORA_TARGETS = {
@@ -117,23 +117,12 @@ class Features:
         file = cache / f"features-{key}.safetensors"
         counts = [len(label) for label in preferences.labels]
         if not file.exists():
-            images, rows, waiting = [], range(len(preferences)), []
-            for row in tqdm(rows, desc="features", unit="group", disable=not progress):
-                waiting += preferences.images(row)
-                if len(waiting) >= EMBED_BATCH or row == rows[-1]:
-                    images.append(
-                        base.encode_images(torch.stack(in_threads(base.preprocess, waiting)).to(base.device))
-                        .float()
-                        .cpu()
-                    )
-                    waiting = []
-            distinct = list(dict.fromkeys(preferences.prompts))
-            starts = range(0, len(distinct), EMBED_BATCH)
-            texts = torch.cat([base.encode_texts(distinct[i : i + EMBED_BATCH]).float().cpu() for i in starts])
-            place = {prompt: number for number, prompt in enumerate(distinct)}
-            told = texts[torch.tensor([place[prompt] for prompt in preferences.prompts])]
-            temporary = file.with_suffix(".tmp")
-            save_file({"images": torch.cat(images), "texts": told}, temporary)
-            temporary.replace(file)
+            images = []
+            for _, batch in preferences.batches(EMBED_BATCH, "features", progress):
+                inputs = torch.stack(in_threads(base.preprocess, batch)).to(base.device)
+                images.append(base.encode_images(inputs).float().cpu())
+            texts = base.text_features(preferences.prompts).float().cpu()
+            with atomic_file(file) as temporary:
+                save_file({"images": torch.cat(images), "texts": texts}, temporary)
         stored = load_file(file)
         return cls(list(stored["images"].split(counts)), stored["texts"])

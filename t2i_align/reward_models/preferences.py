@@ -1,17 +1,18 @@
-"""Preferences as scorers learn them: who said what of which images, split by prompt and by user."""
+"""Preferences that scorers are trained on and audited with: prompts, users, labels and images, split by both."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations
@@ -46,6 +47,17 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def batches(self, size: int, what: str, progress: bool) -> Iterator[tuple[list[int], list[Image.Image]]]:
+        """All groups in order with their images, at least `size` images at a time; `what` labels the progress bar."""
+        rows: list[int] = []
+        images: list[Image.Image] = []
+        for row in tqdm(range(len(self)), desc=what, unit="group", disable=not progress):
+            rows.append(row)
+            images += self.images(row)
+            if len(images) >= size or row == len(self) - 1:
+                yield rows, images
+                rows, images = [], []
+
     def images(self, row: int) -> list[Image.Image]:
         """A group's images, best first."""
         try:
@@ -79,7 +91,7 @@ def open_preferences(
     selection = Selection(candidates=2, limit=limit)
     survey = readers.survey(file, kind, added, selection)
     if not any(k >= 2 for k in survey.candidates):
-        raise UserError(f"{path}: preferences need groups of two candidates or more, found {survey.candidates}")
+        raise UserError(f"{path}: preferences need groups of two candidates or more, found {dict(survey.candidates)}")
     parts = {"root": str(file.resolve()), **source_fingerprint(file, kind, selection, annotations)}
     folder = root / f"images-{digest(parts)}"
     if not is_complete(folder):

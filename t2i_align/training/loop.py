@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,7 +25,7 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
 from t2i_align.training.monitor import Diverged, MetricAverager, change, check_finite, check_winners, copies
-from t2i_align.training.optim import make_optimizer, make_schedule, scale_rate
+from t2i_align.training.optim import make_optimizer, scale_rate
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -90,7 +91,12 @@ class Loop:
         self.weights, self.parameters = task.weights, list(task.weights.policy.values())
         optimizer = make_optimizer(config.optim, self.parameters)
         # Of this optimizer, not the prepared one, which would step once a process.
-        self.schedule = make_schedule(config.optim, optimizer, config.train.steps)
+        self.schedule = get_scheduler(
+            config.optim.schedule,
+            optimizer,
+            num_warmup_steps=config.optim.warmup_steps,
+            num_training_steps=config.train.steps,
+        )
         self.ema: EMAModel | None = None
         if config.optim.ema is not None:
             self.weights.variants["ema"] = average = older_policy(self.weights)
@@ -123,6 +129,14 @@ class Loop:
                     self._roll_back(divergence)
                     bar.n = self.step
         return self.last_logged
+
+    def release(self) -> None:
+        """Drop DDP's wrapper while the process group still exists.
+
+        As the last holder of the group it would join gloo's threads with the GIL locked, for which these may wait.
+        """
+        del self.network
+        self.accelerator.free_memory()
 
     def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""

@@ -30,7 +30,6 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError
 from t2i_align.training.weights import Weights, adapter_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
@@ -56,25 +55,10 @@ class Reference:
             return self.pipeline.features(noisy_latents, timesteps, conditioning, denoiser=denoiser)
 
 
-def check_reference(train: TrainConfig, *, lora: bool) -> None:
-    """Raise UserError for `adapter_off` without a LoRA, or a copy under one that is to be updated."""
-    if train.reference == "adapter_off" and not lora:
-        raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
-    if train.reference not in ("auto", "adapter_off") and lora and train.reference_update is not None:
-        raise UserError(
-            f"train.reference {train.reference!r} with train.reference_update: under a LoRA use 'auto', which is free"
-        )
-
-
 def build_reference(train: TrainConfig, pipeline: TrainablePipeline) -> Reference:
-    """The reference. Build it from the base weights, before a checkpoint is loaded into the policy.
-
-    Raises:
-        UserError: see `check_reference`.
-    """
+    """The reference. Build it from the base weights, before a checkpoint is loaded into the policy."""
     denoiser, updated = pipeline.denoiser, train.reference_update is not None
     lora = bool(getattr(denoiser, "peft_config", None))
-    check_reference(train, lora=lora)
     reference = Reference(pipeline)
     if train.reference in ("copy", "offloaded_copy") or not lora:
         offload = train.reference == "offloaded_copy"

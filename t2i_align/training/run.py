@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
 from t2i_align.training.loop import METRICS_FILE, Loop
-from t2i_align.training.optim import check_optimizer
+from t2i_align.training.optim import make_optimizer
 from t2i_align.training.output import RUN_FILE, check_output, check_same_run, write_settings
-from t2i_align.training.reference import Reference, build_reference, check_reference
+from t2i_align.training.reference import Reference, build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.files import atomic_folder, output_lock
 from t2i_align.utils.settings import with_overrides
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Text encoders of the size of T5-XXL overflow half precision, and nobody runs them in single.
+# Large text encoders such as T5-XXL overflow half precision.
 LARGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
@@ -75,7 +75,7 @@ def align(
         config = configuration.load(config, overrides)
     elif isinstance(config, Mapping):
         config = configuration.from_mapping(with_overrides(config, overrides))
-    check_training(config)
+    check_machine(config)
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     accelerator = Accelerator(
         # By default, accelerate takes each of several CPU processes for a separate run.
@@ -129,23 +129,20 @@ def _align(config: RunConfig, accelerator: Accelerator, progress: bool) -> RunRe
                 weights = save_weights(pipeline, weights, config.trains)
         accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     finally:
+        loop.release()
         accelerator.end_training()
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
 
-def check_training(config: RunConfig) -> None:
-    """Raise UserError for what this machine, or this kind of training, cannot do."""
+def check_machine(config: RunConfig) -> None:
+    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in config.log.trackers:
         if tracker not in installed:
             raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
-    if config.objective.needs.reference:
-        check_reference(config.train, lora=config.lora is not None)
-    elif config.train.reference_update is not None:
-        raise UserError(f"train.reference_update: {config.objective.name} asks no reference that could be updated")
-    check_optimizer(config)
+    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def reference_for(config: RunConfig, pipeline: TrainablePipeline) -> Reference:
@@ -156,19 +153,14 @@ def reference_for(config: RunConfig, pipeline: TrainablePipeline) -> Reference:
 def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
     """The pipeline on its device, without VAE and text encoders."""
     pipeline = pipelines.load(
-        resolve_model(config.model.path),
+        **{**asdict(config.model), "path": resolve_model(config.model.path)},
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
-        expert=config.model.expert,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        single_file_config=config.model.single_file_config,
     )
     pipeline.set_attention(config.train.attention)
-    pipeline.to(device)
-    return pipeline
+    return pipeline.to(device)
 
 
 def extent(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
@@ -188,17 +180,13 @@ def extent(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, i
 
 
 def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
-    """A fingerprint of the model's encoders, of how they run, and of what is kept beside what they make."""
-    found = pipelines.encoder_fingerprint(
-        resolve_model(config.model.path),
-        revision=config.model.revision,
-        variant=config.model.variant,
-        single_file_config=config.model.single_file_config,
-    )
-    large = LARGE_DTYPES[config.train.precision]
-    if pipeline.large_encoders and large != torch.float32:
-        found += f", {' and '.join(pipeline.large_encoders)} in bf16"
-    return found + (", with sizes" if pipeline.size_conditioned else "")
+    """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
+    model = asdict(config.model)
+    del model["expert"]  # experts share their encoders
+    parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
+    if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
+        parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
+    return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)
 
 
 def load_data(
@@ -246,21 +234,18 @@ def save_weights(pipeline: TrainablePipeline, folder: Path, kind: Kind) -> Path:
 
 def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
     """What is about to run, in a few lines, with the objective's constants spelled out."""
-    trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
+    trained = sum(parameter.numel() for parameter in TRAINED[config.trains].parameters(pipeline).values())
     train = config.train
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
-    return "\n".join(
-        [
-            f"model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})",
-            f"data       {config.data.path}: {counts}",
-            f"objective  {config.objective.name} ({config.objective.paper}) {constants}",
-            f"training   {trained:,} parameters, {train.steps} steps of {train.batch_size} x {train.accumulate} "
-            f"groups, {train.precision}, seed {train.seed}",
-            f"output     {config.output_dir}",
-        ]
-    )
+    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    return f"""\
+model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
+data       {config.data.path}: {counts}
+objective  {config.objective.name} ({config.objective.paper}) {constants}
+training   {trained:,} parameters, {steps}, {train.precision}, seed {train.seed}
+output     {config.output_dir}"""
 
 
 __all__ = ["METRICS_FILE", "RUN_FILE", "RunResult", "align"]

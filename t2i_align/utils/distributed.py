@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 
 class Distributed:
@@ -23,23 +19,17 @@ class Distributed:
         local = os.environ.get("LOCAL_RANK")
         self.device = f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
 
-    @cached_property
-    def _state(self) -> PartialState:
-        from accelerate import PartialState
-
-        return PartialState(cpu=not torch.accelerator.is_available())
-
     def wait(self) -> None:
         """Return when all processes have called this."""
         if self.world > 1:
-            self._state.wait_for_everyone()
+            from accelerate import PartialState
+
+            PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in every process."""
-        if self.world == 1:
-            return [value]
         from accelerate.utils import gather_object
 
-        self.wait()  # which also starts the process group
-        values: list[Any] = gather_object([value])
+        self.wait()  # starts the process group
+        values: list[Any] = gather_object([value]) if self.world > 1 else [value]
         return values

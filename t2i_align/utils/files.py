@@ -123,18 +123,10 @@ def claim(file: str | Path, settings: Mapping[str, Any], *, advice: str = "choos
         UserError: settings differ, names each key; or the file is not a JSON object.
     """
     file = Path(file)
-    if file.exists():
-        check_settings(file, read_json(file), settings, advice=advice)
-    else:
+    if not file.exists():
         write_json(file, settings)
-
-
-def check_settings(
-    where: str | Path, stored: Mapping[str, Any], settings: Mapping[str, Any], *, advice: str = "choose another output"
-) -> None:
-    """Raise UserError that names each key whose value differs from the stored settings of the output `where`."""
-    if keys := differences(stored, json.loads(json.dumps(settings))):
-        raise UserError(f"{where}: was begun with other settings: {'; '.join(keys)}; {advice}")
+    elif keys := differences(read_json(file), json.loads(json.dumps(settings))):
+        raise UserError(f"{file}: was begun with other settings: {'; '.join(keys)}; {advice}")
 
 
 def differences(

@@ -13,11 +13,11 @@ from PIL import Image
 
 from t2i_align.cli import main
 from t2i_align.data import readers
-from t2i_align.data.findings import fingerprint
 from t2i_align.data.inspect import inspect
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.data.spec import split
+from t2i_align.data.survey import fingerprint
 from t2i_align.errors import UserError
 from tests import formats
 from tests.data.test_examples import noise_jpeg
@@ -60,7 +60,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
         {"prompt": "gone", "images": ["9.png"], "scores": [1]},
     ]
     found = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "report.html")
-    assert (found.groups, found.ties, dict(found.candidates)) == (6, 1, {2: 5, 3: 1})
+    assert (found.groups, found.ties.total(), dict(found.candidates)) == (6, 1, {2: 5, 3: 1})
     assert dict(found.skips) == {"no such image: 9.png": 1} and dict(found.users) == {"anna": 1, "ben": 2, "carl": 1}
     assert found.disagreement == (1, 0.5) and found.twins == 1
     assert found.duplicates == 6 + 1  # of the pair's two images three times each, and the twin

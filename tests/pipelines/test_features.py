@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,15 +26,6 @@ def inputs(pipeline: TrainablePipeline) -> tuple[Tensor, Tensor, dict[str, Tenso
     return latents, torch.tensor([10, 800]), pipeline.encode_prompts(["a cat", "two dogs"])
 
 
-def middle_of_a_full_forward(pipeline: TrainablePipeline) -> Tensor:
-    """As a reader of diffusers' own forward would take it."""
-    seen: list[Tensor] = []
-    handle = pipeline.denoiser.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
-    pipeline.predict(*inputs(pipeline))
-    handle.remove()
-    return seen[0]
-
-
 def hooks(denoiser: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
 
@@ -47,49 +37,31 @@ def gradient_of(features: Tensor, latents: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features_are_the_output_of_the_denoisers_block_and_carry_gradients(
+def test_features_are_the_output_of_the_denoisers_block_and_the_rest_does_not_run(
     name: str, shared: Callable[[str], TrainablePipeline]
 ) -> None:
+    """With gradients to the input and to no frozen weight, and no hook left behind."""
     pipeline = shared(name)
-    latents, times, conditioning = example(pipeline)
+    denoiser, (latents, times, conditioning) = pipeline.denoiser, example(pipeline)
+    before, finished, outputs = hooks(denoiser), [], []
+    handle = denoiser.register_forward_hook(lambda *_: finished.append(True))
     features = pipeline.features(latents.requires_grad_(), times, conditioning)
+    handle.remove()
+    assert not finished and hooks(denoiser) == before
     assert len(features) == 2 and features.isfinite().all()
     features.square().mean().backward()
     assert latents.grad is not None and (latents.grad.flatten(1).abs().amax(1) > 0).all()
-    seen: list[Any] = []
-    block = pipeline.denoiser.get_submodule(pipeline.feature_block)
-    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
+    block = denoiser.get_submodule(pipeline.feature_block)
+    handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         pipeline.predict(latents, times, conditioning)
     handle.remove()
-    parts = seen[0] if isinstance(seen[0], tuple) else seen
+    parts = outputs[0] if isinstance(outputs[0], tuple) else outputs
     assert any(torch.equal(features, part) for part in parts)
 
 
-def test_features_are_what_a_full_forward_computes_and_stop_there(sd_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    expected, before = middle_of_a_full_forward(pipeline), hooks(pipeline.denoiser)
-    ran: list[str] = []
-    handles = [block.register_forward_pre_hook(lambda *_: ran.append("up")) for block in pipeline.denoiser.up_blocks]
-    assert torch.equal(pipeline.features(*inputs(pipeline)), expected)
-    assert not ran
-    for handle in handles:
-        handle.remove()
-    assert hooks(pipeline.denoiser) == before
-    pipeline.predict(*inputs(pipeline))  # and the whole network runs as ever
-
-
-def test_gradients_reach_the_input_and_no_frozen_weight(sd_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    latents, timesteps, conditioning = inputs(pipeline)
-    latents.requires_grad_()
-    features = pipeline.features(latents, timesteps, conditioning)
-    features.square().sum().backward()
-    assert latents.grad is not None and (latents.grad.flatten(1).abs().amax(1) > 0).all()
-    assert all(parameter.grad is None for parameter in pipeline.denoiser.parameters())
-
-
-def test_a_block_that_gives_a_tuple_gives_its_first_and_a_missing_one_is_named(
+def test_of_several_outputs_the_first_is_taken_and_a_missing_block_is_named(
     sd_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = pipelines.load(sd_path)
@@ -108,7 +80,7 @@ def test_a_block_that_gives_a_tuple_gives_its_first_and_a_missing_one_is_named(
 
 @pytest.mark.parametrize("kind", ["adapter_off", "copy", "offloaded_copy"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_reference_sees_as_the_base_did_also_in_the_backward_pass(
+def test_features_of_every_reference_are_the_bases_also_in_the_backward_pass(
     kind: str, checkpointing: bool, sd_path: Path
 ) -> None:
     """Checkpointing runs blocks once more in the backward pass, when the adapters are on again: it must be off."""

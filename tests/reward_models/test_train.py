@@ -221,6 +221,14 @@ def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, 
         train_scorer(run_of(tmp_path / "u", warm, str(tmp_path / "good"), tune="users"), progress=False)
 
 
+def test_diverged_training_stops_and_names_its_last_good_checkpoint(clip: str, source: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", source / "warm.jsonl", clip, tune="full", optim={"lr": 1e36})
+    with pytest.raises(
+        UserError, match=r"is not finite .*so the run has stopped. The last good .*step_000000. A smaller"
+    ):
+        train_scorer(run, progress=False)
+
+
 def test_a_trained_scorer_refuses_another_base(clip: str, source: Path, tmp_path: Path) -> None:
     train_scorer(run_of(tmp_path / "run", source / "warm.jsonl", clip, tune="linear"), progress=False)
     file = tmp_path / "run" / "scorer" / "scorer.json"

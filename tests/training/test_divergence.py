@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from t2i_align import align
@@ -25,15 +20,11 @@ from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint, loop
 from t2i_align.training.monitor import Diverged, change, check_finite, check_winners, copies
-from tests.runs import jsonl_pairs, run_values
+from t2i_align.utils.settings import settings
+from tests.runs import align_killed, metrics, run_in_two_processes, run_values, same
 
 SPOILING = 0.1  # a learning rate at which all the tiny model's weights are soon useless, and a half or a quarter is not
 HOPELESS = 1.0  # and one at which a quarter is as bad
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jsonl_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def diverging(model: Path, pairs: Path, output: Path, lr: float = SPOILING, **changes: Any) -> dict[str, Any]:
@@ -43,10 +34,6 @@ def diverging(model: Path, pairs: Path, output: Path, lr: float = SPOILING, **ch
         "log__every": 2, "log__checkpoint_every": 4, "data__cache_dir": str(pairs.parent / "cache"), **changes,
     }  # fmt: skip
     return run_values(model, pairs, output, **options)
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def last_state(output: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
@@ -124,36 +111,23 @@ def test_a_divergent_run_goes_back_says_so_and_ends_well(
     assert result.steps == 16 and (result.weights / "unet").is_dir()
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("when", ["before the checkpoint is written anew", "after that", "at the next checkpoint"])
 def test_a_run_that_is_killed_around_a_rollback_resumes_to_the_very_same_bits(
-    when: str, sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
     align(diverging(sd_path, pairs, tmp_path / "whole"), progress=False)
     assert any("rollback" in line for line in metrics(tmp_path / "whole"))
-    real = checkpoint.save
-
-    def save(run: Path, step: int, weights: dict, state: dict, keep: int) -> Path:
-        rolled_back = state["rollbacks"] > 0
-        if rolled_back and when == "before the checkpoint is written anew":
-            raise Killed
-        folder = real(run, step, weights, state, keep)
-        if rolled_back and (when == "after that" or step > 0):
-            raise Killed
-        return folder
-
     values = diverging(sd_path, pairs, tmp_path / "killed")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "save", save)
-        align(values, progress=False)
+    align_killed(
+        values,
+        before=lambda step, state: state["rollbacks"] > 0 and when == "before the checkpoint is written anew",
+        after=lambda step, state: state["rollbacks"] > 0 and (when == "after that" or step > 0),
+    )
     align({**values, "resume": True}, progress=False)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     (name, weights, state), (name_2, weights_2, state_2) = map(last_state, (tmp_path / "whole", tmp_path / "killed"))
     assert name == name_2 == "step_000016" and state["rollbacks"] == state_2["rollbacks"] > 0
-    assert weights.keys() == weights_2.keys() and all(torch.equal(weights[key], weights_2[key]) for key in weights)
+    assert same(weights, weights_2)
 
 
 def test_a_hopeless_run_stops_after_so_many_rollbacks_and_names_the_last_good_checkpoint(
@@ -176,7 +150,7 @@ def test_switched_off_nothing_is_looked_at(sd_path: Path, pairs: Path, tmp_path:
     assert align(values, progress=False).metrics["error/chosen_minus_reference"] > 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class SpoiltUnseen(DiffusionDPO):
     """Not finite from the third step on, as if what the first checkpoint holds had been spoilt already."""
 
@@ -208,13 +182,7 @@ def test_a_checkpoint_that_leads_to_divergence_again_is_given_up_for_the_one_bef
 def test_two_processes_roll_back_together(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     one = diverging(sd_path, pairs, tmp_path / "one")
     align(one, progress=False)
-    two = diverging(sd_path, pairs, tmp_path / "two", train__batch_size=2)
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "t2i_align.train", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_two_processes(diverging(sd_path, pairs, tmp_path / "two", train__batch_size=2), tmp_path)
     ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert ours[0] == theirs[0] == {"step": 0, "rollback": 1, "diverged_at": 4}
     assert theirs[-1]["step"] == 16 and theirs[-1]["loss"] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,10 @@ from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint
 from t2i_align.training.reference import ReferenceUpdate, build_reference
-from tests.runs import jsonl_pairs, run_values
+from t2i_align.utils.settings import settings
+from tests.runs import align_killed, metrics, run_values, same
 
 FULL = {"lora": None, "optim__lr": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jsonl_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def following(model: Path, pairs: Path, output: Path, max_drift: float = 10.0, **changes: Any) -> dict[str, Any]:
@@ -46,18 +41,10 @@ def following(model: Path, pairs: Path, output: Path, max_drift: float = 10.0, *
     return run_values(model, pairs, output, **options)
 
 
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
 def policy_and_reference(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     weights, _ = checkpoint.load(folder)
     policy = {name: tensor for name, tensor in weights.items() if not name.startswith("reference.")}
     return policy, {name: weights[f"reference.{name}"] for name in policy}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def moved(pipeline: TrainablePipeline) -> None:
@@ -189,41 +176,21 @@ def test_a_single_sample_that_is_disliked_is_no_winner() -> None:
     assert moving.follow() == {"reference/drift": 2.0, "reference/frozen": 1.0}
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("training", "max_drift"), [({"lora__dropout": 0.3}, 10.0), (FULL, 10.0), (FULL, 1e-9)])
 @pytest.mark.parametrize("killed_after", [3, 4])
 def test_a_killed_run_resumes_with_the_reference_it_had(
-    training: dict,
-    max_drift: float,
-    killed_after: int,
-    sd_path: Path,
-    pairs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    training: dict, max_drift: float, killed_after: int, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
     align(following(sd_path, pairs, tmp_path / "whole", max_drift, **training), progress=False)
-    real = checkpoint.save
-
-    def save(run: Path, step: int, weights: dict, state: dict, keep: int) -> Path:
-        folder = real(run, step, weights, state, keep)
-        if step == killed_after:
-            raise Killed
-        return folder
-
     values = following(sd_path, pairs, tmp_path / "killed", max_drift, **training)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "save", save)
-        align(values, progress=False)
+    align_killed(values, before=lambda *_: False, after=lambda step, _: step == killed_after)
     align({**values, "resume": True}, progress=False)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     for one, two in zip(*(checkpoint.all_steps(tmp_path / name) for name in ("whole", "killed")), strict=True):
         assert same(checkpoint.load(one)[0], checkpoint.load(two)[0]), one.name
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Sees(DiffusionDPO):
     """Notes what kind of reference it is given."""
 

@@ -1,7 +1,8 @@
-"""What is counted over a source: groups, users, prompts, images seen twice, disagreement between judgements."""
+"""Counts over a source: what an objective needs to know of it before a run, and how far it can be trusted."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,27 +13,79 @@ import numpy as np
 from PIL import Image
 
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group
+from t2i_align.data.schema import COLUMNS, Group, Skipped
+
+REASONS_SHOWN = 3
 
 
 @dataclass
-class Findings:
-    """Counts over a source; those of images over its first so many groups (`opened`).
+class Survey:
+    """What a source holds, without opening its images.
+
+    candidates: number of groups by their k. ties: those of them whose best and worst score are equal. disliked: single
+    samples that were not liked. texts: prompts and captions. columns: how many groups have each column (see
+    `Group.present`). skips: rows that cannot be used by their reasons. reasons: the first of these with their origin.
+    accepted, score_range: number of groups that a selection accepts, and their least and greatest score.
+    """
+
+    candidates: Counter[int] = field(default_factory=Counter)
+    ties: Counter[int] = field(default_factory=Counter)
+    disliked: int = 0
+    texts: set[str] = field(default_factory=set)
+    columns: Counter[str] = field(default_factory=Counter)
+    skips: Counter[str] = field(default_factory=Counter)
+    reasons: list[str] = field(default_factory=list)
+    accepted: int = 0
+    score_range: tuple[float, float] = (math.inf, -math.inf)
+
+    @property
+    def groups(self) -> int:
+        return self.candidates.total()
+
+    @property
+    def rows(self) -> int:
+        """Groups and skipped rows."""
+        return self.groups + self.skips.total()
+
+    @property
+    def texts_per_group(self) -> int:
+        """How many texts are encoded of a group at most: its prompt and those of the columns."""
+        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
+        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
+
+    def add(self, item: Group | Skipped) -> None:
+        """Count an item of the source."""
+        if isinstance(item, Skipped):
+            self.skips[item.reason] += 1
+            self.reasons += [f"{item.origin}: {item.reason}"] if len(self.reasons) < REASONS_SHOWN else []
+            return
+        k = len(item.candidates)
+        self.candidates[k] += 1
+        self.ties.update([k] if item.is_tie else [])
+        self.disliked += item.is_disliked
+        self.texts.update(item.texts)
+        self.columns.update(item.present)
+
+    def accept(self, group: Group) -> None:
+        """Count a group that a selection accepts."""
+        least, greatest = self.score_range
+        self.accepted += 1
+        self.score_range = min(least, *group.scores), max(greatest, *group.scores)
+
+
+@dataclass
+class Findings(Survey):
+    """A survey with users, prompts and images, the last over the first so many groups (`opened`).
 
     judged: per prompt and images, the preference of each group with them. by_scorer: each scorer's scores of groups,
     with the labels. shares: of votes for the loser of a pair. lengths, limits: prompt lengths in words or in an
     encoder's tokens, and how many it takes.
     """
 
-    source: str
-    format: str
-    columns: list[str]
-    groups: int = 0
+    source: str = ""
+    format: str = ""
+    names: Sequence[str] = ()
     opened: int = 0
-    ties: int = 0
-    skips: Counter[str] = field(default_factory=Counter)
-    candidates: Counter[int] = field(default_factory=Counter)
-    present: Counter[str] = field(default_factory=Counter)
     users: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
     lengths: dict[str, list[int]] = field(default_factory=dict)
@@ -73,11 +126,11 @@ class Findings:
         """A few lines for the terminal."""
         again, differing = self.disagreement
         lines = [
-            f"{self.source}: {self.format}, columns {', '.join(self.columns) or 'none'}",
-            f"{self.groups} groups, {sum(self.skips.values())} rows skipped, {self.ties} ties, "
+            f"{self.source}: {self.format}, columns {', '.join(self.names) or 'none'}",
+            f"{self.groups} groups, {self.skips.total()} rows skipped, {self.ties.total()} ties, "
             f"{len(self.prompts)} prompts, {len(self.users)} users",
-            f"{self.opened} groups opened: {sum(self.sizes.values())} images, {self.duplicates} seen before, "
-            f"{self.twins} groups with the same image twice, {sum(self.unreadable.values())} unreadable",
+            f"{self.opened} groups opened: {self.sizes.total()} images, {self.duplicates} seen before, "
+            f"{self.twins} groups with the same image twice, {self.unreadable.total()} unreadable",
         ]
         for name, limit in self.limits.items():
             lines.append(f"{sum(length > limit for length in self.lengths[name])} prompts exceed {limit} {name}")
@@ -85,16 +138,13 @@ class Findings:
             lines.append(f"{again} pairs were judged more than once; two judgements differ in {differing:.1%}")
         return "\n".join(lines)
 
-    def count(self, group: Group) -> None:
-        """Add what a group says without its images."""
-        self.groups += 1
-        self.candidates[len(group.candidates)] += 1
-        self.ties += group.is_tie
-        self.present.update(group.present)
-        self.prompts[group.prompt] += 1
-        self.users.update([] if group.user is None else [group.user])
-        if len(group.scores) == 2 and abs(sum(group.scores) - 1) < 1e-6 and min(group.scores) >= 0:
-            self.shares.append(min(group.scores))
+    def add(self, item: Group | Skipped) -> None:
+        super().add(item)
+        if isinstance(item, Group):
+            self.prompts[item.prompt] += 1
+            self.users.update([] if item.user is None else [item.user])
+            if len(item.scores) == 2 and abs(sum(item.scores) - 1) < 1e-6 and min(item.scores) >= 0:
+                self.shares.append(min(item.scores))
 
     def count_images(self, group: Group) -> None:
         """Decode a group's images and compare their fingerprints."""
