@@ -43,7 +43,7 @@ def run(command: Command, options: dict[str, Any], *, debug: bool = False) -> in
             from t2i_align.utils.logging import silence_libraries
 
             silence_libraries()
-        command.report(function(**options), options)
+        command.print_report(function(**options), options)
         return 0
     except KeyboardInterrupt as interrupt:
         after = f": {interrupt}" if str(interrupt) else "."

@@ -1,174 +1,93 @@
-"""The table of commands: the function that each one calls, and how its result is printed."""
+"""The commands (`assets/commands.yaml`), what is printed of their results, and the functions that only they have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from t2i_align.cli import actions
+import yaml
 
-CONTINUES = "Run the same command again; it continues where it was stopped."
-RESUMES = "Add resume=true to the same command to continue from the newest checkpoint."
+from t2i_align.errors import UserError
+
+TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
+GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One sub-command.
-
-    function: `module:name`; its signature and docstring are the command's options (`cli.signature`). report: prints the
-    function's result, given its arguments. interrupted: printed after Ctrl-C. single: list options that take one value
-    each time they are given, the others take several. silent: whether the libraries' progress bars are silenced.
-    """
+    """One sub-command; the head of `assets/commands.yaml` explains the fields."""
 
     function: str
     summary: str
-    examples: tuple[str, ...]
-    report: Callable[[Any, dict[str, Any]], None] = lambda result, options: None
+    examples: Sequence[str]
+    report: str = ""
     interrupted: str = "Nothing needs cleaning up; run the same command again."
-    single: tuple[str, ...] = ()
+    single: Sequence[str] = ()
+    every_process: bool = False
     silent: bool = True
 
+    def print_report(self, result: Any, options: dict[str, Any]) -> None:
+        """Print what came of it, from one of several processes unless each has its own."""
+        if self.report and (self.every_process or os.environ.get("RANK", "0") == "0"):
+            values = result if isinstance(result, dict) else getattr(result, "accuracy", {})
+            rows = values if isinstance(values, dict) else {}
+            width = max(map(len, rows), default=0)
+            text = "\n".join(f"{name.replace('_', ' '):<{width}} {value}" for name, value in rows.items())
+            summary = result.summary() if hasattr(result, "summary") else ""
+            print(self.report.format(result=result, rows=text, summary=summary, **options))
 
-COMMANDS = {
-    "quickstart": Command(
-        function="t2i_align.quickstart:quickstart",
-        summary="align the bundled model on the bundled preferences and measure it",
-        examples=("t2i-align quickstart", "t2i-align quickstart train.steps=50 --output runs/short"),
-        report=actions.quickstart,
-        interrupted="Nothing was replaced. Run the same command again; it starts afresh.",
-        silent=False,
-    ),
-    "prepare": Command(
-        function="t2i_align.cli.actions:prepare",
-        summary="encode a configuration's images and prompts into the cache, without training",
-        examples=("t2i-align prepare configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl",),
-        report=actions.rows,
-        interrupted="Run the same command again; it continues with what is not encoded yet.",
-    ),
-    "train": Command(
-        function="t2i_align.training.run:align",
-        summary="run a configuration: prepare, train, save",
-        examples=(
-            "t2i-align train configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl output_dir=runs/mine",
-            "t2i-align train configs/sd15_diffusion_dpo.yaml data.path=my_pairs.jsonl output_dir=runs/mine resume=true",
-            "torchrun --nproc_per_node 2 -m t2i_align.train configs/sd15_diffusion_dpo.yaml",
-        ),
-        report=actions.trained,
-        interrupted=RESUMES,
-    ),
-    "generate": Command(
-        function="t2i_align.inference.generate:generate",
-        summary="images or clips from a model, with or without a LoRA",
-        examples=(
-            "t2i-align generate testbed:sd --lora runs/quickstart/run --prompts testbed:dev --out runs/images "
-            "--steps 20 --guidance 1",
-        ),
-        report=lambda result, options: print(f"images listed in {result}"),
-        interrupted="The images that are listed are complete; --force replaces them.",
-        single=("prompt",),
-    ),
-    "export-lora": Command(
-        function="t2i_align.inference.export:export_lora",
-        summary="write a LoRA under the names that other tools read",
-        examples=("t2i-align export-lora runs/mine --format kohya --out mine.safetensors",),
-        report=lambda result, options: print(f"written to {result}"),
-    ),
-    "score": Command(
-        function="t2i_align.labeling.score:score",
-        summary="score images against their prompts",
-        examples=("t2i-align score runs/images --scorers oracle --out runs/scores.jsonl",),
-        interrupted="Run the same command again; with --out it continues where it was stopped.",
-    ),
-    "train-scorer": Command(
-        function="t2i_align.reward_models.train:train_scorer",
-        summary="train a preference model: a CLIP-style scorer from pairs, ties and rankings",
-        examples=(
-            "t2i-align train-scorer configs/scorers/clip_lora.yaml data.path=my_pairs.jsonl output_dir=runs/scorer",
-            "t2i-align score runs/images --scorers trained:runs/scorer",
-        ),
-        report=actions.trained_scorer,
-        interrupted=RESUMES,
-    ),
-    "audit-scorer": Command(
-        function="t2i_align.reward_models.audit:audit",
-        summary="how far scorers can be trusted: accuracy by slice, calibration, agreement, over-optimisation",
-        examples=(
-            "t2i-align audit-scorer my_pairs.jsonl --scorers pickscore hpsv2.1 --out runs/audit",
-            "t2i-align audit-scorer testbed:pairs --scorers trained:runs/scorer --optimise --out runs/audit",
-        ),
-        report=actions.summary,
-    ),
-    "evaluate": Command(
-        function="t2i_align.evaluation.compare:evaluate",
-        summary="compare two models at the same seeds: win rate with interval, report with images",
-        examples=(
-            "t2i-align evaluate --base testbed:sd --aligned runs/quickstart/run --prompts testbed:test "
-            "--scorers oracle --out runs/comparison --steps 20 --guidance 1",
-        ),
-        report=actions.summary,
-    ),
-    "caption": Command(
-        function="t2i_align.labeling.annotate:caption",
-        summary="captions of each image of preference data, for DCPO",
-        examples=(
-            "t2i-align caption testbed:pairs --variant h --captioner testbed:captioner --out runs/captions.jsonl",
-            "t2i-align caption my_pairs.jsonl --variant c --captioner llava-hf/llava-v1.6-mistral-7b-hf "
-            "--precision bf16 --out captions.jsonl",
-        ),
-        report=actions.annotated,
-        interrupted=CONTINUES,
-    ),
-    "perturb": Command(
-        function="t2i_align.labeling.annotate:perturb",
-        summary="prompts changed so that they do not fit their images, for TDPO and TKTO",
-        examples=("t2i-align perturb testbed:pairs --kinds attribute relation --out runs/negatives.jsonl",),
-        report=actions.annotated,
-        interrupted=CONTINUES,
-    ),
-    "relabel": Command(
-        function="t2i_align.labeling.annotate:relabel",
-        summary="scores of preference data by one scorer or by the vote of several, for SmPO and RankDPO",
-        examples=(
-            "t2i-align relabel testbed:pairs --scorers oracle --out runs/scores.jsonl",
-            "t2i-align relabel my_pairs.jsonl --scorers clip:ViT-B-32:laion400m_e32 clip:ViT-L-14:openai "
-            "--rule majority --out scores.jsonl",
-        ),
-        report=actions.annotated,
-        interrupted=CONTINUES,
-    ),
-    "data inspect": Command(
-        function="t2i_align.data.inspect:inspect",
-        summary="counts, sizes, ties, duplicates, users, prompt lengths and disagreement of preference data",
-        examples=("t2i-align data inspect my_pairs.jsonl --out report.html",),
-        report=actions.inspected,
-        silent=False,
-    ),
-    "data split": Command(
-        function="t2i_align.data.spec:split",
-        summary="hold some prompts or users out: train.yaml, held_out.yaml and the held-out prompts",
-        examples=("t2i-align data split my_pairs.jsonl --held-out 0.1 --out runs/split",),
-        report=actions.rows,
-        silent=False,
-    ),
-    "synthesize": Command(
-        function="t2i_align.labeling.synthesize:synthesize",
-        summary="preference data from prompts alone: images by models, ranked by scorers",
-        examples=(
-            "t2i-align synthesize testbed:dev --models testbed:sd --scorers oracle --per-prompt 4 --out runs/made "
-            "--steps 20 --guidance 2",
-            "torchrun --nproc_per_node 8 -m t2i_align synthesize prompts.txt --models my_sdxl my_sd3 "
-            "--scorers clip:ViT-L-14:openai pickscore --out made --pairs best_worst --agree 0.8",
-        ),
-        report=actions.synthesized,
-        interrupted=CONTINUES,
-    ),
-    "objectives": Command(
-        function="t2i_align.cli.actions:objectives",
-        summary="list the objectives, or explain one",
-        examples=("t2i-align objectives", "t2i-align objectives diffusion_dpo"),
-        report=lambda result, options: print(result),
-        silent=False,
-    ),
-}
-GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
+
+COMMANDS = {name: Command(**values) for name, values in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()}
+
+
+def prepare(config: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Encode a run's data into its cache; returns counts and places.
+
+    Args:
+        config: path of a YAML file such as those under configs/.
+        overrides: `key=value` changes to the file: train.steps=200 objective.beta=500 lora=null ...
+    """
+    from accelerate import Accelerator
+
+    from t2i_align import config as configuration
+    from t2i_align.data.store import SKIPPED, Store
+    from t2i_align.training.run import load_data, load_model
+
+    run = configuration.load(config, overrides)
+    if not run.data.cache:
+        raise UserError("data.cache is false in this configuration, so there is nothing to prepare")
+    if run.data.stream:
+        raise UserError("data.stream encodes each batch as it comes, so there is nothing to prepare")
+    accelerator = Accelerator()
+    source = load_data(run, accelerator, load_model(run, accelerator.device), progress=True)
+    assert isinstance(source.groups, Store)  # on the fly was refused above
+    skipped = {"why_skipped": source.groups.path / SKIPPED} if source.counts["skipped"] else {}
+    return {**source.counts, "cache": source.groups.path, **skipped}
+
+
+def objectives(name: str | None = None) -> str:
+    """What objectives there are, as a table; or one of them, explained.
+
+    Args:
+        name: explain this one.
+    """
+    from t2i_align import objectives as registry
+    from t2i_align.utils.settings import expected
+
+    if name:
+        cls = registry.get(name)
+        needs = f"Needs {cls.needs}. A complete run: configs/{cls.config}"
+        keys = [f"  objective.{f.name} = {f.default!r}  ({expected(cls, f.name)})" for f in fields(cls)]  # type: ignore[arg-type]
+        texts = [inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), needs, "Hyper-parameters:"]
+        return "\n\n".join([*map(str, texts), "\n".join(keys)])
+    classes = sorted((name, registry.get(name)) for name in registry.CLASSES)
+    rows = [("name", "paper", "needs", "in configs/")]
+    rows += [(name, cls.paper, str(cls.needs), cls.config) for name, cls in classes]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

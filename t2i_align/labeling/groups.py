@@ -37,6 +37,13 @@ class Summary:
     why_skipped: Path | None = None
     missing: int = 0
 
+    def summary(self) -> str:
+        """For people: how many groups, where, and why some were skipped."""
+        if self.missing:
+            return f"{self.missing} prompts are left to other processes; the last one to finish writes {self.out}"
+        why = f"; why: {self.why_skipped}" if self.why_skipped else ""
+        return f"{self.groups} groups in {self.out}, {self.skipped} skipped{why}"
+
 
 @dataclass
 class Batch:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     signature, calls = inspect.signature(function_of(name)), []
     module, _, function = COMMANDS[name].function.partition(":")
     monkeypatch.setattr(importlib.import_module(module), function, lambda **keywords: calls.append(keywords))
-    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], report=lambda result, options: None))
+    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], report=""))
     assert cli.main(arguments) == 0
     signature.bind(**calls[0])
     return calls[0]
@@ -222,6 +223,29 @@ def test_both_modules_run_and_pass_the_status_on(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("error: nowhere.yaml: no such configuration file\n") and "Traceback" not in done.stderr
+
+
+def test_reports_print_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = SimpleNamespace(
+        summary=lambda: "60 % won",
+        steps=7,
+        weights="w",
+        folder="f",
+        accuracy={"held_out": 0.9},
+        settings={"seconds": 3},
+    )
+    printed = {}
+    for name, command in COMMANDS.items():
+        command.print_report(result, {"out": "o"})
+        printed[name] = capsys.readouterr().out
+    assert printed["quickstart"].endswith("seeds:\n60 % won\n3 seconds in all\n")
+    assert printed["train-scorer"] == "held out 0.9\ntrained 7 steps; the scorer is trained:f\n"
+    assert printed["data inspect"] == "60 % won\nreport in o\n"
+    COMMANDS["data split"].print_report({"train": 3, "held_out": 1}, {})
+    assert capsys.readouterr().out == "train    3\nheld out 1\n"
+    monkeypatch.setenv("RANK", "1")
+    COMMANDS["train"].print_report(result, {})
+    assert capsys.readouterr().out == ""
 
 
 # Commands of the command line alone ---------------------------------------------------------------------------------
