@@ -21,9 +21,9 @@ from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
-from t2i_align.training.loop import METRICS_FILE, Loop
+from t2i_align.training.loop import Loop
 from t2i_align.training.optim import make_optimizer
-from t2i_align.training.output import RUN_FILE, check_output, check_same_run, write_settings
+from t2i_align.training.output import check_output, check_same_run, write_settings
 from t2i_align.training.reference import Reference, build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
@@ -246,6 +246,3 @@ data       {config.data.path}: {counts}
 objective  {config.objective.name} ({config.objective.paper}) {constants}
 training   {trained:,} parameters, {steps}, {train.precision}, seed {train.seed}
 output     {config.output_dir}"""
-
-
-__all__ = ["METRICS_FILE", "RUN_FILE", "RunResult", "align"]
