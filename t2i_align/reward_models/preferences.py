@@ -25,7 +25,7 @@ from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
-NOBODY = ""  # the user of preferences that name none
+NO_USER = ""  # the user of preferences that name none
 
 
 @dataclass(frozen=True)
@@ -98,27 +98,27 @@ def open_preferences(
     }
     folder = root / f"images-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
     if not (folder / MANIFEST).exists():
-        some = None if limit is None else Limit(groups=limit, candidates=2)
+        wanted = None if limit is None else Limit(groups=limit, candidates=2)
         index_images(readers.read(file, kind, added), folder, fingerprint=parts, extent=MediaSize(0, 0), survey=survey,
-                       limit=some, source_bytes=readers.embedded_bytes(file, kind), progress=progress)  # fmt: skip
+                       limit=wanted, source_bytes=readers.embedded_bytes(file, kind), progress=progress)  # fmt: skip
     store = LiveGroups(folder)
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]
     if not numbers:
         raise UserError(f"{path}: no group of two candidates or more could be used; {folder}/skipped.jsonl says why")
-    found = [store.group(number) for number in numbers]
+    groups = [store.group(number) for number in numbers]
     return Preferences(
         store,
         numbers,
-        [shard.ids[row].as_py() for shard, row in found],
-        [shard.groups["prompt"][row].as_py() for shard, row in found],
-        [shard.groups["user"][row].as_py() or NOBODY for shard, row in found],
-        [torch.tensor(shard.scores_of(row).copy(), dtype=torch.float32) for shard, row in found],
+        [shard.ids[row].as_py() for shard, row in groups],
+        [shard.groups["prompt"][row].as_py() for shard, row in groups],
+        [shard.groups["user"][row].as_py() or NO_USER for shard, row in groups],
+        [torch.tensor(shard.scores_of(row).copy(), dtype=torch.float32) for shard, row in groups],
     )
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of preferences. new_prompts: of users that are trained on. new_users: of nobody that is, any prompt."""
+    """Rows of preferences. new_prompts: of users that are trained on. new_users: of held-out users, any prompt."""
 
     train: list[int]
     new_prompts: list[int]
@@ -133,7 +133,7 @@ def split(preferences: Preferences, config: PreferenceConfig) -> Split:
     """
     parts = Split([], [], [])
     for row, (prompt, user) in enumerate(zip(preferences.prompts, preferences.users, strict=True)):
-        if user != NOBODY and is_held_out("user", user, share=config.holdout_users, seed=config.holdout_seed):
+        if user != NO_USER and is_held_out("user", user, share=config.holdout_users, seed=config.holdout_seed):
             parts.new_users.append(row)
         elif is_held_out("prompt", prompt, share=config.holdout_prompts, seed=config.holdout_seed):
             parts.new_prompts.append(row)
