@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
 from t2i_align.utils.files import write_text
@@ -62,7 +60,8 @@ def quickstart(
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.evaluation.compare import RESULT, evaluate
         from t2i_align.inference.prompts import resolve_prompts
-        from t2i_align.training.run import RUN_FILE, align
+        from t2i_align.training.output import write_settings
+        from t2i_align.training.run import align
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
@@ -92,7 +91,7 @@ def quickstart(
         result = replace(result, out=folder, settings=result.settings | whole)
         values = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
         write_text(temporary / COMPLETE / RESULT, values + "\n")
-        write_text(run.output_dir / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
+        write_settings(run.output_dir, configuration.to_mapping(config))
         run.output_dir.rename(temporary / COMPLETE / "run")
     return result
 

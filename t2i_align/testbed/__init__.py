@@ -1,4 +1,4 @@
-"""A small world with known ground truth: drawn scenes, captions, an oracle, annotators, tiny bases."""
+"""A small world with known ground truth: drawn scenes and clips, captions, oracles, tiny bases."""
 
 from __future__ import annotations
 

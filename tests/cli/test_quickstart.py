@@ -11,7 +11,6 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
 from t2i_align.inference.prompts import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, COMPLETE, MARKER, TEST_SEED, quickstart, replacing
-from t2i_align.training import run as runs
 
 SMALL = ["data.limit=8", "train.steps=2", "train.batch_size=4", "optim.warmup_steps=1", "validation.steps=2"]
 
@@ -100,7 +99,7 @@ def test_the_whole_job_in_small_and_a_second_time(tmp_path: Path, monkeypatch: p
     assert weights.is_file() and values["aligned"] == str(weights)
     html = (folder / "report.html").read_text()
     assert "<html" in html and str(weights) in html
-    assert f"output_dir: {folder / 'run'}" in (folder / "run" / runs.RUN_FILE).read_text()
+    assert f"output_dir: {folder / 'run'}" in (folder / "run" / "run.yaml").read_text()
     assert f"report: {folder / 'report.html'}" in result.summary()
     for file in folder.rglob("*"):
         assert not file.is_file() or b"-unfinished-" not in file.read_bytes(), f"{file.name} names the temporary folder"
