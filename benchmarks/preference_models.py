@@ -35,6 +35,7 @@ from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
+from t2i_align.utils.files import atomic_file
 from t2i_align.utils.settings import build
 from tools.testbed.annotators import TRAITS, Annotator, Expert, Person
 from tools.testbed.clip import pretrain, save_clip
@@ -212,9 +213,8 @@ def write_pairs(
              "ranking_id": list(range(len(texts)))}  # fmt: skip
     if users is not None:
         table["user_id"] = list(users)
-    temporary = file.with_suffix(".tmp")
-    pq.write_table(pa.table(table), temporary)
-    temporary.replace(file)
+    with atomic_file(file) as temporary:
+        pq.write_table(pa.table(table), temporary)
 
 
 def first_of_each(source: Path, target: Path, few: int) -> None:

@@ -32,7 +32,7 @@ class Family(ABC):
     pipeline_classes: ClassVar[tuple[str, ...]]  # names as they stand in model_index.json
     single_file_layouts: ClassVar[tuple[str, ...]] = ()  # diffusers' names for its layouts of single-file checkpoints
     load_options: ClassVar[Mapping[str, Any]] = {}  # more arguments of the pipeline's `from_pretrained`
-    denoiser_name: str
+    denoiser_name: str = "transformer"
     encoder_names: tuple[str, ...]  # components that a latent and embedding cache replaces
     text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # what `encode_prompt` returns, "" what is not used
     optional_encoders: ClassVar[tuple[str, ...]] = ()  # of `encoder_names`, those that a checkpoint may lack

@@ -26,7 +26,6 @@ class Flux(ImagePipeline):
     family = "flux"
     pipeline_classes = ("FluxPipeline",)
     single_file_layouts = ("flux-dev", "flux-schnell")
-    denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     large_encoders = ("text_encoder_2",)
     text_outputs = ("prompt_embeds", "pooled_prompt_embeds")

@@ -72,7 +72,10 @@ class GenerateMixin(Family):
                     generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
                     output = self.pipe(
                         **self._conditioning(prompts, rows),
-                        **{f"negative_{key}": _repeat(value, len(generators)) for key, value in negative.items()},
+                        **{
+                            f"negative_{key}": row.expand(len(generators), *row.shape[1:])
+                            for key, row in negative.items()
+                        },
                         **size,
                         guidance_scale=guidance,
                         num_inference_steps=steps,
@@ -103,7 +106,3 @@ class GenerateMixin(Family):
                 f"{len(bad)} of {len(samples)} {'clips' if self.video else 'images'} are not finite, as {which} with "
                 f"seed {seeds[first]}. The weights have diverged, or the VAE overflows in half precision: try float32."
             )
-
-
-def _repeat(value: Tensor, count: int) -> Tensor:
-    return value.expand(count, *value.shape[1:])

@@ -19,7 +19,6 @@ class StableDiffusion3(ImagePipeline):
     family = "sd3"
     pipeline_classes = ("StableDiffusion3Pipeline",)
     single_file_layouts = ("sd3", "sd35_large", "sd35_medium")
-    denoiser_name = "transformer"
     encoder_names = (
         "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
     )  # fmt: skip

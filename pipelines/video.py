@@ -18,7 +18,6 @@ class VideoPipeline(TrainablePipeline):
     """
 
     video = True
-    denoiser_name = "transformer"
     encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     large_encoders = ("text_encoder",)
     lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}

@@ -45,8 +45,8 @@ class _MemberConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     scorer: str | Scorer
-    weight: FiniteFloat | None = None
-    centre: FiniteFloat | None = None
+    weight: FiniteFloat = 1.0
+    centre: FiniteFloat = 0.0
     spread: FiniteFloat = Field(1.0, gt=0)
     reference: Path | None = None
 
@@ -56,8 +56,8 @@ class _Config(BaseModel):
 
     name: str | None = None
     rule: str
-    strength: FiniteFloat | None = None
-    quantile: float | None = Field(None, ge=0, le=1)
+    strength: FiniteFloat = 1.0
+    quantile: float = Field(0.5, ge=0, le=1)
     scorers: list[_MemberConfig] = Field(min_length=1)
 
 
@@ -91,22 +91,20 @@ def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:
     members = []
     for number, entry in enumerate(config.scorers):
         where = f"combine: scorers[{number}]"
-        if entry.weight is not None and config.rule != "weighted_sum":
+        if "weight" in entry.model_fields_set and config.rule != "weighted_sum":
             raise ScorerError(f"{where}: weight belongs to the rule weighted_sum, not to {config.rule!r}")
-        if entry.centre is not None and entry.reference is not None:
+        if {"centre", "reference"} <= entry.model_fields_set:
             raise ScorerError(f"{where}: centre and reference are alternatives")
         scorer = entry.scorer if isinstance(entry.scorer, Scorer) else build(entry.scorer)
         reference = None
         if entry.reference is not None:
-            quantile = 0.5 if config.quantile is None else config.quantile
-            reference = read_reference(root / entry.reference.expanduser(), scorer, quantile)
-        weight = 1.0 if entry.weight is None else entry.weight
-        members.append(Member(scorer, weight, entry.centre or 0.0, entry.spread, reference))
-    if config.strength is not None and config.rule != "mean_minus_std":
+            reference = read_reference(root / entry.reference.expanduser(), scorer, config.quantile)
+        members.append(Member(scorer, entry.weight, entry.centre, entry.spread, reference))
+    if "strength" in config.model_fields_set and config.rule != "mean_minus_std":
         raise ScorerError(f"combine: strength belongs to the rule mean_minus_std, not to {config.rule!r}")
-    if config.quantile is not None and all(member.reference is None for member in members):
+    if "quantile" in config.model_fields_set and all(member.reference is None for member in members):
         raise ScorerError("combine: quantile is of a reference's scores, and no scorer has a reference")
-    return Combined(config.rule, members, 1.0 if config.strength is None else config.strength, config.name)
+    return Combined(config.rule, members, config.strength, config.name)
 
 
 def _described(error: Any) -> str:

@@ -7,7 +7,6 @@ which the scores were published; since version 5 transformers itself resizes ten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,17 +16,15 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
-from transformers import AutoConfig, CLIPModel
+from transformers import AutoConfig, CLIPImageProcessor, CLIPModel
 
 from reward_scorers.errors import ScorerError
 from reward_scorers.registry import register
-from reward_scorers.towers import CLIP_MEAN, CLIP_STD, Preprocess, TwoTowers, shortest_side, unit
-from reward_scorers.weights import check_local, from_hub, identity, load_pretrained, load_tokenizer, loading
+from reward_scorers.towers import Preprocess, TwoTowers, shortest_side, unit
+from reward_scorers.weights import check_local, identity, load_pretrained, load_tokenizer, loading
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and preprocessing, as published
-PROCESSOR = "preprocessor_config.json"
-BICUBIC = 3
 
 
 @register("pickscore")
@@ -70,11 +67,10 @@ class HFClipScorer(TwoTowers):
         self.scale = float(self.model.logit_scale.exp())
         self.tokenizer = load_tokenizer(processor or path, self.name)
         self.length = self.model.config.text_config.max_position_embeddings
-        self.side = self.model.config.vision_config.image_size
-        settings = _processor(processor or path, self.side, self.name)
-        self.resize = settings["resize"]
-        crop = partial(centre, side=self.side)
-        self.steps = Preprocess(shortest_side(self.resize), crop, mean=settings["mean"], std=settings["std"])
+        side = self.model.config.vision_config.image_size
+        self.processor = _processor(processor or path, side, self.name)
+        resize, crop = shortest_side(self.processor.size.shortest_edge), partial(centre, side=side)
+        self.steps = Preprocess(resize, crop, mean=self.processor.image_mean, std=self.processor.image_std)
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return unit(self.model.get_image_features(pixel_values=inputs).pooler_output)
@@ -93,15 +89,7 @@ class HFClipScorer(TwoTowers):
     def save_processor(self, folder: Path) -> None:
         """Write the tokenizer and the preprocessing beside a model that was trained from this one."""
         self.tokenizer.save_pretrained(folder)
-        settings = {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": self.resize},
-            "crop_size": {"height": self.side, "width": self.side},
-            "image_mean": self.steps.mean,
-            "image_std": self.steps.std,
-            "resample": BICUBIC,
-        }
-        (folder / PROCESSOR).write_text(json.dumps(settings, indent=2) + "\n")
+        self.processor.save_pretrained(folder)
 
 
 def centre(image: Any, side: int) -> Any:
@@ -110,21 +98,15 @@ def centre(image: Any, side: int) -> Any:
     return F.crop(image, (height - side) // 2, (width - side) // 2, side, side)
 
 
-def _processor(path: str, side: int, scorer: str) -> dict[str, Any]:
-    """resize, mean and std of the preprocessing that preprocessor_config.json describes."""
-    file = Path(path) / PROCESSOR if Path(path).is_dir() else from_hub(path, PROCESSOR, scorer)
-    try:
-        settings = dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ScorerError(f"{scorer}: {file}: the preprocessing cannot be read: {error}") from error
-    resize, crop = settings.get("size", side), settings.get("crop_size", side)
-    resize = resize.get("shortest_edge") if isinstance(resize, dict) else resize
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    usual = all(settings.get(f"do_{step}", True) for step in ("resize", "center_crop", "rescale", "normalize"))
-    if not usual or crop != side or not isinstance(resize, int) or settings.get("resample", BICUBIC) != BICUBIC:
+def _processor(path: str, side: int, scorer: str) -> Any:
+    """transformers' description of the preprocessing; raises ScorerError where it is not CLIP's at this size."""
+    where = f"{scorer}: {path}: preprocessor_config.json"
+    with loading(f"{where}: the preprocessing cannot be read"):
+        processor: Any = CLIPImageProcessor.from_pretrained(path)
+    usual = all(getattr(processor, f"do_{step}") for step in ("resize", "center_crop", "rescale", "normalize"))
+    if not (usual and processor.size.shortest_edge and processor.crop_size.height == side and processor.resample == 3):
         raise ScorerError(
-            f"{scorer}: {file}: expected CLIP's preprocessing (shortest edge resized, bicubic, "
-            f"centre cut out at {side}), found {settings}"
+            f"{where}: expected CLIP's preprocessing (shortest edge resized, bicubic, centre cut out at {side}), "
+            f"found {processor.to_dict()}"
         )
-    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
-    return {"resize": resize, "mean": mean, "std": std}
+    return processor

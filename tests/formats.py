@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from t2i_align.data.readers import read
+from t2i_align.data.schema import Group, Skipped
 from tests.data.test_examples import colour
 
 EXAMPLES = Path(__file__).parent / "data"
@@ -251,6 +253,16 @@ def ranked_webdataset(folder: Path) -> Path:
         members = {f"s.{n}.png": png(number) for n, number in enumerate(of)} | {"s.json": entry}
         shard(folder / f"{place:06d}.tar", members)
     return folder
+
+
+def groups(path: Path, format: str = "auto") -> list[Group]:
+    """The groups of a source."""
+    return [item for item in read(path, format) if isinstance(item, Group)]
+
+
+def skips(path: Path, format: str = "auto") -> dict[str, str]:
+    """The reasons of a source's rows that cannot be used, by id."""
+    return {item.id: item.reason for item in read(path, format) if isinstance(item, Skipped)}
 
 
 OF_PAIRS: dict[str, Callable[[Path], Path]] = {

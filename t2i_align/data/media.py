@@ -9,7 +9,6 @@ ffmpeg that comes with imageio.
 from __future__ import annotations
 
 import io
-import os
 import re
 import tempfile
 import warnings
@@ -27,6 +26,7 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from t2i_align.data.schema import Media
+from t2i_align.utils.files import atomic_file
 
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
@@ -185,15 +185,14 @@ def save_clip(clip: Tensor, path: Path, fps: float, *, lossless: bool = False) -
         for number, frame in enumerate(frames):
             imageio.imwrite(path / f"{number:05d}.png", frame)
         return
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    if path.suffix == ".mp4":
-        even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-        exact = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-qp", "0"]}
-        codec = exact if lossless else {"quality": 8}  # of imageio's 0 … 10
-        imageio.imwrite(temporary, even, plugin="FFMPEG", fps=fps, macro_block_size=2, **codec)
-    else:
-        imageio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
-    os.replace(temporary, path)
+    with atomic_file(path, sync=False) as temporary:
+        if path.suffix == ".mp4":
+            even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+            exact = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-qp", "0"]}
+            codec = exact if lossless else {"quality": 8}  # of imageio's 0 … 10
+            imageio.imwrite(temporary, even, plugin="FFMPEG", fps=fps, macro_block_size=2, **codec)
+        else:
+            imageio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -49,6 +49,16 @@ class Reader:
     outline: Read | None = None
     files: Callable[[Path], Iterable[Path]] | None = None
 
+    def items(self, path: Path, images: bool = True) -> Items:
+        """The items of a source."""
+        return (self.read if images or self.outline is None else self.outline)(path)
+
+    def files_of(self, path: Path) -> list[Path]:
+        """The files that hold the rows of a source."""
+        if self.files is not None:
+            return list(self.files(path))
+        return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
 
 READERS: dict[str, Reader] = {}
 
@@ -65,7 +75,27 @@ def register(name: str, **options: Any) -> Callable[[Read], Read]:
     return add
 
 
-register("described", detects=spec.detects, files=spec.files, outline=partial(spec.read, images=False))(spec.read)
+def _described(path: Path) -> tuple[Path, spec.DatasetSpec, Reader]:
+    description = spec.load(path)
+    source = spec.source_of(path, description)
+    if description.columns is None:
+        return source, description, READERS[detect(source, description.format)]
+    read = partial(columns.read, maps=[description.columns])
+    return source, description, Reader(read=read, outline=partial(read, images=False), files=tables.files)
+
+
+def _read_described(path: Path, *, images: bool = True) -> Items:
+    source, description, reader = _described(path)
+    return spec.selected(reader.items(source, images), description)
+
+
+def _files_described(path: Path) -> list[Path]:
+    source, _, reader = _described(path)
+    return [path, *reader.files_of(source)]
+
+
+register("described", detects=spec.detects, files=_files_described,
+         outline=partial(_read_described, images=False))(_read_described)  # fmt: skip
 register("folders", detects=folders.detects, files=lambda path: [])(folders.read_folders)
 
 
@@ -130,7 +160,7 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = _checked((reader.read if images else reader.outline or reader.read)(file), file, annotations)
+    items = _checked(reader.items(file, images), file, annotations)
     if limit is not None:
         items = limit.cut(items)
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
@@ -264,17 +294,12 @@ def identity(path: Path, format: str, limit: Limit | None = None) -> str:
             for media in paths:
                 for file in frame_files(media) if media.is_dir() else [media]:
                     add(file)
-    for file in sorted((READERS[detect(path, format)].files or files_below)(path)) if own_files else []:
+    for file in sorted(READERS[detect(path, format)].files_of(path)) if own_files else []:
         add(file)
     return digest.hexdigest()[:16]
 
 
 def embedded_bytes(path: Path, format: str) -> int:
     """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
-    files = (READERS[detect(path, format)].files or files_below)(path)
+    files = READERS[detect(path, format)].files_of(path)
     return sum(file.stat().st_size for file in files if exists(file) and file.suffix.lower() not in MEDIA_SUFFIXES)
-
-
-def files_below(path: Path) -> list[Path]:
-    """A file itself, or all files below a folder."""
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

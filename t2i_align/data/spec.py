@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from t2i_align.data import columns, hub, tables
+from t2i_align.data import hub
 from t2i_align.data.columns import exists
 from t2i_align.data.layouts import Columns
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
@@ -75,29 +75,8 @@ def load(file: Path) -> DatasetSpec:
         raise UserError(f"{file}: {error}") from error
 
 
-def read(path: Path, *, images: bool = True) -> Items:
-    """The groups of the source that a spec describes, of the part that it selects."""
-    spec = load(path)
-    source = _source(path, spec)
-    if spec.columns:
-        items = columns.read(source, [spec.columns], images=images)
-    else:
-        reader = _reader(source, spec.format)
-        items = (reader.read if images else reader.outline or reader.read)(source)
-    return _selected(items, spec)
-
-
-def files(path: Path) -> list[Path]:
-    """The spec itself and the files that hold its rows."""
-    from t2i_align.data.readers import files_below
-
-    spec = load(path)
-    source = _source(path, spec)
-    own = tables.files if spec.columns else _reader(source, spec.format).files or files_below
-    return [path, *own(source)]
-
-
-def _source(file: Path, spec: DatasetSpec) -> Path:
+def source_of(file: Path, spec: DatasetSpec) -> Path:
+    """The file or folder that a spec describes."""
     if spec.path.startswith(hub.PREFIX):
         return hub.folder(spec.path)
     source = (file.parent / Path(spec.path).expanduser()).resolve()
@@ -108,13 +87,8 @@ def _source(file: Path, spec: DatasetSpec) -> Path:
     return source
 
 
-def _reader(source: Path, format: str) -> Any:
-    from t2i_align.data.readers import READERS, detect  # which reads specs
-
-    return READERS[detect(source, format)]
-
-
-def _selected(items: Items, spec: DatasetSpec) -> Items:
+def selected(items: Items, spec: DatasetSpec) -> Items:
+    """The groups of the part that a spec selects, as pairs and without ties where it says so."""
     for item in items:
         if isinstance(item, Skipped):
             yield item
@@ -176,7 +150,7 @@ def split(
             raise UserError(f"{source}: this is one part of a split already; split what it describes")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not values["path"].startswith(hub.PREFIX):
-            values["path"] = str(_source(path, load(path)))
+            values["path"] = str(source_of(path, load(path)))
     part = {"held_out": held_out, "by": list(by), "seed": seed}
     sides = {name: Part(of=name, **part) for name in ("train", "held_out")}  # type: ignore[arg-type]
     counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)

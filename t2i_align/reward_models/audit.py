@@ -212,10 +212,8 @@ def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
     """Of the pairs that both tell apart, the share that two judges order alike, by judge and judge."""
     signs = []
     for judge in judges:
-        gaps = [
-            (values[:, None] - values[None, :])[*torch.triu_indices(len(values), len(values), 1)] for values in judge
-        ]
-        signs.append(torch.cat(gaps).sign())
+        pairs_of_groups = [torch.combinations(values) for values in judge]  # [pairs, 2] each
+        signs.append(torch.cat([pair[:, 0] - pair[:, 1] for pair in pairs_of_groups]).sign())
     decided = [[(one != 0) & (other != 0) for other in signs] for one in signs]
     return [
         [float((one[both] == other[both]).float().mean()) for other, both in zip(signs, row, strict=True)]

@@ -89,9 +89,8 @@ def best_of_n_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
     sizes = [2**power for power in range(int(math.log2(scores.shape[1])) + 1)]
     means = [best_of_n(spread, pool.rewards, n) for n in sizes]
     kl = [math.log(n) - (n - 1) / n for n in sizes]
-    return _curve(
-        "best of n", sizes, [proxy for proxy, _ in means], [reward for _, reward in means], pool.rewards.std(), kl
-    )
+    proxies, rewards = map(list, zip(*means, strict=True))
+    return _curve("best of n", sizes, proxies, rewards, pool.rewards.std(), kl)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A small world with known ground truth: drawn scenes, captions, an oracle, annotators, tiny bases."""
+"""A small world with known ground truth: drawn scenes and clips, captions, oracles, tiny bases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t2i_align.testbed.prompts import ASSETS, prompts
 
-BASES = {"sd": "tiny-sd", "sd-eps": "tiny-sd-eps", "sdxl": "tiny-sdxl", "sd3": "tiny-sd3", "wan": "tiny-wan"}
+BASES = ("sd", "sd-eps", "sdxl", "sd3", "wan")
 
 __all__ = ["BASES", "base_path", "pairs_path", "prompts"]
 
@@ -21,7 +21,7 @@ def base_path(name: str = "sd") -> Path:
     """
     if name not in BASES:
         raise ValueError(f"unknown base {name!r}; the bases are {', '.join(BASES)}")
-    return _present(ASSETS / BASES[name], "pretrain-video" if name == "wan" else "pretrain")
+    return _present(ASSETS / f"tiny-{name}", "pretrain-video" if name == "wan" else "pretrain")
 
 
 def pairs_path() -> Path:

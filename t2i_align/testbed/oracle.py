@@ -42,19 +42,11 @@ class Verdict:
 
 
 class Oracle:
-    """Judges images against the prompts of this world.
-
-    Args:
-        faithfulness_weight: share of faithfulness in the reward; quality has the rest.
-    """
+    """Judges images against the prompts of this world."""
 
     version = "1.0"
+    faithfulness_weight = 0.6  # in the reward; quality has the rest
     attributes: tuple[str, ...] = ("colour", "shape", "size", "relation", "count", "background")
-
-    def __init__(self, faithfulness_weight: float = 0.6) -> None:
-        if not 0.0 <= faithfulness_weight <= 1.0:
-            raise ValueError(f"faithfulness_weight must lie in [0, 1], not {faithfulness_weight}")
-        self.faithfulness_weight = faithfulness_weight
 
     def judge(self, pixels: Tensor | np.ndarray, prompts: Sequence[str]) -> Verdict:
         """Judge images.

@@ -112,12 +112,8 @@ def _components(chroma: np.ndarray, hue: np.ndarray) -> list[tuple[int, int, np.
 
 def _crop(image: np.ndarray, x: float, y: float) -> np.ndarray:
     """A 36 x 36 window whose middle is the pixel corner nearest to (x, y), zero outside the image."""
-    half = _CROP // 2
-    left, top = round(x) - half, round(y) - half
-    out = np.zeros((_CROP, _CROP), np.float32)
-    x0, x1, y0, y1 = max(left, 0), min(left + _CROP, SIDE), max(top, 0), min(top + _CROP, SIDE)
-    out[y0 - top : y1 - top, x0 - left : x1 - left] = image[y0:y1, x0:x1]
-    return out
+    padded, left, top = np.pad(image.astype(np.float32), _CROP // 2), round(x), round(y)
+    return padded[top : top + _CROP, left : left + _CROP]
 
 
 def look(pixels: np.ndarray) -> list[View]:

@@ -187,7 +187,7 @@ def test_columns_of_the_wrong_type(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "link.png", "sub/../../secret.png", "loop"])
-@pytest.mark.parametrize("kind", ["demo.jsonl", "pairs.csv", "train.json", "pairs.parquet", "a.tar"])
+@pytest.mark.parametrize("kind", ["demo.jsonl", "pairs.jsonl", "pairs.csv", "train.json", "pairs.parquet", "a.tar"])
 def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / "secret.png").write_bytes(png(0))
     root = tmp_path / "data"
@@ -198,8 +198,8 @@ def test_no_format_follows_a_path_out_of_its_folder(tmp_path: Path, name: str, k
     source = root / kind
     if kind == "demo.jsonl":
         lines(source, [{"prompt": "x", "left": "0.png", "right": path, "vote": "left"}])
-    elif kind == "pairs.csv":
-        sheet(source, [{"prompt": "x", "chosen": "0.png", "rejected": path}])
+    elif kind in ("pairs.csv", "pairs.jsonl"):
+        (sheet if kind == "pairs.csv" else lines)(source, [{"prompt": "x", "chosen": "0.png", "rejected": path}])
     elif kind == "train.json":
         source.write_text(json.dumps([{"prompt": "x", "path1": "0.png", "path2": path}]))
     elif kind == "pairs.parquet":
@@ -284,12 +284,6 @@ def test_a_shard_that_is_a_loop(tmp_path: Path) -> None:
     (tmp_path / "000001.tar").symlink_to(tmp_path / "000001.tar")
     (tmp_path / "up").symlink_to(tmp_path)
     assert "000001.tar: cannot be read as a tar file" in outcome(tmp_path)
-
-
-def test_a_duplicate_id_keeps_the_first(folder: Path) -> None:
-    rows = [{"id": "a", "prompt": f"x{n}", "chosen": "0.png", "rejected": "1.png"} for n in range(3)]
-    found = list(read(sheet(folder / "c.csv", rows)))
-    assert [(type(item).__name__, item.id) for item in found] == [("Group", "a"), ("Skipped", "a"), ("Skipped", "a")]
 
 
 def test_a_bomb_of_a_image_is_refused() -> None:

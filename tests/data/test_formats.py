@@ -13,15 +13,7 @@ from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests import formats
 from tests.data.test_examples import colour
-from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, images, lines, shard, sheet
-
-
-def groups(path: Path, format: str = "auto") -> list[Group]:
-    return [item for item in read(path, format) if isinstance(item, Group)]
-
-
-def skips(path: Path, format: str = "auto") -> dict[str, str]:
-    return {item.id: item.reason for item in read(path, format) if isinstance(item, Skipped)}
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, lines, shard, sheet, skips
 
 
 def seen(group: Group) -> list[int]:

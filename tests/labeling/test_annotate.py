@@ -71,19 +71,20 @@ def prompts(source: Path) -> dict[str, str]:
 def test_variant_c_describes_every_image_in_source_order(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "c.jsonl"
     summary = caption(source, "c", out, captioner="testbed:captioner", **QUIET)
-    found = rows(out)
-    assert list(found) == [f"g{i}" for i in range(GROUPS) if i != 5]
+    written = rows(out)
+    assert list(written) == [f"g{i}" for i in range(GROUPS) if i != 5]
     assert (summary.groups, summary.skipped, str(summary.why_skipped)) == (10, 1, f"{out}.skipped.jsonl")
     assert skipped(out) == {"g5": "candidate 1: not an image in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF)"}
     for i in range(GROUPS):
         if i == 5:
             continue
         stated = parse(prompts(source)[f"g{i}"]).canonical()
-        said = [parse(text).canonical() for text in found[f"g{i}"]["captions"]]
+        shown = [parse(text).canonical() for text in written[f"g{i}"]["captions"]]
         better = 1 if i % 3 == 2 else 0
-        assert said[better].relation == stated.relation
-        assert [p.shape for p in said[better].phrases] == [p.shape for p in stated.phrases]
-        assert (said[1 - better].relation, said[1 - better].phrases) != (stated.relation, said[better].phrases)
+        assert shown[better].relation == stated.relation
+        assert [p.shape for p in shown[better].phrases] == [p.shape for p in stated.phrases]
+        other = shown[1 - better]
+        assert (other.relation, other.phrases) != (stated.relation, shown[better].phrases)
 
 
 def test_variant_p_perturbs_the_prompt_for_the_loser(source: Path, tmp_path: Path) -> None:
@@ -186,16 +187,16 @@ def test_several_scorers_vote(tmp_path: Path) -> None:
     0.5, it has 0.5 of 0.2 against 0.4 and of 0.4 against 0.8, and 1 of 0.2 against 0.8: 1.5, 1 and 0.5 wins.
     """
     data = grey_images(tmp_path / "data", 51, 102, 204)
-    judges = [Fixed("bright", lambda x: x), Fixed("brighter", lambda x: 10 * x), Fixed("dark", lambda x: -x)]
+    scorers = [Fixed("bright", lambda x: x), Fixed("brighter", lambda x: 10 * x), Fixed("dark", lambda x: -x)]
     expected = {"majority": [2 / 6, 3 / 6, 4 / 6], "mean_rank": [-7 / 3, -2, -5 / 3], "sum": [2.0, 4.0, 8.0]}
     for rule, scores in expected.items():
-        relabel(data, judges, tmp_path / f"{rule}.jsonl", rule=rule, **QUIET)
+        relabel(data, scorers, tmp_path / f"{rule}.jsonl", rule=rule, **QUIET)
         row = rows(tmp_path / f"{rule}.jsonl")["a"]
         np.testing.assert_allclose(row["scores"], scores, rtol=1e-6)
         np.testing.assert_allclose(row["by_scorer"]["dark"]["scores"], [-0.2, -0.4, -0.8], rtol=1e-6)
         assert row["by_scorer"]["dark"]["version"] == "7"
-    judges[2].tie_margin = 0.5
-    relabel(data, judges, tmp_path / "margin.jsonl", **QUIET)
+    scorers[2].tie_margin = 0.5
+    relabel(data, scorers, tmp_path / "margin.jsonl", **QUIET)
     np.testing.assert_allclose(rows(tmp_path / "margin.jsonl")["a"]["scores"], [1.5 / 6, 3 / 6, 4.5 / 6])
 
 
@@ -245,7 +246,7 @@ class Recorder:
             raise KeyboardInterrupt
         self.batches -= 1
         self.seen += len(images)
-        # What is said depends on the whole batch, as padding makes it do for a model.
+        # The answer depends on the whole batch, as it does for a model that pads.
         total = sum(float(np.asarray(image).mean()) for image in images)
         return [f"{np.asarray(image).mean():.3f} of {total:.3f}" for image in images]
 
@@ -369,8 +370,8 @@ def test_commands_report_counts(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert (
         cli.main(["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner", "--out", str(out)]) == 0
     )
-    said = capsys.readouterr().out
-    assert said == f"10 groups in {out}, 1 skipped; why: {out}.skipped.jsonl\n"
+    printed = capsys.readouterr().out
+    assert printed == f"10 groups in {out}, 1 skipped; why: {out}.skipped.jsonl\n"
     assert cli.main(["perturb", str(source), "--out", str(out)]) == 2
     assert "exists and is finished" in capsys.readouterr().err
     assert cli.main(["relabel", str(source), "--scorers", "oracle", "--out", str(tmp_path / "s.jsonl")]) == 0

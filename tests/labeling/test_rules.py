@@ -79,28 +79,28 @@ def test_each_kind_changes_only_its_own_attributes(seed: int, choice: int) -> No
         if changed is None:
             possible = {
                 "attribute": True,
-                "count": False,  # of some phrasings only: "there is" agrees with one
+                "count": False,  # only some phrasings: "there is" needs a singular
                 "relation": truth.relation is not None,
                 "exchange": False,
             }
             assert not possible[kind], caption
             continue
-        found = parse(changed)
-        assert found.canonical() != truth.canonical(), (caption, changed)
-        same = [(p, q) for p, q in zip(truth.phrases, found.phrases, strict=True) if p == q]
-        numbers = [p.number for p in truth.phrases], [p.number for p in found.phrases]
+        statement = parse(changed)
+        assert statement.canonical() != truth.canonical(), (caption, changed)
+        same = [(p, q) for p, q in zip(truth.phrases, statement.phrases, strict=True) if p == q]
+        numbers = [p.number for p in truth.phrases], [p.number for p in statement.phrases]
         assert (numbers[0] != numbers[1]) == (kind == "count")
-        assert (truth.relation != found.relation) == (kind == "relation")
+        assert (truth.relation != statement.relation) == (kind == "relation")
         if kind in ("relation", "exchange", "count"):
-            assert truth.background == found.background
+            assert truth.background == statement.background
         if kind == "attribute":
-            assert len(same) + (truth.background == found.background) == len(truth.phrases)
+            assert len(same) + (truth.background == statement.background) == len(truth.phrases)
         if kind == "exchange":
             for values in ("colour", "size"):
                 assert sorted(str(getattr(p, values)) for p in truth.phrases) == sorted(
-                    str(getattr(p, values)) for p in found.phrases
+                    str(getattr(p, values)) for p in statement.phrases
                 )
-            assert [p.shape for p in truth.phrases] == [p.shape for p in found.phrases]
+            assert [p.shape for p in truth.phrases] == [p.shape for p in statement.phrases]
 
 
 def test_a_drawn_pair_allows_every_kind() -> None:

@@ -50,45 +50,45 @@ def rows(out: Path, name: str = "groups.jsonl") -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, sd_path: Path) -> Path:
-    out = tmp_path_factory.mktemp("made")
+def synthesis(tmp_path_factory: pytest.TempPathFactory, sd_path: Path) -> Path:
+    out = tmp_path_factory.mktemp("synthesis")
     assert make(out, sd_path) == Summary(
         out=out / "groups.jsonl", groups=3, skipped=1, why_skipped=out / "skipped.jsonl"
     )
     return out
 
 
-def test_groups_record_scorers_seeds_and_models(made: Path) -> None:
-    found = rows(made)
-    assert [row["prompt"] for row in found] == ["a red fox", "a blue owl", "a green dog"]  # each distinct one once
-    assert rows(made, "skipped.jsonl")[0]["reason"] == "not a prompt for this scorer"
-    for row in found:
+def test_groups_record_scorers_seeds_and_models(synthesis: Path) -> None:
+    groups = rows(synthesis)
+    assert [row["prompt"] for row in groups] == ["a red fox", "a blue owl", "a green dog"]  # each distinct one once
+    assert rows(synthesis, "skipped.jsonl")[0]["reason"] == "not a prompt for this scorer"
+    for row in groups:
         raw = np.array([row["by_scorer"][name]["scores"] for name in ("channel-0", "channel-2")])
         assert row["scores"] == pytest.approx(majority(raw).tolist()) and len(set(row["seeds"])) == 3
         assert len({json.dumps(model) for model in row["models"]}) == 1 and len(row["models"][0]["sha256"]) == 16
-    groups = list(read(made / "groups.jsonl"))
-    assert all(isinstance(group, Group) and len(group.candidates) == 3 for group in groups)
+    read_back = list(read(synthesis / "groups.jsonl"))
+    assert all(isinstance(group, Group) and len(group.candidates) == 3 for group in read_back)
 
 
-def test_existing_images_and_scores_are_kept(made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_images_and_scores_are_kept(synthesis: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image and the scores lost: one image is drawn and the result is the same, byte for byte."""
-    before = (made / "groups.jsonl").read_bytes()
+    before = (synthesis / "groups.jsonl").read_bytes()
     drawn: list[int] = []
     genuine = module.sample
     monkeypatch.setattr(module, "sample", lambda *a, **k: drawn.append(len(a[1])) or genuine(*a, **k))
-    (made / "groups.jsonl").unlink()
-    (made / "scores.jsonl").write_bytes((made / "scores.jsonl").read_bytes()[:-9])
-    (made / "images" / "000001" / "0-2.png").unlink()
-    make(made, sd_path)
-    assert drawn == [1] and (made / "groups.jsonl").read_bytes() == before
-    make(made, sd_path)
+    (synthesis / "groups.jsonl").unlink()
+    (synthesis / "scores.jsonl").write_bytes((synthesis / "scores.jsonl").read_bytes()[:-9])
+    (synthesis / "images" / "000001" / "0-2.png").unlink()
+    make(synthesis, sd_path)
+    assert drawn == [1] and (synthesis / "groups.jsonl").read_bytes() == before
+    make(synthesis, sd_path)
     assert drawn == [1]
     with pytest.raises(UserError, match=r"begun with other settings: steps is 1 there, 2 here"):
-        make(made, sd_path, steps=2)
+        make(synthesis, sd_path, steps=2)
 
 
 def test_processes_share_the_prompts(
-    tmp_path: Path, made: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, synthesis: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes every second prompt; the one that finds all done writes what a single one writes."""
     monkeypatch.setattr(module, "BLOCK", 1)
@@ -97,29 +97,29 @@ def test_processes_share_the_prompts(
     assert make(tmp_path, sd_path).missing == 2 and not (tmp_path / "groups.jsonl").exists()
     monkeypatch.setenv("RANK", "0")
     assert make(tmp_path, sd_path).groups == 3
-    alone, shared = rows(made), rows(tmp_path)
+    alone, shared = rows(synthesis), rows(tmp_path)
     assert [row["seeds"] for row in alone] == [row["seeds"] for row in shared]
     for one, other in zip(alone, shared, strict=True):  # batches differ, and with them the last bits of an image
-        for name, said in one["by_scorer"].items():
-            assert said["scores"] == pytest.approx(other["by_scorer"][name]["scores"], abs=0.01)
+        for name, scored in one["by_scorer"].items():
+            assert scored["scores"] == pytest.approx(other["by_scorer"][name]["scores"], abs=0.01)
 
 
-def test_pairs_need_agreement_of_the_scorers(made: Path, sd_path: Path) -> None:
-    groups = rows(made)
+def test_pairs_need_agreement_of_the_scorers(synthesis: Path, sd_path: Path) -> None:
+    groups = rows(synthesis)
     agreed = 0
     for row in groups:
-        raw = np.array([said["scores"] for said in row["by_scorer"].values()])
+        raw = np.array([scored["scores"] for scored in row["by_scorer"].values()])
         agreed += int((shares(raw) == 1).sum())
-    summary = make(made, sd_path, pairs="all", agree=0.75)
-    found = rows(made)
-    assert summary.groups == len(found) == agreed and summary.skipped == 1 + 9 - agreed
-    for row in found:
+    summary = make(synthesis, sd_path, pairs="all", agree=0.75)
+    pairs = rows(synthesis)
+    assert summary.groups == len(pairs) == agreed and summary.skipped == 1 + 9 - agreed
+    for row in pairs:
         assert row["id"].count("#") == 1 and row["scores"][0] > row["scores"][1]
-        assert all(said["scores"][0] > said["scores"][1] for said in row["by_scorer"].values())
-    make(made, sd_path)
-    assert rows(made) == groups
+        assert all(scored["scores"][0] > scored["scores"][1] for scored in row["by_scorer"].values())
+    make(synthesis, sd_path)
+    assert rows(synthesis) == groups
     with pytest.raises(UserError, match="no group is left of 4 prompts"):
-        synthesize(PROMPTS, [sd_path], [Channel(0, 2.0), Channel(2, 2.0)], made.parent / "never", per_prompt=2,
+        synthesize(PROMPTS, [sd_path], [Channel(0, 2.0), Channel(2, 2.0)], synthesis.parent / "never", per_prompt=2,
                    steps=1, guidance=1.0, height=32, width=32, agree=0.9, progress=False)  # fmt: skip
 
 

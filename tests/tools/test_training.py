@@ -333,7 +333,7 @@ def test_commands_make_a_base_and_pairs(tmp_path, capsys, video):
     assert "dev at step 2" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="exists; pass --force"):
         main(command)
-    main([*command, "--force"])  # every stage is found done
+    main([*command, "--force"])  # every stage is skipped
     options = "--prompts 2 --candidates 2 --steps 2 --margin 0 --threads 1"
     main([f"pairs{video}", str(base), "--out", str(pairs), *options.split()])
     groups = list(read(pairs / "pairs.jsonl" if video else pairs))

@@ -16,7 +16,7 @@ from t2i_align.testbed.oracle import Verdict
 from t2i_align.testbed.vision import View
 
 WARM = ("red", "orange", "yellow", "pink")
-# What tastes are about: only things that a caption may leave unsaid.
+# What tastes are about: only what a caption may leave open.
 TRAITS = ("white", "black", "big", "warm", "crowded", "left", "high")
 
 
@@ -43,7 +43,7 @@ class Expert:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noisy:
-    """An expert who errs: flips with probability `flip`, or by Bradley-Terry when `temperature` is set.
+    """An expert that errs: flips with probability `flip`, or by Bradley-Terry when `temperature` is set.
 
     Bradley-Terry prefers the first with probability sigmoid((r_first - r_second) / temperature); then
     `flip` must be 0, and there are no ties.

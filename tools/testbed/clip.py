@@ -1,8 +1,8 @@
 """A tiny CLIP of the testbed: it learns from drawn images which caption belongs to which.
 
 A genuine transformers CLIP, 64 x 64 pixels in patches of 8, whose text tower begins as the bundled base's text encoder,
-which can read the captions. The vision tower first learns to look, as the text tower has learnt to read: heads on
-its patches tell what is drawn there, and are thrown away. (CLIP's loss alone finds colours, and no shape in 1,500
+which can read the captions. The vision tower is first pretrained on per-patch labels, through heads that are thrown
+away. (CLIP's loss alone finds colours, and no shape in 1,500
 steps.) Then each batch holds captions with an image of each, and one of a caption with one attribute wrong; the loss
 is CLIP's (arXiv 2103.00020), with the wrong images as further negatives of every caption. So it has never seen a
 preference, nor a prompt of dev or test: `t2i-align train-scorer` fine-tunes it on preferences.
@@ -34,11 +34,11 @@ from tools.testbed.text import WordEncoder, build_tokenizer
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # flat images of full colours, not photographs
 WIDTH, LAYERS, PATCH, PROJECTION = 128, 3, 8, 128
 SPOILT = 0.3  # share of images that are blurred, faded or mottled
-NEAR = 3.0  # pixels from a patch's centre to the outline of what it is said to show
+NEAR = 3.0  # pixels from a patch's centre to the outline of the object that it is labelled with
 
 
 def build_clip(seed: int = 0) -> CLIPModel:
-    """The model before it has learnt anything but to read."""
+    """A fresh vision tower beside the bundled base's text encoder."""
     torch.manual_seed(seed)
     text = CLIPTextModel.from_pretrained(base_path("sd"), subfolder="text_encoder", dtype="float32")
     vision: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS}
@@ -70,7 +70,7 @@ def to_input(images: list[np.ndarray]) -> Tensor:
 
 
 def contrastive_loss(model: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
-    """CLIP's loss of B captions and 2B images, of which the first B belong to them and the others to nobody."""
+    """CLIP's loss of B captions and 2B images, of which only the first B belong to them."""
     count = len(ids)
     mask = torch.ones_like(ids)
     texts = F.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
@@ -100,15 +100,15 @@ class PatchHeads(nn.Module):
         """Classes [3, 8, 8] of the object that is nearest to each patch's centre, if it is within NEAR pixels."""
         centres = (np.arange(SIDE // PATCH) + 0.5) * PATCH
         names = (list(COLOURS), list(SHAPES), list(RADII))
-        found = np.zeros((3, len(centres), len(centres)), np.int64)
-        nearest = np.full(found.shape[1:], NEAR)
+        classes = np.zeros((3, len(centres), len(centres)), np.int64)
+        nearest = np.full(classes.shape[1:], NEAR)
         for item in scene.objects:
             distance = signed_distance(item.shape, centres[None, :] - item.x, centres[:, None] - item.y, item.radius)
             closer = distance < nearest
             nearest[closer] = distance[closer]
-            for row, known, name in zip(found, names, (item.colour, item.shape, item.size), strict=True):
+            for row, known, name in zip(classes, names, (item.colour, item.shape, item.size), strict=True):
                 row[closer] = known.index(name) + 1
-        return found
+        return classes
 
 
 def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLIPModel:

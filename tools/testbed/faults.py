@@ -70,7 +70,7 @@ def spoil(clip: Clip, rng: np.random.Generator, kind: str | None = None) -> tupl
 
 
 def _jump(clip: Clip, segment: range, rng: np.random.Generator) -> tuple[float, float] | None:
-    """An offset to a free place, across the way, so that both jumps are longer than any step; None if none is found."""
+    """An offset to a free place, across the way, so that both jumps are longer than any step; None if there is none."""
     mover, others = clip.movers[0], [other.item for other in clip.movers[1:]]
     steps = np.diff(np.array(mover.track), axis=0)
     longest = np.hypot(*steps.T).max()
