@@ -103,7 +103,5 @@ def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monk
     assert f"report: {folder / 'report.html'}" in result.summary()
     for file in filter(Path.is_file, folder.rglob("*")):
         assert f"{WRITING}q".encode() not in file.read_bytes(), f"{file.name} names the temporary folder"
-            f"{file.name} names the temporary folder"
-        )
     assert {entry.name for entry in tmp_path.iterdir()} == {"q", "cache"}
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1, "the second job takes the first one's latents"
