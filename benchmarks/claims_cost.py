@@ -36,7 +36,7 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=False)
-    config = dataclasses.replace(config, objective=config.objective.fit_to_data(source.facts()))
+    config = dataclasses.replace(config, objective=config.objective.fit_to_data(source.stats))
     task = Alignment(config, accelerator, reference_for(config, pipeline), source)
     batch = next(task.batches(0))
 

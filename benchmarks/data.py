@@ -5,7 +5,7 @@
 
 - size: a cache of synthetic latents is opened in a fresh process, which chooses, shuffles and takes a first batch.
   Then, all shards having been touched, batches are timed, in turns with those of a cache of a thousand groups.
-- prepare: images per second of `cache.prepare`, which decodes them and encodes their prompts as well (one for 15
+- prepare: images per second of `prepare.write`, which decodes them and encodes their prompts as well (one for 15
   pairs, as in Pick-a-Pic v2), against a loop that does nothing but run the same VAE over the same pixels, already in
   memory. They take turns.
 - kills: a prepare is killed by `kill -9` at moments drawn from its own duration, continued, killed again; in the end,
@@ -40,12 +40,12 @@ from diffusers import AutoencoderKL
 
 import pipelines
 from t2i_align.config import DataConfig
-from t2i_align.data import cache, readers
-from t2i_align.data.layout import PROMPTS
-from t2i_align.data.loader import Source, _select
+from t2i_align.data import encode, readers
+from t2i_align.data.loader import PreferenceDataset, _choose
 from t2i_align.data.media import load_pixels
+from t2i_align.data.prepare import Encoder, Row, write
 from t2i_align.data.schema import Group
-from t2i_align.data.shards import Row, write
+from t2i_align.data.store import Store
 from t2i_align.inference.models import resolve_model
 from t2i_align.objectives.base import Requirements
 
@@ -55,39 +55,32 @@ PROMPTS_EVERY = 15  # groups a prompt, as in Pick-a-Pic v2
 BATCH = 8
 
 
-class Synthetic:
-    """A payload of random latents, which no model has to make."""
+class Synthetic(Encoder):
+    """Random latents, which no model has to make."""
 
-    def __init__(self, extent: dict[str, Any]) -> None:
-        self.columns = (("latents", pa.list_(pa.binary(2 * int(np.prod(SHAPE))))),)
-        self.extent, self.new, self.known = extent, [""], {""}
+    columns = {"latents": pa.large_binary(), "shape": pa.list_(pa.int32()), "size": pa.list_(pa.int32())}
+    text_columns = {"embedding:prompt_embeds": pa.large_binary()}
+    rows_per_shard, rows_at_once = 1024, 256
+    description = {"conditioning": {"prompt_embeds": {"shape": list(PROMPT_SHAPE), "dtype": "float16"}}}
+
+    def __init__(self) -> None:
+        self.new, self.known = [""], {""}
         self.values = np.random.default_rng(0).standard_normal((64, *SHAPE)).astype(np.float16)
 
-    def encode(self, groups: Sequence[Group]) -> list[Row]:
+    def encode(self, groups: Sequence[Group]) -> list[Row | str]:
         self.new += [text for text in dict.fromkeys(group.prompt for group in groups) if text not in self.known]
         self.known.update(self.new)
         return [
-            {"latents": [self.values[(2 * int(group.id) + n) % 64].tobytes() for n in range(2)]} for group in groups
-        ]
+            {"latents": b"".join(self.values[(2 * int(group.id) + n) % 64].tobytes() for n in range(2)),
+             "shape": SHAPE, "size": (16, 16)}
+            for group in groups
+        ]  # fmt: skip
 
-    def tables(self) -> dict[str, pa.Table]:
+    def take_texts(self) -> list[Row]:
         embedding = np.zeros(PROMPT_SHAPE, np.float16).tobytes()
-        rows = [{"prompt": text, "embedding:prompt_embeds": embedding} for text in self.new]
+        rows = [{"text": text, "embedding:prompt_embeds": embedding} for text in self.new]
         self.new = []
-        kind = pa.binary(len(embedding))
-        return {
-            PROMPTS: pa.Table.from_pylist(rows, pa.schema({"prompt": pa.string(), "embedding:prompt_embeds": kind}))
-        }
-
-    def resume(self, shard: Path) -> None:
-        raise RuntimeError("a synthetic cache is made in one go")
-
-    def pass_over(self, groups: Sequence[Group]) -> None:
-        raise RuntimeError("a synthetic cache is made by one process")
-
-    def describe(self) -> dict[str, Any]:
-        layout = {"prompt_embeds": {"shape": list(PROMPT_SHAPE), "dtype": "float16"}}
-        return {"content": "latents", "latent_shape": list(SHAPE), "conditioning": layout, **self.extent}
+        return rows
 
 
 def synthetic(folder: Path, groups: int) -> Path:
@@ -97,16 +90,14 @@ def synthetic(folder: Path, groups: int) -> Path:
         Group(id=str(n), prompt=f"prompt {n // PROMPTS_EVERY}", candidates=(b"", b""), scores=(1.0, 0.0), origin="")
         for n in range(groups)
     )
-    extent = {"extent": {"height": 16, "width": 16}}
-    write(items, Synthetic(extent), out, fingerprint={"groups": groups}, rows_per_shard=1024, rows_at_once=256,
-          total=groups, what=f"make {groups} groups")  # fmt: skip
+    write(items, Synthetic(), out, fingerprint={"groups": groups}, total=groups)
     return out
 
 
-def opened(folder: Path) -> tuple[Source, Iterator[Any]]:
-    """What training opens: the source with its groups chosen, and its shuffled loader."""
-    source = _select(cache.open_cache(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
-    return source, source.loader(seed=0, start_step=0, batch_size=BATCH, accumulate=1, rank=0, world=1, workers=0)
+def opened(folder: Path) -> tuple[PreferenceDataset, Iterator[Any]]:
+    """What training opens: the data with its groups chosen, and its shuffled loader."""
+    source = _choose(Store(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
+    return source, source.loader(seed=0, start_step=0, batch_size=BATCH)
 
 
 def first_batch(folder: Path) -> None:
@@ -187,8 +178,8 @@ def prepare_against_bare(
         out = folder / f"prepare-{turn}"
         shutil.rmtree(out, ignore_errors=True)
         start = time.perf_counter()
-        cache.prepare(some, pipeline, out, fingerprint={"turn": turn}, height=height, width=width, batch_size=BATCH,
-                      progress=False)  # fmt: skip
+        encoder = encode.Latents(pipeline, [(height, width)], batch_size=BATCH)
+        write(some, encoder, out, fingerprint={"turn": turn}, progress=False)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         for part in pixels.split(BATCH):
@@ -207,11 +198,11 @@ def kills(folder: Path, groups: int, number: int) -> list[tuple[str, str, str]]:
     pipeline = pipelines.load(resolve_model("testbed:sd"))
     some = pairs(groups)
     height, width = pipeline.default_size
-    cache.MAX_ROWS_PER_SHARD = max(1, groups // 16)
+    encode.MAX_ROWS_PER_SHARD = max(1, groups // 16)
 
     def run(out: Path) -> None:
-        cache.prepare(some, pipeline, out, fingerprint={"kills": 0}, height=height, width=width, batch_size=BATCH,
-                      progress=False)  # fmt: skip
+        encoder = encode.Latents(pipeline, [(height, width)], batch_size=BATCH)
+        write(some, encoder, out, fingerprint={"kills": 0}, progress=False)
 
     whole, killed = folder / "whole", folder / "killed"
     for out in (whole, killed):

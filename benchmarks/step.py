@@ -34,7 +34,7 @@ from torch import Tensor
 import pipelines
 from t2i_align import config as configuration
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import Source
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.models import resolve_model
@@ -108,7 +108,7 @@ class TakingTurns:
     It sits where the trainer asks for data, so what is timed is the trainer's own loop, untouched.
     """
 
-    source: Source
+    source: PreferenceDataset
     rivals: dict[str, Callable[[], None]]
     rounds: int
     chunk: int

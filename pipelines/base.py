@@ -40,6 +40,10 @@ class Family(ABC):
     experts: ClassVar[Mapping[str, str]] = {}  # where noise levels have their own denoisers: `load`'s name -> component
     flow: ClassVar[bool] = False  # rectified flow; otherwise variance preserving
     distilled_guidance: ClassVar[bool] = False  # the guidance scale is an input; there is no negative prompt
+    conditioning_dtype: ClassVar[torch.dtype] = torch.float16  # in which a cache keeps the floats of the conditioning
+    # Names of the conditioning's right-padded sequences, whose length differs between prompts -> those of their masks
+    # [B, length]. A cache keeps them without padding; a batch has them as long as its longest.
+    conditioning_masks: ClassVar[Mapping[str, str]] = {}
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
     video: ClassVar[bool] = False  # clips [B, F, 3, H, W] instead of images [B, 3, H, W]
     fps: ClassVar[float] = 16.0  # frame rate of the clips, where it makes clips

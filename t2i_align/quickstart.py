@@ -10,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
-from t2i_align.utils.files import atomic_folder, write_json, write_text
+from t2i_align.utils.files import atomic_folder, write_json
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
@@ -59,7 +57,8 @@ def quickstart(
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.evaluation.compare import RESULT, evaluate
         from t2i_align.inference.prompts import resolve_prompts
-        from t2i_align.training.run import RUN_FILE, align
+        from t2i_align.training.output import write_settings
+        from t2i_align.training.run import align
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
@@ -89,7 +88,7 @@ def quickstart(
         whole = {"seconds": round(time.monotonic() - started, 1)}
         result = replace(result, out=folder, settings=result.settings | whole)
         write_json(comparison / RESULT, result.to_json())
-        write_text(run.output_dir / RUN_FILE, yaml.safe_dump(configuration.to_mapping(config), sort_keys=False))
+        write_settings(run.output_dir, configuration.to_mapping(config))
         for file in comparison.iterdir():
             file.rename(temporary / file.name)
         comparison.rmdir()

@@ -1,4 +1,4 @@
-"""What the trainer sees of the data: a path in the configuration becomes an endless stream of batches."""
+"""From a path in the configuration to an endless stream of batches: which groups, in which order, on which device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import logging
 import math
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,93 +21,133 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.buckets import BucketedGroups, is_bucketed, prepare_buckets
-from t2i_align.data.cache import CachedGroups, Item, open_cache, prepare
-from t2i_align.data.layout import LAYOUT, MANIFEST, differences
-from t2i_align.data.live import LiveGroups, LiveItem, index_images
+from t2i_align.data.buckets import bucket_sizes
+from t2i_align.data.encode import Latents
 from t2i_align.data.media import CROP, MediaSize
-from t2i_align.data.readers import Limit
-from t2i_align.data.sampling import BucketSampler, Position, StreamSampler
+from t2i_align.data.prepare import write
+from t2i_align.data.readers import Selection
 from t2i_align.data.schema import Batch, Conditioning
-from t2i_align.data.stored import is_store
-from t2i_align.data.stream import Pieces, StreamedSource
+from t2i_align.data.store import LAYOUT, Item, Store, is_complete, is_store
+from t2i_align.data.stream import Shards, Stream
 from t2i_align.data.survey import Survey
+from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
+from t2i_align.utils.files import differences
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
 logger = logging.getLogger(__name__)
 ENCODE_BATCH = 8
-AnyGroups = CachedGroups | BucketedGroups | LiveGroups
-MAKES = {"captions": "caption", "negative_caption": "perturb", "scores": "relabel"}  # the command for each column
+COMMANDS = {"captions": "caption", "negative_caption": "perturb", "scores": "relabel"}  # that make the columns
 
 
-class Source:
-    """The groups that a run trains on; with `pairs`, the best and the worst candidate of each.
+class PreferenceDataset(Dataset[Item]):
+    """The groups that a run trains on, in micro-batches.
 
-    columns: what batches have beside latents, scores and the prompt (see `Requirements.columns`).
-    counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
-    beyond_the_limit.
-    fingerprint: equal for two sources that give the same samples under the same numbers.
+    Args:
+        groups: prepared data, or shards that are encoded on the fly.
+        order: gives the positions of each optimiser step from `seed`, `size` and `start` (see `steps`).
+        counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
+            beyond_the_limit.
+        score_range: the least and the greatest score.
+        fingerprint: equal for two datasets that give the same samples at the same positions.
+        pairs: whether only the best and the worst candidate of each group are taken.
+        columns: optional columns of batches (see `Requirements.columns`).
     """
 
     def __init__(
         self,
-        groups: AnyGroups,
-        numbers: np.ndarray,
-        counts: dict[str, int],
-        pairs: bool,
-        columns: Sequence[str] = (),
+        groups: Store | Stream,
+        order: Callable[..., Iterator[list[Any]]],
+        *,
+        counts: Mapping[str, int],
+        score_range: tuple[float, float],
+        fingerprint: str,
+        needs: Requirements,
     ) -> None:
-        self.groups, self.numbers, self.counts, self.pairs, self.columns = groups, numbers, counts, pairs, columns
-        parts = {"parts": groups.manifest["fingerprint"]}
-        parts["chosen"] = hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest()
-        if pairs and groups.k[numbers].max() > 2:
-            parts["taken"] = "best and worst"
-        self.fingerprint = _digest(parts)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+        self.groups, self.order, self.counts, self.fingerprint = groups, order, dict(counts), fingerprint
+        self.score_range = score_range
+        self.pairs, self.columns = _wants_pairs(needs), needs.columns
 
     def loader(
-        self, *, seed: int, start_step: int, batch_size: int, accumulate: int, rank: int, world: int, workers: int
-    ) -> Iterator[Item | LiveItem]:
-        """Endless micro-batches of this process, from an optimiser step on; see `sampling.StreamSampler`."""
-        cut = (seed, start_step, batch_size, rank, world, accumulate)
-        sampler = StreamSampler(len(self), *cut)
-        if isinstance(self.groups, BucketedGroups):
-            sampler = BucketSampler(self.groups.bucket[self.numbers].tolist(), *cut)
-        loader: DataLoader[Any] = DataLoader(
-            _Chosen(self.groups, self.numbers, self.pairs, self.columns),
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
+        self, *, seed: int, start_step: int, batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1,
+        workers: int = 0,
+    ) -> Iterator[Item]:  # fmt: skip
+        """Endless micro-batches of this process, from an optimiser step on.
+
+        A step takes batch_size * accumulate * world groups; micro-batch m of process r has the batch_size of these
+        from (m * world + r) * batch_size on. So neither accumulation nor processes nor a restart change the samples.
+        """
+        ordered = self.order(seed=seed, size=batch_size * accumulate * world, start=start_step)
+        loader: DataLoader[Item] = DataLoader(
+            self,
+            batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
+            collate_fn=identity_collate,
             num_workers=workers,
-            worker_init_fn=_leave_interrupts_to_the_run,
+            worker_init_fn=_ignore_sigint,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would draw from the global one
         )
         return iter(loader)
 
-    def to_batch(self, item: Any, device: torch.device) -> Batch:
+    @property
+    def stats(self) -> DataStats:
+        """What an objective may be fitted to."""
+        return DataStats(score_range=self.score_range)
+
+    def __getitems__(self, positions: Sequence[Any]) -> Item:
+        return self.groups.fetch(positions, self.pairs, self.columns)
+
+    def to_batch(self, item: Item, device: torch.device) -> Batch:
         """A micro-batch on its device, in float32; on the fly, this is where it is encoded."""
         return self.groups.to_batch(item, device)
-
-    def facts(self) -> DataStats:
-        """What an objective may be fitted to."""
-        least, greatest = self.groups.worst[self.numbers].min(), self.groups.best[self.numbers].max()
-        return DataStats(score_range=(float(least), float(greatest)))
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         """The empty prompt's conditioning, [1, ...]."""
         return self.groups.empty_conditioning(device)
 
 
-AnySource = Source | StreamedSource
+def steps(
+    numbers: np.ndarray, buckets: np.ndarray | None = None, *, seed: int, size: int, start: int = 0
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless. buckets: of each group.
+
+    An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
+    `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
+    """
+    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch))
+
+    def at(position: int) -> tuple[tuple[int, int], int]:
+        epoch, place = divmod(position, len(numbers))
+        index = int(order(epoch)[place])
+        return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
+
+    if buckets is None or (buckets == buckets[0]).all():
+        for step in count(start):
+            yield [at(position)[0] for position in range(step * size, (step + 1) * size)]
+    waiting: dict[int, list[tuple[int, int]]] = {}
+    for position in count():
+        group, bucket = at(position)
+        waiting.setdefault(bucket, []).append(group)
+        if len(waiting[bucket]) == size:
+            ready = waiting.pop(bucket)
+            if start == 0:
+                yield ready
+            start = max(0, start - 1)
 
 
-def open_source(
+def micro_batches(
+    ordered: Iterator[list[Any]], batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[list[Any]]:
+    """Each step's positions, cut for a process; see `PreferenceDataset.loader`."""
+    for step in ordered:
+        for micro in range(accumulate):
+            yield step[(micro * world + rank) * batch_size :][:batch_size]
+
+
+def open_dataset(
     data: DataConfig,
     model: ModelConfig,
     *,
@@ -117,7 +158,7 @@ def open_source(
     frames: int | None = None,
     cache_root: Path,
     progress: bool = True,
-) -> AnySource:
+) -> PreferenceDataset:
     """Open the configured data, preparing it first where that was not done yet.
 
     Args:
@@ -125,78 +166,60 @@ def open_source(
         pipeline: gives the pipeline with its encoders; called only when something must be encoded.
         encoder_fingerprint: of the model's VAE and text encoders, and how they run.
         size: (height, width) in pixels. frames: of a clip; None for images.
-        cache_root: the folder in which caches are kept, one a fingerprint.
+        cache_root: the folder of the caches, one per fingerprint.
 
     Raises:
         UserError: the source, the cache or what the objective needs do not fit, with what was expected and found.
         PipelineError: a size that the model cannot take.
     """
-    extent = MediaSize(*size, frames, data.fps)
+    wanted = MediaSize(*size, frames, data.fps)
+    selection = Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         if data.annotations:
             raise UserError(
                 f"{data.path}: data.annotations are added to a source before it is encoded, and this is a finished "
                 "cache. Name the source itself in data.path."
             )
-        cached = _open(Path(data.path))
-        _check_encoders(cached, model, encoder_fingerprint(), extent)
-        groups: AnyGroups = cached
-    elif data.stream:
-        return _streamed(data, needs, pipeline, extent, cache_root)
-    else:
-        path = readers.resolve(data.path)
-        name = readers.detect(path, data.format)
-        limit = None
-        if data.limit is not None:
-            limit = Limit(groups=data.limit, candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only)
-        if data.buckets:
-            groups = _bucketed(path, name, data, needs, pipeline, encoder_fingerprint(), extent, cache_root, limit,
-                               progress)  # fmt: skip
-        elif data.cache:
-            parts = fingerprint_parts(path, name, encoder_fingerprint(), extent, limit, data.annotations)
-            folder = cache_root / _digest(parts)
-            if not (folder / MANIFEST).exists():
-                added = Annotations.load(data.annotations)
-                survey = readers.survey(path, name, added, limit)
-                check_needs(needs, survey, data.path, limit)
-                prepare(readers.read(path, name, added, limit=limit), pipeline(), folder, fingerprint=parts,
-                        **extent._asdict(), batch_size=ENCODE_BATCH, progress=progress, survey=survey,
-                        limit=limit)  # fmt: skip
-            groups = open_cache(folder)
-        else:
-            groups = _live(path, name, data.annotations, needs, pipeline, extent, cache_root, limit, progress)
-    return _select(groups, needs, data)
-
-
-def fingerprint_parts(
-    path: Path,
-    reader: str,
-    encoders: str,
-    extent: MediaSize,
-    limit: Limit | None = None,
-    sidecars: Sequence[str] = (),
-) -> dict[str, Any]:
-    """All that decides what a latent cache holds, by name."""
-    return {
-        **_source_parts(path, reader, limit, sidecars),
-        **extent._asdict(),
+        return _choose(_fitting_store(Path(data.path), model, encoder_fingerprint(), wanted), needs, data)
+    annotations = Annotations.load(data.annotations)
+    if data.stream or not data.cache:
+        return _on_the_fly(data, needs, pipeline, wanted, selection, annotations, cache_root)
+    path = readers.resolve(data.path)
+    format = readers.detect(path, data.format)
+    fingerprint = {
+        **source_fingerprint(path, format, selection, data.annotations),
+        **wanted._asdict(),
+        "buckets": data.buckets,
         "crop": CROP,
         "dtype": "float16",
-        "encoders": encoders,
+        "encoders": encoder_fingerprint(),
     }
+    folder = cache_root / digest(fingerprint)
+    if not is_complete(folder):
+        survey = readers.survey(path, format, annotations, selection)
+        check_requirements(needs, survey, data.path, selection.limit)
+        sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
+        encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
+        encoder.check_space(folder, survey)
+        write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
+              selection=selection, progress=progress)  # fmt: skip
+    return _choose(Store(folder), needs, data)
 
 
-def _source_parts(path: Path, reader: str, limit: Limit | None, sidecars: Sequence[str]) -> dict[str, Any]:
+def source_fingerprint(
+    path: Path, format: str, selection: Selection, annotations: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What decides which groups are read."""
     return {
-        "source": readers.identity(path, reader, limit),
-        "annotations": sidecar_identity(sidecars),
-        "reader": reader,
-        "limit": None if limit is None else vars(limit),
+        "source": readers.identity(path, format, selection),
+        "annotations": sidecar_identity(annotations),
+        "reader": format,
+        "selection": None if selection.limit is None else vars(selection),
         "layout": LAYOUT,
     }
 
 
-def check_needs(needs: Requirements, survey: Survey, path: str, limit: Limit | None = None) -> None:
+def check_requirements(needs: Requirements, survey: Survey, path: str, limit: int | None = None) -> None:
     """Raise UserError unless some group of the source can serve the objective, and all that can make one batch."""
     if not survey.groups:
         raise UserError(f"{path}: no usable group among {survey.rows} rows. First reasons: {'; '.join(survey.reasons)}")
@@ -212,6 +235,119 @@ def check_needs(needs: Requirements, survey: Survey, path: str, limit: Limit | N
         raise _nothing_left(needs, path, survey.groups, sum(survey.ties.values()), disliked, few)
     if limit is None:  # else the first ones may well be alike
         _check_alike(needs, enough, path)
+
+
+def digest(values: Any) -> str:
+    """A short name for JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity_collate(item: Any) -> Any:
+    """For datasets whose `__getitems__` returns a whole micro-batch."""
+    return item
+
+
+def _ignore_sigint(worker: int) -> None:
+    # Ctrl-C reaches the workers too; the run saves a checkpoint first, for which it still needs them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fitting_store(path: Path, model: ModelConfig, encoders: str, wanted: MediaSize) -> Store:
+    store = Store(path)
+    if "conditioning" not in store.manifest:
+        raise UserError(f"{path}: this folder holds images that are not encoded, expected latents")
+    expected = {"encoders": encoders, **wanted._asdict()}
+    stored = {name: store.manifest["fingerprint"].get(name) for name in expected}
+    if differing := differences(stored, expected):
+        raise UserError(f"{path}: this cache does not fit model {model.path}: {'; '.join(differing)}")
+    return store
+
+
+def _on_the_fly(
+    data: DataConfig,
+    needs: Requirements,
+    pipeline: Callable[[], TrainablePipeline],
+    wanted: MediaSize,
+    selection: Selection,
+    annotations: Annotations,
+    cache_root: Path,
+) -> PreferenceDataset:
+    shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
+    stream = Stream(shards, wanted, selection, data.stream)
+    source = shards.file(0) if data.stream else data.path
+    survey = readers.survey(source, shards.format, annotations, selection)
+    check_requirements(needs, survey, data.path, selection.limit)
+    if survey.reasons:
+        logger.warning("%s: %d rows cannot be used, such as %s", data.path, survey.rows - survey.groups,
+                       "; ".join(survey.reasons))  # fmt: skip
+    stream.encode_with(pipeline())
+    fingerprint = {
+        "source": shards.identity(selection),
+        "annotations": sidecar_identity(data.annotations),
+        "reader": shards.format,
+        "window": data.stream,
+        "selection": vars(selection),
+        "frames": wanted.frames,
+        "fps": wanted.fps,
+    }
+    if data.stream:
+        counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
+    else:
+        left_out = {
+            "ties_left_out": sum(n for k, n in survey.ties.items() if k >= needs.candidates and not needs.ties),
+            "disliked_left_out": survey.disliked if needs.likes_only else 0,
+            "too_few_candidates": sum(n for k, n in survey.candidates.items() if k < needs.candidates),
+        }
+        counts = _counts(data.path, survey.accepted, survey.rows - survey.groups, left_out)
+    return PreferenceDataset(
+        stream,
+        stream.steps,
+        counts=counts,
+        score_range=survey.score_range,
+        fingerprint=digest(fingerprint),
+        needs=needs,
+    )
+
+
+def _choose(store: Store, needs: Requirements, data: DataConfig) -> PreferenceDataset:
+    """The groups of prepared data that serve the objective, the first so many of them."""
+    stored: dict[str, Any] = store.manifest["counts"]
+    _check_candidates(needs, {int(k): count for k, count in stored["candidates"].items()}, data.path)
+    _check_columns(needs, stored["columns"], stored["groups"], data.path)
+    enough = store.k >= needs.candidates
+    disliked = (store.k == 1) & (store.best <= 0) & needs.likes_only
+    usable = np.flatnonzero(enough & ~disliked & (needs.ties | ~store.tie))
+    chosen = usable[: data.limit]
+    if not len(chosen):
+        raise _nothing_left(needs, data.path, len(store), *(int(of.sum()) for of in (store.tie, disliked, ~enough)))
+    _check_alike(needs, Counter(store.k[chosen].tolist()), data.path)
+    left_out = {
+        "ties_left_out": int((enough & store.tie).sum()) if not needs.ties else 0,
+        "disliked_left_out": int((enough & disliked).sum()),
+        "too_few_candidates": int((~enough).sum()),
+        "beyond_the_limit": len(usable) - len(chosen),
+    }
+    chosen = chosen[np.argsort(store.bucket[chosen], kind="stable")]
+    fingerprint = {
+        "parts": store.manifest["fingerprint"],
+        "chosen": hashlib.sha256(chosen.astype(np.int64).tobytes()).hexdigest(),
+        "pairs": _wants_pairs(needs) and int(store.k[chosen].max()) > 2,
+    }
+    return PreferenceDataset(
+        store,
+        partial(steps, chosen, store.bucket[chosen]),
+        counts=_counts(data.path, len(chosen), stored["skipped"], left_out),
+        score_range=(float(store.worst[chosen].min()), float(store.best[chosen].max())),
+        fingerprint=digest(fingerprint),
+        needs=needs,
+    )
+
+
+def _counts(path: str, groups: int, skipped: int, left_out: Mapping[str, int]) -> dict[str, int]:
+    reported = {name: count for name, count in left_out.items() if count}
+    if reported:
+        logger.info("%s: %s", path, ", ".join(f"{count} {name}" for name, count in reported.items()))
+    return {"groups": groups, "skipped": skipped, **reported}
 
 
 def _check_candidates(needs: Requirements, candidates: dict[int, int], path: str) -> None:
@@ -240,134 +376,15 @@ def _check_columns(needs: Requirements, columns: dict[str, int], groups: int, pa
             continue
         if found < groups:
             what = f"{name!r} that are more than labels" if name == "scores" else repr(name)
-            hint = f" `t2i-align {MAKES[name]}` makes it: name its file in data.annotations." if name in MAKES else ""
+            hint = (
+                f" `t2i-align {COMMANDS[name]}` makes it: name its file in data.annotations."
+                if name in COMMANDS
+                else ""
+            )
             raise UserError(
                 f"{path}: the objective needs {what} with each group, but only {found} of {groups} groups have it."
                 f"{hint}"
             )
-
-
-def _check_encoders(
-    cached: CachedGroups | BucketedGroups, model: ModelConfig, encoders: str, extent: MediaSize
-) -> None:
-    wanted = {"encoders": encoders, **extent._asdict()}
-    found = {name: cached.manifest["fingerprint"].get(name) for name in wanted}
-    if differing := differences(found, wanted, "the cache has", f"model {model.path} wants"):
-        raise UserError(f"{cached.path}: this cache does not fit the run. {differing}.")
-
-
-def _live(
-    path: Path,
-    reader: str,
-    sidecars: Sequence[str],
-    needs: Requirements,
-    pipeline: Callable[[], TrainablePipeline],
-    extent: MediaSize,
-    cache_root: Path,
-    limit: Limit | None,
-    progress: bool,
-) -> LiveGroups:
-    parts = {**_source_parts(path, reader, limit, sidecars), "content": "images", "root": str(path.resolve())}
-    parts |= {"frames": extent.frames, "fps": extent.fps}  # which decide what can be used
-    folder = cache_root / f"images-{_digest(parts)}"
-    encoder: TrainablePipeline | None = None
-    if not (folder / MANIFEST).exists():
-        added = Annotations.load(sidecars)
-        survey = readers.survey(path, reader, added, limit)
-        check_needs(needs, survey, str(path), limit)
-        encoder = pipeline()
-        encoder.check_size(extent.height, extent.width, extent.frames)
-        index_images(readers.read(path, reader, added, limit=limit), folder, fingerprint=parts, extent=extent,
-                       survey=survey,
-                       limit=limit, source_bytes=readers.embedded_bytes(path, reader), progress=progress)  # fmt: skip
-    encoder = encoder or pipeline()
-    encoder.check_size(extent.height, extent.width, extent.frames)
-    return LiveGroups(folder).encode_with(encoder, extent)
-
-
-def _open(folder: Path) -> CachedGroups | BucketedGroups:
-    return BucketedGroups(folder) if is_bucketed(folder) else open_cache(folder)
-
-
-def _bucketed(
-    path: Path,
-    reader: str,
-    data: DataConfig,
-    needs: Requirements,
-    pipeline: Callable[[], TrainablePipeline],
-    encoders: str,
-    extent: MediaSize,
-    cache_root: Path,
-    limit: Limit | None,
-    progress: bool,
-) -> BucketedGroups:
-    parts = fingerprint_parts(path, reader, encoders, extent, limit, data.annotations) | {"buckets": True}
-    folder = cache_root / _digest(parts)
-    if not (folder / MANIFEST).exists():
-        added = Annotations.load(data.annotations)
-        survey = readers.survey(path, reader, added, limit)
-        check_needs(needs, survey, data.path, limit)
-        prepare_buckets(partial(readers.read, path, reader, added, limit=limit), pipeline(), folder, fingerprint=parts,
-                        resolution=math.isqrt(extent.height * extent.width), batch_size=ENCODE_BATCH, survey=survey,
-                        limit=limit, progress=progress)  # fmt: skip
-    return BucketedGroups(folder)
-
-
-def _streamed(
-    data: DataConfig,
-    needs: Requirements,
-    pipeline: Callable[[], TrainablePipeline],
-    extent: MediaSize,
-    cache_root: Path,
-) -> StreamedSource:
-    """Windows of `data.stream` rows, each an index of images like that of data without a cache."""
-    encoder = pipeline()
-    encoder.check_size(extent.height, extent.width, extent.frames)
-    pieces = Pieces.of(data.path, data.format, cache_root / "stream-pieces")
-    parts: dict[str, Any] = {"source": pieces.identity, "reader": pieces.format, "rows": data.stream, "layout": LAYOUT}
-    parts |= {"frames": extent.frames, "fps": extent.fps}
-    return StreamedSource(
-        pieces,
-        rows=data.stream or 0,
-        folder=cache_root / f"stream-{_digest(parts)}",
-        index=partial(index_images, fingerprint=parts, extent=extent, survey=Survey(), source_bytes=0, progress=False),
-        open_window=lambda folder: LiveGroups(folder).encode_with(encoder, extent),
-        usable=partial(usable, needs=needs),
-        pairs=_wants_pairs(needs),
-        columns=needs.columns,
-        fingerprint=_digest({**parts, "needs": str(vars(needs))}),
-    )
-
-
-def _select(groups: AnyGroups, needs: Requirements, data: DataConfig) -> Source:
-    counts: dict[str, Any] = groups.manifest["counts"]
-    _check_candidates(needs, {int(k): count for k, count in counts["candidates"].items()}, data.path)
-    _check_columns(needs, counts["columns"], counts["groups"], data.path)
-    enough = groups.k >= needs.candidates
-    disliked = (groups.k == 1) & (groups.best <= 0) & needs.likes_only
-    numbers = usable(groups, needs)
-    chosen = numbers[: data.limit]
-    if not len(chosen):
-        totals = (int(of.sum()) for of in (groups.tie, disliked, ~enough))
-        raise _nothing_left(needs, data.path, len(groups), *totals)
-    _check_alike(needs, Counter(groups.k[chosen].tolist()), data.path)
-    left_out = {
-        "ties_left_out": int((enough & groups.tie).sum()) if not needs.ties else 0,
-        "disliked_left_out": int((enough & disliked).sum()),
-        "too_few_candidates": int((~enough).sum()),
-        "beyond_the_limit": len(numbers) - len(chosen),
-    }
-    reported = {name: count for name, count in left_out.items() if count}
-    if reported:
-        logger.info("%s: %s", data.path, ", ".join(f"{count} {name}" for name, count in reported.items()))
-    counted = {"groups": len(chosen), "skipped": counts["skipped"], **reported}
-    return Source(groups, chosen, counted, pairs=_wants_pairs(needs), columns=needs.columns)
-
-
-def usable(groups: AnyGroups, needs: Requirements) -> np.ndarray:
-    """The numbers of the groups that serve an objective."""
-    disliked = (groups.k == 1) & (groups.best <= 0) & needs.likes_only
-    return np.flatnonzero((groups.k >= needs.candidates) & ~disliked & (needs.ties | ~groups.tie))
 
 
 def _nothing_left(needs: Requirements, path: str, groups: int, ties: int, disliked: int, few: int) -> UserError:
@@ -377,32 +394,5 @@ def _nothing_left(needs: Requirements, path: str, groups: int, ties: int, dislik
     )
 
 
-class _Chosen(Dataset[Any]):
-    """The chosen groups, a whole micro-batch at a time."""
-
-    def __init__(self, groups: AnyGroups, numbers: np.ndarray, pairs: bool, columns: Sequence[str]) -> None:
-        self.groups, self.numbers, self.pairs, self.columns = groups, numbers, pairs, columns
-
-    def __getitem__(self, position: Position) -> Any:
-        return self.__getitems__([position])
-
-    def __getitems__(self, positions: Sequence[Position]) -> Any:
-        rows = [(epoch, int(self.numbers[index])) for epoch, index in positions]
-        return self.groups.fetch(rows, self.pairs, self.columns)
-
-
-def _leave_interrupts_to_the_run(worker: int) -> None:
-    # Ctrl-C reaches the workers too; the run saves a checkpoint first, for which it still needs them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item  # `__getitems__` has collated it
-
-
 def _listed(candidates: dict[Any, Any]) -> str:
     return ", ".join(f"{k} candidate{'s' * (int(k) > 1)} ({count} groups)" for k, count in sorted(candidates.items()))
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -113,26 +113,28 @@ for _name in layouts.PUBLISHED:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
-    """Where reading stops: after so many groups with enough candidates, ties and disliked samples counted or not."""
+class Selection:
+    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
 
-    groups: int
     candidates: int = 1
     ties: bool = True
     likes_only: bool = False
+    limit: int | None = None
 
-    def counts(self, group: Group) -> bool:
-        """Whether a group is one of those that are limited."""
+    def accepts(self, group: Group) -> bool:
+        """Whether the objective learns from a group."""
         if self.likes_only and group.is_disliked:
             return False
         return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
 
-    def cut(self, items: Items) -> Items:
-        """The items up to the last that is within the limit; none beyond it is read."""
-        left = self.groups
-        while left > 0 and (item := next(items, None)) is not None:
-            left -= isinstance(item, Group) and self.counts(item)
+    def first(self, items: Items, accepted: int = 0) -> Items:
+        """The items up to the group with which the limit is reached, none beyond; `accepted` groups came before."""
+        while accepted != self.limit and (item := next(items, None)) is not None:
+            accepted += isinstance(item, Group) and self.accepts(item)
             yield item
+
+
+EVERYTHING = Selection()
 
 
 def read(
@@ -142,7 +144,7 @@ def read(
     *,
     best_first: bool = True,
     images: bool = True,
-    limit: Limit | None = None,
+    selection: Selection = EVERYTHING,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -152,7 +154,7 @@ def read(
         annotations: what sidecar files add; see `Annotations.load`.
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
         images: false leaves them out where reading them is costly.
-        limit: where to stop; no row beyond is read.
+        selection: its limit is where to stop; no row beyond is read.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -160,9 +162,7 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = _checked(reader.items(file, images), file, annotations)
-    if limit is not None:
-        items = limit.cut(items)
+    items = selection.first(_checked(reader.items(file, images), file, annotations))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -251,7 +251,7 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def survey(
-    path: str | Path, format: str = "auto", annotations: Annotations = NONE, limit: Limit | None = None
+    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
 ) -> Survey:
     """What a source holds, without opening its images. Raises UserError as `read` does.
 
@@ -259,16 +259,18 @@ def survey(
     """
     unmatched = dict.fromkeys(annotations.entries)
     result = Survey()
-    for item in read(path, format, annotations, images=False, limit=limit):
+    for item in read(path, format, annotations, images=False, selection=selection):
         unmatched.pop(item.id, None)
         result.add(item)
-    if unmatched and limit is None:
+        if isinstance(item, Group) and selection.accepts(item):
+            result.accept(item)
+    if unmatched and selection.limit is None:
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return result
 
 
-def identity(path: Path, format: str, limit: Limit | None = None) -> str:
+def identity(path: Path, format: str, selection: Selection = EVERYTHING) -> str:
     """A hash of a source's groups and images, as far as the limit lets them be read.
 
     Images that lie in the source's own files count by these files. Beyond
@@ -284,7 +286,7 @@ def identity(path: Path, format: str, limit: Limit | None = None) -> str:
         digest.update(large if hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())
 
     own_files = False
-    for item in read(path, format, best_first=False, images=False, limit=limit):
+    for item in read(path, format, best_first=False, images=False, selection=selection):
         if isinstance(item, Group):
             paths = [media for media in item.candidates if isinstance(media, Path)]
             own_files = own_files or len(paths) < len(item.candidates)

@@ -1,325 +1,254 @@
-"""What does not fit on disk, a window at a time: an endless stream of batches that resumes exactly.
+"""On the fly: shards of a source in a shuffled order, candidates decoded by the loader and encoded with each batch.
 
-A source in pieces (shards, here or on the Hub) is read in an order drawn for each epoch, so many rows at a time. Each
-such window becomes an index of images on disk (see `live`); its groups are shuffled among each other, and the windows
-before it are deleted. Where a window begins and how many usable groups it has is written down: so a run that is resumed
-finds its window, has it read again, and goes on with the very next group. A stream of `datasets` with a shuffle buffer
-would lose what is in the buffer.
-
-    <folder>/<seed>/windows.jsonl        {"epoch", "window", "start": [piece, row], "next": [piece, row], "groups"}
-                    skipped.jsonl        the rows of all windows that could not be used, and why
-                    000000-000003/       the window, as `shards.write` leaves it
+A shard is a file of the source, here or on the Hub, or the whole source where it is not in several files. An epoch
+goes through a permutation of the shards, and within each through a permutation of its rows; large shards are cut into
+windows of so many rows, since those are held in memory. A position is (epoch, shard, row), so that a run that is
+resumed goes on with the very next group. Nothing is written, but shards of the Hub are there while they are read.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from t2i_align.data import hub, readers, tables
-from t2i_align.data.layout import MANIFEST, SKIPPED
-from t2i_align.data.live import LiveGroups, LiveItem
-from t2i_align.data.schema import Batch, Conditioning, Group, Items, Skipped
-from t2i_align.diffusion.randomness import stable_seed
+from t2i_align.data import hub, layouts, readers, tables
+from t2i_align.data.annotations import NONE, Annotations
+from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
+from t2i_align.data.readers import Selection
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
+from t2i_align.data.store import Item, pair, widened
+from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import DataStats
 
-KEPT = 3  # windows: processes are not at the same batch, and the loader's workers run ahead
-Place = tuple[int, int]  # (piece in the epoch's order, row in it)
-Position = tuple[int, int, int]  # (epoch, window, group)
+if TYPE_CHECKING:  # only entry points import `pipelines` at run time
+    from pipelines import TrainablePipeline
+
+logger = logging.getLogger(__name__)
+KEPT = 2  # shards of the Hub behind the one that is read: the loader's workers and other processes may still read these
+Position = tuple[int, int, int]  # (epoch, shard, row)
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Shards:
     """The files that make up a source, read one at a time. remote: their data set, if they are on the Hub."""
 
     names: tuple[str, ...]
     format: str
+    folder: Path
     remote: str | None = None
+    annotations: Annotations = NONE
 
     @classmethod
-    def of(cls, path: str, format: str, folder: Path) -> Pieces:
-        """The pieces of a source: its shards, or where it has none, itself. `folder` is for what must be downloaded."""
+    def of(cls, path: str, format: str, downloads: Path, annotations: Annotations = NONE) -> Shards:
+        """The shards of a source. downloads: the folder for those of the Hub."""
         if path.startswith(hub.PREFIX):
             names, remote = hub.pieces(path, tables.SHARDED)
-            file = hub.piece(remote, names[0], folder)
-            return cls(tuple(names), readers.detect(file, format), remote)
+            return cls(tuple(names), readers.detect(hub.piece(remote, names[0], downloads), format), downloads, remote)
         local = readers.resolve(path)
-        return cls(tuple(map(str, tables.files(local) or [local])), readers.detect(local, format))
+        return cls(("",), readers.detect(local, format), local, annotations=annotations)._split()
 
-    @property
-    def identity(self) -> str:
-        """What tells this source from another."""
+    def identity(self, selection: Selection) -> str:
+        """A fingerprint of the source, as far as a limit lets it be read."""
         if self.remote is not None:
             return " ".join([self.remote, *self.names])
-        return " ".join(readers.identity(Path(name), self.format) for name in self.names)
+        return readers.identity(self.folder, self.format, selection)
 
-    def items(self, number: int, folder: Path) -> Items:
-        """The groups and skipped rows of a piece; of the Hub, it is in `folder` for as long as it is read."""
-        name = self.names[number]
-        if self.remote is None:
-            yield from readers.read(name, self.format)
-            return
-        file = hub.piece(self.remote, name, folder)
-        try:
-            yield from readers.read(file, self.format)
-        finally:
-            file.unlink(missing_ok=True)
+    def items(self, number: int, *, images: bool = True) -> Items:
+        """The groups and skipped rows of a shard, with the ids that they have in the whole source."""
+        name = Path(self.names[number])
+        for item in readers.read(self.file(number), self.format, self.annotations, images=images):
+            nested = len(name.parts) > 1 and item.id.startswith(f"{name.name}:")
+            yield replace(item, id=(name.parent / item.id).as_posix()) if nested else item
+
+    def file(self, number: int) -> Path:
+        """A shard, downloaded where it is not there."""
+        file = self.folder / self.names[number]
+        return file if self.remote is None or file.exists() else hub.piece(self.remote, self.names[number], self.folder)
+
+    def discard(self, number: int) -> None:
+        """Delete what was downloaded of a shard."""
+        if self.remote is not None:
+            (self.folder / self.names[number]).unlink(missing_ok=True)
+
+    def _split(self) -> Shards:
+        """One shard per file where rows do not depend on those of other files."""
+        files = tables.files(self.folder) if self.folder.is_dir() else []
+        layout = layouts.PUBLISHED.get(self.format, ())
+        apart = bool(layout) and not any(columns.group for columns in layout)
+        names = tuple(file.relative_to(self.folder).as_posix() for file in files)
+        if not apart or not names or (self.annotations.entries and any("/" in name for name in names)):
+            return self
+        return replace(self, names=names)
 
 
-class StreamedSource:
-    """What `source.Source` is to a trainer, for a stream.
+class Stream:
+    """The groups of a source's shards that an objective can use. See `encode_with`.
 
     Args:
-        rows: source rows a window.
-        index: writes items to a folder as an index of images. open_window: opens it, ready to encode.
-        usable: the numbers of those groups of a window that serve the objective.
-        pairs, columns: as of `Source`.
-        fingerprint: of the source, the window's size and what the objective needs.
+        size: target size of candidates.
+        selection: which groups are used; its limit takes the first so many of the source.
+        window: rows that are held in memory at a time, and shuffled among each other (default: all of a shard).
     """
 
-    def __init__(
-        self,
-        pieces: Pieces,
-        *,
-        rows: int,
-        folder: Path,
-        index: Callable[[Items, Path], None],
-        open_window: Callable[[Path], LiveGroups],
-        usable: Callable[[LiveGroups], np.ndarray],
-        pairs: bool,
-        columns: Sequence[str],
-        fingerprint: str,
-    ) -> None:
-        self.pieces, self.rows, self.folder, self.index, self.open_window = pieces, rows, folder, index, open_window
-        self.usable, self.pairs, self.columns, self.fingerprint = usable, pairs, columns, fingerprint
-        first = Windows(self, seed=0)
-        self.groups = first.opened(0, 0)
-        numbers = usable(self.groups)
-        if not len(numbers):
-            raise UserError(f"{pieces.names[0]}: of the first {rows} rows, none serves this objective")
-        self.scores = float(self.groups.worst[numbers].min()), float(self.groups.best[numbers].max())
-        self.counts = {"groups in the first window": len(numbers), "pieces": len(pieces.names)}
+    def __init__(self, shards: Shards, size: MediaSize, selection: Selection, window: int | None = None) -> None:
+        self.shards, self.size, self.selection, self.window = shards, size, selection, window or sys.maxsize
+        self.pipeline: TrainablePipeline | None = None
+        self.size_conditioned = False
+        self.used = range(len(shards.names))
+        self._rows: dict[int, np.ndarray] = {}  # of each shard, when it has been looked through
+        self._windows: dict[tuple[int, int], list[Group | Skipped]] = {}
+        self._reading: tuple[int, int, Items] | None = None  # shard, the window that comes next, its items
+        left = selection.limit
+        for shard in self.used:
+            if left is None or left == 0:
+                break
+            self._rows[shard] = self._usable(shard, left)
+            left -= len(self._rows[shard])
+            self.used = range(shard + 1)
 
-    def loader(
-        self, *, seed: int, start_step: int, batch_size: int, accumulate: int, rank: int, world: int, workers: int
-    ) -> Iterator[LiveItem]:
-        """Endless micro-batches of this process, cut from the stream as `sampling.StreamSampler` cuts them."""
-        windows = Windows(self, seed)
-        loader: DataLoader[Any] = DataLoader(
-            _Groups(windows.root, self.groups, self.pairs, self.columns),
-            batch_sampler=_Cut(windows, start_step, batch_size, rank, world, accumulate),
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            worker_init_fn=_leave_interrupts_to_the_run,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
+    def encode_with(self, pipeline: TrainablePipeline) -> None:
+        """Set the encoder of batches. Raises PipelineError for a size that it cannot take."""
+        pipeline.check_size(self.size.height, self.size.width, self.size.frames)
+        self.pipeline, self.size_conditioned = pipeline, pipeline.size_conditioned
+
+    def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Position]]:
+        """The groups of each optimiser step, from a step on: `size` consecutive positions of the stream."""
+        positions = self._positions(seed, start * size)
+        while True:
+            yield list(islice(positions, size))
+
+    def fetch(self, positions: Sequence[Position], pairs: bool = False, columns: Sequence[str] = ()) -> Item:
+        """A micro-batch, decoded: pixels [B, k, 3, H, W] or [B, k, F, 3, H, W] of 8 bits, and its texts."""
+        decoded = [self._decoded(shard, row, pairs) for _, shard, row in positions]
+        if len({len(loaded) for _, loaded in decoded}) > 1:
+            raise UserError("for this objective, groups must have the same number of candidates")
+        groups = [group for group, _ in decoded]
+        values = {name: [group.columns[name] for group in groups] for name in columns if name in COLUMNS}
+        size = self.size.height, self.size.width
+        sizes = [[time_ids(one.size, *size) for one in loaded] for _, loaded in decoded]
+        return {
+            "keys": [f"{epoch}/{group.id}" for (epoch, _, _), group in zip(positions, groups, strict=True)],
+            "scores": torch.tensor([group.scores for group in groups]),
+            "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for _, loaded in decoded]),
+            "sizes": torch.tensor(sizes).float() if self.size_conditioned else None,
+            "prompts": [group.prompt for group in groups],
+            "columns": values,
+        }
+
+    def to_batch(self, item: Item, device: torch.device) -> Batch:
+        """Encode the micro-batch, in float32 on its device: images together, clips one by one."""
+        pixels = item["pixels"].flatten(0, 1)
+        latents = torch.cat([
+            self._encoder().encode_pixels(part.float() / 255).to(device).float()
+            for part in pixels.split(len(pixels) if self.size.frames is None else 1)
+        ])  # fmt: skip
+        texts = {name: value for name, value in item["columns"].items() if COLUMNS[name].text}
+        encoded = self._conditioning({"conditioning": item["prompts"], **texts}, device)
+        return Batch(
+            keys=tuple(item["keys"]),
+            latents=latents.unflatten(0, item["pixels"].shape[:2]),
+            scores=widened(item["scores"], device),
+            conditioning=encoded.pop("conditioning"),
+            columns={**item["columns"], **encoded},
+            sizes=widened(item["sizes"], device),
         )
-        return iter(loader)
-
-    def to_batch(self, item: LiveItem, device: torch.device) -> Batch:
-        """A micro-batch, encoded, on its device."""
-        return self.groups.to_batch(item, device)
-
-    def facts(self) -> DataStats:
-        """What an objective may be fitted to; of the first window, as nobody has seen the rest."""
-        return DataStats(score_range=self.scores)
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
-        """The empty prompt's conditioning, [1, ...]."""
-        return self.groups.empty_conditioning(device)
+        """The empty prompt's conditioning, [1, ...], float32."""
+        return self._conditioning({"empty": [""]}, device)["empty"]
 
+    def _conditioning(self, texts: dict[str, list[Any]], device: torch.device) -> dict[str, Conditioning]:
+        """The conditioning of texts [B], or [B][k], in each field; encoded together, so that they are padded alike."""
+        shapes = {name: np.shape(of) for name, of in texts.items()}
+        flat = [text for of in texts.values() for text in np.ravel(of).tolist()]
+        encoded = widened(dict(self._encoder().encode_prompts(flat)), device)
+        parts = {
+            name: tensor.split([math.prod(shape) for shape in shapes.values()]) for name, tensor in encoded.items()
+        }
+        return {
+            field: {name: part[place].unflatten(0, shape) for name, part in parts.items()}
+            for place, (field, shape) in enumerate(shapes.items())
+        }
 
-class Windows:
-    """The windows of one run's order, made when they are asked for."""
+    def _encoder(self) -> TrainablePipeline:
+        if self.pipeline is None:
+            raise RuntimeError("Stream.encode_with comes before batches")
+        return self.pipeline
 
-    def __init__(self, source: StreamedSource, seed: int) -> None:
-        self.source, self.seed = source, seed
-        self.root = source.folder / str(seed)
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.list = self.root / "windows.jsonl"
+    def _positions(self, seed: int, start: int) -> Iterator[Position]:
+        """The stream from a position on. Whole shards before it are passed over by their number of usable groups."""
+        recent: list[int] = []
+        for epoch in count():
+            for place in permutation(len(self.used), seed, "shards", epoch).tolist():
+                shard = self.used[place]
+                if shard not in self._rows:
+                    self._rows[shard] = self._usable(shard)
+                rows = self._rows[shard]
+                if start >= len(rows):
+                    start -= len(rows)
+                    self.shards.discard(shard)
+                    continue
+                for window in np.unique(rows // self.window).tolist():
+                    own = rows[rows // self.window == window]
+                    # A source that is one window has the order of prepared data.
+                    whole = len(self.used) == 1 and len(own) == len(rows)
+                    order = permutation(len(own), seed, "order", epoch, *(() if whole else (shard, window))).tolist()
+                    yield from ((epoch, shard, int(own[n])) for n in order[start:])
+                    start = max(0, start - len(own))
+                recent.append(shard)
+                if len(recent) > KEPT and (old := recent.pop(0)) not in recent:
+                    self.shards.discard(old)
+            if not any(map(len, self._rows.values())):
+                raise UserError(f"{self.shards.folder}: no group in the source serves this objective")
 
-    def positions(self, start: int) -> Iterator[Position]:
-        """The groups of the stream from a position on; a window is there once one of its groups has been given out."""
-        for epoch, window, groups in self._sizes():
-            if start >= groups:
-                start -= groups
-                continue
-            found = self.opened(epoch, window)
-            numbers = self.source.usable(found)
-            generator = torch.Generator().manual_seed(stable_seed(self.seed, "window", epoch, window))
-            order = torch.randperm(len(numbers), generator=generator).tolist()
-            yield from ((epoch, window, int(numbers[place])) for place in order[start:])
-            start = 0
+    def _usable(self, shard: int, limit: int | None = None) -> np.ndarray:
+        """The rows of a shard that hold groups which the objective can use, the first so many of them."""
+        rows = (
+            row
+            for row, item in enumerate(self.shards.items(shard, images=False))
+            if isinstance(item, Group) and self.selection.accepts(item)
+        )
+        return np.fromiter(islice(rows, limit), np.int64)
 
-    def opened(self, epoch: int, window: int) -> LiveGroups:
-        """A window, which is made if it is not there, and written down if it was not."""
-        folder = self.root / window_name(epoch, window)
-        with FileLock(self.root / ".lock"):  # of several processes one makes it, the others wait
-            if not (folder / MANIFEST).exists():
-                self._make(epoch, window, folder)
-            return self.source.open_window(folder)
+    def _decoded(self, shard: int, row: int, pairs: bool) -> tuple[Group, list[Loaded]]:
+        """The group at a position, and its candidates; if these are damaged, the next group of its window.
 
-    def _sizes(self) -> Iterator[tuple[int, int, int]]:
-        """Epoch, window and number of usable groups, of each in turn; those that nobody has seen yet are made."""
-        epoch = window = 0
-        while True:
-            known = self._known()
-            if (epoch, window) not in known:
-                self.opened(epoch, window)
-                known = self._known()
-            entry = known[epoch, window]
-            yield epoch, window, entry["groups"]
-            epoch, window = (epoch, window + 1) if entry["next"] else (epoch + 1, 0)
+        What comes at a position depends on nothing else, so that a resumed run and other processes agree on it.
+        """
+        window = self._window(shard, row // self.window)
+        at = row % self.window
+        for item in (*window[at:], *window[:at]):
+            if isinstance(item, Group) and self.selection.accepts(item):
+                places = range(len(item.candidates))
+                group = item.take(places[pair(len(places))]) if pairs else item
+                try:
+                    return group, [load(media, self.size) for media in group.candidates]
+                except ImageError as error:
+                    logger.warning("%s: %s; the next group stands in for it", item.origin, error)
+        raise UserError(f"{self.shards.folder / self.shards.names[shard]}: no image around row {row} can be decoded")
 
-    def _known(self) -> dict[tuple[int, int], dict[str, Any]]:
-        if not self.list.exists():
-            return {}
-        lines = self.list.read_text().split("\n")[:-1]  # what a kill cut short is not a line
-        entries = [json.loads(line) for line in lines]
-        return {(entry["epoch"], entry["window"]): entry for entry in entries}
-
-    def _make(self, epoch: int, window: int, folder: Path) -> None:
-        known = self._known()
-        start: Place = (0, 0)
-        if window:
-            piece, row = known[epoch, window - 1]["next"]
-            start = piece, row
-        shutil.rmtree(folder, ignore_errors=True)  # it may have been begun when something else was missing
-        reading = _Reading(self, epoch, start)
-        self.source.index(reading.rows(self.source.rows), folder)
-        if (epoch, window) not in known:
-            groups = len(self.source.usable(self.source.open_window(folder)))
-            entry = {"epoch": epoch, "window": window, "start": start, "next": reading.next, "groups": groups}
-            text = self.list.read_bytes() if self.list.exists() else b""
-            with open(self.root / SKIPPED, "ab") as sink:
-                sink.write((folder / SKIPPED).read_bytes())
-            with open(self.list, "rb+" if text else "wb") as stream:
-                stream.truncate(text.rfind(b"\n") + 1)
-                stream.seek(0, 2)
-                stream.write((json.dumps(entry) + "\n").encode())
-        names = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and "-" in entry.name)
-        for old in names[: max(0, names.index(folder.name) + 1 - KEPT)]:
-            shutil.rmtree(self.root / old)
-
-    def order(self, epoch: int) -> list[int]:
-        """The pieces' numbers as an epoch reads them."""
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, "pieces", epoch))
-        return torch.randperm(len(self.source.pieces.names), generator=generator).tolist()
-
-
-class _Reading:
-    """One walk over the rows of a window. next: where the one after it begins; None at the end of the epoch."""
-
-    def __init__(self, windows: Windows, epoch: int, start: Place) -> None:
-        self.windows, self.order, self.start = windows, windows.order(epoch), start
-        self.next: Place | None = None
-
-    def rows(self, count: int) -> Items:
-        """The window's rows; after the last of them, `next` is known."""
-        items = self._all()
-        for _, item in islice(items, count):
-            yield item
-        after = next(items, None)
-        self.next = after[0] if after else None
-
-    def _all(self) -> Iterator[tuple[Place, Group | Skipped]]:
-        first, skip = self.start
-        for piece in range(first, len(self.order)):
-            items = self.windows.source.pieces.items(self.order[piece], self.windows.root / "pieces")
-            for row, item in enumerate(items):
-                if row >= skip:
-                    yield (piece, row), item
-            skip = 0
-
-
-class _Cut(Sampler[list[Position]]):
-    """The micro-batches of one process; see `sampling.StreamSampler` for which these are."""
-
-    def __init__(
-        self, windows: Windows, start_step: int, batch_size: int, rank: int, world: int, accumulate: int
-    ) -> None:
-        self.windows, self.batch_size = windows, batch_size
-        self.stride = batch_size * world
-        self.start = start_step * accumulate * self.stride
-        self.own = slice(rank * batch_size, (rank + 1) * batch_size)
-
-    def __iter__(self) -> Iterator[list[Position]]:
-        positions = self.windows.positions(self.start)
-        while True:
-            yield list(islice(positions, self.stride))[self.own]
-
-
-class _Groups(Dataset[Any]):
-    """Groups by their positions, a whole micro-batch at a time, out of one window or two."""
-
-    def __init__(self, root: Path, example: LiveGroups, pairs: bool, columns: Sequence[str]) -> None:
-        self.root, self.state, self.pairs, self.columns = root, example.__getstate__(), pairs, columns
-        self._opened = lru_cache(maxsize=2)(self._open)
-
-    def __getitem__(self, position: Position) -> LiveItem:
-        return self.__getitems__([position])
-
-    def __getitems__(self, positions: Sequence[Position]) -> LiveItem:
-        parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for epoch, window, number in positions:
-            parts.setdefault((epoch, window), []).append((epoch, number))
-        return joined([self._opened(*at).fetch(rows, self.pairs, self.columns) for at, rows in parts.items()])
-
-    def _open(self, epoch: int, window: int) -> LiveGroups:
-        found = LiveGroups.__new__(LiveGroups)
-        found.__setstate__({**self.state, "path": self.root / window_name(epoch, window)})
-        return found
+    def _window(self, shard: int, window: int) -> list[Group | Skipped]:
+        """A window's rows; shards are mostly read in sequence, so that the next window continues where one ended."""
+        if (shard, window) not in self._windows:
+            if self._reading is None or self._reading[:2] != (shard, window):
+                self._reading = shard, window, islice(self.shards.items(shard), window and window * self.window, None)
+            items = self._reading[2]
+            self._reading = shard, window + 1, items
+            for old in list(self._windows)[:-1]:  # a micro-batch may straddle two
+                del self._windows[old]
+            self.shards.file(shard)  # some readers open it once more, and it may have been deleted meanwhile
+            self._windows[shard, window] = list(islice(items, self.window))
+        return self._windows[shard, window]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "state": self.state, "pairs": self.pairs, "columns": self.columns}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opened=lru_cache(maxsize=2)(self._open))
-
-
-def joined(items: Sequence[LiveItem]) -> LiveItem:
-    """Micro-batches as one.
-
-    Raises:
-        UserError: their groups do not have the same number of candidates.
-    """
-    if len(items) == 1:
-        return items[0]
-    if len({item.scores.shape[1] for item in items}) > 1:
-        raise UserError("for this objective, groups must have the same number of candidates; the stream has several")
-    columns: list[Any] = []
-    for values in zip(*items, strict=True):
-        if values[0] is None:
-            columns.append(None)
-        elif isinstance(values[0], Tensor):
-            columns.append(torch.cat(values))
-        else:
-            columns.append([value for part in values for value in part])
-    columns[0] = tuple(columns[0])
-    return LiveItem(*columns)
-
-
-def window_name(epoch: int, window: int) -> str:
-    return f"{epoch:06d}-{window:06d}"
-
-
-def _leave_interrupts_to_the_run(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run saves a checkpoint first, for which it still needs them
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
+        # Workers decode; the pipeline stays here.
+        return {**self.__dict__, "pipeline": None, "_reading": None, "_windows": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Survey:
     candidates: number of groups by their k. ties: those of them whose best and worst score are equal. disliked: single
     samples that were not liked. texts: prompts and captions. columns: how many groups have each column (see
     `Group.present`). skips: rows that cannot be used by their reasons. reasons: the first of these with their origin.
+    accepted, score_range: number of groups that a selection accepts, and their least and greatest score.
     """
 
     candidates: Counter[int] = field(default_factory=Counter)
@@ -33,6 +35,8 @@ class Survey:
     columns: Counter[str] = field(default_factory=Counter)
     skips: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
+    accepted: int = 0
+    score_range: tuple[float, float] = (math.inf, -math.inf)
 
     @property
     def groups(self) -> int:
@@ -61,6 +65,12 @@ class Survey:
         self.disliked += item.is_disliked
         self.texts.update(item.texts)
         self.columns.update(item.present)
+
+    def accept(self, group: Group) -> None:
+        """Count a group that a selection accepts."""
+        least, greatest = self.score_range
+        self.accepted += 1
+        self.score_range = min(least, *group.scores), max(greatest, *group.scores)
 
 
 @dataclass

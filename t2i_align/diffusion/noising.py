@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Model
 from t2i_align.diffusion.randomness import SampleRNG
@@ -92,17 +93,19 @@ def with_sizes(conditioning: Conditioning, batch: Batch) -> Conditioning:
 def drop_captions(batch: Batch, empty: Conditioning, rng: SampleRNG, share: float) -> Batch:
     """The batch with the empty prompt's conditioning for a random `share` of its groups, whole groups at a time.
 
-    empty: the conditioning of one empty prompt, [1, ...].
+    empty: the conditioning of one empty prompt, [1, ...]. Where its sequences are of another length than the batch's,
+    the shorter are padded with zeros.
     """
     if share == 0:
         return batch
     dropped = rng.uniform("caption dropout") < share
 
     def emptied(conditioning: Conditioning) -> Conditioning:
-        return {
-            name: torch.where(dropped.view(-1, *([1] * (tensor.ndim - 1))), empty[name].to(tensor.dtype), tensor)
-            for name, tensor in conditioning.items()
-        }
+        out = {}
+        for name, tensor in conditioning.items():
+            blank, tensor = _padded_alike(empty[name].to(tensor.dtype), tensor)
+            out[name] = torch.where(dropped.view(-1, *([1] * (tensor.ndim - 1))), blank, tensor)
+        return out
 
     return replace(
         batch,
@@ -112,3 +115,12 @@ def drop_captions(batch: Batch, empty: Conditioning, rng: SampleRNG, share: floa
             for name, value in batch.columns.items()
         },
     )
+
+
+def _padded_alike(blank: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences [1, length, ...] and [..., length, ...], at the longer of the two lengths."""
+    if blank.ndim < 2 or blank.shape[1] == tensor.shape[1 - blank.ndim]:
+        return blank, tensor
+    missing = tensor.shape[1 - blank.ndim] - blank.shape[1]
+    padding = [0, 0] * (blank.ndim - 2) + [0, abs(missing)]
+    return (pad(blank, padding), tensor) if missing > 0 else (blank, pad(tensor, padding))

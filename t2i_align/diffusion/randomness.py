@@ -23,6 +23,11 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def permutation(n: int, *key: object) -> Tensor:
+    """A random order of n things that depends on the key alone, [n]."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(stable_seed(*key)))
+
+
 class SampleRNG:
     """Random numbers for one batch; each row is keyed by its own sample.
 

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
-from t2i_align.data.live import CONTENT, LiveGroups
 from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
-from t2i_align.data.stored import is_store
+from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import LIST
@@ -233,8 +232,8 @@ def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
     path = Path(source).expanduser()
     file = path / LIST if path.is_dir() else path
     if path.is_dir() and is_store(path):
-        store = LiveGroups(path)
-        if store.manifest.get("content") != CONTENT:
+        store = Store(path)
+        if "conditioning" in store.manifest:
             raise UserError(f"{source}: holds encoded latents, not images; score the source they were encoded from")
         return _flat(_stored(store)), int(store.k.sum())
     columns = {*tables.columns(file)} if file.suffix in (JSONL, PARQUET) else set()
@@ -266,11 +265,11 @@ def _flat(items: Iterable[Group | Skipped]) -> Iterator[_Candidate]:
                 yield _Candidate(f"{item.id}#{place}", media, item.prompt)
 
 
-def _stored(store: LiveGroups) -> Iterator[Group]:
+def _stored(store: Store) -> Iterator[Group]:
     for index in range(len(store)):
         shard, row = store.group(index)
         media, prompt, name = store.media(index), shard.groups["prompt"][row].as_py(), shard.ids[row].as_py()
-        scores = tuple(map(float, shard.scores_of(row)))
+        scores = tuple(map(float, shard.scores[row]))
         yield Group(id=name, prompt=prompt, candidates=tuple(media), scores=scores, origin=str(store.path))
 
 

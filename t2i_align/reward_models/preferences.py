@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data import readers
-from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.layout import MANIFEST
-from t2i_align.data.live import LiveGroups, index_images
-from t2i_align.data.media import ImageError, MediaSize, decode
-from t2i_align.data.readers import Limit
+from t2i_align.data.annotations import Annotations
+from t2i_align.data.encode import Undecoded, check_space
+from t2i_align.data.loader import digest, source_fingerprint
+from t2i_align.data.media import ImageError, decode
+from t2i_align.data.prepare import write
+from t2i_align.data.readers import Selection
 from t2i_align.data.splits import is_held_out
+from t2i_align.data.store import Store, is_complete
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
@@ -35,7 +37,7 @@ class Preferences:
     prompts, users, labels: one per group; labels [k].
     """
 
-    store: LiveGroups
+    store: Store
     numbers: Sequence[int]
     ids: Sequence[str]
     prompts: Sequence[str]
@@ -86,22 +88,17 @@ def open_preferences(
     """
     file = readers.resolve(path)
     kind, added = readers.detect(file, format), Annotations.load(list(annotations))
-    survey = readers.survey(file, kind, added)
+    selection = Selection(candidates=2, limit=limit)
+    survey = readers.survey(file, kind, added, selection)
     if not any(k >= 2 for k in survey.candidates):
         raise UserError(f"{path}: preferences need groups of two candidates or more, found {dict(survey.candidates)}")
-    parts = {
-        "content": "images",
-        "root": str(file.resolve()),
-        "source": readers.identity(file, kind),
-        "annotations": sidecar_identity(list(annotations)),
-        "limit": limit,
-    }
-    folder = root / f"images-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
-    if not (folder / MANIFEST).exists():
-        some = None if limit is None else Limit(groups=limit, candidates=2)
-        index_images(readers.read(file, kind, added), folder, fingerprint=parts, extent=MediaSize(0, 0), survey=survey,
-                       limit=some, source_bytes=readers.embedded_bytes(file, kind), progress=progress)  # fmt: skip
-    store = LiveGroups(folder)
+    parts = {"root": str(file.resolve()), **source_fingerprint(file, kind, selection, annotations)}
+    folder = root / f"images-{digest(parts)}"
+    if not is_complete(folder):
+        check_space(folder, readers.embedded_bytes(file, kind))
+        write(readers.read(file, kind, added), Undecoded(), folder, fingerprint=parts, total=survey.rows,
+              selection=selection, progress=progress)  # fmt: skip
+    store = Store(folder)
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]
     if not numbers:
         raise UserError(f"{path}: no group of two candidates or more could be used; {folder}/skipped.jsonl says why")
@@ -112,7 +109,7 @@ def open_preferences(
         [shard.ids[row].as_py() for shard, row in found],
         [shard.groups["prompt"][row].as_py() for shard, row in found],
         [shard.groups["user"][row].as_py() or NOBODY for shard, row in found],
-        [torch.tensor(shard.scores_of(row).copy(), dtype=torch.float32) for shard, row in found],
+        [torch.tensor(shard.scores[row].copy(), dtype=torch.float32) for shard, row in found],
     )
 
 

@@ -27,8 +27,7 @@ from reward_scorers.heads import PAL
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.towers import TwoTowers
 from reward_scorers.trained import CLIP, HEAD, LAYOUT, METADATA, load_head, make_head, read_metadata
-from t2i_align.data.layout import write_json
-from t2i_align.data.sampling import StreamSampler
+from t2i_align.data.loader import micro_batches, steps
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
@@ -41,7 +40,7 @@ from t2i_align.reward_models.preferences import NOBODY, Preferences, open_prefer
 from t2i_align.training.loop import Loop, Task
 from t2i_align.training.output import check_output, write_settings
 from t2i_align.training.weights import Weights
-from t2i_align.utils.files import output_lock
+from t2i_align.utils.files import output_lock, write_json
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -244,8 +243,9 @@ class ScorerTask(Task):
     def batches(self, step: int) -> Iterator[tuple[dict[str, Any], list[Tensor], Tensor]]:
         device, train = self.accelerator.device, self.run.train
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        for places in StreamSampler(len(self.rows), train.seed, step, train.batch_size, rank, world):
-            rows = [self.rows[index] for _, index in places]
+        ordered = steps(np.array(self.rows), seed=train.seed, size=train.batch_size * world, start=step)
+        for places in micro_batches(ordered, train.batch_size, rank=rank, world=world):
+            rows = [row for _, row in places]
             inputs = {key: value.to(device) for key, value in self.policy.batch(self.data, rows).items()}
             labels = [self.data.labels[row].to(device) for row in rows]
             yield inputs, labels, torch.tensor([self.balance[row] for row in rows], device=device)

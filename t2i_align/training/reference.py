@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from t2i_align.config import RunConfig, TrainConfig
-from t2i_align.data.loader import AnySource
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
@@ -75,7 +75,9 @@ class ReferenceUpdate:
     frozen: whether it has stopped permanently. initial: the initial model's errors on the winners, [WINNERS].
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, source: AnySource, reference: Reference) -> None:
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, source: PreferenceDataset, reference: Reference
+    ) -> None:
         assert config.train.reference_update is not None
         self.config, self.update = config, config.train.reference_update
         self.accelerator, self.source, self.reference = accelerator, source, reference

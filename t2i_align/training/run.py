@@ -18,12 +18,12 @@ from t2i_align import config as configuration
 from t2i_align.conditioning import TRAINED
 from t2i_align.conditioning.adapter import Kind
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import AnySource, open_source
+from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
-from t2i_align.training.loop import METRICS_FILE, Loop
+from t2i_align.training.loop import Loop
 from t2i_align.training.optim import make_optimizer
-from t2i_align.training.output import RUN_FILE, check_output, check_same_run, write_settings
+from t2i_align.training.output import check_output, check_same_run, write_settings
 from t2i_align.training.reference import Reference, build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
@@ -102,7 +102,7 @@ def _align(config: RunConfig, accelerator: Accelerator, progress: bool) -> RunRe
     pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
-    config = replace(config, objective=config.objective.fit_to_data(source.facts()))
+    config = replace(config, objective=config.objective.fit_to_data(source.stats))
     settings = configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
@@ -189,7 +189,9 @@ def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)
 
 
-def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool) -> AnySource:
+def load_data(
+    config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool
+) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = extent(config, pipeline)
 
@@ -198,7 +200,7 @@ def load_data(config: RunConfig, accelerator: Accelerator, pipeline: TrainablePi
         return pipeline
 
     # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
-    return open_source(
+    return open_dataset(
         config.data,
         config.model,
         needs=config.objective.needs,
@@ -230,7 +232,7 @@ def save_weights(pipeline: TrainablePipeline, folder: Path, kind: Kind) -> Path:
     return folder / written.relative_to(temporary)
 
 
-def describe(config: RunConfig, pipeline: TrainablePipeline, source: AnySource) -> str:
+def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
     """What is about to run, in a few lines, with the objective's constants spelled out."""
     trained = sum(parameter.numel() for parameter in TRAINED[config.trains].parameters(pipeline).values())
     train = config.train
@@ -244,6 +246,3 @@ data       {config.data.path}: {counts}
 objective  {config.objective.name} ({config.objective.paper}) {constants}
 training   {trained:,} parameters, {steps}, {train.precision}, seed {train.seed}
 output     {config.output_dir}"""
-
-
-__all__ = ["METRICS_FILE", "RUN_FILE", "RunResult", "align"]

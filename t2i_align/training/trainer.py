@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import AnySource
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
@@ -41,7 +41,7 @@ class Alignment(Task):
         config: RunConfig,
         accelerator: Accelerator,
         reference: Reference,
-        source: AnySource,
+        source: PreferenceDataset,
         validate: Validate | None = None,
     ) -> None:
         self.config, self.accelerator, self.source = config, accelerator, source

@@ -11,10 +11,11 @@ ema          the moving average of the policy
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import cpu_offload
@@ -117,45 +118,38 @@ def frozen_copy(network: nn.Module, *, offload: bool, compile: bool, updated: bo
 
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the network is its base model; afterwards everything is as it was, also after an exception.
+    """Inside, the network is its base model.
 
     Only the layers' private flag is flipped: peft's public toggle also changes `requires_grad`, which silently
     loses gradients when it runs between a forward and its backward pass.
     """
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
+    with changed((layer, "_disable_adapters", True) for layer in layers):
         yield network
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer._disable_adapters = state
 
 
 @contextmanager
 def swapped(network: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """Inside, the network has these parameters and no dropout."""
-    owners = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in parameters]
-    before = [getattr(owner, name) for owner, name in owners]
-    try:
-        for (owner, name), parameter in zip(owners, parameters.values(), strict=True):
-            setattr(owner, name, parameter)
-        with dropout_off(network):
-            yield network
-    finally:
-        for (owner, name), parameter in zip(owners, before, strict=True):
-            setattr(owner, name, parameter)
+    places = [(*name.rpartition("."), parameter) for name, parameter in parameters.items()]
+    with changed((network.get_submodule(path), leaf, p) for path, _, leaf, p in places), dropout_off(network):
+        yield network
+
+
+def dropout_off(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside, nothing is dropped at random; all else stays in training mode."""
+    return changed((module, "training", False) for module in network.modules() if isinstance(module, nn.Dropout))
 
 
 @contextmanager
-def dropout_off(network: nn.Module) -> Iterator[None]:
-    """Inside, nothing is dropped at random; all else stays in training mode."""
-    active = [module for module in network.modules() if isinstance(module, nn.Dropout) and module.training]
-    for module in active:
-        module.training = False
+def changed(attributes: Iterable[tuple[object, str, Any]]) -> Iterator[None]:
+    """Inside, (owner, name, value) are set; afterwards everything is as it was, also after an exception."""
+    attributes = list(attributes)
+    before = [getattr(owner, name) for owner, name, _ in attributes]
     try:
+        for owner, name, value in attributes:
+            setattr(owner, name, value)
         yield
     finally:
-        for module in active:
-            module.training = True
+        for (owner, name, _), value in zip(attributes, before, strict=True):
+            setattr(owner, name, value)

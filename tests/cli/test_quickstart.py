@@ -11,7 +11,6 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
 from t2i_align.inference.prompts import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
-from t2i_align.training import run as runs
 from t2i_align.utils.files import WRITING
 
 SMALL = ["data.limit=8", "train.steps=2", "train.batch_size=4", "optim.warmup_steps=1", "validation.steps=2"]
@@ -99,7 +98,7 @@ def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monk
     assert weights.is_file() and values["aligned"] == str(weights)
     html = (folder / "report.html").read_text()
     assert "<html" in html and str(weights) in html
-    assert f"output_dir: {folder / 'run'}" in (folder / "run" / runs.RUN_FILE).read_text()
+    assert f"output_dir: {folder / 'run'}" in (folder / "run" / "run.yaml").read_text()
     assert f"report: {folder / 'report.html'}" in result.summary()
     for file in filter(Path.is_file, folder.rglob("*")):
         assert f"{WRITING}q".encode() not in file.read_bytes(), f"{file.name} names the temporary folder"

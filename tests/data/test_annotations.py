@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 import pipelines
 from t2i_align.config import DataConfig
-from t2i_align.data import cache as latent_cache
-from t2i_align.data import readers
+from t2i_align.data import encode, readers
 from t2i_align.data.annotations import Annotations
-from t2i_align.data.cache import open_cache, prepare
-from t2i_align.data.layout import PROMPTS, read_table
+from t2i_align.data.encode import Latents
+from t2i_align.data.prepare import write
 from t2i_align.data.schema import COLUMNS, Batch, Column, Group, Skipped
+from t2i_align.data.store import TEXTS, Store, read_table
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
@@ -35,7 +35,7 @@ from tests.data.test_examples import (
     write_jsonl,
     write_parquet,
 )
-from tests.data.test_source import PAIRS, batches, never, opened
+from tests.data.test_loader import PAIRS, batches, never, opened
 
 CAPTIONED = Requirements(candidates=2, ties=False, columns=("captions",))
 NEGATIVE = Requirements(columns=("negative_caption",))
@@ -219,15 +219,18 @@ def test_a_group_without_an_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_skips_are_written_down_and_groups_are_few(tmp_path: Path, cache: bool) -> None:
+def test_skips_are_recorded_and_groups_are_few(tmp_path: Path, cache: bool, caplog: pytest.LogCaptureFixture) -> None:
     scores: list[list[float]] = [[1, 0]] * 4
     path = source_of(tmp_path, scores)
     sidecar = write_jsonl(tmp_path / "s.jsonl", described(scores, "captions")[1:3])
     source = opened(tmp_path, path, needs=CAPTIONED, cache=cache, annotations=[str(sidecar)])
     assert source.counts == {"groups": 2, "skipped": 2}
+    reason = f"no 'captions' for it in {sidecar}"
+    if not cache:
+        assert "2 rows cannot be used" in caplog.text and caplog.text.count(reason) == 2
+        return
     lines = next((tmp_path / "cache").glob("*/skipped.jsonl")).read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["g0", "g3"]
-    assert all(json.loads(line)["reason"] == f"no 'captions' for it in {sidecar}" for line in lines)
+    assert [(json.loads(line)["id"], json.loads(line)["reason"]) for line in lines] == [("g0", reason), ("g3", reason)]
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -262,7 +265,7 @@ def test_annotations_of_nothing_are_reported(tmp_path: Path, cache: bool, caplog
     sidecar = write_jsonl(tmp_path / "s.jsonl", [{"id": name, "negative_caption": "n"} for name in ids])
     with caplog.at_level(logging.WARNING, "t2i_align"):
         opened(tmp_path, path, cache=cache, annotations=[str(sidecar)])
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [text for record in caplog.records if "annotations belong" in (text := record.getMessage())] == [
         f"{path}: 2 of 4 annotations belong to no group of this source, such as that of id 'x'"
     ]
     only = write_jsonl(tmp_path / "only.jsonl", [{"id": "a.parquet:0", "scores": [1, 0]}])
@@ -352,7 +355,8 @@ def test_only_what_is_asked_for_is_given(tmp_path: Path, cache: bool) -> None:
             "captions" in needs.columns,
             "negative_caption" in needs.columns,
         )
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # one with the annotations, one without
+    if cache:
+        assert len(list((tmp_path / "cache").iterdir())) == 2  # one with the annotations, one without
 
 
 def test_each_text_is_encoded_once(tmp_path: Path) -> None:
@@ -363,7 +367,7 @@ def test_each_text_is_encoded_once(tmp_path: Path) -> None:
     pipeline = StandIn()
     source = opened(tmp_path, source_of(tmp_path, scores), pipeline=lambda: pipeline, annotations=[str(sidecar)])
     assert sorted(pipeline.prompts) == sorted(["", "a fox", "an owl", "prompt 0", "prompt 1", "prompt 2"])
-    assert source.groups.manifest["counts"]["prompts"] == 6
+    assert source.groups.manifest["counts"]["texts"] == 6
     assert source.groups.manifest["counts"]["columns"] == {
         "scores": 0, "captions": 3, "negative_caption": 3, "user": 0,
     }  # fmt: skip
@@ -381,7 +385,7 @@ def test_new_scores_decide_what_is_better_and_what_is_a_tie(tmp_path: Path) -> N
             "0/g0": pytest.approx([0.3, 0.2]),
             "0/g1": pytest.approx([0.25, 0.1]),
         }
-        assert source.facts().score_range == (0.1, 0.3)
+        assert source.stats.score_range == (0.1, 0.3)
 
 
 def test_the_bundled_pairs_take_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,32 +471,32 @@ def captioned(count: int) -> list[Group | Skipped]:
 
 
 def make(out: Path, pipeline: StandIn | None = None, count: int = 12) -> None:
-    options: dict[str, Any] = {"height": 8, "width": 8, "batch_size": 3, "progress": False}
-    prepare(captioned(count), pipeline or StandIn(), out, fingerprint={"source": "a"}, **options)  # type: ignore[arg-type]
+    encoder = Latents(pipeline or StandIn(), [(8, 8)], batch_size=3)  # type: ignore[arg-type]
+    write(captioned(count), encoder, out, fingerprint={"source": "a"}, progress=False)
 
 
 @pytest.mark.parametrize("after", [1, 9, 14, 23])
 def test_an_interrupted_prepare_with_captions_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(latent_cache, "MAX_ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(encode, "MAX_ROWS_PER_SHARD", 4)
     make(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="stopped in the middle"):
         make(tmp_path / "out", StandIn(fail_after=after))
     make(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    found = open_cache(tmp_path / "out")
+    found = Store(tmp_path / "out")
     texts = [text for shard in range(3) for text in _prompts(found.path / f"shard-{shard:05d}")]
     assert len(texts) == len(set(texts)) == 1 + 3 + 6 + 1 + 3  # "", p0-p2, c1-c11, common, p5, p8, p11 (p2 is there)
     for number in range(12):
-        assert [texts[n] for n in found.captions(number)] == ([f"c{number}", "common"] if number % 2 else [])
-        negative = int(found.negative_caption[number])
+        assert [texts[n] for n in found.texts["captions"][number]] == ([f"c{number}", "common"] if number % 2 else [])
+        negative = int(found.texts["negative_caption"][number])
         assert (texts[negative] if negative >= 0 else None) == (f"p{number}" if number % 3 == 2 else None)
-        assert texts[found.prompt[number]] == f"p{number % 3}"
+        assert texts[found.texts["prompt"][number]] == f"p{number % 3}"
 
 
 def _prompts(shard: Path) -> list[str]:
-    found: list[str] = read_table(shard / PROMPTS)["prompt"].to_pylist()
+    found: list[str] = read_table(shard / TEXTS)["text"].to_pylist()
     return found
 
 
@@ -510,7 +514,7 @@ def test_a_caption_that_half_precision_cannot_hold(tmp_path: Path) -> None:
         ("g3", "the embedding of 'c3' is not finite in half precision"),
         ("g5", "the embedding of 'p5' is not finite in half precision"),
     ]
-    assert len(open_cache(tmp_path / "out")) == 4
+    assert len(Store(tmp_path / "out")) == 4
 
 
 def test_space_for_captions_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +526,7 @@ def test_space_for_captions_is_counted(tmp_path: Path, monkeypatch: pytest.Monke
     for free, fits in ((1131, False), (1132, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
         if fits:
-            assert len(opened(tmp_path, path, annotations=[str(sidecar)])) == 4
+            assert opened(tmp_path, path, annotations=[str(sidecar)]).counts["groups"] == 4
         else:
             with pytest.raises(UserError, match="the cache needs about"):
                 opened(tmp_path, path, annotations=[str(sidecar)])
@@ -531,9 +535,9 @@ def test_space_for_captions_is_counted(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("cache", [True, False])
 def test_facts_are_of_the_chosen_groups(tmp_path: Path, cache: bool) -> None:
     path = source_of(tmp_path, [[0, 2, 1], [9, 9], [-3, 4], [7, 8]])
-    assert opened(tmp_path, path, cache=cache, needs=PAIRS).facts().score_range == (-3.0, 8.0)
-    assert opened(tmp_path, path, cache=cache, needs=Requirements(candidates=2)).facts().score_range == (-3.0, 9.0)
-    assert opened(tmp_path, path, cache=cache, needs=PAIRS, limit=1).facts().score_range == (0.0, 2.0)
+    assert opened(tmp_path, path, cache=cache, needs=PAIRS).stats.score_range == (-3.0, 8.0)
+    assert opened(tmp_path, path, cache=cache, needs=Requirements(candidates=2)).stats.score_range == (-3.0, 9.0)
+    assert opened(tmp_path, path, cache=cache, needs=PAIRS, limit=1).stats.score_range == (0.0, 2.0)
 
 
 # The table of columns -----------------------------------------------------------------------------------------------
@@ -556,3 +560,17 @@ def test_a_new_column_is_one_line_in_the_table(tmp_path: Path, monkeypatch: pyte
     source_of(tmp_path, [[0, 1]])
     (described,) = groups_of(spec).values()
     assert isinstance(described, Group) and described.style == described.prompt
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_new_column_reaches_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool) -> None:
+    """Of a text its conditioning, of other columns their values; one per candidate is sorted and paired with these."""
+    monkeypatch.setitem(COLUMNS, "focus", Column("focus", "double", per_candidate=True))
+    monkeypatch.setitem(COLUMNS, "style", Column("style", text=True))
+    path = source_of(tmp_path, [[0, 1, 2]], focus=[0.25, 0.5, 0.75], style="ink", user="u")
+    needs = Requirements(candidates=2, columns=("focus", "style", "user"))
+    (batch,) = batches(opened(tmp_path, path, needs=needs, cache=cache), 1, 1)
+    assert [*map(list, batch.focus)] == [[0.75, 0.25]] and batch.user == ["u"]
+    assert torch.equal(batch.style["embeds"], StandIn().encode_prompts(["ink"])["embeds"])
+    with pytest.raises(UserError, match="needs 'focus' with each group, but only 0 of 1"):
+        opened(tmp_path, source_of(tmp_path, [[0, 1]], style="ink", user="u"), needs=needs, cache=cache)

@@ -9,16 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.buckets import BucketedGroups, bucket_sizes, nearest
-from t2i_align.data.loader import open_source
+from t2i_align.data import encode, readers
+from t2i_align.data.buckets import bucket_sizes, nearest
+from t2i_align.data.loader import open_dataset
 from t2i_align.data.media import measure
-from t2i_align.data.sampling import BucketSampler
+from t2i_align.data.store import Store
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, contents, jpeg, noise_jpeg, pick_rows, write_parquet
@@ -57,25 +57,8 @@ def test_a_image_is_measured_upright_and_unopened(tmp_path: Path) -> None:
     assert measure(tmp_path / "a.jpg") == (32, 32) and measure(b"no image") is None
 
 
-@pytest.mark.parametrize("cut", [(1, 1, 4), (4, 1, 1), (2, 2, 1), (1, 2, 2)])
-def test_a_step_is_of_one_bucket_however_it_is_cut(cut: tuple[int, int, int]) -> None:
-    """Steps of four groups: the same for any batch size, processes and accumulation, and resumed at any of them."""
-    batch_size, world, accumulate = cut
-    buckets = np.random.default_rng(0).integers(0, 3, 50).tolist()
-
-    def steps(start: int, count: int) -> list[list[tuple[int, int]]]:
-        ranks = [iter(BucketSampler(buckets, 7, start, batch_size, rank, world, accumulate)) for rank in range(world)]
-        return [[at for _ in range(accumulate) for rank in ranks for at in next(rank)] for _ in range(count)]
-
-    plain = list(islice(BucketSampler(buckets, 7, 0, 4), 60))
-    assert steps(0, 60) == plain and steps(23, 5) == plain[23:28]
-    assert all(len({buckets[index] for _, index in step}) == 1 for step in plain)
-    seen = [at for step in plain for at in step]
-    assert len(set(seen)) == len(seen) and {index for epoch, index in seen if epoch == 0} == set(range(50))
-
-
 def opened(source: Path, cache_root: Path, **data: Any) -> Any:
-    return open_source(
+    return open_dataset(
         DataConfig(path=str(source), **{"buckets": True, **data}),
         ModelConfig(path="a model"),
         needs=Requirements(candidates=2, ties=False),
@@ -100,7 +83,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: Path) -> None:
     found = opened(source, tmp_path / "cache")
-    assert found.counts == {"groups": 22, "skipped": 2} and isinstance(found.groups, BucketedGroups)
+    assert found.counts == {"groups": 22, "skipped": 2} and isinstance(found.groups, Store)
     loader = found.loader(seed=0, start_step=0, batch_size=2, accumulate=1, rank=0, world=1, workers=0)
     seen: dict[str, tuple[int, ...]] = {}
     for item in islice(loader, 24):
@@ -131,16 +114,37 @@ def test_space_for_buckets_is_checked_before_the_start(
             assert not (tmp_path / "cache").exists()
 
 
-def test_an_interrupted_prepare_of_buckets_continues(tmp_path: Path, source: Path) -> None:
+def test_the_source_is_read_once_and_not_beyond_the_limit(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four sizes occur, and each image is decoded once. A limit of five ends the reading with the fifth pair."""
+    decoded: list[Any] = []
+    rows: list[Any] = []
+    load, read = encode.load, readers.read
+    monkeypatch.setattr(encode, "load", lambda *args: decoded.append(args) or load(*args))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        for item in read(*args, **options):
+            rows.extend([item] if options.get("images", True) else [])
+            yield item
+
+    monkeypatch.setattr(readers, "read", counted)
+    whole = opened(source, tmp_path / "whole")
+    assert len({*whole.groups.bucket.tolist()}) >= 4 and len(rows) == 24 and len(decoded) == 2 * 23
+    for buckets in (True, False):
+        rows.clear(), decoded.clear()
+        assert opened(source, tmp_path / "limited", limit=5, buckets=buckets).counts["groups"] == 5
+        assert len(rows) == 5 and len(decoded) == 10
+
+
+def test_an_interrupted_prepare_of_buckets_continues(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "MAX_ROWS_PER_SHARD", 5)
     whole = opened(source, tmp_path / "whole").groups.path
     part = opened(source, tmp_path / "part").groups.path
-    (part / "manifest.json").unlink()
-    for folder in sorted(entry for entry in part.iterdir() if entry.is_dir())[1:]:
-        for file in folder.rglob("*"):
-            if file.is_file():
-                file.unlink()
-        for entry in sorted(folder.rglob("*"), reverse=True):
-            entry.rmdir()
+    for number in (1, 3):
+        shutil.rmtree(part / f"shard-{number:05d}")  # a lost shard is encoded again, also of a finished folder
     assert opened(source, tmp_path / "part").counts["groups"] == 22
     assert contents(part) == contents(whole)
     with pytest.raises(UserError, match="false without data"):

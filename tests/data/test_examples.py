@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class StandIn:
         self.prompts: list[str] = []
 
     family, size_conditioned, video = "stand-in", False, False
+    conditioning_dtype: torch.dtype = torch.float16
+    conditioning_masks: Mapping[str, str] = {}
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         if height % 2 or width % 2:

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import AnySource, open_source
+from t2i_align.data import hub
+from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, colour, jpeg
 from tests.formats import lines, shard
 
-GROUPS = 17
+GROUPS = 18
 
 
 @pytest.fixture
@@ -43,23 +44,21 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def opened(shards: Path, **data: Any) -> AnySource:
-    return open_source(
+def opened(shards: Path, cache_dir: Path | None = None, **data: Any) -> PreferenceDataset:
+    return open_dataset(
         DataConfig(path=str(shards), **{"stream": 5, **data}),
         ModelConfig(path="a model"),
         needs=Requirements(candidates=2, ties=False),
         pipeline=lambda: StandIn(),  # type: ignore[arg-type, return-value]
         encoder_fingerprint=lambda: "e",
         size=(8, 8),
-        cache_root=shards.parent / "cache",
+        cache_root=cache_dir or shards.parent / "cache",
         progress=False,
     )
 
 
-def batches(source: AnySource, batch_size: int = 2, step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    loader = source.loader(
-        seed=0, start_step=step, batch_size=batch_size, accumulate=1, rank=rank, world=world, workers=0
-    )
+def batches(source: PreferenceDataset, batch_size: int = 2, step: int = 0, **options: Any) -> Iterator[Batch]:
+    loader = source.loader(**{"seed": 0, "start_step": step, "batch_size": batch_size, **options})
     return (source.to_batch(item, torch.device("cpu")) for item in loader)
 
 
@@ -68,13 +67,13 @@ def keys(found: Iterator[Batch], count: int) -> list[str]:
 
 
 def test_each_group_comes_once_an_epoch_with_its_own_images(shards: Path) -> None:
-    """17 usable groups: 34 make two epochs, in another order; batches of 2 go over windows and epochs."""
-    found = list(islice(batches(opened(shards)), GROUPS))
-    named = [key.split("/", 1) for batch in found for key in batch.keys]
+    """18 groups, one of which is damaged, so that another stands in for it: 36 make two epochs, in another order."""
+    seen = list(islice(batches(opened(shards)), GROUPS))
+    named = [key.split("/", 1) for batch in seen for key in batch.keys]
     epochs = [[name for epoch, name in named if epoch == str(e)] for e in (0, 1)]
     assert len(epochs[0]) == len(epochs[1]) == GROUPS
-    assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == GROUPS and epochs[0] != epochs[1]
-    for batch in found:
+    assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == GROUPS - 1 and epochs[0] != epochs[1]
+    for batch in seen:
         assert batch.latents.shape == (2, 2, 3, 4, 4) and batch.scores.tolist() == [[1, 0]] * 2
         for key, latents in zip(batch.keys, batch.latents, strict=True):
             number = int(key.rsplit(":", 1)[1])
@@ -82,35 +81,85 @@ def test_each_group_comes_once_an_epoch_with_its_own_images(shards: Path) -> Non
             assert (latents.mean((2, 3)) - want).abs().max() < 0.02
 
 
-def test_it_resumes_with_the_very_next_group(shards: Path) -> None:
-    """From the list of windows alone, and where even that is lost or its last line cut short."""
-    whole = keys(batches(opened(shards)), 20)
-    (root,) = (shards.parent / "cache").glob("stream-*/0")
-    for lost in ("windows", "line", "all"):
-        for window in root.glob("*-*"):
-            shutil.rmtree(window)
-        if lost == "line":
-            (root / "windows.jsonl").write_bytes((root / "windows.jsonl").read_bytes()[:-9])
-        elif lost == "all":
-            (root / "windows.jsonl").unlink()
-        for step in (1, 7, 13):
-            assert keys(batches(opened(shards), step=step), 3) == whole[2 * step : 2 * step + 6], (lost, step)
+def test_an_epoch_is_a_permutation_of_shards_and_of_windows_within(shards: Path) -> None:
+    """Shards of 7, 1 and 12 rows, the last in windows of 5, 5 and 2: each is gone through before the next begins."""
+    place = {
+        f"{shard:06d}.tar:{number:04d}": (shard, (number - first) // 5)
+        for shard, first, count in ((0, 0, 7), (1, 7, 1), (2, 8, 12))
+        for number in range(first, first + count)
+    }
+    orders = []
+    for seed in (0, 1, 2):
+        names = [
+            key.split("/")[1] for batch in islice(batches(opened(shards), seed=seed), GROUPS // 2) for key in batch.keys
+        ]
+        visited = [at for n, at in enumerate(map(place.__getitem__, names)) if n == 0 or at != place[names[n - 1]]]
+        assert sorted(visited) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+        assert all(visited.index((shard, 0)) < visited.index((shard, 1)) for shard in (0, 2))
+        orders.append(names)
+    assert orders[0] != orders[1] != orders[2]
 
 
-def test_processes_cut_the_same_stream(shards: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_resumes_with_the_very_next_group_and_writes_nothing(shards: Path, workers: int) -> None:
+    before = sorted(shards.parent.rglob("*"))
+    whole = keys(batches(opened(shards)), 24)
+    for step in (1, 7, 13, 20):  # the last is in the third epoch
+        assert keys(batches(opened(shards), step=step, workers=workers), 3) == whole[2 * step : 2 * step + 6], step
+    assert sorted(shards.parent.rglob("*")) == before
+
+
+def test_processes_and_accumulation_cut_the_same_stream(shards: Path) -> None:
     whole = keys(batches(opened(shards), batch_size=4), 6)
-    (root,) = (shards.parent / "cache").glob("stream-*/0")
-    assert len([entry for entry in root.iterdir() if entry.is_dir()]) == 3  # what is behind is deleted
+    assert keys(batches(opened(shards), batch_size=2, accumulate=2), 12) == whole
     ranks = [batches(opened(shards), batch_size=2, rank=rank, world=2) for rank in (0, 1)]
-    shared = [key for _ in range(6) for rank in ranks for key in keys(rank, 1)]
-    assert shared == whole
+    assert [key for _ in range(6) for rank in ranks for key in keys(rank, 1)] == whole
 
 
-def test_what_cannot_be_used_is_written_down(shards: Path) -> None:
-    keys(batches(opened(shards)), 12)
-    (root,) = (shards.parent / "cache").glob("stream-*/0")
-    (row,) = [json.loads(line) for line in (root / "skipped.jsonl").read_text().splitlines()][:1]
-    assert row["id"].endswith("0009") and "not an image" in row["reason"]
+def test_without_a_cache_the_source_is_a_stream_of_its_shards(shards: Path) -> None:
+    """The same mechanism, without windows; annotations and a limit, which a stream refuses, are possible."""
+    source = opened(shards, stream=None, cache=False)
+    assert source.counts == {"groups": GROUPS, "skipped": 0, "ties_left_out": 2}
+    assert len({*keys(batches(source), GROUPS // 2)}) == GROUPS - 1
+    limited = opened(shards, stream=None, cache=False, limit=8)  # the tie of row 3 does not count
+    assert limited.counts["groups"] == 8
+    assert {key.rsplit(":", 1)[1] for key in keys(batches(limited), 4)} == {f"{n:04d}" for n in range(9)} - {"0003"}
+
+
+def test_ids_are_those_of_the_whole_source(shards: Path) -> None:
+    """Files of one name in two folders do not share ids, which random numbers are keyed by."""
+    for folder in ("a", "b"):
+        (shards / folder).mkdir()
+        shutil.copy(shards / "000000.tar", shards / folder)
+    cached, live = (
+        opened(shards, stream=None, cache=cache).loader(seed=0, start_step=0, batch_size=10) for cache in (True, False)
+    )
+    assert {*next(cached)["keys"]} <= {key for _ in range(4) for key in next(live)["keys"]}
+
+
+def test_shards_of_the_hub_are_downloaded_one_by_one_and_deleted(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most three are there at a time: the one that is read, and two that other processes may still read."""
+    downloads: list[str] = []
+    held: list[int] = []
+
+    def piece(spec: str, name: str, folder: Path) -> Path:
+        assert spec == "hub:owner/name@abc"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            downloads.append(name)
+            shutil.copy(shards / name, folder / name)
+        held.append(len(list(folder.iterdir())))
+        return folder / name
+
+    for number in range(3, 7):
+        shutil.copy(shards / "000001.tar", shards / f"{number:06d}.tar")
+    names = [f"{number:06d}.tar" for number in range(7)]
+    monkeypatch.setattr(hub, "pieces", lambda spec, endings: (names, "hub:owner/name@abc"))
+    monkeypatch.setattr(hub, "piece", piece)
+    source = opened(Path("hub:owner/name"), cache_dir=shards.parent / "cache")
+    whole = keys(batches(source), 30)
+    assert max(held) <= 4 and len(downloads) > 7  # again in each epoch
+    assert keys(batches(source, step=13), 3) == whole[26:32]
 
 
 def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:
@@ -121,5 +170,5 @@ def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:
             opened(shards, **other)
     ties = [{"prompt": "x", "images": ["a.jpg", "a.jpg"], "scores": [1, 1]}] * 3
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    with pytest.raises(UserError, match="of the first 5 rows, none serves this objective"):
+    with pytest.raises(UserError, match="all 3 groups are ties"):
         opened(lines(tmp_path / "d.jsonl", ties))

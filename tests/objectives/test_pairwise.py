@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import open_source
+from t2i_align.data.loader import open_dataset
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.errors import UserError
 from t2i_align.objectives import (
@@ -287,7 +287,7 @@ def test_sft_skips_disliked_samples_and_counts_them(cache: bool, tmp_path: Path)
     )
 
     def counts(needs: Requirements, limit: int | None = None) -> dict[str, int]:
-        return open_source(
+        return open_dataset(
             DataConfig(path=str(data), cache=cache, limit=limit),
             ModelConfig(path="a model"),
             needs=needs,

@@ -17,7 +17,7 @@ from pipelines import RectifiedFlow
 from pipelines.sdxl import StableDiffusionXL
 from t2i_align import align
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import Source, open_source
+from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.data.media import time_ids, to_pixels
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.inversion import guided
@@ -54,14 +54,14 @@ def write_rankings(folder: Path, count: int = 4) -> Path:
     return file
 
 
-def opened(folder: Path, data: Path, needs: Requirements, pipeline: Any = Sized, **options: Any) -> Source:
-    return open_source(
+def opened(folder: Path, data: Path, needs: Requirements, pipeline: Any = Sized, **options: Any) -> PreferenceDataset:
+    return open_dataset(
         DataConfig(path=str(data), **options), ModelConfig(), needs=needs, pipeline=pipeline,
         encoder_fingerprint=lambda: pipeline.__name__, size=(8, 8), cache_root=folder / "cache", progress=False,
     )  # fmt: skip
 
 
-def first_batch(source: Source) -> Batch:
+def first_batch(source: PreferenceDataset) -> Batch:
     loader = source.loader(seed=0, start_step=0, batch_size=2, accumulate=1, rank=0, world=1, workers=0)
     return source.to_batch(next(islice(loader, 1)), CPU)
 

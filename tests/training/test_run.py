@@ -21,7 +21,7 @@ import pipelines
 from pipelines import PipelineError
 from t2i_align import align
 from t2i_align import config as configuration
-from t2i_align.data.loader import Source
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
@@ -260,7 +260,7 @@ class Fitted(DiffusionDPO):
 def test_hyper_parameters_fitted_to_the_data_are_printed_kept_and_resumed(
     sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Source, "facts", lambda self: DataStats(score_range=(0.25, 1.0)), raising=False)
+    monkeypatch.setattr(PreferenceDataset, "stats", DataStats(score_range=(0.25, 1.0)), raising=False)
     config = configuration.from_mapping(run_values(sd_path, pairs, tmp_path / "run"))
     config = dataclasses.replace(config, objective=Fitted(beta=100.0))
     align(config, progress=False)

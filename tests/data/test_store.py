@@ -1,4 +1,4 @@
-"""The latent cache: what goes in comes out, whatever is skipped, and whenever it is killed."""
+"""Prepared data: what goes in comes out, whatever is skipped, however it is killed, whoever writes it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipelines import PipelineError
-from t2i_align.data import cache, latents, shards
-from t2i_align.data.cache import CachedGroups, open_cache, prepare
-from t2i_align.data.readers import Limit, read, survey
+from t2i_align.data import encode, prepare
+from t2i_align.data.encode import Latents
+from t2i_align.data.prepare import write
+from t2i_align.data.readers import Selection, read, survey
 from t2i_align.data.schema import Group
+from t2i_align.data.store import Store
 from t2i_align.errors import UserError
 from tests.data.test_examples import (
     StandIn,
@@ -44,16 +46,19 @@ PARTS = {"source": "abc", "height": 8}
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "MAX_ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(encode, "MAX_ROWS_PER_SHARD", 4)
 
 
-def make(source: Path, out: Path, pipeline: StandIn | None = None, batch_size: int = 3, **options: Any) -> CachedGroups:
-    options = {"fingerprint": PARTS, "progress": False, **options}
-    prepare(read(source), pipeline or StandIn(), out, height=8, width=8, batch_size=batch_size, **options)
-    return open_cache(out)
+def encoder(pipeline: Any = None, batch_size: int = 3, size: tuple[int, int] = (8, 8)) -> Latents:
+    return Latents(pipeline or StandIn(), [size], batch_size=batch_size)
 
 
-def images(groups: CachedGroups) -> dict[str, list[tuple[int, ...]]]:
+def make(source: Path, out: Path, pipeline: Any = None, batch_size: int = 3, **options: Any) -> Store:
+    write(read(source), encoder(pipeline, batch_size), out, **{"fingerprint": PARTS, "progress": False, **options})
+    return Store(out)
+
+
+def images(groups: Store) -> dict[str, list[tuple[int, ...]]]:
     """The colours of each group's candidates, read back from its latents."""
     return {
         groups.group(number)[0].ids[groups.group(number)[1]].as_py(): [
@@ -64,7 +69,7 @@ def images(groups: CachedGroups) -> dict[str, list[tuple[int, ...]]]:
     }
 
 
-def assert_paired(groups: CachedGroups, rows: list[int]) -> None:
+def assert_paired(groups: Store, rows: list[int]) -> None:
     """Exactly these rows of `pick_rows`, each with its own two images, the preferred first."""
     found = images(groups)
     assert list(found) == [str(1000 + row) for row in rows]
@@ -80,7 +85,7 @@ def test_what_goes_in_comes_out(tmp_path: Path, batch_size: int) -> None:
     assert_paired(groups, list(range(10)))
     assert sorted(pipeline.prompts) == sorted(["", *(f"caption {n}" for n in range(5))])  # each of them once
     item = groups.fetch([(2, 7), (0, 1)])
-    assert item.keys == ("2/1007", "0/1001")
+    assert item["keys"] == ["2/1007", "0/1001"]
     batch = groups.to_batch(item, torch.device("cpu"))
     assert batch.latents.shape == (2, 2, 3, 4, 4) and batch.latents.dtype == torch.float32
     assert batch.scores.tolist() == [[1.0, 0.0]] * 2
@@ -90,7 +95,7 @@ def test_what_goes_in_comes_out(tmp_path: Path, batch_size: int) -> None:
     empty = groups.empty_conditioning(torch.device("cpu"))
     assert all(torch.equal(empty[name], tensor) for name, tensor in StandIn().encode_prompts([""]).items())
     assert groups.manifest["counts"] == {
-        "groups": 10, "skipped": 0, "ties": 0, "prompts": 6, "candidates": {"2": 10},
+        "groups": 10, "skipped": 0, "ties": 0, "texts": 6, "candidates": {"2": 10},
         "columns": {"scores": 0, "captions": 0, "negative_caption": 0, "user": 10},
     }  # fmt: skip
 
@@ -116,8 +121,8 @@ def test_a_bad_image_never_mispairs_its_neighbours(
 def test_images_are_decoded_while_those_before_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight pairs, four images at once: each encoder but the last waits until one of the next is there."""
     loaded: list[Any] = []
-    genuine = latents.load
-    monkeypatch.setattr(latents, "load", lambda *args: loaded.append(genuine(*args)) or loaded[-1])
+    genuine = encode.load
+    monkeypatch.setattr(encode, "load", lambda *args: loaded.append(genuine(*args)) or loaded[-1])
 
     class Waiting(StandIn):
         def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ def test_images_are_decoded_while_those_before_are_encoded(tmp_path: Path, monke
                 time.sleep(0.001)
             return encoded
 
-    monkeypatch.setattr(cache, "MAX_ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(encode, "MAX_ROWS_PER_SHARD", 8)
     groups = make(write_parquet(tmp_path / "a.parquet", pick_rows(8)), tmp_path / "out", Waiting(), batch_size=4)
     assert_paired(groups, list(range(8)))
 
@@ -144,7 +149,7 @@ def test_an_interrupted_prepare_continues_to_the_same_cache(tmp_path: Path, afte
     assert not (tmp_path / "out" / "manifest.json").exists()
     if (tmp_path / "out").exists():
         with pytest.raises(UserError, match="unfinished"):
-            open_cache(tmp_path / "out")
+            Store(tmp_path / "out")
     complete = len(list((tmp_path / "out").glob("shard-?????")))
     pipeline = StandIn()
     make(source, tmp_path / "out", pipeline)
@@ -157,10 +162,11 @@ def test_kill_nine_continues_to_the_same_cache(tmp_path: Path) -> None:
     make(source, tmp_path / "whole")
     script = (
         "import sys; from pathlib import Path; from tests.data.test_examples import StandIn\n"
-        "from t2i_align.data import cache, readers\n"
-        "cache.MAX_ROWS_PER_SHARD = 4; source, out = map(Path, sys.argv[1:])\n"
-        "cache.prepare(readers.read(source), StandIn(delay=0.03), out, fingerprint={'source': 'abc', 'height': 8},\n"
-        "              height=8, width=8, batch_size=3, progress=False)\n"
+        "from t2i_align.data import encode, prepare, readers\n"
+        "encode.MAX_ROWS_PER_SHARD = 4; source, out = map(Path, sys.argv[1:])\n"
+        "encoder = encode.Latents(StandIn(delay=0.03), [(8, 8)], batch_size=3)\n"
+        "parts = {'source': 'abc', 'height': 8}\n"
+        "prepare.write(readers.read(source), encoder, out, fingerprint=parts, progress=False)\n"
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", script, str(source), str(out)], cwd=Path(__file__).parents[2])
@@ -184,8 +190,8 @@ def test_left_overs_are_not_taken_for_shards(tmp_path: Path) -> None:
     make(source, out)
     (out / "manifest.json").unlink()
     shutil.rmtree(out / "shard-00001")
-    (out / "shard-00001.tmp").mkdir()
-    (out / "shard-00001.tmp" / "groups.arrow").write_bytes(b"half")
+    (out / ".writing_shard-00001").mkdir()
+    (out / ".writing_shard-00001" / "groups.arrow").write_bytes(b"half")
     make(source, out)
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -196,7 +202,7 @@ def test_a_finished_cache_is_reused_and_another_refused(tmp_path: Path) -> None:
     pipeline = StandIn()
     make(source, tmp_path / "out", pipeline)
     assert pipeline.images == 1  # the blank one that tells the latents' shape
-    with pytest.raises(UserError, match="height: this folder has 8, this run wants 16"):
+    with pytest.raises(UserError, match="height is 8 there, 16 here"):
         make(source, tmp_path / "out", fingerprint={**PARTS, "height": 16})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
@@ -207,7 +213,7 @@ def test_a_finished_cache_is_reused_and_another_refused(tmp_path: Path) -> None:
 def test_a_kill_inside_the_first_write_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", pick_rows(3))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "fingerprint.json.tmp").write_text('{"sour')
+    (tmp_path / "out" / ".writing_fingerprint.json").write_text('{"sour')
     assert_paired(make(source, tmp_path / "out"), [0, 1, 2])
 
 
@@ -266,7 +272,7 @@ def test_a_size_the_vae_cannot_take_is_found_first(tmp_path: Path) -> None:
         yield pytest.fail("data was read")
 
     with pytest.raises(PipelineError, match="7 x 8"):
-        prepare(unread(), StandIn(), tmp_path / "out", fingerprint=PARTS, height=7, width=8)
+        write(unread(), encoder(size=(7, 8)), tmp_path / "out", fingerprint=PARTS)
     assert not (tmp_path / "out").exists()
 
 
@@ -276,11 +282,10 @@ def test_space_is_checked_before_the_start(tmp_path: Path, monkeypatch: pytest.M
     for free, fits in ((2075, False), (2076, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
         if fits:
-            make(source, tmp_path / "out", survey=survey(source))
+            encoder().check_space(tmp_path / "out", survey(source))
         else:
-            with pytest.raises(UserError, match=r"needs about 2\.027 KiB, but only 2\.026 KiB are free"):
-                make(source, tmp_path / "out", survey=survey(source))
-            assert not (tmp_path / "out").exists()
+            with pytest.raises(UserError, match=r"needs about 2\.03kB, but only 2\.03kB are free"):
+                encoder().check_space(tmp_path / "out", survey(source))
 
 
 def test_a_full_disk_is_an_error_that_one_continues_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,17 +293,17 @@ def test_a_full_disk_is_an_error_that_one_continues_from(tmp_path: Path, monkeyp
     make(source, tmp_path / "whole")
     written = []
 
-    def full(file: Path, table: Any) -> None:
+    def full(file: Path, *rest: Any) -> None:
         written.append(file)
         if len(written) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        genuine(file, table)
+        genuine(file, *rest)
 
-    genuine = shards.write_table
-    monkeypatch.setattr(shards, "write_table", full)
+    genuine = prepare.write_table
+    monkeypatch.setattr(prepare, "write_table", full)
     with pytest.raises(UserError, match="the disk is full"):
         make(source, tmp_path / "out")
-    monkeypatch.setattr(shards, "write_table", genuine)
+    monkeypatch.setattr(prepare, "write_table", genuine)
     make(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -310,16 +315,16 @@ def test_missing_and_cut_parts_are_named(tmp_path: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"shard-00001/groups\.arrow: .* has \d+ bytes instead of \d+"):
-        open_cache(out)
+        Store(out)
     file.unlink()
     with pytest.raises(UserError, match=r"shard-00001/groups\.arrow: .* is missing"):
-        open_cache(out)
+        Store(out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "layout": 99}))
     with pytest.raises(UserError, match="prepared with layout 99"):
-        open_cache(out)
+        Store(out)
     with pytest.raises(UserError, match="no prepared data"):
-        open_cache(tmp_path)
+        Store(tmp_path)
 
 
 @pytest.mark.parametrize("stop", [None, 9])
@@ -330,11 +335,11 @@ def test_a_limit_counts_what_the_objective_can_use(tmp_path: Path, stop: int | N
         rows["label_0"][row] = rows["label_1"][row] = 0.5
     rows["jpg_0"][3] = b"x"
     source = write_parquet(tmp_path / "a.parquet", rows)
-    limit = Limit(groups=5, candidates=2, ties=False)
+    selection = Selection(limit=5, candidates=2, ties=False)
     if stop is not None:
         with pytest.raises(RuntimeError):
-            make(source, tmp_path / "out", StandIn(fail_after=stop), limit=limit)
-    groups = make(source, tmp_path / "out", limit=limit)
+            make(source, tmp_path / "out", StandIn(fail_after=stop), selection=selection)
+    groups = make(source, tmp_path / "out", selection=selection)
     assert list(images(groups)) == [str(1000 + row) for row in (0, 1, 2, 4, 5, 6, 7)]
 
 
@@ -344,8 +349,8 @@ def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
               origin="here", captions=tuple("abc"[:k]), user="ü" if k == 2 else None)
         for k in (3, 1, 2)
     ]  # fmt: skip
-    prepare(items, StandIn(), tmp_path / "out", fingerprint=PARTS, height=8, width=8, progress=False)
-    groups = open_cache(tmp_path / "out")
+    write(items, encoder(), tmp_path / "out", fingerprint=PARTS, progress=False)
+    groups = Store(tmp_path / "out")
     assert groups.k.tolist() == [3, 1, 2]
     assert [len(colours) for colours in images(groups).values()] == [3, 1, 2]
     table = groups.shard(0).groups
@@ -376,11 +381,11 @@ def test_several_writers_make_the_same_cache(tmp_path: Path) -> None:
 def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> None:
     source, out = write_parquet(tmp_path / "a.parquet", pick_rows(14)), tmp_path / "out"
     make(source, tmp_path / "alone")
-    (out / shards.LOCKS).mkdir(parents=True)
+    (out / prepare.LOCKS).mkdir(parents=True)
     holds = threading.Event()
 
     def write_and_stop() -> None:
-        with FileLock(out / shards.LOCKS / "1.lock"):
+        with FileLock(out / prepare.LOCKS / "1.lock"):
             holds.set()
             while not (out / "shard-00003").exists():
                 time.sleep(0.01)
