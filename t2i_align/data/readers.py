@@ -218,7 +218,7 @@ def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
     empty = True
     for item in items:
         empty = False
-        if isinstance(item, Group) and item.id not in seen:
+        if annotations.files and isinstance(item, Group) and item.id not in seen:
             item = annotations.annotated(item)
         if isinstance(item, Skipped):
             yield item
