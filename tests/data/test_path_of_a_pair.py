@@ -34,9 +34,9 @@ def test_a_pair_passes_through_few_files_on_its_way_to_the_loss(tmp_path: Path) 
     files: set[str] = set()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "return" and frame.f_code.co_filename.startswith(FOLDER):
-            if any(map(carries, [*frame.f_locals.values(), argument])):
-                files.add(Path(frame.f_code.co_filename).name)
+        ours = event == "return" and frame.f_code.co_filename.startswith(FOLDER)
+        if ours and any(map(carries, [*frame.f_locals.values(), argument])):
+            files.add(Path(frame.f_code.co_filename).name)
 
     sys.setprofile(profile)
     try:
