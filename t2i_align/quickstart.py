@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +12,14 @@ from typing import TYPE_CHECKING
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
-from t2i_align.utils.files import write_text
+from t2i_align.utils.files import atomic_folder, write_json
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
 
 CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
-MARKER = ".quickstart"  # a folder that holds this file was made by a quickstart, and the next one may replace it
-COMPLETE = "complete"  # what becomes the output folder, while it is made
-TEST_SEED = 90_000  # the comparison's own; neither the pairs nor the tuning of the configuration used it
+MARKER = ".quickstart"  # in a folder that a quickstart wrote and the next one may replace
+TEST_SEED = 90_000  # of the comparison alone; neither the pairs nor the tuning of the configuration used it
 BATCH_SIZE = 64  # images of 64 x 64 pixels drawn at a time
 
 
@@ -74,12 +71,13 @@ def quickstart(
             "training_steps": run.steps,
             "training_seed": config.train.seed,
         }
+        comparison = temporary / "comparison"
         result = evaluate(
             base=config.model.path,
             aligned=run.weights,
             prompts=texts,
             scorers=["oracle"],
-            out=temporary / COMPLETE,
+            out=comparison,
             seed=TEST_SEED,
             steps=config.validation.steps,
             guidance=config.validation.guidance,
@@ -89,18 +87,17 @@ def quickstart(
         )
         whole = {"seconds": round(time.monotonic() - started, 1)}
         result = replace(result, out=folder, settings=result.settings | whole)
-        values = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-        write_text(temporary / COMPLETE / RESULT, values + "\n")
+        write_json(comparison / RESULT, result.to_json())
         write_settings(run.output_dir, configuration.to_mapping(config))
-        run.output_dir.rename(temporary / COMPLETE / "run")
+        for file in comparison.iterdir():
+            file.rename(temporary / file.name)
+        comparison.rmdir()
     return result
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, whose COMPLETE takes its place when the block has ended well.
-
-    Whatever else happens, what an earlier quickstart left in `folder` stays, and nothing is left beside it.
+    """A temporary folder that takes the place of `folder` on success; otherwise an earlier quickstart's result stays.
 
     Raises:
         UserError: `folder` holds something that no quickstart wrote, or cannot be replaced.
@@ -112,11 +109,6 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: this folder holds something that no quickstart wrote; choose another --output")
     if os.path.ismount(place):
         raise UserError(f"{folder}: this is a mount point, which cannot be replaced; choose a folder in it as --output")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}-unfinished-", dir=place.parent) as name:
-        temporary = Path(name)
+    with atomic_folder(place) as temporary:
         yield temporary
-        (temporary / COMPLETE / MARKER).write_text("The next quickstart replaces this folder.\n")
-        if place.exists():
-            place.rename(temporary / "earlier")
-        (temporary / COMPLETE).rename(place)
+        (temporary / MARKER).write_text("The next quickstart replaces this folder.\n")
