@@ -10,7 +10,7 @@ import pytest
 from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
 from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.quickstart import BATCH_SIZE, COMPLETE, MARKER, TEST_SEED, quickstart, replacing
+from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
 
 SMALL = ["data.limit=8", "train.steps=2", "train.batch_size=4", "optim.warmup_steps=1", "validation.steps=2"]
 
@@ -22,9 +22,7 @@ def written(folder: Path) -> set[str]:
 def put(folder: Path, text: str) -> None:
     """What a quickstart would leave in `folder`."""
     with replacing(folder) as temporary:
-        (temporary / COMPLETE).mkdir()
-        (temporary / "cache").mkdir()
-        (temporary / COMPLETE / f"{text}.txt").write_text(text)
+        (temporary / f"{text}.txt").write_text(text)
 
 
 def test_a_complete_result_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
@@ -40,7 +38,7 @@ def test_a_complete_result_takes_the_place_of_the_earlier_one(tmp_path: Path) ->
 def test_an_unfinished_one_leaves_the_earlier_and_nothing_else(stop: type[BaseException], tmp_path: Path) -> None:
     put(tmp_path / "a", "first")
     with pytest.raises(stop), replacing(tmp_path / "a") as temporary:
-        (temporary / COMPLETE).mkdir()
+        (temporary / "half.txt").touch()
         assert written(tmp_path / "a") == {MARKER, "first.txt"}
         raise stop
     assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
@@ -102,6 +100,6 @@ def test_the_whole_job_in_small_and_a_second_time(tmp_path: Path, monkeypatch: p
     assert f"output_dir: {folder / 'run'}" in (folder / "run" / "run.yaml").read_text()
     assert f"report: {folder / 'report.html'}" in result.summary()
     for file in folder.rglob("*"):
-        assert not file.is_file() or b"-unfinished-" not in file.read_bytes(), f"{file.name} names the temporary folder"
+        assert not file.is_file() or b".writing_" not in file.read_bytes(), f"{file.name} names the temporary folder"
     assert {entry.name for entry in tmp_path.iterdir()} == {"q", "cache"}
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1, "the second job takes the first one's latents"

@@ -245,7 +245,7 @@ def test_clips_from_generate_are_scored(tmp_path: Path) -> None:
     assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
     rows = read(tmp_path / "scores.jsonl")
     assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
-    assert "a single image, expected a clip of 2 frames" in rows[0]["error"]
+    assert "a single image, expected a clip of 2 frames" in rows[2]["error"]
 
 
 def test_all_sources_of_the_same_images_give_the_same_scores(images: Path, tmp_path: Path) -> None:
