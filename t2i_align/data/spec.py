@@ -26,7 +26,7 @@ from t2i_align.data.layouts import Columns
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.splits import By, Part
 from t2i_align.errors import UserError
-from t2i_align.utils.settings import Bool, build, settings
+from t2i_align.utils.settings import Bool, build, read_yaml, settings
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -63,10 +63,7 @@ def detects(path: Path) -> bool:
 
 def load(file: Path) -> DatasetSpec:
     """Parse and check a spec. Raises UserError naming the file and the keys that are wrong."""
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+    values = read_yaml(file)
     if isinstance(values, dict) and "columns" in values:
         values = {**values, "columns": _gathered(values["columns"])}
     try:
