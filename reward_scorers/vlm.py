@@ -129,13 +129,14 @@ class VLMScorer(Scorer):
     def _answers(self) -> tuple[list[int], list[int]]:
         """The first tokens of yes and of no, without those that both can begin with, such as a bare space."""
         first = {
-            word: {ids[0] for spelling in spellings if (ids := self._ids(spelling))}
+            word: {
+                ids[0]
+                for spelling in spellings
+                if (ids := self.tokenizer(spelling, add_special_tokens=False)["input_ids"])
+            }
             for word, spellings in SPELLINGS.items()
         }
         yes, no = sorted(first["yes"] - first["no"]), sorted(first["no"] - first["yes"])
         if not yes or not no:
             raise ScorerError(f"{self.name}: its tokenizer has no first tokens that tell yes from no")
         return yes, no
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

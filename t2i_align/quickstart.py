@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
 
 CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
-MARKER = ".quickstart"  # a folder that holds this file was made by a quickstart, and the next one may replace it
-TEST_SEED = 90_000  # the comparison's own; neither the pairs nor the tuning of the configuration used it
+MARKER = ".quickstart"  # in a folder that a quickstart wrote and the next one may replace
+TEST_SEED = 90_000  # of the comparison alone; neither the pairs nor the tuning of the configuration used it
 BATCH_SIZE = 64  # images of 64 x 64 pixels drawn at a time
 
 
@@ -91,10 +91,10 @@ def quickstart(
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """`atomic_folder`, for a folder that is missing, empty, or was written by a quickstart.
+    """A temporary folder that takes the place of `folder` on success; otherwise an earlier quickstart's result stays.
 
     Raises:
-        UserError: `folder` holds something else, cannot be replaced, or another quickstart is writing it.
+        UserError: `folder` holds something that no quickstart wrote, cannot be replaced, or is being written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: this is a file; the quickstart needs a folder")

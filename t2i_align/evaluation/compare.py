@@ -91,7 +91,7 @@ def evaluate(
         prompts: text file with one prompt per line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
-        seeds_per_prompt: pairs a prompt. The intervals resample prompts, whatever this is.
+        seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
         seed: first seed.
         steps: denoising steps (default: those of the base's diffusers pipeline).
         guidance: guidance scale (default: that of the base's diffusers pipeline).

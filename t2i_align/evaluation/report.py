@@ -20,7 +20,7 @@ from t2i_align.inference.generate import Sample, save_image
 
 SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail
 SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
-PIXELATED_BELOW = 128  # tiny images are enlarged with hard edges, so that one sees what the model made
+PIXELATED_BELOW = 128  # tiny images are enlarged with hard edges, so that the model's pixels are visible
 LEVELS = {
     "better": "Aligned is better: the interval lies above 50 %.",
     "worse": "Base is better: the interval lies below 50 %.",
@@ -54,7 +54,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
 
     Args:
         result: what `result.json` holds.
-        samples: what `pairs.jsonl` holds, a pair each.
+        samples: what `pairs.jsonl` holds, one per pair.
         store: folder with what `keep` wrote of both sides.
         images: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
@@ -69,7 +69,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
             "pairs": [_pair(row, samples[row], name, store) for row in chosen[key]],
         }
         for key, title, text in (
-            ("random", "A random sample", "Drawn by the evaluation's seed before anybody looked."),
+            ("random", "A random sample", "Drawn by the evaluation's seed without looking at scores."),
             ("wins", "The largest wins", "Where the score rose most. Picked by score, so not typical."),
             ("losses", "The largest losses", "Where the score fell most. Picked by score, so not typical."),
         )

@@ -13,7 +13,7 @@ from t2i_align.evaluation.stats import Comparison
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerResult:
-    """What one scorer says: of the score itself and of each of its parts."""
+    """One scorer's comparison, of the score itself and of each of its parts."""
 
     version: str
     tie_margin: float
@@ -23,7 +23,7 @@ class ScorerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The comparison's outcome. `settings`: what it was made with, all of it JSON values."""
+    """The comparison's outcome. `settings`: of models, prompts and sampling, as JSON values."""
 
     out: Path
     scorers: dict[str, ScorerResult]

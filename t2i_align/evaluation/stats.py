@@ -33,7 +33,7 @@ BLOCK = 1_000_000  # numbers held at once while resampling
 class Comparison:
     """Before against after. `n` pairs of `prompts` prompts had a score on both sides; NaN where n is 0.
 
-    An interval is (NaN, NaN) with fewer than two prompts: nothing can be said about others then.
+    An interval is (NaN, NaN) with fewer than two prompts: they allow no statement about other prompts.
     """
 
     n: int

@@ -21,7 +21,7 @@ from t2i_align.inference.options import check_counts, memory_for, pick_device
 from t2i_align.inference.prompts import resolve_prompts
 from t2i_align.inference.scorers import build_scorers, unscorable
 from t2i_align.reward_models.plots import line_plot, reliability_plot
-from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences
+from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
 from t2i_align.reward_models.train import Accuracy, measure, pairs
 from t2i_align.utils.files import output_lock, write_json, write_text
 
@@ -165,7 +165,7 @@ def slices(data: Preferences, sharpness: NDArray) -> Slices:
         "prompt kind": [_kind(prompt) for prompt in data.prompts],
         "candidates": [str(len(label)) for label in data.labels],
     }
-    if any(user != NOBODY for user in data.users):
+    if any(user != NO_USER for user in data.users):
         known, counts = np.unique(list(data.users), return_counts=True)
         shown = set(known[np.argsort(-counts)][:MOST_USERS])
         kinds["annotator"] = [user if user in shown else "others" for user in data.users]

@@ -1,7 +1,7 @@
-"""Losses of preference models: scores of a prompt's candidates against who is better.
+"""Losses of preference models: scores of a prompt's candidates against their labels.
 
-Each is a function of scores r [k] and labels [k] of one group, higher is better, equal is a tie; and gives a number.
-A group that a loss can learn nothing from (all ties, for those that know no ties) gives 0.
+Each is a function of scores r [k] and labels [k] of one group, higher is better, equal is a tie; and returns a scalar.
+A group that teaches a loss nothing (all ties, for those that know no ties) gives 0.
 """
 
 from __future__ import annotations

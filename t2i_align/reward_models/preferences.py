@@ -27,7 +27,7 @@ from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
-NOBODY = ""  # the user of preferences that name none
+NO_USER = ""  # the user of preferences that name none
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,20 @@ def open_preferences(
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]
     if not numbers:
         raise UserError(f"{path}: no group of two candidates or more could be used; {folder}/skipped.jsonl says why")
-    found = [store.group(number) for number in numbers]
+    groups = [store.group(number) for number in numbers]
     return Preferences(
         store,
         numbers,
-        [shard.ids[row].as_py() for shard, row in found],
-        [shard.groups["prompt"][row].as_py() for shard, row in found],
-        [shard.groups["user"][row].as_py() or NOBODY for shard, row in found],
-        [torch.tensor(shard.scores[row].copy(), dtype=torch.float32) for shard, row in found],
+        [shard.ids[row].as_py() for shard, row in groups],
+        [shard.groups["prompt"][row].as_py() for shard, row in groups],
+        [shard.groups["user"][row].as_py() or NO_USER for shard, row in groups],
+        [torch.tensor(shard.scores[row].copy(), dtype=torch.float32) for shard, row in groups],
     )
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of preferences. new_prompts: of users that are trained on. new_users: of nobody that is, any prompt."""
+    """Rows of preferences. new_prompts: of users that are trained on. new_users: of held-out users, any prompt."""
 
     train: list[int]
     new_prompts: list[int]
@@ -130,7 +130,7 @@ def split(preferences: Preferences, config: PreferenceConfig) -> Split:
     """
     parts = Split([], [], [])
     for row, (prompt, user) in enumerate(zip(preferences.prompts, preferences.users, strict=True)):
-        if user != NOBODY and is_held_out("user", user, share=config.holdout_users, seed=config.holdout_seed):
+        if user != NO_USER and is_held_out("user", user, share=config.holdout_users, seed=config.holdout_seed):
             parts.new_users.append(row)
         elif is_held_out("prompt", prompt, share=config.holdout_prompts, seed=config.holdout_seed):
             parts.new_prompts.append(row)

@@ -35,7 +35,7 @@ from t2i_align.objectives.base import Metrics
 from t2i_align.reward_models import losses
 from t2i_align.reward_models.config import ScorerRun, load
 from t2i_align.reward_models.policies import Features, FrozenFeatures, Policy, WholeClip
-from t2i_align.reward_models.preferences import NOBODY, Preferences, open_preferences, split
+from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences, split
 from t2i_align.training.loop import Loop, Task
 from t2i_align.training.output import check_output, write_settings
 from t2i_align.training.weights import Weights
@@ -259,7 +259,7 @@ def check_learnable(run: ScorerRun, data: Preferences, rows: Sequence[int]) -> N
         raise UserError(
             f"{run.data.path}: only ties to train on, of which {run.loss} learns nothing; loss={wants} does"
         )
-    if run.tune in ("pal", "users") and all(data.users[row] == NOBODY for row in rows):
+    if run.tune in ("pal", "users") and all(data.users[row] == NO_USER for row in rows):
         raise UserError(f"{run.data.path}: names no users, whom tune={run.tune} is about; linear or lora need none")
 
 

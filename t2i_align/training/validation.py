@@ -1,4 +1,4 @@
-"""Images or clips and held-out scores while a run goes on."""
+"""Samples and held-out scores during training."""
 
 from __future__ import annotations
 

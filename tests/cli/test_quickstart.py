@@ -11,6 +11,7 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
 from t2i_align.inference.prompts import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
+from t2i_align.utils.files import WRITING
 
 SMALL = ["data.limit=8", "train.steps=2", "train.batch_size=4", "optim.warmup_steps=1", "validation.steps=2"]
 
@@ -25,7 +26,7 @@ def put(folder: Path, text: str) -> None:
         (temporary / f"{text}.txt").write_text(text)
 
 
-def test_a_complete_result_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+def test_complete_result_replaces_the_earlier_one(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
     put(folder, "first")
     assert written(tmp_path) == {f"runs/a/{MARKER}", "runs/a/first.txt"}
@@ -35,10 +36,10 @@ def test_a_complete_result_takes_the_place_of_the_earlier_one(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, UserError])
-def test_an_unfinished_one_leaves_the_earlier_and_nothing_else(stop: type[BaseException], tmp_path: Path) -> None:
+def test_unfinished_job_leaves_the_earlier_result_and_nothing_else(stop: type[BaseException], tmp_path: Path) -> None:
     put(tmp_path / "a", "first")
     with pytest.raises(stop), replacing(tmp_path / "a") as temporary:
-        (temporary / "half.txt").touch()
+        (temporary / "second.txt").write_text("second")
         assert written(tmp_path / "a") == {MARKER, "first.txt"}
         raise stop
     assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
@@ -46,7 +47,7 @@ def test_an_unfinished_one_leaves_the_earlier_and_nothing_else(stop: type[BaseEx
     put(tmp_path / "a", "second")
 
 
-def test_anything_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something that no quickstart wrote"):
         quickstart(output=tmp_path)
@@ -66,14 +67,14 @@ def test_anything_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output_dir=elsewhere", "choose that with --output"),
     ],
 )
-def test_a_wrong_override_leaves_the_earlier_result_in_place(override: str, says: str, tmp_path: Path) -> None:
+def test_wrong_override_leaves_the_earlier_result(override: str, says: str, tmp_path: Path) -> None:
     put(tmp_path / "a", "first")
     with pytest.raises(UserError, match=says):
         quickstart([override], output=tmp_path / "a", progress=False)
     assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
 
 
-def test_the_whole_job_in_small_and_a_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = resolve_prompts("testbed:test")[:4]
     folder, sizes, sample = tmp_path / "q", [], compare.sample
 
@@ -99,7 +100,7 @@ def test_the_whole_job_in_small_and_a_second_time(tmp_path: Path, monkeypatch: p
     assert "<html" in html and str(weights) in html
     assert f"output_dir: {folder / 'run'}" in (folder / "run" / "run.yaml").read_text()
     assert f"report: {folder / 'report.html'}" in result.summary()
-    for file in folder.rglob("*"):
-        assert not file.is_file() or b".writing_" not in file.read_bytes(), f"{file.name} names the temporary folder"
+    for file in filter(Path.is_file, folder.rglob("*")):
+        assert f"{WRITING}q".encode() not in file.read_bytes(), f"{file.name} names the temporary folder"
     assert {entry.name for entry in tmp_path.iterdir()} == {"q", "cache"}
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1, "the second job takes the first one's latents"
