@@ -37,8 +37,9 @@ def run(command: Command, options: dict[str, Any], *, debug: bool = False) -> in
     try:
         if isinstance(options.get("scorers"), list):
             options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
-        module, _, name = command.function.partition(":")
-        function = getattr(import_module(module), name)
+        if command.check:  # a wrong key is answered before torch is imported
+            load(command.check)(options["config"], options.get("overrides", ()))
+        function = load(command.function)
         if command.silent:
             from t2i_align.utils.logging import silence_libraries
 
@@ -59,6 +60,12 @@ def run(command: Command, options: dict[str, Any], *, debug: bool = False) -> in
         else:
             print(f"error: {error}", file=sys.stderr)
         return 2 if expected else 1
+
+
+def load(path: str) -> Any:
+    """The function at `module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 def is_user_error(error: BaseException) -> bool:

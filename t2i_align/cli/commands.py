@@ -25,6 +25,7 @@ class Command:
     function: str
     summary: str
     examples: Sequence[str]
+    check: str = ""
     report: str = ""
     interrupted: str = "Nothing needs cleaning up; run the same command again."
     single: Sequence[str] = ()

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import runpy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from t2i_align.errors import UserError, unknown
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
 CONTENT_HASHED_UP_TO = 256 << 20  # bytes
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,7 @@ def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
     empty = True
     for item in items:
         empty = False
-        if isinstance(item, Group) and item.id not in seen:
+        if annotations.entries and isinstance(item, Group) and item.id not in seen:
             item = annotations.annotated(item)
         if isinstance(item, Skipped):
             yield item
@@ -242,12 +244,8 @@ def _unusable(group: Group, seen: set[str]) -> str | None:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether a string is no valid Unicode, which neither tokenizers nor files take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    """Whether a string is not valid Unicode, which neither tokenizers nor files take."""
+    return LONE_SURROGATE.search(text) is not None
 
 
 def survey(
@@ -273,8 +271,8 @@ def survey(
 def identity(path: Path, format: str, selection: Selection = EVERYTHING) -> str:
     """A hash of a source's groups and images, as far as the limit lets them be read.
 
-    Images that lie in the source's own files count by these files. Beyond
-    CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
+    Images that lie in the source's own files count by these files. Beyond CONTENT_HASHED_UP_TO, sizes and times of
+    files stand for their content.
     """
     digest, hashed = hashlib.sha256(), 0
 

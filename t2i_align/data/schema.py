@@ -127,10 +127,8 @@ class Group(WithColumns):
         k = len(self.candidates)
         if k == 0:
             raise ValueError(f"{self.origin}: a group needs at least one candidate")
-        if len(self.scores) != k:
-            raise ValueError(f"{self.origin}: {k} candidates, but {len(self.scores)} scores")
-        for name, value in self.columns.items():
-            if COLUMNS[name].per_candidate and len(value) != k:
+        for name, value in {"scores": self.scores, **self.columns}.items():
+            if (name == "scores" or COLUMNS[name].per_candidate) and len(value) != k:
                 raise ValueError(f"{self.origin}: {k} candidates, but {len(value)} {name}")
         if not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"{self.origin}: scores must be finite numbers, found {list(self.scores)}")

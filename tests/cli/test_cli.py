@@ -60,7 +60,7 @@ def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     signature, calls = inspect.signature(function_of(name)), []
     module, _, function = COMMANDS[name].function.partition(":")
     monkeypatch.setattr(importlib.import_module(module), function, lambda **keywords: calls.append(keywords))
-    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], report=""))
+    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], report="", check=""))
     assert cli.main(arguments) == 0
     signature.bind(**calls[0])
     return calls[0]
