@@ -29,8 +29,7 @@ from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import LIST
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
-from t2i_align.inference.scorers import build_scorers, unscorable
+from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
@@ -81,8 +80,7 @@ def score(
     Raises:
         UserError: a list, row, scorer or device that cannot be used.
     """
-    check_counts(batch_size=batch_size)
-    check_precision(precision)
+    check_options(precision, batch_size=batch_size)
     processes = Distributed()
     place = pick_device(device or processes.device)
     candidates, total = _candidates(images)
