@@ -32,7 +32,7 @@ from claims_data import POOL_SEED, frame_score, make_conditions
 from t2i_align.evaluation.stats import Comparison, compare
 from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.testbed import prompts
 from t2i_align.training.run import align
 from t2i_align.utils.files import write_json

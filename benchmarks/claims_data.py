@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from t2i_align.inference.generate import sample
 from t2i_align.inference.models import load_pipeline
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.labeling.models import DRAWN, load_captioner, load_perturber
 from t2i_align.testbed import prompts
 
