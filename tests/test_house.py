@@ -223,7 +223,7 @@ def test_scripts_named_in_the_documents_take_the_options_named_with_them() -> No
                 assert script.split()[-1] in TOOLS, f"{file.name} names {script}"
                 sources = [*(ROOT / "tools" / "testbed").glob("*.py")]
             source = "".join(path.read_text() for path in sources)
-            missing = [name for name in re.findall(r"--[a-z-]+", options) if f'"{name}"' not in source]
+            missing = [name for name in re.findall(r"--[a-z0-9-]+", options) if f'"{name}"' not in source]
             assert not missing, f"{file.name}: {script} has no {missing}"
             commands += 1
     assert commands > 20
