@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate."""
+"""The optimiser."""
 
 from __future__ import annotations
 
@@ -21,10 +21,3 @@ def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) ->
             raise UserError(message) from error
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)
-
-
-def scale_rate(schedule: torch.optim.lr_scheduler.LambdaLR, factor: float) -> None:
-    """Multiply the learning rate from here on. The schedule's own state and the optimiser's then hold the factor."""
-    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
-    for group in schedule.optimizer.param_groups:
-        group["lr"] *= factor
