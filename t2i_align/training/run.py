@@ -14,7 +14,7 @@ from accelerate.tracking import get_available_trackers
 import pipelines
 from pipelines import TrainablePipeline
 from t2i_align import config as configuration
-from t2i_align.conditioning import TRAINED
+from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
