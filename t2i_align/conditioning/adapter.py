@@ -74,8 +74,7 @@ class WholeModel:
         pipeline.denoiser.requires_grad_(True)
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
-        pipeline.load_encoders()
-        pipeline.save(folder)
+        pipeline.load_encoders().save(folder)
         return folder
 
 

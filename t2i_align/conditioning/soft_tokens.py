@@ -86,9 +86,8 @@ class SoftTokensAdapter:
     def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
         assert config.soft_tokens is not None
         bos = None
-        if config.soft_tokens.start == "bos":
-            pipeline.load_encoders()
-            bos = pipeline.encode_prompts(["a"])["prompt_embeds"][0, 0]  # causal: the text after it has no influence
+        if config.soft_tokens.start == "bos":  # causal: the text after it has no influence
+            bos = pipeline.load_encoders().encode_prompts(["a"])["prompt_embeds"][0, 0]
         install(pipeline.denoiser, config.soft_tokens.count, initial=bos)
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:

@@ -20,12 +20,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_align.config import HealthConfig, RunConfig
+from t2i_align.config import HealthConfig, OptimConfig, RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
 from t2i_align.training.monitor import Diverged, MetricAverager, check_finite, check_winners
-from t2i_align.training.optim import make_optimizer
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -124,7 +123,8 @@ class Loop:
         bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
         try:
             if not self.resumed:
-                self._follow_up(self.task.due(0, False))
+                for act in self.task.due(0, False):
+                    self._record(act())
                 self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
             with bar, graceful_shutdown() as stop:
                 while self.step < self.train.steps:
@@ -165,7 +165,8 @@ class Loop:
                 self.last_logged, self.window = {**means, **now}, MetricAverager()
                 self._record(self.last_logged)
                 bar.set_postfix(loss=f"{means['loss']:.4f}")
-            self._follow_up(due)
+            for act in due:
+                self._record(act())
             if save:
                 self.went_back = False
                 self._save()
@@ -206,10 +207,6 @@ class Loop:
         self.step += 1
         # Of all processes, so that all stop where one has met a bad number.
         return self.accelerator.reduce(torch.stack([total, norm.to(total.dtype)]), reduction="mean")
-
-    def _follow_up(self, due: Sequence[Callable[[], dict[str, float]]]) -> None:
-        for act in due:
-            self._record(act())
 
     def _record(self, metrics: dict[str, float]) -> None:
         if metrics and self.accelerator.is_main_process:
@@ -302,3 +299,16 @@ class Loop:
         self.step, self.rollbacks, self.went_back = state["step"], state["rollbacks"], state["went_back"]
         if self.ema:
             self.ema.optimization_step = self.step
+
+
+def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, fused where torch can; or bitsandbytes' 8-bit AdamW, if that is installed."""
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            message = "optim.optimizer 'adamw8bit' needs bitsandbytes: pip install 't2i-align[bitsandbytes]'"
+            raise UserError(message) from error
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)

@@ -20,8 +20,7 @@ from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
 from t2i_align.inference.options import PRECISIONS
-from t2i_align.training.loop import Loop
-from t2i_align.training.optim import make_optimizer
+from t2i_align.training.loop import Loop, make_optimizer
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.trainer import Alignment
@@ -33,15 +32,8 @@ LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders suc
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume",
-    "log",
-    "validation",
-    "health",
-    "data.workers",
-    "data.cache_dir",
-    "train.batch_size",
-    "train.accumulate",
-)
+    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
+)  # fmt: skip
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
@@ -153,17 +145,12 @@ def load_data(
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
-
-    def with_encoders() -> TrainablePipeline:
-        pipeline.load_encoders()
-        return pipeline
-
     # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
     return open_dataset(
         config.data,
         config.model,
         needs=config.objective.needs,
-        pipeline=with_encoders,
+        pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: _encoders(config, pipeline),
         size=size,
         frames=frames,
