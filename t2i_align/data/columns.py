@@ -16,14 +16,13 @@ import pyarrow.compute as pc
 
 from t2i_align.data import tables
 from t2i_align.data.layouts import Columns, Names
-from t2i_align.data.schema import COLUMNS, Column, Group, Items, Media, Skipped
+from t2i_align.data.schema import COLUMNS, ID, Group, Items, Media, Skipped
 from t2i_align.data.tables import Row
 from t2i_align.data.votes import majority
 from t2i_align.errors import UserError
 
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
 SHARES_TOLERANCE = 1e-3
-ID = Column("id")
 
 
 def read(path: Path, maps: Sequence[Columns], *, images: bool = True) -> Items:
@@ -90,12 +89,11 @@ def _has_ids(path: Path, columns: Columns) -> bool:
     """Whether a table's ids can be used as they are."""
     if not columns.id or not columns.id_if_unique:
         return True
-    chunks: list[pa.Array] = []
-    for file in tables.files(path):
-        if file.suffix != ".parquet" or (part := tables.parquet_column(file, columns.id)) is None:
-            return False
-        chunks += part.cast(pa.string()).chunks
-    ids = pa.chunked_array(chunks, pa.string())
+    files = tables.files(path)
+    if not all(file.suffix == ".parquet" and columns.id in tables.columns(file) for file in files):
+        return False
+    parts = [tables.parquet_column(file, columns.id).cast(pa.string()) for file in files]
+    ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 
 
@@ -108,7 +106,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     name = row.id
     try:
         if columns.id and row.values.get(columns.id) is not None:
-            name = _parsed(ID, columns.id, row.values[columns.id])
+            name = ID.parse(row.values[columns.id], columns.id)
         if columns.judged and row.values.get(columns.judged) in (False, 0):
             raise ValueError(f"not labelled ({columns.judged} is false)")
         values = _values(members, columns.candidates)
@@ -193,7 +191,7 @@ def _optional(members: Sequence[Row], columns: Columns) -> Iterator[tuple[str, A
             value = members[0].values.get(str(where))
             absent = value in (None, "")
         if not absent:
-            yield name, _parsed(COLUMNS[name], " and ".join(where if isinstance(where, list) else [where]), value)
+            yield name, COLUMNS[name].parse(value, " and ".join(where if isinstance(where, list) else [where]))
 
 
 def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Sequence[str] | None) -> str:
@@ -205,13 +203,6 @@ def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Seque
     if not isinstance(value, str):
         raise ValueError(f"{columns.prompt!r} must be text, found {value!r}")
     return value
-
-
-def _parsed(column: Column, key: str, value: Any) -> Any:
-    try:
-        return column.parse(value)
-    except ValueError as error:
-        raise ValueError(f"{key!r} {error}") from error
 
 
 def _number(value: Any, key: str) -> float:

@@ -37,11 +37,19 @@ class Column:
     per_candidate: bool = False
     text: bool = False
 
-    def parse(self, value: Any) -> Any:
-        """A group's value as a file gives it, checked and converted. Raises ValueError where it has another type."""
+    def parse(self, value: Any, key: str) -> Any:
+        """A group's value as a file has it under `key`, checked and converted.
+
+        Raises:
+            ValueError: another type or a number that is not finite; names the key, what is expected and the value.
+        """
         if self.per_candidate and not isinstance(value, list | tuple):
-            raise ValueError(f"must be a list, found {value!r}")
-        return tuple(self._parsed(one, value) for one in value) if self.per_candidate else self._parsed(value, value)
+            raise ValueError(f"{key!r} must be a list, found {value!r}")
+        parsed = tuple(map(self._parsed, value if self.per_candidate else [value]))
+        if None in parsed:
+            kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
+            raise ValueError(f"{key!r} must be {f'a list of {kind}s' if self.per_candidate else kind}, found {value!r}")
+        return parsed if self.per_candidate else parsed[0]
 
     def texts(self, value: Any) -> Sequence[str]:
         """The texts of a group's value that are encoded."""
@@ -53,15 +61,11 @@ class Column:
         """A group's value for some of its candidates."""
         return tuple(value[place] for place in places) if self.per_candidate else value
 
-    def _parsed(self, one: Any, value: Any) -> str | float:
-        numeric = isinstance(one, int | float) and not isinstance(one, bool)
-        if self.type == "string" and (isinstance(one, str) or (numeric and not self.text)):
-            return str(one)
-        if self.type != "string" and numeric and math.isfinite(as_float(one)):
-            return as_float(one)
-        kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
-        expected = f"a list of {kind}s" if self.per_candidate else kind
-        raise ValueError(f"must be {expected}, found {value!r}")
+    def _parsed(self, value: Any) -> str | float | None:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.type == "string":
+            return str(value) if isinstance(value, str) or (numeric and not self.text) else None
+        return as_float(value) if numeric and math.isfinite(as_float(value)) else None
 
 
 def as_float(value: float) -> float:
@@ -72,6 +76,7 @@ def as_float(value: float) -> float:
         return math.inf
 
 
+ID = Column("id")
 SCORES = Column("scores", "double", per_candidate=True)
 # The optional columns. Readers, annotations, the store and the loader go by this table.
 COLUMNS: dict[str, Column] = {

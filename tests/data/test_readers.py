@@ -97,6 +97,7 @@ def test_pickapic_missing_column_before_any_work(tmp_path: Path) -> None:
         ("caption", [1, 2], "'caption' must be text, found 1"),
         ("jpg_1", ["a", "b"], "no such image: a"),
         ("jpg_1", [1, 2], "'jpg_1': expected an image or its path, found 1"),
+        ("jpg_1", [["a"], ["b"]], "'jpg_1': expected an image or its path, found ['a']"),
     ],
 )
 def test_pickapic_values_that_cannot_be_used(tmp_path: Path, column: str, values: list[Any], reason: str) -> None:
