@@ -23,7 +23,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field
 
 from t2i_align.data import hub
@@ -32,7 +31,7 @@ from t2i_align.data.layouts import Columns
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.utils.settings import Bool, Float, Int, build, settings
+from t2i_align.utils.settings import Bool, Float, Int, build, read_yaml, settings
 
 SUFFIXES = (".yaml", ".yml")
 By = Literal["prompt", "user"]
@@ -125,10 +124,7 @@ def load(file: Path) -> tuple[DatasetSpec, Path]:
     Raises:
         UserError: names the file and the keys that are wrong.
     """
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+    values = read_yaml(file)
     if isinstance(values, dict) and isinstance(columns := values.get("columns"), dict):
         optional = {name: columns[name] for name in COLUMNS if columns.get(name) is not None}
         others = {name: value for name, value in columns.items() if name not in COLUMNS}

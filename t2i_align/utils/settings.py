@@ -11,6 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import field, fields
 from functools import wraps
 from pathlib import Path
@@ -68,21 +69,25 @@ def settings(cls: type[T]) -> type[T]:
 
 def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and apply `key=value` overrides (dots reach inside: `objective.beta=2000`)."""
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
     return build(cls, with_overrides(values, overrides))
 
 
+def read_yaml(file: str | Path) -> Any:
+    """What a YAML file holds; raises UserError naming it."""
+    try:
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from error
+
+
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of nested `values` with each `a.b=value` applied; values are read as YAML."""
-    out = _copy(values)
+    out = deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -114,10 +119,6 @@ def expected(cls: type, name: str) -> str:
     annotation = cls.__pydantic_fields__[name].annotation  # type: ignore[attr-defined]
     choices = " or ".join(map(repr, get_args(annotation))) if get_origin(annotation) is Literal else None
     return str(_described(cls, name) or choices or getattr(annotation, "__name__", annotation))
-
-
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 # Error messages -----------------------------------------------------------------------------------------------------
