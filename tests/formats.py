@@ -41,7 +41,7 @@ def images(folder: Path, count: int = 6) -> None:
 
 
 def lines(file: Path, entries: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return file
 
 

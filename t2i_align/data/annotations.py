@@ -69,7 +69,8 @@ class Annotations:
                     f"{origin}: {name!r} must have one value for each of the {len(group.candidates)} candidates of "
                     f"group {group.id!r} ({group.origin}), found {len(value)}"
                 )
-        return replace(group, **{name: value for name, (value, _) in own.items()}) if own else group
+        columns = {name: value for name, (value, _) in own.items()}
+        return replace(group, scores=columns.pop("scores", group.scores), columns={**group.columns, **columns})
 
     def _add(self, file: Path) -> None:
         known = {"scores": SCORES, **COLUMNS}

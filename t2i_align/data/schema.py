@@ -10,16 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 Media = bytes | Path
 Conditioning = dict[str, Tensor]
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
-T = TypeVar("T")
 REASONS_SHOWN = 3  # rows that cannot be used, in a message
 PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
 
@@ -89,19 +87,6 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def named_columns(cls: type[T]) -> type[T]:
-    """Let a dataclass with a field `columns` also take the optional columns by name: `Group(..., user="u")`."""
-    build: Any = cls.__init__
-
-    @wraps(build)
-    def init(self: T, *, columns: Mapping[str, Any] | None = None, **values: Any) -> None:
-        given = {**(columns or {}), **{name: values.pop(name) for name in COLUMNS if name in values}}
-        build(self, columns={name: value for name, value in given.items() if value is not None}, **values)
-
-    cls.__init__ = init  # type: ignore[assignment, method-assign]
-    return cls
-
-
 class WithColumns:
     """Optional columns as attributes; None where there is no value."""
 
@@ -113,7 +98,6 @@ class WithColumns:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-@named_columns
 @dataclass(frozen=True, kw_only=True)
 class Group(WithColumns):
     """One prompt with k candidates.
@@ -266,7 +250,6 @@ class Survey:
             self.score_range = min(least, *item.scores), max(greatest, *item.scores)
 
 
-@named_columns
 @dataclass(frozen=True, kw_only=True)
 class Batch(WithColumns):
     """B groups with the same number k of candidates, encoded.

@@ -467,7 +467,8 @@ def captioned(count: int) -> list[Group | Skipped]:
     """Groups of which every other one has captions, and every third a negative caption."""
     return [
         Group(id=f"g{n}", prompt=f"p{n % 3}", candidates=(jpeg(2 * n), jpeg(2 * n + 1)), scores=(1.0, 0.0), origin="x",
-              captions=(f"c{n}", "common") if n % 2 else None, negative_caption=f"p{n}" if n % 3 == 2 else None)
+              columns={**({"captions": (f"c{n}", "common")} if n % 2 else {}),
+                       **({"negative_caption": f"p{n}"} if n % 3 == 2 else {})})
         for n in range(count)
     ]  # fmt: skip
 

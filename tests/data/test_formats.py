@@ -98,26 +98,39 @@ def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
     reasons = skips(source)
     for number, (_, reason) in enumerate(changed):
         assert (f"a.csv:{number}" in reasons) == bool(reason) and reason in reasons.get(f"a.csv:{number}", "")
-    assert reasons["a.csv:9"] == "1 fields, but 3 columns" and reasons["a.csv:10"] == "4 fields, but 3 columns"
+    assert reasons["a.csv:8"] == "1 fields, but 3 columns" and reasons["a.csv:9"] == "4 fields, but 3 columns"
 
 
-def test_tables_that_are_broken(tmp_path: Path) -> None:
+GOOD = b'{"prompt": "x", "chosen": "0.png", "rejected": "1.png"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"", "the file is empty"),
+        ("a.csv", b"prompt,chosen,chosen\n", "two columns of the same name"),
+        ("a.csv", b"prompt,chosen,rejected\n", "no rows in it"),
+        ("a.csv", b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8 text"),
+        ("a.csv", b'prompt,chosen,rejected\n"x,0.png,1.png\n', "not valid CSV"),
+        ("a.csv", b"text,left,right\nx,0.png,1.png\n", "Its columns: text, left, right; a dataset spec"),
+        ("a.csv", b"prompt,chosen,rejected\nx,0.png,../1.png\n", "leads outside"),
+        ("a.parquet", b"", "the file is empty"),
+        ("a.parquet", b"hello", "not a readable parquet"),
+        ("a.jsonl", b"", "the file is empty"),
+        ("a.jsonl", b"\n\n", "no rows in it"),
+        ("a.jsonl", GOOD + b"\n{not json\n", "line 2: not valid JSON"),
+        ("a.jsonl", GOOD + b"\n[1, 2]\n", "line 2: expected an object"),
+        ("a.jsonl", GOOD + b"\n\xff\n", "line 2: not valid JSON"),
+        ("a.jsonl", GOOD + b"\n" + b"[" * 100_000, "line 2: not valid JSON"),
+        ("a.json", b"[]", "no rows in it"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_tables_that_are_broken(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     images(tmp_path)
-    for content, expected in (
-        (b"", "the file is empty"),
-        (b"prompt,chosen,chosen\n", "two columns of the same name"),
-        (b"prompt,chosen,rejected\n", "no rows in it"),
-        (b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8 text"),
-        (b'prompt,chosen,rejected\n"x,0.png,1.png\n', "not valid CSV"),
-        (
-            b"text,left,right\nx,0.png,1.png\n",
-            "Its columns: text, left, right; a dataset spec",
-        ),
-        (b"prompt,chosen,rejected\nx,0.png,../1.png\n", "leads outside"),
-    ):
-        (tmp_path / "a.csv").write_bytes(content)
-        with pytest.raises(UserError, match=expected):
-            list(read(tmp_path / "a.csv"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{expected}"):
+        list(read(tmp_path / name))
 
 
 def test_a_group_column_gathers_rows(tmp_path: Path) -> None:

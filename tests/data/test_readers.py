@@ -106,14 +106,11 @@ def test_pickapic_values_that_cannot_be_used(tmp_path: Path, column: str, values
     assert survey.groups == 0 and survey.reasons[0] == f"{file}, row 0: {reason}"
 
 
-def test_pickapic_broken_files(tmp_path: Path) -> None:
+def test_pickapic_cut_short_or_without_rows(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", pick_rows(8))
-    whole = file.read_bytes()
-    for content, expected in ((b"", "is empty"), (b"hello", "not a readable parquet"), (whole[:-9], "not a readable")):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=expected):
-            read(file)
-    write_parquet(file, {name: values[:0] for name, values in pick_rows(1).items()})
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet"):
+        read(file)
     pq.write_table(pa.table(pick_rows(2)).slice(0, 0), file)
     with pytest.raises(UserError, match=r"a\.parquet: no rows"):
         list(read(file))
@@ -214,23 +211,6 @@ def test_jsonl_skips_and_duplicates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("{not json", "line 2: not valid JSON"),
-        ("[1, 2]", "line 2: expected an object"),
-        ("\xff", "line 2: not valid JSON"),
-        ("[" * 100_000, "line 2: not valid JSON"),
-    ],
-)
-def test_jsonl_broken_lines(tmp_path: Path, line: str, expected: str) -> None:
-    write_images(tmp_path, ["a.jpg"])
-    good = json.dumps({"prompt": "x", "chosen": "a.jpg", "rejected": "a.jpg"})
-    (tmp_path / "d.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
-    with pytest.raises(UserError, match=expected):
-        list(read(tmp_path / "d.jsonl"))
-
-
-@pytest.mark.parametrize(
     ("entry", "reason"),
     [
         ({"chosen": "a.jpg"}, "expected the keys .*chosen, rejected, prompt or .*; found 'prompt', 'chosen'"),
@@ -247,13 +227,6 @@ def test_jsonl_rows_that_cannot_be_used(tmp_path: Path, entry: dict[str, Any], r
     file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "x", **entry}])
     (item,) = read(file)
     assert isinstance(item, Skipped) and item.origin == f"{file}, line 1" and re.search(reason, item.reason)
-
-
-def test_empty_files(tmp_path: Path) -> None:
-    for name, content in (("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=r"is empty|no rows"):
-            list(read(tmp_path / name))
 
 
 json_values = st.recursive(
