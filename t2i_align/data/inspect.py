@@ -185,7 +185,7 @@ def render(findings: Findings) -> str:
     sizes = {f"{width} x {height}": count for (width, height), count in findings.sizes.most_common(SIZES_SHOWN)}
     ratios = [round(100 * width / height) for (width, height), count in findings.sizes.items() for _ in range(count)]
     return _ENVIRONMENT.get_template("inspect.html.jinja").render(
-        found=findings,
+        findings=findings,
         lengths={name: _histogram(values, findings.limits.get(name)) for name, values in findings.lengths.items()},
         sizes=_bars(sizes),
         bins=BINS,

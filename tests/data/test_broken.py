@@ -95,11 +95,13 @@ def test_rows_that_cannot_be_grouped(folder: Path, group: object, prompt: object
 
 keys = st.sampled_from(["candidates", "prompt", "scores", "ranks", "votes", "winner", "best_first", "captions", "user",
                         "id", "group", "folder"])  # fmt: skip
-said = st.one_of(values, st.sampled_from(["left", ["left", "right"], True, "..", "y" * 300]))
-parts = st.fixed_dictionaries({}, optional={"format": said, "pairs": said, "ties": said, "part": said, "path": said})
+any_value = st.one_of(values, st.sampled_from(["left", ["left", "right"], True, "..", "y" * 300]))
+parts = st.fixed_dictionaries(
+    {}, optional={"format": any_value, "pairs": any_value, "ties": any_value, "part": any_value, "path": any_value}
+)
 
 
-@given(columns=st.dictionaries(keys, said, max_size=5), others=parts)
+@given(columns=st.dictionaries(keys, any_value, max_size=5), others=parts)
 @example(columns={"candidates": "left"}, others={})
 @quick
 def test_any_source_file(folder: Path, columns: dict[str, Any], others: dict[str, Any]) -> None:
@@ -126,9 +128,9 @@ def test_any_shares_of_votes(folder: Path, rows: list[tuple[Any, ...]]) -> None:
     })  # fmt: skip
     source = folder / "a.parquet"
     pq.write_table(arrow, source)
-    found = outcome(source)
-    assert isinstance(found, list) and len(found) == len(rows)
-    for item, (prompt, image, one, two) in zip(found, rows, strict=True):
+    result = outcome(source)
+    assert isinstance(result, list) and len(result) == len(rows)
+    for item, (prompt, image, one, two) in zip(result, rows, strict=True):
         fine = all(share is not None and 0 <= share < float("inf") for share in (one, two)) and one + two > 0
         assert isinstance(item, Group) == bool(fine and image and prompt and prompt.strip())
 
@@ -198,11 +200,11 @@ def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
         table(source, [{"prompt": "x", "left": "0.png", "right": long, "vote": "left"}])
     else:
         table(source, [{"prompt": "x", "chosen": "0.png", "rejected": f"{long}.png"}])
-    found = outcome(source)
+    result = outcome(source)
     if kind == "a.yaml":
-        assert "no such file or folder" in found
+        assert "no such file or folder" in result
     else:
-        (item,) = found
+        (item,) = result
         assert isinstance(item, Skipped) and ("no such image" in item.reason or "no caption" in item.reason)
         readers.identity(source, readers.detect(source))
 

@@ -61,8 +61,8 @@ def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
     source = formats.write(tmp_path, "hpdv2_test")
     described = tmp_path / "source.yaml"
     described.write_text("path: hpdv2_test/test.json\npairs: all\nties: false\n")
-    found = groups(described)
-    assert source.exists() and [seen(group) for group in found] == [[0, 1], [0, 2], [5, 4], [5, 3], [4, 3]]
+    result = groups(described)
+    assert source.exists() and [seen(group) for group in result] == [[0, 1], [0, 2], [5, 4], [5, 3], [4, 3]]
     assert skips(described) == {"test.json:0#1-2": "a tie"}
     described.write_text("path: hpdv2_test/test.json\npairs: best_worst\n")
     assert [seen(group) for group in groups(described)] == [[0, 2], [5, 3]]
@@ -70,8 +70,8 @@ def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
 
 def test_a_vote_names_its_winner(tmp_path: Path) -> None:
     images(tmp_path / "p")
-    said = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
-    entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in said]
+    choices = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
+    entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in choices]
     source = lines(tmp_path / "votes.jsonl", entries)
     scores = {group.id: (seen(group)[0], group.scores[0]) for group in groups(source)}
     expected = [(0, 1.0), (1, 1.0), (0, 0.5), (0, 1.0), (1, 1.0), (1, 1.0), None, None, (0, 0.5)]
@@ -194,9 +194,9 @@ def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
 def test_a_shard_that_is_missing_is_written_down(tmp_path: Path) -> None:
     for number in (1, 4):  # the sixth may not have been written yet, the others are known to be
         formats.example(tmp_path, "pickapic").rename(tmp_path / f"train-{number:05d}-of-00006.parquet")
-    found = [item.id if isinstance(item, Skipped) else "" for item in read(tmp_path)]
+    result = [item.id if isinstance(item, Skipped) else "" for item in read(tmp_path)]
     names = [f"train-{number:05d}-of-00006.parquet" for number in (0, 2, 3)]
-    assert found[0] == names[0] and found[3:5] == names[1:]
+    assert result[0] == names[0] and result[3:5] == names[1:]
     tars = tmp_path / "tars"
     tars.mkdir()
     for name in ("000003", "000005"):
@@ -239,9 +239,9 @@ def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
         for name in ("running", "jumping"):
             (tmp_path / side / f"{name}.txt").write_text(name)
     (tmp_path / "chosen" / "empty").mkdir()
-    found = {group.prompt: group for group in groups(tmp_path)}
-    assert found["running"].candidates == (tmp_path / "chosen" / "running", tmp_path / "rejected" / "running")
-    assert found["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
+    result = {group.prompt: group for group in groups(tmp_path)}
+    assert result["running"].candidates == (tmp_path / "chosen" / "running", tmp_path / "rejected" / "running")
+    assert result["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
     assert skips(tmp_path)["chosen/empty"].startswith("a folder without frames")
     entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
     source = lines(tmp_path / "clips.jsonl", [entry])
@@ -262,8 +262,8 @@ def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
         "        yield Group(id=str(n), prompt=text, candidates=(b'a', b'b'), scores=(0.0, 1.0), origin=str(n))\n"
     )
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    found = groups(tmp_path / "a.txt", f"{tmp_path}/mine.py:lines")
-    assert [(group.prompt, group.candidates) for group in found] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
+    result = groups(tmp_path / "a.txt", f"{tmp_path}/mine.py:lines")
+    assert [(group.prompt, group.candidates) for group in result] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
     with pytest.raises(UserError, match="no such file with a format"):
         read(tmp_path / "a.txt", f"{tmp_path}/gone.py:lines")
 

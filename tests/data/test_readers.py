@@ -26,11 +26,11 @@ from tests.formats import groups, skips
 
 
 def test_pickapic_pairs_come_best_first(tmp_path: Path) -> None:
-    found = groups(write_parquet(tmp_path / "a.parquet", pick_rows(6)))
-    assert [group.id for group in found] == [str(1000 + row) for row in range(6)]
-    assert [group.candidates for group in found] == [(jpeg(2 * row), jpeg(2 * row + 1)) for row in range(6)]
-    assert {group.scores for group in found} == {(1.0, 0.0)}
-    assert found[3].prompt == "caption 3" and found[3].user == "3"
+    result = groups(write_parquet(tmp_path / "a.parquet", pick_rows(6)))
+    assert [group.id for group in result] == [str(1000 + row) for row in range(6)]
+    assert [group.candidates for group in result] == [(jpeg(2 * row), jpeg(2 * row + 1)) for row in range(6)]
+    assert {group.scores for group in result} == {(1.0, 0.0)}
+    assert result[3].prompt == "caption 3" and result[3].user == "3"
 
 
 def test_pickapic_folder_without_ranking_ids(tmp_path: Path) -> None:
@@ -260,10 +260,10 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "b.txt").write_text("in captions")
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "chosen/c.jpg", "text": "listed"}])
-    found = groups(tmp_path)
-    assert [(group.id, group.prompt) for group in found] == [("a", "beside"), ("b", "in captions"), ("c", "listed")]
-    assert found[0].candidates == (tmp_path / "Chosen" / "a.png", tmp_path / "rejected" / "a.jpg")
-    assert found[0].scores == (1.0, 0.0)
+    result = groups(tmp_path)
+    assert [(group.id, group.prompt) for group in result] == [("a", "beside"), ("b", "in captions"), ("c", "listed")]
+    assert result[0].candidates == (tmp_path / "Chosen" / "a.png", tmp_path / "rejected" / "a.jpg")
+    assert result[0].scores == (1.0, 0.0)
     reasons = skips(tmp_path)
     assert set(reasons) == {"d", "e", "lonely", "rejected/notes.doc"}
     assert "no caption" in reasons["d"] and "e.jpg, e.png" in reasons["e"] and "no loser" in reasons["lonely"]
@@ -329,8 +329,8 @@ def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             yield Group(id=name, prompt=name, candidates=(b"u", b"d"), scores=scores, origin=f"{path}, {name}")
 
     (tmp_path / "a.votes").write_text("fox 2 5\nowl 3 3\nfox 1 0\n")
-    found = groups(tmp_path / "a.votes")
-    assert [(group.id, group.candidates, group.scores) for group in found] == [
+    result = groups(tmp_path / "a.votes")
+    assert [(group.id, group.candidates, group.scores) for group in result] == [
         ("fox", (b"d", b"u"), (5.0, 2.0)),
         ("owl", (b"u", b"d"), (3.0, 3.0)),
     ]
