@@ -94,7 +94,7 @@ def test_prompts_are_held_against_a_models_limit(tmp_path: Path, sd_path: Path) 
     result = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "r.html", model=str(sd_path))
     (lengths,) = result.lengths.values()
     assert lengths[0] < next(iter(result.limits.values())) < lengths[1]
-    assert f"1 prompts exceed {next(iter(found.limits.values()))} tokens" in result.summary()
+    assert f"1 prompts exceed {next(iter(result.limits.values()))} tokens" in result.summary()
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
