@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import pipelines
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample, sample_seed
-from tests.tiny import randomise_lora
+from tests.tiny import random_lora
 
 FAST = {"steps": 2, "guidance": 2.0, "progress": False}
 
@@ -66,9 +66,7 @@ def test_force_keeps_files_that_it_did_not_write(sd_path: Path, tmp_path: Path) 
 
 
 def test_lora_scale_lies_between_base_and_lora(sd_path: Path, tmp_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    randomise_lora(pipeline, alpha=6.0)
-    pipeline.save_lora(tmp_path / "lora")
+    random_lora(sd_path, tmp_path / "lora", alpha=6.0)
 
     def image(name: str, **options: object) -> np.ndarray:
         generate(sd_path, ["cat"], tmp_path / name, **options, **FAST)

@@ -222,13 +222,6 @@ def test_attention_backends_are_honoured_or_refused(name: str, fresh: Load) -> N
             pipeline.set_attention("flash")
 
 
-def test_sd3_does_without_its_t5(shared: Load) -> None:
-    pipeline = shared("sd3-no-t5")
-    assert pipeline.has_encoders
-    embeddings = pipeline.encode_prompts(["a fox"])["prompt_embeds"]
-    assert embeddings.shape == (1, 16 + 256, 32) and not embeddings[:, 16:].any()
-
-
 def test_sdxl_depends_on_size_and_crop_and_its_empty_prompt_is_zero(
     shared: Load,
 ) -> None:
@@ -282,6 +275,8 @@ def test_a_shift_by_resolution_equals_the_samplers(name: str, tokens: int, fresh
     assert pipeline.process.shift == resolution_shift(pipeline.pipe.scheduler.config, tokens)
     sample_latents(pipeline)
     sigmas = pipeline.pipe.scheduler.sigmas[:2].double()
+    with pytest.raises(PipelineError, match="wan has no timestep shift that depends on the resolution"):
+        fresh("wan").shift_timesteps("resolution", 32, 32, 9)
     if name == "flux":  # whose sampler starts from 1, 2/3, 1/3
         expected = pipeline.process.timesteps(torch.tensor([1.0, 2 / 3])) / 1000
         torch.testing.assert_close(sigmas.float(), expected, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,9 @@ from pipelines import FAMILIES, TrainablePipeline
 from t2i_align import align
 from t2i_align.data.media import save_clip
 from tests.runs import jsonl_pairs, run_values
-from tests.tiny import TINY, in_plain_diffusers
+from tests.tiny import in_plain_diffusers
 
 NAMES = [*FAMILIES, "sd-v"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's tiny model, written when it is first asked for."""
-    folder = tmp_path_factory.mktemp("models")
-    return cache(lambda name: TINY[name](folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +55,9 @@ def sample(pipeline: TrainablePipeline) -> Tensor:
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
-    name: str, objective: str, trained: str, models: Any, images: Path, clips: Path, tmp_path: Path
+    name: str, objective: str, trained: str, path: Callable[[str], Path], images: Path, clips: Path, tmp_path: Path
 ) -> None:
-    model, data = models(name), clips if name in FAMILIES and FAMILIES[name].video else images
+    model, data = path(name), clips if name in FAMILIES and FAMILIES[name].video else images
     changes: dict[str, Any] = {
         "objective": {"name": objective, **({"beta": 100.0} if objective == "diffusion_dpo" else {})},
         "data__cache": trained == "lora",
