@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +25,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
 from tests.data.test_examples import StandIn, write_jsonl
 from tests.pipelines.conftest import PathOf, first_batch, opened
-from tests.runs import image, jsonl_pairs, run_values
+from tests.runs import image, jsonl_clips, jsonl_pairs, moving_clip, run_values
 from tests.tiny import random_lora
 
 FRAMES, RATE = 9, 16
@@ -60,20 +59,7 @@ def wan_path(path: PathOf) -> Path:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL of six pairs: GIFs, WebPs, and folders of frames."""
-    folder = tmp_path_factory.mktemp("clips")
-    lines = []
-    for i in range(6):
-        names = [f"{i}_{side}{('.gif', '.webp', '')[i % 3]}" for side in ("good", "bad")]
-        for side, name in enumerate(names):
-            save_clip(moving_clip(2 * i + side), folder / name, RATE)
-        lines.append({"prompt": f"prompt {i % 4}", "chosen": names[0], "rejected": names[1]})
-    return write_jsonl(folder / "pairs.jsonl", lines)
-
-
-def moving_clip(seed: int, frames: int = FRAMES) -> Tensor:
-    """Blocks that wander to the right."""
-    still = torch.from_numpy(np.array(image(seed))).permute(2, 0, 1)
-    return torch.stack([still.roll(shift, dims=2) for shift in range(frames)])
+    return jsonl_clips(tmp_path_factory.mktemp("clips"), FRAMES, (".gif", ".webp", ""))
 
 
 def skipped(folder: Path) -> list[dict[str, str]]:
@@ -91,14 +77,14 @@ def test_cache_and_on_the_fly_encode_the_same_clips_one_by_one(clips: Path, tmp_
     assert one.keys == other.keys and one.latents.shape == (6, 2, 3, 5, 16, 16) == other.latents.shape
     assert torch.equal(one.latents, other.latents.half().float())  # the cache's precision
     assert set(cached.at_once) == {1} == set(live.at_once)
-    number = one.keys.index("0/pairs.jsonl:3")  # the first pair of folders: they lose nothing on the way
-    clean = moving_clip(4).float().unsqueeze(0) / 255
+    number = one.keys.index("0/clips.jsonl:3")  # the first pair of folders: they lose nothing on the way
+    clean = moving_clip(4, FRAMES).float().unsqueeze(0) / 255
     assert torch.equal(other.latents[number, 0], Clips().encode_pixels(clean)[0])
 
 
 def test_unusable_clips_are_skipped_with_a_reason(tmp_path: Path) -> None:
     for number in range(2):
-        save_clip(moving_clip(number), tmp_path / f"{number}.gif", RATE)
+        save_clip(moving_clip(number, FRAMES), tmp_path / f"{number}.gif", RATE)
         save_clip(moving_clip(number, frames=5), tmp_path / f"short{number}.gif", RATE)
     image(0).save(tmp_path / "image.png")
     (tmp_path / "text.mp4").write_text("no video")
@@ -128,7 +114,7 @@ def test_other_frames_or_rates_are_another_cache(clips: Path, tmp_path: Path) ->
 
 def test_frames_in_a_folder_are_part_of_the_source(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save_clip(moving_clip(0), tmp_path / name, RATE)
+        save_clip(moving_clip(0, FRAMES), tmp_path / name, RATE)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])
     opened(tmp_path, data, Clips(), *SIZE)
     image(7).save(tmp_path / "b" / "00004.png")
@@ -139,7 +125,7 @@ def test_frames_in_a_folder_are_part_of_the_source(tmp_path: Path) -> None:
 def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
     for side, seed in (("chosen", 0), ("rejected", 1)):
         (tmp_path / "d" / side).mkdir(parents=True)
-        save_clip(moving_clip(seed), tmp_path / "d" / side / "fox.mp4", RATE)
+        save_clip(moving_clip(seed, FRAMES), tmp_path / "d" / side / "fox.mp4", RATE)
     (tmp_path / "d" / "chosen" / "fox.txt").write_text("a fox runs")
     batch = first_batch(opened(tmp_path, tmp_path / "d", Clips(), *SIZE), 6)
     assert batch.latents.shape == (6, 2, 3, 5, 16, 16)
@@ -151,7 +137,7 @@ def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
 def test_images_and_clips_do_not_mix(wan_path: Path, sd_path: Path, clips: Path, tmp_path: Path) -> None:
     images = jsonl_pairs(tmp_path / "images", count=2)
     videos = tmp_path / "videos.jsonl"
-    save_clip(moving_clip(0), tmp_path / "fox.mp4", RATE)
+    save_clip(moving_clip(0, FRAMES), tmp_path / "fox.mp4", RATE)
     videos.write_text(json.dumps({"prompt": "p", "chosen": "fox.mp4", "rejected": "fox.mp4"}))
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (sd_path, videos, {}, r"no usable group among 1 rows.*fox\.mp4 is a video, expected an image"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,7 @@ from torch import Tensor
 import pipelines
 from pipelines import FAMILIES, TrainablePipeline
 from t2i_align import align
-from t2i_align.data.media import save_clip
-from tests.runs import jsonl_pairs, run_values
+from tests.runs import jsonl_clips, jsonl_pairs, run_values
 from tests.tiny import in_plain_diffusers
 
 NAMES = [*FAMILIES, "sd-v"]
@@ -33,18 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of clips of 17 frames, which every tiny video model can cut to its own number."""
-    folder = tmp_path_factory.mktemp("clips")
-    lines = []
-    for i in range(6):
-        names = [f"{i}_{side}.mp4" for side in ("good", "bad")]
-        for k, name in enumerate(names):
-            generator = torch.Generator().manual_seed(2 * i + k)
-            blocks = torch.rand(17, 3, 4, 4, generator=generator)
-            save_clip(blocks.repeat_interleave(16, 2).repeat_interleave(16, 3), folder / name, 8)
-        lines.append({"prompt": f"prompt {i % 3}", "chosen": names[0], "rejected": names[1]})
-    file = folder / "clips.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    return jsonl_clips(tmp_path_factory.mktemp("clips"), frames=17)
 
 
 def sample(pipeline: TrainablePipeline) -> Tensor:
