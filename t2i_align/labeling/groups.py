@@ -70,10 +70,13 @@ class Batch:
         """
         images: list[Image.Image] = []
         for group in self.left:
+            decoded: list[Image.Image] = []
             try:
-                images += [_decoded(group, place) for place in range(len(group.candidates))]
+                for media in group.candidates:
+                    decoded.append(decode(media))
+                images += decoded
             except ImageError as error:
-                self.reasons[group.id] = str(error)
+                self.reasons[group.id] = f"candidate {len(decoded)}: {error}"
         prompts = [group.prompt for group in self.left for _ in group.candidates]
         values: list[Any] = []
         for start in range(0, len(images), size):
@@ -148,10 +151,3 @@ def _skip(item: Group | Skipped, reasons: Mapping[str, str]) -> Skipped | None:
 def _not_finite(scorers: Sequence[Scorer], scores: np.ndarray) -> str:
     names = [scorer.name for scorer, row in zip(scorers, scores, strict=True) if not np.isfinite(row).all()]
     return f"no finite score by {', '.join(names)}" if names else ""
-
-
-def _decoded(group: Group, place: int) -> Image.Image:
-    try:
-        return decode(group.candidates[place])
-    except ImageError as error:
-        raise ImageError(f"candidate {place}: {error}") from error

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +35,7 @@ from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
-IMAGE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")
-KEY = (*IMAGE, *SCORER)  # primary key of a row
+KEY = ("image", "sha256", "prompt", "scorer", "version")  # primary key of a row
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in KEY),
@@ -87,15 +85,17 @@ def score(
     table = None if out is None else ResumableTable(out, KEY, schema=SCHEMA, rank=processes.rank)
     with table.begun() if table else nullcontext():
         written = {table.key_of(row): row for row in table.rows()} if table else {}
-        runs = [_ScorerRun(scorer.to(place), torch.device(place).type, precision) for scorer in build_scorers(scorers)]
-        totals = {run.scorer.name: np.zeros(3) for run in runs}  # sum, scored, not scored
+        built = [scorer.to(place) for scorer in build_scorers(scorers)]
+        totals = {scorer.name: np.zeros(3) for scorer in built}  # sum, scored, not scored
         with (
+            torch.no_grad(),
+            torch.autocast(torch.device(place).type, PRECISIONS[precision], enabled=precision != "fp32"),
             tqdm(total=total, unit="img", disable=not progress or processes.rank > 0) as bar,
             ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
         ):
             for index, batch in enumerate(iter(lambda: list(islice(candidates, batch_size)), [])):
                 if index % processes.world == processes.rank:
-                    rows = _score_batch(runs, batch, written, pool)
+                    rows = _score_batch(built, batch, written, pool)
                     if table:
                         table.add(rows)
                     for row in rows:
@@ -128,7 +128,7 @@ class _Candidate:
     error: str = ""
 
     def key(self) -> tuple[str, str | None, str]:
-        """The columns IMAGE; the hash (None where it cannot be read), as all models' images have the same names."""
+        """Name, hash (all models' images have the same names; None where it cannot be read) and prompt."""
         return self.image, None if self.error else _sha256(self.media), self.prompt
 
     def load(self) -> Image.Image | Tensor | str:
@@ -150,61 +150,44 @@ def _sha256(media: Media) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class _ScorerRun:
-    """A scorer on its device, in its precision."""
-
-    scorer: Scorer
-    device: str
-    precision: str
-
-    @cached_property
-    def identity(self) -> tuple[str, str]:
-        """The columns SCORER; the version of the numbers depends on rounding and on how images are decoded too."""
-        with self.autocast():
-            return self.scorer.name, self.scorer.recorded_version
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
-
-    @torch.no_grad()
-    def judge(self, batch: Sequence[_Candidate], media: Sequence[Image.Image | Tensor | str]) -> list[Row]:
-        """The score and parts of each candidate, or the error."""
-        rows: list[Row] = []
-        for candidate, one in zip(batch, media, strict=True):
-            error = one if isinstance(one, str) else unscorable([self.scorer], candidate.prompt)
-            rows.append({"error": error} if error else {})
-        usable = [i for i, row in enumerate(rows) if not row]
-        stills = [i for i in usable if isinstance(media[i], Image.Image)]
-        for part in [*([stills] if stills else []), *([i] for i in usable if i not in stills)]:
-            inputs: Any = [media[i] for i in part]
-            if part is not stills:  # a clip is scored by itself
-                inputs = inputs[0].unsqueeze(0).float() / 255
-            try:
-                with memory_for(len(part)), self.autocast():
-                    total, parts = self.scorer.judge(inputs, [batch[i].prompt for i in part])
-            except ScorerError as error:
-                raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
-            for place, i in enumerate(part):
-                rows[i]["score"] = number(total[place].item())
-                if parts:
-                    rows[i]["parts"] = {name: number(values[place].item()) for name, values in parts.items()}
-        return rows
-
-
 def _score_batch(
-    runs: Sequence[_ScorerRun], batch: Sequence[_Candidate], written: Mapping[Any, Row], pool: ThreadPoolExecutor
+    scorers: Sequence[Scorer], batch: Sequence[_Candidate], written: Mapping[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and image: what an earlier run wrote, or a new one."""
-    keys = [*pool.map(_Candidate.key, batch)]  # hashes the files
-    new = {run: [i for i, key in enumerate(keys) if (*key, *run.identity) not in written] for run in runs}
+    images = [*pool.map(_Candidate.key, batch)]  # hashes the files
+    keys = {scorer: [(*image, scorer.name, scorer.recorded_version) for image in images] for scorer in scorers}
+    new = {scorer: [i for i, key in enumerate(own) if key not in written] for scorer, own in keys.items()}
     unread = sorted({i for indices in new.values() for i in indices})  # the others are not opened
     media = dict(zip(unread, pool.map(_Candidate.load, [batch[i] for i in unread]), strict=True))
     rows = []
-    for run, indices in new.items():
-        judged = iter(run.judge([batch[i] for i in indices], [media[i] for i in indices]))
-        for key in ((*key, *run.identity) for key in keys):
+    for scorer, own in keys.items():
+        judged = iter(_judge(scorer, [batch[i] for i in new[scorer]], [media[i] for i in new[scorer]]))
+        for key in own:
             rows.append(written[key] if key in written else dict(zip(KEY, key, strict=True)) | next(judged))
+    return rows
+
+
+def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Image | Tensor | str]) -> list[Row]:
+    """The score and parts of each candidate, or the error."""
+    rows: list[Row] = []
+    for candidate, one in zip(batch, media, strict=True):
+        error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
+        rows.append({"error": error} if error else {})
+    usable = [i for i, row in enumerate(rows) if not row]
+    stills = [i for i in usable if isinstance(media[i], Image.Image)]
+    for part in [*([stills] if stills else []), *([i] for i in usable if i not in stills)]:
+        inputs: Any = [media[i] for i in part]
+        if part is not stills:  # a clip is scored by itself
+            inputs = inputs[0].unsqueeze(0).float() / 255
+        try:
+            with memory_for(len(part)):
+                total, parts = scorer.judge(inputs, [batch[i].prompt for i in part])
+        except ScorerError as error:
+            raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
+        for place, i in enumerate(part):
+            rows[i]["score"] = number(total[place].item())
+            if parts:
+                rows[i]["parts"] = {name: number(values[place].item()) for name, values in parts.items()}
     return rows
 
 

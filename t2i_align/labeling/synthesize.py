@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,7 +185,8 @@ class _Work:
 
     def score(self, batch_size: int) -> None:
         """Record the scores [scorers, k] of this process's prompts, or why there are none."""
-        items = [_skipped(self.groups[i], reason) if reason else self.groups[i] for i, reason in self.own.items()]
+        own = [(self.groups[i], reason) for i, reason in self.own.items()]
+        items = [Skipped(id=one.id, origin=one.origin, reason=reason) if reason else one for one, reason in own]
 
         def annotate(batch: Batch) -> dict[str, Row]:
             return {key: {"scores": raw.tolist()} for key, raw in batch.scores(self.scorers, batch_size).items()}
@@ -196,22 +197,22 @@ class _Work:
     def finish(self, pairs: str | None, agree: float) -> Summary:
         """Write the groups, if all prompts are done."""
         scores = {row["id"]: np.array(row["scores"]) for row in self.table.rows()}
-        reasons = {row["id"]: row["reason"] for row in self.table.skips()}
-        if missing := sum(group.id not in scores.keys() | reasons.keys() for group in self.groups):
+        refused = {row["id"]: row for row in self.table.skips()}
+        if missing := sum(group.id not in scores.keys() | refused.keys() for group in self.groups):
             return Summary(out=self.out / GROUPS, missing=missing)
         files = map(self._identity, range(len(self.models)))
         identities = [read_json(file) if file.exists() else {} for file in files]  # none if all prompts were refused
         rows: list[Row] = []
-        skipped: list[Skipped] = []
+        skipped: list[Row] = []
         for i, group in enumerate(self.groups):
-            if group.id in reasons:
-                skipped.append(_skipped(group, reasons[group.id]))
+            if group.id in refused:
+                skipped.append(refused[group.id])
                 continue
             raw = scores[group.id]
             share = majority(raw, self.margins)
             for name, chosen, reason in self._chosen(group, raw, pairs, agree):
                 if reason:
-                    skipped.append(_skipped(group, reason, name))
+                    skipped.append({"id": name, "origin": group.origin, "reason": reason})
                     continue
                 places = [divmod(place, self.per_prompt) for place in chosen]
                 row = {
@@ -224,7 +225,7 @@ class _Work:
                     "models": [identities[model] for model, _ in places],
                 }
                 rows.append(row)
-        for file, lines in ((SKIPPED, list(map(asdict, skipped))), (GROUPS, rows)):
+        for file, lines in ((SKIPPED, skipped), (GROUPS, rows)):
             with FileLock(self.out / ".lock"), atomic_file(self.out / file) as temporary:
                 temporary.touch()
                 append_line(temporary, *lines)
@@ -272,7 +273,3 @@ def weights_hash(module: nn.Module) -> str:
 
 def _name(prompt: int) -> str:
     return f"{prompt:06d}"
-
-
-def _skipped(group: Group, reason: str, name: str = "") -> Skipped:
-    return Skipped(id=name or group.id, origin=group.origin, reason=reason)

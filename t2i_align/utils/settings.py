@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import field, fields
-from functools import wraps
+from functools import reduce, wraps
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin
 
@@ -146,18 +147,13 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
         return f"{name}: unknown key.{nearest(last, known)} Choices: {', '.join(known)}."
     if first["type"] == "missing":
         return f"{name}: missing key"
-    if first["type"] == "dataclass_type":
-        return f"{name} must be a mapping of keys, found {_shown(first['input'])}"
-    given = first["input"]
-    if len(details) > 1:  # of a union
-        given = values
-        for part in key:
-            given = given[part]
+    given = reduce(getitem, key, values)
+    shown = "null" if given is None else repr(given)
     if not first["msg"].startswith("Input should be"):
-        return f"{name}: {first['msg']}, found {_shown(given)}"
+        return f"{name}: {first['msg']}, found {shown}"
     expected = _described(section, last) or " or ".join(dict.fromkeys(map(_expected, details)))
     hint = nearest(given, re.findall(r"'(.*?)'", expected))
-    return f"{name} must be {expected}, found {_shown(given)}{'.' * bool(hint)}{hint}"
+    return f"{name} must be {expected}, found {shown}{'.' * bool(hint)}{hint}"
 
 
 def _described(section: Any, name: str) -> str | None:
@@ -171,12 +167,10 @@ def _described(section: Any, name: str) -> str | None:
 
 
 def _expected(detail: ErrorDetails) -> str:
+    if detail["type"] == "dataclass_type":
+        return "a mapping of keys"
     text = detail["msg"].removeprefix("Input should be ")
     return re.sub(r", (unable|got) .*", "", text).replace("valid integer", "whole number").replace("valid ", "")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value)
 
 
 def _key(cls: type, loc: tuple[Any, ...]) -> tuple[Any, ...]:

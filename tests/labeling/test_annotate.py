@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from t2i_align.testbed.captions import corrupt, describe, draw_for, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
 from t2i_align.utils.files import append_line, whole_lines
+from tests.formats import lines
 from tests.labeling.test_models import blip, t5
 
 GROUPS = 11
@@ -59,11 +60,6 @@ def better(number: int | str) -> int:
 
 def rows(file: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in whole_lines(file)}
-
-
-def rewrite(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    file.unlink()
-    append_line(file, *lines)
 
 
 def skipped(out: Path) -> dict[str, str]:
@@ -118,8 +114,7 @@ def test_variant_h_perturbs_the_losers_description(source: Path, tmp_path: Path)
 
 
 def test_scores_from_annotations_decide_the_winner(source: Path, tmp_path: Path) -> None:
-    scores = tmp_path / "scores.jsonl"
-    append_line(scores, *({"id": f"g{i}", "scores": [0, 1]} for i in range(GROUPS)))
+    scores = lines(tmp_path / "scores.jsonl", [{"id": f"g{i}", "scores": [0, 1]} for i in range(GROUPS)])
     out = tmp_path / "p.jsonl"
     assert caption(source, "p", out, annotations=[scores], **QUIET).skipped == 0
     assert all(row["captions"][1] == prompts(source)[key] != row["captions"][0] for key, row in rows(out).items())
@@ -134,7 +129,7 @@ def test_negative_caption_depends_only_on_seed_and_id(source: Path, tmp_path: Pa
     assert first == again != other and len(first) == GROUPS
     for key, row in first.items():
         assert parse(row["negative_caption"]).canonical() != parse(prompts(source)[key]).canonical()
-    rewrite(source, [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()])
+    lines(source, [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()])
     perturb(source, tmp_path / "alike.jsonl", **QUIET)
     assert len({row["negative_caption"] for row in rows(tmp_path / "alike.jsonl").values()}) > 3
 
@@ -180,8 +175,7 @@ def grey_images(folder: Path, *values: int) -> Path:
     for value in values:
         Image.new("L", (8, 8), value).save(folder / f"{value}.png")
     row = {"id": "a", "prompt": "x", "images": [f"{v}.png" for v in values], "scores": [0] * len(values)}
-    append_line(folder / "data.jsonl", row)
-    return folder / "data.jsonl"
+    return lines(folder / "data.jsonl", [row])
 
 
 def test_several_scorers_vote(tmp_path: Path) -> None:
@@ -283,8 +277,8 @@ def unfinish(out: Path) -> None:
 
 
 def test_skipped_and_duplicate_rows_are_recorded_once(source: Path, tmp_path: Path) -> None:
-    lines = source.read_text().splitlines()
-    source.write_text("\n".join([lines[0], lines[0], lines[1].replace("1_0.png", "gone.png"), *lines[2:4]]) + "\n")
+    first, second, *others = source.read_text().splitlines()
+    source.write_text("\n".join([first, first, second.replace("1_0.png", "gone.png"), *others[:2]]) + "\n")
     out = tmp_path / "n.jsonl"
     for _ in range(2):
         summary = perturb(source, out, **QUIET)
@@ -354,10 +348,10 @@ def test_bad_input_is_named_before_anything_is_written(call: Any, says: str, sou
 
 def test_source_without_usable_groups_is_named(source: Path, tmp_path: Path) -> None:
     ties = [row | {"scores": [1, 1]} for row in rows(source).values()]
-    rewrite(source, ties)
+    lines(source, ties)
     with pytest.raises(UserError, match=r"no pair with a winner in it; its groups by candidates: \{2: 11\}"):
         caption(source, "p", tmp_path / "p.jsonl", **QUIET)
-    rewrite(source, [row | {"prompt": " "} for row in ties])
+    lines(source, [row | {"prompt": " "} for row in ties])
     with pytest.raises(UserError, match=r"no group in it that can be used: .*the prompt is empty"):
         perturb(source, tmp_path / "n.jsonl", **QUIET)
 
