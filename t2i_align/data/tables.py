@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from t2i_align.data.media import MEDIA_SUFFIXES
 from t2i_align.data.schema import Skipped
 from t2i_align.errors import UserError
+from t2i_align.utils.files import as_object, parse_json
 
 JSON, CSV = (".jsonl", ".json"), (".csv", ".tsv")
 SHARDED = (".parquet", ".tar")  # kinds that come as a folder of numbered files
@@ -42,6 +43,7 @@ MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed 
 MAX_MEMBER = 256 << 20  # bytes; what a tar header claims is not read into memory unseen
 TEXTS = ("txt", "caption", "prompt")  # endings of text members
 PROMPTS = ("prompt", "caption", "txt", "original_prompt")  # columns of a sample that hold its prompt
+ENTRY = "an object with keys such as 'prompt'"
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python has no value for
 Values = dict[str, Any]
 
@@ -142,29 +144,16 @@ def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty")
     if file.suffix == ".json":
-        entries = _parse(file.read_bytes(), str(file))
+        entries = parse_json(file.read_bytes(), str(file))
         if not isinstance(entries, list):
             raise UserError(f"{file}: a .json file must hold one list of entries, found {type(entries).__name__}")
         for number, entry in enumerate(entries):
-            yield number, (origin := f"{file}, entry {number}"), _object(entry, origin)
+            yield number, (origin := f"{file}, entry {number}"), as_object(entry, origin, ENTRY)
         return
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield number, (origin := f"{file}, line {number}"), _object(_parse(line, origin), origin)
-
-
-def _parse(text: bytes, origin: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON: {error}") from error
-
-
-def _object(entry: Any, origin: str) -> Values:
-    if not isinstance(entry, dict):
-        raise UserError(f"{origin}: expected an object with keys such as 'prompt', found {type(entry).__name__}")
-    return entry
+                yield number, (origin := f"{file}, line {number}"), as_object(parse_json(line, origin), origin, ENTRY)
 
 
 # CSV ----------------------------------------------------------------------------------------------------------------
