@@ -108,8 +108,7 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     if repair and end < len(text):
         os.truncate(path, end)
     lines = enumerate(text[:end].split(b"\n"), 1)
-    origins = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
-    return [as_object(parse_json(line, origin), origin) for origin, line in origins]
+    return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def claim(file: str | Path, settings: Mapping[str, Any], *, advice: str = "choose another output") -> None:
@@ -148,7 +147,22 @@ def differences(
 
 def read_json(file: str | Path) -> dict[str, Any]:
     """The JSON object in a file; raises UserError for anything else."""
-    return as_object(parse_json(Path(file).read_bytes(), str(file)), str(file))
+    return _object(Path(file).read_bytes(), str(file))
+
+
+def parse_json(text: bytes, origin: str) -> Any:
+    """A JSON value in UTF-8; raises UserError, which names `origin`, for anything else."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON: {error}") from error
+
+
+def as_object(value: Any, origin: str) -> dict[str, Any]:
+    """The value if it is a JSON object; raises UserError, which names `origin`, for anything else."""
+    if not isinstance(value, dict):
+        raise UserError(f"{origin}: expected an object, found {type(value).__name__}")
+    return value
 
 
 @contextmanager
@@ -208,16 +222,5 @@ def _encode(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def parse_json(text: bytes, origin: str) -> Any:
-    """The value of UTF-8 JSON; raises UserError, `origin` being what to call it in messages."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON: {error}") from error
-
-
-def as_object(value: Any, origin: str, expected: str = "an object") -> dict[str, Any]:
-    """A JSON value that is an object; raises UserError for others."""
-    if not isinstance(value, dict):
-        raise UserError(f"{origin}: expected {expected}, found {type(value).__name__}")
-    return value
+def _object(text: bytes, origin: str) -> dict[str, Any]:
+    return as_object(parse_json(text, origin), origin)
