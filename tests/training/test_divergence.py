@@ -41,7 +41,7 @@ def last_state(output: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     return newest.name, *checkpoint.load(newest)
 
 
-def test_winners_may_get_worse_by_the_share_that_is_allowed() -> None:
+def test_winner_error_may_rise_by_the_allowed_share() -> None:
     """Error 0.30, 0.10 above the reference's 0.20: a rise by 1/2."""
     means = {"error/chosen": 0.30, "error/chosen_minus_reference": 0.10}
     check_winners(means, 7, 0.51)
@@ -64,7 +64,7 @@ def test_loss_and_gradient_must_be_finite(bad: float) -> None:
             check_finite(torch.tensor(numbers), 3)
 
 
-def test_update_norm_is_the_way_of_the_logged_step_and_costs_the_others_nothing(
+def test_update_norm_is_that_of_the_logged_step_and_is_computed_only_there(
     sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norm, calls = torch.nn.utils.get_total_norm, []
@@ -80,7 +80,7 @@ def test_update_norm_is_the_way_of_the_logged_step_and_costs_the_others_nothing(
         assert line["update_norm"] == pytest.approx(way, rel=1e-4) and way > 0
 
 
-def test_a_divergent_run_goes_back_says_so_and_ends_well(
+def test_divergent_run_is_rolled_back_reported_and_finishes(
     sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The logged rate is the schedule's, a cosine, times the factor."""
@@ -103,7 +103,7 @@ def test_a_divergent_run_goes_back_says_so_and_ends_well(
 
 
 @pytest.mark.parametrize("when", ["before the checkpoint is written anew", "after that", "at the next checkpoint"])
-def test_a_run_that_is_killed_around_a_rollback_resumes_to_the_very_same_bits(
+def test_run_killed_around_a_rollback_resumes_bit_for_bit(
     when: str, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
     align(diverging(sd_path, pairs, tmp_path / "whole"), progress=False)
@@ -121,14 +121,14 @@ def test_a_run_that_is_killed_around_a_rollback_resumes_to_the_very_same_bits(
     assert same(weights, weights_2)
 
 
-def test_a_hopeless_run_stops_after_so_many_rollbacks_and_names_the_last_good_checkpoint(
+def test_run_stops_after_the_allowed_rollbacks_and_names_the_last_good_checkpoint(
     sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = diverging(sd_path, pairs, tmp_path / "run", HOPELESS)
     with pytest.raises(UserError, match=r"after 2 rollbacks, so the run has stopped.*step_000000\. A smaller optim.lr"):
         align(values, progress=False)
     assert capsys.readouterr().out.count("goes back") == 2
-    # Told to try more often, the same run goes on from there.
+    # With more rollbacks allowed, the same run continues from there.
     more = {**values, "resume": True, "health": {"rollbacks": 6}}
     assert align(more, progress=False).steps == 16
     assert last_state(tmp_path / "run")[2]["rollbacks"] > 2
@@ -136,7 +136,7 @@ def test_a_hopeless_run_stops_after_so_many_rollbacks_and_names_the_last_good_ch
         align(diverging(sd_path, pairs, tmp_path / "none", HOPELESS, health__rollbacks=0), progress=False)
 
 
-def test_switched_off_nothing_is_looked_at(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_disabled_checks_do_not_run(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = diverging(sd_path, pairs, tmp_path / "run", HOPELESS, health__max_error_rise=None, train__steps=4)
     assert align(values, progress=False).metrics["error/chosen_minus_reference"] > 1
 
@@ -156,7 +156,7 @@ class SpoiltUnseen(DiffusionDPO):
         return {"factor": torch.where(state["factor"] > 2, math.nan, state["factor"] + 1)}
 
 
-def test_a_checkpoint_that_leads_to_divergence_again_is_given_up_for_the_one_before(
+def test_rollback_goes_one_checkpoint_further_after_repeated_divergence(
     sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", log__every=100, optim__warmup_steps=0, train__steps=8)

@@ -13,8 +13,8 @@ from t2i_align.training.monitor import MetricAverager
 NAN = math.nan
 
 
-def test_means_are_over_the_values_there_are() -> None:
-    """a: (1 + 3 + 8) / 3 = 4, and not the mean 5 of the micro-batches' means 2 and 8; b: never there; c: only 7."""
+def test_means_skip_missing_values() -> None:
+    """a: (1 + 3 + 8) / 3 = 4, and not the mean 5 of the micro-batches' means 2 and 8; b: always NaN; c: only 7."""
     tally, step = MetricAverager(), MetricAverager()
     step.add({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([NAN, NAN])})
     step.add({"a": torch.tensor([NAN, 8.0]), "b": torch.tensor([NAN, NAN])})
@@ -26,11 +26,11 @@ def test_means_are_over_the_values_there_are() -> None:
     assert means["a"].item() == 4.0 and means["b"].isnan()
 
 
-def test_an_empty_tally_has_no_numbers() -> None:
+def test_empty_averager_has_no_means() -> None:
     assert MetricAverager().numbers(Accelerator(cpu=True)) == {}
 
 
-def test_a_tally_goes_on_from_what_was_reduced() -> None:
+def test_averager_continues_after_a_reduction() -> None:
     tally = MetricAverager()
     tally.add({"a": torch.tensor([1.0, 2.0])})
     again = MetricAverager(tally.reduced(Accelerator(cpu=True)))

@@ -1,4 +1,4 @@
-"""A reference that follows the policy: it becomes what the policy is, stops when it has drifted, and comes back."""
+"""Reference updates: copies of the policy, freezing at max_drift, restoring on resume."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def moved(pipeline: TrainablePipeline) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "copy", "offloaded_copy"])
-def test_an_overwritten_reference_is_the_policy_of_then(kind: str, sd_path: Path) -> None:
+def test_overwritten_reference_is_a_snapshot_of_the_policy(kind: str, sd_path: Path) -> None:
     pipeline = pipelines.load(sd_path)
     if kind == "lora":
         pipeline.add_lora(rank=2, alpha=4.0, dropout=0.0, targets="attention")
@@ -79,7 +79,7 @@ def test_an_overwritten_reference_is_the_policy_of_then(kind: str, sd_path: Path
     assert all(parameter.grad is not None for parameter in pipeline.trainable_parameters())
 
 
-def test_an_older_adapter_drops_nothing_out(sd_path: Path) -> None:
+def test_older_adapter_runs_without_dropout(sd_path: Path) -> None:
     pipeline = pipelines.load(sd_path)
     pipeline.add_lora(rank=2, alpha=4.0, dropout=0.5, targets="attention")
     pipeline.denoiser.train()
@@ -91,9 +91,7 @@ def test_an_older_adapter_drops_nothing_out(sd_path: Path) -> None:
 
 
 @pytest.mark.parametrize("training", [{}, FULL, {**FULL, "train__reference": "offloaded_copy"}])
-def test_the_reference_moves_and_the_margin_starts_again(
-    training: dict, sd_path: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_reference_update_resets_the_margin(training: dict, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     align(following(sd_path, pairs, tmp_path / "run", **training), progress=False)
     steps = [policy_and_reference(folder) for folder in checkpoint.all_steps(tmp_path / "run")]
     assert len(steps) == 9
@@ -109,7 +107,7 @@ def test_the_reference_moves_and_the_margin_starts_again(
         assert (line["rewards/margins"] == 0) == fresh, line["step"]
 
 
-def test_a_reference_that_would_have_drifted_stays_for_good(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_reference_beyond_max_drift_is_frozen_permanently(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     free = following(sd_path, pairs, tmp_path / "free", **FULL)
     align(free, progress=False)
     drifts = [line["reference/drift"] for line in metrics(tmp_path / "free") if "reference/drift" in line]
@@ -129,7 +127,7 @@ def test_a_reference_that_would_have_drifted_stays_for_good(sd_path: Path, pairs
 
 
 @pytest.mark.parametrize("objective", [{"name": "kto"}, {"name": "diffusion_dpo", "reduction": "sum", "beta": 0.1}])
-def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective(
+def test_drift_is_the_rise_of_the_native_error_on_winners_for_every_objective(
     objective: dict, sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recomputed from the saved weights, on the winners that were seen, 32 of them evenly spread over time."""
@@ -162,7 +160,7 @@ def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective
     assert line["reference/drift"] == pytest.approx(rise, rel=1e-3, abs=1e-6) and abs(rise) > 1e-4
 
 
-def test_a_single_sample_that_is_disliked_is_no_winner() -> None:
+def test_disliked_single_sample_does_not_count_as_winner() -> None:
     """Errors rise by 1, 5 and 3; the second is disliked: (1 + 3) / 2 = 2."""
     moving = object.__new__(ReferenceUpdate)
     moving.update, moving.accelerator, moving.frozen = (
@@ -177,7 +175,7 @@ def test_a_single_sample_that_is_disliked_is_no_winner() -> None:
 
 @pytest.mark.parametrize(("training", "max_drift"), [({"lora__dropout": 0.3}, 10.0), (FULL, 10.0), (FULL, 1e-9)])
 @pytest.mark.parametrize("killed_after", [3, 4])
-def test_a_killed_run_resumes_with_the_reference_it_had(
+def test_killed_run_resumes_with_its_reference(
     training: dict, max_drift: float, killed_after: int, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
     align(following(sd_path, pairs, tmp_path / "whole", max_drift, **training), progress=False)
@@ -201,7 +199,7 @@ class Sees(DiffusionDPO):
 seen: list[Any] = []
 
 
-def test_without_the_option_nothing_follows(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_reference_is_fixed_by_default(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = following(sd_path, pairs, tmp_path / "run", train__reference_update=None)
     config = dataclasses.replace(configuration.from_mapping(values), objective=Sees(beta=100.0))
     seen.clear()

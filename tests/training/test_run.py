@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: every kind of data and training, exact resume, and what goes wrong."""
+"""Whole runs on tiny models: all kinds of data and training, exact resume, failures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_first_loss_is_log_2_for_every_reference_and_precision(
 
 
 @pytest.mark.parametrize("source", [jsonl_pairs, winner_loser_folders])
-def test_cached_and_on_the_fly_encoding_train_alike(
+def test_cached_and_on_the_fly_training_are_equal(
     source: Callable[[Path], Path], sd_path: Path, tmp_path: Path
 ) -> None:
     data = source(tmp_path / "data")
@@ -159,7 +159,7 @@ def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> N
 def test_killed_run_resumes_bit_for_bit(
     number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all of them come back."""
+    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints are all restored."""
     options = {
         "objective": objective,
         "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
@@ -196,7 +196,7 @@ def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, 
     assert finished.metrics == again.metrics and finished.metrics["loss"] > 0
 
 
-def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_resume_requires_the_same_groups_per_step(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     """4 x 1 may become 2 x 2 in the middle of a run; another size of step is refused."""
     cache = {"data__cache_dir": str(tmp_path / "cache")}
     whole = align(run_values(sd_path, pairs, tmp_path / "whole", train__steps=6, **cache), progress=False)
@@ -210,7 +210,9 @@ def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Pat
         torch.testing.assert_close(lora_of(resumed.output_dir)[name], tensor, rtol=1e-3, atol=1e-6)
 
 
-def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_resume_requires_the_same_steps_for_a_schedule_that_depends_on_them(
+    sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", optim__schedule="cosine")
     align(values, progress=False)
     with pytest.raises(UserError, match=r"train.steps is 4 there, 8 here"):
@@ -273,7 +275,7 @@ def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Pat
         align({**values, "resume": True}, progress=False)
 
 
-def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_output_folder_of_another_run_is_not_modified(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run")
     align(values, progress=False)
     before = lora_of(tmp_path / "run")
@@ -289,10 +291,10 @@ def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: P
     assert same(lora_of(tmp_path / "run"), before)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
+    """The first loss is log 2 at any learning rate; after a step of 1e36 the activations overflow float32."""
     values = run_values(sd_path, pairs, tmp_path / "run", optim__lr=1e36, log__checkpoint_every=1, log__every=100)
     values["optim"]["warmup_steps"] = 0
     values["health"] = {"rollbacks": 0}
@@ -357,7 +359,7 @@ def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_pat
     values = run_values(sd_path, pairs, tmp_path / "run", validation=validation, **cache)
     values["log"]["trackers"] = ["tensorboard"]
     align(run_values(sd_path, pairs, tmp_path / "first", **cache), progress=False)
-    result = align(values, progress=False)  # from a cache that is there, so nothing else loaded the encoders
+    result = align(values, progress=False)  # the cache exists, so only validation loads the encoders
     scores = [line["validation/oracle"] for line in metrics(result.output_dir) if "validation/oracle" in line]
     assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
     names = sorted(file.name for file in (result.output_dir / "validation").iterdir())
