@@ -197,7 +197,7 @@ def test_two_steps_of_a_constant_prediction_by_hand(process, at, latents, target
     ],
 )
 def test_renoise_by_hand(process, at, renoise: int, factor: float) -> None:
-    """One level; the prediction is t times the latents, so at t = 0 it is 0, and evaluated again at the old time as well.
+    """One level; the prediction is t times the latents, so at t = 0 it is 0, and again at the old time.
 
     epsilon  x1 = 0.8 x + 0.6 * 0; at (x1, 1) the noise is 0.8 x; mean 0.4 x; again from x: 0.8 x + 0.6 * 0.4 x = 1.04 x
     v        at x: noise 0, x1 = 0.8 x; at (x1, 1) v = 0.8 x, so x_hat = 0.8 * 0.8 x - 0.6 * 0.8 x = 0.16 x and
