@@ -159,7 +159,7 @@ def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> N
 def test_killed_run_resumes_bit_for_bit(
     number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all of them are restored."""
+    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all are restored."""
     options = {
         "objective": objective,
         "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
