@@ -7,7 +7,7 @@ does.
 
 PIL images and tensors take open_clip's own transform, whose steps work on both. What is left between them is PIL's
 rounding to 8 bits after the resize: at most 0.08 of a score that reaches from -100 to 100, on 24 images of white noise
-(the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
+(the worst case) and a small random CLIP (tests/reward_scorers/test_published.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import register
 from reward_scorers.towers import Preprocess, TwoTowers, unit
 from reward_scorers.weights import digest, digest_of_tensors, fit, listed, loading, read_state
 
@@ -32,8 +31,7 @@ DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
 SCHEMES = ("hf-hub:", "local-dir:")
 
 
-@register("clip")
-def from_spec(argument: str) -> ClipScorer:
+def clip(argument: str) -> ClipScorer:
     """`clip`, `clip:MODEL:TAG`, `clip:MODEL:/path/weights.pt`, `clip:hf-hub:owner/name` or `clip:local-dir:/folder`."""
     argument = argument or DEFAULT
     if argument.startswith(SCHEMES):
@@ -63,7 +61,7 @@ class ClipScorer(TwoTowers):
             self.tokenizer = open_clip.get_tokenizer(model)
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
         *steps, normalize = image_transform_v2(config, is_train=False).transforms
-        self.steps = Preprocess(*steps, mean=normalize.mean, std=normalize.std)
+        self.preprocess = Preprocess(*steps, mean=normalize.mean, std=normalize.std)
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return unit(self.model.encode_image(inputs, normalize=False))

@@ -18,7 +18,7 @@ from torchvision.transforms import functional as F
 
 from reward_scorers.clip import ClipScorer
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import register
+from reward_scorers.images import to_pixels
 from reward_scorers.towers import BICUBIC, Preprocess
 from reward_scorers.weights import from_hub
 
@@ -31,7 +31,7 @@ class HPSv2Scorer(ClipScorer):
     """cos(image, text) of HPSv2.
 
     Args:
-        hps: "2.0" or "2.1". The two differ in nothing but their weights, so it is the file that tells them apart.
+        hps: "2.0" or "2.1". They differ in nothing but their weights, so only the file tells them apart.
         checkpoint: .pt (loaded with weights_only) or .safetensors; "" is the Hub's, "random" is for tests.
         model: of open_clip; another than ViT-H-14 is for tests.
 
@@ -50,18 +50,16 @@ class HPSv2Scorer(ClipScorer):
             raise ScorerError(f"hpsv{hps}: {path}: no such file")
         super().__init__(model, path)
         self.name = f"hpsv{hps}"
-        self.version = f"open_clip {open_clip.__version__}, {self.version.rpartition(', ')[2]}"
         size = open_clip.get_model_preprocess_cfg(self.model)["size"]
-        self.steps = Preprocess(partial(padded, side=size if isinstance(size, int) else size[0]), clip=False)
+        self.preprocess = Preprocess(partial(padded, side=size if isinstance(size, int) else size[0]), clip=False)
 
 
-register("hpsv2.0")(partial(HPSv2Scorer, "2.0"))
-register("hpsv2.1")(partial(HPSv2Scorer, "2.1"))
+hpsv2_0, hpsv2_1 = partial(HPSv2Scorer, "2.0"), partial(HPSv2Scorer, "2.1")
 
 
 def padded(image: Image.Image | Tensor, side: int) -> Tensor:
     """The long side resized to `side` pixels, unless it has that already, and the short one filled with black."""
-    pixels = image if isinstance(image, Tensor) else F.to_tensor(image)
+    pixels = to_pixels(image)
     height, width = pixels.shape[-2:]
     scale = side / max(height, width)
     if scale != 1.0:

@@ -75,13 +75,21 @@ class Evaluation:
 
 def fields_of(comparison: Comparison) -> dict[str, Any]:
     """A comparison as JSON values."""
-    values = dataclasses.asdict(comparison)
-    values["prompts_compared"] = values.pop("prompts")
-    return {
-        key: [number(v) for v in value] if isinstance(value, tuple) else number(value) for key, value in values.items()
-    }
+    values = plain(comparison)
+    return {"prompts_compared" if key == "prompts" else key: value for key, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON values: dataclasses as mappings, paths as text, and null for numbers that JSON lacks."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return number(value) if isinstance(value, float) else str(value) if isinstance(value, Path) else value
 
 
 def number(value: float) -> float | None:
     """JSON has no NaN: null stands for a number that is not known or does not apply."""
-    return value if isinstance(value, int) else (float(value) if math.isfinite(value) else None)
+    return float(value) if math.isfinite(value) else None

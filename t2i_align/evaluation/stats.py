@@ -97,11 +97,11 @@ def compare(
         losses=int((result == 0).sum()),
         tied=int((result == 0.5).sum()),
         win_rate=_ratio(float((result * decided).sum()), float(decided.sum())),
-        win_rate_ci=_interval(groups, result * decided, decided, resamples, seed),
+        win_rate_ci=interval(groups, result * decided, decided, resamples, seed),
         mean_before=_mean(old),
         mean_after=_mean(new),
         mean_change=_mean(new - old),
-        mean_change_ci=_interval(groups, new - old, np.ones_like(old), resamples, seed),
+        mean_change_ci=interval(groups, new - old, np.ones_like(old), resamples, seed),
     )
 
 
@@ -113,8 +113,13 @@ def check_policy(margin: float, ties: str) -> None:
         raise UserError(f"ties must be 'half' or 'drop', found {ties!r}")
 
 
-def _interval(groups: NDArray, numerator: Array, denominator: Array, resamples: int, seed: int) -> Interval:
-    """Percentile interval of sum(numerator) / sum(denominator) when whole groups are drawn with replacement."""
+def interval(
+    groups: NDArray, numerator: Array, denominator: Array, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Percentile interval of sum(numerator) / sum(denominator) when whole groups are drawn with replacement.
+
+    (NaN, NaN) with fewer than two groups, or where the denominator is 0.
+    """
     _, index = np.unique(groups, return_inverse=True)
     sums = [np.bincount(index, weights) for weights in (numerator, denominator)]  # of each group
     if len(sums[0]) < 2 or not sums[1].any():

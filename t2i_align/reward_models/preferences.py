@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ class Preferences:
         except ImageError as error:  # it could be decoded when the index was made
             raise UserError(f"group {self.ids[row]}: an image has changed since it was indexed: {error}") from error
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of ids, prompts, users and labels."""
         rows = [list(self.ids), list(self.prompts), list(self.users), [label.tolist() for label in self.labels]]

@@ -126,7 +126,7 @@ def test_pairs_need_agreement_of_the_scorers(synthesis: Path, sd_path: Path) -> 
 def test_command(
     tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(registry._FACTORIES, "channel", lambda argument: Channel(int(argument)))
+    monkeypatch.setitem(registry.FACTORIES, "channel", lambda argument: Channel(int(argument)))
     (tmp_path / "prompts.txt").write_text("a red fox\na blue owl\n")
     size = ["--steps", "1", "--height", "32", "--width", "32", "--guidance", "1"]
     command = [

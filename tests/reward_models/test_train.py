@@ -205,10 +205,10 @@ def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, 
     ties = source / "ties.jsonl"
     ties.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(
-        UserError, match="only ties to train on, of which hpsv2 learns nothing; loss=pickscore or btt does"
+        UserError, match="only ties to train on; hpsv2 learns nothing from them, loss=pickscore or btt does"
     ):
         train_scorer(run_of(tmp_path / "bad3", ties, clip, loss="hpsv2"), progress=False)
-    with pytest.raises(UserError, match="names no users, whom tune=pal is about"):
+    with pytest.raises(UserError, match="names no users, which tune=pal needs"):
         train_scorer(run_of(tmp_path / "bad4", ties, clip, tune="pal"), progress=False)
     run = run_of(tmp_path / "good", warm, clip, tune="linear")
     train_scorer(run, progress=False)

@@ -68,7 +68,7 @@ def test_heads_and_imagerewards_checkpoints_that_do_not_fit_are_refused(
     whole = torch.load(folder / "ImageReward.pt", weights_only=True)
     whole.pop("mlp.layers.7.bias")
     torch.save(whole, tmp_path / "short.pt")
-    with pytest.raises(ScorerError, match=r"short.pt does not fit: 1 keys missing \(head.7.bias\)"):
+    with pytest.raises(ScorerError, match=r"short.pt does not fit the network: 1 keys missing \(head.7.bias\)"):
         ImageRewardScorer(str(tmp_path / "short.pt"), str(folder), vision=VISION, text=TEXT)
     with pytest.raises(ScorerError, match="the tokenizer of"):
         ImageRewardScorer(str(folder / "ImageReward.pt"), str(tmp_path / "nowhere"), vision=VISION, text=TEXT)
