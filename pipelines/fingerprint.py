@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -34,7 +35,7 @@ def encoder_fingerprint(
     digest = hashlib.sha256()
     for name, file in sorted(files.items()):
         digest.update(name.encode())
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
@@ -61,13 +62,13 @@ def _encoder_files(
 
 
 def _weights(files: list[Path], variant: str | None) -> list[Path]:
-    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default."""
+    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default.
 
-    def variant_of(
-        file: Path,
-    ) -> str:  # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-        return file.stem.partition(".")[2].partition("-")[0]
-
-    weights = [file for file in files if file.suffix in WEIGHT_ENDINGS]
-    weights = [file for file in weights if variant_of(file) == variant] or [f for f in weights if not variant_of(f)]
+    Named model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors.
+    """
+    by_variant: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if file.suffix in WEIGHT_ENDINGS:
+            by_variant[file.stem.partition(".")[2].partition("-")[0]].append(file)
+    weights = by_variant.get(variant or "") or by_variant[""]
     return [file for file in weights if file.suffix == WEIGHT_ENDINGS[0]] or weights

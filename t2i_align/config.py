@@ -65,8 +65,8 @@ class DataConfig:
     clip's frame rate). annotations: files with captions, scores or users for a source's groups, by id. cache: encode
     once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
     limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
-    (`false`: to a square). stream: for what does not fit on disk: keep only so many rows there, shuffle among these,
-    and encode on the fly (null: no).
+    (`false`: to a square). stream: for what does not fit on disk: hold so many rows of a shard in memory, shuffle
+    among these, and encode on the fly (null: no).
     """
 
     path: UserPath = "testbed:pairs"

@@ -56,7 +56,7 @@ def quickstart(
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.evaluation.compare import RESULT, evaluate
-        from t2i_align.inference.prompts import resolve_prompts
+        from t2i_align.inference.options import resolve_prompts
         from t2i_align.training.output import write_settings
         from t2i_align.training.run import align
         from t2i_align.utils.logging import silence_libraries

@@ -26,7 +26,11 @@ from t2i_align.utils.settings import Bool, settings
 
 ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
 Names = list[str] | str
-KINDS = {"jsonl": tables.JSON, "webdataset": (".tar",), "pickapic": (".parquet",)}  # layouts told by their files
+KINDS = {
+    "jsonl": tables.JSON,
+    "webdataset": (".tar",),
+    "pickapic": (".parquet",),
+}  # layouts recognised by their kind of file
 
 
 @settings

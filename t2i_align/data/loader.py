@@ -26,10 +26,17 @@ from t2i_align.data.encode import Latents
 from t2i_align.data.media import CROP, MediaSize
 from t2i_align.data.prepare import write
 from t2i_align.data.readers import Selection
+from t2i_align.data.requirements import (
+    check_alike,
+    check_candidates,
+    check_columns,
+    check_requirements,
+    nothing_left,
+    wants_pairs,
+)
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.data.store import LAYOUT, Item, Store, is_complete, is_store
 from t2i_align.data.stream import Shards, Stream
-from t2i_align.data.survey import Survey
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -40,7 +47,6 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 
 logger = logging.getLogger(__name__)
 ENCODE_BATCH = 8
-COMMANDS = {"captions": "caption", "negative_caption": "perturb", "scores": "relabel"}  # that make the columns
 
 
 class PreferenceDataset(Dataset[Item]):
@@ -69,7 +75,7 @@ class PreferenceDataset(Dataset[Item]):
     ) -> None:
         self.groups, self.order, self.counts, self.fingerprint = groups, order, dict(counts), fingerprint
         self.score_range = score_range
-        self.pairs, self.columns = _wants_pairs(needs), needs.columns
+        self.pairs, self.columns = wants_pairs(needs), needs.columns
 
     def loader(
         self, *, seed: int, start_step: int, batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1,
@@ -219,24 +225,6 @@ def source_fingerprint(
     }
 
 
-def check_requirements(needs: Requirements, survey: Survey, path: str, limit: int | None = None) -> None:
-    """Raise UserError unless some group of the source can serve the objective, and all that can make one batch."""
-    if not survey.groups:
-        raise UserError(f"{path}: no usable group among {survey.rows} rows. First reasons: {'; '.join(survey.reasons)}")
-    _check_candidates(needs, survey.candidates, path)
-    _check_columns(needs, survey.columns, survey.groups, path)
-    if not needs.ties and survey.ties == survey.candidates:
-        raise UserError(f"{path}: all {survey.groups} groups are ties, from which this objective learns nothing")
-    disliked = survey.disliked if needs.likes_only else 0
-    usable = Counter(survey.candidates) - Counter({} if needs.ties else survey.ties) - Counter({1: disliked})
-    enough = {k: count for k, count in usable.items() if k >= needs.candidates}
-    if not enough:
-        few = sum(count for k, count in survey.candidates.items() if k < needs.candidates)
-        raise _nothing_left(needs, path, survey.groups, sum(survey.ties.values()), disliked, few)
-    if limit is None:  # else the first ones may well be alike
-        _check_alike(needs, enough, path)
-
-
 def digest(values: Any) -> str:
     """A short name for JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -312,15 +300,15 @@ def _on_the_fly(
 def _choose(store: Store, needs: Requirements, data: DataConfig) -> PreferenceDataset:
     """The groups of prepared data that serve the objective, the first so many of them."""
     stored: dict[str, Any] = store.manifest["counts"]
-    _check_candidates(needs, {int(k): count for k, count in stored["candidates"].items()}, data.path)
-    _check_columns(needs, stored["columns"], stored["groups"], data.path)
+    check_candidates(needs, {int(k): count for k, count in stored["candidates"].items()}, data.path)
+    check_columns(needs, stored["columns"], stored["groups"], data.path)
     enough = store.k >= needs.candidates
     disliked = (store.k == 1) & (store.best <= 0) & needs.likes_only
     usable = np.flatnonzero(enough & ~disliked & (needs.ties | ~store.tie))
     chosen = usable[: data.limit]
     if not len(chosen):
-        raise _nothing_left(needs, data.path, len(store), *(int(of.sum()) for of in (store.tie, disliked, ~enough)))
-    _check_alike(needs, Counter(store.k[chosen].tolist()), data.path)
+        raise nothing_left(needs, data.path, len(store), *(int(of.sum()) for of in (store.tie, disliked, ~enough)))
+    check_alike(needs, Counter(store.k[chosen].tolist()), data.path)
     left_out = {
         "ties_left_out": int((enough & store.tie).sum()) if not needs.ties else 0,
         "disliked_left_out": int((enough & disliked).sum()),
@@ -331,7 +319,7 @@ def _choose(store: Store, needs: Requirements, data: DataConfig) -> PreferenceDa
     fingerprint = {
         "parts": store.manifest["fingerprint"],
         "chosen": hashlib.sha256(chosen.astype(np.int64).tobytes()).hexdigest(),
-        "pairs": _wants_pairs(needs) and int(store.k[chosen].max()) > 2,
+        "pairs": wants_pairs(needs) and int(store.k[chosen].max()) > 2,
     }
     return PreferenceDataset(
         store,
@@ -348,51 +336,3 @@ def _counts(path: str, groups: int, skipped: int, left_out: Mapping[str, int]) -
     if reported:
         logger.info("%s: %s", path, ", ".join(f"{count} {name}" for name, count in reported.items()))
     return {"groups": groups, "skipped": skipped, **reported}
-
-
-def _check_candidates(needs: Requirements, candidates: dict[int, int], path: str) -> None:
-    if candidates and max(candidates) < needs.candidates:
-        raise UserError(
-            f"{path}: the objective compares {needs.candidates} candidates of a prompt, "
-            f"but the groups here have {_listed(candidates)}"
-        )
-
-
-def _check_alike(needs: Requirements, candidates: dict[int, int], path: str) -> None:
-    if len(candidates) > 1 and not _wants_pairs(needs):
-        raise UserError(
-            f"{path}: for this objective, groups must have the same number of candidates, found {_listed(candidates)}"
-        )
-
-
-def _wants_pairs(needs: Requirements) -> bool:
-    return needs.candidates == 2 and not needs.lists  # groups of any size then give their best and their worst
-
-
-def _check_columns(needs: Requirements, columns: dict[str, int], groups: int, path: str) -> None:
-    for name in needs.columns:
-        found = columns.get(name, 0)
-        if name == "scores" and found:  # a scorer's numbers may happen to be 0 and 1 in some of the groups
-            continue
-        if found < groups:
-            what = f"{name!r} that are more than labels" if name == "scores" else repr(name)
-            hint = (
-                f" `t2i-align {COMMANDS[name]}` makes it: name its file in data.annotations."
-                if name in COMMANDS
-                else ""
-            )
-            raise UserError(
-                f"{path}: the objective needs {what} with each group, but only {found} of {groups} groups have it."
-                f"{hint}"
-            )
-
-
-def _nothing_left(needs: Requirements, path: str, groups: int, ties: int, disliked: int, few: int) -> UserError:
-    return UserError(
-        f"{path}: no group is left: of {groups}, {ties} are ties, {disliked} are disliked, "
-        f"{few} have fewer than {needs.candidates} candidates"
-    )
-
-
-def _listed(candidates: dict[Any, Any]) -> str:
-    return ", ".join(f"{k} candidate{'s' * (int(k) > 1)} ({count} groups)" for k, count in sorted(candidates.items()))

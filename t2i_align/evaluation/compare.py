@@ -23,12 +23,17 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import sample, sample_seed
+from t2i_align.inference.generate import sample, sample_seed, score_inputs
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for
-from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.inference.scorers import build_scorers
-from t2i_align.utils.files import output_lock, write_text
+from t2i_align.inference.options import (
+    PRECISIONS,
+    build_scorers,
+    check_free,
+    check_options,
+    memory_for,
+    resolve_prompts,
+)
+from t2i_align.utils.files import output_lock, write_json, write_text
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -121,16 +126,15 @@ def evaluate(
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
-    check_counts(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    check_options(precision, seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
-    check_precision(precision)
     other = resolve_aligned(aligned)
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    _check_free(folder, force)
+    check_free(folder, force, "evaluation", RESULT)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
@@ -197,11 +201,10 @@ def evaluate(
         }
         scores = _results(judges, rows, before, after, margins, ties)
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        report = render(result.to_json(), _samples(rows, before, after, margins), store, images)
-        write_text(folder / REPORT, report)
-        lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
-        write_text(folder / PAIRS, "\n".join(lines) + "\n")
-        write_text(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        pairs = _pairs(rows, before, after, margins)
+        write_text(folder / REPORT, render(result.to_json(), pairs, store, images))
+        write_text(folder / PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        write_json(folder / RESULT, result.to_json())
     return result
 
 
@@ -225,17 +228,13 @@ def _measure(
         samples = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
         for row, one in enumerate(samples, start):
             keep(one, store, side, row, fps)
-        # Images all at once, clips one by one.
-        media = [clip.unsqueeze(0).float() / 255 for clip in samples] if pipeline.video else [samples]
-        for scorer in scorers:
-            row = start
-            for batch in media:
+        for indices, media in score_inputs(samples):
+            for scorer in scorers:
                 with memory_for(batch_size), torch.no_grad():
-                    total, parts = scorer.judge(batch, texts[row - start :][: len(batch)])
+                    total, parts = scorer.judge(media, [texts[index] for index in indices])
                 for name, values in {TOTAL: total, **parts}.items():
                     column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
-                    column[row : row + len(batch)] = values.double().cpu().numpy()
-                row += len(batch)
+                    column[start + np.array(indices)] = values.double().cpu().numpy()
         bar.update(len(part))
     return scores
 
@@ -264,34 +263,26 @@ def _results(
 
 def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
     if base != aligned:
-        outputs = [f"{name} makes {'clips' if video else 'images'}" for name, video in
-                   (("the base", base), (path, aligned))]  # fmt: skip
-        raise UserError(f"{' and '.join(outputs)}: they cannot be compared")
+        outputs = {True: "clips", False: "images"}
+        raise UserError(f"the base makes {outputs[base]} and {path} makes {outputs[aligned]}: they cannot be compared")
 
 
-def _samples(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
+def _pairs(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
     """One JSON object per pair: prompt, seed, and each scorer's numbers of both sides."""
-    named = {1.0: "win", 0.0: "loss", 0.5: "tie"}
-    wins = {name: outcomes(old[TOTAL], after[name][TOTAL], margin=margins[name]) for name, old in before.items()}
-    samples = []
-    for i, row in enumerate(rows):
-        scores = {
-            name: {
-                "before": number(old[TOTAL][i]),
-                "after": number(after[name][TOTAL][i]),
-                "outcome": named.get(float(wins[name][i])),
-                "parts": {
-                    part: [number(values[i]), number(after[name][part][i])]
-                    for part, values in old.items()
-                    if part != TOTAL and part in after[name]
-                },
-            }
-            for name, old in before.items()
-        }
-        samples.append(
-            {"prompt": row.prompt, "prompt_index": row.index, "k": row.k, "seed": row.seed, "scores": scores}
-        )
-    return samples
+    labels = {1.0: "win", 0.0: "loss", 0.5: "tie"}
+    pairs = [
+        {"prompt": row.prompt, "prompt_index": row.index, "k": row.k, "seed": row.seed, "scores": {}} for row in rows
+    ]
+    for name, columns in before.items():
+        both = {part: (old, after[name][part]) for part, old in columns.items() if part in after[name]}
+        outcome = outcomes(*both[TOTAL], margin=margins[name])
+        for i, pair in enumerate(pairs):
+            values = {part: [number(old[i]), number(new[i])] for part, (old, new) in both.items()}
+            old, new = values.pop(TOTAL)
+            pair["scores"][name] = {
+                "before": old, "after": new, "outcome": labels.get(float(outcome[i])), "parts": values,
+            }  # fmt: skip
+    return pairs
 
 
 def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | None, ties: str) -> dict[str, float]:
@@ -312,20 +303,8 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
 def _workplace(folder: Path, force: bool) -> Iterator[Path]:
     """A temporary folder in `folder`, which no other run may write to meanwhile."""
     with output_lock(folder):
-        _check_free(folder, force)  # another run may have come and gone since it was asked first
+        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since it was asked first
         for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
             yield Path(temporary)
-
-
-def _check_free(folder: Path, force: bool) -> None:
-    """Only an earlier evaluation may be replaced, and only with `force`; hidden files are ignored."""
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write to")
-    if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
-        return
-    if not (folder / RESULT).is_file():
-        raise UserError(f"{folder}: not empty, and holds no evaluation; choose another folder")
-    if not force:
-        raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")

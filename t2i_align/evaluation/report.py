@@ -59,32 +59,19 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
         images: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
     """
-    name = result["scorer"]
-    chosen = choose(samples, name, images, result["seed"])
-    sections = [
-        {
-            "key": key,
-            "title": title,
-            "text": text,
-            "pairs": [_pair(row, samples[row], name, store) for row in chosen[key]],
-        }
-        for key, title, text in (
-            ("random", "A random sample", "Drawn by the evaluation's seed without looking at scores."),
-            ("wins", "The largest wins", "Where the score rose most. Picked by score, so not typical."),
-            ("losses", "The largest losses", "Where the score fell most. Picked by score, so not typical."),
-        )
-    ]
-    scorers = [
-        {"name": scorer, "version": entry["version"], "tie_margin": entry["tie_margin"], "rows": _rows(scorer, entry)}
-        for scorer, entry in result["scorers"].items()
-    ]
+    chosen = choose(samples, result["scorer"], images, result["seed"])
+    sections = (
+        ("A random sample", "Drawn by the evaluation's seed without looking at scores.", chosen["random"]),
+        ("The largest wins", "Where the score rose most. Picked by score, so not typical.", chosen["wins"]),
+        ("The largest losses", "Where the score fell most. Picked by score, so not typical.", chosen["losses"]),
+    )
     return ENVIRONMENT.get_template("report.html.jinja").render(
         result=result,
-        headline=result["scorers"][name],
-        verdict=verdict(result["win_rate_ci"]),
         levels=LEVELS,
-        scorers=scorers,
+        verdict=verdict,
         sections=sections,
+        samples=samples,
+        image=lambda side, row: _inline(store, f"{side}-{row:06d}"),
     )
 
 
@@ -109,33 +96,6 @@ def verdict(interval: Sequence[float | None]) -> str:
     if low is None or high is None:
         return "open"
     return "better" if low > 0.5 else "worse" if high < 0.5 else "open"
-
-
-def _rows(scorer: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = [(scorer, True, entry), *((part, False, values) for part, values in entry["parts"].items())]
-    return [
-        {"label": label, "total": total, "c": values, "verdict": verdict(values["win_rate_ci"])}
-        for label, total, values in rows
-    ]
-
-
-def _pair(row: int, sample: Mapping[str, Any], scorer: str, store: Path) -> dict[str, Any]:
-    scores = sample["scores"][scorer]
-    parts = {
-        part: values
-        for part, values in scores["parts"].items()
-        if values[0] is not None and values[1] is not None and abs(values[0] - values[1]) > 0.005
-    }
-    return {
-        "prompt": sample["prompt"],
-        "seed": sample["seed"],
-        "outcome": scores["outcome"],
-        "before": scores["before"],
-        "after": scores["after"],
-        "parts": parts,
-        "base": _inline(store, f"base-{row:06d}"),
-        "aligned": _inline(store, f"aligned-{row:06d}"),
-    }
 
 
 def _inline(store: Path, name: str) -> dict[str, Any]:

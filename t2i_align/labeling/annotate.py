@@ -16,8 +16,7 @@ from t2i_align.data.schema import Group
 from t2i_align.data.votes import RULES as VOTES
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.options import check_counts, memory_for, pick_device
-from t2i_align.inference.scorers import build_scorers, unscorable
+from t2i_align.inference.options import build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.labeling.groups import Annotate, Batch, Summary, fill, slices
 from t2i_align.labeling.models import DRAWN, RULES, Captioner, Perturber, load_captioner, load_perturber
 from t2i_align.labeling.rules import KINDS
@@ -235,7 +234,7 @@ class _Job:
         self, source: str | Path, out: str | Path, format: str, annotations: Sequence[str | Path] = (), *,
         pairs: bool = False, batch_size: int, force: bool,
     ) -> None:  # fmt: skip
-        check_counts(batch_size=batch_size)
+        check_options(batch_size=batch_size)
         self.table, self.batch_size, self.force = ResumableTable(out), batch_size, force
         if not force:
             self.table.check_unfinished()

@@ -17,8 +17,7 @@ from reward_scorers.vlm import chat_inputs, without_special_tokens
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.models import resolve_model
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, pick_device
-from t2i_align.inference.prompts import TESTBED
+from t2i_align.inference.options import PRECISIONS, TESTBED, check_options, pick_device
 from t2i_align.labeling.rules import KINDS, RulePerturber
 
 DRAWN = "testbed:captioner"
@@ -113,8 +112,7 @@ class LanguageModel(ABC):
         device: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
-        check_precision(precision)
-        check_counts(max_new_tokens=max_new_tokens)
+        check_options(precision, max_new_tokens=max_new_tokens)
         self.device, self.dtype = pick_device(device), PRECISIONS[precision]
         self.name, self.template, self.max_new_tokens = path, template, max_new_tokens
         try:

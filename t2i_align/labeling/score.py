@@ -29,9 +29,8 @@ from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
-from t2i_align.inference.scorers import build_scorers, unscorable
+from t2i_align.inference.generate import LIST, score_inputs
+from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
@@ -82,8 +81,7 @@ def score(
     Raises:
         UserError: a list, row, scorer or device that cannot be used.
     """
-    check_counts(batch_size=batch_size)
-    check_precision(precision)
+    check_options(precision, batch_size=batch_size)
     processes = Distributed()
     place = pick_device(device or processes.device)
     candidates, total = _candidates(images)
@@ -175,13 +173,10 @@ class _ScorerRun:
             }
             yield from (self._row(batch[i], error=error) for i, error in errors.items() if error)
             usable = [i for i in indices if not errors[i]]
-            stills = [i for i in usable if isinstance(media[i], Image.Image)]
-            for part in ([stills] if stills else []) + [[i] for i in usable if i not in stills]:
+            for indices, inputs in score_inputs([media[i] for i in usable]):
+                part = [usable[index] for index in indices]
                 try:
                     with memory_for(len(part)):
-                        images = [media[i] for i in part]
-                        # A clip is scored by itself.
-                        inputs = images if part == stills else images[0].unsqueeze(0).float() / 255
                         total, parts = self.scorer.judge(inputs, [batch[i].prompt for i in part])
                 except ScorerError as error:
                     raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error

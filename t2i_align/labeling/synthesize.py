@@ -33,9 +33,7 @@ from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.generate import sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
-from t2i_align.inference.options import check_counts, check_precision, pick_device
-from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.inference.scorers import build_scorers, unscorable
+from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, fill
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, claim, read_json
@@ -99,8 +97,7 @@ def synthesize(
         UserError: an argument that cannot be used, or a folder begun with other settings.
     """
     texts = list(dict.fromkeys(resolve_prompts(prompts)))
-    check_counts(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
-    check_precision(precision)
+    check_options(precision, per_prompt=per_prompt, steps=steps, batch_size=batch_size)
     if pairs is not None and pairs not in PAIRS:
         raise unknown("pairs", pairs, PAIRS)
     if not 0 <= agree <= 1:

@@ -323,7 +323,7 @@ def test_captions_under_a_genuine_text_encoder(tmp_path: Path, sd_path: Path, ca
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_whole_lists_have_a_caption_each(tmp_path: Path, cache: bool) -> None:
+def test_lists_have_one_caption_per_candidate(tmp_path: Path, cache: bool) -> None:
     path = source_of(tmp_path, [[0, 2, 1], [2, 0, 1]])
     sidecar = write_jsonl(tmp_path / "s.jsonl", described([[0] * 3] * 2, "captions"))
     needs = Requirements(candidates=2, lists=True, columns=("captions",))
@@ -338,7 +338,7 @@ def test_whole_lists_have_a_caption_each(tmp_path: Path, cache: bool) -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_only_what_is_asked_for_is_given(tmp_path: Path, cache: bool) -> None:
+def test_batches_have_only_the_required_columns(tmp_path: Path, cache: bool) -> None:
     """One cache serves every objective; the batches of one that asks for no captions are as they were without any."""
     path = source_of(tmp_path, SCORES)
     sidecar = write_jsonl(tmp_path / "s.jsonl", described(SCORES, "captions", "negative_caption", "user"))
@@ -373,7 +373,7 @@ def test_each_text_is_encoded_once(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_new_scores_decide_what_is_better_and_what_is_a_tie(tmp_path: Path) -> None:
+def test_annotated_scores_decide_order_and_ties(tmp_path: Path) -> None:
     path = source_of(tmp_path, [[1, 0], [1, 1], [1, 0]])
     rows = [[0.2, 0.3], [0.25, 0.1], [0.5, 0.5]]
     sidecar = write_jsonl(tmp_path / "s.jsonl", [{"id": f"g{g}", "scores": row} for g, row in enumerate(rows)])
@@ -437,7 +437,9 @@ def test_a_finished_cache_takes_no_annotations(tmp_path: Path) -> None:
         ("user", r"needs 'user' with each group, but only 0 of 4 groups have it\.$"),
     ],
 )
-def test_what_is_missing_and_who_makes_it(tmp_path: Path, cache: bool, column: str, expected: str) -> None:
+def test_missing_column_names_the_command_that_makes_it(
+    tmp_path: Path, cache: bool, column: str, expected: str
+) -> None:
     labels: list[list[float]] = [[1, 0], [0, 1], [0.5, 0.5], [1, 0]]
     path = source_of(tmp_path, labels)
     needs = Requirements(candidates=2, columns=(column,))

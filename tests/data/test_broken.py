@@ -286,7 +286,7 @@ def test_a_shard_that_is_a_loop(tmp_path: Path) -> None:
     assert "000001.tar: cannot be read as a tar file" in outcome(tmp_path)
 
 
-def test_a_bomb_of_a_image_is_refused() -> None:
+def test_decompression_bomb_is_refused() -> None:
     """40,000 x 40,000 pixels of one colour in some kilobytes: 1.6 billion pixels, of which none is unpacked."""
     side = 40_000
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel

@@ -69,7 +69,7 @@ def test_every_format_gives_its_frames_at_the_wanted_rate(tmp_path: Path, ending
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.webp", "clip"])
-def test_what_is_saved_is_read_again(tmp_path: Path, name: str) -> None:
+def test_saved_clip_is_read_again(tmp_path: Path, name: str) -> None:
     save_clip(grey_clip().float() / 255, tmp_path / name, RATE)
     assert np.abs(np.subtract(greys(load_clip(tmp_path / name, 8, 32, 48)), LEVELS)).max() <= 2
     assert [file.name for file in tmp_path.iterdir()] == [name]
@@ -111,7 +111,7 @@ def cut(file: Path, share: float) -> Path:
     return out
 
 
-def test_what_cannot_be_used_has_a_reason(tmp_path: Path) -> None:
+def test_unusable_clip_has_a_reason(tmp_path: Path) -> None:
     text, playlist, audio = tmp_path / "text.mp4", tmp_path / "playlist.mp4", tmp_path / "audio.mp4"
     text.write_text("no video at all\n" * 9)
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{write(tmp_path / 'other.mp4')}\n")
@@ -171,7 +171,7 @@ def test_bombs_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
         load_clip(tmp_path / name, 2, 32, 48)
 
 
-def test_images_and_clips_are_told_apart(tmp_path: Path) -> None:
+def test_images_and_clips_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"clip\.mp4 is a video, expected an image"):
         decode(write(tmp_path / "clip.mp4"))
     with pytest.raises(ImageError, match="is a folder, expected an image"):

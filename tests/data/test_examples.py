@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def test_images_can_be_told_apart() -> None:
+def test_example_images_are_distinguishable() -> None:
     """The mispairing tests recognise an image by its colour, so 100 of them must differ by more than JPEG's error."""
     colours = np.array([colour(number) for number in range(100)])
     distance = np.abs(colours[:, None] - colours[None]).max(-1) + 99 * np.eye(100)

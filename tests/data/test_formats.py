@@ -45,7 +45,7 @@ def test_every_ranking_comes_to_the_same_groups(tmp_path: Path, name: str) -> No
         assert readers.survey(source).candidates == {3: 2}
 
 
-def test_what_else_formats_say(tmp_path: Path) -> None:
+def test_captions_users_and_vote_shares_of_formats(tmp_path: Path) -> None:
     """Captions, users and shares of votes; ranks are shares of the others that one beats.
 
     In the first ranking the best beats both, (1 + 1) / 2, and each of the others half of the other, (0 + 1/2) / 2.

@@ -23,7 +23,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
     return stream.getvalue()
 
 
-def test_exif_orientation_is_applied() -> None:
+def test_rotated_jpeg_is_upright() -> None:
     """Orientation 6: the stored image must be turned by 90 degrees clockwise, so its left edge becomes the top."""
     stored = Image.new("RGB", (4, 2), "black")
     stored.putpixel((0, 0), (255, 255, 255))
@@ -69,7 +69,7 @@ def test_cmyk_and_grey_become_rgb() -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_has_a_reason(content: bytes, reason: str) -> None:
+def test_unusable_image_has_a_reason(content: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         decode(content)
 
@@ -95,7 +95,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @given(cut=st.integers(0, 2000), flips=st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 255)), max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_damage_gives_a_image_or_an_image_error(cut: int, flips: list[tuple[int, int]]) -> None:
+def test_damage_gives_an_image_or_an_image_error(cut: int, flips: list[tuple[int, int]]) -> None:
     damaged = bytearray(noise_jpeg(1))
     for place, mask in flips:
         damaged[place % len(damaged)] ^= mask

@@ -38,7 +38,7 @@ def test_a_fingerprint_survives_scaling_and_saving(tmp_path: Path) -> None:
     assert fingerprint(Image.new("RGB", (8, 8), "red")) != fingerprint(Image.new("RGB", (8, 8), "blue"))
 
 
-def test_what_is_counted(tmp_path: Path) -> None:
+def test_counts_of_a_source(tmp_path: Path) -> None:
     """Four judgements of one pair, of which one differs: of the six couples of them, three do. Two scorers of three
     candidates: they agree on one of three pairs."""
     images(tmp_path)
@@ -73,7 +73,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_only_what_is_opened_is_read_with_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_the_opened_groups_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six groups, of which two are opened; charts are of one scale however few bars they have."""
     monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
 

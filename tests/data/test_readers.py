@@ -379,7 +379,7 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
     assert readers.identity(file, "jsonl") != before
 
 
-def test_identity_of_folders_is_of_what_is_read(tmp_path: Path) -> None:
+def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> None:
     """A run's output below the pairs, or what a file manager leaves there, does not make them another source."""
     write_images(tmp_path / "chosen", ["fox.png"])
     write_images(tmp_path / "rejected", ["fox.png"])

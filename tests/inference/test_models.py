@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.models import Aligned, resolve_adapter, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.options import resolve_prompts
 
 
 @pytest.mark.parametrize("text", ["./foxs", "~/foxs", "/foxs", "a/b/foxs", "runs/foxs", "foxs"])

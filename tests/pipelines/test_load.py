@@ -142,7 +142,7 @@ def damaged(sd_path: Path, tmp_path: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("family", "'KandinskyPipeline' are not supported.*StableDiffusionPipeline"),
+        ("family", "'KandinskyPipeline' is not supported.*StableDiffusionPipeline"),
         ("component", "lacks its component 'unet'"),
         ("index", "no model_index.json"),
         ("weights", "could not be loaded"),
