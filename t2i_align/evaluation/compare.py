@@ -270,7 +270,7 @@ def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
 def _pairs(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
     """One JSON object per pair: prompt, seed, and each scorer's numbers of both sides."""
     labels = {1.0: "win", 0.0: "loss", 0.5: "tie"}
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {"prompt": row.prompt, "prompt_index": row.index, "k": row.k, "seed": row.seed, "scores": {}} for row in rows
     ]
     for name, columns in before.items():

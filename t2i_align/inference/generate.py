@@ -51,9 +51,9 @@ def sample(
 
 def score_inputs(samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Image.Image] | Tensor]]:
     """Samples as `Scorer.judge` takes them, with their indices: all images at once, then each clip in [0, 1] alone."""
-    stills = [index for index, item in enumerate(samples) if not isinstance(item, Tensor)]
+    stills = {index: item for index, item in enumerate(samples) if not isinstance(item, Tensor)}
     if stills:
-        yield stills, [samples[index] for index in stills]
+        yield list(stills), list(stills.values())
     for index, item in enumerate(samples):
         if isinstance(item, Tensor):
             yield [index], item.unsqueeze(0).float() / 255
