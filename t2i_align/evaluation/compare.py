@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +42,8 @@ if TYPE_CHECKING:
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 TEMPORARY = ".images-"
 TOTAL = ""  # the key of the score itself, beside the names of its parts
-Scores = dict[str, dict[str, NDArray[np.float64]]]  # scorer -> TOTAL or part -> [N], NaN where not applicable
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image or clip of each side: the prompt, its index, which of its seeds, and that seed."""
-
-    prompt: str
-    index: int
-    k: int
-    seed: int
+Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
+Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not applicable
 
 
 def evaluate(
@@ -160,7 +151,11 @@ def evaluate(
     pipeline.check_size(height, width, frames)
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     video, fps = pipeline.video, fps or pipeline.fps
-    rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
+    rows: list[Row] = [
+        {"prompt": text, "prompt_index": index, "k": k, "seed": sample_seed(seed, index, k)}
+        for index, text in enumerate(texts)
+        for k in range(seeds_per_prompt)
+    ]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
@@ -190,7 +185,7 @@ def evaluate(
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,
-            "seeds": [row.seed for row in rows],
+            "seeds": [row["seed"] for row in rows],
             "ties": ties,
             "tie_margin": margins[judges[0].name],
             **sampling,
@@ -199,11 +194,13 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),
         }
-        scores = _results(judges, rows, before, after, margins, ties)
+        scores = {
+            judge.name: _compared(judge, rows, before[judge.name], after[judge.name], margins[judge.name], ties)
+            for judge in judges
+        }
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        pairs = _pairs(rows, before, after, margins)
-        write_text(folder / REPORT, render(result.to_json(), pairs, store, images))
-        write_text(folder / PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        write_text(folder / REPORT, render(result.to_json(), rows, store, images))
+        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_json(folder / RESULT, result.to_json())
     return result
 
@@ -218,14 +215,14 @@ def _measure(
     batch_size: int,
     fps: float,
     **sampling: Any,
-) -> Scores:
-    """Generate and score one side, batch by batch, so that memory does not grow with the number of samples."""
-    scores: Scores = {scorer.name: {} for scorer in scorers}
+) -> dict[str, Columns]:
+    """Scores of one side by scorer, generated batch by batch, so that memory does not grow with their number."""
+    scores: dict[str, Columns] = {scorer.name: {} for scorer in scorers}
     bar.set_description(side)
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        texts = [row.prompt for row in part]
-        samples = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
+        texts = [row["prompt"] for row in part]
+        samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
         for row, one in enumerate(samples, start):
             keep(one, store, side, row, fps)
         for indices, media in score_inputs(samples):
@@ -239,26 +236,21 @@ def _measure(
     return scores
 
 
-def _results(
-    scorers: Sequence[Scorer],
-    rows: Sequence[Row],
-    before: Scores,
-    after: Scores,
-    margins: Mapping[str, float],
-    ties: Ties,
-) -> dict[str, ScorerResult]:
-    clusters = np.array([row.index for row in rows])
-    results = {}
-    for scorer in scorers:
-        name, margin = scorer.name, margins[scorer.name]
-        every = {
-            part: compare(old, after[name][part], clusters, margin=margin, ties=ties)
-            for part, old in before[name].items()
-            if part in after[name]
-        }
-        total = every.pop(TOTAL)
-        results[name] = ScorerResult(version=scorer.version, tie_margin=margin, total=total, parts=every)
-    return results
+def _compared(
+    scorer: Scorer, rows: Sequence[Row], before: Columns, after: Columns, margin: float, ties: Ties
+) -> ScorerResult:
+    """One scorer's comparison of both sides; its numbers of each pair are added to `rows`."""
+    both = {part: (old, after[part]) for part, old in before.items() if part in after}
+    prompts = np.array([row["prompt_index"] for row in rows])
+    comparisons = {part: compare(*sides, prompts, margin=margin, ties=ties) for part, sides in both.items()}
+    outcome = outcomes(*both[TOTAL], margin=margin)
+    for i, row in enumerate(rows):
+        parts = {part: [number(old[i]), number(new[i])] for part, (old, new) in both.items()}
+        old, new = parts.pop(TOTAL)
+        label = {1.0: "win", 0.0: "loss", 0.5: "tie"}.get(float(outcome[i]))
+        row.setdefault("scores", {})[scorer.name] = {"before": old, "after": new, "outcome": label, "parts": parts}
+    total = comparisons.pop(TOTAL)
+    return ScorerResult(version=scorer.version, tie_margin=margin, total=total, parts=comparisons)
 
 
 def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
@@ -267,33 +259,13 @@ def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
         raise UserError(f"the base makes {outputs[base]} and {path} makes {outputs[aligned]}: they cannot be compared")
 
 
-def _pairs(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One JSON object per pair: prompt, seed, and each scorer's numbers of both sides."""
-    labels = {1.0: "win", 0.0: "loss", 0.5: "tie"}
-    pairs: list[dict[str, Any]] = [
-        {"prompt": row.prompt, "prompt_index": row.index, "k": row.k, "seed": row.seed, "scores": {}} for row in rows
-    ]
-    for name, columns in before.items():
-        both = {part: (old, after[name][part]) for part, old in columns.items() if part in after[name]}
-        outcome = outcomes(*both[TOTAL], margin=margins[name])
-        for i, pair in enumerate(pairs):
-            values = {part: [number(old[i]), number(new[i])] for part, (old, new) in both.items()}
-            old, new = values.pop(TOTAL)
-            pair["scores"][name] = {
-                "before": old, "after": new, "outcome": labels.get(float(outcome[i])), "parts": values,
-            }  # fmt: skip
-    return pairs
-
-
 def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | None, ties: str) -> dict[str, float]:
-    margins = {scorer.name: scorer.tie_margin for scorer in scorers}
-    if isinstance(given, Mapping):
-        for name in given:
-            if name not in margins:
-                raise unknown("scorer in tie_margin", name, margins)
-        margins |= given
-    elif given is not None:
-        margins = dict.fromkeys(margins, given)
+    own = {scorer.name: scorer.tie_margin for scorer in scorers}
+    given = {} if given is None else given if isinstance(given, Mapping) else dict.fromkeys(own, given)
+    for name in given:
+        if name not in own:
+            raise unknown("scorer in tie_margin", name, own)
+    margins = own | dict(given)
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
@@ -303,7 +275,7 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
 def _workplace(folder: Path, force: bool) -> Iterator[Path]:
     """A temporary folder in `folder`, which no other run may write to meanwhile."""
     with output_lock(folder):
-        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since it was asked first
+        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since the first check
         for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:

@@ -46,19 +46,14 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """What `result.json` holds: the first scorer's numbers on top, everything under `scorers`; NaN is null."""
-        top: dict[str, Any] = fields_of(self.headline.total)
+        top: dict[str, Any] = plain(self.headline.total)
         for name, part in self.headline.parts.items():
-            top |= {f"{name}_{key}": value for key, value in fields_of(part).items()}
-        everything = {
-            name: {
-                "version": result.version,
-                "tie_margin": result.tie_margin,
-                **fields_of(result.total),
-                "parts": {part: fields_of(comparison) for part, comparison in result.parts.items()},
-            }
-            for name, result in self.scorers.items()
-        }
-        return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": everything}
+            top |= {f"{name}_{key}": value for key, value in plain(part).items()}
+        scorers = {}
+        for name, result in self.scorers.items():
+            values = plain(result)
+            scorers[name] = {**values.pop("total"), **values}
+        return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": scorers}
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -71,12 +66,6 @@ class Evaluation:
                     f"mean {c.mean_before:.3f} -> {c.mean_after:.3f}  n {c.n}"
                 )
         return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
-
-
-def fields_of(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as JSON values."""
-    values = plain(comparison)
-    return {"prompts_compared" if key == "prompts" else key: value for key, value in values.items()}
 
 
 def plain(value: Any) -> Any:

@@ -116,4 +116,6 @@ def measure(scores: Sequence[Tensor], labels: Sequence[Tensor], prompts: Sequenc
     _, prompt = np.unique(np.array(prompts, dtype=str), return_inverse=True)
     won = torch.cat(gaps).cpu().numpy()
     result = compare(np.zeros(len(won)), won, np.repeat(prompt, [len(gap) for gap in gaps]))
-    return Accuracy(pairs=result.n, prompts=result.prompts, accuracy=result.win_rate, interval=result.win_rate_ci)
+    return Accuracy(
+        pairs=result.n, prompts=result.prompts_compared, accuracy=result.win_rate, interval=result.win_rate_ci
+    )

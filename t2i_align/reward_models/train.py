@@ -83,32 +83,29 @@ def _train_into(
         data = open_preferences(run.data.path, format=run.data.format, annotations=run.data.annotations,
                                 limit=run.data.limit, **opened)  # fmt: skip
         test = open_preferences(run.data.test, **opened) if run.data.test else None
-    parts = split(data, run.data)
-    check_learnable(run, data, parts.train)
+    held_out = split(data, run.data)
+    rows = held_out.pop("train")
+    check_learnable(run, data, rows)
     torch.manual_seed(stable_seed(run.train.seed, "weights"))
     try:
         with accelerator.main_process_first():
-            policy = begin(run, [data, test] if test else [data], sorted({data.users[row] for row in parts.train}),
+            policy = begin(run, [data, test] if test else [data], sorted({data.users[row] for row in rows}),
                            cache=output, device=accelerator.device, progress=opened["progress"])  # fmt: skip
     except ScorerError as error:
         raise UserError(f"model: {error}") from error
     if run.tune == "users":  # decay would change known users' weights as well, whose gradients are zero
         run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, weight_decay=0.0))
-    loop = Loop(ScorerTask(run, accelerator, policy, data, parts.train), accelerator, run, progress)
+    loop = Loop(ScorerTask(run, accelerator, policy, data, rows), accelerator, run, progress)
     if run.resume:
         loop.resume()
     if accelerator.is_main_process:
         write_settings(output, settings)
     loop.run()
-    held_out = {"new_prompts": (data, parts.new_prompts), "new_users": (data, parts.new_users)}
-    if test:
-        held_out["test"] = (test, list(range(len(test))))
     policy.network.eval()
-    accuracy = {
-        name: evaluate(policy, preferences, rows, accelerator.device)
-        for name, (preferences, rows) in held_out.items()
-        if rows
-    }
+    evaluated = {name: (data, part) for name, part in held_out.items()}
+    if test:
+        evaluated["test"] = (test, list(range(len(test))))
+    accuracy = {name: evaluate(policy, *part, accelerator.device) for name, part in evaluated.items() if part[1]}
     if accelerator.is_main_process:
         with atomic_folder(output / SCORER) as folder:
             policy.save(folder)

@@ -167,11 +167,11 @@ def test_the_linear_head_begins_as_the_cosine() -> None:
 def test_no_prompt_and_no_user_is_on_both_sides(source: Path, tmp_path: Path) -> None:
     data = open_preferences(str(source / "pairs.jsonl"), tmp_path, progress=False)
     parts = split(data, PreferenceConfig(holdout_prompts=0.4))
-    prompts = [{data.prompts[row] for row in rows} for rows in (parts.train, parts.new_prompts)]
-    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1] and not parts.new_users
+    prompts = [{data.prompts[row] for row in rows} for rows in (parts["train"], parts["new_prompts"])]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1] and not parts["new_users"]
     parts = split(data, PreferenceConfig(holdout_prompts=0.0, holdout_users=0.45))
-    assert not {data.users[row] for row in parts.train} & {data.users[row] for row in parts.new_users}
-    assert len(parts.train) + len(parts.new_users) == 80
+    assert not {data.users[row] for row in parts["train"]} & {data.users[row] for row in parts["new_users"]}
+    assert len(parts["train"]) + len(parts["new_users"]) == 80
 
 
 def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path
         data_split(source / "pairs.jsonl", tmp_path / "split", held_out=0.3, seed=seed)
         parts = split(data, PreferenceConfig(holdout_prompts=0.3, holdout_seed=seed))
         held_out = (tmp_path / "split" / "held_out_prompts.txt").read_text().splitlines()
-        assert {data.prompts[row] for row in parts.new_prompts} == set(held_out)
+        assert {data.prompts[row] for row in parts["new_prompts"]} == set(held_out)
 
 
 def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, tmp_path: Path) -> None:
