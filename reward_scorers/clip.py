@@ -1,4 +1,4 @@
-"""The CLIP score (arXiv 2104.08718) through open_clip: any of its models and any checkpoint that fits.
+"""The CLIP score (arXiv 2104.08718) and HPSv2 through open_clip: any of its models and any checkpoint that fits.
 
 score = 100 · cos(image, text), unclipped. This is open_clip's and OpenAI's logit (their trained logit scale is at its
 bound of 100) and torchmetrics' CLIPScore without its cut at zero, which would stop gradients. Hessel et al. write
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,18 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import functional as F
 
 from reward_scorers.errors import ScorerError
-from reward_scorers.towers import Preprocess, TwoTowers, unit
-from reward_scorers.weights import digest, digest_of_tensors, fit, listed, loading, read_state
+from reward_scorers.images import to_pixels
+from reward_scorers.towers import BICUBIC, Preprocess, TwoTowers, unit
+from reward_scorers.weights import digest, digest_of_tensors, fit, from_hub, listed, loading, read_state
 
 DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
 SCHEMES = ("hf-hub:", "local-dir:")
+HPSV2_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
 def clip(argument: str) -> ClipScorer:
@@ -68,6 +73,55 @@ class ClipScorer(TwoTowers):
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         return unit(self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=False))
+
+
+class HPSv2Scorer(ClipScorer):
+    """Human Preference Score v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14, fine-tuned on HPDv2.
+
+    score = cos(image, text), without a logit scale: about 0.2 to 0.3 for ordinary images. The original's package keeps
+    a copy of open_clip; the genuine one computes the same from the same checkpoint. Its preprocessing is not
+    open_clip's: the long side is fitted to 224 and the short one padded with black, on floats, so PIL images and
+    tensors take one path. What differs on purpose: an image so thin that it would shrink to nothing keeps one pixel.
+
+    Args:
+        hps: "2.0" or "2.1". They differ in nothing but their weights, so only the file tells them apart.
+        checkpoint: .pt (loaded with weights_only) or .safetensors; "" is the Hub's, "random" is for tests.
+        model: of open_clip; another than ViT-H-14 is for tests.
+
+    Raises:
+        ScorerError: a checkpoint that does not fit, is damaged, or by its name is the other version's.
+    """
+
+    scale = 1.0
+
+    def __init__(self, hps: str, checkpoint: str = "", model: str = "ViT-H-14") -> None:
+        other = next(name for version, name in HPSV2_FILES.items() if version != hps)
+        if checkpoint and Path(checkpoint).stem == Path(other).stem:
+            raise ScorerError(
+                f"hpsv{hps}: {checkpoint} is the checkpoint of the other version; {hps} is {HPSV2_FILES[hps]}"
+            )
+        path = str(checkpoint or from_hub("xswu/HPSv2", HPSV2_FILES[hps], f"hpsv{hps}"))
+        if path != "random" and not Path(path).is_file():
+            raise ScorerError(f"hpsv{hps}: {path}: no such file")
+        super().__init__(model, path)
+        self.name = f"hpsv{hps}"
+        size = open_clip.get_model_preprocess_cfg(self.model)["size"]
+        self.preprocess = Preprocess(partial(padded, side=size if isinstance(size, int) else size[0]), clip=False)
+
+
+hpsv2_0, hpsv2_1 = partial(HPSv2Scorer, "2.0"), partial(HPSv2Scorer, "2.1")
+
+
+def padded(image: Image.Image | Tensor, side: int) -> Tensor:
+    """The long side resized to `side` pixels, unless it has that already, and the short one filled with black."""
+    pixels = to_pixels(image)
+    height, width = pixels.shape[-2:]
+    scale = side / max(height, width)
+    if scale != 1.0:
+        height, width = (max(1, round(length * scale)) for length in (height, width))
+        pixels = F.resize(pixels, [height, width], BICUBIC, antialias=True)
+    left, top = (side - width) // 2, (side - height) // 2
+    return F.pad(pixels, [left, top, side - width - left, side - height - top])
 
 
 def _load(model: str, pretrained: str | None) -> tuple[Any, str]:

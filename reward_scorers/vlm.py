@@ -91,14 +91,10 @@ class VLMScorer(Scorer):
     @torch.no_grad()
     def _asked(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """P(yes) and the log odds, [B] each."""
-        inputs = self._inputs(images, prompts)
-        moved = {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
-        # Through `generate`, so that models with and without an encoder are asked alike.
+        inputs = self._inputs(images, prompts).to(self.model.device, self.model.dtype)
+        # Through `generate`, so that models with and without an encoder are called alike.
         answer = self.model.generate(
-            **moved, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         log_p = answer.logits[0].float().log_softmax(-1)
         yes, no = (log_p[:, ids].logsumexp(-1) for ids in (self.yes, self.no))
