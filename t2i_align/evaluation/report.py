@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,11 @@ from torch import Tensor
 from torchvision.transforms.functional import resize
 
 from t2i_align.data.media import save_clip
-from t2i_align.inference.generate import Sample, save_image
+from t2i_align.inference.generate import Sample
 
 SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail
 SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
 PIXELATED_BELOW = 128  # tiny images are enlarged with hard edges, so that the model's pixels are visible
-LEVELS = {
-    "better": "Aligned is better: the interval lies above 50 %.",
-    "worse": "Base is better: the interval lies below 50 %.",
-    "open": "Undecided: the interval holds 50 %.",
-}
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("t2i_align.evaluation", "."),
@@ -37,7 +31,7 @@ ENVIRONMENT = jinja2.Environment(
 
 
 def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
-    """Keep an image of a side ("base" or "aligned") until the report is written, or what is shown of a clip."""
+    """Keep what the report may show of a side's image or clip ("base" or "aligned") until it is written."""
     name = store / f"{side}-{row:06d}"
     if isinstance(sample, Tensor):
         every = math.ceil(len(sample) / SHOWN_FRAMES)
@@ -46,7 +40,9 @@ def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
         small = resize(sample[::every], [max(1, round(length * scale)) for length in (height, width)], antialias=True)
         save_clip(small, name.with_suffix(".webp"), fps / every)
     else:
-        save_image(sample, name.with_suffix(".png"))
+        small = sample.copy()
+        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+        small.save(name.with_suffix(".png"), optimize=True)
 
 
 def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], store: Path, images: int) -> str:
@@ -59,18 +55,11 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
         images: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
     """
-    chosen = choose(samples, result["scorer"], images, result["seed"])
-    sections = (
-        ("A random sample", "Drawn by the evaluation's seed without looking at scores.", chosen["random"]),
-        ("The largest wins", "Where the score rose most. Picked by score, so not typical.", chosen["wins"]),
-        ("The largest losses", "Where the score fell most. Picked by score, so not typical.", chosen["losses"]),
-    )
     return ENVIRONMENT.get_template("report.html.jinja").render(
         result=result,
-        levels=LEVELS,
-        verdict=verdict,
-        sections=sections,
         samples=samples,
+        chosen=choose(samples, result["scorer"], images, result["seed"]),
+        verdict=verdict,
         image=lambda side, row: _inline(store, f"{side}-{row:06d}"),
     )
 
@@ -99,20 +88,12 @@ def verdict(interval: Sequence[float | None]) -> str:
 
 
 def _inline(store: Path, name: str) -> dict[str, Any]:
-    """An image or looping animation as a data URI with its own size."""
+    """An image or looping animation as a data URI with its size."""
     file = next(store.glob(f"{name}.*"))
     with Image.open(file) as image:
         width, height = image.size
-        if file.suffix == ".png" and max(image.size) > SHOWN_SIDE:
-            small = image.convert("RGB")
-            small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            small.save(buffer, format="PNG", optimize=True)
-            data = buffer.getvalue()
-        else:
-            data = file.read_bytes()
     return {
-        "uri": f"data:image/{file.suffix[1:]};base64," + base64.b64encode(data).decode(),
+        "uri": f"data:image/{file.suffix[1:]};base64,{base64.b64encode(file.read_bytes()).decode()}",
         "width": width,
         "height": height,
         "pixelated": max(width, height) < PIXELATED_BELOW,
