@@ -61,8 +61,9 @@ class Scorer(ABC):
 
     @property
     def networks(self) -> list[nn.Module | Scorer]:
-        """What `to` moves. Default: the modules and scorers among the attributes."""
-        return [value for value in vars(self).values() if isinstance(value, nn.Module | Scorer)]
+        """What `to` moves. Default: the modules and scorers among the attributes, and in lists of them."""
+        attributes = [item for value in vars(self).values() for item in (value if isinstance(value, list) else [value])]
+        return [item for item in attributes if isinstance(item, nn.Module | Scorer)]
 
     # What is derived --------------------------------------------------------------------------------------------
 

@@ -144,11 +144,6 @@ class Combined(Scorer):
         digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
         self.version = f"{config.rule} of {', '.join(names)}, sha256 {digest}"
 
-    @property
-    def networks(self) -> list[Any]:
-        """The members' scorers."""
-        return list(self.scorers)
-
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ScorerError for a prompt that a member cannot judge, or that a reference lacks."""
         for index, scorer in enumerate(self.scorers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from t2i_align.inference.options import (
     unscorable,
 )
 from t2i_align.reward_models.losses import Accuracy, measure, winner_gaps
+from t2i_align.reward_models.optimise import Curve, curves, draw_pool
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
+from t2i_align.testbed.captions import CaptionError, parse
 from t2i_align.utils.files import output_lock, write_json, write_text
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Audit:
     calibration: dict[str, Calibration]
     names: list[str]
     agreement: list[list[float]]
-    curves: dict[str, list[Any]]
+    curves: dict[str, list[Curve]]
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -130,7 +132,7 @@ def audit(
         if reason := next(filter(None, (unscorable(built, prompt) for prompt in data.prompts)), None):
             raise UserError(f"{source}: {reason}")
         scores, sharpness = _score(data, built, batch_size, progress)
-        kinds = slices(data, sharpness)
+        kinds, pool = slices(data, sharpness), draw_pool(drawn, seed=seed) if optimise else None
 
         def accuracy(name: str, rows: Sequence[int] = range(len(data))) -> Accuracy:
             labels, texts = [data.labels[row] for row in rows], [data.prompts[row] for row in rows]
@@ -150,7 +152,7 @@ def audit(
             calibration={name: calibrate(groups, data.labels, data.prompts) for name, groups in scores.items()},
             names=[*scores, "labels"],
             agreement=agreement([*scores.values(), data.labels]),
-            curves={scorer.name: _curves(scorer, drawn, seed, batch_size) for scorer in built} if optimise else {},
+            curves={scorer.name: curves(scorer, pool, batch_size) for scorer in built} if pool else {},
         )
         write_json(folder / "audit.json", plain(result))
         template = ENVIRONMENT.get_template("audit.html.jinja")
@@ -239,16 +241,6 @@ def _score(data: Preferences, scorers: Sequence[Scorer], batch_size: int, progre
     return scores, np.array([values.mean() for values in np.split(sharpness, np.cumsum(counts)[:-1])])
 
 
-def _curves(scorer: Scorer, prompts: Sequence[str], seed: int, batch_size: int) -> list[Any]:
-    from t2i_align.reward_models import optimise
-
-    pool = optimise.draw_pool(prompts, seed=seed)
-    curves = [optimise.best_of_n_curve(scorer, pool, max(batch_size, 64))]
-    if scorer.differentiable:
-        curves.append(optimise.ascent_curve(scorer, pool, max(batch_size, 32)))
-    return curves
-
-
 def _sharpness(image: Image.Image) -> float:
     """Mean absolute second difference of the grey image at 256 pixels: low where it is blurred or empty."""
     grey = np.asarray(image.convert("L").resize((256, 256), Image.Resampling.BILINEAR), float) / 255
@@ -263,8 +255,6 @@ def _thirds(values: NDArray, unit: str) -> list[str]:
 
 def _kind(prompt: str, strict: bool = False) -> str:
     """On the testbed what the prompt states; elsewhere there is one kind, or when `strict` a UserError."""
-    from t2i_align.testbed.captions import CaptionError, parse
-
     try:
         statement = parse(prompt)
     except CaptionError as error:

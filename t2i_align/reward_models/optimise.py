@@ -65,6 +65,12 @@ def draw_pool(prompts: Sequence[str], size: int = POOL, seed: int = 0) -> Pool:
     return Pool(prompts, stacked, Oracle().judge(stacked.flatten(0, 1), repeated).reward.reshape(-1, size))
 
 
+def curves(scorer: Scorer, pool: Pool, batch_size: int) -> list[Curve]:
+    """Best of n, and ascent where gradients flow."""
+    best = best_of_n_curve(scorer, pool, max(batch_size, 64))
+    return [best, ascent_curve(scorer, pool, max(batch_size, 32))] if scorer.differentiable else [best]
+
+
 def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArray]:
     """Expected proxy and reward of the proxy's favourite among n of a pool's N, [P] each, without drawing any.
 
