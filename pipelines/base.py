@@ -37,6 +37,8 @@ class Family:
     denoiser_name: str = "transformer"
     experts: ClassVar[Mapping[str, str]] = {}  # where noise levels have their own denoisers: `load`'s name -> component
     flow: ClassVar[bool] = False  # rectified flow; otherwise variance preserving
+    span: tuple[float, float] = (0.0, 1.0)  # the sigmas that the denoiser serves
+    resolution_shift: ClassVar[bool] = True  # its sampler may shift times by a sample's number of tokens
     distilled_guidance: ClassVar[bool] = False  # the guidance scale is an input; there is no negative prompt
     video: ClassVar[bool] = False  # clips [B, F, 3, H, W] instead of images [B, 3, H, W]
     fps: ClassVar[float] = 16.0  # frame rate of the clips, where it makes clips
@@ -55,7 +57,7 @@ class Family:
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
     # The denoiser
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
-    kohya: ClassVar[bool] = False  # diffusers can convert its LoRA to kohya's names
+    lora_namings: ClassVar[tuple[str, ...]] = ("diffusers",)  # and "kohya" where diffusers can convert to its names
     attention_backends: ClassVar[tuple[str, ...]] = ("native",)
     dispatches: ClassVar[bool] = False  # the denoiser's attention goes through diffusers' dispatcher
     feature_output: ClassVar[int] = 0  # of a feature block with several outputs, the image's
@@ -71,7 +73,7 @@ class Family:
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
         if self.flow:
-            self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config))
+            self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), self.span)
         else:
             self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type)
         self.pipe.set_progress_bar_config(disable=True)

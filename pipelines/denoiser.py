@@ -35,7 +35,8 @@ class DenoiserMixin(Family):
             with uncompiled(denoiser):
                 self.predict(noisy_latents, timesteps, conditioning, denoiser)
         except _StopForward as stopped:
-            return stopped.output
+            features: Tensor = stopped.args[0]
+            return features
         finally:
             handle.remove()
         raise PipelineError(f"the denoiser never ran its block {self.feature_block!r}")
@@ -65,11 +66,7 @@ class DenoiserMixin(Family):
 
 
 class _StopForward(Exception):
-    """Ends a forward pass at the block whose output is wanted."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
+    """Ends a forward pass at the block whose output is wanted: its argument."""
 
 
 @contextmanager

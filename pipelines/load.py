@@ -1,9 +1,11 @@
-"""Find the family of a checkpoint and load it."""
+"""Find the family of a checkpoint, load it, and hash its encoders, by which a cache knows its model."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
     infer_diffusers_model_type,
     load_single_file_checkpoint,
 )
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from pipelines.base import PipelineError
@@ -33,6 +36,8 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {
     family.family: family
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
 }
+WEIGHT_ENDINGS = (".safetensors", ".bin")  # in order of preference
+CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
 
 
 def load(
@@ -195,3 +200,62 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Tra
             denoiser = denoiser_class.from_single_file(str(path), config=config, subfolder=name, dtype=dtype)
             pipe = pipeline_class.from_pretrained(config, dtype=dtype, **{name: denoiser})
     return family(pipe, str(path))
+
+
+def encoder_fingerprint(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+) -> str:
+    """A hash of all that turns images and prompts into a cache: VAE, text encoders, tokenizers, as `load` has them.
+
+    Two checkpoints that differ only in their denoiser share it, so a cache made with one serves the other.
+    """
+    if (file := Path(path)).is_file():
+        files = {file.name: file}
+        if single_file_config is not None:
+            files |= _encoder_files(single_file_config, weights=False)
+    else:
+        files = _encoder_files(path, revision, variant)
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _encoder_files(
+    path: str | Path, revision: str | None = None, variant: str | None = None, *, weights: bool = True
+) -> dict[str, Path]:
+    """The files that diffusers reads for a pipeline's encoders, by name; of a Hub id, only these are fetched."""
+    family, root = family_of(path, revision), Path(path)
+    names = family.encoder_names if family else ()
+    if not root.is_dir() and weights:
+        others = [name for name in model_index(path, revision) if name not in names and not name.startswith("_")]
+        root = Path(DiffusionPipeline.download(str(path), revision=revision, variant=variant, **dict.fromkeys(others)))
+    elif not root.is_dir():
+        wanted = [f"{name}/*{ending}" for name in names for ending in CONFIG_ENDINGS]
+        root = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+    files: list[Path] = []
+    for name in names:
+        present = [file for file in (root / name).glob("*") if file.is_file()]
+        files += [file for file in present if file.suffix in CONFIG_ENDINGS and ".index." not in file.name]
+        files += _weights(present, variant) if weights else []
+    return {f"{file.parent.name}/{file.name}": file for file in files}
+
+
+def _weights(files: list[Path], variant: str | None) -> list[Path]:
+    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default.
+
+    Named model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors.
+    """
+    by_variant: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if file.suffix in WEIGHT_ENDINGS:
+            by_variant[file.stem.partition(".")[2].partition("-")[0]].append(file)
+    weights = by_variant.get(variant or "") or by_variant[""]
+    return [file for file in weights if file.suffix == WEIGHT_ENDINGS[0]] or weights

@@ -49,11 +49,9 @@ class LoRAMixin(Family):
 
         naming: of its keys. "diffusers" works for all families; "kohya", which other tools read, for those with a UNet.
         """
-        choices = ("diffusers", "kohya") if self.kohya else ("diffusers",)
-        if naming not in choices:
-            raise PipelineError(
-                f"a LoRA of {self.family} cannot be written with {naming!r} names. Choices: {', '.join(choices)}."
-            )
+        if naming not in self.lora_namings:
+            choices = ", ".join(self.lora_namings)
+            raise PipelineError(f"a LoRA of {self.family} cannot be written with {naming!r} names. Choices: {choices}.")
         component = type(self).denoiser_name  # also of a second expert, whose files have the first's name in diffusers
         adapter, lora = next(iter(self.denoiser.peft_config.items()))
         weights = get_peft_model_state_dict(self.denoiser, adapter_name=adapter)
@@ -64,11 +62,9 @@ class LoRAMixin(Family):
             return file
         named = convert_state_dict_to_kohya({f"{component}.{key}": value for key, value in weights.items()})
         # diffusers writes alpha = rank whatever alpha is, so that the LoRA would come back at another strength.
-        alpha = torch.tensor(float(lora.lora_alpha))
+        named |= {key: torch.tensor(float(lora.lora_alpha)) for key in named if key.endswith(".alpha")}
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in named.items()}, file
-        )
+        save_file({key: value.contiguous() for key, value in named.items()}, file)
         return file
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:

@@ -22,6 +22,7 @@ class LTXVideo(VideoPipeline):
     single_file_layouts = ("ltx-video", "ltx-video-0.9.1")
     text_outputs = ("prompt_embeds", "prompt_attention_mask")
     flow = True
+    resolution_shift = True
     attention_backends = ("native", "xformers")  # FlashAttention takes no mask, and its prompts are masked
     dispatches = True
     required_multiple = 32
@@ -55,10 +56,6 @@ class LTXVideo(VideoPipeline):
         time = latents.new_zeros(len(latents)) if self.vae_config["timestep_conditioning"] else None
         pixels: Tensor = self.pipe.vae.decode(latents, time).sample
         return pixels
-
-    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
-        frames = frames or self.sample_size[0]
-        return ((frames - 1) // self.frame_multiple + 1) * (height // self.vae_factor) * (width // self.vae_factor)
 
     @property
     def compression(self) -> tuple[int, int]:

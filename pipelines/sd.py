@@ -27,7 +27,7 @@ class StableDiffusion(TrainablePipeline):
         "attention": ATTENTION,
         "all": (*ATTENTION, "proj_in", "proj_out", *FEED_FORWARD, "conv1", "conv2", "conv_shortcut"),
     }
-    kohya = True
+    lora_namings = ("diffusers", "kohya")
     attention_backends = ("native", "xformers")
     feature_block = "mid_block"
 

@@ -84,6 +84,11 @@ class VAEMixin(Family):
         return self.compression[1]
 
     @property
+    def frame_multiple(self) -> int:
+        """Clips have k x this + 1 frames."""
+        return self.compression[0]
+
+    @property
     def size_multiple(self) -> int:
         """Both sides are multiples of this, in pixels."""
         patch = self.denoiser.config.get("patch_size") or 1
@@ -129,8 +134,9 @@ class VAEMixin(Family):
             )
 
     def tokens(self, height: int, width: int, frames: int | None = None) -> int:
-        """Number of tokens of a sample of this size, for families whose sampler shifts its timesteps by that."""
-        return height * width // self.size_multiple**2
+        """Number of tokens of a sample of this size: of packed latents, `size_multiple` pixels along each side."""
+        latent_frames = ((frames or self.default_frames or 1) - 1) // self.frame_multiple + 1
+        return latent_frames * height * width // self.size_multiple**2
 
     def shift_timesteps(self, shift: float | str, height: int, width: int, frames: int | None = None) -> None:
         """Choose the shift of a flow model's training times (see `RectifiedFlow`).
@@ -147,5 +153,7 @@ class VAEMixin(Family):
         if not isinstance(self.process, RectifiedFlow):
             raise PipelineError(f"a timestep shift of {shift!r} is for flow models; {self.family} has none")
         if shift == "resolution":
+            if not self.resolution_shift:
+                raise PipelineError(f"{self.family} has no timestep shift that depends on the resolution")
             shift = resolution_shift(self.pipe.scheduler.config, self.tokens(height, width, frames))
         self.process = RectifiedFlow(float(shift), self.process.span)

@@ -14,17 +14,10 @@ class VideoPipeline(TrainablePipeline):
     """
 
     video = True
+    resolution_shift = False
     encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     large_encoders = ("text_encoder",)
     lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}
-
-    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
-        raise PipelineError(f"{self.family} has no timestep shift that depends on the resolution")
-
-    @property
-    def frame_multiple(self) -> int:
-        """Clips have k x this + 1 frames."""
-        return self.compression[0]
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         super().check_size(height, width, frames)

@@ -10,7 +10,6 @@ from torch import Tensor
 from pipelines.base import Conditioning
 from pipelines.denoiser import DISPATCHED_BACKENDS
 from pipelines.lora import ATTENTION
-from pipelines.process import RectifiedFlow, scheduler_shift
 from pipelines.video import VideoPipeline
 
 
@@ -35,15 +34,13 @@ class Wan(VideoPipeline):
     def __init__(
         self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None, expert: str | None = None
     ) -> None:
-        boundary, span = pipe.config.boundary_ratio, (0.0, 1.0)
-        if boundary is not None:
+        if (boundary := pipe.config.boundary_ratio) is not None:
             low = expert == "low"
             self.denoiser_name = self.experts["low" if low else "high"]
-            span = (0.0, boundary) if low else (boundary, 1.0)
+            self.span = (0.0, boundary) if low else (boundary, 1.0)
             # As the encoders, the other expert is needed to generate but not to train from a cache.
             self.encoder_names = (*self.encoder_names, self.experts["high" if low else "low"])
         super().__init__(pipe, source, vae_config)
-        self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), span)
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         if self.pipe.config.expand_timesteps:

@@ -73,18 +73,15 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
-    inner = [local / name for name in TRAINED if (local / name).is_dir()]
-    if len(inner) == 1:
-        return resolve_aligned(inner[0])
-    if inner:
-        names = " and ".join(f"{folder.name}/" for folder in inner)
-        raise UserError(f"{path}: holds {names}; name the one to evaluate")
-    adapters = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]
-    if len(adapters) == 1:
-        return resolve_aligned(adapters[0])
-    if adapters:
-        raise UserError(f"{path}: {len(adapters)} LoRA files here; name one: {', '.join(f.name for f in adapters)}")
-    raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+    candidates = [local / name for name in TRAINED if (local / name).is_dir()]
+    if not candidates:
+        candidates = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]
+    if not candidates:
+        raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+    if len(candidates) > 1:
+        names = ", ".join(f"{candidate.name}{'/' * candidate.is_dir()}" for candidate in candidates)
+        raise UserError(f"{path}: holds {len(candidates)} models or LoRAs; name one: {names}")
+    return resolve_aligned(candidates[0])
 
 
 def resolve_adapter(path: str | Path) -> Aligned:

@@ -27,8 +27,8 @@ from pipelines.process import RectifiedFlow
 from t2i_align.data import encode, prepare
 from t2i_align.data.encode import Latents
 from t2i_align.data.prepare import write
-from t2i_align.data.readers import Selection, read, survey
-from t2i_align.data.schema import Group
+from t2i_align.data.readers import read, survey
+from t2i_align.data.schema import Group, Selection
 from t2i_align.data.store import Store
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
