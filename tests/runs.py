@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +89,22 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def launch(values: dict[str, Any], folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
-    """`t2i-align train` in processes of its own."""
+def launch(
+    values: dict[str, Any], folder: Path, *, processes: int = 1, module: Sequence[str] = ("t2i_align.train",)
+) -> subprocess.Popen[str]:
+    """`t2i-align train`, or another module with a command, in processes of its own."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     # Standalone: at a free port, so that tests may run side by side.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "t2i_align.train", str(config)]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", *module, str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_in_two_processes(values: dict[str, Any], folder: Path) -> None:
+def run_in_two_processes(values: dict[str, Any], folder: Path, **options: Any) -> None:
     """The run under torchrun; fails with its output if it does."""
-    process = launch(values, folder, processes=2)
+    process = launch(values, folder, processes=2, **options)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
 

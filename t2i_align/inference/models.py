@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from t2i_align.conditioning import ADAPTERS, TRAINED
-from t2i_align.conditioning.adapter import Kind
+from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device

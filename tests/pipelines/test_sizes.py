@@ -112,12 +112,15 @@ def sized_batch(groups: int = 3, k: int = 2) -> Batch:
         latents=number.view(groups, k, 1, 1, 1).expand(-1, -1, 2, 4, 4).clone(),
         scores=torch.arange(k - 1.0, -1, -1).expand(groups, k).clone(),
         conditioning=text(groups),
-        captions=text(groups, k),
-        negative_caption=text(groups),
+        columns={"captions": text(groups, k), "negative_caption": text(groups)},
         sizes=number.unsqueeze(-1).expand(-1, -1, 6).clone(),
         empty={"embeds": torch.zeros(1, 5)},
         state={"eta": torch.tensor(0.9), "beta": torch.tensor(1.0)},
     )
+
+
+def without_captions(batch: Batch) -> Batch:
+    return replace(batch, columns={"negative_caption": batch.negative_caption})
 
 
 class Noiseless(RectifiedFlow):
@@ -146,7 +149,7 @@ def test_every_objective_passes_each_candidate_its_own_size(name: str) -> None:
     objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.0, 1.0)))
     batch = sized_batch()
     if "captions" not in objective.needs.columns:
-        batch = replace(batch, captions=None)
+        batch = without_captions(batch)
     if name == "ncp_dpo":  # its posterior steps past add_noise
         objective = replace(objective, renoise="uniform")
     loss, _ = objective.step(model, model, batch, SampleRNG(0, batch.keys, Noiseless()))
@@ -162,7 +165,7 @@ def test_the_empty_prompt_keeps_the_images_sizes() -> None:
         seen.append(conditioning)
         return noisy
 
-    batch = replace(sized_batch(), captions=None)
+    batch = without_captions(sized_batch())
     conditioning = candidates_conditioning(batch)
     guided(model, conditioning, batch.empty, 3.0)(batch.latents.flatten(0, 1), torch.zeros(6))
     assert len(seen) == 2 and all(torch.equal(each["time_ids"], conditioning["time_ids"]) for each in seen)

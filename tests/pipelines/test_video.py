@@ -24,7 +24,7 @@ from reward_scorers import Scorer
 from t2i_align import align, evaluate
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
-from t2i_align.data.media import load_clip, save_clip
+from t2i_align.data.media import MediaSize, load, save_clip
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
@@ -255,9 +255,10 @@ def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: P
     made = sample(pipelines.load(wan_path), ["cat", "dog"], seeds, frames=5, steps=2, guidance=1.0)
     for row, clip in zip(rows, made, strict=True):
         assert clip.dtype == torch.uint8 and clip.shape == (5, 3, 32, 32)
-        saved = load_clip(tmp_path / "out" / row["file"], 5, 32, 32)
+        saved = load(tmp_path / "out" / row["file"], MediaSize(32, 32, 5)).pixels
         assert (saved - clip.float() / 255).abs().mean() < 0.05  # H.264, with colour at half the resolution
-        assert load_clip(tmp_path / "out" / row["file"], 3, 32, 32, fps=2).shape[0] == 3  # 5 frames at 4 are 1.25 s
+        slower = load(tmp_path / "out" / row["file"], MediaSize(32, 32, 3, fps=2)).pixels  # 5 frames at 4 are 1.25 s
+        assert slower.shape[0] == 3
     generate(wan_path, ["sun"], tmp_path / "out", steps=1, guidance=1.0, force=True, progress=False)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.mp4", "samples.jsonl"]
     with pytest.raises(PipelineError, match="frames must be 4k"):
@@ -304,4 +305,5 @@ def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Pa
     names = [f"step_{step:06d}.{ending}" for step in (0, 1) for ending in ("mp4", "png")]
     assert sorted(file.name for file in folder.iterdir()) == names
     assert Image.open(folder / names[1]).size == (5 * 34 + 2, 2 * 34 + 2)
-    assert load_clip(folder / names[0], FRAMES, 70, 36).shape == (FRAMES, 3, 70, 36)  # one column of two clips
+    column = load(folder / names[0], MediaSize(70, 36, FRAMES)).pixels  # of two clips
+    assert column.shape == (FRAMES, 3, 70, 36)
