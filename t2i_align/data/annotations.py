@@ -62,7 +62,7 @@ class Annotations:
         own = self.entries.get(group.id, {})
         for name, files in self.files.items():
             if name not in own and (name == "scores" or name not in group.columns):
-                return Skipped(id=group.id, origin=group.origin, reason=f"no {name!r} for it in {', '.join(files)}")
+                return group.skipped(f"no {name!r} for it in {', '.join(files)}")
         for name, (value, origin) in own.items():
             if isinstance(value, tuple) and len(value) != len(group.candidates):
                 raise UserError(

@@ -152,7 +152,7 @@ def _groups(path: Path, maps: Sequence[Columns], images: bool) -> Items:
         else:
             expected = " or ".join(", ".join(columns.required) for columns in maps)
             keys = ", ".join(map(repr, row.values)) or "none"
-            yield Skipped(id=row.id, origin=row.origin, reason=f"expected the keys {expected}; found {keys}")
+            yield row.skipped(f"expected the keys {expected}; found {keys}")
 
 
 def _gathered(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Items:
@@ -163,18 +163,18 @@ def _gathered(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> It
         if isinstance(row, Skipped):
             yield row
         elif (value := row.values.get(columns.group)) in (None, ""):
-            yield Skipped(id=row.id, origin=row.origin, reason=f"no {columns.group!r}")
+            yield row.skipped(f"no {columns.group!r}")
         elif isinstance(row.values.get(str(columns.candidates)), bytes | dict):
             raise UserError(f"{row.origin}: with a group column, images must be paths, not part of the table")
         else:
             groups.setdefault(str(value), []).append(row)
     for value, members in groups.items():
+        row = members[0]._replace(id=value)
         prompts = [member.values.get(str(columns.prompt)) for member in members]
         if any(prompt != prompts[0] for prompt in prompts):
-            reason = f"its {len(members)} rows have different prompts"
-            yield Skipped(id=value, origin=members[0].origin, reason=reason)
+            yield row.skipped(f"its {len(members)} rows have different prompts")
         else:
-            yield group_of(Row(value, members[0].origin, members[0].values), members, columns, root)
+            yield group_of(row, members, columns, root)
 
 
 def _has_ids(path: Path, columns: Columns) -> bool:
@@ -195,17 +195,16 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     Raises:
         UserError: a path that leads out of `root`.
     """
-    name = row.id
     try:
         if columns.id and row.values.get(columns.id) is not None:
-            name = ID.parse(row.values[columns.id], columns.id)
+            row = row._replace(id=ID.parse(row.values[columns.id], columns.id))
         if columns.judged and row.values.get(columns.judged) in (False, 0):
             raise ValueError(f"not labelled ({columns.judged} is false)")
         values = _values(members, columns.candidates)
         scores = _scores(members, columns, values)
         optional = dict(_optional(members, columns))
         return Group(
-            id=name,
+            id=row.id,
             prompt=_prompt(row, columns, scores, optional.get("captions")),
             candidates=tuple(
                 _media(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
@@ -217,7 +216,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     except UserError:
         raise
     except ValueError as error:
-        return Skipped(id=name, origin=row.origin, reason=str(error))
+        return row.skipped(str(error))
 
 
 def _values(members: Sequence[Row], names: Names) -> list[Any]:

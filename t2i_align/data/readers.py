@@ -220,7 +220,7 @@ def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
         if isinstance(item, Skipped):
             yield item
         elif reason := _unusable(item, seen):
-            yield Skipped(id=item.id, origin=item.origin, reason=reason)
+            yield item.skipped(reason)
         else:
             seen.add(item.id)
             yield item

@@ -154,6 +154,10 @@ class Group(WithColumns):
             columns={name: COLUMNS[name].take(value, places) for name, value in self.columns.items()},
         )
 
+    def skipped(self, reason: str) -> Skipped:
+        """The record of a group that is not used."""
+        return Skipped(id=self.id, origin=self.origin, reason=reason)
+
     def best_first(self) -> Group:
         """The same group with its candidates in descending order of score; ties keep their order."""
         return self.take(sorted(range(len(self.scores)), key=lambda place: -self.scores[place]))

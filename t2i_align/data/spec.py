@@ -94,8 +94,7 @@ class DatasetSpec:
             if isinstance(item, Skipped):
                 yield item
             elif belongs is None:
-                reason = "its prompt and its user are on two sides of the split"
-                yield Skipped(id=item.id, origin=item.origin, reason=reason)
+                yield item.skipped("its prompt and its user are on two sides of the split")
             elif belongs:
                 yield from self._pairs(item)
 
@@ -109,7 +108,7 @@ class DatasetSpec:
                 places = [(order[0], order[-1])]
             groups = [replace(group.take(pair), id=f"{group.id}#{pair[0]}-{pair[1]}") for pair in places]
         for one in groups:
-            yield one if self.ties or not one.is_tie else Skipped(id=one.id, origin=one.origin, reason="a tie")
+            yield one if self.ties or not one.is_tie else one.skipped("a tie")
 
 
 def is_spec(path: Path) -> bool:

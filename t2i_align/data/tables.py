@@ -55,6 +55,10 @@ class Row(NamedTuple):
     origin: str
     values: Values
 
+    def skipped(self, reason: str) -> Skipped:
+        """The record of a row that cannot be used."""
+        return Skipped(id=self.id, origin=self.origin, reason=reason)
+
 
 def files(path: Path) -> list[Path]:
     """The files that make up a table: itself, or all parquet files below a folder, or all webdataset shards."""
@@ -158,11 +162,10 @@ def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
 def _csv_rows(file: Path, name: str) -> Iterator[Row | Skipped]:
     with _csv_reader(file) as (header, reader):
         for number, fields in enumerate(row for row in reader if row):
-            row_id, origin = f"{name}:{number}", f"{file}, row {number}"
-            if len(fields) == len(header):
-                yield Row(row_id, origin, {key: value or None for key, value in zip(header, fields, strict=True)})
-            else:
-                yield Skipped(id=row_id, origin=origin, reason=f"{len(fields)} fields, but {len(header)} columns")
+            values = {key: value or None for key, value in zip(header, fields, strict=False)}
+            row = Row(f"{name}:{number}", f"{file}, row {number}", values)
+            fits = len(fields) == len(header)
+            yield row if fits else row.skipped(f"{len(fields)} fields, but {len(header)} columns")
 
 
 @contextmanager
@@ -246,11 +249,11 @@ def _samples(file: Path, name: str, images: bool) -> Iterator[Row | Skipped]:
         with tarfile.open(file, "r:") as archive:
             members = (named for member in archive if (named := _named(member)))
             for key, own in groupby(members, key=itemgetter(0)):
-                row_id, origin = f"{name}:{key}", f"{file}, sample {key!r}"
+                row = Row(f"{name}:{key}", f"{file}, sample {key!r}", {})
                 try:
-                    yield Row(row_id, origin, _sample(archive, own, images))
+                    yield row._replace(values=_sample(archive, own, images))
                 except UserError as error:
-                    yield Skipped(id=row_id, origin=origin, reason=str(error))
+                    yield row.skipped(str(error))
             if file.stat().st_size < archive.offset + tarfile.BLOCKSIZE:  # cut between two members
                 raise EOFError("it has no end mark")
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:

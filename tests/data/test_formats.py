@@ -41,6 +41,11 @@ def test_every_format_comes_to_the_same_groups(tmp_path: Path, name: str) -> Non
         assert (survey.rows, survey.candidates, survey.ties, survey.skips) == (2, {k: 2}, {}, {})
 
 
+def test_every_format_has_an_example(tmp_path: Path) -> None:
+    detected = {readers.detect(formats.write(tmp_path, name)) for name in (*OF_PAIRS, *OF_RANKINGS)}
+    assert detected | {"described"} == set(readers.READERS)  # dataset specs have tests of their own
+
+
 def test_captions_users_and_vote_shares_of_formats(tmp_path: Path) -> None:
     """Captions, users and shares of votes; ranks are shares of the others that one beats.
 

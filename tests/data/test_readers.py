@@ -229,27 +229,6 @@ def test_jsonl_rows_that_cannot_be_used(tmp_path: Path, entry: dict[str, Any], r
     assert isinstance(item, Skipped) and item.origin == f"{file}, line 1" and re.search(reason, item.reason)
 
 
-json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
-    max_leaves=6,
-)
-keys = st.sampled_from(["prompt", "chosen", "rejected", "images", "scores", "captions", "id", "user"])
-
-
-@given(entry=st.dictionaries(keys, st.one_of(json_values, st.sampled_from(["a.jpg", ["a.jpg"], [1.0]]))))
-@settings(max_examples=150, deadline=None)
-def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, entry: dict[str, Any]) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    write_images(folder, ["a.jpg"])
-    try:
-        items = list(read(write_jsonl(folder / "d.jsonl", [entry])))
-    except UserError as error:
-        assert "d.jsonl" in str(error)
-    else:
-        assert len(items) == 1
-
-
 # Folders ------------------------------------------------------------------------------------------------------------
 
 
