@@ -1,4 +1,4 @@
-"""Tables of several processes; continuing after a kill and foreign files are tested with the commands that write them."""
+"""Tables of several processes; the commands that write them test continuing after a kill and foreign files."""
 
 from __future__ import annotations
 
