@@ -25,7 +25,7 @@ from t2i_align.data.media import (
 )
 from t2i_align.data.schema import Media
 
-LEVELS = (20, 60, 100, 140, 180, 220, 40, 200)  # a frame is told by its grey
+LEVELS = (20, 60, 100, 140, 180, 220, 40, 200)  # grey level of each frame
 RATE = 8
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx-vp9"}
 
