@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipelines import FAMILIES
-from reward_scorers.registry import MODULES
+from reward_scorers.registry import FACTORIES
 from t2i_align import config, objectives
 from t2i_align.data.readers import READERS
 from t2i_align.quickstart import CONFIG
@@ -231,7 +231,7 @@ def test_scripts_named_in_the_documents_take_the_options_named_with_them() -> No
 
 @pytest.mark.parametrize(
     ("guide", "names"),
-    [("objectives", objectives.CLASSES), ("families", FAMILIES), ("scorers", MODULES), ("data", READERS)],
+    [("objectives", objectives.CLASSES), ("families", FAMILIES), ("scorers", list(FACTORIES)), ("data", READERS)],
 )
 def test_every_built_in_name_is_in_its_guide(guide: str, names: Iterable[str]) -> None:
     text = (ROOT / "docs" / f"{guide}.md").read_text()

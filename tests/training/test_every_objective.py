@@ -42,7 +42,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("trained", ["lora", "model"])
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_it_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: Path, tmp_path: Path) -> None:
+def test_objective_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"objective": {"name": name}, "train__steps": 2}
     if trained == "model":
         changes |= {"lora": None, "optim__lr": 1e-5}
