@@ -19,8 +19,6 @@ from torch import Tensor
 
 from t2i_align import align
 from t2i_align.data.media import save_clip
-from t2i_align.objectives.base import Objective
-from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint
 
 
@@ -92,11 +90,6 @@ def run_values(model: Path, data: Path, output: Path, **changes: Any) -> dict[st
             node = node.setdefault(parent, {})
         node[last] = value
     return values
-
-
-def objective(**changes: Any) -> Objective:
-    """Diffusion-DPO with small beta."""
-    return DiffusionDPO(**{"beta": 100.0, **changes})
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_scorers.hpsv2 import HPSv2Scorer
+from reward_scorers.clip import HPSv2Scorer
 from reward_scorers.imagereward import ImageRewardScorer
 from reward_scorers.images import to_rgb
 from tests.reward_scorers.small import MODES, PROMPTS, SIZES, TEXT, TINY, VISION, noise, write_imagereward

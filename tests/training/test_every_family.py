@@ -41,7 +41,7 @@ def sample(pipeline: TrainablePipeline) -> Tensor:
 @pytest.mark.parametrize("trained", ["lora", "model"])
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
+def test_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
     name: str, objective: str, trained: str, path: Callable[[str], Path], images: Path, clips: Path, tmp_path: Path
 ) -> None:
     model, data = path(name), clips if name in FAMILIES and FAMILIES[name].video else images
