@@ -98,7 +98,7 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def test_imports_form_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {name: imported_at_once(file_of(name)) & set(modules()) - {name} for name in modules()}
     for name, imports in graph.items():  # `from package import module` needs the module; the package is its parent
         graph[name] = {i for i in imports if not any(other.startswith(f"{i}.") for other in imports)}
@@ -142,7 +142,7 @@ def test_a_configuration_is_named_after_family_and_objective_and_is_listed(file:
     assert f"`{file.name}`" in (ROOT / "configs" / "README.md").read_text()
 
 
-def test_the_readme_maps_the_folders_as_they_are() -> None:
+def test_readme_map_matches_the_folders() -> None:
     block = re.search(r"## The folders\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
     listed, parent = set(), Path()
@@ -176,7 +176,7 @@ def section(title: str) -> str:
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_links_in_the_documents_lead_somewhere(file: Path) -> None:
+def test_links_in_the_documents_resolve(file: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", file.read_text()):
         assert target.startswith("http") or (file.parent / target).exists(), f"{file.name} -> {target}"
 

@@ -46,7 +46,7 @@ def failing(error: BaseException, debug: bool = False) -> int:
     """The status of a command whose function raises `error`."""
     RAISED.append(error)
     command = Command(function=f"{__name__}:fail", summary="", examples=(), interrupted="Do this now.", silent=False)
-    return cli.run(command, {}, debug=debug)
+    return command.run({}, debug=debug)
 
 
 def function_of(name: str) -> Any:
@@ -118,7 +118,9 @@ def test_every_parameter_of_the_function_is_an_option_with_help(name: str, capsy
         ("score images --scorers oracle --batch-size many", "should be a valid integer"),
     ],
 )
-def test_wrong_command_lines_are_answered(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_lines_print_the_error_and_the_choices(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
@@ -181,7 +183,7 @@ def test_every_command_is_documented() -> None:
 
 
 @pytest.mark.parametrize("line", documented(), ids=lambda line: line[:40])
-def test_documented_commands_parse_and_use_the_testbed_as_its_figures_do(
+def test_documented_commands_parse_with_the_testbed_figures_sampling_options(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Options and configuration are read; what the command would do is not done."""
@@ -213,7 +215,7 @@ def test_commands_in_code_spans_and_their_options_exist() -> None:
 
 
 @pytest.mark.parametrize("kind", [UserError, PipelineError, ScorerError])
-def test_bad_input_is_a_message_and_status_2(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_prints_a_message_and_exits_with_2(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     error = kind("row 3: expected a number, found 'x'")
     assert failing(error) == 2
     assert capsys.readouterr().err == "error: row 3: expected a number, found 'x'\n"
@@ -221,7 +223,7 @@ def test_bad_input_is_a_message_and_status_2(kind: type[Exception], capsys: pyte
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_full_disk_is_a_message_and_a_defect_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_prints_a_message_and_a_bug_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'runs/a'\n"
     assert failing(ValueError("a bug")) == 1
@@ -250,14 +252,14 @@ def test_bad_configuration_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize("module", ["t2i_align", "t2i_align.train"])
-def test_both_modules_run_and_pass_the_status_on(module: str) -> None:
+def test_both_modules_run_and_return_the_exit_status(module: str) -> None:
     arguments = ["train", "nowhere.yaml"] if module == "t2i_align" else ["nowhere.yaml"]
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("error: nowhere.yaml: no such configuration file\n") and "Traceback" not in done.stderr
 
 
-def test_reports_print_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_print_the_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = SimpleNamespace(
         summary=lambda: "60 % won",
         steps=7,
@@ -316,7 +318,7 @@ def test_objectives_are_listed_and_explained(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_a_configuration_of_its_own(name: str) -> None:
+def test_every_objective_has_its_own_configuration(name: str) -> None:
     assert configuration.load(ROOT / "configs" / OBJECTIVES[name].config).objective.name == name
 
 
