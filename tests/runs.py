@@ -49,6 +49,7 @@ def moving_clip(seed: int, frames: int) -> Tensor:
 
 def jsonl_clips(folder: Path, frames: int, endings: Sequence[str] = (".mp4",), count: int = 6) -> Path:
     """A JSONL of pairs of clips, which have these endings in turn ("" is a folder of frames); returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(count):
         names = [f"{i}_{side}{endings[i % len(endings)]}" for side in ("good", "bad")]

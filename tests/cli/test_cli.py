@@ -46,7 +46,7 @@ def failing(error: BaseException, debug: bool = False) -> int:
     """The status of a command whose function raises `error`."""
     RAISED.append(error)
     command = Command(function=f"{__name__}:fail", summary="", examples=(), interrupted="Do this now.", silent=False)
-    return cli.run(command, {}, debug=debug)
+    return command.run({}, debug=debug)
 
 
 def function_of(name: str) -> Any:

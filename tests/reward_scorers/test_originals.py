@@ -1,8 +1,8 @@
 """Parity with the originals' own code, which is fetched into a temporary folder; nothing of it is kept or imported.
 
-hpsv2 1.2.0 lacks its tokenizer's vocabulary, which open_clip has; its package file imports what scoring
-does not need. image-reward 1.5 imports names that transformers 5 removed and fairscale's checkpointing; both are
-replaced by equivalents (head pruning is never used in a score).
+hpsv2 1.2.0 lacks its tokenizer's vocabulary, which open_clip has; its package file imports modules that no score
+needs. image-reward 1.5 imports names that transformers 5 dropped and fairscale's checkpointing; both are stood in for
+by what they did (head pruning is never used in a score).
 """
 
 from __future__ import annotations
