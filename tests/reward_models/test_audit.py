@@ -73,6 +73,7 @@ def test_a_blind_proxy_gains_while_the_truth_does_not() -> None:
     curve = best_of_n_curve(Contrast(), pool, 64)
     assert curve.x == [1, 2, 4, 8, 16] and curve.proxy == sorted(curve.proxy) and curve.kl is not None
     assert curve.kl[0] == 0 and curve.gap[-1] > 0.3
+    assert all(low <= mean <= high for low, mean, high in zip(curve.low, curve.oracle, curve.high, strict=True))
     climbed = ascent_curve(Contrast(), pool, 64)
     assert climbed.proxy[-1] > climbed.proxy[0] and climbed.oracle[-1] < climbed.oracle[0] - 0.1
 
