@@ -125,14 +125,13 @@ def generate(
     check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     adapter = None if lora is None else resolve_adapter(lora)
     folder, autocast = Path(out).expanduser(), None
+    check_free(folder, force, "images")
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
         base = resolve_base(model, adapter, **version)
-        check_free(folder, force, "images")
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
     else:
-        check_free(folder, force, "images")
         pipeline, autocast = model, None if precision == "fp32" else PRECISIONS[precision]
         columns = {"model": pipeline.source, "revision": None}
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
