@@ -208,6 +208,13 @@ def test_files_modules_and_scripts_named_in_the_documents_exist(file: Path) -> N
         pkgutil.resolve_name(name)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_names_imported_by_benchmarks_exist(file: Path) -> None:
+    for name in imported(file):
+        if name.partition(".")[0] in (*PACKAGES, "tools"):
+            pkgutil.resolve_name(name)
+
+
 def test_scripts_named_in_the_documents_take_the_options_named_with_them() -> None:
     commands = 0
     for file in [*DOCUMENTS, *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("benchmarks/*.py")]:
