@@ -156,23 +156,19 @@ def test_arguments_reach_the_function_and_defaults_are_its_own(
     assert called(line.split(), monkeypatch) == wanted
 
 
-def documents() -> dict[Path, str]:
-    """Every text that may name a command, a code span or a `\\` at a line's end in one line."""
+def documents() -> str:
+    """All texts that may name a command; code spans and continued lines are on one line."""
     folders = ("docs", "configs", "notebooks", "benchmarks", "tools", "t2i_align", "pipelines", "reward_scorers")
-    files = [
-        file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in (".md", ".py", ".yaml")
-    ]
-    span = re.compile(r"(?<!`)`[^`\n]+\n[^`\n]+`")
-    texts = {file: file.read_text().replace("\\\n", " ") for file in (*ROOT.glob("*.md"), *files) if file != TABLE}
-    return {file: span.sub(lambda match: " ".join(match[0].split()), text) for file, text in texts.items()}
+    files = [*ROOT.glob("*.md"), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    suffixes = (".md", ".py", ".yaml", ".ipynb")
+    text = "\n".join(file.read_text() for file in files if file.suffix in suffixes and file != TABLE)
+    return re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda match: " ".join(match[0].split()), text.replace("\\\n", " "))
 
 
 def documented() -> list[str]:
     """Whole commands: lines in the documents, the comments and the docstrings, and the examples of `--help`."""
     launched = r"^[# ]*(?:torchrun|accelerate launch) .*-m t2i_align(?=[. ])"
-    text = "\n".join(
-        [*documents().values(), *(example for command in COMMANDS.values() for example in command.examples)]
-    )
+    text = "\n".join([documents(), *(example for command in COMMANDS.values() for example in command.examples)])
     lines = re.findall(r"(?:^[# ]*| {3})t2i-align(?=[. ])(.*)", re.sub(launched, "t2i-align", text, flags=re.M), re.M)
     lines = [line.replace(".train ", " train ").split(" #")[0].strip() for line in lines]
     return sorted({line for line in lines if line.startswith(tuple(f"{name} " for name in COMMANDS))})
@@ -187,23 +183,18 @@ def test_documented_commands_parse_with_the_testbed_figures_sampling_options(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Options and configuration are read; what the command would do is not done."""
-    check = (
-        next(command.check for name, command in COMMANDS.items() if line.startswith(f"{name} "))
-        or COMMANDS["train"].check
-    )
+    command = next(command for name, command in COMMANDS.items() if line.startswith(f"{name} "))
+    module, _, load = (command.check or COMMANDS["train"].check).partition(":")
     options = called(shlex.split(line), monkeypatch)
     if "testbed:sd" in (options.get("model"), options.get("base")):
         assert (options["steps"], options["guidance"]) == (STEPS, GUIDANCE)
     if "overrides" in options:
-        module, _, load = check.partition(":")
         getattr(importlib.import_module(module), load)(ROOT / options.get("config", CONFIG), options["overrides"])
 
 
 def test_commands_in_code_spans_and_their_options_exist() -> None:
     """Such as `t2i-align perturb SOURCE`, which may leave out what a whole command needs."""
-    spans = [
-        span for text in documents().values() for span in re.findall(r"`[^`\n]*\bt2i[-_]align ([a-z][^`\n]*)`", text)
-    ]
+    spans = re.findall(r"`[^`\n]*\bt2i[-_]align ([a-z][^`\n]*)`", documents())
     assert len(spans) > 20
     for span in spans:
         name = next((name for name in (" ".join(span.split()[:2]), span.split()[0]) if name in COMMANDS), None)
