@@ -215,7 +215,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     except UserError:
         raise
     except ValueError as error:
-        return row.skipped(str(error))
+        return row.skipped(str(error).removeprefix(f"{row.origin}: "))
 
 
 def _values(members: Sequence[Row], names: Names) -> list[Any]:

@@ -172,8 +172,7 @@ def inspect(
             # The groups with the smallest hashes are a sample that depends on neither order nor number.
             shown = sorted([*findings.examples, item], key=lambda group: stable_seed(0, group.id))
             findings.examples = shown[:examples]
-    if not findings.groups:
-        raise UserError(f"{source}: no usable group. First reasons: {'; '.join(findings.skips)}")
+    findings.check_usable(source)
     _measure_prompts(findings, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(render(findings), encoding="utf-8")

@@ -14,8 +14,7 @@ COMMANDS = {"captions": "caption", "negative_caption": "perturb", "scores": "rel
 
 def check_requirements(needs: Requirements, survey: Survey, path: str, limit: int | None = None) -> None:
     """Raise UserError unless some group of the source can serve the objective, and all that can make one batch."""
-    if not survey.groups:
-        raise UserError(f"{path}: no usable group among {survey.rows} rows. First reasons: {'; '.join(survey.reasons)}")
+    survey.check_usable(path)
     check_candidates(needs, survey.candidates, path)
     check_columns(needs, survey.columns, survey.groups, path)
     if not needs.ties and survey.ties == survey.candidates:

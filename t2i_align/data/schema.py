@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from t2i_align.errors import UserError
+
 Media = bytes | Path
 Conditioning = dict[str, Tensor]
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
@@ -236,6 +238,12 @@ class Survey:
         """How many texts are encoded of a group at most: its prompt and those of the columns."""
         texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
         return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
+
+    def check_usable(self, source: str | Path) -> None:
+        """Raise UserError with the first reasons where no row can be used."""
+        if not self.groups:
+            reasons = "; ".join(self.reasons)
+            raise UserError(f"{source}: no usable group among {self.rows} rows. First reasons: {reasons}")
 
     def add(self, item: Group | Skipped) -> None:
         """Count an item of the source."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from t2i_align.data import hub, readers, spec
-from t2i_align.data.schema import Skipped
+from t2i_align.data.schema import Skipped, Survey
 from t2i_align.data.spec import By, Part
 from t2i_align.errors import UserError
 from t2i_align.utils.settings import read_yaml
@@ -51,8 +51,10 @@ def split(
     part = {"held_out": held_out, "by": list(by), "seed": seed}
     sides = {name: Part(of=name, **part) for name in ("train", "held_out")}  # type: ignore[arg-type]
     counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)
+    survey = Survey()
     prompts: dict[str, None] = {}
     for item in readers.read(path, format, images=False):
+        survey.add(item)
         if isinstance(item, Skipped):
             counts["skipped"] += 1
             continue
@@ -60,8 +62,11 @@ def split(
         counts[next((name for name, on in belongs.items() if on), "on_neither_side")] += 1
         if belongs["held_out"]:
             prompts[" ".join(item.prompt.split())] = None
+    survey.check_usable(source)
     if empty := [name for name in sides if not counts[name]]:
-        raise UserError(f"{source}: with held_out={held_out:g} and seed={seed}, {empty[0]} is empty; choose others")
+        choice = f"held_out={held_out:g} and seed={seed}"
+        skipped = f" Skipped rows: {counts['skipped']}, such as {survey.reasons[0]}" if survey.reasons else ""
+        raise UserError(f"{source}: with {choice}, {empty[0]} is empty; choose others.{skipped}")
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for name in sides:

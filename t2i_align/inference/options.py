@@ -130,7 +130,7 @@ def check_free(folder: Path, force: bool, content: str, marker: str | None = Non
         marker: the file that an earlier run's folder holds; without it even `force` does not replace a folder.
     """
     if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write {content} to")
+        raise UserError(f"{folder}: is a file; expected a folder to write to")
     if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
         return
     if marker and not (folder / marker).is_file():

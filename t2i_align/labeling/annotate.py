@@ -19,7 +19,7 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.inference.options import build_scorers, check_options, pick_device, unscorable
 from t2i_align.labeling.groups import Annotate, Batch, Summary, by_scorer, fill
 from t2i_align.labeling.models import DRAWN, RULES, Captioner, Perturber, load_captioner, load_perturber
-from t2i_align.labeling.rules import KINDS
+from t2i_align.labeling.rules import KINDS, RulePerturber
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def caption(
 
     Args:
         source: File or folder of preference data, or `testbed:pairs`.
-        variant: c, p or h.
+        variant: c, p or h: both images described; the prompt, perturbed for the loser; or the winner's description, and
+            the loser's perturbed.
         out: JSONL file.
         captioner: Folder, Hub id, `testbed:captioner`, or any `Captioner`; p needs none.
         perturber: `rules`, folder, Hub id, or any `Perturber`; c needs none.
@@ -85,6 +86,7 @@ def caption(
         raise unknown("variant", variant, VARIANTS)
     if variant != "p" and captioner is None:
         raise UserError(f"variant {variant} describes images: name a captioner (a folder, a Hub id, or {DRAWN})")
+    _check_edits(precision, kinds, strength)
     job = _Job(source, out, format, annotations, pairs=variant != "c", batch_size=batch_size, force=force)
     settings: Row = {"variant": variant, "annotations": sidecar_identity(annotations)}
     shared = {"max_new_tokens": max_new_tokens, "precision": precision}
@@ -153,6 +155,7 @@ def perturb(
     Raises:
         UserError: an argument that cannot be used, or a source without a group to annotate.
     """
+    _check_edits(precision, kinds, strength)
     job = _Job(source, out, format, batch_size=batch_size, force=force)
     own: Row = {"template": perturber_template, "revision": perturber_revision, "max_new_tokens": max_new_tokens}
     own |= {"precision": precision, "kinds": list(kinds), "strength": strength}
@@ -163,6 +166,12 @@ def perturb(
         return {key: {"negative_caption": text} for key, text in changed}
 
     return job.run(annotate, {"perturber": settings}, images=False, progress=progress)
+
+
+def _check_edits(precision: str, kinds: Sequence[str], strength: int) -> None:
+    """Raise UserError for what is misspelt, also where no model or no rule makes use of it."""
+    check_options(precision)
+    RulePerturber(kinds=tuple(kinds), strength=strength)
 
 
 def relabel(

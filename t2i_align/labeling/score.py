@@ -215,7 +215,7 @@ def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
     try:
         readers.detect(readers.resolve(source))
     except UserError as error:
-        raise UserError(f"{error} {OTHER_SOURCES}") from error
+        raise UserError(f"{str(error).rstrip('.')}. {OTHER_SOURCES}") from error
     survey = readers.survey(source)
     if not survey.groups:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}. {OTHER_SOURCES}")

@@ -158,6 +158,8 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ("path: gone.csv", "no such file or folder"),
         ("format: auto", "missing key"),
         ("path: a.csv\ncolour: red", "colour: unknown key"),
+        ("path: a.csv\ncolumns: {usr: x}", "unknown key in columns 'usr'. Did you mean 'user'. Choices: .*captions"),
+        ("path: a.csv\ncolumns: {own_names: true}", "unknown key in columns 'own_names'"),
         ("path: a.csv\ncolumns: {candidates: [left, right]}", "exactly one of .* found none"),
         ("path: a.csv\ncolumns: {candidates: x, scores: s, ranks: r}", "exactly one of .* found scores, ranks"),
         ("path: a.csv\ncolumns: {candidates: [left, right], scores: [s]}", "scores names 1 columns"),

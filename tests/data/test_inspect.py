@@ -128,4 +128,7 @@ def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
         split(tmp_path / "out" / "train.yaml", tmp_path / "again")
     with pytest.raises(UserError, match="held_out is empty"):
         split(tmp_path / "v.yaml", tmp_path / "again", held_out=1e-9)
+    formats.sheet(tmp_path / "v.csv", [{"text": "", "a": "0.png", "b": "1.png", "won": "a"}])
+    with pytest.raises(UserError, match=r"no usable group among 1 rows.*v\.csv, row 0: no 'text'"):
+        split(tmp_path / "v.yaml", tmp_path / "again")
     assert json.loads(json.dumps(counts)) == counts

@@ -330,6 +330,11 @@ def test_finished_and_foreign_files_are_refused(source: Path, tmp_path: Path) ->
         (lambda s, o: caption(s, "p", o, batch_size=0), "batch_size must be"),
         (lambda s, o: caption(s, "p", o, annotations=["nothing.jsonl"]), "nothing.jsonl: no such file"),
         (lambda s, o: perturb(s, o, kinds=["colours"]), "unknown kind of edit 'colours'"),
+        (
+            lambda s, o: caption(s, "c", o, captioner="testbed:captioner", kinds=["colours"]),
+            "unknown kind of edit 'colours'",
+        ),
+        (lambda s, o: caption(s, "c", o, captioner="testbed:captioner", precision="fp8"), "unknown precision 'fp8'"),
         (lambda s, o: perturb(s / "nothing", o), "nothing: no such file or folder"),
         (lambda s, o: perturb(s, o, format="parquet"), "unknown data format 'parquet'"),
         (lambda s, o: perturb(s, o.with_suffix(".txt")), "expected a file that ends in .jsonl"),
