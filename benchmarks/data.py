@@ -41,13 +41,14 @@ from diffusers import AutoencoderKL
 import pipelines
 from t2i_align.config import DataConfig
 from t2i_align.data import encode, readers
-from t2i_align.data.loader import PreferenceDataset, _choose
+from t2i_align.data.encode import Encoder, Row
+from t2i_align.data.loader import PreparedDataset, choose
 from t2i_align.data.media import load_pixels
-from t2i_align.data.prepare import Encoder, Row, write
 from t2i_align.data.schema import Group
-from t2i_align.data.store import Store
+from t2i_align.data.store import GROUPS, Store, write
 from t2i_align.inference.models import resolve_model
 from t2i_align.objectives.base import Requirements
+from t2i_align.utils.files import LOCK
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # of the synthetic latents and embeddings; a batch's cost is that of finding it
@@ -59,28 +60,23 @@ class Synthetic(Encoder):
     """Random latents, which no model has to make."""
 
     columns = {"latents": pa.large_binary(), "shape": pa.list_(pa.int32()), "size": pa.list_(pa.int32())}
-    text_columns = {"embedding:prompt_embeds": pa.large_binary()}
+    text_columns = {"text": pa.string(), "embedding:prompt_embeds": pa.large_binary()}
     rows_per_shard, rows_at_once = 1024, 256
     description = {"conditioning": {"prompt_embeds": {"shape": list(PROMPT_SHAPE), "dtype": "float16"}}}
 
     def __init__(self) -> None:
-        self.new, self.known = [""], {""}
         self.values = np.random.default_rng(0).standard_normal((64, *SHAPE)).astype(np.float16)
 
     def encode(self, groups: Sequence[Group]) -> list[Row | str]:
-        self.new += [text for text in dict.fromkeys(group.prompt for group in groups) if text not in self.known]
-        self.known.update(self.new)
         return [
             {"latents": b"".join(self.values[(2 * int(group.id) + n) % 64].tobytes() for n in range(2)),
              "shape": SHAPE, "size": (16, 16)}
             for group in groups
         ]  # fmt: skip
 
-    def take_texts(self) -> list[Row]:
+    def encode_texts(self, texts: Sequence[str]) -> list[Row | None]:
         embedding = np.zeros(PROMPT_SHAPE, np.float16).tobytes()
-        rows = [{"text": text, "embedding:prompt_embeds": embedding} for text in self.new]
-        self.new = []
-        return rows
+        return [{"text": text, "embedding:prompt_embeds": embedding} for text in texts]
 
 
 def synthetic(folder: Path, groups: int) -> Path:
@@ -94,9 +90,9 @@ def synthetic(folder: Path, groups: int) -> Path:
     return out
 
 
-def opened(folder: Path) -> tuple[PreferenceDataset, Iterator[Any]]:
+def opened(folder: Path) -> tuple[PreparedDataset, Iterator[Any]]:
     """What training opens: the data with its groups chosen, and its shuffled loader."""
-    source = _choose(Store(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
+    source = choose(Store(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
     return source, source.loader(seed=0, start_step=0, batch_size=BATCH)
 
 
@@ -122,10 +118,10 @@ def size(folder: Path, groups: int, batches: int) -> list[tuple[str, str, str]]:
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     times: dict[Path, list[float]] = {large: [], small: []}
     loaders = {path: opened(path) for path in times}
-    shards = len(loaders[large][0].groups.manifest["shards"])
+    shards = len(loaders[large][0].store.manifest["shards"])
     start = time.perf_counter()
     for number in range(shards):
-        loaders[large][0].groups.shard(number)
+        loaders[large][0].store._table(GROUPS, number)
     opening = (time.perf_counter() - start) / shards
     for _ in range(batches):
         for path, (source, loader) in loaders.items():
@@ -234,7 +230,7 @@ def check(one: Path, other: Path) -> bool:
         {
             file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
             for file in folder.rglob("*")
-            if file.is_file() and file.name != ".lock"
+            if file.is_file() and file.name != LOCK
         }
         for folder in (one, other)
     ]

@@ -267,10 +267,10 @@ def _flat(items: Iterable[Group | Skipped]) -> Iterator[_Candidate]:
 
 def _stored(store: Store) -> Iterator[Group]:
     for index in range(len(store)):
-        shard, row = store.group(index)
-        media, prompt, name = store.media(index), shard.groups["prompt"][row].as_py(), shard.ids[row].as_py()
-        scores = tuple(map(float, shard.scores[row]))
-        yield Group(id=name, prompt=prompt, candidates=tuple(media), scores=scores, origin=str(store.path))
+        columns, row = store.group(index)
+        name, prompt, scores = (columns[key][row].as_py() for key in ("id", "prompt", "scores"))
+        media = tuple(store.media(index))
+        yield Group(id=name, prompt=prompt, candidates=media, scores=tuple(scores), origin=str(store.path))
 
 
 def _listed(row: tables.Row, file: Path) -> _Candidate:

@@ -19,10 +19,9 @@ from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Undecoded, check_space
 from t2i_align.data.loader import digest, source_fingerprint
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.prepare import write
 from t2i_align.data.readers import Selection
 from t2i_align.data.splits import is_held_out
-from t2i_align.data.store import Store, is_complete
+from t2i_align.data.store import Store, is_complete, write
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
@@ -106,10 +105,10 @@ def open_preferences(
     return Preferences(
         store,
         numbers,
-        [shard.ids[row].as_py() for shard, row in groups],
-        [shard.groups["prompt"][row].as_py() for shard, row in groups],
-        [shard.groups["user"][row].as_py() or NO_USER for shard, row in groups],
-        [torch.tensor(shard.scores[row].copy(), dtype=torch.float32) for shard, row in groups],
+        [columns["id"][row].as_py() for columns, row in groups],
+        [columns["prompt"][row].as_py() for columns, row in groups],
+        [columns["user"][row].as_py() or NO_USER for columns, row in groups],
+        [torch.tensor(columns["scores"][row].as_py()) for columns, row in groups],
     )
 
 
