@@ -132,14 +132,11 @@ class Latents(Encoder):
         if reasons := _reasons(results):
             return reasons
         latents, originals = zip(*results, strict=True)
-        row: Row = {
-            "latents": b"".join(one.numpy().tobytes() for one in latents),
-            "size": size,
-            "shape": latents[0].shape,
-        }
-        return (
-            {**row, "sizes": [side for original in originals for side in original]} if "sizes" in self.columns else row
-        )
+        content = b"".join(one.numpy().tobytes() for one in latents)
+        row: Row = {"latents": content, "size": size[:2], "shape": latents[0].shape}
+        if "sizes" in self.columns:
+            row["sizes"] = [side for original in originals for side in original]
+        return row
 
     def _size(self, group: Group) -> MediaSize:
         """That of the bucket nearest to the images' aspect ratios; a square where one of them cannot be measured."""

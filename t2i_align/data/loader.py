@@ -127,7 +127,7 @@ class PreparedDataset(PreferenceDataset):
             group, row = self.store.group(number)
             own = group["scores"][row].as_py()
             places = self.needs.places(len(own))
-            keys.append(f"{epoch}/{group['id'][row]}")
+            keys.append(f"{epoch}/{group['id'][row].as_py()}")
             prompts.append(self.store.index["prompt"][number].as_py())
             scores.append([own[place] for place in places])
             content = memoryview(group["latents"][row].as_buffer())
@@ -213,11 +213,11 @@ def steps(
     An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
     `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
     """
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch))
+    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch).numpy())
 
     def at(position: int) -> tuple[tuple[int, int], int]:
         epoch, place = divmod(position, len(numbers))
-        index = int(order(epoch)[place])
+        index = order(epoch)[place]
         return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
 
     if buckets is None or (buckets == buckets[0]).all():
