@@ -17,14 +17,20 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from pipelines import FAMILIES
+from reward_scorers.registry import MODULES
 from t2i_align import config, objectives
+from t2i_align.data.readers import READERS
 from t2i_align.quickstart import CONFIG
+from tools.testbed.__main__ import COMMANDS as TOOLS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("t2i_align", "pipelines", "reward_scorers")
 SCORERS = ROOT / "configs" / "scorers"
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.y*ml") if SCORERS not in file.parents)
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *ROOT.glob("docs/**/*.md")]
+DOCUMENTS = sorted(
+    file for pattern in ("*.md", "configs/*.md", "docs/**/*.md", "t2i_align/assets/*.md") for file in ROOT.glob(pattern)
+)
 
 # Longer than 350 lines until they are divided; nothing is added here.
 LONG = {f"t2i_align.data.{name}" for name in ("loader", "shards")}
@@ -181,10 +187,56 @@ def test_configurations_and_keys_named_in_the_documents_exist(file: Path) -> Non
     for name in re.findall(r"\bconfigs/[\w.]+\.yaml", text):
         assert (ROOT / name).is_file(), f"{file.name} names {name}"
     known = config.to_mapping(config.load(CONFIG))
-    for group, key in re.findall(r"\b(model|data|lora|optim|train|validation|log)\.(\w+)(?==|`)", text):
+    known["objective"] = {field for cls in objectives.OBJECTIVES.values() for field in cls.__dataclass_fields__}
+    for group, key in re.findall(
+        r"\b(objective|model|data|lora|optim|train|validation|log|health)\.(\w+)(?==|`)", text
+    ):
         assert key in known[group] or f"{group}.{key}" in ("data.md", "train.py", "train.yaml"), (
             f"{file.name} names {group}.{key}"
         )
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_modules_and_scripts_named_in_the_documents_exist(file: Path) -> None:
+    text = file.read_text()
+    folders = "|".join(path.parent.name for path in (*ROOT.glob("*/*"), *ROOT.glob("t2i_align/*/*")))
+    for name in re.findall(rf"(?<![\w/])(?:{folders})/[\w./-]+\.(?:py|md|png|ipynb|parquet)\b", text):
+        assert (ROOT / name).is_file() or (ROOT / "t2i_align" / name).is_file(), f"{file.name} names {name}"
+    for name, module in re.findall(r"`(\w+)`\s(?:in|of)\s`([\w/]+\.py)`", text):
+        path = next(path for path in (ROOT / module, ROOT / "t2i_align" / module) if path.is_file())
+        assert re.search(rf"\b{name}\b", path.read_text()), f"{file.name}: {module} has no {name}"
+    dotted = re.findall(rf"\b(?:{'|'.join(PACKAGES)}|tools)(?:\.[A-Za-z_]+)+\b(?!/)", text)
+    dotted += [f"{package}.{name}" for package, names in re.findall(r"^from (\S+) import (.+)", text, re.M)
+               for name in re.findall(r"\w+", names)]  # fmt: skip
+    for name in dotted:
+        pkgutil.resolve_name(name)
+
+
+def test_scripts_named_in_the_documents_take_the_options_named_with_them() -> None:
+    commands = 0
+    for file in [*DOCUMENTS, *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("benchmarks/*.py")]:
+        for script, options in re.findall(
+            r"python (benchmarks/\w+\.py|-m tools\.testbed [a-z][a-z-]*)([^`&\n]*)", file.read_text()
+        ):
+            sources = [ROOT / script]
+            if script.startswith("-m"):
+                assert script.split()[-1] in TOOLS, f"{file.name} names {script}"
+                sources = [*(ROOT / "tools" / "testbed").glob("*.py")]
+            source = "".join(path.read_text() for path in sources)
+            missing = [name for name in re.findall(r"--[a-z0-9-]+", options) if f'"{name}"' not in source]
+            assert not missing, f"{file.name}: {script} has no {missing}"
+            commands += 1
+    assert commands > 20
+
+
+@pytest.mark.parametrize(
+    ("guide", "names"),
+    [("objectives", objectives.CLASSES), ("families", FAMILIES), ("scorers", MODULES), ("data", READERS)],
+)
+def test_every_built_in_name_is_in_its_guide(guide: str, names: Iterable[str]) -> None:
+    text = (ROOT / "docs" / f"{guide}.md").read_text()
+    missing = [name for name in names if not re.search(rf"`{re.escape(name)}[`:]", text)]
+    assert not missing, f"docs/{guide}.md lacks {missing}"
 
 
 def test_the_guide_explains_every_key_of_a_run() -> None:

@@ -6,21 +6,21 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import Group, Media
-from t2i_align.data.survey import Survey
+from t2i_align.data.schema import COLUMNS, Conditioning, Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -220,6 +220,12 @@ class Undecoded(Encoder):
             "bytes": [media if isinstance(media, bytes) else None for media in group.candidates],
         }
 
+    @staticmethod
+    def media(columns: Mapping[str, pa.Array], row: int) -> list[Media]:
+        """A stored group's images or clips, best first."""
+        stored = zip(columns["paths"][row].as_py(), columns["bytes"][row].as_py(), strict=True)
+        return [content if path is None else Path(os.fsdecode(path)) for path, content in stored]
+
 
 class Texts:
     """Encodes each text when it is met for the first time.
@@ -244,6 +250,35 @@ class Texts:
         bad = [text for text in group.texts if text in self.unusable]
         reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
         return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
+
+
+def encode_fields(
+    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
+
+    All are encoded together, so that their sequences are padded alike.
+    """
+    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
+    if not texts:
+        return {"conditioning": encode(prompts), "columns": columns}
+    shapes = [np.shape(values) for values in (prompts, *texts.values())]
+    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
+    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
+    fields = [
+        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
+    ]
+    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
+
+
+def widened(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
+    if isinstance(value, dict):
+        return {name: widened(one, device) for name, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    moved = value.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved
 
 
 def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:

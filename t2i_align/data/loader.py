@@ -22,12 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.encode import Latents, bucket_sizes
+from t2i_align.data.encode import Latents, bucket_sizes, encode_fields, widened
 from t2i_align.data.media import CROP, MediaSize, time_ids
-from t2i_align.data.readers import Selection
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning
-from t2i_align.data.store import LAYOUT, Store, is_complete, is_store, write
-from t2i_align.data.survey import Survey
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
+from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -124,7 +122,7 @@ class PreparedDataset(PreferenceDataset):
         keys, prompts, scores, latents, sizes = [], [], [], [], []
         columns: dict[str, Any] = {name: [] for name in self.needs.columns if name in COLUMNS}
         for epoch, number in positions:
-            group, row = self.store.group(number)
+            group, row = self.store.locate(number)
             own = group["scores"][row].as_py()
             places = self.needs.places(len(own))
             keys.append(f"{epoch}/{group['id'][row].as_py()}")
@@ -157,7 +155,7 @@ class PreparedDataset(PreferenceDataset):
 
     def _conditioning(self, numbers: Sequence[int]) -> Conditioning:
         """The stored conditioning of texts by their numbers, [B, ...]; sequences are padded to the longest of all."""
-        rows = [self.store.text(number) for number in numbers]
+        rows = [self.store.locate(number, TEXTS) for number in numbers]
         conditioning: Conditioning = {}
         for name, entry in self.store.manifest["conditioning"].items():
             dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
@@ -170,35 +168,6 @@ class PreparedDataset(PreferenceDataset):
                 values = [part for value in values for part in (value, bytes(longest - len(value)))]
             conditioning[name] = _joined(values, dtype, len(rows), *shape)
         return conditioning
-
-
-def encode_fields(
-    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
-
-    All are encoded together, so that their sequences are padded alike.
-    """
-    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
-    if not texts:
-        return {"conditioning": encode(prompts), "columns": columns}
-    shapes = [np.shape(values) for values in (prompts, *texts.values())]
-    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
-    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
-    fields = [
-        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
-    ]
-    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
-
-
-def widened(value: Any, device: torch.device) -> Any:
-    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
-    if isinstance(value, dict):
-        return {name: widened(one, device) for name, one in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    moved = value.to(device, non_blocking=True)
-    return moved.float() if moved.is_floating_point() else moved
 
 
 def _joined(parts: Sequence[Any], dtype: torch.dtype, *shape: int) -> Tensor:

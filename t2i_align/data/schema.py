@@ -1,4 +1,4 @@
-"""The one shape of preference data: groups of candidates for a prompt, and batches of them.
+"""The one shape of preference data: groups of candidates for a prompt, batches of them, and counts over them.
 
 A group is one prompt with k candidates and what is known about which is better: k = 2 is a pair, k = 1 a liked
 (score > 0) or disliked (score < 0) sample, k > 2 a ranking. Candidates are kept best first, ties in source order.
@@ -7,18 +7,18 @@ A group is one prompt with k candidates and what is known about which is better:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 Media = bytes | Path
 Conditioning = dict[str, Tensor]
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
-T = TypeVar("T")
+REASONS_SHOWN = 3  # rows that cannot be used, in a message
 PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
 
 
@@ -35,11 +35,19 @@ class Column:
     per_candidate: bool = False
     text: bool = False
 
-    def parse(self, value: Any) -> Any:
-        """A group's value as a file gives it, checked and converted. Raises ValueError where it has another type."""
+    def parse(self, value: Any, key: str) -> Any:
+        """A group's value as a file has it under `key`, checked and converted.
+
+        Raises:
+            ValueError: another type or a number that is not finite; names the key, what is expected and the value.
+        """
         if self.per_candidate and not isinstance(value, list | tuple):
-            raise ValueError(f"must be a list, found {value!r}")
-        return tuple(self._parsed(one, value) for one in value) if self.per_candidate else self._parsed(value, value)
+            raise ValueError(f"{key!r} must be a list, found {value!r}")
+        parsed = tuple(map(self._parsed, value if self.per_candidate else [value]))
+        if None in parsed:
+            kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
+            raise ValueError(f"{key!r} must be {f'a list of {kind}s' if self.per_candidate else kind}, found {value!r}")
+        return parsed if self.per_candidate else parsed[0]
 
     def texts(self, value: Any) -> Sequence[str]:
         """The texts of a group's value that are encoded."""
@@ -51,15 +59,11 @@ class Column:
         """A group's value for some of its candidates."""
         return tuple(value[place] for place in places) if self.per_candidate else value
 
-    def _parsed(self, one: Any, value: Any) -> str | float:
-        numeric = isinstance(one, int | float) and not isinstance(one, bool)
-        if self.type == "string" and (isinstance(one, str) or (numeric and not self.text)):
-            return str(one)
-        if self.type != "string" and numeric and math.isfinite(as_float(one)):
-            return as_float(one)
-        kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
-        expected = f"a list of {kind}s" if self.per_candidate else kind
-        raise ValueError(f"must be {expected}, found {value!r}")
+    def _parsed(self, value: Any) -> str | float | None:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.type == "string":
+            return str(value) if isinstance(value, str) or (numeric and not self.text) else None
+        return as_float(value) if numeric and math.isfinite(as_float(value)) else None
 
 
 def as_float(value: float) -> float:
@@ -70,6 +74,7 @@ def as_float(value: float) -> float:
         return math.inf
 
 
+ID = Column("id")
 SCORES = Column("scores", "double", per_candidate=True)
 # The optional columns. Readers, annotations, the store and the loader go by this table.
 COLUMNS: dict[str, Column] = {
@@ -80,19 +85,6 @@ COLUMNS: dict[str, Column] = {
         Column("user"),  # whose preference it is
     )
 }
-
-
-def named_columns(cls: type[T]) -> type[T]:
-    """Let a dataclass with a field `columns` also take the optional columns by name: `Group(..., user="u")`."""
-    build: Any = cls.__init__
-
-    @wraps(build)
-    def init(self: T, *, columns: Mapping[str, Any] | None = None, **values: Any) -> None:
-        given = {**(columns or {}), **{name: values.pop(name) for name in COLUMNS if name in values}}
-        build(self, columns={name: value for name, value in given.items() if value is not None}, **values)
-
-    cls.__init__ = init  # type: ignore[assignment, method-assign]
-    return cls
 
 
 class WithColumns:
@@ -106,7 +98,6 @@ class WithColumns:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-@named_columns
 @dataclass(frozen=True, kw_only=True)
 class Group(WithColumns):
     """One prompt with k candidates.
@@ -163,6 +154,10 @@ class Group(WithColumns):
             columns={name: COLUMNS[name].take(value, places) for name, value in self.columns.items()},
         )
 
+    def skipped(self, reason: str) -> Skipped:
+        """The record of a group that is not used."""
+        return Skipped(id=self.id, origin=self.origin, reason=reason)
+
     def best_first(self) -> Group:
         """The same group with its candidates in descending order of score; ties keep their order."""
         return self.take(sorted(range(len(self.scores)), key=lambda place: -self.scores[place]))
@@ -180,7 +175,85 @@ class Skipped:
 Items = Iterator[Group | Skipped]
 
 
-@named_columns
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
+
+    candidates: int = 1
+    ties: bool = True
+    likes_only: bool = False
+    limit: int | None = None
+
+    def accepts(self, group: Group) -> bool:
+        """Whether the objective learns from a group."""
+        if self.likes_only and group.is_disliked:
+            return False
+        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
+
+    def first(self, items: Items, accepted: int = 0) -> Items:
+        """The items up to the group with which the limit is reached, none beyond; `accepted` groups came before."""
+        while accepted != self.limit and (item := next(items, None)) is not None:
+            accepted += isinstance(item, Group) and self.accepts(item)
+            yield item
+
+
+EVERYTHING = Selection()
+
+
+@dataclass
+class Survey:
+    """What a source holds, without opening its images.
+
+    candidates: number of groups by their k. ties: those of them whose best and worst score are equal. disliked: single
+    samples that were not liked. texts: prompts and captions. columns: how many groups have each column (see
+    `Group.present`). skips: rows that cannot be used by their reasons. reasons: the first of these with their origin.
+    accepted, score_range: number of groups that the selection accepts, and their least and greatest score.
+    """
+
+    selection: Selection = EVERYTHING
+    candidates: Counter[int] = field(default_factory=Counter)
+    ties: Counter[int] = field(default_factory=Counter)
+    disliked: int = 0
+    texts: set[str] = field(default_factory=set)
+    columns: Counter[str] = field(default_factory=Counter)
+    skips: Counter[str] = field(default_factory=Counter)
+    reasons: list[str] = field(default_factory=list)
+    accepted: int = 0
+    score_range: tuple[float, float] = (math.inf, -math.inf)
+
+    @property
+    def groups(self) -> int:
+        return self.candidates.total()
+
+    @property
+    def rows(self) -> int:
+        """Groups and skipped rows."""
+        return self.groups + self.skips.total()
+
+    @property
+    def texts_per_group(self) -> int:
+        """How many texts are encoded of a group at most: its prompt and those of the columns."""
+        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
+        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
+
+    def add(self, item: Group | Skipped) -> None:
+        """Count an item of the source."""
+        if isinstance(item, Skipped):
+            self.skips[item.reason] += 1
+            self.reasons += [f"{item.origin}: {item.reason}"] if len(self.reasons) < REASONS_SHOWN else []
+            return
+        k = len(item.candidates)
+        self.candidates[k] += 1
+        self.ties.update([k] if item.is_tie else [])
+        self.disliked += item.is_disliked
+        self.texts.update(item.texts)
+        self.columns.update(item.present)
+        if self.selection.accepts(item):
+            least, greatest = self.score_range
+            self.accepted += 1
+            self.score_range = min(least, *item.scores), max(greatest, *item.scores)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch(WithColumns):
     """B groups with the same number k of candidates, encoded.

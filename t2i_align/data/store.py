@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -39,9 +37,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from t2i_align.data.encode import Encoder, Row, Texts
-from t2i_align.data.readers import EVERYTHING, Selection
-from t2i_align.data.schema import COLUMNS, PLAIN_SCORES, Group, Media, Skipped
-from t2i_align.data.survey import REASONS_SHOWN
+from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
 from t2i_align.errors import UserError
 from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json
 
@@ -96,7 +92,7 @@ def write(
         (out / MANIFEST).unlink(missing_ok=True)  # a shard was lost
         with tqdm(total=total, desc="encode", unit="row", disable=not progress) as bar:
             try:
-                for lock in _Writer(encoder, out, selection, bar).walk(iter(items)):
+                for lock in _Writer(encoder, Texts(encoder), out, selection, bar).walk(iter(items)):
                     with lock:  # held while its shard is being written
                         pass
             except OSError as error:
@@ -118,13 +114,11 @@ class _Writer:
     """
 
     encoder: Encoder
+    texts: Texts
     out: Path
     selection: Selection
     bar: Any
     counts: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.texts = Texts(self.encoder)
 
     def walk(self, stream: Iterator[Group | Skipped]) -> list[FileLock]:
         """Write what is left to write; returns the locks of the shards that other processes are writing."""
@@ -210,9 +204,9 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
     sums = {name: sum(state[name] for state in states) for name in ("groups", "skipped", "texts")}
     if not sums["groups"]:
         shutil.rmtree(out)
-        reasons = [json.loads(line) for line in skipped.splitlines()]
-        shown = "; ".join(f"{row['origin']}: {row['reason']}" for row in reasons[:REASONS_SHOWN])
-        raise UserError(f"no usable group among {len(reasons)} rows. The first reasons: {shown}")
+        first = map(json.loads, skipped.splitlines()[:REASONS_SHOWN])
+        shown = "; ".join(f"{row['origin']}: {row['reason']}" for row in first)
+        raise UserError(f"no usable group among {sums['skipped']} rows. The first reasons: {shown}")
     with atomic_file(out / SKIPPED) as file:
         file.write_text(skipped)
     buckets, counts = _write_index(out, folders)
@@ -234,31 +228,25 @@ def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any
     of groups that have each column (see `Group.present`).
     """
     groups = pa.Table.from_batches([read_table(folder / GROUPS) for folder in folders])
-    texts = pa.chunked_array([read_table(folder / TEXTS)["text"] for folder in folders])
+    texts = [text for folder in folders for text in read_table(folder / TEXTS)["text"].to_pylist()]
+    places = {text: place for place, text in reversed([*enumerate(texts)])}
 
-    def numbers(column: pa.ChunkedArray) -> pa.Array:
-        number = pc.index_in(column, texts)
+    def number(text: str | None) -> int:
         # A text's first shard stores it; where it cannot, the process of that shard skips the groups that it has.
-        if number.null_count > column.null_count:
-            text = column.filter(pc.and_(column.is_valid(), number.is_null()))[0]
+        if text is not None and text not in places:
             raise UserError(
-                f"{out}: the embedding of {text.as_py()!r} is not finite in half precision, and its groups were spread "
-                "over several processes. Delete the folder and prepare it with one, which skips them."
+                f"{out}: the embedding of {text!r} is not finite in half precision, and its groups were spread over "
+                "several processes. Delete the folder and prepare it with one, which skips them."
             )
-        return number.cast(pa.int64()).fill_null(-1).combine_chunks()
+        return -1 if text is None else places[text]
 
     scores = np.from_dlpack(pc.list_flatten(groups["scores"]).combine_chunks())
     k = np.from_dlpack(pc.list_value_length(groups["scores"]).combine_chunks())
     ends = np.cumsum(k)
-    best, worst = scores[ends - k], scores[ends - 1]
-    index = {"k": k, "best": best, "worst": worst}
+    index: dict[str, Any] = {"k": k, "best": scores[ends - k], "worst": scores[ends - 1]}
     for name, per_candidate in TEXT_COLUMNS.items():
-        if per_candidate:
-            lengths = np.from_dlpack(pc.list_value_length(groups[name]).fill_null(0).combine_chunks())
-            starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
-            index[name] = pa.ListArray.from_arrays(starts, numbers(pc.list_flatten(groups[name])))
-        else:
-            index[name] = numbers(groups[name])
+        values = groups[name].to_pylist()
+        index[name] = [list(map(number, of or ())) for of in values] if per_candidate else list(map(number, values))
     encoded = "shape" in groups.schema.names
     pixels = groups.select(["size", "shape"]).to_pylist() if encoded else [{"size": [1, 1]}] * len(k)
     buckets = sorted(({str(one): one for one in pixels}).values(), key=lambda one: one["size"][0] / one["size"][1])
@@ -266,11 +254,10 @@ def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any
     with atomic_file(out / INDEX) as file:
         write_table(file, pa.Table.from_pydict(index, pa.schema(INDEX_TYPES)))
     graded = np.logical_or.reduceat(~np.isin(scores, PLAIN_SCORES), ends - k)
-    columns = {name: len(k) - groups[name].null_count for name in COLUMNS}
     counts = {
-        "ties": int(((k > 1) & (best == worst)).sum()),
+        "ties": int(((k > 1) & (index["best"] == index["worst"])).sum()),
         "candidates": {str(one): int(count) for one, count in zip(*np.unique(k, return_counts=True), strict=True)},
-        "columns": {"scores": int(graded.sum()), **columns},
+        "columns": {"scores": int(graded.sum())} | {name: len(k) - groups[name].null_count for name in COLUMNS},
     }
     return buckets if encoded else [], counts
 
@@ -299,10 +286,8 @@ def is_store(path: Path) -> bool:
 
 def is_complete(path: Path) -> bool:
     """Whether prepared data is finished and none of its shards is lost."""
-    if not (path / MANIFEST).is_file():
-        return False
-    shards = read_json(path / MANIFEST)["shards"]
-    return all((path / shard_name(number)).is_dir() for number in range(len(shards)))
+    file = path / MANIFEST
+    return file.is_file() and all((path / shard_name(n)).is_dir() for n in range(len(read_json(file)["shards"])))
 
 
 def shard_name(number: int) -> str:
@@ -329,10 +314,9 @@ class Store:
         names = ("k", "best", "worst", "bucket")
         self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in names)
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
-        counts = [(GROUPS, "groups"), (TEXTS, "texts")]
-        shards = self.manifest["shards"]
-        self._starts = {file: [0, *accumulate(shard[name] for shard in shards)] for file, name in counts}
-        self._table = lru_cache(maxsize=None)(self._read_table)
+        counts = {name: [shard[name] for shard in self.manifest["shards"]] for name in ("groups", "texts")}
+        self._starts = {GROUPS: [0, *accumulate(counts["groups"])], TEXTS: [0, *accumulate(counts["texts"])]}
+        self._columns: dict[tuple[str, int], dict[str, pa.Array]] = {}
 
     def __len__(self) -> int:
         return len(self.k)
@@ -340,29 +324,13 @@ class Store:
     def __reduce__(self) -> Any:
         return Store, (self.path,)  # a worker process maps the files itself
 
-    def group(self, number: int) -> tuple[dict[str, pa.Array], int]:
-        """The columns of the shard that has a group, and its row there."""
-        return self._find(GROUPS, number)
-
-    def text(self, number: int) -> tuple[dict[str, pa.Array], int]:
-        """The columns of the shard that has an encoded text, and its row there; 0 is the empty text."""
-        return self._find(TEXTS, number)
-
-    def media(self, number: int) -> list[Media]:
-        """A group's images or clips, best first, where they are not encoded (see `encode.Undecoded`)."""
-        groups, row = self.group(number)
-        paths, contents = groups["paths"][row].as_py(), groups["bytes"][row].as_py()
-        return [
-            content if path is None else Path(os.fsdecode(path)) for path, content in zip(paths, contents, strict=True)
-        ]
-
-    def _find(self, file: str, number: int) -> tuple[dict[str, pa.Array], int]:
+    def locate(self, number: int, file: str = GROUPS) -> tuple[dict[str, pa.Array], int]:
+        """The columns of the shard that has a group, and its row there; with TEXTS, a text's, of which 0 is empty."""
         shard = bisect_right(self._starts[file], number) - 1
-        return self._table(file, shard), number - self._starts[file][shard]
-
-    def _read_table(self, file: str, shard: int) -> dict[str, pa.Array]:
-        table = read_table(self.path / shard_name(shard) / file)
-        return dict(zip(table.schema.names, table.columns, strict=True))
+        if (file, shard) not in self._columns:
+            table = read_table(self.path / shard_name(shard) / file)
+            self._columns[file, shard] = dict(zip(table.schema.names, table.columns, strict=True))
+        return self._columns[file, shard], number - self._starts[file][shard]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -372,10 +340,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: this prepared data is unfinished; run the same prepare again to continue it")
         raise UserError(f"{path}: no prepared data in this folder ({MANIFEST} is missing)")
     manifest = read_json(file)
-    if manifest.get("layout") != LAYOUT:
-        raise UserError(
-            f"{path}: prepared with layout {manifest.get('layout')!r}, this version reads {LAYOUT}; prepare it again"
-        )
+    if (layout := manifest.get("layout")) != LAYOUT:
+        raise UserError(f"{path}: prepared with layout {layout!r}, this version reads {LAYOUT}; prepare it again")
     return manifest
 
 

@@ -22,10 +22,10 @@ import torch
 from t2i_align.config import DataConfig
 from t2i_align.data import hub, layouts, readers, tables
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.loader import Item, PreferenceDataset, encode_fields, widened
+from t2i_align.data.encode import encode_fields, widened
+from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.readers import Selection
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements

@@ -15,8 +15,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model
-from t2i_align.data.survey import Survey
+from t2i_align.data.schema import Batch, Model, Survey
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 

@@ -19,8 +19,8 @@ from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Undecoded, check_space
 from t2i_align.data.loader import digest, source_fingerprint
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.readers import Selection
-from t2i_align.data.splits import is_held_out
+from t2i_align.data.schema import Selection
+from t2i_align.data.spec import is_held_out
 from t2i_align.data.store import Store, is_complete, write
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
@@ -60,7 +60,7 @@ class Preferences:
     def images(self, row: int) -> list[Image.Image]:
         """A group's images, best first."""
         try:
-            return [decode(media) for media in self.store.media(self.numbers[row])]
+            return [decode(media) for media in Undecoded.media(*self.store.locate(self.numbers[row]))]
         except ImageError as error:  # it could be decoded when the index was made
             raise UserError(f"group {self.ids[row]}: an image has changed since it was indexed: {error}") from error
 
@@ -101,7 +101,7 @@ def open_preferences(
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]
     if not numbers:
         raise UserError(f"{path}: no group of two candidates or more could be used; {folder}/skipped.jsonl says why")
-    groups = [store.group(number) for number in numbers]
+    groups = [store.locate(number) for number in numbers]
     return Preferences(
         store,
         numbers,

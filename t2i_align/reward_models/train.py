@@ -7,8 +7,6 @@ builds, and accuracy.json, what it orders rightly of the held-out preferences.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from pydantic_core import to_jsonable_python
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,9 +36,9 @@ from t2i_align.reward_models.config import ScorerRun, load
 from t2i_align.reward_models.policies import Features, FrozenFeatures, Policy, WholeClip
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences, split
 from t2i_align.training.loop import Loop, Task
-from t2i_align.training.output import check_output, write_settings
+from t2i_align.training.output import open_run, write_settings
 from t2i_align.training.weights import Weights
-from t2i_align.utils.files import output_lock, write_json
+from t2i_align.utils.files import atomic_folder, write_json
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -83,15 +81,9 @@ def train_scorer(
         UserError: a configuration, data or model that cannot be used, or a folder of another run.
     """
     run = config if isinstance(config, ScorerRun) else load(config, overrides)
-    AcceleratorState._reset_state()
-    precision = {"fp32": "no"}.get(run.train.precision, run.train.precision)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
-    output, settings = Path(run.output_dir).expanduser(), json.loads(json.dumps(dataclasses.asdict(run)))
-    with output_lock(output, first=accelerator.is_main_process):
-        if accelerator.is_main_process:
-            check_output(output, settings, resume=run.resume, free=FREE_ON_RESUME, extra=("features-", "images-"))
-        accelerator.wait_for_everyone()
-        return _train_into(output, run, settings, accelerator, progress)
+    settings = to_jsonable_python(run)
+    with open_run(run, settings, free=FREE_ON_RESUME, extra=("features-", "images-")) as accelerator:
+        return _train_into(Path(run.output_dir), run, settings, accelerator, progress)
 
 
 def _train_into(
@@ -113,8 +105,6 @@ def _train_into(
     if run.tune == "users":  # decay would change known users' weights as well, whose gradients are zero
         run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, weight_decay=0.0))
     loop = Loop(ScorerTask(run, accelerator, model.policy, data, parts.train), accelerator, run, progress)
-    if run.resume:
-        loop.resume()
     if accelerator.is_main_process:
         write_settings(output, settings)
     loop.run()
@@ -203,18 +193,14 @@ class Model:
         return torch.cat(found)
 
     def save(self, run: ScorerRun, folder: Path) -> None:
-        """Write the scorer as `trained:` reads it, to a temporary name first."""
-        temporary = folder.with_name(f".writing_{folder.name}")
-        temporary.mkdir(exist_ok=True)
-        if isinstance(self.policy, WholeClip):
-            self.policy.save(temporary / CLIP)
-        else:
-            state = self.policy.network.state_dict()
-            save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / HEAD)
-        write_json(temporary / METADATA, self.told)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        """Write the scorer as `trained:` reads it, atomically."""
+        with atomic_folder(folder) as temporary:
+            if isinstance(self.policy, WholeClip):
+                self.policy.save(temporary / CLIP)
+            else:
+                state = self.policy.network.state_dict()
+                save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / HEAD)
+            write_json(temporary / METADATA, self.told)
 
 
 def with_users(head: PAL, count: int) -> None:

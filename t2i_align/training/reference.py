@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.training.weights import Weights, adapter_off, dropout_off, frozen_copy, older_policy
+from t2i_align.training.weights import Variant, Weights, adapters_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -55,16 +56,23 @@ class Reference:
             return self.pipeline.features(noisy_latents, timesteps, conditioning, denoiser=denoiser)
 
 
-def build_reference(train: TrainConfig, pipeline: TrainablePipeline) -> Reference:
-    """The reference. Build it from the base weights, before a checkpoint is loaded into the policy."""
+def build_reference(train: TrainConfig, pipeline: TrainablePipeline, *, needed: bool = True) -> Reference:
+    """The reference, of the base weights: build it before a checkpoint is loaded into the policy.
+
+    needed: False for objectives without one, so that no second denoiser is kept.
+    """
     denoiser, updated = pipeline.denoiser, train.reference_update is not None
     lora = bool(getattr(denoiser, "peft_config", None))
     reference = Reference(pipeline)
+    if not needed:
+        return reference
     if train.reference in ("copy", "offloaded_copy") or not lora:
         offload = train.reference == "offloaded_copy"
         variant = frozen_copy(denoiser, offload=offload, compile=train.compile, updated=updated)
+    elif updated:
+        variant = older_policy(reference.weights)
     else:
-        variant = older_policy(reference.weights) if updated else adapter_off(denoiser)
+        variant = Variant(partial(adapters_off, denoiser))
     reference.weights.variants["reference"] = variant
     return reference
 

@@ -22,9 +22,9 @@ from t2i_align.data.media import (
     frame_files,
     frames_of,
     load,
-    load_clip,
     save_clip,
 )
+from t2i_align.data.schema import Media
 
 LEVELS = (20, 60, 100, 140, 180, 220, 40, 200)  # a frame is told by its grey
 RATE = 8
@@ -46,6 +46,10 @@ def write(file: Path, clip: torch.Tensor | None = None) -> Path:
     else:
         imageio.imwrite(file, frames, plugin="pillow", duration=1000 / RATE, loop=0)
     return file
+
+
+def load_clip(source: Media, frames: int, height: int, width: int, fps: float | None = None) -> torch.Tensor:
+    return load(source, MediaSize(height, width, frames, fps)).pixels
 
 
 def greys(clip: torch.Tensor) -> list[int]:

@@ -29,9 +29,9 @@ from t2i_align.data import encode
 from t2i_align.data import store as store_module
 from t2i_align.data.encode import Latents
 from t2i_align.data.loader import PreparedDataset
-from t2i_align.data.readers import Selection, read, survey
-from t2i_align.data.schema import Batch, Group
-from t2i_align.data.store import Store, write
+from t2i_align.data.readers import read, survey
+from t2i_align.data.schema import Batch, Group, Selection
+from t2i_align.data.store import TEXTS, Store, write
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -68,7 +68,7 @@ def images(groups: Store) -> dict[str, list[tuple[int, ...]]]:
     """The colours of each group's candidates, read back from its latents."""
     colours = {}
     for number in range(len(groups)):
-        columns, row = groups.group(number)
+        columns, row = groups.locate(number)
         latents = np.frombuffer(columns["latents"][row].as_py(), np.float16).reshape(-1, 3, 16)
         colours[columns["id"][row].as_py()] = list(map(tuple, np.round(latents.mean(2, float) * 255).astype(int)))
     return colours
@@ -357,14 +357,14 @@ def test_a_limit_counts_what_the_objective_can_use(tmp_path: Path, stop: int | N
 def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
     items = [
         Group(id=f"g{k}", prompt="p", candidates=tuple(jpeg(n) for n in range(k)), scores=tuple(range(k, 0, -1)),
-              origin="here", captions=tuple("abc"[:k]), user="ü" if k == 2 else None)
+              origin="here", columns={"captions": tuple("abc"[:k]), **({"user": "ü"} if k == 2 else {})})
         for k in (3, 1, 2)
     ]  # fmt: skip
     write(items, encoder(), tmp_path / "out", fingerprint=PARTS, progress=False)
     groups = Store(tmp_path / "out")
     assert groups.k.tolist() == [3, 1, 2]
     assert [len(colours) for colours in images(groups).values()] == [3, 1, 2]
-    table, _ = groups.group(0)
+    table, _ = groups.locate(0)
     assert table["captions"].to_pylist() == [["a", "b", "c"], ["a"], ["a", "b"]]
     assert table["user"].to_pylist() == [None, None, "ü"]
     assert table["scores"].to_pylist() == [[3, 2, 1], [1], [2, 1]]
@@ -431,12 +431,13 @@ def test_sequences_of_varying_length_are_padded_per_batch(tmp_path: Path) -> Non
     """Stored at their own length: 2 values of 2 bytes a letter; a batch's captions are as long as its prompts."""
     texts = [("ab", "abcdef"), ("abcd", "x")]
     items = [
-        Group(id=str(n), prompt=prompt, candidates=(jpeg(0), jpeg(1)), scores=(1, 0), origin="x", negative_caption=text)
+        Group(id=str(n), prompt=prompt, candidates=(jpeg(0), jpeg(1)), scores=(1, 0), origin="x",
+              columns={"negative_caption": text})
         for n, (prompt, text) in enumerate(texts)
     ]  # fmt: skip
     write(items, encoder(Varying()), tmp_path / "out", fingerprint=PARTS, progress=False)
     groups = Store(tmp_path / "out")
-    stored = [groups.text(number)[0]["embedding:embeds"][number].as_py() for number in range(5)]
+    stored = [groups.locate(number, TEXTS)[0]["embedding:embeds"][number].as_py() for number in range(5)]
     assert [len(value) for value in stored] == [4 * max(1, n) for n in (0, 2, 6, 4, 1)]
     batch = fetched(groups, 0, 1, columns=["negative_caption"])
     expected = Varying().encode_prompts([prompt for prompt, _ in texts] + [text for _, text in texts])

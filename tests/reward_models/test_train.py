@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pydantic_core import to_jsonable_python
 from safetensors.torch import load_file
 
 import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
-from t2i_align.data.spec import split as data_split
+from t2i_align.data.splits import split as data_split
 from t2i_align.errors import UserError
 from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun
@@ -26,6 +27,7 @@ from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
 from t2i_align.utils.settings import build
 from tests.reward_scorers.small import write_hf_clip
+from tests.runs import metrics, run_in_two_processes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
 USERS = ("warm", "cold")
@@ -111,6 +113,16 @@ def test_a_stopped_run_continues_bit_for_bit(clip: str, source: Path, tmp_path: 
     assert (tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1] == (
         tmp_path / "half/metrics.jsonl"
     ).read_text().splitlines()[-1]
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(clip: str, source: Path, tmp_path: Path) -> None:
+    one = run_of(tmp_path / "one", source / "warm.jsonl", clip, tune="linear", train={"balance": "none"})
+    train_scorer(one, progress=False)
+    values = to_jsonable_python(one) | {"output_dir": str(tmp_path / "two")}
+    values["train"]["batch_size"] = 4
+    run_in_two_processes(values, tmp_path, module=("t2i_align", "train-scorer"))
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def test_pal_tells_users_apart_and_learns_new_ones_from_few_pairs(clip: str, source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reward_scorers import ScorerError
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.testbed import clip_captions
 from t2i_align.testbed.captions import FAULTS, CaptionError, corrupt, describe, write
 from t2i_align.testbed.clip_oracle import ClipOracle

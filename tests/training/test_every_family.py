@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,10 @@ from torch import Tensor
 import pipelines
 from pipelines import FAMILIES, TrainablePipeline
 from t2i_align import align
-from t2i_align.data.media import save_clip
-from tests.runs import jsonl_pairs, run_values
-from tests.tiny import TINY, in_plain_diffusers
+from tests.runs import jsonl_clips, jsonl_pairs, run_values
+from tests.tiny import in_plain_diffusers
 
 NAMES = [*FAMILIES, "sd-v"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's tiny model, written when it is first asked for."""
-    folder = tmp_path_factory.mktemp("models")
-    return cache(lambda name: TINY[name](folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of clips of 17 frames, which every tiny video model can cut to its own number."""
-    folder = tmp_path_factory.mktemp("clips")
-    lines = []
-    for i in range(6):
-        names = [f"{i}_{side}.mp4" for side in ("good", "bad")]
-        for k, name in enumerate(names):
-            generator = torch.Generator().manual_seed(2 * i + k)
-            blocks = torch.rand(17, 3, 4, 4, generator=generator)
-            save_clip(blocks.repeat_interleave(16, 2).repeat_interleave(16, 3), folder / name, 8)
-        lines.append({"prompt": f"prompt {i % 3}", "chosen": names[0], "rejected": names[1]})
-    file = folder / "clips.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    return jsonl_clips(tmp_path_factory.mktemp("clips"), frames=17)
 
 
 def sample(pipeline: TrainablePipeline) -> Tensor:
@@ -63,9 +42,9 @@ def sample(pipeline: TrainablePipeline) -> Tensor:
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
-    name: str, objective: str, trained: str, models: Any, images: Path, clips: Path, tmp_path: Path
+    name: str, objective: str, trained: str, path: Callable[[str], Path], images: Path, clips: Path, tmp_path: Path
 ) -> None:
-    model, data = models(name), clips if name in FAMILIES and FAMILIES[name].video else images
+    model, data = path(name), clips if name in FAMILIES and FAMILIES[name].video else images
     changes: dict[str, Any] = {
         "objective": {"name": objective, **({"beta": 100.0} if objective == "diffusion_dpo" else {})},
         "data__cache": trained == "lora",

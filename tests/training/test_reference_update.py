@@ -20,7 +20,6 @@ from t2i_align.config import ReferenceUpdateConfig, TrainConfig
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint
@@ -211,16 +210,3 @@ def test_without_the_option_nothing_follows(sd_path: Path, pairs: Path, tmp_path
     assert not any("reference/drift" in line for line in metrics(tmp_path / "run"))
     assert not any(name.startswith("reference.") for name in checkpoint.load(
         checkpoint.all_steps(tmp_path / "run")[-1])[0])  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"objective": {"name": "sft"}}, "train.reference_update: sft asks no reference"),
-        ({"train__reference": "copy"}, "'copy' with train.reference_update: under a LoRA use 'auto'"),
-    ],
-)
-def test_what_cannot_follow_is_refused(changes: dict, message: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        align(following(sd_path, pairs, tmp_path / "run", **changes), progress=False)
-    assert not (tmp_path / "run").exists()
