@@ -177,8 +177,7 @@ class _Writer:
         state: Row = {"rows": covered, "last": last, "groups": len(rows), "skipped": len(skipped), "texts": len(texts),
                  "usable": self.counts["usable"] - usable_before}  # fmt: skip
         with atomic_folder(self.out / shard_name(number)) as folder:
-            types = pa.schema({**COLUMN_TYPES, **self.encoder.columns})
-            write_table(folder / GROUPS, pa.Table.from_pylist(rows, types))
+            write_table(folder / GROUPS, pa.Table.from_pylist(rows, pa.schema(COLUMN_TYPES | self.encoder.columns)))
             write_table(folder / TEXTS, pa.Table.from_pylist(texts, pa.schema(self.encoder.text_columns)))
             state["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             # In ASCII: an id or a file's name may hold what is not valid Unicode, and that is why its row was skipped.
@@ -311,8 +310,7 @@ class Store:
             for name, size in shard["files"].items():
                 _check_file(path / shard_name(number) / name, size)
         self.index = dict(zip(INDEX_TYPES, read_table(path / INDEX).columns, strict=True))
-        names = ("k", "best", "worst", "bucket")
-        self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in names)
+        self.k, self.best, self.worst, self.bucket = map(np.from_dlpack, list(self.index.values())[:4])
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
         counts = {name: [shard[name] for shard in self.manifest["shards"]] for name in ("groups", "texts")}
         self._starts = {GROUPS: [0, *accumulate(counts["groups"])], TEXTS: [0, *accumulate(counts["texts"])]}
