@@ -44,15 +44,17 @@ from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, cla
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
 GROUPS, TEXTS, STATE = "groups.arrow", "texts.arrow", "state.json"
-# Columns of all groups that hold texts, with whether they have one per candidate; and all columns with their types.
-TEXT_COLUMNS = {"prompt": False, **{name: column.per_candidate for name, column in COLUMNS.items() if column.text}}
-COLUMN_TYPES = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())} | {
-    name: pa.list_(pa.type_for_alias(column.type)) if column.per_candidate else pa.type_for_alias(column.type)
-    for name, column in COLUMNS.items()
-}
-INDEX_TYPES = {"k": pa.int32(), "best": pa.float64(), "worst": pa.float64(), "bucket": pa.int32()} | {
-    name: pa.list_(pa.int64()) if per_candidate else pa.int64() for name, per_candidate in TEXT_COLUMNS.items()
-}
+INDEX_TYPES = {"k": pa.int32(), "best": pa.float64(), "worst": pa.float64(), "bucket": pa.int32()}
+
+
+def column_types() -> dict[str, pa.DataType]:
+    """What all groups have, by name, and the optional columns."""
+    types = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
+    for name, column in COLUMNS.items():
+        types[name] = (
+            pa.list_(pa.type_for_alias(column.type)) if column.per_candidate else pa.type_for_alias(column.type)
+        )
+    return types
 
 
 def write(
@@ -154,8 +156,7 @@ class _Writer:
 
     def _write(self, stream: Iterator[Group | Skipped], number: int) -> bool:
         """Encode and store the next rows of the stream, one shard of them; the last may be empty."""
-        rows: list[Row] = []
-        skipped: list[Row] = []
+        types, rows, skipped = column_types(), list[Row](), list[Row]()
         texts = self.texts.encode_new([""]) if number == 0 else []
         covered, usable_before, last = 0, self.counts["usable"], False
         while covered < self.encoder.rows_per_shard and not last:
@@ -170,14 +171,14 @@ class _Writer:
                     skipped.append({"id": item.id, "origin": item.origin, "reason": row})
                     self._count(1, skipped=1)
                 else:
-                    rows.append({**{name: getattr(item, name) for name in COLUMN_TYPES}, **row})
+                    rows.append({**{name: getattr(item, name) for name in types}, **row})
                     self._count(1, groups=1, usable=self.selection.accepts(item))
             covered += len(items)
             last = not items or self.counts["usable"] == self.selection.limit
         state: Row = {"rows": covered, "last": last, "groups": len(rows), "skipped": len(skipped), "texts": len(texts),
                  "usable": self.counts["usable"] - usable_before}  # fmt: skip
         with atomic_folder(self.out / shard_name(number)) as folder:
-            write_table(folder / GROUPS, pa.Table.from_pylist(rows, pa.schema(COLUMN_TYPES | self.encoder.columns)))
+            write_table(folder / GROUPS, pa.Table.from_pylist(rows, pa.schema(types | self.encoder.columns)))
             write_table(folder / TEXTS, pa.Table.from_pylist(texts, pa.schema(self.encoder.text_columns)))
             state["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             # In ASCII: an id or a file's name may hold what is not valid Unicode, and that is why its row was skipped.
@@ -243,15 +244,17 @@ def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any
     k = np.from_dlpack(pc.list_value_length(groups["scores"]).combine_chunks())
     ends = np.cumsum(k)
     index: dict[str, Any] = {"k": k, "best": scores[ends - k], "worst": scores[ends - 1]}
-    for name, per_candidate in TEXT_COLUMNS.items():
-        values = groups[name].to_pylist()
-        index[name] = [list(map(number, of or ())) for of in values] if per_candidate else list(map(number, values))
+    types = dict(INDEX_TYPES)
+    for name in ("prompt", *(name for name, column in COLUMNS.items() if column.text)):
+        values, is_list = groups[name].to_pylist(), pa.types.is_list(groups[name].type)
+        types[name] = pa.list_(pa.int64()) if is_list else pa.int64()
+        index[name] = [list(map(number, of or ())) for of in values] if is_list else list(map(number, values))
     encoded = "shape" in groups.schema.names
     pixels = groups.select(["size", "shape"]).to_pylist() if encoded else [{"size": [1, 1]}] * len(k)
     buckets = sorted(({str(one): one for one in pixels}).values(), key=lambda one: one["size"][0] / one["size"][1])
     index["bucket"] = [buckets.index(one) for one in pixels]
     with atomic_file(out / INDEX) as file:
-        write_table(file, pa.Table.from_pydict(index, pa.schema(INDEX_TYPES)))
+        write_table(file, pa.Table.from_pydict(index, pa.schema(types)))
     graded = np.logical_or.reduceat(~np.isin(scores, PLAIN_SCORES), ends - k)
     counts = {
         "ties": int(((k > 1) & (index["best"] == index["worst"])).sum()),
@@ -309,8 +312,8 @@ class Store:
         for number, shard in enumerate(self.manifest["shards"]):
             for name, size in shard["files"].items():
                 _check_file(path / shard_name(number) / name, size)
-        self.index = dict(zip(INDEX_TYPES, read_table(path / INDEX).columns, strict=True))
-        self.k, self.best, self.worst, self.bucket = map(np.from_dlpack, list(self.index.values())[:4])
+        self.index = read_table(path / INDEX)
+        self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in INDEX_TYPES)
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
         counts = {name: [shard[name] for shard in self.manifest["shards"]] for name in ("groups", "texts")}
         self._starts = {GROUPS: [0, *accumulate(counts["groups"])], TEXTS: [0, *accumulate(counts["texts"])]}

@@ -491,10 +491,12 @@ def test_an_interrupted_prepare_with_captions_continues(
     texts = [text for shard in range(3) for text in _prompts(result.path / f"shard-{shard:05d}")]
     assert len(texts) == len(set(texts)) == 1 + 3 + 6 + 1 + 3  # "", p0-p2, c1-c11, common, p5, p8, p11 (p2 is there)
     for number in range(12):
-        assert [texts[n] for n in result.texts["captions"][number]] == ([f"c{number}", "common"] if number % 2 else [])
-        negative = int(result.texts["negative_caption"][number])
+        captions, negative, prompt = (
+            result.index[name][number].as_py() for name in ("captions", "negative_caption", "prompt")
+        )
+        assert [texts[n] for n in captions] == ([f"c{number}", "common"] if number % 2 else [])
         assert (texts[negative] if negative >= 0 else None) == (f"p{number}" if number % 3 == 2 else None)
-        assert texts[result.texts["prompt"][number]] == f"p{number % 3}"
+        assert texts[prompt] == f"p{number % 3}"
 
 
 def _prompts(shard: Path) -> list[str]:
