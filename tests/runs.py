@@ -19,8 +19,6 @@ from torch import Tensor
 
 from t2i_align import align
 from t2i_align.data.media import save_clip
-from t2i_align.objectives.base import Objective
-from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint
 
 
@@ -51,6 +49,7 @@ def moving_clip(seed: int, frames: int) -> Tensor:
 
 def jsonl_clips(folder: Path, frames: int, endings: Sequence[str] = (".mp4",), count: int = 6) -> Path:
     """A JSONL of pairs of clips, which have these endings in turn ("" is a folder of frames); returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(count):
         names = [f"{i}_{side}{endings[i % len(endings)]}" for side in ("good", "bad")]
@@ -92,11 +91,6 @@ def run_values(model: Path, data: Path, output: Path, **changes: Any) -> dict[st
             node = node.setdefault(parent, {})
         node[last] = value
     return values
-
-
-def objective(**changes: Any) -> Objective:
-    """Diffusion-DPO with small beta."""
-    return DiffusionDPO(**{"beta": 100.0, **changes})
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ TARGETS = "a preset's name or a list of at least one module-name ending"
         ("train.reference_update.every=0", f"{COUNT}, found 0"),
     ],
 )
-def test_wrong_value_is_answered_with_key_expected_and_found(override: str, expected: str) -> None:
+def test_wrong_value_error_names_key_expected_and_found(override: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
         config.from_mapping(with_overrides(VALUES, [override]))
     key = re.escape(override.partition("=")[0])
@@ -141,12 +141,12 @@ def test_wrong_value_is_answered_with_key_expected_and_found(override: str, expe
         ("train.steps=[1", "not valid YAML"),
     ],
 )
-def test_wrong_key_is_answered_with_the_nearest_and_all_choices(override: str, message: str) -> None:
+def test_wrong_key_error_names_the_nearest_and_all_choices(override: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         config.from_mapping(with_overrides(VALUES, [override]))
 
 
-def test_all_errors_come_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     values = {"objective": "spo", "train": {"stps": 1, "precision": "fp8"}, "lora": {"rank": 0}, "data": {"path": 1}}
     with pytest.raises(UserError) as error:
         config.from_mapping(values)
@@ -195,13 +195,13 @@ def test_sections_are_checked_in_python_too() -> None:
         DiffusionDPO(beta=-1)
 
 
-def test_infinity_switches_a_limit_off() -> None:
+def test_infinity_disables_a_limit() -> None:
     run = config.from_mapping({**VALUES, "optim": {"max_grad_norm": math.inf}, "health": {"max_error_rise": math.inf}})
     assert run.optim.max_grad_norm == run.health.max_error_rise == math.inf
     assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
 
 
-def test_a_wrong_key_is_answered_without_importing_torch(tmp_path: Path) -> None:
+def test_wrong_key_is_reported_without_importing_torch(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**VALUES, "train": {"stps": 1}, "objective": "spo"}))
     code = (

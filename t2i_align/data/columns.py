@@ -9,7 +9,6 @@ What makes a row unusable becomes a recorded skip here and nowhere else.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from t2i_align.data import tables
-from t2i_align.data.schema import COLUMNS, ID, Group, Items, Media, Skipped
+from t2i_align.data.schema import COLUMNS, ID, Group, Items, Media, Skipped, finite
 from t2i_align.data.tables import Row
 from t2i_align.data.votes import majority
 from t2i_align.errors import UserError, unknown
@@ -297,11 +296,7 @@ def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Seque
 
 
 def _number(value: Any, key: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    if (number := finite(value)) is None:
         raise ValueError(f"{key} must be a finite number, found {value!r}")
     return number
 

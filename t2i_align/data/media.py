@@ -82,15 +82,6 @@ def load_pixels(media: Media, height: int, width: int) -> Tensor:
     return load(media, MediaSize(height, width)).pixels
 
 
-def check(media: Media, size: MediaSize) -> None:
-    """Decode what `load` would, and keep nothing. Raises ImageError with the reason."""
-    if size.frames is None:
-        decode(media)
-    else:
-        for _ in frames_of(media, size.frames, size.fps):
-            pass
-
-
 def decode(media: Media) -> Image.Image:
     """Decode bytes or a file to its last pixel: an upright RGB image of 8 bits.
 

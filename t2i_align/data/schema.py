@@ -63,15 +63,16 @@ class Column:
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if self.type == "string":
             return str(value) if isinstance(value, str) or (numeric and not self.text) else None
-        return as_float(value) if numeric and math.isfinite(as_float(value)) else None
+        return finite(value) if numeric else None
 
 
-def as_float(value: float) -> float:
-    """A number as a float; JSON's integers have no limit, so infinity stands for those beyond a float's."""
+def finite(value: Any) -> float | None:
+    """A number, or a text that is one, as a float; None for anything else. JSON's integers may exceed floats."""
     try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 ID = Column("id")

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from t2i_align.data.encode import Encoder, Row, Texts
 from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
 from t2i_align.errors import UserError
-from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json
+from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json, write_text
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
@@ -51,9 +51,8 @@ def column_types() -> dict[str, pa.DataType]:
     """What all groups have, by name, and the optional columns."""
     types = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
     for name, column in COLUMNS.items():
-        types[name] = (
-            pa.list_(pa.type_for_alias(column.type)) if column.per_candidate else pa.type_for_alias(column.type)
-        )
+        one = pa.type_for_alias(column.type)
+        types[name] = pa.list_(one) if column.per_candidate else one
     return types
 
 
@@ -207,8 +206,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
         first = map(json.loads, skipped.splitlines()[:REASONS_SHOWN])
         shown = "; ".join(f"{row['origin']}: {row['reason']}" for row in first)
         raise UserError(f"no usable group among {sums['skipped']} rows. The first reasons: {shown}")
-    with atomic_file(out / SKIPPED) as file:
-        file.write_text(skipped)
+    write_text(out / SKIPPED, skipped)
     buckets, counts = _write_index(out, folders)
     manifest = {
         "layout": LAYOUT,
@@ -309,9 +307,6 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = _read_manifest(path)
-        for number, shard in enumerate(self.manifest["shards"]):
-            for name, size in shard["files"].items():
-                _check_file(path / shard_name(number) / name, size)
         self.index = read_table(path / INDEX)
         self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in INDEX_TYPES)
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
@@ -343,11 +338,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(file)
     if (layout := manifest.get("layout")) != LAYOUT:
         raise UserError(f"{path}: prepared with layout {layout!r}, this version reads {LAYOUT}; prepare it again")
+    for number, shard in enumerate(manifest["shards"]):
+        for file, size in ((path / shard_name(number) / name, size) for name, size in shard["files"].items()):
+            own = file.stat().st_size if file.is_file() else None
+            if own != size:
+                state = "is missing" if own is None else f"has {own} bytes instead of {size}"
+                raise UserError(
+                    f"{file}: this part of the prepared data {state}; delete the folder and prepare it again"
+                )
     return manifest
-
-
-def _check_file(file: Path, size: int) -> None:
-    found = file.stat().st_size if file.is_file() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-        raise UserError(f"{file}: this part of the prepared data {state}; delete the folder and prepare it again")

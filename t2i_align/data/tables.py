@@ -44,6 +44,7 @@ MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed 
 MAX_MEMBER = 256 << 20  # bytes; what a tar header claims is not read into memory unseen
 TEXTS = ("txt", "caption", "prompt")  # endings of text members
 PROMPTS = ("prompt", "caption", "txt", "original_prompt")  # columns of a sample that hold its prompt
+ENTRY = "an object with keys such as 'prompt'"
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python has no value for
 Values = dict[str, Any]
 
@@ -151,12 +152,12 @@ def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
         if not isinstance(entries, list):
             raise UserError(f"{file}: a .json file must hold one list of entries, found {type(entries).__name__}")
         for number, entry in enumerate(entries):
-            yield number, (origin := f"{file}, entry {number}"), as_object(entry, origin)
+            yield number, (origin := f"{file}, entry {number}"), as_object(entry, origin, ENTRY)
         return
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield number, (origin := f"{file}, line {number}"), as_object(parse_json(line, origin), origin)
+                yield number, (origin := f"{file}, line {number}"), as_object(parse_json(line, origin), origin, ENTRY)
 
 
 def _csv_rows(file: Path, name: str) -> Iterator[Row | Skipped]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
 from t2i_align.config import ModelConfig
@@ -187,8 +188,6 @@ def _kind_of_file(file: Path) -> Kind:
     """Adapters are recognised by their keys; any other file is a single-file checkpoint."""
     if file.suffix != LORA_ENDING:
         return "model"
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as weights:
             keys = set(weights.keys())

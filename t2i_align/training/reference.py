@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +91,6 @@ class ReferenceUpdate:
         self.accelerator, self.source, self.reference = accelerator, source, reference
         self.frozen = False
         self.initial: Tensor | None = None
-        self._winners: list[tuple[Noised, Tensor]] = []
 
     def due(self, step: int) -> bool:
         """Whether to call `follow` after this step; at step 0, that measures the initial model."""
@@ -113,8 +112,6 @@ class ReferenceUpdate:
     def errors(self) -> Tensor:
         """The policy's error on each winner, without its LoRA's dropout; NaN for a disliked single sample."""
         pipeline = self.reference.pipeline
-        if not self._winners:
-            self._winners = self._noised_winners()
         with dropout_off(pipeline.denoiser), self.accelerator.autocast():
             errors = torch.cat([noised.errors(pipeline.predict)[:, 0] for noised, _ in self._winners])
         return torch.where(torch.cat([liked for _, liked in self._winners]), errors, math.nan)
@@ -127,7 +124,8 @@ class ReferenceUpdate:
         """Continue from a checkpoint."""
         self.frozen, self.initial = state["frozen"], state["initial"].to(self.accelerator.device)
 
-    def _noised_winners(self) -> list[tuple[Noised, Tensor]]:
+    @cached_property
+    def _winners(self) -> list[tuple[Noised, Tensor]]:
         """The first winners in the run's order, in batches of its size; on every process the same."""
         train = self.config.train
         items: Iterator[Any] = self.source.loader(
@@ -145,14 +143,7 @@ class ReferenceUpdate:
         rng = SampleRNG(self.config.train.seed, batch.keys[:count], process, device=self.accelerator.device)
         latents, timesteps = batch.latents[:count, 0], process.timesteps(quantiles)
         noise = rng.normal("reference drift", latents.shape[1:])
-        noised = Noised(
-            latents=process.add_noise(latents, noise, timesteps),
-            timesteps=timesteps,
-            target=process.target(latents, noise, timesteps),
-            conditioning={
-                name: tensor[:count] for name, tensor in with_sizes(batch.conditioning, batch.take([0])).items()
-            },
-            groups=count,
-        )
+        sized = with_sizes(batch.conditioning, batch.take([0]))
+        conditioning = {name: tensor[:count] for name, tensor in sized.items()}
         liked = batch.scores[:count, 0] > 0 if batch.scores.shape[1] == 1 else torch.ones(count, dtype=torch.bool)
-        return noised, liked.to(latents.device)
+        return Noised.at(process, latents, noise, timesteps, conditioning, count), liked.to(latents.device)

@@ -158,10 +158,10 @@ def parse_json(text: bytes, origin: str) -> Any:
         raise UserError(f"{origin}: not valid JSON: {error}") from error
 
 
-def as_object(value: Any, origin: str) -> dict[str, Any]:
+def as_object(value: Any, origin: str, expected: str = "an object") -> dict[str, Any]:
     """The value if it is a JSON object; raises UserError, which names `origin`, for anything else."""
     if not isinstance(value, dict):
-        raise UserError(f"{origin}: expected an object, found {type(value).__name__}")
+        raise UserError(f"{origin}: expected {expected}, found {type(value).__name__}")
     return value
 
 

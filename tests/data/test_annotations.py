@@ -203,7 +203,7 @@ def test_jsonl_holds_negative_captions_itself(tmp_path: Path) -> None:
 
 
 def test_a_group_without_an_entry(tmp_path: Path) -> None:
-    """A source's own caption stays; what nobody says is a skip; the source's scores are on another scale: a skip."""
+    """A source's own caption is kept; a missing value skips the group, and so do the source's scores."""
     path = source_of(tmp_path, [[0, 1], [0, 1], [0, 1]], captions=["own 0", "own 1"])
     files = {name: write_jsonl(tmp_path / f"{name}.jsonl", described([[0, 1], [0, 1]], name))
              for name in ("captions", "negative_caption", "scores")}  # fmt: skip

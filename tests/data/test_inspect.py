@@ -78,7 +78,7 @@ def test_images_beyond_the_opened_groups_are_not_read(tmp_path: Path, monkeypatc
 
     def groups(path: Path, image: bytes = b"") -> Iterator[Group]:
         for n in range(6):
-            assert not image or n < 3, "images are read that nobody looks at"
+            assert not image or n < 3, "unused images are read"
             yield Group(id=str(n), prompt="x", candidates=(image or b"left out",), scores=(1.0,), origin=f"row {n}")
 
     readers.register("big", outline=groups)(lambda path: groups(path, formats.png(0)))

@@ -1,4 +1,4 @@
-"""Prepared data: what goes in comes out, whatever is skipped, however it is killed, whoever writes it."""
+"""Prepared data: round trip, skipped groups, kills and resumption, several writers."""
 
 from __future__ import annotations
 

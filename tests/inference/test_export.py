@@ -40,5 +40,7 @@ def test_export_errors_name_the_problem(sd_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no base model given"):
         export_lora(lora, tmp_path / "out.safetensors")
     wan = tiny_wan(tmp_path / "wan")
-    with pytest.raises(PipelineError, match="a LoRA of wan cannot be written with 'kohya' names"):
+    with pytest.raises(
+        PipelineError, match=r"a LoRA of wan cannot be written with 'kohya' names\. Choices: diffusers\."
+    ):
         export_lora(random_lora(wan, tmp_path / "wan-lora"), tmp_path / "out.safetensors", model=wan)

@@ -122,7 +122,7 @@ def test_pairs_need_agreement_of_the_scorers(synthesis: Path, sd_path: Path) -> 
 def test_command(
     tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(registry._FACTORIES, "channel", lambda argument: Channel(int(argument)))
+    monkeypatch.setitem(registry.FACTORIES, "channel", lambda argument: Channel(int(argument)))
     (tmp_path / "prompts.txt").write_text("a red fox\na blue owl\n")
     command = f"synthesize {tmp_path}/prompts.txt --models {sd_path} --scorers channel:0,channel:2 --out {tmp_path}/out"
     assert main([*command.split(), *"--per-prompt 2 --steps 1 --height 32 --width 32 --guidance 1".split()]) == 0

@@ -34,7 +34,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainablePip
 
 
 def batch_for(pipeline: TrainablePipeline) -> Batch:
-    """Groups with everything that any objective asks: scores, captions, a wrong caption, the empty prompt."""
+    """Groups with all that an objective can require: scores, captions, a wrong caption, the empty prompt."""
     height, width = pipeline.default_size
     shape = (pipeline.default_frames, 3, height, width) if pipeline.video else (3, height, width)
     torch.manual_seed(1)

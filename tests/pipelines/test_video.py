@@ -112,7 +112,7 @@ def test_other_frames_or_rates_are_another_cache(clips: Path, tmp_path: Path) ->
         opened(tmp_path, nine, Clips(), (32, 32), 5)
 
 
-def test_frames_in_a_folder_are_part_of_the_source(tmp_path: Path) -> None:
+def test_a_frame_that_changes_is_another_cache(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_clip(moving_clip(0, FRAMES), tmp_path / name, RATE)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])

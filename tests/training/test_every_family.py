@@ -23,15 +23,10 @@ NAMES = [*FAMILIES, "sd-v"]
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of images."""
-    return jsonl_pairs(tmp_path_factory.mktemp("images"), count=6)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of clips of 17 frames, which every tiny video model can cut to its own number."""
-    return jsonl_clips(tmp_path_factory.mktemp("clips"), frames=17)
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Pairs of images, and of clips of 17 frames, which every tiny video model can cut to its own number."""
+    folder = tmp_path_factory.mktemp("data")
+    return jsonl_pairs(folder / "images", count=6), jsonl_clips(folder / "clips", frames=17)
 
 
 def sample(pipeline: TrainablePipeline) -> Tensor:
@@ -41,10 +36,11 @@ def sample(pipeline: TrainablePipeline) -> Tensor:
 @pytest.mark.parametrize("trained", ["lora", "model"])
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
-    name: str, objective: str, trained: str, path: Callable[[str], Path], images: Path, clips: Path, tmp_path: Path
+def test_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
+    name: str, objective: str, trained: str, path: Callable[[str], Path], data: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model, data = path(name), clips if name in FAMILIES and FAMILIES[name].video else images
+    images, clips = data
+    model, pairs = path(name), clips if name in FAMILIES and FAMILIES[name].video else images
     changes: dict[str, Any] = {
         "objective": {"name": objective, **({"beta": 100.0} if objective == "diffusion_dpo" else {})},
         "data__cache": trained == "lora",
@@ -57,10 +53,10 @@ def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
         "train__gradient_checkpointing": True,
         "health__max_error_rise": None,
     }
-    through = align(run_values(model, data, tmp_path / "through", train__steps=3, **changes), progress=False)
+    through = align(run_values(model, pairs, tmp_path / "through", train__steps=3, **changes), progress=False)
     assert through.steps == 3 and math.isfinite(through.metrics["loss"]) and through.metrics["update_norm"] > 0
-    align(run_values(model, data, tmp_path / "halves", train__steps=2, **changes), progress=False)
-    halves = run_values(model, data, tmp_path / "halves", train__steps=3, **changes)
+    align(run_values(model, pairs, tmp_path / "halves", train__steps=2, **changes), progress=False)
+    halves = run_values(model, pairs, tmp_path / "halves", train__steps=3, **changes)
     resumed = align(halves | {"resume": True}, progress=False)
     for mine, theirs in zip(files(resumed.weights), files(through.weights), strict=True):
         one, other = load_file(mine), load_file(theirs)

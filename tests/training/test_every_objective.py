@@ -24,7 +24,7 @@ CANDIDATES = 3
 
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Groups of three with graded scores, own captions and a wrong one: what any objective may ask."""
+    """Groups of three with graded scores, captions and a wrong caption: all columns that an objective can require."""
     folder = tmp_path_factory.mktemp("rankings")
     lines: list[dict[str, Any]] = []
     for i in range(8):
@@ -42,7 +42,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("trained", ["lora", "model"])
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_it_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: Path, tmp_path: Path) -> None:
+def test_objective_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"objective": {"name": name}, "train__steps": 2}
     if trained == "model":
         changes |= {"lora": None, "optim__lr": 1e-5}
@@ -56,7 +56,7 @@ def test_it_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: P
         assert any(not torch.equal(tuned[key], tensor) for key, tensor in base.items())
 
 
-def test_soft_tokens_are_trained_alone_saved_and_resumed(sd_path: Path, rankings: Path, tmp_path: Path) -> None:
+def test_soft_tokens_alone_are_trained_saved_and_resumed(sd_path: Path, rankings: Path, tmp_path: Path) -> None:
     values = run_values(
         sd_path, rankings, tmp_path / "run", objective={"name": "softrepa"}, lora=None, soft_tokens={"count": 2}
     )
@@ -83,7 +83,7 @@ def test_soft_tokens_are_trained_alone_saved_and_resumed(sd_path: Path, rankings
         ("smpo", "'scores'.*t2i-align relabel"),
     ],
 )
-def test_data_that_lacks_a_column_is_refused_with_the_command_that_makes_it(
+def test_missing_column_is_refused_with_the_command_that_makes_it(
     name: str, message: str, sd_path: Path, tmp_path: Path
 ) -> None:
     for side in (0, 1):
@@ -95,7 +95,7 @@ def test_data_that_lacks_a_column_is_refused_with_the_command_that_makes_it(
     assert not (tmp_path / "run").exists()
 
 
-def test_groups_of_one_cannot_serve_pairs_or_lists(sd_path: Path, tmp_path: Path) -> None:
+def test_single_samples_are_refused_for_pairs_and_lists(sd_path: Path, tmp_path: Path) -> None:
     image(0).save(tmp_path / "0.png")
     data = tmp_path / "likes.jsonl"
     data.write_text(json.dumps({"prompt": "p", "images": ["0.png"], "scores": [1]}) + "\n")

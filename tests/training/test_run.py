@@ -120,7 +120,7 @@ def test_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Path,
         whole = sum(count * line[name] for name, count in counts.items() if count) / 8
         assert line["rewards/margins"] == pytest.approx(whole, rel=1e-4)
         empty += sum(count == 0 for count in counts.values())
-    assert empty and whole != 0, "no quarter was without groups, or all margins were 0: nothing was tried"
+    assert empty and whole != 0, "every quarter had groups, or all margins were 0: nothing was tested"
 
 
 def test_automatic_beta_follows_the_gradient_factor(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> N
 def test_killed_run_resumes_bit_for_bit(
     number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all of them come back."""
+    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all are restored."""
     options = {
         "objective": objective,
         "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
@@ -196,7 +196,7 @@ def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, 
     assert finished.metrics == again.metrics and finished.metrics["loss"] > 0
 
 
-def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     """4 x 1 may become 2 x 2 in the middle of a run; another size of step is refused."""
     cache = {"data__cache_dir": str(tmp_path / "cache")}
     whole = align(run_values(sd_path, pairs, tmp_path / "whole", train__steps=6, **cache), progress=False)
@@ -210,7 +210,7 @@ def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Pat
         torch.testing.assert_close(lora_of(resumed.output_dir)[name], tensor, rtol=1e-3, atol=1e-6)
 
 
-def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", optim__schedule="cosine")
     align(values, progress=False)
     with pytest.raises(UserError, match=r"train.steps is 4 there, 8 here"):
@@ -223,7 +223,7 @@ def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: P
 
 @settings
 class Fitted(DiffusionDPO):
-    """Its label smoothing is the least score of the data, where it is left open."""
+    """Label smoothing defaults to the minimum score of the data."""
 
     smoothing: float | None = None
 
@@ -247,20 +247,20 @@ def test_hyper_parameters_fitted_to_the_data_are_printed_kept_and_resumed(
         align(changed, progress=False)
 
 
-def test_unset_hyper_parameter_that_data_do_not_fill_is_another_run(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_clearing_a_hyper_parameter_is_another_run(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", objective__guard=0.9)
     align(values, progress=False)
     with pytest.raises(UserError, match=r"objective.guard is 0.9 there, None here"):
         align({**values, "objective": {**values["objective"], "guard": None}, "resume": True}, progress=False)
 
 
-def test_a_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".writing_run.yaml").write_text("output_d")
     assert align(run_values(sd_path, pairs, tmp_path / "run"), progress=False).steps == 4
 
 
-def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run")
     align(values, progress=False)
     newest = checkpoint.all_steps(tmp_path / "run")[-1]
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Pat
         align({**values, "resume": True}, progress=False)
 
 
-def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run")
     align(values, progress=False)
     before = lora_of(tmp_path / "run")
@@ -289,7 +289,7 @@ def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: P
     assert same(lora_of(tmp_path / "run"), before)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
@@ -364,7 +364,7 @@ def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_pat
     assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
     assert list(result.output_dir.rglob("events.out.tfevents.*"))
     plain = align(run_values(sd_path, pairs, tmp_path / "plain", **cache), progress=False)
-    assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "looking must not change the run"
+    assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "validation must not change the run"
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["adapter_off", "copy"])
-def test_a_compiled_run_starts_at_log_2_too(reference: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_compiled_run_starts_at_log_2(reference: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", train__compile=True, train__reference=reference)
     assert align(values, progress=False).steps == 4
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
