@@ -92,5 +92,5 @@ def test_shipped_bases_of_other_families_follow_their_prompts(name):
 def test_the_shipped_video_base_samples():
     pipeline = pipelines.load(base_path("wan"))
     assert (pipeline.family, pipeline.default_frames, pipeline.default_size) == ("wan", 9, (64, 64))
-    clips = sample(pipeline.pipe, prompts("video-dev")[:2], [0, 1], steps=2)
+    clips = sample(pipeline, prompts("video-dev")[:2], [0, 1], steps=2)
     assert clips.shape == (2, 9, 3, 64, 64) and clips.isfinite().all()

@@ -23,7 +23,7 @@ from t2i_align.testbed.scenes import (
     sample_scene,
     to_uint8,
 )
-from tools.testbed.annotators import Noisy, sample_people
+from tools.testbed.annotators import Annotator, sample_people
 from tools.testbed.faults import spoil, to_clip
 
 
@@ -148,7 +148,7 @@ def drawn_votes(rng):
     captions = [write(describe(scene, rng), rng) for scene in scenes]
     first, second = (Oracle().judge(pixels.clamp(0, 1), captions) for pixels in (images, spoilt))
     yield from (verdict.reward.round(4) for verdict in (first, second))
-    for annotator in (Noisy(flip=0.2), Noisy(temperature=0.1), *sample_people(4)):
+    for annotator in (Annotator(flip=0.2), Annotator(temperature=0.1), *sample_people(4)):
         yield annotator.label(first, second, rng)
 
 

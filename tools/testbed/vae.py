@@ -80,9 +80,9 @@ def train_vae(base: Base, recipe: VAERecipe, state_file: Path, *, compiled: bool
 @torch.no_grad()
 def encode(base: Base, vae: Any, samples: np.ndarray, batch: int = 64) -> Tensor:
     """Latents [N, ...] as the denoiser sees them, of uint8 samples [N, F, 64, 64, 3]."""
-    family = pipelines.wrap(base.assemble(vae, base.build_text_encoder(), base.build_denoiser()))
-    pixels = to_pixels(samples) / 2 + 0.5
-    pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+    pixels = torch.from_numpy(samples).permute(0, 1, 4, 2, 3).float() / 255
+    pixels = pixels if pixels.shape[1] > 1 else pixels[:, 0].contiguous(memory_format=torch.channels_last)
+    family = _family(base, vae)
     with mixed(base.bf16):
         return torch.cat([family.encode_pixels(part).float() for part in pixels.split(batch)])
 
@@ -90,8 +90,12 @@ def encode(base: Base, vae: Any, samples: np.ndarray, batch: int = 64) -> Tensor
 @torch.no_grad()
 def decode(base: Base, vae: Any, latents: Tensor) -> Tensor:
     """Inverse of `encode`: pixels in [0, 1], [N, 3, H, W] or clips [N, F, 3, H, W]."""
-    family = pipelines.wrap(base.assemble(vae, base.build_text_encoder(), base.build_denoiser()))
+    family = _family(base, vae)
     return torch.cat([family.decode_latents(part) for part in latents.split(32)])
+
+
+def _family(base: Base, vae: Any) -> Any:
+    return pipelines.wrap(base.assemble(vae, base.build_text_encoder(), base.build_denoiser()))
 
 
 def round_trip_psnr(base: Base, vae: Any, samples: np.ndarray) -> float:
@@ -100,3 +104,42 @@ def round_trip_psnr(base: Base, vae: Any, samples: np.ndarray) -> float:
     decoded = decode(base, vae, encode(base, vae, samples)).view_as(pixels)
     error = (decoded - pixels).square().flatten(1).mean(1)
     return float((-10 * torch.log10(error.clamp_min(1e-8))).mean())
+
+
+@torch.no_grad()
+def spread_to(vae: Any, means: Tensor, variance: Tensor, spread: Tensor, rotation: Tensor | None = None) -> None:
+    """Fold z' = R diag(spread / std) V^T z - m into the 1 x 1 convolutions around the latents; decoding is unchanged.
+
+    Args:
+        means: samples of the posterior's mean [N, C]; V are their principal components, strongest first.
+        variance: the posterior's variance [C], which becomes a constant.
+        spread: standard deviations [C] of the components afterwards.
+        rotation: R [C, C], applied last; none by default.
+    """
+    channels = means.shape[1]
+    values, vectors = torch.linalg.eigh(torch.cov(means.T))
+    order = values.argsort(descending=True)
+    transform = torch.diag(spread / values[order].sqrt()) @ vectors[:, order].T
+    transform = transform if rotation is None else rotation @ transform
+    shift = transform @ means.mean(0)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    weight, bias = before.weight[:channels].flatten(1).double(), before.bias[:channels].double()
+    before.weight[:channels] = (transform @ weight).float().view_as(before.weight[:channels])
+    before.bias[:channels] = (transform @ bias - shift).float()
+    before.weight[channels:], before.bias[channels:] = 0.0, (transform.square() @ variance).log().float()
+    inverse = after.weight.flatten(1).double() @ transform.inverse()
+    after.weight[:] = inverse.float().view_as(after.weight)
+    after.bias[:] = (after.bias.double() + inverse @ shift).float()
+
+
+@torch.no_grad()
+def posterior_statistics(vae: Any, samples: np.ndarray, batch: int = 20) -> tuple[Tensor, Tensor]:
+    """Means [N, C] at every place of the samples' latents, and the mean variance [C], in float64."""
+    posteriors = [
+        vae.encode(to_pixels(part)).latent_dist for part in np.array_split(samples, -(-len(samples) // batch))
+    ]
+    means, variances = (
+        torch.cat([getattr(p, name) for p in posteriors]).transpose(0, 1).flatten(1).double()
+        for name in ("mean", "var")
+    )
+    return means.T, variances.mean(1)
