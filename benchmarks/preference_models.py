@@ -33,8 +33,8 @@ from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
 from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
+from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
 from t2i_align.utils.settings import build
 from tools.testbed.annotators import TRAITS, Annotator

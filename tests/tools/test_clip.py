@@ -11,9 +11,8 @@ import reward_scorers
 from t2i_align.testbed import base_path
 from t2i_align.testbed.captions import draw_image, draw_wrong, parse, write
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.prompts import draw_statement, split_of
 from t2i_align.testbed.scenes import Object, Scene
-from t2i_align.testbed.world import IMAGES
+from t2i_align.testbed.world import IMAGES, draw_statement, split_of
 from tools.testbed.__main__ import main
 from tools.testbed.clip import build_clip, contrastive_loss, patch_labels, to_input
 from tools.testbed.networks import build_tokenizer, to_ids

@@ -12,10 +12,10 @@ import torch
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.data.readers import read
-from t2i_align.testbed import captions, clip_captions, prompts
+from t2i_align.testbed import captions, clips, prompts
 from t2i_align.testbed.captions import describe, parse, write
-from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import sample_scene
+from t2i_align.testbed.world import split_of
 from tools.testbed.__main__ import COMMANDS, main
 from tools.testbed.base import VAERecipe
 from tools.testbed.denoiser import Pool, draw_captions, train_denoiser, warm_up
@@ -83,7 +83,7 @@ def test_every_word_of_a_clip_is_one_token_and_text_after_the_end_is_zero():
         # red, circle, large, right, quickly; blue, square, size open, still (the ninth path), no speed; no background.
         (
             Wan,
-            clip_captions,
+            clips,
             (
                 "a large red circle moving quickly to the right and a blue square standing still",
                 "a blue square standing still and a large red circle moving quickly to the right",

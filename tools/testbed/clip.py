@@ -22,9 +22,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from t2i_align.testbed import base_path
 from t2i_align.testbed.captions import draw_for, draw_image, draw_wrong, write
-from t2i_align.testbed.prompts import draw_statement
 from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, maybe_degrade, render, signed_distance
-from t2i_align.testbed.world import IMAGES
+from t2i_align.testbed.world import IMAGES, draw_statement
 from t2i_align.utils.files import write_json
 from tools.testbed.loop import LoopConfig, fit
 from tools.testbed.networks import NETWORKS, build_tokenizer, to_ids

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t2i_align.testbed.prompts import split_of
+from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
 from tools.testbed.base import Base, DenoiserRecipe, ParseHeads, PoolConfig
 from tools.testbed.loop import LoopConfig, fit, mixed

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import pipelines
 from t2i_align.testbed.oracle import Verdict
-from t2i_align.testbed.prompts import SPLITS, prompts
-from t2i_align.testbed.world import CLIPS, IMAGES
+from t2i_align.testbed.world import CLIPS, IMAGES, SPLITS, prompts
 from tools.testbed.sampling import GUIDANCE, STEPS, model_folder, sample
 
 

@@ -11,8 +11,7 @@ import dataclasses
 import numpy as np
 
 from t2i_align.testbed.captions import wrong_phrase
-from t2i_align.testbed.clip_captions import ClipStatement
-from t2i_align.testbed.clips import FRAMES, SPEEDS, Clip
+from t2i_align.testbed.clips import FRAMES, SPEEDS, Clip, ClipStatement
 from t2i_align.testbed.scenes import (
     BACKGROUNDS,
     COLOURS,

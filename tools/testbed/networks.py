@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from t2i_align.testbed.captions import NUMBERS, RELATION_WORDS, plural
-from t2i_align.testbed.clip_captions import MOTIONS
+from t2i_align.testbed.clips import MOTIONS
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES
 
 NETWORKS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(

@@ -29,9 +29,8 @@ from tqdm import tqdm
 import pipelines
 from t2i_align.data.media import load_pixels, save_clip, to_bytes
 from t2i_align.testbed.oracle import Oracle, Verdict
-from t2i_align.testbed.prompts import prompts
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.world import CLIPS
+from t2i_align.testbed.world import CLIPS, prompts
 from t2i_align.utils.files import atomic_file, atomic_folder
 from tools.testbed.annotators import Annotator, biased
 from tools.testbed.sampling import GUIDANCE, model_folder, output_options, sample

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from pipelines import RectifiedFlow
 from t2i_align.testbed.captions import CHOICES
-from t2i_align.testbed.clip_captions import ClipStatement
-from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, sample_clip
+from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, ClipStatement, sample_clip
 from t2i_align.testbed.scenes import BACKGROUNDS, SIDE
 from t2i_align.testbed.world import CLIPS
 from tools.testbed.base import Base, DenoiserRecipe, PoolConfig, VAERecipe, class_of
