@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pipelines import ForwardProcess
 from t2i_align.testbed.world import World
-from tools.testbed.networks import build
+from tools.testbed.networks import BASES, build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Base(ABC):
     """A tiny base model in the making. Samples are uint8 [F, 64, 64, 3]; an image has one frame.
 
     Attributes:
-        name: of its networks in `networks.yaml`.
+        name: of its networks and recipes in `bases.yaml`.
         world: what it draws, its captions and its oracle.
         corrupt: a statement with one attribute wrong, or None where the fault does not apply.
         text_steps: steps of the text encoder's warm-up.
@@ -101,16 +101,17 @@ class Base(ABC):
     name: str
     world: World
     corrupt: Callable[..., Any]
-    vae_recipe: VAERecipe
-    clean: PoolConfig
-    faulty: PoolConfig
-    recipe: DenoiserRecipe
     text_steps: int
     continuous: bool
     bf16: bool
     parse_sizes: Sequence[tuple[int, ...]]
     tokenizer: Any
     process: ForwardProcess
+
+    def __init__(self) -> None:
+        recipes = BASES[self.name]["recipes"]
+        self.vae_recipe, self.recipe = VAERecipe(**recipes["vae"]), DenoiserRecipe(**recipes["denoiser"])
+        self.clean, self.faulty = PoolConfig(**recipes["clean"]), PoolConfig(**recipes["faulty"])
 
     # What it learns from ----------------------------------------------------------------------------------------
 
@@ -176,8 +177,13 @@ def class_of(value: str | None, choices: Sequence[str]) -> int:
     return 0 if value is None else list(choices).index(value) + 1
 
 
-class ParseHeads(nn.Module):
-    """Reads what a caption states off its tokens; used in training only. Tokens with the same classes share a head."""
+class ClassHeads(nn.Module):
+    """Reads classes off tokens, such as what a caption states; used in training only.
+
+    Args:
+        sizes: numbers of the classes that are read off each token; equal tokens share a head.
+        width: of a token.
+    """
 
     def __init__(self, sizes: Sequence[tuple[int, ...]], width: int) -> None:
         super().__init__()
@@ -185,7 +191,7 @@ class ParseHeads(nn.Module):
         self.heads = nn.ModuleDict({str(token): nn.Linear(width, sum(token)) for token in sizes})
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy over everything that may be stated; tokens [B, P, D], targets [B, sum of classes]."""
+        """Mean cross-entropy over all that is read; tokens [B, P, D], targets [B, what is read off all tokens]."""
         logits: list[Tensor] = []
         for sizes, token in zip(self.sizes, tokens.float().unbind(1), strict=True):
             logits += self.heads[str(sizes)](token).split(sizes, dim=-1)

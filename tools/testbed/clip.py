@@ -11,7 +11,6 @@ train-scorer` fine-tunes it on preferences.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,12 @@ from t2i_align.testbed.captions import draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.scenes import COLOURS, RADII, SHAPES, SIDE, Scene, maybe_degrade, render, signed_distance
 from t2i_align.testbed.world import IMAGES, draw_statement
 from t2i_align.utils.files import write_json
+from tools.testbed.base import ClassHeads
 from tools.testbed.loop import LoopConfig, fit
-from tools.testbed.networks import NETWORKS, build_tokenizer, to_ids
+from tools.testbed.networks import BASES, build_tokenizer, to_ids
 from tools.testbed.sampling import output_options
 
-VISION, PREPROCESSOR = NETWORKS["clip"]["vision"], NETWORKS["clip"]["preprocessor"]
+VISION, PREPROCESSOR = BASES["clip"]["vision"], BASES["clip"]["preprocessor"]
 WIDTH, PATCH = VISION["hidden_size"], VISION["patch_size"]
 PROJECTION = 128
 SPOILT = 0.3  # share of images that are blurred, faded or mottled
@@ -71,22 +71,8 @@ def contrastive_loss(model: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
 
 
-class PatchHeads(nn.Module):
-    """Reads colour, shape and size of what each patch shows, 0 for nothing; used in training only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(names) + 1) for names in LABELS.values())
-
-    def loss(self, patches: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        """Cross-entropy of patches [B, 64, WIDTH]."""
-        classes = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])).flatten(2).unbind(1)
-        logits = [head(patches).transpose(1, 2) for head in self.heads]
-        return torch.stack([F.cross_entropy(*pair) for pair in zip(logits, classes, strict=True)]).sum()
-
-
 def patch_labels(scene: Scene) -> np.ndarray:
-    """Classes [3, 8, 8] of the object that is nearest to each patch's centre, if it is within NEAR pixels."""
+    """Classes [3, 8, 8] of the object that is nearest to each patch's centre, 0 where none is within NEAR pixels."""
     centres = (np.arange(SIDE // PATCH) + 0.5) * PATCH
     classes = np.zeros((len(LABELS), len(centres), len(centres)), np.int64)
     nearest = np.full(classes.shape[1:], NEAR)
@@ -101,13 +87,16 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 def pretrain(look: int, steps: int, batch: int, lr: float, seed: int = 0) -> CLIPModel:
     """Train from nothing: `look` steps of the vision tower alone, then `steps` of both."""
-    model, tokenizer, heads = build_clip(seed), build_tokenizer(), PatchHeads()
+    model, tokenizer = build_clip(seed), build_tokenizer()
+    heads = ClassHeads([tuple(len(names) + 1 for names in LABELS.values())], WIDTH)
 
     def see(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 0, step))
         scenes = [draw_for(draw_statement(IMAGES, rng), rng) for _ in range(batch)]
         images = to_input([maybe_degrade(render(scene), rng, SPOILT) for scene in scenes])
-        return {"loss": heads.loss(model.vision_model(pixel_values=images).last_hidden_state[:, 1:], scenes)}
+        patches = model.vision_model(pixel_values=images).last_hidden_state[:, 1:].flatten(0, 1)
+        labels = np.stack([patch_labels(scene) for scene in scenes]).transpose(0, 2, 3, 1).reshape(len(patches), -1)
+        return {"loss": heads.loss(patches[:, None], torch.from_numpy(labels))}
 
     def match(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 1, step))

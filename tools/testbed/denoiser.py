@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
-from tools.testbed.base import Base, DenoiserRecipe, ParseHeads, PoolConfig
+from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolConfig
 from tools.testbed.loop import LoopConfig, fit, mixed
 from tools.testbed.networks import WIDTH
 from tools.testbed.vae import encode
@@ -130,7 +130,7 @@ def warm_up(base: Base, drawn: Sequence[Any], *, steps: int, seed: int, state_fi
     """
     language = base.world.language
     torch.manual_seed(seed)
-    model = nn.ModuleDict({"text_encoder": base.build_text_encoder(), "heads": ParseHeads(base.parse_sizes, WIDTH)})
+    model = nn.ModuleDict({"text_encoder": base.build_text_encoder(), "heads": ClassHeads(base.parse_sizes, WIDTH)})
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 7, step))
@@ -138,7 +138,7 @@ def warm_up(base: Base, drawn: Sequence[Any], *, steps: int, seed: int, state_fi
         captions = [language.write(statement, rng) for statement in statements if split_of(statement) == "train"]
         targets = torch.tensor([base.parse_targets(language.parse(caption)) for caption in captions])
         read = base.encode_text(model["text_encoder"], captions)[1]
-        return {"parse": cast(ParseHeads, model["heads"]).loss(read, targets)}
+        return {"parse": cast(ClassHeads, model["heads"]).loss(read, targets)}
 
     fit(model, losses, LoopConfig(steps=steps, lr=2e-3, warmup=max(1, steps // 10), every=steps), state_file)
     return model
@@ -162,7 +162,7 @@ def train_denoiser(
     """
     torch.manual_seed(recipe.seed)
     model = nn.ModuleDict({**text, "denoiser": base.build_denoiser()})
-    process, heads = base.process, cast(ParseHeads, model["heads"])
+    process, heads = base.process, cast(ClassHeads, model["heads"])
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((recipe.seed, 11, step))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from tools.testbed.base import Base, DenoiserRecipe
 from tools.testbed.denoiser import Pool, draw_batch, draw_timesteps, make_pools
 from tools.testbed.evaluate import report_on
 from tools.testbed.loop import LoopConfig, fit, mixed
-from tools.testbed.sampling import model_folder, output_options, save
+from tools.testbed.sampling import model_folder, output_options, save, training_options
 from tools.testbed.sd import SD
 from tools.testbed.students import STUDENTS, Student
 
@@ -84,15 +83,9 @@ def options(p: argparse.ArgumentParser, video: bool) -> None:
     """The defaults are the epsilon base's recipe."""
     p.add_argument("--student", choices=list(STUDENTS), default="sd-eps", help="which base to make")
     output_options(p, "folder of the finished pipeline, e.g. tiny-sd-eps")
+    training_options(p, work="distill", every=300, samples=SD().clean.number, steps=1500, batch=64, lr=2e-3)
     p.add_argument("--teacher", type=model_folder, default=base_path("sd"), help="a v base; testbed:sd by default")
-    p.add_argument("--work", type=Path, default=Path("distill"), help="folder of checkpoints and latents")
-    p.add_argument("--steps", type=int, default=1500)
-    p.add_argument("--batch", type=int, default=64)
     p.add_argument("--noisiest-share", type=float, default=0.15, help="share of the times in the noisiest twentieth")
-    p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--every", type=int, default=300, help="steps between checkpoints, each of which is evaluated")
-    p.add_argument("--samples", type=int, default=SD.clean.number, help="clean images; faulty ones in proportion")
-    p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
         report_on(student.assemble(average), step, args.evaluated, args.work / f"{args.student}_{step}.png")
 
-    recipe = dataclasses.replace(SD.recipe, batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)
+    recipe = dataclasses.replace(base.recipe, batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)
     loop = LoopConfig(steps=args.steps, lr=args.lr, every=args.every)
     losses = distillation(base, teacher, student, pools, recipe)
     average = fit(student.trained, losses, loop, args.work / f"distilled_{args.student}.pt", on_checkpoint)

@@ -1,4 +1,4 @@
-"""Tokenizers of the captions' words, and fresh networks and schedulers as `networks.yaml` describes them."""
+"""Tokenizers of the captions' words, and fresh networks and schedulers as `bases.yaml` describes them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from t2i_align.testbed.captions import NUMBERS, RELATION_WORDS, plural
 from t2i_align.testbed.clips import MOTIONS
 from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES
 
-NETWORKS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
-    Path(__file__).with_name("networks.yaml").read_text(encoding="utf-8")
-)
+BASES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("bases.yaml").read_text(encoding="utf-8"))
 LENGTH = 32  # tokens of CLIP; the longest caption has 23, the last four tokens are always padding
 WORDS = 24  # tokens of T5
 WIDTH = 128  # of the text encoder that the denoiser of `sd` or `wan` reads
@@ -27,7 +25,7 @@ WIDTH = 128  # of the text encoder that the denoiser of `sd` or `wan` reads
 
 def build(base: str, part: str, tokenizer: Any = None) -> Any:
     """A part of a base with fresh weights; a text encoder needs its tokenizer."""
-    options = dict(NETWORKS[base][part])
+    options = dict(BASES[base][part])
     name = options.pop("class")
     if tokenizer is not None:
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from tools.testbed.base import Base
 from tools.testbed.denoiser import make_pools, train_denoiser, warm_up
 from tools.testbed.evaluate import report_on
-from tools.testbed.sampling import output_options, save
+from tools.testbed.sampling import output_options, save, training_options
 from tools.testbed.sd import SD
 from tools.testbed.vae import train_vae
 from tools.testbed.wan import Wan
@@ -24,23 +23,24 @@ from tools.testbed.wan import Wan
 
 def options(p: argparse.ArgumentParser, video: bool) -> None:
     """The defaults are the shipped base's recipe."""
-    base = Wan if video else SD
+    base: Base = Wan() if video else SD()
     vae, recipe = base.vae_recipe, base.recipe
     output_options(p, "folder of the finished pipeline, e.g. tiny-sd")
-    work = Path("pretrain-video" if video else "pretrain")
-    p.add_argument("--work", type=Path, default=work, help="folder of checkpoints and latents")
+    training_options(
+        p,
+        work="pretrain-video" if video else "pretrain",
+        every=700,
+        samples=base.clean.number,
+        steps=recipe.steps,
+        batch=recipe.batch,
+        lr=recipe.lr,
+    )
     p.add_argument("--vae-steps", type=int, default=vae.steps, help="the phases' steps are scaled to this sum")
     p.add_argument("--vae-mosaic-steps", type=int, help="of these, steps of the first phase, which sees small crops")
     p.add_argument("--vae-samples", "--vae-clips", type=int, default=vae.number, help="drawn for the autoencoder")
     p.add_argument("--vae-lr", type=float, default=vae.lr)
-    p.add_argument("--samples", "--clips", type=int, default=base.clean.number, help="clean; faulty ones in proportion")
     p.add_argument("--text-steps", type=int, default=base.text_steps)
-    p.add_argument("--steps", type=int, default=recipe.steps)
-    p.add_argument("--batch", type=int, default=recipe.batch)
     p.add_argument("--clean-fraction", type=float, default=recipe.clean_fraction, help="share of steps without faults")
-    p.add_argument("--lr", type=float, default=recipe.lr)
-    p.add_argument("--every", type=int, default=700, help="steps between checkpoints, each of which is evaluated")
-    p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=base.bf16, help="the autoencoder's step")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,19 @@ def output_options(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument("--force", action="store_true", help="replace --out where it exists")
 
 
+def training_options(
+    p: argparse.ArgumentParser, *, work: str, every: int, samples: int, steps: int, batch: int, lr: float
+) -> None:
+    """What pretraining and distilling have in common, with the command's own defaults."""
+    p.add_argument("--work", type=Path, default=Path(work), help="folder of checkpoints and latents")
+    p.add_argument("--every", type=int, default=every, help="steps between checkpoints, each of which is evaluated")
+    p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
+    p.add_argument("--samples", "--clips", type=int, default=samples, help="clean; faulty ones in proportion")
+    p.add_argument("--steps", type=int, default=steps)
+    p.add_argument("--batch", type=int, default=batch)
+    p.add_argument("--lr", type=float, default=lr)
+
+
 def model_folder(text: str) -> Path:
     """The folder of a base from a command-line argument: a folder, or `testbed:sd` or the like.
 
@@ -46,18 +60,12 @@ def model_folder(text: str) -> Path:
 
 def save(pipeline: DiffusionPipeline, path: Path) -> None:
     """Save in half precision as safetensors, atomically; replaces what was there. The pipeline is left as it was."""
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    kept = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
     with atomic_folder(path) as folder:
-        pipeline.to(dtype=torch.float16)
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
         for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # not where it was loaded from
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)
             write_json(file, dict(sorted(config.items())))
-    pipeline.to(dtype=torch.float32)
-    for name, part in parts.items():
-        part.load_state_dict(kept[name])
 
 
 def sample(

@@ -15,7 +15,7 @@ from pipelines import VariancePreserving
 from t2i_align.testbed.captions import CHOICES, Statement, corrupt
 from t2i_align.testbed.scenes import BACKGROUNDS, Scene, maybe_degrade, render, sample_scene, to_uint8
 from t2i_align.testbed.world import IMAGES
-from tools.testbed.base import Base, DenoiserRecipe, PoolConfig, VAERecipe, class_of
+from tools.testbed.base import Base, class_of
 from tools.testbed.networks import build, build_tokenizer, to_ids
 from tools.testbed.vae import posterior_statistics, spread_to
 
@@ -32,25 +32,6 @@ class SD(Base):
     name = "sd"
     world = IMAGES
     corrupt = staticmethod(corrupt)
-    vae_recipe = VAERecipe(
-        phases=((1600, 64, 1, 32), (700, 16, 1, 64)), lr=3e-3, muon=False, number=24_000, faulty=0.25, degraded=0.4
-    )
-    clean = PoolConfig(number=50_000, seed=1)
-    faulty = PoolConfig(number=20_000, degraded=0.6, faulty=0.3, seed=2)
-    recipe = DenoiserRecipe(
-        steps=7600,
-        clean_fraction=0.72,
-        lr=1e-3,
-        faulty_images=(0.1, 0.7),
-        # An ignored background and a wrong scale are known from real models and are decided at high noise, where
-        # preferences act first; guidance takes a part of every planted fault away, so the rates are high. What the base
-        # learns last (shapes, relations) gets few: it makes faults there of its own accord.
-        fault_rates={
-            "background": 0.45, "size": 0.20, "relation": 0.10, "exchange": 0.10, "count": 0.15, "colour": 0.03,
-            "shape": 0.03,
-        },
-        middle=(-0.2, 1.0),
-    )  # fmt: skip
     text_steps = 120
     continuous = False
     bf16 = True
@@ -59,6 +40,7 @@ class SD(Base):
     parse_sizes = [tuple(len(choices) + 1 for choices in CHOICES.values())] * SLOTS + [(3, SLOTS, len(BACKGROUNDS) + 1)]
 
     def __init__(self) -> None:
+        super().__init__()
         self.tokenizer: CLIPTokenizer = build_tokenizer()
         self.process = VariancePreserving(build("sd", "scheduler").alphas_cumprod, "v_prediction")
 

@@ -18,7 +18,7 @@ from t2i_align.testbed.captions import CHOICES
 from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, ClipStatement, sample_clip
 from t2i_align.testbed.scenes import BACKGROUNDS, SIDE
 from t2i_align.testbed.world import CLIPS
-from tools.testbed.base import Base, DenoiserRecipe, PoolConfig, VAERecipe, class_of
+from tools.testbed.base import Base, class_of
 from tools.testbed.faults import FAULT_RATES, corrupt, spoil, to_clip
 from tools.testbed.networks import build, build_word_tokenizer, clip_words, to_ids
 from tools.testbed.vae import posterior_statistics, spread_to
@@ -34,21 +34,6 @@ class Wan(Base):
     name = "wan"
     world = CLIPS
     corrupt = staticmethod(corrupt)
-    vae_recipe = VAERecipe(
-        phases=((1000, 10, 5, 32), (1500, 6, 9, 32), (300, 3, 9, 64)),
-        lr=8e-3, muon=True, number=6000, faulty=0.5, degraded=0.3,
-    )  # fmt: skip
-    clean = PoolConfig(number=8_000, seed=1)
-    faulty = PoolConfig(number=3_000, degraded=0.4, faulty=1.0, seed=2)
-    recipe = DenoiserRecipe(
-        steps=2600,
-        clean_fraction=0.75,
-        lr=3e-3,
-        muon=True,
-        faulty_images=(0.0, 0.6),
-        fault_rates={"path": 0.25, "speed": 0.25, "background": 0.35, "size": 0.2, "colour": 0.03, "shape": 0.03},
-        middle=(0.2, 1.0),
-    )
     text_steps = 200
     continuous = True
     bf16 = False
@@ -56,6 +41,7 @@ class Wan(Base):
     parse_sizes = [(*[len(names) + 1 for names in choices] * 2, len(BACKGROUNDS) + 1)]
 
     def __init__(self) -> None:
+        super().__init__()
         self.tokenizer = build_word_tokenizer(clip_words())
         self.process = RectifiedFlow()
 
