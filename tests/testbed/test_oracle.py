@@ -18,9 +18,9 @@ from t2i_align.testbed.scenes import DEGRADATIONS, degrade, render, sample_scene
 from t2i_align.testbed.world import CLIPS, IMAGES
 from tools.testbed import faults
 
-SETTINGS = {  # number of samples, what corrupts a statement, and how a scene or clip is drawn
-    IMAGES: (300, captions.corrupt, render),
-    CLIPS: (40, faults.corrupt, lambda clip: faults.render_clip(clip.scenes)),
+SETTINGS = {  # seed and number of samples, what corrupts a statement, and how a scene or clip is drawn
+    IMAGES: (11, 300, captions.corrupt, render),
+    CLIPS: (1, 40, faults.corrupt, lambda clip: faults.render_clip(clip.scenes)),
 }
 FAULTS = [*((IMAGES, fault) for fault in captions.FAULTS), *((CLIPS, fault) for fault in faults.CAPTION_FAULTS)]
 
@@ -35,7 +35,8 @@ def cases():
     """By world: scenes or clips, statements, captions, clean renders, and the verdict on them."""
 
     def case(world):
-        rng, (number, _, draw) = np.random.default_rng(11), SETTINGS[world]
+        seed, number, _, draw = SETTINGS[world]
+        rng = np.random.default_rng(seed)
         drawn = [world.sample(rng) for _ in range(number)]
         statements = [world.language.describe(item, rng) for item in drawn]
         texts, pixels = [world.language.write(s, rng) for s in statements], np.stack([draw(item) for item in drawn])
@@ -58,7 +59,7 @@ def test_clean_renders_are_faithful_and_good(cases, world):
 @pytest.mark.parametrize(("world", "fault"), FAULTS)
 def test_a_planted_fault_lowers_its_attribute_alone(cases, world, fault):
     """Of two objects of a clip only the one that moves is described wrongly: half of the attribute holds."""
-    rng, corrupt = np.random.default_rng(12), SETTINGS[world][1]
+    rng, corrupt = np.random.default_rng(12), SETTINGS[world][2]
     wrong = {i: bad for i, s in enumerate(cases[world].statements) if (bad := corrupt(s, fault, rng)) is not None}
     texts = [world.language.write(statement, rng) for statement in wrong.values()]
     verdict = judge(world, cases[world].pixels[list(wrong)], texts)
