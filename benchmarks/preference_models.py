@@ -188,7 +188,7 @@ def person(number: int) -> Annotator:
     rng = np.random.default_rng((13, number))
     sign = 1 if number % 2 == 0 else -1
     weights = [sign * TASTE[trait] + SPREAD * rng.standard_normal() for trait in TRAITS]
-    return Annotator(user_id=number, type_id=number % 2, weights=tuple(weights), care=0.2)
+    return Annotator(user_id=number, weights=tuple(weights), care=0.2)
 
 
 def write_pairs(

@@ -5,7 +5,7 @@ import pytest
 
 from t2i_align.testbed.oracle import Verdict
 from t2i_align.testbed.vision import Seen, View
-from tools.testbed.annotators import TRAITS, Annotator, biased, sample_people, traits
+from tools.testbed.annotators import TRAITS, Annotator, biased, traits
 
 
 def verdict(rewards, views=None):
@@ -64,16 +64,3 @@ def test_a_taste_outweighs_the_reward():
     assert label(Annotator(), first, second) == 1.0 and label(biased(0.3), first, second) == 0.0
     dark = Annotator(weights=tuple(-0.3 * (trait == "white") for trait in TRAITS))
     assert label(dark, first, second) == 1.0 and label(dark, second, first) == 0.0
-
-
-def test_people_share_their_types_taste():
-    people = sample_people(40, types=4, spread=0.1, seed=3)
-    weights = np.asarray([p.weights for p in people])
-    kinds = np.asarray([p.type_id for p in people])
-    centres = np.asarray([weights[kinds == k].mean(0) for k in range(4)])
-    within = np.linalg.norm(weights - centres[kinds], axis=1).max()
-    between = min(np.linalg.norm(a - b) for i, a in enumerate(centres) for b in centres[:i])
-    assert 0 < within < between
-    assert people == sample_people(40, types=4, spread=0.1, seed=3) != sample_people(40, types=4, spread=0.1, seed=4)
-    with pytest.raises(ValueError, match="2 people of 4 types"):
-        sample_people(2, types=4)

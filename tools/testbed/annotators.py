@@ -42,7 +42,7 @@ class Annotator:
         flip: probability of the opposite label.
         temperature: label by Bradley-Terry instead, without ties: the first is preferred with probability
             sigmoid((score of the first - score of the second) / temperature).
-        user_id, type_id: of a person, see `sample_people`.
+        user_id: of a person, in the rows that `pairs` writes.
 
     Raises:
         ValueError: `flip` outside [0, 0.5], a temperature that is not positive, or both at once.
@@ -54,7 +54,6 @@ class Annotator:
     flip: float = 0.0
     temperature: float | None = None
     user_id: int = 0
-    type_id: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.flip <= 0.5:
@@ -79,29 +78,3 @@ class Annotator:
 def biased(strength: float = 0.3) -> Annotator:
     """An expert with a weakness for a bright background and big objects."""
     return Annotator(weights=tuple(strength * (trait in ("white", "big")) for trait in TRAITS))
-
-
-def sample_people(
-    number: int, *, types: int = 4, spread: float = 0.15, care: float = 1.0, seed: int = 0
-) -> list[Annotator]:
-    """People drawn from a few hidden types, each with individual variation around the type's taste.
-
-    Args:
-        number: how many people; type k has every `types`-th person.
-        types: how many hidden types, whose tastes are standard normal over `TRAITS`.
-        spread: standard deviation of an individual's weights around the type's.
-        care: how much the oracle's reward counts beside taste.
-    """
-    if types < 1 or number < types:
-        raise ValueError(f"need at least one type and a person for each, not {number} people of {types} types")
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((types, len(TRAITS)))
-    return [
-        Annotator(
-            user_id=i,
-            type_id=i % types,
-            weights=tuple(centres[i % types] + spread * rng.standard_normal(len(TRAITS))),
-            care=care,
-        )
-        for i in range(number)
-    ]
