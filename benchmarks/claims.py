@@ -1,14 +1,14 @@
-"""Every objective's published claim, tried on the testbed: same base, same budget, several seeds, held-out prompts.
+"""Test every objective's published claim on the testbed: same base, same budget, several seeds, held-out prompts.
 
-    python benchmarks/claims.py --work runs/claims             # all of it; killed, it continues where it was
+    python benchmarks/claims.py --work runs/claims             # all of it; continues after a kill
     python benchmarks/claims.py --work runs/claims --only noisy
 
-The base draws four images for each of some hundred train prompts, and the oracle scores them. Every condition below
-is a selection of these images with labels, captions or likes of its own. Each method trains for the same number of
-optimiser steps on the same number of groups a step. A method whose strength is Diffusion-DPO's beta has the value that
-was searched for the quickstart on dev prompts. Any other has one knob with two values, of which the better one on dev
-prompts (training seed 100) is taken. All figures are from test prompts that nothing was chosen on. Writes
-`benchmarks/results/claims.json`, from which `docs/claims.md` is made.
+Four images per prompt are sampled from the base for some hundred train prompts and scored by the oracle. Each condition
+(see `claims_data`) is a subset of these images with its own labels, captions or likes. Every method trains for the same
+number of optimiser steps with the same batch size. Methods that share Diffusion-DPO's beta use the value tuned for the
+quickstart on dev prompts; every other method has one hyper-parameter with two values, selected on dev prompts (training
+seed 100). All figures are from test prompts that were not used for any selection. Writes `claims.json` to
+`benchmarks/results/`, from which `claims_table.py` makes the tables in `docs/claims.md`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from claims_data import POOL_SEED, frame_score, make_conditions
 from t2i_align.evaluation.stats import Comparison, compare
 from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.testbed import prompts
 from t2i_align.training.run import align
+from t2i_align.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 BASE = "testbed:sd"
-TEST_FIRST = 256  # the quickstart's figures are from the 256 test prompts before these
+TEST_FIRST = 256  # the first 256 test prompts are the quickstart's
 EVALUATION_SEED = 70_000
-TUNING_SEED = 100  # of training; the figures' seeds are 0, 1, 2
+TUNING_SEED = 100  # training seed of the selection on dev prompts; the figures' seeds are 0, 1, 2
 MARGINS = {"reward": 0.02, "faithfulness": 0.0, "quality": 0.02, "frame": 0.02}
-
-
-BETA = ("objective.beta", 200.0)  # of the quickstart, for every method whose strength is Diffusion-DPO's beta
+BETA = ("objective.beta", 200.0)  # the quickstart's value, for every method with Diffusion-DPO's beta
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is run: overrides of the common configuration, and the knob with its values."""
+    """An objective with its overrides of the common configuration, and the tuned key with its values."""
 
     label: str
     objective: str
@@ -59,15 +59,15 @@ class Method:
 
 @dataclass(frozen=True)
 class Claim:
-    """A method under a condition, what its paper says, and the figure that decides.
+    """A published claim: a method under a condition against a baseline, decided by one metric.
 
-    against: the method it is compared with, or "base". metric: a column of the oracle's verdict, or "frame".
+    against: the baseline method, or "base". metric: one of the oracle's scores, or "frame".
     """
 
     condition: str
     method: str
     against: str
-    says: str
+    statement: str
     metric: str = "reward"
 
 
@@ -156,10 +156,10 @@ CLAIMS = (
     Claim("lists", "rankdpo", DPO, "whole rankings beat their best and worst (2410.18013)"),
     Claim("lists", "lpo", DPO, "the listwise likelihood beats pairs (2510.01540)"),
 )
-# Where a condition has no DPO of its own, the one on the same images is meant.
+# Conditions in which DPO itself cannot be trained: it is taken from the pairs of the same images.
 DPO_CONDITION = {"captions c": "pairs", "captions p": "pairs", "captions h": "pairs", "texts": "pairs",
                  "likes": "pairs", "lists": "pairs"}  # fmt: skip
-FEW = 4  # "few steps" are the budget's steps divided by this
+FEW = 4  # "few steps" divides the steps by this
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Budget:
-    """The same for every method: optimiser steps, groups a step, and how samples are drawn."""
+    """What all methods share: optimiser steps, batch size (groups per step), held-out prompts, sampling."""
 
     steps: int
     batch_size: int
@@ -194,7 +194,7 @@ def held_out(split: str, count: int) -> list[str]:
 
 
 def configuration(run: Run, budget: Budget, work: Path) -> dict[str, Any]:
-    """The run as `align` takes it: the common values, the method's, and its knob."""
+    """The run's configuration for `align`: common values, the method's overrides, and the tuned key."""
     method = METHODS[run.method]
     steps = max(1, budget.steps // FEW) if run.condition == "few steps" else budget.steps
     data = "pairs" if run.condition == "few steps" else run.condition
@@ -219,7 +219,7 @@ def configuration(run: Run, budget: Budget, work: Path) -> dict[str, Any]:
 
 
 def judge(lora: str | None, split: str, budget: Budget) -> dict[str, list[float]]:
-    """Scores of one sample a held-out prompt, by column."""
+    """The oracle's scores, by metric, of one sample per held-out prompt; lora None is the base."""
     texts = held_out(split, budget.prompts)
     seeds = [sample_seed(EVALUATION_SEED, i, 0) for i in range(len(texts))]
     pipeline = load_pipeline(BASE)
@@ -236,7 +236,7 @@ def judge(lora: str | None, split: str, budget: Budget) -> dict[str, list[float]
 
 
 def execute(run: Run, budget: Budget, work: Path, threads: int) -> None:
-    """Train and judge one run; its result file is written last."""
+    """Train and evaluate one run; the result file is written last, so its existence means the run is complete."""
     torch.set_num_threads(threads)
     started = time.monotonic()
     result = align(configuration(run, budget, work), progress=False)
@@ -248,9 +248,9 @@ def execute(run: Run, budget: Budget, work: Path, threads: int) -> None:
 
 
 def execute_all(runs: Sequence[Run], budget: Budget, work: Path, jobs: int) -> None:
-    """All runs that have no result yet, `jobs` at a time."""
+    """Execute the runs that have no result file yet, `jobs` in parallel."""
     missing = [run for run in dict.fromkeys(runs) if not (work / "results" / f"{run.name}.json").exists()]
-    for run in missing:  # what a kill left half-done
+    for run in missing:  # remove unfinished runs of an earlier, killed process
         shutil.rmtree(work / "runs" / run.name, ignore_errors=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     arguments = [(run, budget, work, threads) for run in missing]
@@ -276,7 +276,7 @@ def base_scores(split: str, budget: Budget, work: Path) -> dict[str, list[float]
 
 
 def settings_of(claim: Claim) -> list[tuple[str, str]]:
-    """The (condition, method) that a claim needs trained: its own, and DPO's where that is what it is held against."""
+    """The (condition, method) settings that a claim needs: its own, and its baseline's."""
     needed = [(claim.condition, claim.method)]
     if claim.against != "base":
         needed.append((DPO_CONDITION.get(claim.condition, claim.condition), claim.against))
@@ -284,7 +284,7 @@ def settings_of(claim: Claim) -> list[tuple[str, str]]:
 
 
 def tuned(settings: Iterable[tuple[str, str]], budget: Budget, work: Path, jobs: int) -> dict[tuple[str, str], float]:
-    """For each setting, the knob's value with the higher win rate over the base on dev prompts."""
+    """For each setting, the value of its key with the higher win rate against the base on dev prompts."""
     settings = list(dict.fromkeys(settings))
     metric = {(claim.condition, claim.method): claim.metric for claim in CLAIMS}
     chosen = {(c, m): METHODS[m].knob[1] for c, m in settings}
@@ -303,14 +303,14 @@ def tuned(settings: Iterable[tuple[str, str]], budget: Budget, work: Path, jobs:
 
 
 def versus(before: Sequence[float], after: Sequence[float], column: str, seeds: int = 1) -> Comparison:
-    """Win rate of `after`; with several training seeds, both are their scores one after the other."""
+    """Win rate of `after`. With several training seeds, both hold the scores of all seeds, concatenated."""
     clusters = np.tile(np.arange(len(after) // seeds), seeds)
     return compare(before, after, clusters, margin=MARGINS.get(column, 0.0))
 
 
 def figures(claims: Sequence[Claim], chosen: Mapping[tuple[str, str], float], budget: Budget, work: Path,
             seeds: int) -> list[dict[str, Any]]:  # fmt: skip
-    """One row a claim: win rates against the base and against what it is held against."""
+    """One row per claim: win rates against the base and against the baseline method."""
     base = base_scores("test", budget, work)
     rows = []
     for claim in claims:
@@ -352,9 +352,9 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 
 
 def verdict(claim: Claim, comparison: Comparison, against_base: Mapping[str, Comparison]) -> str:
-    """Confirmed or reversed where the interval leaves 50 %; SFT's claim is that it loses.
+    """Confirmed or reversed if the interval excludes 50 % (SFT's claim is that it loses).
 
-    A figure that wins while the oracle's quality clearly falls below the base's was hacked: the images are spoilt.
+    Hacked: the frame metric improves while the oracle's quality falls clearly below the base's.
     """
     if claim.metric == "frame" and against_base["quality"].win_rate_ci[1] < 0.5:
         return "hacked"
@@ -365,24 +365,18 @@ def verdict(claim: Claim, comparison: Comparison, against_base: Mapping[str, Com
     return "reversed" if ((low > 0.5) if loses else (high < 0.5)) else "not confirmed"
 
 
-def write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of data, runs and results")
-    p.add_argument("--train-prompts", type=int, default=448, help="each with four images")
+    p.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder for data, runs and their results")
+    p.add_argument("--train-prompts", type=int, default=448, help="train prompts, four images each")
     p.add_argument("--steps", type=int, default=30, help="optimiser steps of every run")
-    p.add_argument("--batch-size", type=int, default=16, help="groups a step")
+    p.add_argument("--batch-size", type=int, default=16, help="groups per step")
     p.add_argument("--prompts", type=int, default=96, help="held-out prompts")
     p.add_argument("--sampling-steps", type=int, default=12)
     p.add_argument("--seeds", type=int, default=3, help="training seeds")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    p.add_argument("--only", action="append", help="a condition or method; may be given several times")
+    p.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    p.add_argument("--only", action="append", help="a condition or method; can be repeated")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder for claims.json")
     return p
 
 
@@ -397,7 +391,7 @@ def main() -> None:
     execute_all(runs, budget, args.work, args.jobs)
     rows = figures(claims, chosen, budget, args.work, args.seeds)
     settings_used = {**budget.__dict__, "seeds": args.seeds, "train_prompts": args.train_prompts, "pool": POOL_SEED}
-    write_json(ROOT / "benchmarks" / "results" / "claims.json", {"settings": settings_used, "rows": rows})
+    write_json(args.out / "claims.json", {"settings": settings_used, "rows": rows})
     print(yaml.safe_dump([{**r["claim"], "verdict": r["verdict"]} for r in rows], sort_keys=False))
 
 

@@ -1,10 +1,9 @@
-"""Time and memory of a training step of every objective, relative to Diffusion-DPO's: they take turns in one run.
+"""Time and memory of every objective's training step relative to Diffusion-DPO's, interleaved in one process.
 
-    python benchmarks/claims_cost.py --work runs/claims      # after claims.py has made its data; on an idle machine
+    python benchmarks/claims_cost.py --work runs/claims      # needs the data of claims.py and an idle machine
 
-Timed are a forward and a backward pass of one micro-batch, with everything that the objective asks of the reference;
-the optimiser's step is the same for all. Memory is what autograd keeps for the backward pass. Writes
-`benchmarks/results/claims_cost.json`.
+Times the forward and backward pass of one micro-batch, including the reference's predictions; the optimiser step is the
+same for all. Memory is what autograd saves for the backward pass. Writes `claims_cost.json` to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from claims import BASE, CLAIMS, METHODS, ROOT, Budget, Run, configuration, write_json
+from claims import BASE, CLAIMS, METHODS, RESULTS, Budget, Run, configuration
 from torch import Tensor
 
-from t2i_align import config as plain
+from t2i_align import config as configs
 from t2i_align.training.run import load_data, load_model, prepare_denoiser, reference_for
 from t2i_align.training.trainer import Alignment
+from t2i_align.utils.files import write_json
 
 Step = Callable[[], Tensor]
 
 
 def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
-    """One micro-batch of the method, forward and backward, as the trainer would do it."""
+    """A function that runs the forward and backward pass of one micro-batch as the trainer does."""
     run = Run(condition, method, METHODS[method].knob[1], 0, "test")
-    config = plain.from_mapping(configuration(run, budget, work))
+    config = configs.from_mapping(configuration(run, budget, work))
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
@@ -50,7 +50,7 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
 
 
 def kept_bytes(step: Step) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once."""
+    """Bytes that autograd saves for the backward pass, each storage counted once."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -68,11 +68,12 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=Path("runs/claims"))
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder for claims_cost.json")
     args = p.parse_args()
     budget = Budget(1, args.batch_size, 1, 1)
     condition = {claim.method: claim.condition for claim in reversed(CLAIMS)}
     steps = {method: build(method, condition[method], budget, args.work) for method in condition}
-    memory = {method: kept_bytes(step) for method, step in steps.items()}  # and a first, slow call
+    memory = {method: kept_bytes(step) for method, step in steps.items()}  # also warms up
     times: dict[str, list[float]] = {method: [] for method in steps}
     for _ in range(args.rounds):
         for method, step in steps.items():
@@ -87,7 +88,7 @@ def main() -> None:
         print(f"{method:<18} time {rows[method]['time']:.2f}  memory {rows[method]['memory']:.2f}", flush=True)
     settings = {"base": BASE, "batch_size": args.batch_size, "rounds": args.rounds, "threads": torch.get_num_threads(),
                 "device": "cpu" if not torch.accelerator.is_available() else "accelerator"}  # fmt: skip
-    write_json(ROOT / "benchmarks" / "results" / "claims_cost.json", {"settings": settings, "rows": rows})
+    write_json(args.out / "claims_cost.json", {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

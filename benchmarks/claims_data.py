@@ -1,14 +1,14 @@
-"""The data of `claims.py`: four images a prompt from the base, and each condition's labels, captions and likes.
+"""The data of `claims.py`: four images per prompt from the base, and each condition's labels, captions and likes.
 
 pairs           best against worst of four by the oracle's reward
 noisy           two of the four at random; scores with Bradley-Terry noise, which flips some 30 % of them
 similar         the two nearest in reward, a fifth of the labels flipped
 lists           all four with their rewards
-likes           unpaired: of half of the prompts the winner, of the others the loser
+likes           unpaired: the winner for half of the prompts, the loser for the others
 texts           the winner alone, with its prompt and a perturbed one
 captions c p h  pairs with DCPO's captions
 wrong prompts   pairs, half of whose prompts are perturbed; captions describe the images
-style           an image with a magenta frame against the same without; the base draws no frames
+style           an image with a magenta frame against the same without; the base never produces frames
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from t2i_align.inference.generate import sample
 from t2i_align.inference.models import load_pipeline
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.labeling.models import DRAWN, load_captioner, load_perturber
 from t2i_align.testbed import prompts
 
 CANDIDATES = 4
-POOL_SEED = 5_000_000  # no other images of the project are drawn from these seeds
+POOL_SEED = 5_000_000  # no other images of the project are sampled with these seeds
 MARGIN = 0.1
 NOISE = 0.15  # temperature of the Bradley-Terry labels, in units of the reward
 FLIPPED = 0.2
@@ -39,7 +39,7 @@ DONE = "conditions.json"
 
 
 def frame_score(image: Image.Image) -> float:
-    """How far an image's border is from the frame's colour: 1 on it, 0 at the distance of black or more."""
+    """How close an image's border is to the frame's colour: 1 where equal, 0 at the distance of black or beyond."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[FRAME_WIDTH:-FRAME_WIDTH, FRAME_WIDTH:-FRAME_WIDTH] = False
@@ -56,11 +56,11 @@ def framed(image: Image.Image) -> Image.Image:
 
 
 def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
-    """Draw the images and write one JSONL a condition, unless they are there."""
+    """Sample the images and write one JSONL file per condition, unless they exist."""
     settings = {"base": base, "prompts": count, "steps": steps, "seed": POOL_SEED}
     if (folder / DONE).exists():
         if json.loads((folder / DONE).read_text())["settings"] != settings:
-            raise SystemExit(f"{folder}: holds data of other settings; choose another --work")
+            raise SystemExit(f"{folder}: contains data made with other settings; choose another --work")
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
     texts = prompts("train")[:count]
@@ -75,7 +75,7 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
     def name(p: int, k: int) -> str:
         return f"images/{p:05d}_{k}.png"
 
-    def shown(p: int, k: int) -> str:
+    def described(p: int, k: int) -> str:
         with Image.open(folder / name(p, k)) as image:
             return captioner([image.convert("RGB")], [texts[p]])[0] or texts[p]
 
@@ -104,7 +104,7 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
     for p in range(count):
         order = np.argsort(pool[p])
         gaps = np.diff(pool[p, order])
-        gaps[gaps < 0.01] = np.inf  # a tie says nothing
+        gaps[gaps < 0.01] = np.inf  # ties are not used
         at = int(np.argmin(gaps))
         if np.isfinite(gaps[at]):
             a, b = int(order[at + 1]), int(order[at])
@@ -119,7 +119,7 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
          "negative_caption": perturbed[p]}
         for p in chosen if perturbed[p] is not None
     ]  # fmt: skip
-    descriptions = {p: (shown(p, best[p]), shown(p, worst[p])) for p in tqdm(chosen, desc="captions")}
+    descriptions = {p: (described(p, best[p]), described(p, worst[p])) for p in tqdm(chosen, desc="captions")}
     changed = perturber([descriptions[p][1] for p in chosen], chosen)
     rows["captions-c"] = [pair(p, best[p], worst[p], captions=list(descriptions[p])) for p in chosen]
     rows["captions-p"] = [
@@ -148,7 +148,7 @@ def make_conditions(folder: Path, base: str, count: int, *, steps: int) -> None:
 
 
 def _pool(folder: Path, base: str, texts: Sequence[str], steps: int) -> np.ndarray:
-    """The oracle's reward of each prompt's candidates, [prompts, CANDIDATES]; images are saved."""
+    """Sample and save the images; returns the oracle's rewards, [prompts, CANDIDATES]."""
     file = folder / "rewards.npy"
     if file.exists():
         rewards: np.ndarray = np.load(file)

@@ -1,15 +1,14 @@
-"""The data layer's figures: a million groups, prepare against the bare VAE, and kills at random moments.
+"""The data layer: opening a million groups, `prepare` against the VAE alone, and kills at random moments.
 
     python benchmarks/data.py                      # all three; writes benchmarks/results/data_<device>.md
     python benchmarks/data.py --only kills --kills 20
 
-- size: a cache of synthetic latents is opened in a fresh process, which chooses, shuffles and takes a first batch.
-  Then, all shards having been touched, batches are timed, in turns with those of a cache of a thousand groups.
-- prepare: images per second of `prepare.write`, which decodes them and encodes their prompts as well (one for 15
-  pairs, as in Pick-a-Pic v2), against a loop that does nothing but run the same VAE over the same pixels, already in
-  memory. They take turns.
-- kills: a prepare is killed by `kill -9` at moments drawn from its own duration, continued, killed again; in the end,
-  every file must be what an uninterrupted prepare wrote.
+- size: a fresh process opens a cache of synthetic latents, selects and shuffles groups and loads the first batch.
+  Then batches are timed with all shards open, interleaved with batches from a cache of a thousand groups.
+- prepare: images per second of `prepare.write`, which also decodes images and encodes prompts (one per 15 pairs, as in
+  Pick-a-Pic v2), against a loop that only runs the same VAE over the same pixels in memory; interleaved.
+- kills: `prepare` is killed with SIGKILL at random moments, continued and killed again; in the end every file must
+  equal that of an uninterrupted `prepare`.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ from t2i_align.inference.models import resolve_model
 from t2i_align.objectives.base import Requirements
 
 RESULTS = Path(__file__).parent / "results"
-SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # of the synthetic latents and embeddings; a batch's cost is that of finding it
-PROMPTS_EVERY = 15  # groups a prompt, as in Pick-a-Pic v2
+SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # small latents and embeddings: a batch costs what finding its rows costs
+PROMPTS_EVERY = 15  # groups per prompt, as in Pick-a-Pic v2
 BATCH = 8
 
 
 class Synthetic(Encoder):
-    """Random latents, which no model has to make."""
+    """An encoder that returns random latents and runs no model."""
 
     columns = {"latents": pa.large_binary(), "shape": pa.list_(pa.int32()), "size": pa.list_(pa.int32())}
     text_columns = {"embedding:prompt_embeds": pa.large_binary()}
@@ -84,7 +83,7 @@ class Synthetic(Encoder):
 
 
 def synthetic(folder: Path, groups: int) -> Path:
-    """A finished cache of so many pairs; kept from run to run."""
+    """A finished cache of `groups` pairs; reused if it exists."""
     out = folder / f"synthetic-{groups}"
     items = (
         Group(id=str(n), prompt=f"prompt {n // PROMPTS_EVERY}", candidates=(b"", b""), scores=(1.0, 0.0), origin="")
@@ -95,13 +94,13 @@ def synthetic(folder: Path, groups: int) -> Path:
 
 
 def opened(folder: Path) -> tuple[PreferenceDataset, Iterator[Any]]:
-    """What training opens: the data with its groups chosen, and its shuffled loader."""
+    """The dataset with its groups selected, and its shuffled loader, as training opens them."""
     source = _choose(Store(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
     return source, source.loader(seed=0, start_step=0, batch_size=BATCH)
 
 
 def first_batch(folder: Path) -> None:
-    """In a process of its own: seconds to the first batch, and what that takes of memory beyond the imports."""
+    """Print the seconds to the first batch and the resident memory before and at its peak; run in a fresh process."""
     before = resident()
     start = time.perf_counter()
     source, loader = opened(folder)
@@ -111,7 +110,7 @@ def first_batch(folder: Path) -> None:
 
 
 def resident(what: str = "VmRSS") -> float:
-    """This process's resident memory in GB, or the most it ever was; `getrusage` would say its parent's, too."""
+    """This process's resident memory in GB (VmHWM: its peak; `getrusage` would include the parent's)."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
     return int(line.split()[1]) * 1024 / 1e9
 
@@ -119,7 +118,7 @@ def resident(what: str = "VmRSS") -> float:
 def size(folder: Path, groups: int, batches: int) -> list[tuple[str, str, str]]:
     large, small = synthetic(folder, groups), synthetic(folder, 1000)
     command = [sys.executable, __file__, "--first-batch", str(large)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    opening_process = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     times: dict[Path, list[float]] = {large: [], small: []}
     loaders = {path: opened(path) for path in times}
     shards = len(loaders[large][0].groups.manifest["shards"])
@@ -134,32 +133,32 @@ def size(folder: Path, groups: int, batches: int) -> list[tuple[str, str, str]]:
             times[path].append(time.perf_counter() - start)
     each = {path: f"{1000 * statistics.median(of):.2f} ms" for path, of in times.items()}
     return [
-        (f"{groups:,} groups: open, choose, shuffle, first batch", f"{found['seconds']:.2f} s", "<= 3 s"),
-        ("resident memory then, the imports with it", f"{found['peak']:.2f} GB", "<= 1 GB"),
-        ("of that, the imports alone", f"{found['before']:.2f} GB", ""),
-        (f"a batch of {BATCH}, {shards} shards being open, median of {batches}", each[large], "as with 1 k"),
+        (f"{groups:,} groups: open, select, shuffle, first batch", f"{opening_process['seconds']:.2f} s", "<= 3 s"),
+        ("resident memory then, including imports", f"{opening_process['peak']:.2f} GB", "<= 1 GB"),
+        ("imports alone", f"{opening_process['before']:.2f} GB", ""),
+        (f"a batch of {BATCH}, {shards} shards open, median of {batches}", each[large], "as with 1 k"),
         ("the same from a cache of 1,000 groups", each[small], ""),
-        ("opening a shard, once a process and when it is first touched", f"{1000 * opening:.2f} ms", ""),
+        ("opening a shard, once per process at first access", f"{1000 * opening:.2f} ms", ""),
     ]
 
 
 def pairs(count: int) -> list[Group]:
-    """The testbed's first pairs, with as few distinct prompts as Pick-a-Pic has."""
-    some = [item for item in islice(readers.read("testbed:pairs"), count) if isinstance(item, Group)]
-    return [replace(group, prompt=some[n - n % PROMPTS_EVERY].prompt) for n, group in enumerate(some)]
+    """The first bundled pairs, with one prompt per 15 pairs as in Pick-a-Pic."""
+    groups = [item for item in islice(readers.read("testbed:pairs"), count) if isinstance(item, Group)]
+    return [replace(group, prompt=groups[n - n % PROMPTS_EVERY].prompt) for n, group in enumerate(groups)]
 
 
 def prepare(folder: Path, groups: int, rounds: int) -> list[tuple[str, str, str]]:
-    """With the tiny base, whose VAE takes hardly longer than a JPEG does, and with a VAE of Stable Diffusion's size."""
+    """With the tiny base, whose VAE is about as fast as decoding a JPEG, and with Stable Diffusion's VAE."""
     tiny = pipelines.load(resolve_model("testbed:sd"))
-    found = prepare_against_bare(folder, "the tiny VAE", tiny, groups, rounds, *tiny.default_size)
+    rows = prepare_against_bare(folder, "the tiny VAE", tiny, groups, rounds, *tiny.default_size)
     tiny.pipe.register_modules(vae=random_vae())
     real = pipelines.wrap(tiny.pipe)
-    return found + prepare_against_bare(folder, "SD's VAE", real, max(1, groups // 16), min(rounds, 3), 128, 128)
+    return rows + prepare_against_bare(folder, "SD's VAE", real, max(1, groups // 16), min(rounds, 3), 128, 128)
 
 
 def random_vae() -> AutoencoderKL:
-    """Stable Diffusion's, with random weights."""
+    """Stable Diffusion's VAE with random weights."""
     torch.manual_seed(0)
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     return AutoencoderKL(
@@ -171,15 +170,15 @@ def random_vae() -> AutoencoderKL:
 def prepare_against_bare(
     folder: Path, what: str, pipeline: pipelines.TrainablePipeline, groups: int, rounds: int, height: int, width: int
 ) -> list[tuple[str, str, str]]:
-    some = pairs(groups)
-    pixels = torch.stack([load_pixels(media, height, width) for group in some for media in group.candidates])
+    data = pairs(groups)
+    pixels = torch.stack([load_pixels(media, height, width) for group in data for media in group.candidates])
     ours, bare = [], []
     for turn in range(rounds):
         out = folder / f"prepare-{turn}"
         shutil.rmtree(out, ignore_errors=True)
         start = time.perf_counter()
         encoder = encode.Latents(pipeline, [(height, width)], batch_size=BATCH)
-        write(some, encoder, out, fingerprint={"turn": turn}, progress=False)
+        write(data, encoder, out, fingerprint={"turn": turn}, progress=False)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         for part in pixels.split(BATCH):
@@ -188,21 +187,21 @@ def prepare_against_bare(
     ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
     rate = len(pixels) / statistics.median(ours)
     return [
-        (f"prepare by {what}, {len(pixels)} images of {height} x {width}, {len({g.prompt for g in some})} prompts",
+        (f"prepare by {what}, {len(pixels)} images of {height} x {width}, {len({g.prompt for g in data})} prompts",
          f"{rate:.3g} images/s", ""),
-        ("the same against the VAE alone", f"{ratio:.2f} x", ">= 0.9 x"),
+        ("relative to the VAE alone", f"{ratio:.2f} x", ">= 0.9 x"),
     ]  # fmt: skip
 
 
 def kills(folder: Path, groups: int, number: int) -> list[tuple[str, str, str]]:
     pipeline = pipelines.load(resolve_model("testbed:sd"))
-    some = pairs(groups)
+    data = pairs(groups)
     height, width = pipeline.default_size
     encode.MAX_ROWS_PER_SHARD = max(1, groups // 16)
 
     def run(out: Path) -> None:
         encoder = encode.Latents(pipeline, [(height, width)], batch_size=BATCH)
-        write(some, encoder, out, fingerprint={"kills": 0}, progress=False)
+        write(data, encoder, out, fingerprint={"kills": 0}, progress=False)
 
     whole, killed = folder / "whole", folder / "killed"
     for out in (whole, killed):
@@ -210,26 +209,26 @@ def kills(folder: Path, groups: int, number: int) -> list[tuple[str, str, str]]:
     start = time.perf_counter()
     run(whole)
     duration = time.perf_counter() - start
-    draw, done, finished = random.Random(0), 0, 0
+    rng, done, finished = random.Random(0), 0, 0
     while done < number:
         child = os.fork()
         if child == 0:
             run(killed)
             os._exit(0)
-        time.sleep(draw.uniform(0, duration * 0.9))
+        time.sleep(rng.uniform(0, duration * 0.9))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         done += os.WIFSIGNALED(status)
-        if (killed / "manifest.json").exists():  # it was through; the next kills hit one from the start again
+        if (killed / "manifest.json").exists():  # finished before the kill: compare it and begin a new one
             finished += check(whole, killed)
             shutil.rmtree(killed)
     run(killed)
     finished += check(whole, killed)
-    return [(f"kill -9 at {number} random moments, continued each time", f"{finished} caches finished, all equal", "")]
+    return [(f"kill -9 at {number} random moments, continued each time", f"{finished} caches finished, identical", "")]
 
 
 def check(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte; an error that names one that differs."""
+    """True if two folders hold the same files, byte for byte; otherwise exits with the name of one that differs."""
     hashes = [
         {
             file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -247,12 +246,13 @@ def check(one: Path, other: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("size", "prepare", "kills"), help="default: all three")
-    parser.add_argument("--groups", type=int, default=1_000_000, help="of the large cache (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=300, help="that are timed (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=128, help="that are prepared (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of prepare (default: %(default)s)")
+    parser.add_argument("--groups", type=int, default=1_000_000, help="in the large cache (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=300, help="timed batches (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=128, help="prepared pairs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of prepare (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where caches are kept (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     parser.add_argument("--first-batch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -268,12 +268,12 @@ def main() -> None:
             "kills": lambda: kills(folder, options.pairs, options.kills),
         }
         rows = [row for name, part in parts.items() if options.only in (None, name) for row in part()]
-    table = ["| what | found | target |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    table = ["| what | measured | target |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     arguments = " ".join(["python benchmarks/data.py", *sys.argv[1:]])
     text = "\n".join([f"`{arguments}`", "", f"{platform.processor() or platform.machine()}, one thread, torch "
                       f"{torch.__version__}", "", *table, ""])  # fmt: skip
     print(text)
-    file = RESULTS / f"data_{options.only or 'cpu'}.md"
+    file = options.out / f"data_{options.only or 'cpu'}.md"
     file.write_text(text)
     print(f"written to {file}")
 

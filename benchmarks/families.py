@@ -1,12 +1,12 @@
-"""Real-size denoisers with random weights: pairs a second, peak memory and how much of the GPU's arithmetic is used.
+"""Real-size denoisers with random weights: pairs per second, peak memory and model FLOP utilisation.
 
-    python benchmarks/families.py                    # SDXL and SD3 at 1024 x 1024, bf16, LoRA; wants a GPU
-    python benchmarks/families.py --tiny --steps 3   # small denoisers, to try the script on a CPU
+    python benchmarks/families.py                    # SDXL and SD3 at 1024 x 1024, bf16, LoRA; needs a GPU
+    python benchmarks/families.py --tiny --steps 3   # small denoisers, to test the script on a CPU
 
-Weights are random: speed and memory do not depend on them, and nothing has to be downloaded. A step is what training
-from a cache does: policy and reference see the pair in one batch, backward, clipping, AdamW. Model FLOP utilisation
-counts the arithmetic of the forward passes and of the backward pass of the policy once (nothing that checkpointing
-computes again), against the card's dense bf16 peak.
+Speed and memory do not depend on the weights, so they are random and nothing is downloaded. A step is that of training
+from a cache: policy and reference see the pair in one batch, backward, clipping, AdamW. Model FLOP utilisation counts
+the forward passes and the policy's backward pass once (without recomputation by checkpointing), relative to the GPU's
+dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -37,8 +37,14 @@ from t2i_align.objectives import DiffusionDPO
 from t2i_align.training.reference import build_reference
 
 RESULTS = Path(__file__).parent / "results"
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "L40S": 362e12}  # dense bf16, by the makers
-VAE = {"block_out_channels": (1, 1, 1, 1), "scaling_factor": 1.0}  # of which only the factor 8 matters here
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "4090": 165e12,
+    "L40S": 362e12,
+}  # dense bf16
+VAE = {"block_out_channels": (1, 1, 1, 1), "scaling_factor": 1.0}  # only the factor 8 matters here
 
 SDXL = {
     "sample_size": 128,
@@ -105,7 +111,7 @@ def batch_of(name: str, pairs: int, side: int, device: torch.device) -> Batch:
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Seconds a step, FLOP a step and peak memory of Diffusion-DPO with a LoRA."""
+    """Seconds per step, FLOP per step and peak memory (GiB) of Diffusion-DPO with a LoRA."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = build(name, options.tiny, dtype, device)
     pipeline.add_lora(rank=16, alpha=16, dropout=0.0, targets="attention")
@@ -121,9 +127,9 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
 
     def step(number: int) -> None:
         keys = tuple(f"{number}/{i}" for i in range(options.pairs))
-        draw = SampleRNG(0, keys, pipeline.process, "uniform", device)
+        rng = SampleRNG(0, keys, pipeline.process, "uniform", device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, _ = objective.step(pipeline.predict, reference, batch, draw)
+            loss, _ = objective.step(pipeline.predict, reference, batch, rng)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -153,7 +159,7 @@ def flop_of(
     dtype: Any,
     device: Any,
 ) -> float:
-    """FLOP of a step on one pair, times the pairs; counted without checkpointing, before anything is compiled."""
+    """FLOP of a step: those of one pair times the number of pairs, counted without checkpointing and compilation."""
     one = Batch(
         keys=batch.keys[:1],
         latents=batch.latents[:1],
@@ -162,9 +168,9 @@ def flop_of(
     )
     checkpointing = getattr(pipeline.denoiser, "is_gradient_checkpointing", False)
     pipeline.denoiser.disable_gradient_checkpointing()
-    draw = SampleRNG(0, one.keys, pipeline.process, "uniform", device)
+    rng = SampleRNG(0, one.keys, pipeline.process, "uniform", device)
     with FlopCounterMode(display=False) as counter, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss, _ = objective.step(pipeline.predict, reference, one, draw)
+        loss, _ = objective.step(pipeline.predict, reference, one, rng)
         loss.mean().backward()
     pipeline.denoiser.zero_grad(set_to_none=True)
     if checkpointing:
@@ -176,12 +182,12 @@ def main() -> int:
     """Measure each family and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=["sdxl", "sd3"], default=["sdxl", "sd3"])
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
-    parser.add_argument("--side", type=int, help="of the images, in pixels (default: 1024, tiny: 64)")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs per step")
+    parser.add_argument("--side", type=int, help="side of the images in pixels (default: 1024, tiny: 64)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="small denoisers, to try this script")
+    parser.add_argument("--tiny", action="store_true", help="small denoisers, to test this script")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     options = parser.parse_args()
     options.side = options.side or (64 if options.tiny else 1024)
@@ -191,19 +197,20 @@ def main() -> int:
     lines = [
         "# Training steps of real-size families",
         "",
-        f"{card}, torch {torch.__version__}, Diffusion-DPO, LoRA of rank 16, {options.side} px, {options.pairs} pairs "
-        f"a step, checkpointing {options.checkpointing}, compile {options.compile}, tiny {options.tiny}; "
+        f"{card}, torch {torch.__version__}, Diffusion-DPO, LoRA rank 16, {options.side} px, {options.pairs} pairs "
+        f"per step, checkpointing {options.checkpointing}, compile {options.compile}, tiny {options.tiny}; "
         f"median of {options.steps} steps.",
         "",
-        "| family | seconds per step | pairs/s | peak memory, GiB | TFLOP a step | FLOP utilisation |",
+        "| family | seconds per step | pairs/s | peak memory, GiB | TFLOP per step | FLOP utilisation |",
         "|---|---|---|---|---|---|",
     ]
     for name in options.families:
-        found = measure(name, options, device)
-        used = f"{found['flop'] / found['seconds'] / peak:.1%}" if peak else "unknown peak"
+        measured = measure(name, options, device)
+        seconds = measured["seconds"]
+        used = f"{measured['flop'] / seconds / peak:.1%}" if peak else "unknown peak"
         lines.append(
-            f"| {name} | {found['seconds']:.3f} | {options.pairs / found['seconds']:.2f} | {found['memory']:.1f} | "
-            f"{found['flop'] / 1e12:.3g} | {used} |"
+            f"| {name} | {seconds:.3f} | {options.pairs / seconds:.2f} | {measured['memory']:.1f} | "
+            f"{measured['flop'] / 1e12:.3g} | {used} |"
         )
     text = "\n".join(lines) + "\n"
     print(text)

@@ -1,16 +1,16 @@
-"""Preference models on the testbed: what a tiny CLIP learns, whose preference it is, and when it is fooled.
+"""Preference models on the testbed: accuracy of a tiny CLIP, users with opposed tastes, over-optimisation.
 
     python benchmarks/preference_models.py --work runs/preference_models     # writes benchmarks/results/
 
-Drawn images are free training data, and the oracle knows the truth. Five stages, each kept in --work:
+Rendered images are free training data, and the oracle knows the ground truth. Five stages, each kept in --work:
 
-- clip: `python -m tools.testbed clip`, pretrained on captions, without a preference;
-- expert: pairs of a right image against a wrong or spoilt one, labelled by the expert; three fine-tunings of it with
-  `train-scorer`, from different seeds, tried on pairs of held-out statements;
-- sampled: these three again on the bundled pairs, which a base model drew, tried on held-out prompts;
-- people: pairs that differ in what captions leave open, labelled by users of two opposed tastes; Bradley-Terry (PAL
-  with one prototype) against PAL, for users seen and unseen;
-- audit: one scorer against combinations of the three, while they are optimised.
+- clip: `python -m tools.testbed clip`, pretrained on captions, without preferences;
+- expert: pairs of a correct image and a wrong or degraded one, labelled by the expert; three fine-tunings with
+  `train-scorer`, with different seeds, tested on pairs of held-out statements;
+- sampled: these three fine-tuned further on the bundled pairs, sampled from a base model, tested on held-out prompts;
+- people: pairs that differ in what captions leave open, labelled by users with two opposed tastes; Bradley-Terry (PAL
+  with one prototype) against PAL, for seen and unseen users;
+- audit: one scorer against combinations of the three, under optimisation.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from tools.testbed.clip import pretrain, save_clip
 from tools.testbed.pairs import decode, encode_jpeg, take
 
 RESULTS = Path(__file__).parent / "results"
-# Two tastes that want the opposite of each other, over TRAITS; a person differs a little from either.
+# Weights over TRAITS of one taste; the other is its negative. SPREAD: standard deviation between persons.
 TASTE = {"white": 0.6, "black": -0.6, "big": 0.8, "warm": 0.8, "crowded": 0.0, "left": 0.3, "high": 0.0}
 SPREAD = 0.1
 USERS, NEW_USERS, PAIRS_A_USER = 40, 40, 60
-FEW = (1, 2, 5, 10)  # pairs of an unseen user
+FEW = (1, 2, 5, 10)  # pairs per unseen user
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/preference_models"), help="where stages are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
-    parser.add_argument("--look-steps", type=int, default=500, help="of the CLIP's vision tower alone")
-    parser.add_argument("--clip-steps", type=int, default=800)
-    parser.add_argument("--pairs", type=int, default=8000, help="of the expert, for training")
-    parser.add_argument("--steps", type=int, default=800, help="of each fine-tuning on them")
+    parser.add_argument("--look-steps", type=int, default=500, help="pretraining steps of CLIP's vision tower alone")
+    parser.add_argument("--clip-steps", type=int, default=800, help="pretraining steps of both towers")
+    parser.add_argument("--pairs", type=int, default=8000, help="training pairs of the expert")
+    parser.add_argument("--steps", type=int, default=800, help="steps of each fine-tuning on them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--stage", choices=("clip", "expert", "sampled", "people", "audit", "table"), help="only this one"
+        "--stage", choices=("clip", "expert", "sampled", "people", "audit", "table"), help="run only this stage"
     )
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def expert_stage(options: argparse.Namespace) -> None:
 
 
 def sampled_stage(options: argparse.Namespace) -> None:
-    """Go on with images of a base model."""
+    """Fine-tune further on images of a base model."""
     for seed in range(options.seeds):
         start = options.work / f"expert_full_{seed}" / "scorer" / "clip"
         train(options.work / f"sampled_{seed}", {
@@ -112,7 +112,7 @@ def sampled_stage(options: argparse.Namespace) -> None:
 
 
 def people_stage(options: argparse.Namespace) -> None:
-    """Bradley-Terry against PAL where users want opposite things."""
+    """Bradley-Terry against PAL for users with opposed tastes."""
     people = {f"u{i}": person(i) for i in range(USERS + NEW_USERS)}
     for part, users in (("seen", range(USERS)), ("new", range(USERS, USERS + NEW_USERS))):
         for split in ("train", "test"):
@@ -144,7 +144,7 @@ def people_stage(options: argparse.Namespace) -> None:
 
 
 def audit_stage(options: argparse.Namespace) -> None:
-    """One scorer against three of them together, on the bundled pairs and while they are optimised."""
+    """One scorer against combinations of three, on the bundled pairs and under optimisation."""
     specs = [f"trained:{options.work / f'expert_full_{seed}'}" for seed in range(options.seeds)]
     for rule in ("mean_minus_std", "min"):
         members = [{"scorer": spec} for spec in specs]
@@ -155,7 +155,7 @@ def audit_stage(options: argparse.Namespace) -> None:
 
 
 def expert_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(prompt, image, image): right against one attribute wrong, or good against spoilt, in halves."""
+    """(prompt, image, image): half correct against one wrong attribute, half correct against degraded."""
     for statement in statements(split, count, rng):
         first = draw_image(statement, rng)
         if rng.random() < 0.5:
@@ -166,7 +166,7 @@ def expert_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[t
 
 
 def open_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Two right images of a prompt that leaves size and background open."""
+    """Two correct images of a prompt that leaves size and background open."""
     for statement in statements(split, count, rng, p_size=0.0, p_background=0.0):
         yield write(statement, rng), render(draw_for(statement, rng)), render(draw_for(statement, rng))
 
@@ -174,17 +174,17 @@ def open_pairs(split: str, count: int, rng: np.random.Generator) -> Iterator[tup
 def statements(
     split: str, count: int, rng: np.random.Generator, p_size: float = 0.6, p_background: float = 0.8
 ) -> Iterator[Statement]:
-    """Random statements of a split; test never shares one with training, whatever its phrasing."""
-    found = 0
-    while found < count:
+    """Random statements of a split; test and training share none, whatever the phrasing."""
+    count_left = count
+    while count_left:
         statement = describe(sample_scene(rng), rng, p_size=p_size, p_background=p_background)
         if split_of(statement) == split:
-            found += 1
+            count_left -= 1
             yield statement
 
 
 def person(number: int) -> Annotator:
-    """Even numbers have TASTE, odd ones its opposite; each with something of their own."""
+    """Even numbers have TASTE, odd ones its negative; each with individual deviations."""
     rng = np.random.default_rng((13, number))
     sign = 1 if number % 2 == 0 else -1
     weights = [sign * TASTE[trait] + SPREAD * rng.standard_normal() for trait in TRAITS]
@@ -197,7 +197,7 @@ def write_pairs(
     annotators: Sequence[Annotator],
     users: Sequence[str] | None = None,
 ) -> None:
-    """Judge images as a reader will see them, label each pair by its annotator, and write Pick-a-Pic's columns."""
+    """Label each pair by its annotator, from the JPEG-decoded images, and write it with Pick-a-Pic's columns."""
     oracle, texts, left, right = Oracle(), [], [], []
     rng = np.random.default_rng(3)
     for text, first, second in drawn:
@@ -207,8 +207,7 @@ def write_pairs(
         left.append(encode_jpeg(torch.from_numpy(first).permute(2, 0, 1)))
         right.append(encode_jpeg(torch.from_numpy(second).permute(2, 0, 1)))
     sides = [oracle.judge(torch.stack([decode(data) for data in side]), texts) for side in (left, right)]
-    judged = enumerate(annotators)
-    labels = np.concatenate([who.label(take(sides[0], [i]), take(sides[1], [i]), rng) for i, who in judged])
+    labels = np.concatenate([a.label(take(sides[0], [i]), take(sides[1], [i]), rng) for i, a in enumerate(annotators)])
     table = {"caption": texts, "jpg_0": left, "jpg_1": right, "label_0": labels, "label_1": 1 - labels,
              "ranking_id": list(range(len(texts)))}  # fmt: skip
     if users is not None:
@@ -229,22 +228,22 @@ def first_of_each(source: Path, target: Path, few: int) -> None:
 
 
 def train(output: Path, values: dict[str, Any]) -> None:
-    """`train-scorer`, unless it is done; continues where it was stopped."""
+    """Run `train-scorer` unless it has finished; an interrupted run continues."""
     if not (output / ACCURACY).exists():
         values = {"log": {"checkpoint_every": 100}, **values, "output_dir": str(output), "resume": True}
         print(f"{output.name}: {train_scorer(build(ScorerRun, values)).accuracy}")
 
 
 def table(options: argparse.Namespace) -> None:
-    """What was found, as markdown."""
+    """Write the table as markdown."""
     work: Path = options.work
 
     def row(name: str, key: str = "test") -> str:
         file = work / name / ACCURACY
         if not file.exists():
             return "not run"
-        found = json.loads(file.read_text())[key]
-        return f"{found['accuracy']:.1%} [{found['interval'][0]:.1%}, {found['interval'][1]:.1%}]"
+        result = json.loads(file.read_text())[key]
+        return f"{result['accuracy']:.1%} [{result['interval'][0]:.1%}, {result['interval'][1]:.1%}]"
 
     lines = ["# Preference models on the testbed", "",
              f"`python benchmarks/preference_models.py --pairs {options.pairs} --steps {options.steps}`", "",
@@ -254,7 +253,7 @@ def table(options: argparse.Namespace) -> None:
     lines += [f"| linear head | {row('expert_linear_0')} |", ""]
     lines += ["| then on the bundled pairs of a base model | accuracy on held-out prompts |", "|---|---|"]
     lines += [f"| seed {seed} | {row(f'sampled_{seed}', 'new_prompts')} |" for seed in range(options.seeds)] + [""]
-    lines += ["| users of two opposed tastes | Bradley-Terry (K = 1) | PAL (K = 2) |", "|---|---|---|"]
+    lines += ["| users with two opposed tastes | Bradley-Terry (K = 1) | PAL (K = 2) |", "|---|---|---|"]
     lines += [f"| seen | {row('people_bt')} | {row('people_pal')} |"]
     for few in FEW:
         lines += [
@@ -262,12 +261,12 @@ def table(options: argparse.Namespace) -> None:
         ]
     file = work / "audit" / "audit.json"
     if file.exists():
-        found = json.loads(file.read_text())
+        report = json.loads(file.read_text())
         lines += ["", "| scorer | accuracy on the base model's pairs | best of n: oracle at 1, its best, at 64 | gap | "
                   "ascent: oracle at 0, its best, at the end | gap |", "|---|---|---|---|---|---|"]  # fmt: skip
-        for name, accuracy in found["accuracy"].items():
+        for name, accuracy in report["accuracy"].items():
             cells = [f"{accuracy['accuracy']:.1%} [{accuracy['interval'][0]:.1%}, {accuracy['interval'][1]:.1%}]"]
-            for curve in found["curves"].get(name, []):
+            for curve in report["curves"].get(name, []):
                 oracle = curve["oracle"]
                 end = f"{oracle[-1]:.3f} [{curve['low'][-1]:.3f}, {curve['high'][-1]:.3f}]"
                 cells += [f"{oracle[0]:.3f}, {max(oracle):.3f}, {end}", f"{curve['gap'][-1]:.2f}"]

@@ -1,14 +1,14 @@
-"""Scoring in batches against one-image calls as the originals make them, and against a bare batched forward.
+"""Batched scoring against the originals' one-image calls and against a bare batched forward pass.
 
     python benchmarks/scoring.py                        # ViT-H-14, random weights; writes benchmarks/results/
     python benchmarks/scoring.py --model ViT-B-32 --images 32
 
-For HPSv2 and PickScore, three ways take turns over the same images in memory (512 x 512, PIL):
+For HPSv2 and PickScore, interleaved over the same images in memory (512 x 512, PIL):
 
-- ours: `score_images` in batches, prompts' features kept, images made ready in threads;
+- ours: `score_images` in batches, text features cached, images preprocessed in threads;
 - one at a time: the published recipe, image and text towers for every image;
-- as its package is called: the same, and the hpsv2 package loads its checkpoint again with every call;
-- bare: the image tower alone on a batch that is ready on the device, which is as fast as it can be.
+- as its package is called: the same, where the hpsv2 package also reloads its checkpoint on every call;
+- bare: the image tower alone on a batch that is already on the device, the upper bound.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="ViT-H-14", help="of open_clip, for HPSv2 (default: %(default)s)")
+    parser.add_argument("--model", default="ViT-H-14", help="open_clip architecture (default: %(default)s)")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=8, help="distinct ones among the images")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way, after one that is not counted")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--bf16", action="store_true", help="under autocast, all three ways")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--prompts", type=int, default=8, help="distinct prompts among the images")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one warm-up")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    parser.add_argument("--bf16", action="store_true", help="run everything under bf16 autocast")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -75,7 +75,7 @@ Reload = Callable[[], object]
 
 
 def hpsv2(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
-    """The scorer with random weights, the package's way with the same network, and what its every call begins with."""
+    """The scorer with random weights, a one-image call as in the hpsv2 package, and that package's reload."""
     file = random_file(model, folder)
     scorer = HPSv2Scorer("2.1", file, model=model)
 
@@ -114,7 +114,7 @@ def pickscore(model: str, folder: Path) -> tuple[TwoTowers, One, Reload]:
     CLIPModel(config).save_pretrained(folder)
     vocabulary = open_clip.tokenizer.SimpleTokenizer()
     merges = [tuple(pair) for pair in vocabulary.bpe_ranks]
-    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # what transformers calls them
+    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # names in transformers
     words = {named.get(word, word): number for word, number in vocabulary.encoder.items()}
     CLIPTokenizer(vocab=words, merges=merges, pad_token="<|endoftext|>").save_pretrained(folder)
     processor = CLIPImageProcessorPil()
@@ -138,14 +138,14 @@ def measure(
     prompts: list[str],
     options: argparse.Namespace,
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds an image of each way in each round, and by how much ours and one at a time differ."""
+    """Seconds per image of each variant in each round, and the largest difference between ours and one at a time."""
     starts = range(0, len(images), options.batch_size)
     batches = [(images[i : i + options.batch_size], prompts[i : i + options.batch_size]) for i in starts]
-    ready = [torch.stack([scorer.preprocess(image) for image in some]).to(scorer.device) for some, _ in batches]
+    ready = [torch.stack([scorer.preprocess(image) for image in part]).to(scorer.device) for part, _ in batches]
 
     def ours() -> Tensor:
         scorer._texts.clear()
-        return torch.cat([scorer.score_images(some, texts).cpu() for some, texts in batches])
+        return torch.cat([scorer.score_images(part, texts).cpu() for part, texts in batches])
 
     def single() -> Tensor:
         return torch.cat([one(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
@@ -153,17 +153,17 @@ def measure(
     def bare() -> Tensor:
         return torch.cat([scorer.encode_images(inputs).cpu() for inputs in ready])
 
-    ways: dict[str, Callable[[], Any]] = {"ours": ours, "one at a time": single, "bare": bare, "reload": reload}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    variants: dict[str, Callable[[], Any]] = {"ours": ours, "one at a time": single, "bare": bare, "reload": reload}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(options.rounds + 1):
-        found = {}
-        for name, way in ways.items():
+        scores = {}
+        for name, variant in variants.items():
             start = time.perf_counter()
-            found[name] = way()
+            scores[name] = variant()
             if turn:
-                # A reload is timed once: it is the same before each image.
+                # one reload is timed; it is the same for each image
                 seconds[name].append((time.perf_counter() - start) / (1 if name == "reload" else len(images)))
-    return seconds, (found["ours"] - found["one at a time"]).abs().max().item()
+    return seconds, (scores["ours"] - scores["one at a time"]).abs().max().item()
 
 
 def report(
@@ -176,9 +176,9 @@ def report(
     lines = ["# Scoring", "", f"`{' '.join(['python', 'benchmarks/scoring.py', *sys.argv[1:]])}`", "",
              f"{machine}. Python {platform.python_version()}, torch {torch.__version__}. {options.model}, {precision}, "
              f"{options.images} images of 512 x 512 under {options.prompts} prompts in batches of "
-             f"{options.batch_size}; medians of {options.rounds} turns.", "",
+             f"{options.batch_size}; medians of {options.rounds} rounds.", "",
              "| scorer | ours, ms per image | one at a time | as its package is called | bare | one at a time / ours | "
-             "package / ours | ours / bare | largest difference of scores |",
+             "package / ours | ours / bare | largest score difference |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, seconds, difference in rows:
         ours, single, bare, reload = (statistics.median(values) for values in seconds.values())

@@ -1,15 +1,15 @@
-"""The toolkit's training step against a bare PyTorch loop: the same mathematics on the same tensors, in one run.
+"""The training step against a bare PyTorch loop: the same mathematics on the same tensors, in one process.
 
     python benchmarks/step.py     # the bundled model and pairs; writes benchmarks/results/step_<device>.md
     python benchmarks/step.py --model PATH_OR_HUB_ID --data my_pairs.jsonl --batch-size 4
 
-Three loops take turns, a few steps each, so that whatever else the machine does hits all of them:
+Three loops are interleaved, a few steps each, so that other load on the machine affects all of them:
 
-- ours: `Loop.run` as `t2i-align train` runs it, with its loader, keyed random numbers, checks, bar and log;
-- bare: a plain loop over the same latents and embeddings, already in memory;
-- bare with encoders: the same loop that encodes images and prompts in each step, as the published scripts do.
+- ours: `Loop.run` as in `t2i-align train`, with loader, per-sample random numbers, checks, progress bar and log;
+- bare: a plain loop over the same latents and embeddings in memory;
+- bare with encoders: the same loop, encoding images and prompts in each step as the published scripts do.
 
-Before the clock starts, ours and bare are given the same noise and must agree on the loss.
+Before timing, ours and bare must agree on the loss of one batch with the same noise.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.weights import adapters_off
 
-BATCHES = 8  # so many are kept in memory for the bare loops
+BATCHES = 8  # kept in memory for the bare loops
 RESULTS = Path(__file__).parent / "results"
 
 
 class Bare:
-    """Diffusion-DPO as one would write it down: no abstractions, everything it needs at hand."""
+    """Diffusion-DPO written out without abstractions."""
 
     def __init__(self, config: RunConfig, batches: list[Batch], device: torch.device) -> None:
         self.pipeline = pipelines.load(resolve_model(config.model.path)).to(device)
@@ -89,7 +89,7 @@ class Bare:
         self.step(batch.latents, batch.conditioning["prompt_embeds"])
 
     def encoding(self) -> None:
-        """One step that encodes its images and prompts first. The images are in memory: no files, no JPEG."""
+        """One step that encodes its images and prompts first; the images are in memory, nothing is decoded."""
         shape, device = self._next().latents.shape, self.abar.device
         pixels = torch.rand(2 * shape[0], 3, *self.pipeline.default_size, device=device)
         latents = self.pipeline.encode_pixels(pixels).view(shape)
@@ -103,9 +103,9 @@ class Bare:
 
 @dataclass
 class TakingTurns:
-    """A source that lets the trainer take `chunk` timed steps, then each rival as many, and notes the seconds per step.
+    """A dataset that times `chunk` steps of the trainer, then of each rival, and records the seconds per step.
 
-    It sits where the trainer asks for data, so what is timed is the trainer's own loop, untouched.
+    It sits where the trainer asks for data, so that the trainer's own loop is timed unchanged.
     """
 
     source: PreferenceDataset
@@ -121,25 +121,25 @@ class TakingTurns:
     def loader(self, **options: Any) -> Iterator[Any]:
         items = self.source.loader(**options)
         for _ in range(self.rounds):
-            yield next(items)  # a turn's first step finds the caches as another loop left them, and is not counted
+            yield next(items)  # not timed: caches are cold after another loop
             started = self._now()
             for _ in range(self.chunk):
                 yield next(items)
-            self._note("ours", started)
+            self._record("ours", started)
             for name, step in self.rivals.items():
                 step()
                 started = self._now()
                 for _ in range(self.chunk):
                     step()
-                self._note(name, started)
-        yield next(items)  # for the step after the last round, which nobody times
+                self._record(name, started)
+        yield next(items)  # for the step after the last round, not timed
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _note(self, name: str, started: float) -> None:
+    def _record(self, name: str, started: float) -> None:
         self.seconds.setdefault(name, []).append((self._now() - started) / self.chunk)
 
 
@@ -148,10 +148,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="testbed:sd")
     parser.add_argument("--data", default="testbed:pairs")
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs a step")
-    parser.add_argument("--rounds", type=int, default=21, help="turns of each loop; the first one is not counted")
-    parser.add_argument("--chunk", type=int, default=4, help="steps a turn")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs per step")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds; the first is not counted")
+    parser.add_argument("--chunk", type=int, default=4, help="steps per round")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (default: its own choice)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     options = parser.parse_args()
     if options.threads:
@@ -167,7 +167,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, float]:
-    """The timed turns, and by how much ours and bare differ in the loss of one batch."""
+    """The timings, and the difference between ours and bare in the loss of one batch."""
     config = configuration.from_mapping(
         {
             "output_dir": str(folder / "run"),
@@ -202,17 +202,17 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
 
 
 def disagreement(task: Alignment, bare: Bare, batch: Batch) -> float:
-    """How far the two losses are apart on one batch, with the same noise, times and (random) LoRA weights."""
+    """The difference of the two losses on one batch with the same noise, timesteps and (random) LoRA weights."""
     for pipeline in (task.pipeline, bare.pipeline):
         torch.manual_seed(0)
         for name, parameter in pipeline.denoiser.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-    draw = SampleRNG(0, batch.keys, task.pipeline.process, "uniform", batch.latents.device)
+    rng = SampleRNG(0, batch.keys, task.pipeline.process, "uniform", batch.latents.device)
     with torch.no_grad():
-        loss, _ = task.losses(task.pipeline.denoiser, (batch, draw))
-        noise = draw.normal("noise", (1, *batch.latents.shape[2:]))[:, 0]
-        theirs = bare.loss(batch.latents, batch.conditioning["prompt_embeds"], noise, draw.timesteps())
+        loss, _ = task.losses(task.pipeline.denoiser, (batch, rng))
+        noise = rng.normal("noise", (1, *batch.latents.shape[2:]))[:, 0]
+        theirs = bare.loss(batch.latents, batch.conditioning["prompt_embeds"], noise, rng.timesteps())
     difference = float((loss.mean() - theirs).abs())
     if difference > 1e-4 * float(theirs):
         sys.exit(f"error: ours and bare do not compute the same loss: {float(loss.mean())} and {float(theirs)}")
@@ -235,11 +235,11 @@ def report(options: argparse.Namespace, turns: TakingTurns, difference: float) -
             f"`{' '.join(['python', 'benchmarks/step.py', *sys.argv[1:]])}`",
             "",
             f"{machine(turns.device)}. Python {platform.python_version()}, torch {torch.__version__}.",
-            f"Diffusion-DPO, LoRA rank 16, float32, {options.model}, {options.batch_size} pairs a step; "
-            f"{len(ours)} turns of {turns.chunk} steps each, interleaved. "
+            f"Diffusion-DPO, LoRA rank 16, float32, {options.model}, {options.batch_size} pairs per step; "
+            f"{len(ours)} rounds of {turns.chunk} steps each, interleaved. "
             f"On one batch with the same noise the two losses differ by {difference:.1e}.",
             "",
-            "| loop | ms per step (median) | ours / this: median of the turns (middle half) |",
+            "| loop | ms per step (median) | ours / this: median of the rounds (middle half) |",
             "|---|---|---|",
             *rows,
             "",
@@ -248,7 +248,7 @@ def report(options: argparse.Namespace, turns: TakingTurns, difference: float) -
 
 
 def machine(device: torch.device) -> str:
-    """What class of machine this is."""
+    """The GPU's name, or the CPU's cores and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,8 +1,7 @@
 """Model families under one contract. Imports nothing of `t2i_align`, so it can be used alone."""
 
 from pipelines.base import Conditioning, PipelineError
-from pipelines.fingerprint import encoder_fingerprint
-from pipelines.load import FAMILIES, family_of, load, wrap
+from pipelines.load import FAMILIES, encoder_fingerprint, family_of, load, wrap
 from pipelines.pipeline import TrainablePipeline
 from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,8 +19,10 @@ class PipelineError(ValueError):
     """A checkpoint, size or option that a family cannot use; the message says what was expected and found."""
 
 
-class Family(ABC):
+class Family:
     """A genuine diffusers pipeline with the pieces that training needs. Families subclass `TrainablePipeline`.
+
+    A family sets the attributes below and overrides what differs in `denoiser_inputs`, `unpack`, and in `vae.py`.
 
     Args:
         pipe: the loaded diffusers pipeline. Its text encoders and VAE may be None when only the denoiser is wanted.
@@ -33,22 +35,29 @@ class Family(ABC):
     single_file_layouts: ClassVar[tuple[str, ...]] = ()  # diffusers' names for its layouts of single-file checkpoints
     load_options: ClassVar[Mapping[str, Any]] = {}  # more arguments of the pipeline's `from_pretrained`
     denoiser_name: str = "transformer"
-    encoder_names: tuple[str, ...]  # components that a latent and embedding cache replaces
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # what `encode_prompt` returns, "" what is not used
-    optional_encoders: ClassVar[tuple[str, ...]] = ()  # of `encoder_names`, those that a checkpoint may lack
-    large_encoders: ClassVar[tuple[str, ...]] = ()  # components of billions of parameters: `load` has a dtype for them
     experts: ClassVar[Mapping[str, str]] = {}  # where noise levels have their own denoisers: `load`'s name -> component
     flow: ClassVar[bool] = False  # rectified flow; otherwise variance preserving
+    span: tuple[float, float] = (0.0, 1.0)  # the sigmas that the denoiser serves
+    resolution_shift: ClassVar[bool] = True  # its sampler may shift times by a sample's number of tokens
     distilled_guidance: ClassVar[bool] = False  # the guidance scale is an input; there is no negative prompt
+    video: ClassVar[bool] = False  # clips [B, F, 3, H, W] instead of images [B, 3, H, W]
+    fps: ClassVar[float] = 16.0  # frame rate of the clips, where it makes clips
+    # Text and other conditioning
+    encoder_names: tuple[str, ...]  # components that a latent and embedding cache replaces
+    optional_encoders: ClassVar[tuple[str, ...]] = ()  # of `encoder_names`, those that a checkpoint may lack
+    large_encoders: ClassVar[tuple[str, ...]] = ()  # components of billions of parameters: `load` has a dtype for them
+    text_options: ClassVar[Mapping[str, Any]] = {"do_classifier_free_guidance": False}  # more for `encode_prompt`
+    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # what `encode_prompt` returns, "" what is not used
+    t5_tokenizer: ClassVar[str] = "tokenizer"
+    t5_tokens: ClassVar[int | None] = None  # to which a T5's prompts are cut or padded: the pipeline's default
     conditioning_dtype: ClassVar[torch.dtype] = torch.float16  # in which a cache keeps the floats of the conditioning
     # Names of the conditioning's right-padded sequences, whose length differs between prompts -> those of their masks
     # [B, length]. A cache keeps them without padding; a batch has them as long as its longest.
     conditioning_masks: ClassVar[Mapping[str, str]] = {}
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
-    video: ClassVar[bool] = False  # clips [B, F, 3, H, W] instead of images [B, 3, H, W]
-    fps: ClassVar[float] = 16.0  # frame rate of the clips, where it makes clips
+    # The denoiser
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
-    kohya: ClassVar[bool] = False  # diffusers can convert its LoRA to kohya's names
+    lora_namings: ClassVar[tuple[str, ...]] = ("diffusers",)  # and "kohya" where diffusers can convert to its names
     attention_backends: ClassVar[tuple[str, ...]] = ("native",)
     dispatches: ClassVar[bool] = False  # the denoiser's attention goes through diffusers' dispatcher
     feature_output: ClassVar[int] = 0  # of a feature block with several outputs, the image's
@@ -64,12 +73,14 @@ class Family(ABC):
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
         if self.flow:
-            self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config))
+            self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), self.span)
         else:
             self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type)
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.modules().values():
             module.requires_grad_(False)
+
+    # Components ---------------------------------------------------------------------------------------------------
 
     @property
     def denoiser(self) -> Any:
@@ -85,18 +96,56 @@ class Family(ABC):
         """The pipeline's networks by component name, those that are loaded."""
         return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
 
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """The denoiser's parameters that take gradients."""
+        return (parameter for parameter in self.denoiser.parameters() if parameter.requires_grad)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every loaded network. Returns itself."""
+        for module in self.modules().values():
+            module.to(device)
+        return self
+
     @property
     def has_encoders(self) -> bool:
         """Whether prompts and images can be encoded (False after `load(..., encoders=False)`)."""
         needed = [name for name in self.encoder_names if name not in self.optional_encoders]
         return all(getattr(self.pipe, name) is not None for name in needed)
 
-    # What a family fills in -------------------------------------------------------------------------------------
+    def load_encoders(self) -> None:
+        """Load the components that `load(..., encoders=False)` left out, onto the denoiser's device."""
+        if self.has_encoders:
+            return
+        if self.reload is None:
+            raise PipelineError(f"{self.source}: this pipeline has no encoders and no way to load them")
+        # A whole new pipeline, not a patched one: diffusers derives sizes from the VAE when it is built.
+        self.pipe = self.reload(self.denoiser)
+        self.pipe.set_progress_bar_config(disable=True)
+        for name in self.encoder_names:
+            if isinstance(part := getattr(self.pipe, name), nn.Module):
+                part.requires_grad_(False).to(self.device)
+
+    def drop_encoders(self) -> None:
+        """Free VAE and text encoders once a cache replaces them; `load_encoders` brings them back."""
+        if self.reload is not None:
+            self.pipe.register_modules(**dict.fromkeys(self.encoder_names))
+            torch.cuda.empty_cache()
+
+    def save(self, directory: str | Path) -> None:
+        """Write the whole pipeline in diffusers' format."""
+        if not self.has_encoders:
+            raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
+        self.pipe.save_pretrained(str(directory), safe_serialization=True)
+
+    # Text and prediction ------------------------------------------------------------------------------------------
 
     @property
-    def text_options(self) -> dict[str, Any]:
-        """Arguments of the diffusers pipeline's `encode_prompt` beside prompt and device."""
-        return {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+    def text_tokens(self) -> int | None:
+        """The number of tokens that a T5's prompts are cut or padded to, if it has one."""
+        tokenizer = getattr(self.pipe, self.t5_tokenizer)  # None where the T5 is optional and left out
+        if self.t5_tokens is None or tokenizer is None:
+            return self.t5_tokens
+        return min(self.t5_tokens, int(tokenizer.model_max_length))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -104,21 +153,10 @@ class Family(ABC):
 
         Their names are those of the diffusers pipeline's arguments, so that `generate` can pass them on.
         """
-        outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options)
+        length = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
+        outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options, **length)
         return {name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name}
 
-    @abstractmethod
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W], to latents [B, C, h, w] or [B, C, f, h, w].
-
-        Normalised as the denoiser expects them, not yet packed into tokens; deterministic: the posterior's mode.
-        """
-
-    @abstractmethod
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents to pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W]."""
-
-    @abstractmethod
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
@@ -126,35 +164,18 @@ class Family(ABC):
 
         `denoiser` replaces `self.denoiser` where it is wrapped, compiled or a frozen copy.
         """
+        inputs = self.denoiser_inputs(noisy_latents, timesteps, conditioning)
+        output: Tensor = (denoiser or self.denoiser)(**inputs, return_dict=False)[0]
+        return self.unpack(output, noisy_latents)
 
-    def run(self, denoiser: nn.Module | None, *args: Any, **inputs: Any) -> Tensor:
-        """The output of `denoiser`, or of the family's own where it is None; for `predict`."""
-        output: Tensor = (denoiser or self.denoiser)(*args, **inputs, return_dict=False)[0]
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """The arguments of the denoiser's forward pass."""
+        embeddings = conditioning["prompt_embeds"]
+        return {"hidden_states": noisy_latents, "timestep": timesteps, "encoder_hidden_states": embeddings}
+
+    def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
+        """The denoiser's output in the shape of `noisy_latents`."""
         return output
-
-    @abstractmethod
-    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
-        """Raise PipelineError unless VAE and denoiser take images, or clips of `frames`, of this size in pixels."""
-
-    @property
-    @abstractmethod
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the checkpoint was trained for."""
-
-    @property
-    def default_frames(self) -> int | None:
-        """Frames of a clip that the checkpoint was trained for; None for images."""
-        return None
-
-    @property
-    def own_size(self) -> tuple[int, ...] | None:
-        """([frames,] height, width) from the entry `_default_size` of the denoiser's configuration, if it has one.
-
-        For models of other sizes than their family's, where diffusers' configurations have no place for a size:
-        `denoiser.register_to_config(_default_size=(9, 64, 64))`; diffusers keeps the entry and otherwise ignores it.
-        """
-        size = self.denoiser.config.get("_default_size")
-        return None if size is None else tuple(size)
 
     @property
     def feature_block(self) -> str:
@@ -165,7 +186,3 @@ class Family(ABC):
     def lora_options(self) -> dict[str, Any]:
         """Arguments with which the diffusers pipeline loads a LoRA onto this denoiser."""
         return {}
-
-    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
-        """Number of tokens of a sample of this size, for families whose sampler shifts its timesteps by that."""
-        raise PipelineError(f"{self.family} has no timestep shift that depends on the resolution")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.base import Conditioning
 from pipelines.video import VideoPipeline
@@ -34,22 +35,17 @@ class CogVideoX(VideoPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         return super().decode_latents(latents[:, :, self.padded_frames :])
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         rotary = None
         if self.denoiser.config.use_rotary_positional_embeddings:
             frames, *latent_size = noisy_latents.shape[2:]
             height, width = (side * self.pipe.vae_scale_factor_spatial for side in latent_size)
             rotary = self.pipe._prepare_rotary_positional_embeddings(height, width, frames, noisy_latents.device)
-        prediction = self.run(
-            denoiser,
-            hidden_states=noisy_latents.transpose(1, 2),  # its clips are [B, f, C, h, w]
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            timestep=timesteps,
-            image_rotary_emb=rotary,
-        )
-        return prediction.transpose(1, 2)
+        latents = noisy_latents.transpose(1, 2)  # its clips are [B, f, C, h, w]
+        return {**super().denoiser_inputs(latents, timesteps, conditioning), "image_rotary_emb": rotary}
+
+    def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
+        return output.transpose(1, 2)
 
     @property
     def padded_frames(self) -> int:
@@ -57,7 +53,7 @@ class CogVideoX(VideoPipeline):
         return (self.denoiser.config.patch_size_t or 1) - 1
 
     @property
-    def clip_size(self) -> tuple[int, int, int]:
+    def trained_size(self) -> tuple[int, ...]:
         config = self.denoiser.config
         if (config.sample_height, config.sample_width) == POSITIONS_15:
             return config.sample_frames, *SIZE_15
@@ -67,7 +63,7 @@ class CogVideoX(VideoPipeline):
     def compression(self) -> tuple[int, int]:
         together = math.lcm(DECODED_TOGETHER, self.denoiser.config.patch_size_t or 1)
         frames = together * int(self.vae_config["temporal_compression_ratio"])
-        return frames, 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return frames, super().compression[1]
 
     @property
     def text_tokens(self) -> int:

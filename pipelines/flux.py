@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipelines.attention import DISPATCHED_BACKENDS
 from pipelines.base import Conditioning
-from pipelines.image import ImagePipeline
+from pipelines.denoiser import DISPATCHED_BACKENDS
 from pipelines.lora import FEED_FORWARD, JOINT_ATTENTION, TEXT_FEED_FORWARD
-
-T5_TOKENS = 512  # the pipeline's default
-TRAINING_GUIDANCE = 3.5  # the default of the pipeline and of diffusers' FLUX trainers
+from pipelines.pipeline import TrainablePipeline
 
 
-class Flux(ImagePipeline):
+class Flux(TrainablePipeline):
     """FLUX.1 dev, schnell and models of their layout.
 
     The guidance-distilled ones take a guidance scale as an input beside the time; in training it is
@@ -28,10 +25,13 @@ class Flux(ImagePipeline):
     single_file_layouts = ("flux-dev", "flux-schnell")
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     large_encoders = ("text_encoder_2",)
+    text_options = {}
     text_outputs = ("prompt_embeds", "pooled_prompt_embeds")
+    t5_tokenizer = "tokenizer_2"
+    t5_tokens = 512
     flow = True
     distilled_guidance = True
-    training_guidance = TRAINING_GUIDANCE
+    training_guidance = 3.5  # the default of the pipeline and of diffusers' FLUX trainers
     lora_presets = {
         "attention": JOINT_ATTENTION,
         "all": (*JOINT_ATTENTION, *FEED_FORWARD, *TEXT_FEED_FORWARD, "proj_mlp", "proj_out"),
@@ -40,30 +40,23 @@ class Flux(ImagePipeline):
     dispatches = True
     feature_output = 1  # (text's, image's)
 
-    @property
-    def text_options(self) -> dict[str, Any]:
-        return {"max_sequence_length": min(T5_TOKENS, self.pipe.tokenizer_2.model_max_length)}
-
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype
-        embeddings = conditioning["prompt_embeds"]
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((batch,), self.training_guidance, device=device, dtype=torch.float32)
-        prediction = self.run(
-            denoiser,
-            hidden_states=self.pipe._pack_latents(noisy_latents, batch, channels, height, width),
-            timestep=timesteps / 1000,
-            guidance=guidance,
-            pooled_projections=conditioning["pooled_prompt_embeds"],
-            encoder_hidden_states=embeddings,
-            txt_ids=torch.zeros(embeddings.shape[1], 3, device=device, dtype=dtype),
-            img_ids=self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
-        )
-        unpacked: Tensor = self.pipe._unpack_latents(prediction, height, width, 1)
+        latents = self.pipe._pack_latents(noisy_latents, batch, channels, height, width)
+        return {
+            **super().denoiser_inputs(latents, timesteps / 1000, conditioning),
+            "guidance": guidance,
+            "pooled_projections": conditioning["pooled_prompt_embeds"],
+            "txt_ids": torch.zeros(conditioning["prompt_embeds"].shape[1], 3, device=device, dtype=dtype),
+            "img_ids": self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
+        }
+
+    def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
+        unpacked: Tensor = self.pipe._unpack_latents(output, *noisy_latents.shape[-2:], 1)
         return unpacked
 
     @property
@@ -73,10 +66,9 @@ class Flux(ImagePipeline):
         return f"transformer_blocks.{middle}" if middle < double else f"single_transformer_blocks.{middle - double}"
 
     @property
-    def default_size(self) -> tuple[int, int]:
+    def trained_size(self) -> tuple[int, ...]:
         side = int(self.pipe.default_sample_size) * self.vae_factor
-        height, width = self.own_size or (side, side)
-        return height, width
+        return side, side
 
     @property
     def size_multiple(self) -> int:

@@ -1,13 +1,15 @@
-"""Find the family of a checkpoint and load it."""
+"""Find the family of a checkpoint, load it, and hash its encoders, by which a cache knows its model."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -17,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
     infer_diffusers_model_type,
     load_single_file_checkpoint,
 )
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from pipelines.base import PipelineError
@@ -33,6 +36,8 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {
     family.family: family
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
 }
+WEIGHT_ENDINGS = (".safetensors", ".bin")  # in order of preference
+CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
 
 
 def load(
@@ -74,12 +79,16 @@ def load(
         return pipeline
     index = model_index(path, revision)
     family = _family(index.get("_class_name"), path)
-    denoiser, *others = _denoisers(family, index, expert, path)
+    present = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    denoiser, *others = _denoisers(family, present, expert, path)
     left_out = [] if encoders else [name for name in (*family.encoder_names, *others) if name in index]
-    absent = [name for name in family.optional_encoders if not _has(index, name)]
+    absent = [name for name in family.optional_encoders if name not in present]
     for name in (denoiser, *others, "scheduler", *family.encoder_names):
-        if name == "vae" or name not in (*left_out, *absent):  # the VAE's configuration is always read
-            _check_component(path, index, name)
+        if name != "vae" and name in (*left_out, *absent):  # the VAE's configuration is always read
+            continue
+        reason = "model_index.json has none" if name not in present else "there is no such folder"
+        if name not in present or (Path(path).is_dir() and not (Path(path) / name).is_dir()):
+            raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: {reason}")
     dtypes = {
         "default": dtype,
         **dict.fromkeys((denoiser, *others), denoiser_dtype),
@@ -92,7 +101,11 @@ def load(
         with _readable(path):
             return getattr(diffusers, index["_class_name"]).from_pretrained(str(path), **options)
 
-    vae_config = None if encoders else _vae_config(index, path, revision)
+    vae_config = None
+    if not encoders:  # with its class's defaults for what the file leaves out
+        vae = getattr(diffusers, present["vae"][1])
+        defaults = {name: parameter.default for name, parameter in inspect.signature(vae.__init__).parameters.items()}
+        vae_config = {**defaults, **vae.load_config(str(path), subfolder="vae", revision=revision)}
     choice: dict[str, Any] = {"expert": expert} if family.experts else {}
     pipeline = family(read(**dict.fromkeys(left_out)), str(path), vae_config, **choice)
     pipeline.reload = lambda trained: read(**{denoiser: trained})
@@ -129,19 +142,22 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
         raise PipelineError(f"{path}: neither a local path nor a Hub pipeline that can be reached: {error}") from error
 
 
-def _family(class_name: Any, source: str | Path) -> type[TrainablePipeline]:
-    for family in FAMILIES.values():
-        if class_name in family.pipeline_classes:
-            return family
-    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.pipeline_classes))
-    raise PipelineError(f"{source}: pipelines of class {class_name!r} are not supported. Supported: {known}.")
+def _family(
+    name: Any, source: str | Path, kind: Literal["pipeline_classes", "single_file_layouts"] = "pipeline_classes"
+) -> type[TrainablePipeline]:
+    """The family of a pipeline's class in `model_index.json`, or of a layout of single files."""
+    choices = {choice: family for family in FAMILIES.values() for choice in getattr(family, kind)}
+    if name not in choices:
+        what = "pipeline class" if kind == "pipeline_classes" else "single-file layout"
+        raise PipelineError(f"{source}: {what} {name!r} is not supported. Supported: {', '.join(sorted(choices))}.")
+    return choices[name]
 
 
 def _denoisers(
-    family: type[TrainablePipeline], index: Mapping[str, Any], expert: str | None, path: str | Path
+    family: type[TrainablePipeline], present: Collection[str], expert: str | None, path: str | Path
 ) -> list[str]:
     """The names of the checkpoint's denoisers, the one to train first."""
-    names = [name for name in family.experts.values() if _has(index, name)] or [family.denoiser_name]
+    names = [name for name in family.experts.values() if name in present] or [family.denoiser_name]
     if expert is None:
         return names
     if len(names) == 1:
@@ -149,25 +165,6 @@ def _denoisers(
     if expert not in family.experts:
         raise PipelineError(f"{path}: unknown expert {expert!r}. Choices: {', '.join(family.experts)}.")
     return sorted(names, key=lambda name: name != family.experts[expert])
-
-
-def _has(index: Mapping[str, Any], name: str) -> bool:
-    return (index.get(name) or [None])[0] is not None
-
-
-def _check_component(path: str | Path, index: Mapping[str, Any], name: str) -> None:
-    """Raise PipelineError for a component that the checkpoint lacks, before any is loaded."""
-    if not _has(index, name):
-        raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: model_index.json has none")
-    if Path(path).is_dir() and not (Path(path) / name).is_dir():
-        raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: there is no such folder")
-
-
-def _vae_config(index: Mapping[str, Any], path: str | Path, revision: str | None) -> dict[str, Any]:
-    """The configuration of a VAE that is not loaded, with its class's defaults for what the file leaves out."""
-    vae = getattr(diffusers, index["vae"][1])
-    defaults = {name: parameter.default for name, parameter in inspect.signature(vae.__init__).parameters.items()}
-    return {**defaults, **vae.load_config(str(path), subfolder="vae", revision=revision)}
 
 
 @contextmanager
@@ -185,11 +182,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Tra
         layout = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
     except Exception as error:  # diffusers, safetensors and torch each raise their own for a damaged file
         raise PipelineError(f"{path}: not a readable checkpoint (.safetensors, .ckpt, .pt, .bin): {error}") from error
-    layouts = {name: family for family in FAMILIES.values() for name in family.single_file_layouts}
-    if layout not in layouts:
-        known = ", ".join(sorted(layouts))
-        raise PipelineError(f"{path}: single-file layout {layout!r} is not supported. Supported: {known}.")
-    family = layouts[layout]
+    family = _family(layout, path, "single_file_layouts")
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     options = {"dtype": dtype, **family.load_options, **({"config": config} if config else {})}
     with _readable(path):
@@ -207,3 +200,62 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Tra
             denoiser = denoiser_class.from_single_file(str(path), config=config, subfolder=name, dtype=dtype)
             pipe = pipeline_class.from_pretrained(config, dtype=dtype, **{name: denoiser})
     return family(pipe, str(path))
+
+
+def encoder_fingerprint(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+) -> str:
+    """A hash of all that turns images and prompts into a cache: VAE, text encoders, tokenizers, as `load` has them.
+
+    Two checkpoints that differ only in their denoiser share it, so a cache made with one serves the other.
+    """
+    if (file := Path(path)).is_file():
+        files = {file.name: file}
+        if single_file_config is not None:
+            files |= _encoder_files(single_file_config, weights=False)
+    else:
+        files = _encoder_files(path, revision, variant)
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _encoder_files(
+    path: str | Path, revision: str | None = None, variant: str | None = None, *, weights: bool = True
+) -> dict[str, Path]:
+    """The files that diffusers reads for a pipeline's encoders, by name; of a Hub id, only these are fetched."""
+    family, root = family_of(path, revision), Path(path)
+    names = family.encoder_names if family else ()
+    if not root.is_dir() and weights:
+        others = [name for name in model_index(path, revision) if name not in names and not name.startswith("_")]
+        root = Path(DiffusionPipeline.download(str(path), revision=revision, variant=variant, **dict.fromkeys(others)))
+    elif not root.is_dir():
+        wanted = [f"{name}/*{ending}" for name in names for ending in CONFIG_ENDINGS]
+        root = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+    files: list[Path] = []
+    for name in names:
+        present = [file for file in (root / name).glob("*") if file.is_file()]
+        files += [file for file in present if file.suffix in CONFIG_ENDINGS and ".index." not in file.name]
+        files += _weights(present, variant) if weights else []
+    return {f"{file.parent.name}/{file.name}": file for file in files}
+
+
+def _weights(files: list[Path], variant: str | None) -> list[Path]:
+    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default.
+
+    Named model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors.
+    """
+    by_variant: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if file.suffix in WEIGHT_ENDINGS:
+            by_variant[file.stem.partition(".")[2].partition("-")[0]].append(file)
+    weights = by_variant.get(variant or "") or by_variant[""]
+    return [file for file in weights if file.suffix == WEIGHT_ENDINGS[0]] or weights

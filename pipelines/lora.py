@@ -49,25 +49,22 @@ class LoRAMixin(Family):
 
         naming: of its keys. "diffusers" works for all families; "kohya", which other tools read, for those with a UNet.
         """
-        choices = ("diffusers", "kohya") if self.kohya else ("diffusers",)
-        if naming not in choices:
-            raise PipelineError(
-                f"a LoRA of {self.family} cannot be written with {naming!r} names. Choices: {', '.join(choices)}."
-            )
+        if naming not in self.lora_namings:
+            choices = ", ".join(self.lora_namings)
+            raise PipelineError(f"a LoRA of {self.family} cannot be written with {naming!r} names. Choices: {choices}.")
+        component = type(self).denoiser_name  # also of a second expert, whose files have the first's name in diffusers
         adapter, lora = next(iter(self.denoiser.peft_config.items()))
         weights = get_peft_model_state_dict(self.denoiser, adapter_name=adapter)
         file = Path(directory) / LORA_FILE
         if naming == "diffusers":
-            layers, metadata = f"{self._component}_lora_layers", f"{self._component}_lora_adapter_metadata"
+            layers, metadata = f"{component}_lora_layers", f"{component}_lora_adapter_metadata"
             type(self.pipe).save_lora_weights(str(directory), **{layers: weights, metadata: lora.to_dict()})
             return file
-        named = convert_state_dict_to_kohya({f"{self._component}.{key}": value for key, value in weights.items()})
+        named = convert_state_dict_to_kohya({f"{component}.{key}": value for key, value in weights.items()})
         # diffusers writes alpha = rank whatever alpha is, so that the LoRA would come back at another strength.
-        alpha = torch.tensor(float(lora.lora_alpha))
+        named |= {key: torch.tensor(float(lora.lora_alpha)) for key in named if key.endswith(".alpha")}
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: alpha.clone() if key.endswith(".alpha") else value.contiguous() for key, value in named.items()}, file
-        )
+        save_file({key: value.contiguous() for key, value in named.items()}, file)
         return file
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
@@ -76,7 +73,7 @@ class LoRAMixin(Family):
         Raises:
             PipelineError: nothing there, a damaged file, or weights that do not all belong to this denoiser.
         """
-        local = Path(path)
+        local, component = Path(path), type(self).denoiser_name
         if local.is_dir() and not list(local.glob("*.safetensors")):
             raise PipelineError(f"{path}: no .safetensors file with LoRA weights in this folder")
         if LOADED in getattr(self.denoiser, "peft_config", {}):
@@ -86,18 +83,13 @@ class LoRAMixin(Family):
             self.pipe.load_lora_weights(str(path), adapter_name=LOADED, **self.lora_options)
             # diffusers only logs a warning for keys that do not fit.
             keys = read[0] if isinstance(read, tuple) else read
-            given = sum(key.startswith(f"{self._component}.") for key in keys)
+            given = sum(key.startswith(f"{component}.") for key in keys)
             on = LOADED in getattr(self.denoiser, "peft_config", {})
             taken = len(get_peft_model_state_dict(self.denoiser, adapter_name=LOADED)) if on else 0
             if not given or taken != given:
-                raise ValueError(f"{taken} of its {given} {self._component} tensors fit")
+                raise ValueError(f"{taken} of its {given} {component} tensors fit")
         except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
             self.denoiser.delete_adapters(LOADED)
             reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:300]
             raise PipelineError(f"{path}: this LoRA does not fit {self.family} ({self.source}): {reason}") from error
         self.pipe.set_adapters([LOADED], adapter_weights=[scale])
-
-    @property
-    def _component(self) -> str:
-        """The prefix in LoRA files, also of a second expert: diffusers gives both experts' files the first's name."""
-        return type(self).denoiser_name

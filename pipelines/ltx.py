@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from pipelines.base import Conditioning
 from pipelines.video import VideoPipeline
-
-FRAME_RATE = 25  # the pipeline's default
 
 
 class LTXVideo(VideoPipeline):
@@ -17,35 +17,34 @@ class LTXVideo(VideoPipeline):
     """
 
     family = "ltx"
-    fps = 25.0
+    fps = 25.0  # the pipeline's default
     pipeline_classes = ("LTXPipeline",)
     single_file_layouts = ("ltx-video", "ltx-video-0.9.1")
     text_outputs = ("prompt_embeds", "prompt_attention_mask")
     flow = True
+    resolution_shift = True
     attention_backends = ("native", "xformers")  # FlashAttention takes no mask, and its prompts are masked
     dispatches = True
     required_multiple = 32
-    max_text_tokens = 128
-    clip_size = (161, 512, 704)
+    t5_tokens = 128
+    trained_size = (161, 512, 704)
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
-        frames, height, width = noisy_latents.shape[2:]
-        patches = self.denoiser.config.patch_size, self.denoiser.config.patch_size_t
-        prediction = self.run(
-            denoiser,
-            hidden_states=self.pipe._pack_latents(noisy_latents, *patches),
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            timestep=timesteps,
-            encoder_attention_mask=conditioning["prompt_attention_mask"],
-            num_frames=frames,
-            height=height,
-            width=width,
-            rope_interpolation_scale=(self.frame_multiple / FRAME_RATE, self.vae_factor, self.vae_factor),
-        )
-        unpacked: Tensor = self.pipe._unpack_latents(prediction, frames, height, width, *patches)
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        latents = self.pipe._pack_latents(noisy_latents, *self._patches)
+        return {
+            **super().denoiser_inputs(latents, timesteps, conditioning),
+            "encoder_attention_mask": conditioning["prompt_attention_mask"],
+            **dict(zip(("num_frames", "height", "width"), noisy_latents.shape[2:], strict=True)),
+            "rope_interpolation_scale": (self.frame_multiple / self.fps, self.vae_factor, self.vae_factor),
+        }
+
+    def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
+        unpacked: Tensor = self.pipe._unpack_latents(output, *noisy_latents.shape[2:], *self._patches)
         return unpacked
+
+    @property
+    def _patches(self) -> tuple[int, int]:
+        return self.denoiser.config.patch_size, self.denoiser.config.patch_size_t
 
     def normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipe.vae  # mean and std are among its weights
@@ -57,10 +56,6 @@ class LTXVideo(VideoPipeline):
         time = latents.new_zeros(len(latents)) if self.vae_config["timestep_conditioning"] else None
         pixels: Tensor = self.pipe.vae.decode(latents, time).sample
         return pixels
-
-    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
-        frames = self.default_frames if frames is None else frames
-        return ((frames - 1) // self.frame_multiple + 1) * (height // self.vae_factor) * (width // self.vae_factor)
 
     @property
     def compression(self) -> tuple[int, int]:

@@ -1,75 +1,103 @@
-"""What every family has beside its contract: its components loaded, moved and saved, and the mixins, joined."""
+"""All that families share, joined, and sampling: the genuine diffusers pipeline fed with what training sees."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Self
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from pipelines.attention import AttentionMixin
-from pipelines.base import PipelineError
-from pipelines.features import FeaturesMixin
-from pipelines.generate import GenerateMixin
+from pipelines.base import Conditioning, PipelineError
+from pipelines.denoiser import DenoiserMixin
 from pipelines.lora import LoRAMixin
-from pipelines.process import RectifiedFlow, resolution_shift
 from pipelines.vae import VAEMixin
 
 
-class TrainablePipeline(GenerateMixin, LoRAMixin, FeaturesMixin, AttentionMixin, VAEMixin):
+class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
     """What the rest of a program holds: a family (`pipelines.base.Family`) and all that families share."""
 
-    def load_encoders(self) -> None:
-        """Load the components that `load(..., encoders=False)` left out, onto the denoiser's device."""
-        if self.has_encoders:
-            return
-        if self.reload is None:
-            raise PipelineError(f"{self.source}: this pipeline has no encoders and no way to load them")
-        # A whole new pipeline, not a patched one: diffusers derives sizes from the VAE when it is built.
-        self.pipe = self.reload(self.denoiser)
-        self.pipe.set_progress_bar_config(disable=True)
-        for name in self.encoder_names:
-            if isinstance(part := getattr(self.pipe, name), nn.Module):
-                part.requires_grad_(False).to(self.device)
+    def sampling(
+        self, steps: int | None = None, guidance: float | None = None, batch_size: int | None = None
+    ) -> tuple[int, float, int]:
+        """Steps, guidance scale and batch size; None is the diffusers pipeline's default, and 8 images or 1 clip."""
+        defaults = inspect.signature(type(self.pipe).__call__).parameters
+        guidance = float(defaults["guidance_scale"].default) if guidance is None else guidance
+        return steps or int(defaults["num_inference_steps"].default), guidance, batch_size or (1 if self.video else 8)
 
-    def drop_encoders(self) -> None:
-        """Free VAE and text encoders once a cache replaces them; `load_encoders` brings them back."""
-        if self.reload is not None:
-            self.pipe.register_modules(**{name: None for name in self.encoder_names})
-            torch.cuda.empty_cache()
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str] | Conditioning,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> Tensor:
+        """Images [N, 3, H, W], or clips [N, F, 3, H, W] from video families, float32 in [0, 1] on the CPU.
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move every loaded network. Returns itself."""
-        for module in self.modules().values():
-            module.to(device)
-        return self
-
-    def save(self, directory: str | Path) -> None:
-        """Write the whole pipeline in diffusers' format."""
-        if not self.has_encoders:
-            raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
-        self.pipe.save_pretrained(str(directory), safe_serialization=True)
-
-    def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """The denoiser's parameters that take gradients."""
-        return (parameter for parameter in self.denoiser.parameters() if parameter.requires_grad)
-
-    def shift_timesteps(self, shift: float | str, height: int, width: int, frames: int | None = None) -> None:
-        """Choose the shift of a flow model's training times (see `RectifiedFlow`).
-
-        Args:
-            shift: "model" keeps the shift of the checkpoint's scheduler, which is none where its sampler shifts by
-                resolution; "resolution" takes that sampler's shift for samples of this size; or a number.
+        `prompts` may be their conditioning instead, [N, ...] as `encode_prompts` has it. Sample i is drawn from its own
+        generator with seeds[i], so it does not depend on its neighbours. Sizes, steps and guidance: None is the
+        model's own.
 
         Raises:
-            PipelineError: anything but "model" for a model without flow, "resolution" where there is no such rule.
+            PipelineError: a size the model cannot take, a negative prompt it has no use for, no encoders, or images
+                that are not finite, naming prompt and seed.
         """
-        if shift == "model":
-            return
-        if not isinstance(self.process, RectifiedFlow):
-            raise PipelineError(f"a timestep shift of {shift!r} is for flow models; {self.family} has none")
-        if shift == "resolution":
-            shift = resolution_shift(self.pipe.scheduler.config, self.tokens(height, width, frames))
-        self.process = RectifiedFlow(float(shift), self.process.span)
+        if isinstance(prompts, Mapping):
+            names = [f"number {i}" for i in range(len(next(iter(prompts.values()))))]
+        else:
+            names = [f"prompt {prompt!r}" for prompt in prompts]
+        if len(names) != len(seeds):
+            raise PipelineError(f"{len(names)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        if not self.has_encoders:
+            raise PipelineError(f"{self.source}: loaded without its encoders; call load_encoders() to generate")
+        if negative_prompt and self.distilled_guidance:
+            raise PipelineError(f"{self.family} has distilled guidance and takes no negative prompt; leave it out")
+        default_height, default_width = self.default_size
+        height, width, frames = height or default_height, width or default_width, frames or self.default_frames
+        self.check_size(height, width, frames)
+        steps, guidance, batch_size = self.sampling(steps, guidance, batch_size)
+        options: dict[str, Any] = {"height": height, "width": width, **({"num_frames": frames} if frames else {})}
+        options |= {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "pt"}
+        samples = [torch.empty(0, *((frames,) if frames else ()), 3, height, width)]
+        training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+                guided = guidance > 1 and not self.distilled_guidance
+                negative = self.encode_prompts([negative_prompt]) if guided else {}
+                for start in range(0, len(names), batch_size):
+                    rows = slice(start, start + batch_size)
+                    generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+                    if isinstance(prompts, Mapping):
+                        inputs = {key: value[rows].to(self.device) for key, value in prompts.items()}
+                    else:
+                        inputs = self.encode_prompts(prompts[rows])
+                    for key, row in negative.items():
+                        inputs[f"negative_{key}"] = row.expand(len(generators), *row.shape[1:])
+                    output = self.pipe(**inputs, **options, generator=generators)
+                    pixels = (output.frames if self.video else output.images).float().cpu()
+                    self._check_finite(pixels, names[rows], seeds[rows])
+                    samples.append(pixels.clamp(0, 1))
+        finally:
+            self.denoiser.train(training)
+        return torch.cat(samples)
+
+    def _check_finite(self, samples: Tensor, names: Sequence[str], seeds: Sequence[int]) -> None:
+        """Saved as bytes, NaN would be a black image that scorers score like any other."""
+        bad = [i for i, sample in enumerate(samples) if not sample.isfinite().all()]
+        if bad:
+            raise PipelineError(
+                f"{len(bad)} of {len(samples)} {'clips' if self.video else 'images'} are not finite, as "
+                f"{names[bad[0]]} with seed {seeds[bad[0]]}. The weights have diverged, or the VAE overflows in half "
+                "precision: try float32."
+            )

@@ -5,34 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.base import Conditioning
-from pipelines.image import ImagePipeline
 from pipelines.lora import ATTENTION, FEED_FORWARD
+from pipelines.pipeline import TrainablePipeline
 
 
-class StableDiffusion(ImagePipeline):
+class StableDiffusion(TrainablePipeline):
     """SD1.x / SD2.x. The prediction type and the noise table are those of the checkpoint's scheduler."""
 
     family = "sd"
     pipeline_classes = ("StableDiffusionPipeline",)
     single_file_layouts: ClassVar[tuple[str, ...]] = ("v1", "v2")
-    load_options: ClassVar[Mapping[str, Any]] = {
-        "safety_checker": None,
-        "requires_safety_checker": False,
-    }  # an image filter of SD1.5
+    # SD1.5's image filter is left out.
+    load_options: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     denoiser_name = "unet"
     encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    text_options = {**TrainablePipeline.text_options, "num_images_per_prompt": 1}
     lora_presets = {
         "attention": ATTENTION,
         "all": (*ATTENTION, "proj_in", "proj_out", *FEED_FORWARD, "conv1", "conv2", "conv_shortcut"),
     }
-    kohya = True
+    lora_namings = ("diffusers", "kohya")
     attention_backends = ("native", "xformers")
     feature_block = "mid_block"
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
-        return self.run(denoiser, noisy_latents, timesteps, encoder_hidden_states=conditioning["prompt_embeds"])
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        embeddings = conditioning["prompt_embeds"]
+        return {"sample": noisy_latents, "timestep": timesteps, "encoder_hidden_states": embeddings}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.base import Conditioning, PipelineError
-from pipelines.image import ImagePipeline
 from pipelines.lora import FEED_FORWARD, JOINT_ATTENTION, TEXT_FEED_FORWARD
+from pipelines.pipeline import TrainablePipeline
 
-T5_TOKENS = 256  # the pipeline's default
 
-
-class StableDiffusion3(ImagePipeline):
+class StableDiffusion3(TrainablePipeline):
     """SD3 / SD3.5 (arXiv 2403.03206). Without a T5 its tokens are zeros, as in the diffusers pipeline."""
 
     family = "sd3"
@@ -24,7 +22,10 @@ class StableDiffusion3(ImagePipeline):
     )  # fmt: skip
     optional_encoders = ("text_encoder_3", "tokenizer_3")
     large_encoders = ("text_encoder_3",)
+    text_options = {**TrainablePipeline.text_options, "prompt_2": None, "prompt_3": None}
     text_outputs = ("prompt_embeds", "", "pooled_prompt_embeds")
+    t5_tokenizer = "tokenizer_3"
+    t5_tokens = 256
     flow = True
     lora_presets = {
         "attention": tuple(f"attn.{name}" for name in JOINT_ATTENTION),
@@ -33,26 +34,9 @@ class StableDiffusion3(ImagePipeline):
     attention_backends = ("native", "xformers")
     feature_output = 1  # (text's, image's)
 
-    @property
-    def text_options(self) -> dict[str, Any]:
-        t5 = self.pipe.tokenizer_3
-        tokens = T5_TOKENS if t5 is None else min(T5_TOKENS, t5.model_max_length)
-        return {**super().text_options, "prompt_2": None, "prompt_3": None, "max_sequence_length": tokens}
-
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
-        return self.run(
-            denoiser,
-            hidden_states=noisy_latents,
-            timestep=timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            pooled_projections=conditioning["pooled_prompt_embeds"],
-        )
-
-    @property
-    def size_multiple(self) -> int:
-        return self.vae_factor * int(self.denoiser.config.patch_size)
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        inputs = super().denoiser_inputs(noisy_latents, timesteps, conditioning)
+        return {**inputs, "pooled_projections": conditioning["pooled_prompt_embeds"]}
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         super().check_size(height, width, frames)

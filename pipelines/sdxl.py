@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.base import Conditioning
 from pipelines.sd import StableDiffusion
@@ -33,12 +34,11 @@ class StableDiffusionXL(StableDiffusion):
                 tensor[[not prompt for prompt in prompts]] = 0
         return conditioning
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
-        """As in the contract. "time_ids" in the conditioning, [B, 6] in pixels: the image's original height and
-        width, the crop's top and left, the target's height and width; without it, an uncropped image of the
-        latents' size.
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """The denoiser's arguments, with "time_ids" where the conditioning has them.
+
+        These are [B, 6] in pixels: the image's original height and width, the crop's top and left, the target's height
+        and width; without them, an uncropped image of the latents' size.
         """
         time_ids = conditioning.get("time_ids")
         if time_ids is None:
@@ -46,10 +46,5 @@ class StableDiffusionXL(StableDiffusion):
             time_ids = torch.tensor([height, width, 0, 0, height, width], device=noisy_latents.device)
             time_ids = time_ids.expand(len(noisy_latents), -1)
         pooled = conditioning["pooled_prompt_embeds"]
-        return self.run(
-            denoiser,
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.to(pooled.dtype)},
-        )
+        inputs = super().denoiser_inputs(noisy_latents, timesteps, conditioning)
+        return {**inputs, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.to(pooled.dtype)}}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipelines.attention import DISPATCHED_BACKENDS
 from pipelines.base import Conditioning
+from pipelines.denoiser import DISPATCHED_BACKENDS
 from pipelines.lora import ATTENTION
-from pipelines.process import RectifiedFlow, scheduler_shift
 from pipelines.video import VideoPipeline
 
 
@@ -29,35 +28,26 @@ class Wan(VideoPipeline):
     attention_backends = DISPATCHED_BACKENDS
     dispatches = True
     required_multiple = 16
-    max_text_tokens = 512
-    clip_size = (81, 480, 832)
+    t5_tokens = 512
+    trained_size = (81, 480, 832)
 
     def __init__(
         self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None, expert: str | None = None
     ) -> None:
-        boundary, span = pipe.config.boundary_ratio, (0.0, 1.0)
-        if boundary is not None:
+        if (boundary := pipe.config.boundary_ratio) is not None:
             low = expert == "low"
             self.denoiser_name = self.experts["low" if low else "high"]
-            span = (0.0, boundary) if low else (boundary, 1.0)
+            self.span = (0.0, boundary) if low else (boundary, 1.0)
             # As the encoders, the other expert is needed to generate but not to train from a cache.
             self.encoder_names = (*self.encoder_names, self.experts["high" if low else "low"])
         super().__init__(pipe, source, vae_config)
-        self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), span)
 
-    def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
+    def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         if self.pipe.config.expand_timesteps:
             sides = zip(noisy_latents.shape[2:], self.denoiser.config.patch_size, strict=True)
             frames, height, width = (side // patch for side, patch in sides)
             timesteps = timesteps[:, None].expand(-1, frames * height * width)
-        return self.run(
-            denoiser,
-            hidden_states=noisy_latents,
-            timestep=timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"],
-        )
+        return super().denoiser_inputs(noisy_latents, timesteps, conditioning)
 
     @property
     def lora_options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ processor, so no gradient flows; tensors are rounded to 8 bits first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # the p
 SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " No")}
 
 
-def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
-    """The inputs of a chat model, each image with its question, padded to one batch."""
+def inputs_of(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+    """A model's inputs, padded to one batch: each image with its text, as a chat where the model has a template."""
+    if not is_chat(processor):
+        return processor(images=list(images), text=list(texts), padding=True, return_tensors="pt")
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
@@ -38,6 +40,28 @@ def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[s
         padding=True,
         return_tensors="pt",
     )
+
+
+def is_chat(processor: Any) -> bool:
+    """Whether a model has a chat template."""
+    return getattr(processor, "chat_template", None) is not None
+
+
+def pad_left(tokenizer: Any) -> None:
+    """Let answers follow their questions without a gap."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+@torch.no_grad()
+def generate(network: Any, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+    """`network.generate` of inputs, which are moved to its device and precision."""
+    moved = {
+        name: value.to(network.device, network.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    return network.generate(**moved, **options)
 
 
 def without_special_tokens(tokenizer: Any, prompt: str) -> str:
@@ -77,10 +101,7 @@ class VLMScorer(Scorer):
         with loading(f"vlm: {path!r} has no processor for images and questions"):
             self.processor: Any = AutoProcessor.from_pretrained(path)
             self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.chats = getattr(self.processor, "chat_template", None) is not None
+        pad_left(self.tokenizer)
         self.yes, self.no = self._answers()
         self.version = f"transformers {transformers.__version__}, {identity(self.model)}, {question}"
         with loading(f"vlm: {path!r} cannot be asked"):  # what does not fit shows before the long work
@@ -88,34 +109,22 @@ class VLMScorer(Scorer):
 
     def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Judgement:
         images = [F.to_pil_image(pixels) for pixels in (255 * inputs.detach().clamp(0, 1)).round().byte().cpu()]
-        if self.chats or len(set(prompts)) == 1:
+        if is_chat(self.processor) or len(set(prompts)) == 1:
             total, log_odds = self._asked(images, prompts)
         else:  # not all of the older models can pad: BLIP puts its first token where the padding is
             one_by_one = [self._asked([image], [prompt]) for image, prompt in zip(images, prompts, strict=True)]
             total, log_odds = (torch.cat(values) for values in zip(*one_by_one, strict=True))
         return total, {"log_odds": log_odds}
 
-    @torch.no_grad()
     def _asked(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """P(yes) and the log odds, [B] each."""
-        inputs = self._inputs(images, prompts)
-        moved = {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        texts = [self.question.replace("{prompt}", without_special_tokens(self.tokenizer, text)) for text in prompts]
         # Through `generate`, so that models with and without an encoder are asked alike.
-        answer = self.model.generate(
-            **moved, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        answer = generate(self.model, inputs_of(self.processor, images, texts), **options)
         log_p = answer.logits[0].float().log_softmax(-1)
         yes, no = (log_p[:, ids].logsumexp(-1) for ids in (self.yes, self.no))
         return yes.exp(), yes - no
-
-    def _inputs(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
-        texts = [self.question.replace("{prompt}", without_special_tokens(self.tokenizer, text)) for text in prompts]
-        if self.chats:
-            return chat_inputs(self.processor, images, texts)
-        return self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
 
     def _answers(self) -> tuple[list[int], list[int]]:
         """The first tokens of yes and of no, without those that both can begin with, such as a bare space."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
-from t2i_align.utils.files import atomic_folder, write_json
+from t2i_align.utils.files import atomic_folder, output_lock, write_json
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
@@ -49,49 +49,43 @@ def quickstart(
     if any(override.partition("=")[0] == "output_dir" for override in overrides):
         raise UserError("output_dir: the quickstart's run lies in its own output folder; choose that with --output")
     folder = Path(output).expanduser()
-    config = configuration.load(CONFIG, [f"output_dir={folder / 'run'}", *overrides])
     # The latents outlive the folder that is replaced: they are the same next time.
-    data = replace(config.data, cache_dir=config.data.cache_dir or str(folder.parent / "cache"))
-    config = replace(config, data=data)
+    paths = [f"output_dir={folder / 'run'}", f"data.cache_dir={folder.parent / 'cache'}"]
+    config = configuration.load(CONFIG, [*paths, *overrides])
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         from t2i_align.evaluation.compare import RESULT, evaluate
-        from t2i_align.inference.prompts import resolve_prompts
+        from t2i_align.inference.options import resolve_prompts
         from t2i_align.training.output import write_settings
         from t2i_align.training.run import align
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
-        texts = resolve_prompts(prompts)[:count]
-        run = align(replace(config, output_dir=str(temporary / "run")), progress=progress)
-        trained = time.monotonic()
-        training = {
-            "aligned": str(folder / run.weights.relative_to(temporary)),  # where it will lie
-            "seconds_training": round(trained - started, 1),
-            "training_steps": run.steps,
-            "training_seed": config.train.seed,
-        }
-        comparison = temporary / "comparison"
+        compared = resolve_prompts(prompts)[:count]
+        run = align(replace(config, output_dir=str(temporary / ".run")), progress=progress)
         result = evaluate(
             base=config.model.path,
             aligned=run.weights,
-            prompts=texts,
+            prompts=compared,
             scorers=["oracle"],
-            out=comparison,
+            out=temporary,
             seed=TEST_SEED,
             steps=config.validation.steps,
             guidance=config.validation.guidance,
             batch_size=BATCH_SIZE,
             progress=progress,
-            settings=training,
+            settings={
+                "aligned": str(folder / "run" / run.weights.relative_to(run.output_dir)),  # where it will lie
+                "seconds_training": round(time.monotonic() - started, 1),
+                "training_steps": run.steps,
+                "training_seed": config.train.seed,
+            },
         )
-        whole = {"seconds": round(time.monotonic() - started, 1)}
-        result = replace(result, out=folder, settings=result.settings | whole)
-        write_json(comparison / RESULT, result.to_json())
+        seconds = round(time.monotonic() - started, 1)
+        result = replace(result, out=folder, settings=result.settings | {"seconds": seconds})
+        write_json(temporary / RESULT, result.to_json())
         write_settings(run.output_dir, configuration.to_mapping(config))
-        for file in comparison.iterdir():
-            file.rename(temporary / file.name)
-        comparison.rmdir()
+        run.output_dir.rename(temporary / "run")
     return result
 
 
@@ -100,15 +94,14 @@ def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` on success; otherwise an earlier quickstart's result stays.
 
     Raises:
-        UserError: `folder` holds something that no quickstart wrote, or cannot be replaced.
+        UserError: `folder` holds something that no quickstart wrote, cannot be replaced, or is being written.
     """
-    place = folder.resolve()
-    if place.exists() and not place.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: this is a file; the quickstart needs a folder")
-    if place.is_dir() and any(place.iterdir()) and not (place / MARKER).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise UserError(f"{folder}: this folder holds something that no quickstart wrote; choose another --output")
-    if os.path.ismount(place):
+    if os.path.ismount(folder.resolve()):
         raise UserError(f"{folder}: this is a mount point, which cannot be replaced; choose a folder in it as --output")
-    with atomic_folder(place) as temporary:
+    with output_lock(folder, file=True), atomic_folder(folder) as temporary:
         yield temporary
         (temporary / MARKER).write_text("The next quickstart replaces this folder.\n")

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from t2i_align.data.buckets import nearest
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
 from t2i_align.data.prepare import Encoder, Row
-from t2i_align.data.schema import Group, Media
-from t2i_align.data.survey import Survey
+from t2i_align.data.schema import Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time

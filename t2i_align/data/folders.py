@@ -34,7 +34,7 @@ CAPTION_KEYS = ("prompt", "caption", "text")
 
 def detects(path: Path) -> bool:
     """A folder with a winner and a loser folder in it, or in a folder of it."""
-    return path.is_dir() and all(all(_named(folder)) for folder in _sets(path))
+    return all(all(_named(folder)) for folder in _sets(path))
 
 
 def read_folders(path: Path) -> Items:

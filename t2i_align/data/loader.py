@@ -25,7 +25,6 @@ from t2i_align.data.buckets import bucket_sizes
 from t2i_align.data.encode import Latents
 from t2i_align.data.media import CROP, MediaSize
 from t2i_align.data.prepare import write
-from t2i_align.data.readers import Selection
 from t2i_align.data.requirements import (
     check_alike,
     check_candidates,
@@ -34,7 +33,7 @@ from t2i_align.data.requirements import (
     nothing_left,
     wants_pairs,
 )
-from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.data.schema import Batch, Conditioning, Selection
 from t2i_align.data.store import LAYOUT, Item, Store, is_complete, is_store
 from t2i_align.data.stream import Shards, Stream
 from t2i_align.diffusion.randomness import permutation

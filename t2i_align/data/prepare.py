@@ -32,8 +32,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.readers import EVERYTHING, Selection
-from t2i_align.data.schema import COLUMNS, Group, Skipped
+from t2i_align.data.schema import COLUMNS, EVERYTHING, REASONS_SHOWN, Group, Selection, Skipped
 from t2i_align.data.store import (
     FINGERPRINT,
     GROUPS,
@@ -49,7 +48,6 @@ from t2i_align.data.store import (
     read_table,
     shard_name,
 )
-from t2i_align.data.survey import REASONS_SHOWN
 from t2i_align.errors import UserError
 from t2i_align.utils.files import WRITING, atomic_file, atomic_folder, claim, read_json, write_json
 

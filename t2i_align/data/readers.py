@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,9 +26,9 @@ from typing import Any
 from t2i_align.data import columns, folders, hub, layouts, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import exists
+from t2i_align.data.layouts import Columns
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.schema import Group, Items, Skipped
-from t2i_align.data.survey import Survey
+from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,49 @@ class Reader:
         return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
-READERS: dict[str, Reader] = {}
+def _table(maps: Callable[[Path], Sequence[Columns]], **options: Any) -> Reader:
+    """The format of tables with column maps."""
+
+    def read(path: Path, *, images: bool = True) -> Items:
+        return columns.read(path, maps(path), images=images)
+
+    return Reader(read=read, outline=partial(read, images=False), files=tables.files, **options)
+
+
+def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
+    description, source = spec.load(path)
+    if (own := description.columns) is not None:
+        return description, source, _table(lambda path: [own])
+    return description, source, READERS[detect(source, description.format)]
+
+
+def _read_described(path: Path, *, images: bool = True) -> Items:
+    description, source, reader = _described(path)
+    return description.select(reader.items(source, images))
+
+
+def _files_described(path: Path) -> list[Path]:
+    _, source, reader = _described(path)
+    return [path, *reader.files_of(source)]
+
+
+READERS: dict[str, Reader] = {
+    "described": Reader(
+        read=_read_described,
+        outline=partial(_read_described, images=False),
+        files=_files_described,
+        detects=lambda path: path.suffix in spec.SUFFIXES and path.is_file(),
+    ),
+    "folders": Reader(
+        read=folders.read_folders,
+        files=lambda path: (),
+        detects=lambda path: path.is_dir() and folders.detects(path),
+    ),
+    **{
+        name: _table(partial(layouts.maps_of, name=name), detects=partial(layouts.detects, name=name))
+        for name in layouts.PUBLISHED
+    },
+}
 
 
 def register(name: str, **options: Any) -> Callable[[Read], Read]:
@@ -75,68 +117,6 @@ def register(name: str, **options: Any) -> Callable[[Read], Read]:
         return function
 
     return add
-
-
-def _described(path: Path) -> tuple[Path, spec.DatasetSpec, Reader]:
-    description = spec.load(path)
-    source = spec.source_of(path, description)
-    if description.columns is None:
-        return source, description, READERS[detect(source, description.format)]
-    read = partial(columns.read, maps=[description.columns])
-    return source, description, Reader(read=read, outline=partial(read, images=False), files=tables.files)
-
-
-def _read_described(path: Path, *, images: bool = True) -> Items:
-    source, description, reader = _described(path)
-    return spec.selected(reader.items(source, images), description)
-
-
-def _files_described(path: Path) -> list[Path]:
-    source, _, reader = _described(path)
-    return [path, *reader.files_of(source)]
-
-
-register("described", detects=spec.detects, files=_files_described,
-         outline=partial(_read_described, images=False))(_read_described)  # fmt: skip
-register("folders", detects=folders.detects, files=lambda path: [])(folders.read_folders)
-
-
-def _read_published(path: Path, *, name: str, images: bool = True) -> Items:
-    return columns.read(path, layouts.maps_of(path, name), images=images)
-
-
-for _name in layouts.PUBLISHED:
-    register(
-        _name,
-        detects=partial(layouts.detects, name=_name),
-        outline=partial(_read_published, name=_name, images=False),
-        files=tables.files,
-    )(partial(_read_published, name=_name))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
-
-    candidates: int = 1
-    ties: bool = True
-    likes_only: bool = False
-    limit: int | None = None
-
-    def accepts(self, group: Group) -> bool:
-        """Whether the objective learns from a group."""
-        if self.likes_only and group.is_disliked:
-            return False
-        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
-
-    def first(self, items: Items, accepted: int = 0) -> Items:
-        """The items up to the group with which the limit is reached, none beyond; `accepted` groups came before."""
-        while accepted != self.limit and (item := next(items, None)) is not None:
-            accepted += isinstance(item, Group) and self.accepts(item)
-            yield item
-
-
-EVERYTHING = Selection()
 
 
 def read(
@@ -256,12 +236,10 @@ def survey(
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
     """
     unmatched = dict.fromkeys(annotations.entries)
-    result = Survey()
+    result = Survey(selection)
     for item in read(path, format, annotations, images=False, selection=selection):
         unmatched.pop(item.id, None)
         result.add(item)
-        if isinstance(item, Group) and selection.accepts(item):
-            result.accept(item)
     if unmatched and selection.limit is None:
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip

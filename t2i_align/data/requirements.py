@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from t2i_align.data.survey import Survey
+from t2i_align.data.schema import Survey
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 

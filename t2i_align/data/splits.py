@@ -1,55 +1,70 @@
-"""The one held-out split: a function of (seed, kind, normalised text) and of nothing else.
-
-So a prompt stays on its side when data are added, reordered or read from another format, and whoever splits by the
-same seed and share (`data split`, `train-scorer`) holds out the same prompts.
-"""
+"""`t2i-align data split`: a held-out part of a source, by prompt or user."""
 
 from __future__ import annotations
 
-import unicodedata
-from dataclasses import field
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+import yaml
 
-from t2i_align.data.schema import Group
-from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.utils.settings import Float, Int, settings
-
-By = Literal["prompt", "user"]
-
-
-def is_held_out(kind: By, text: str, *, share: float, seed: int) -> bool:
-    """Whether a prompt or user is among the `share` (0 … 1) of all texts that training does not see."""
-    text = normalise(text) if kind == "prompt" else text
-    text = text.encode(errors="backslashreplace").decode()  # lone surrogates stay distinct
-    return stable_seed(seed, kind, text) < share * 2**63
+from t2i_align.data import hub, readers, spec
+from t2i_align.data.schema import Skipped
+from t2i_align.data.spec import By, Part
+from t2i_align.errors import UserError
 
 
-def normalise(prompt: str) -> str:
-    """Normalise a prompt for comparison: NFKC, case-folded, whitespace collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+def split(
+    source: str | Path,
+    out: str | Path,
+    *,
+    held_out: float = 0.1,
+    by: Sequence[By] = ("prompt",),
+    seed: int = 0,
+    format: str = "auto",
+) -> dict[str, int]:
+    """Write `train.yaml`, `held_out.yaml` and `held_out_prompts.txt`; returns how many groups and prompts are in each.
 
+    No group is copied: the files say by which rule a group belongs to them (`spec.Part`).
 
-@settings
-class Part:
-    """One side of a split.
+    Args:
+        source: preference data: file, folder, dataset spec, `hub:owner/name`, or `testbed:pairs`.
+        out: folder to write them to.
+        held_out: share of prompts or users that is held out.
+        by: what is kept apart: `prompt`, `user` or both.
+        seed: selects which are held out.
+        format: format of the source; `auto` detects it.
 
-    of: which side. held_out: the share of prompts (or users) that training does not see. by: what is kept apart; with
-    both, a group whose prompt is on one side and whose user is on the other belongs to neither. Prompts are compared
-    normalised. A group without a user counts by its prompt alone.
+    Raises:
+        UserError: a source that cannot be read, is a part already, or leaves one side empty.
     """
-
-    of: Literal["train", "held_out"]
-    held_out: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.1
-    by: Annotated[list[By], Field(min_length=1)] = field(default_factory=lambda: ["prompt"])
-    seed: Int = 0
-
-    def belongs(self, group: Group) -> bool | None:
-        """Whether a group is on this side; None where it is on neither."""
-        sides = set()
-        if "prompt" in self.by or group.user is None:
-            sides.add(is_held_out("prompt", group.prompt, share=self.held_out, seed=self.seed))
-        if "user" in self.by and group.user is not None:
-            sides.add(is_held_out("user", group.user, share=self.held_out, seed=self.seed))
-        return None if len(sides) > 1 else sides.pop() == (self.of == "held_out")
+    path = readers.resolve(source).absolute()
+    values: dict[str, Any] = {"path": str(path), "format": readers.detect(path, format)}
+    if spec.is_spec(path):
+        described, file = spec.load(path)
+        if described.part:
+            raise UserError(f"{source}: this is one part of a split already; split what it describes")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not described.path.startswith(hub.PREFIX):
+            values["path"] = str(file)
+    part = {"held_out": held_out, "by": list(by), "seed": seed}
+    sides = {name: Part(of=name, **part) for name in ("train", "held_out")}  # type: ignore[arg-type]
+    counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)
+    prompts: dict[str, None] = {}
+    for item in readers.read(path, format, images=False):
+        if isinstance(item, Skipped):
+            counts["skipped"] += 1
+            continue
+        belongs = {name: side.belongs(item) for name, side in sides.items()}
+        counts[next((name for name, on in belongs.items() if on), "on_neither_side")] += 1
+        if belongs["held_out"]:
+            prompts[" ".join(item.prompt.split())] = None
+    if empty := [name for name in sides if not counts[name]]:
+        raise UserError(f"{source}: with held_out={held_out:g} and seed={seed}, {empty[0]} is empty; choose others")
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sides:
+        text = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    (folder / "held_out_prompts.txt").write_text("".join(f"{text}\n" for text in prompts), encoding="utf-8")
+    return {**counts, "held_out_prompts": len(prompts)}

@@ -252,6 +252,8 @@ class Store:
                 values = [np.pad(value, (0, max(map(len, values)) - len(value))) for value in values]
             array = torch.from_numpy(np.stack(values).reshape(len(values), *entry["shape"]))
             stacked[name] = array.view(torch.bfloat16) if entry["dtype"] == "bfloat16" else array
+        if len(texts) == 1 and next(iter(texts.values())).ndim == 1:  # mostly: the prompts alone
+            return dict.fromkeys(texts, stacked)
         parts = {name: tensor.split([field.size for field in texts.values()]) for name, tensor in stacked.items()}
         return {
             field: {name: part[place].unflatten(0, texts[field].shape) for name, part in parts.items()}

@@ -23,8 +23,7 @@ import torch
 from t2i_align.data import hub, layouts, readers, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.readers import Selection
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped
 from t2i_align.data.store import Item, pair, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError

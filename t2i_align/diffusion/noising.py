@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Model
 from t2i_align.diffusion.randomness import SampleRNG
+
+if TYPE_CHECKING:  # only entry points import `pipelines` at run time
+    from pipelines import ForwardProcess
 
 Reduction = Literal["mean", "sum"]
 NoiseSharing = Literal["shared", "independent"]
@@ -25,6 +28,20 @@ class Noised:
     target: Tensor
     conditioning: Conditioning
     groups: int
+
+    @classmethod
+    def at(
+        cls, process: ForwardProcess, clean: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning,
+        groups: int,
+    ) -> Noised:  # fmt: skip
+        """Clean latents [B * k, ...] at given times [B * k] under given noise, with the native target."""
+        return cls(
+            latents=process.add_noise(clean, noise, timesteps),
+            timesteps=timesteps,
+            target=process.target(clean, noise, timesteps),
+            conditioning=conditioning,
+            groups=groups,
+        )
 
     def residuals(self, model: Model) -> Tensor:
         """A model's native prediction minus the target, [B, k, D], float32 or better.
@@ -66,14 +83,8 @@ def random_noise(batch: Batch, rng: SampleRNG, sharing: NoiseSharing = "shared")
     groups, k, *shape = batch.latents.shape
     noise = rng.normal("noise", (1 if sharing == "shared" else k, *shape)).expand_as(batch.latents)
     timesteps = rng.timesteps().repeat_interleave(k)
-    latents, noise = batch.latents.flatten(0, 1), noise.flatten(0, 1)
-    return Noised(
-        latents=rng.process.add_noise(latents, noise, timesteps),
-        timesteps=timesteps,
-        target=rng.process.target(latents, noise, timesteps),
-        conditioning=candidates_conditioning(batch),
-        groups=groups,
-    )
+    clean = batch.latents.flatten(0, 1)
+    return Noised.at(rng.process, clean, noise.flatten(0, 1), timesteps, candidates_conditioning(batch), groups)
 
 
 def candidates_conditioning(batch: Batch) -> Conditioning:

@@ -25,9 +25,7 @@ from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for
-from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, resolve_prompts
 from t2i_align.utils.files import output_lock, write_text
 
 if TYPE_CHECKING:
@@ -121,10 +119,9 @@ def evaluate(
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
-    check_counts(seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    check_options(precision, seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
-    check_precision(precision)
     other = resolve_aligned(aligned)
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
     loaded = not isinstance(base, str | Path | None)

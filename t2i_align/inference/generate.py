@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,7 @@ from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for
-from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.options import PRECISIONS, check_options, memory_for, resolve_prompts
 from t2i_align.utils.files import append_line, atomic_file, output_lock
 
 if TYPE_CHECKING:
@@ -47,13 +45,8 @@ def sample(
     """
     batch_size = batch_size or pipeline.sampling()[2]
     with memory_for(batch_size):
-        pixels = pipeline.generate(prompts, seeds, batch_size=batch_size, **options)
-    return list(to_bytes(pixels)) if pixels.ndim == 5 else to_images(pixels)
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels [B, 3, H, W] in [0, 1] to 8-bit RGB, rounded as diffusers does."""
-    return [to_pil_image(image) for image in to_bytes(pixels)]
+        samples = to_bytes(pipeline.generate(prompts, seeds, batch_size=batch_size, **options))
+    return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
 
 
 def generate(
@@ -119,34 +112,27 @@ def generate(
     texts = [*(resolve_prompts(prompts) if prompts is not None else ()), *(resolve_prompts(prompt) if prompt else ())]
     if not texts:
         raise UserError("no prompts: give a prompt file or single prompts")
-    check_counts(steps=steps, batch_size=batch_size, per_prompt=per_prompt)
-    check_precision(precision)
+    check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     adapter = None if lora is None else resolve_adapter(lora)
-    folder = Path(out).expanduser()
+    folder, autocast = Path(out).expanduser(), None
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
         base = resolve_base(model, adapter, **version)
         _check_free(folder, force)
-        pipeline, autocast, revision = load_pipeline(base, precision, device), None, base.revision
-        name = base.path
+        pipeline = load_pipeline(base, precision, device)
+        columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
     else:
         _check_free(folder, force)
-        pipeline, autocast, revision = model, None if precision == "fp32" else PRECISIONS[precision], None
-        name = pipeline.source
+        pipeline, autocast = model, None if precision == "fp32" else PRECISIONS[precision]
+        columns = {"model": pipeline.source, "revision": None}
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
-    columns = {
-        "model": name,
-        "revision": revision,
-        "lora": None if lora is None else str(lora),
-        "lora_scale": None if lora is None else lora_scale,
-        **options,
-    }
+    columns |= {"lora": lora and str(lora), "lora_scale": lora and lora_scale, **options}
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
-    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale) if adapter else nullcontext():
+    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
         _check_free(folder, force)  # another run may have come and gone meanwhile
         _clear(folder)
         with tqdm(total=len(rows), unit="img", disable=not progress) as bar:

@@ -19,8 +19,7 @@ from t2i_align.conditioning import ADAPTERS, TRAINED
 from t2i_align.conditioning.adapter import Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.options import PRECISIONS, check_precision, first_line, pick_device
-from t2i_align.inference.prompts import TESTBED, bundled
+from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
 from t2i_align.training.output import RUN_FILE
 from t2i_align.utils.settings import build
 
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
 LORA_ENDING = ".safetensors"
-HUB_KINDS: dict[str, Kind] = {  # the file that identifies a Hub repository
-    "model_index.json": "model",
-    "pytorch_lora_weights.safetensors": "lora",
-}
 
 
 @dataclass(frozen=True)
@@ -78,18 +73,15 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
-    inner = [local / name for name in TRAINED if (local / name).is_dir()]
-    if len(inner) == 1:
-        return resolve_aligned(inner[0])
-    if inner:
-        names = " and ".join(f"{folder.name}/" for folder in inner)
-        raise UserError(f"{path}: holds {names}; name the one to evaluate")
-    adapters = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]
-    if len(adapters) == 1:
-        return resolve_aligned(adapters[0])
-    if adapters:
-        raise UserError(f"{path}: {len(adapters)} LoRA files here; name one: {', '.join(f.name for f in adapters)}")
-    raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+    candidates = [local / name for name in TRAINED if (local / name).is_dir()]
+    if not candidates:
+        candidates = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]
+    if not candidates:
+        raise UserError(f"{path}: neither a LoRA, nor a model (model_index.json), nor a run's folder (lora/ or model/)")
+    if len(candidates) > 1:
+        names = ", ".join(f"{candidate.name}{'/' * candidate.is_dir()}" for candidate in candidates)
+        raise UserError(f"{path}: holds {len(candidates)} models or LoRAs; name one: {names}")
+    return resolve_aligned(candidates[0])
 
 
 def resolve_adapter(path: str | Path) -> Aligned:
@@ -112,7 +104,13 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
     Raises:
         UserError: no such model, or None and `aligned` is not a training run's.
     """
-    run = _trained_from(aligned) if aligned else None
+    run = None
+    if aligned:
+        weights = Path(aligned.path)
+        folder = weights.parent if weights.is_file() else weights
+        file = folder.absolute().parent / RUN_FILE
+        if folder.name in TRAINED and file.is_file():
+            run = build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
@@ -128,7 +126,7 @@ def load_pipeline(
     """A model on `device` (default: the GPU if there is one) with its weights in `precision`."""
     import pipelines
 
-    check_precision(precision)
+    check_options(precision)
     place = pick_device(device)
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
     options: dict[str, Any] = {**asdict(config), "path": resolve_model(config.path), "encoders": encoders}
@@ -138,20 +136,21 @@ def load_pipeline(
 
 
 @contextmanager
-def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0) -> Iterator[None]:
-    """Put a LoRA or soft tokens on a pipeline inside the block; afterwards the pipeline is as before.
+def adapter_on(pipeline: TrainablePipeline, adapter: Aligned | None, scale: float = 1.0) -> Iterator[None]:
+    """Put a LoRA or soft tokens, or nothing, on a pipeline inside the block; afterwards the pipeline is as before.
 
     Raises:
         UserError: the pipeline already carries an adapter, or these weights do not fit it.
     """
+    if adapter is None:
+        yield
+        return
     if any(kind.installed(pipeline) for kind in ADAPTERS.values()):
         raise UserError(f"{pipeline.source}: this pipeline already carries an adapter; save it and give its path")
-    from pipelines import PipelineError
-
     kind = ADAPTERS[adapter.kind]
     try:
         kind.load(pipeline, adapter.path, scale=scale)
-    except PipelineError as error:
+    except ValueError as error:  # PipelineError or UserError
         raise UserError(str(error)) from error
     try:
         yield
@@ -159,21 +158,12 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned, scale: float = 1.0
         kind.remove(pipeline)
 
 
-def _trained_from(aligned: Aligned) -> ModelConfig | None:
-    """The model section of the training run whose output folder holds these weights; None if there is none."""
-    weights = Path(aligned.path)
-    folder = weights.parent if weights.is_file() else weights
-    file = folder.absolute().parent / RUN_FILE
-    if folder.name not in TRAINED or not file.is_file():
-        return None
-    return build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
-
-
 def _on_the_hub(repository: str, what: str) -> Aligned:
-    """A Hub repository by the first of HUB_KINDS that it has; a LoRA is fetched, of a model only its index."""
+    """A Hub repository by the first file that identifies it; a LoRA is fetched, of a model only its index."""
     from transformers.utils import cached_file
 
-    for name, kind in HUB_KINDS.items():
+    kinds: dict[str, Kind] = {"model_index.json": "model", "pytorch_lora_weights.safetensors": "lora"}
+    for name, kind in kinds.items():
         try:
             file = cached_file(repository, name)
         except OSError as error:  # not there, no access, or no connection

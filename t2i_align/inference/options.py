@@ -1,25 +1,121 @@
-"""Checks of options that commands share: device, precision, counts, and memory for a batch."""
+"""What commands have in common, resolved or refused before anything is loaded: prompts, scorers, device, numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from t2i_align.errors import UserError, unknown
 
+if TYPE_CHECKING:
+    from reward_scorers import Scorer
+
+TESTBED = "testbed:"
+HPSV2 = "hpsv2:"
+STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark, 800 prompts each (arXiv 2306.09341)
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(precision: str) -> None:
-    """Raise UserError for a name that is no precision."""
+def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
+    """Prompts from a text file (UTF-8, one per line, blank lines skipped), `testbed:dev`, `hpsv2:photo`, or a list.
+
+    Raises:
+        UserError: no such file, split or style, not text, no prompt in it, or an empty one in a list.
+    """
+    if not isinstance(source, str | Path):
+        prompts = list(source)
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"prompts[{row}]: expected text, found {prompt!r}")
+    elif str(source).startswith(TESTBED):
+        from t2i_align.testbed.world import prompts as testbed_prompts
+
+        prompts = list(bundled(testbed_prompts, str(source)))
+    elif str(source).startswith(HPSV2):
+        prompts = _hpsv2_prompts(str(source).removeprefix(HPSV2))
+    else:
+        file = Path(source).expanduser()
+        if not file.is_file():
+            raise UserError(
+                f"{source}: no such prompt file (one prompt per line; to give prompts directly, use a list)"
+            )
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # other separators are part of a prompt
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{source if isinstance(source, str | Path) else 'prompts'}: no prompt in it")
+    return prompts
+
+
+def _hpsv2_prompts(style: str) -> list[str]:
+    """A style of HPSv2's benchmark, from where its own package fetches it."""
+    from huggingface_hub import hf_hub_download
+
+    if style not in STYLES:
+        raise unknown("style", style, STYLES)
+    try:
+        file = hf_hub_download("zhwang/HPDv2", f"{style}.json", subfolder="benchmark", repo_type="dataset")
+    except Exception as error:  # no connection, no access: the Hub's own exceptions
+        raise UserError(f"{HPSV2}{style}: could not be fetched: {first_line(error)}") from error
+    return list(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def bundled(find: Callable[[Any], Any], spec: str) -> Any:
+    """What `find` returns for the name in a spec `testbed:name`; UserError if there is none."""
+    try:
+        return find(spec.removeprefix(TESTBED))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{spec}: {error}") from error
+
+
+def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
+    """Scorers from their specs, each name checked before the first is built; the testbed's oracles are among them.
+
+    Raises:
+        UserError: none given, an unknown name, weights that cannot be used, or two scorers of one name.
+    """
+    import reward_scorers
+    import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle` and `motion_oracle`)
+
+    given: list[Any] = [specs] if isinstance(specs, str | reward_scorers.Scorer) else list(specs)
+    if not given:
+        raise UserError(f"scorers: none given. Choices: {', '.join(reward_scorers.names())}.")
+    try:
+        for spec in given:
+            if not isinstance(spec, reward_scorers.Scorer):
+                reward_scorers.check_spec(spec)
+        built = [spec if isinstance(spec, reward_scorers.Scorer) else reward_scorers.build(spec) for spec in given]
+    except reward_scorers.ScorerError as error:
+        raise UserError(str(error)) from error
+    names = [scorer.name for scorer in built]
+    if len(set(names)) < len(names):
+        raise UserError(f"scorers: two of the same name among {', '.join(names)}")
+    return built
+
+
+def unscorable(scorers: Sequence[Scorer], prompt: str) -> str:
+    """Reason a prompt cannot be scored, or ""."""
+    from reward_scorers import ScorerError
+
+    try:
+        for scorer in scorers:
+            scorer.check_prompts([prompt])
+    except ScorerError as error:
+        return str(error)
+    return ""
+
+
+def check_options(precision: str = "fp32", **counts: int | None) -> None:
+    """Raise UserError for an unknown precision, or a number of steps, images or a batch below 1; None is a default."""
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raise UserError for a number of steps, images or a batch below 1; None is a default."""
     for key, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")

@@ -6,7 +6,7 @@ candidates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,8 @@ from t2i_align.data.schema import Group
 from t2i_align.data.votes import RULES as VOTES
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.options import check_counts, memory_for, pick_device
-from t2i_align.inference.scorers import build_scorers, unscorable
-from t2i_align.labeling.groups import Annotate, Batch, Summary, fill, slices
+from t2i_align.inference.options import build_scorers, check_options, pick_device, unscorable
+from t2i_align.labeling.groups import Annotate, Batch, Summary, by_scorer, fill
 from t2i_align.labeling.models import DRAWN, RULES, Captioner, Perturber, load_captioner, load_perturber
 from t2i_align.labeling.rules import KINDS
 from t2i_align.utils.resumable import ResumableTable, Row
@@ -99,15 +98,15 @@ def caption(
         change, settings["perturber"] = _model(load_perturber, perturber, device, own, seed=seed)
 
     def annotate(batch: Batch) -> dict[str, Row]:
-        if change is not None:
+        if change:
             batch.skip(_no_winner)
         texts = {group.id: [group.prompt] * len(group.candidates) for group in batch.left}
-        if describe is not None:
-            texts = _descriptions(batch, describe, batch_size)
-        if change is not None:
+        if describe:
+            texts = batch.per_candidate(describe, batch_size)
+            batch.skip(lambda group: "" if all(texts[group.id]) else "the captioner has no description of a candidate")
+        if change:
             losers = {group.id: min(range(2), key=group.scores.__getitem__) for group in batch.left}
-            changed = _changed(batch, {key: texts[key][loser] for key, loser in losers.items()}, change, seed)
-            for key, text in changed.items():
+            for key, text in _changed(batch, {key: texts[key][place] for key, place in losers.items()}, change, seed):
                 texts[key][losers[key]] = text
         return {key: {"captions": captions} for key, captions in texts.items()}
 
@@ -161,7 +160,7 @@ def perturb(
 
     def annotate(batch: Batch) -> dict[str, Row]:
         changed = _changed(batch, {group.id: group.prompt for group in batch.groups}, change, seed)
-        return {key: {"negative_caption": text} for key, text in changed.items()}
+        return {key: {"negative_caption": text} for key, text in changed}
 
     return job.run(annotate, {"perturber": settings}, images=False, progress=progress)
 
@@ -208,15 +207,8 @@ def relabel(
         if rule != "sum":
             batch.skip(lambda group: "" if len(group.candidates) > 1 else "a single candidate, none to compare it with")
         return {
-            key: {
-                "scores": combine(raw, margins).tolist(),
-                "by_scorer": {
-                    scorer.name: {"version": scorer.version, "scores": scores}
-                    for scorer, scores in zip(built, raw.tolist(), strict=True)
-                },
-            }
+            key: {"scores": combine(raw, margins).tolist(), "by_scorer": by_scorer(built, raw)}
             for key, raw in batch.scores(built, batch_size).items()
-            if key not in batch.reasons
         }
 
     versions = {scorer.name: scorer.version for scorer in built}
@@ -235,7 +227,7 @@ class _Job:
         self, source: str | Path, out: str | Path, format: str, annotations: Sequence[str | Path] = (), *,
         pairs: bool = False, batch_size: int, force: bool,
     ) -> None:  # fmt: skip
-        check_counts(batch_size=batch_size)
+        check_options(batch_size=batch_size)
         self.table, self.batch_size, self.force = ResumableTable(out), batch_size, force
         if not force:
             self.table.check_unfinished()
@@ -271,26 +263,12 @@ def _model(load: Any, model: Any, device: str | None, options: Row, **recorded: 
     return built, {"name": str(name), **options, **recorded}
 
 
-def _descriptions(batch: Batch, describe: Captioner, batch_size: int) -> dict[str, list[str]]:
-    images, prompts = batch.images()
-    answers: list[str | None] = []
-    for part in slices(len(images), batch_size):
-        with memory_for(len(images[part])):
-            answers += describe(images[part], prompts[part])
-    rest = iter(answers)
-    texts = {group.id: [next(rest) or "" for _ in group.candidates] for group in batch.left}
-    batch.skip(lambda group: "" if all(texts[group.id]) else "the captioner has no description of a candidate")
-    return texts
-
-
-def _changed(batch: Batch, texts: Mapping[str, str], change: Perturber, seed: int) -> dict[str, str]:
-    """The texts perturbed, by group id; groups whose text cannot be changed are skipped."""
-    if not texts:
-        return {}
+def _changed(batch: Batch, texts: Mapping[str, str], change: Perturber, seed: int) -> Iterable[tuple[str, str]]:
+    """Group ids with their perturbed texts; groups whose text cannot be changed are skipped."""
     seeds = [stable_seed(seed, key) for key in texts]
-    changed = dict(zip(texts, change(list(texts.values()), seeds), strict=True))
+    changed = dict(zip(texts, change([*texts.values()], seeds) if texts else (), strict=True))
     batch.skip(lambda group: "" if changed[group.id] else f"the perturber cannot change {texts[group.id]!r}")
-    return {key: text for key, text in changed.items() if text}
+    return [(key, text) for key, text in changed.items() if text]
 
 
 def _no_winner(group: Group) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,8 @@ from t2i_align.utils.resumable import ResumableTable, Row
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
-Annotate = Callable[["Batch"], Mapping[str, Row]]
+Annotate = Callable[["Batch"], Mapping[str, Row]]  # rows by group id
+Call = Callable[[list[Image.Image], list[str]], Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,30 +62,39 @@ class Batch:
         """Leave out the groups for which the function `reason` gives one."""
         self.reasons |= {group.id: text for group in self.left if (text := reason(group))}
 
-    def images(self) -> tuple[list[Image.Image], list[str]]:
-        """The candidates of the groups that are left, and their prompts; groups with an unusable image are skipped."""
-        images: dict[str, list[Image.Image]] = {}
-        for group in self.left:
-            try:
-                images[group.id] = [_decoded(group, place) for place in range(len(group.candidates))]
-            except ImageError as error:
-                self.reasons[group.id] = str(error)
-        prompts = [group.prompt for group in self.left for _ in group.candidates]
-        return [image for group in self.left for image in images[group.id]], prompts
+    def per_candidate(self, call: Call, size: int) -> dict[str, list[Any]]:
+        """What `call` gives for each candidate, by group id; groups with an unusable image are skipped.
 
-    def scores(self, scorers: Sequence[Scorer], batch_size: int) -> dict[str, np.ndarray]:
+        Args:
+            call: gives a value per image, from images and their prompts. size: images at a time.
+        """
+        images: list[Image.Image] = []
+        for group in self.left:
+            decoded: list[Image.Image] = []
+            try:
+                for media in group.candidates:
+                    decoded.append(decode(media))
+                images += decoded
+            except ImageError as error:
+                self.reasons[group.id] = f"candidate {len(decoded)}: {error}"
+        prompts = [group.prompt for group in self.left for _ in group.candidates]
+        values: list[Any] = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            with memory_for(len(part)):
+                values += call(part, prompts[start : start + size])
+        rest = iter(values)
+        return {group.id: list(islice(rest, len(group.candidates))) for group in self.left}
+
+    def scores(self, scorers: Sequence[Scorer], size: int) -> dict[str, np.ndarray]:
         """Each scorer's scores, [scorers, k], by group id; groups that cannot be scored are skipped."""
-        images, prompts = self.images()
-        scores = np.empty((len(scorers), len(images)))
-        for row, scorer in zip(scores, scorers, strict=True):
-            for part in slices(len(images), batch_size):
-                with memory_for(len(images[part])):
-                    row[part] = scorer.score_images(images[part], prompts[part]).cpu().numpy()
-        ends = np.cumsum([len(group.candidates) for group in self.left])
-        parts = np.split(scores, ends[:-1], axis=1) if len(ends) else []
-        raw = {group.id: part for group, part in zip(self.left, parts, strict=True)}
+
+        def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> Iterable[tuple[float, ...]]:
+            return zip(*(scorer.score_images(images, prompts).tolist() for scorer in scorers), strict=True)
+
+        raw = {key: np.array(values).T for key, values in self.per_candidate(score, size).items()}
         self.skip(lambda group: _not_finite(scorers, raw[group.id]))
-        return raw
+        return {group.id: raw[group.id] for group in self.left}
 
 
 def fill(
@@ -119,9 +129,12 @@ def fill(
             bar.update(len(chunk))
 
 
-def slices(length: int, size: int) -> Iterator[slice]:
-    """Slices of `size` that cover `length` items."""
-    return (slice(start, start + size) for start in range(0, length, size))
+def by_scorer(scorers: Sequence[Scorer], scores: np.ndarray) -> Row:
+    """What a row records of each scorer: its version, and its scores of [scorers, k]."""
+    return {
+        scorer.name: {"version": scorer.version, "scores": own}
+        for scorer, own in zip(scorers, scores.tolist(), strict=True)
+    }
 
 
 def _is_done(table: ResumableTable, item: Group | Skipped) -> bool:
@@ -138,10 +151,3 @@ def _skip(item: Group | Skipped, reasons: Mapping[str, str]) -> Skipped | None:
 def _not_finite(scorers: Sequence[Scorer], scores: np.ndarray) -> str:
     names = [scorer.name for scorer, row in zip(scorers, scores, strict=True) if not np.isfinite(row).all()]
     return f"no finite score by {', '.join(names)}" if names else ""
-
-
-def _decoded(group: Group, place: int) -> Image.Image:
-    try:
-        return decode(group.candidates[place])
-    except ImageError as error:
-        raise ImageError(f"candidate {place}: {error}") from error

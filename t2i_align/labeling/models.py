@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reward_scorers.vlm import chat_inputs, without_special_tokens
+from reward_scorers.vlm import generate, inputs_of, is_chat, pad_left, without_special_tokens
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.models import resolve_model
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, pick_device
-from t2i_align.inference.prompts import TESTBED
+from t2i_align.inference.options import PRECISIONS, TESTBED, check_options, pick_device
 from t2i_align.labeling.rules import KINDS, RulePerturber
 
 DRAWN = "testbed:captioner"
@@ -113,15 +112,12 @@ class LanguageModel(ABC):
         device: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
-        check_precision(precision)
-        check_counts(max_new_tokens=max_new_tokens)
+        check_options(precision, max_new_tokens=max_new_tokens)
         self.device, self.dtype = pick_device(device), PRECISIONS[precision]
         self.name, self.template, self.max_new_tokens = path, template, max_new_tokens
         try:
             self._load(resolve_model(path, self.role), revision=revision)
-            self.tokenizer.padding_side = "left"  # answers follow their questions without a gap
-            if self.tokenizer.pad_token is None:
-                self.tokenizer.pad_token = self.tokenizer.eos_token
+            pad_left(self.tokenizer)
             self.network.to(self.device).eval().requires_grad_(False)
             self(*self.probe)
         except (UserError, torch.OutOfMemoryError):
@@ -138,14 +134,10 @@ class LanguageModel(ABC):
     def __call__(self, subjects: Sequence[Any], contexts: Sequence[Any], /) -> Sequence[str | None]:
         """A text per subject."""
 
-    @torch.no_grad()
     def _generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
         """Answers as tokens [B, length]."""
-        moved = {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
-        return self.network.generate(**moved, max_new_tokens=self.max_new_tokens, **options)
+        tokens: Tensor = generate(self.network, inputs, max_new_tokens=self.max_new_tokens, **options)
+        return tokens
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -171,25 +163,20 @@ class ImageCaptioner(LanguageModel):
         else:
             self.processor = AutoProcessor.from_pretrained(path, **options)
             self.tokenizer = self.processor.tokenizer
-        self.chats = getattr(self.processor, "chat_template", None) is not None
-        if self.chats and self.template is None:
+        if is_chat(self.processor) and self.template is None:
             self.template = QUESTION
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], /) -> list[str]:
         if self.template is None:
-            return self._answers(images, None)
+            return self._answers(self.processor(images=list(images), return_tensors="pt"))
         texts = [self.template.replace(PROMPT, without_special_tokens(self.tokenizer, prompt)) for prompt in prompts]
-        if self.chats or len(set(texts)) == 1:
-            return self._answers(images, texts)
+        if is_chat(self.processor) or len(set(texts)) == 1:
+            return self._answers(inputs_of(self.processor, images, texts))
         # Not all of the older models can pad: BLIP puts its first token where the padding is.
-        return [self._answers([one], [text])[0] for one, text in zip(images, texts, strict=True)]
+        each = (inputs_of(self.processor, [one], [text]) for one, text in zip(images, texts, strict=True))
+        return [answer for inputs in each for answer in self._answers(inputs)]
 
-    def _answers(self, images: Sequence[Image.Image], texts: Sequence[str] | None) -> list[str]:
-        if self.chats and texts is not None:
-            inputs = chat_inputs(self.processor, images, texts)
-        else:
-            given = {} if texts is None else {"text": list(texts)}
-            inputs = self.processor(images=list(images), **given, return_tensors="pt")
+    def _answers(self, inputs: Mapping[str, Tensor]) -> list[str]:
         answers = self._texts(self._generate(inputs, do_sample=False))
         if "input_ids" in inputs:  # most models repeat the question in front of the answer
             questions = self._texts(inputs["input_ids"])
@@ -215,7 +202,14 @@ class CaptionPerturber(LanguageModel):
         self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
 
     def __call__(self, captions: Sequence[str], seeds: Sequence[int], /) -> list[str | None]:
-        inputs = self._inputs([(self.template or INSTRUCTION).replace(CAPTION, caption) for caption in captions])
+        texts = [(self.template or INSTRUCTION).replace(CAPTION, caption) for caption in captions]
+        if chats := is_chat(self.tokenizer):
+            asked = [[{"role": "user", "content": text}] for text in texts]
+            # Templates of models without a thinking mode ignore `enable_thinking`.
+            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            texts = self.tokenizer.apply_chat_template(asked, **options)
+        inputs = self.tokenizer(texts, padding=True, add_special_tokens=not chats, return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # not all models accept others
         with torch.random.fork_rng():
             torch.manual_seed(stable_seed(*seeds))
             tokens = self._generate(inputs, do_sample=True, top_p=TOP_P, pad_token_id=self.tokenizer.pad_token_id)
@@ -224,21 +218,6 @@ class CaptionPerturber(LanguageModel):
         answers = map(one_line, self._texts(tokens))
         unchanged = [("", one_line(caption).casefold()) for caption in captions]
         return [None if answer.casefold() in old else answer for answer, old in zip(answers, unchanged, strict=True)]
-
-    def _inputs(self, texts: list[str]) -> dict[str, Tensor]:
-        chats = self.tokenizer.chat_template is not None
-        if chats:
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=False,  # ignored by templates of models without a thinking mode
-                )
-                for text in texts
-            ]
-        inputs = self.tokenizer(texts, padding=True, add_special_tokens=not chats, return_tensors="pt")
-        return {name: inputs[name] for name in ("input_ids", "attention_mask")}  # others are not accepted by all models
 
 
 def one_line(text: str) -> str:

@@ -12,16 +12,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import NamedTuple
 
 from t2i_align.errors import UserError, unknown
 from t2i_align.labeling import words as w
 
 KINDS = ("attribute", "count", "relation", "exchange")
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*|\d+")
+_PHRASES = sorted({*w.RELATIONS, *(phrase for axis in w.AXES for phrase in axis)}, key=len, reverse=True)
+_RELATION = re.compile(  # whole words in the sense of _WORD, the longest phrase first
+    rf"(?<![^\W\d_])(?<![^\W\d_][-'’])(?:{'|'.join(_PHRASES)})(?![-'’]?[^\W\d_])".replace(" ", r"\s+"), re.IGNORECASE
+)
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """Replacement of the characters [start, stop) of a caption, in lower case."""
 
     start: int
@@ -29,15 +33,7 @@ class Change:
     text: str
 
 
-@dataclass(frozen=True)
-class Edit:
-    """One place where a caption can be changed: alternatives, each a set of changes to the same characters."""
-
-    kind: str
-    alternatives: tuple[tuple[Change, ...], ...]
-
-    def overlaps(self, changes: Sequence[Change]) -> bool:
-        return any(a.start < b.stop and b.start < a.stop for a in self.alternatives[0] for b in changes)
+Place = list[tuple[Change, ...]]  # alternatives, each a set of changes to the same characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +66,14 @@ class RulePerturber:
 
     def _perturb(self, caption: str, rng: random.Random) -> str | None:
         text = Text(caption)
-        edits = [edit for edit in text.edits() if edit.kind in self.kinds]
+        places = {kind: list(text.places(kind)) for kind in KINDS if kind in self.kinds}
         changes: list[Change] = []
         for _ in range(self.strength):
-            edits = [edit for edit in edits if not edit.overlaps(changes)]
-            if not edits:
+            free = {kind: [one for one in places[kind] if not _overlap(one[0], changes)] for kind in places}
+            if not any(free.values()):
                 break
-            kind = rng.choice([kind for kind in KINDS if any(edit.kind == kind for edit in edits)])
-            edit = rng.choice([edit for edit in edits if edit.kind == kind])
-            changes += rng.choice(edit.alternatives)
+            kind = rng.choice([kind for kind in free if free[kind]])
+            changes += rng.choice(rng.choice(free[kind]))
         return text.changed(changes) if changes else None
 
 
@@ -90,11 +85,10 @@ class Text:
         self.spans = [match.span() for match in _WORD.finditer(caption)]
         self.words = [caption[start:stop].lower() for start, stop in self.spans]
 
-    def edits(self) -> Iterator[Edit]:
-        """All of them; they may overlap."""
+    def places(self, kind: str) -> Iterator[Place]:
+        """Where an edit of this kind is possible; they may overlap."""
         finders = (self._attributes, self._counts, self._relations, self._exchanges)
-        for kind, find in zip(KINDS, finders, strict=True):
-            yield from (Edit(kind, tuple(alternatives)) for alternatives in find())
+        return dict(zip(KINDS, finders, strict=True))[kind]()
 
     def changed(self, changes: Sequence[Change]) -> str:
         """The caption with these changes; "a" and "an" before them are corrected, and capitals kept."""
@@ -112,9 +106,7 @@ class Text:
             text = text[: change.start] + new + text[change.stop :]
         return text
 
-    # Where an edit is possible: lists of alternatives, each of them a tuple of changes ------------------------------
-
-    def _attributes(self) -> Iterator[list[tuple[Change, ...]]]:
+    def _attributes(self) -> Iterator[Place]:
         for i, word in enumerate(self.words):
             singular = w.PLURALS.get(word, word)
             if word in w.ADJECTIVES and self._is_adjective(i):
@@ -123,7 +115,7 @@ class Text:
                 others = self._absent(w.SHAPES[singular])
                 yield [(self._change(i, other if word == singular else w.plural(other)),) for other in others]
 
-    def _counts(self) -> Iterator[list[tuple[Change, ...]]]:
+    def _counts(self) -> Iterator[Place]:
         for i, word in enumerate(self.words):
             phrase = self._phrase(i + 1)
             if word in w.NUMBERS and self._stands_alone(i) and any(map(_looks_plural, phrase)):
@@ -132,26 +124,18 @@ class Text:
                 several = self._change(noun, w.plural(self.words[noun]))
                 yield [(self._change(i, number), several) for number in w.MANY]
 
-    def _relations(self) -> Iterator[list[tuple[Change, ...]]]:
+    def _relations(self) -> Iterator[Place]:
         together: list[list[Change]] = [[] for _ in w.AXES]
-        phrases = {**w.RELATIONS, **{phrase: other for axis in w.AXES for phrase, other in axis.items()}}
-        i = 0
-        while i < len(self.words):
-            phrase = self._longest(i, phrases)
-            if phrase is None:
-                i += 1
-                continue
-            stop = i + len(phrase.split())
-            change = Change(self.spans[i][0], self.spans[stop - 1][1], phrases[phrase])
-            i = stop
+        for match in _RELATION.finditer(self.caption):
+            phrase = " ".join(match[0].lower().split())
             axis = next((k for k, axis in enumerate(w.AXES) if phrase in axis), None)
-            if axis is None:
-                yield [(change,)]
-            else:
-                together[axis].append(change)
+            if axis is not None:
+                together[axis].append(Change(*match.span(), w.AXES[axis][phrase]))
+            elif phrase in w.RELATIONS:
+                yield [(Change(*match.span(), w.RELATIONS[phrase]),)]
         yield from ([tuple(changes)] for changes in together if changes)
 
-    def _exchanges(self) -> Iterator[list[tuple[Change, ...]]]:
+    def _exchanges(self) -> Iterator[Place]:
         for table in (w.COLOURS, w.SIZES, w.MATERIALS):
             places = [i for i, word in enumerate(self.words) if word in table and not self._closes(i)]
             # A background is no object, and the testbed's objects never have a background's colour.
@@ -231,12 +215,9 @@ class Text:
                 return True
         return False
 
-    def _longest(self, i: int, phrases: dict[str, str]) -> str | None:
-        for length in range(4, 0, -1):
-            phrase = " ".join(self.words[i : i + length])
-            if phrase in phrases and all(self._joined(k) for k in range(i, min(i + length, len(self.words)) - 1)):
-                return phrase
-        return None
+
+def _overlap(changes: Sequence[Change], others: Sequence[Change]) -> bool:
+    return any(a.start < b.stop and b.start < a.stop for a in changes for b in others)
 
 
 def _looks_plural(word: str) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +28,14 @@ from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import LIST
-from t2i_align.inference.options import PRECISIONS, check_counts, check_precision, memory_for, pick_device
-from t2i_align.inference.scorers import build_scorers, unscorable
+from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
-IMAGE, SCORER = ("image", "sha256", "prompt"), ("scorer", "version")
-KEY = (*IMAGE, *SCORER)  # primary key of a row
+KEY = ("image", "sha256", "prompt", "scorer", "version")  # primary key of a row
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in KEY),
@@ -82,34 +78,41 @@ def score(
     Raises:
         UserError: a list, row, scorer or device that cannot be used.
     """
-    check_counts(batch_size=batch_size)
-    check_precision(precision)
+    check_options(precision, batch_size=batch_size)
     processes = Distributed()
     place = pick_device(device or processes.device)
     candidates, total = _candidates(images)
     table = None if out is None else ResumableTable(out, KEY, schema=SCHEMA, rank=processes.rank)
     with table.begun() if table else nullcontext():
         written = {table.key_of(row): row for row in table.rows()} if table else {}
-        runs = [_ScorerRun(scorer.to(place), torch.device(place).type, precision) for scorer in build_scorers(scorers)]
-        totals = {run.scorer.name: np.zeros(3) for run in runs}  # sum, scored, not scored
+        built = [scorer.to(place) for scorer in build_scorers(scorers)]
+        totals = {scorer.name: np.zeros(3) for scorer in built}  # sum, scored, not scored
         with (
+            torch.no_grad(),
+            torch.autocast(torch.device(place).type, PRECISIONS[precision], enabled=precision != "fp32"),
             tqdm(total=total, unit="img", disable=not progress or processes.rank > 0) as bar,
             ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
         ):
             for index, batch in enumerate(iter(lambda: list(islice(candidates, batch_size)), [])):
                 if index % processes.world == processes.rank:
-                    rows = _score_batch(runs, batch, written, pool)
+                    rows = _score_batch(built, batch, written, pool)
                     if table:
                         table.add(rows)
                     for row in rows:
-                        if "error" in row or row.get("score") is not None:
-                            totals[row["scorer"]] += (row.get("score") or 0, "error" not in row, "error" in row)
+                        scored = row.get("score") is not None  # not so where a scorer gives NaN
+                        totals[row["scorer"]] += (row["score"] if scored else 0, scored, "error" in row)
                 bar.update(len(batch))
-        processes.wait()
+        everywhere = processes.gather(totals)  # waits for all of them
         if table and processes.rank == 0:
             table.merge()
-    everywhere = processes.gather(totals)
-    return _means({name: sum(part[name] for part in everywhere) for name in totals}, report=processes.rank == 0)
+    means = {}
+    for name in totals:
+        value, scored, failed = sum(part[name] for part in everywhere)
+        means[name] = float(value / scored) if scored else float("nan")
+        if processes.rank == 0:
+            note = f"; {failed:.0f} could not be scored" if failed else ""
+            print(f"{name}: mean {means[name]:.4f} over {scored:.0f} images{note}")
+    return means
 
 
 @dataclass(frozen=True)
@@ -124,20 +127,9 @@ class _Candidate:
     prompt: str
     error: str = ""
 
-    @cached_property
-    def sha256(self) -> str | None:
-        """Hash of the file or its frames: all models' images have the same names; None if it cannot be read."""
-        if self.error:
-            return None
-        if isinstance(self.media, bytes):
-            return hashlib.sha256(self.media).hexdigest()
-        try:
-            if not self.media.is_dir():
-                return hashlib.sha256(self.media.read_bytes()).hexdigest()
-            names = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in frame_files(self.media)]
-            return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        except (OSError, ValueError):  # ValueError: a name that no file can have
-            return None
+    def key(self) -> tuple[str, str | None, str]:
+        """Name, hash (all models' images have the same names; None where it cannot be read) and prompt."""
+        return self.image, None if self.error else _sha256(self.media), self.prompt
 
     def load(self) -> Image.Image | Tensor | str:
         """The image, the clip, or why there is none."""
@@ -148,76 +140,55 @@ class _Candidate:
             return str(error)
 
 
-@dataclass(frozen=True)
-class _ScorerRun:
-    """A scorer on its device, in its precision."""
-
-    scorer: Scorer
-    device: str
-    precision: str
-
-    @cached_property
-    def identity(self) -> tuple[str, str]:
-        """Name and version of its numbers, which also depend on rounding and on how images are decoded."""
-        with self.autocast():
-            return self.scorer.name, self.scorer.recorded_version
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
-
-    @torch.no_grad()
-    def rows(self, batch: Sequence[_Candidate], media: Mapping[int, Any], indices: Collection[int]) -> Iterator[Row]:
-        """A row for each of these candidates of a batch: score and parts, or the error."""
-        with self.autocast():
-            errors = {
-                i: media[i] if isinstance(media[i], str) else unscorable([self.scorer], batch[i].prompt)
-                for i in indices
-            }
-            yield from (self._row(batch[i], error=error) for i, error in errors.items() if error)
-            usable = [i for i in indices if not errors[i]]
-            stills = [i for i in usable if isinstance(media[i], Image.Image)]
-            for part in ([stills] if stills else []) + [[i] for i in usable if i not in stills]:
-                try:
-                    with memory_for(len(part)):
-                        images = [media[i] for i in part]
-                        # A clip is scored by itself.
-                        inputs = images if part == stills else images[0].unsqueeze(0).float() / 255
-                        total, parts = self.scorer.judge(inputs, [batch[i].prompt for i in part])
-                except ScorerError as error:
-                    raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
-                for place, i in enumerate(part):
-                    values = {name: number(values[place].item()) for name, values in parts.items()}
-                    row = self._row(batch[i], score=number(total[place].item()))
-                    yield row | ({"parts": values} if values else {})
-
-    def _row(self, candidate: _Candidate, **values: Any) -> Row:
-        return dict(zip(KEY, (*attrgetter(*IMAGE)(candidate), *self.identity), strict=True)) | values
+def _sha256(media: Media) -> str | None:
+    """Hash of an image or of a clip's frames; None if it cannot be read."""
+    try:
+        if isinstance(media, Path) and media.is_dir():
+            return _sha256(json.dumps([(file.name, _sha256(file)) for file in frame_files(media)]).encode())
+        return hashlib.sha256(media if isinstance(media, bytes) else media.read_bytes()).hexdigest()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
 
 
 def _score_batch(
-    runs: Sequence[_ScorerRun], batch: Sequence[_Candidate], written: Mapping[Any, Row], pool: ThreadPoolExecutor
+    scorers: Sequence[Scorer], batch: Sequence[_Candidate], written: Mapping[Any, Row], pool: ThreadPoolExecutor
 ) -> list[Row]:
     """A row for each scorer and image: what an earlier run wrote, or a new one."""
-    subjects = list(pool.map(attrgetter(*IMAGE), batch))  # hashes the files
-    new = {run: [i for i, subject in enumerate(subjects) if (*subject, *run.identity) not in written] for run in runs}
+    images = [*pool.map(_Candidate.key, batch)]  # hashes the files
+    keys = {scorer: [(*image, scorer.name, scorer.recorded_version) for image in images] for scorer in scorers}
+    new = {scorer: [i for i, key in enumerate(own) if key not in written] for scorer, own in keys.items()}
     unread = sorted({i for indices in new.values() for i in indices})  # the others are not opened
     media = dict(zip(unread, pool.map(_Candidate.load, [batch[i] for i in unread]), strict=True))
     rows = []
-    for run, indices in new.items():
-        keys = [(*subject, *run.identity) for subject in subjects]
-        rows += [written[key] for key in keys if key in written]
-        rows += run.rows(batch, media, indices)
+    for scorer, own in keys.items():
+        judged = iter(_judge(scorer, [batch[i] for i in new[scorer]], [media[i] for i in new[scorer]]))
+        for key in own:
+            rows.append(written[key] if key in written else dict(zip(KEY, key, strict=True)) | next(judged))
     return rows
 
 
-def _means(totals: Mapping[str, np.ndarray], *, report: bool) -> dict[str, float]:
-    means = {}
-    for name, (total, scored, failed) in totals.items():
-        means[name] = float(total / scored) if scored else float("nan")
-        if report:
-            note = f"; {failed:.0f} could not be scored" if failed else ""
-            print(f"{name}: mean {means[name]:.4f} over {scored:.0f} images{note}")
-    return means
+def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Image | Tensor | str]) -> list[Row]:
+    """The score and parts of each candidate, or the error."""
+    rows: list[Row] = []
+    for candidate, one in zip(batch, media, strict=True):
+        error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
+        rows.append({"error": error} if error else {})
+    usable = [i for i, row in enumerate(rows) if not row]
+    stills = [i for i in usable if isinstance(media[i], Image.Image)]
+    for part in [*([stills] if stills else []), *([i] for i in usable if i not in stills)]:
+        inputs: Any = [media[i] for i in part]
+        if part is not stills:  # a clip is scored by itself
+            inputs = inputs[0].unsqueeze(0).float() / 255
+        try:
+            with memory_for(len(part)):
+                total, parts = scorer.judge(inputs, [batch[i].prompt for i in part])
+        except ScorerError as error:
+            raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
+        for place, i in enumerate(part):
+            rows[i]["score"] = number(total[place].item())
+            if parts:
+                rows[i]["parts"] = {name: number(values[place].item()) for name, values in parts.items()}
+    return rows
 
 
 # Sources: an image with a prompt is a group with one candidate -----------------------------------------------------
@@ -235,7 +206,7 @@ def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
         store = Store(path)
         if "conditioning" in store.manifest:
             raise UserError(f"{source}: holds encoded latents, not images; score the source they were encoded from")
-        return _flat(_stored(store)), int(store.k.sum())
+        return _stored(store), int(store.k.sum())
     columns = {*tables.columns(file)} if file.suffix in (JSONL, PARQUET) else set()
     if columns & {*IMAGE_KEYS} and not columns & {*GROUP_KEYS}:
         rows = tables.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS))
@@ -265,12 +236,11 @@ def _flat(items: Iterable[Group | Skipped]) -> Iterator[_Candidate]:
                 yield _Candidate(f"{item.id}#{place}", media, item.prompt)
 
 
-def _stored(store: Store) -> Iterator[Group]:
+def _stored(store: Store) -> Iterator[_Candidate]:
     for index in range(len(store)):
         shard, row = store.group(index)
-        media, prompt, name = store.media(index), shard.groups["prompt"][row].as_py(), shard.ids[row].as_py()
-        scores = tuple(map(float, shard.scores[row]))
-        yield Group(id=name, prompt=prompt, candidates=tuple(media), scores=scores, origin=str(store.path))
+        for place, media in enumerate(store.media(index)):
+            yield _Candidate(f"{shard.ids[row].as_py()}#{place}", media, shard.groups["prompt"][row].as_py())
 
 
 def _listed(row: tables.Row, file: Path) -> _Candidate:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,16 +33,13 @@ from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.generate import sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
-from t2i_align.inference.options import check_counts, check_precision, pick_device
-from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.inference.scorers import build_scorers, unscorable
-from t2i_align.labeling.groups import Batch, Summary, fill
+from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
+from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, claim, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
-    from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
 SCORED_AT_ONCE = 8  # images, where no batch size is given
@@ -99,8 +96,7 @@ def synthesize(
         UserError: an argument that cannot be used, or a folder begun with other settings.
     """
     texts = list(dict.fromkeys(resolve_prompts(prompts)))
-    check_counts(per_prompt=per_prompt, steps=steps, batch_size=batch_size)
-    check_precision(precision)
+    check_options(precision, per_prompt=per_prompt, steps=steps, batch_size=batch_size)
     if pairs is not None and pairs not in PAIRS:
         raise unknown("pairs", pairs, PAIRS)
     if not 0 <= agree <= 1:
@@ -117,24 +113,31 @@ def synthesize(
     sampling = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "height": height,
                 "width": width}  # fmt: skip
     work.begin({**sampling, "precision": precision})
-    for index, name in enumerate(names):
-        work.draw(index, name, {**sampling, "batch_size": batch_size}, precision, place)
+    for index in range(len(names)):
+        work.draw(index, {**sampling, "batch_size": batch_size}, precision, place)
     work.score(batch_size or SCORED_AT_ONCE)
     return work.finish(pairs, agree)
 
 
+@dataclass
 class _Work:
     """One process's share of the prompts, and the files in `out`."""
 
-    def __init__(
-        self, out: Path, prompts: Sequence[str], models: Sequence[str], per_prompt: int, seed: int,
-        scorers: Sequence[Scorer], processes: Distributed, progress: bool,
-    ) -> None:  # fmt: skip
-        self.out, self.prompts, self.models, self.per_prompt, self.seed = out, prompts, models, per_prompt, seed
-        self.scorers, self.progress, self.rank = scorers, progress, processes.rank
-        self.margins = [scorer.tie_margin for scorer in scorers]
-        own = [i for i in range(len(prompts)) if i // BLOCK % processes.world == processes.rank]
-        self.own = {i: unscorable(scorers, prompts[i]) for i in own}  # with the reason why it cannot be scored, or ""
+    out: Path
+    prompts: Sequence[str]
+    models: Sequence[str]
+    per_prompt: int
+    seed: int
+    scorers: Sequence[Scorer]
+    processes: Distributed
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.table = ResumableTable(self.out / SCORES, rank=self.processes.rank)
+        self.margins = [scorer.tie_margin for scorer in self.scorers]
+        self.groups = [self._group(number) for number in range(len(self.prompts))]
+        own = [i for i in range(len(self.groups)) if i // BLOCK % self.processes.world == self.processes.rank]
+        self.own = {i: unscorable(self.scorers, self.prompts[i]) for i in own}  # reason why it cannot be scored, or ""
 
     def begin(self, settings: Row) -> None:
         """Start the folder, or continue one that was begun with the same settings."""
@@ -153,65 +156,77 @@ class _Work:
                 raise UserError(f"{self.out}: the folder is not empty and holds no synthesis; choose another")
             claim(self.out / SETTINGS, settings, advice="choose another folder")
 
-    def draw(self, model: int, name: str, sampling: Row, precision: str, device: str) -> None:
+    def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
         """This process's images by one model, which is loaded only where some are missing."""
-        wanted = [(i, k) for i, refused in self.own.items() if not refused for k in range(self.per_prompt)]
-        rows = [(i, k) for i, k in wanted if not self.image(i, model, k).exists()]
+        name = self.models[model]
+        wanted = [(i, k) for i, reason in self.own.items() if not reason for k in range(self.per_prompt)]
+        rows = [(i, k) for i, k in wanted if not self._image(i, model, k).exists()]
         if not rows:
             return
+        aligned = resolve_aligned(name)
+        whole = aligned.kind == "model"
+        pipeline = load_pipeline(aligned.path if whole else resolve_base(None, aligned), precision, device)
+        if pipeline.video:
+            raise UserError(f"{name}: this model makes clips; preferences are made of images here")
+        batch_size = sampling["batch_size"] or pipeline.sampling()[2]
         with (
-            _loaded(name, precision, device) as pipeline,
+            nullcontext() if whole else adapter_on(pipeline, aligned),
             tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
         ):
-            if pipeline.video:
-                raise UserError(f"{name}: this model makes clips; preferences are made of images here")
             with FileLock(self.out / ".lock"):  # refuses other weights under the same name
                 claim(self._identity(model), {"model": name, "sha256": weights_hash(pipeline.denoiser)})
-            batch_size = sampling["batch_size"] or pipeline.sampling()[2]
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, i, k) for i, k in part]
                 images = sample(pipeline, [self.prompts[i] for i, _ in part], seeds, **sampling)
                 for (i, k), image in zip(part, images, strict=True):
-                    save_image(image, self.image(i, model, k))
+                    save_image(image, self._image(i, model, k))
                 bar.update(len(part))
 
     def score(self, batch_size: int) -> None:
-        """Scores [scorers, k] of this process's prompts, or why there are none."""
-        self.table = ResumableTable(self.out / SCORES, rank=self.rank)
-        groups = [
-            Skipped(id=_name(i), origin=self._origin(i), reason=refused) if refused else self.group(i)
-            for i, refused in self.own.items()
-        ]
+        """Record the scores [scorers, k] of this process's prompts, or why there are none."""
+        own = [(self.groups[i], reason) for i, reason in self.own.items()]
+        items = [Skipped(id=one.id, origin=one.origin, reason=reason) if reason else one for one, reason in own]
 
         def annotate(batch: Batch) -> dict[str, Row]:
             return {key: {"scores": raw.tolist()} for key, raw in batch.scores(self.scorers, batch_size).items()}
 
         with self.table.begun():
-            fill(self.table, groups, annotate, total=len(groups), batch=BLOCK, progress=self.progress, what="score")
+            fill(self.table, items, annotate, total=len(items), batch=BLOCK, progress=self.progress, what="score")
 
     def finish(self, pairs: str | None, agree: float) -> Summary:
         """Write the groups, if all prompts are done."""
         scores = {row["id"]: np.array(row["scores"]) for row in self.table.rows()}
-        reasons = {row["id"]: row["reason"] for row in self.table.skips()}
-        if missing := sum(_name(i) not in scores.keys() | reasons.keys() for i in range(len(self.prompts))):
+        refused = {row["id"]: row for row in self.table.skips()}
+        if missing := sum(group.id not in scores.keys() | refused.keys() for group in self.groups):
             return Summary(out=self.out / GROUPS, missing=missing)
-        rows: list[Row] = []
-        skipped: list[Skipped] = []
         files = map(self._identity, range(len(self.models)))
         identities = [read_json(file) if file.exists() else {} for file in files]  # none if all prompts were refused
-        for i in range(len(self.prompts)):
-            group = self.group(i)
-            if group.id in reasons:
-                skipped.append(Skipped(id=group.id, origin=group.origin, reason=reasons[group.id]))
+        rows: list[Row] = []
+        skipped: list[Row] = []
+        for i, group in enumerate(self.groups):
+            if group.id in refused:
+                skipped.append(refused[group.id])
                 continue
-            for chosen in self._chosen(group, scores[group.id], pairs, agree):
-                if isinstance(chosen, Skipped):
-                    skipped.append(chosen)
-                else:
-                    rows.append(self._row(i, group, scores[group.id], chosen, identities))
-        for name, lines in ((SKIPPED, list(map(asdict, skipped))), (GROUPS, rows)):
-            with FileLock(self.out / ".lock"), atomic_file(self.out / name) as temporary:
+            raw = scores[group.id]
+            share = majority(raw, self.margins)
+            for name, chosen, reason in self._chosen(group, raw, pairs, agree):
+                if reason:
+                    skipped.append({"id": name, "origin": group.origin, "reason": reason})
+                    continue
+                places = [divmod(place, self.per_prompt) for place in chosen]
+                row = {
+                    "id": name,
+                    "prompt": group.prompt,
+                    "images": [self._image(i, model, k).relative_to(self.out).as_posix() for model, k in places],
+                    "scores": share[chosen].tolist(),
+                    "by_scorer": by_scorer(self.scorers, raw[:, chosen]),
+                    "seeds": [sample_seed(self.seed, i, k) for _, k in places],
+                    "models": [identities[model] for model, _ in places],
+                }
+                rows.append(row)
+        for file, lines in ((SKIPPED, skipped), (GROUPS, rows)):
+            with FileLock(self.out / ".lock"), atomic_file(self.out / file) as temporary:
                 temporary.touch()
                 append_line(temporary, *lines)
         if not rows:
@@ -219,54 +234,32 @@ class _Work:
         why = self.out / SKIPPED if skipped else None
         return Summary(out=self.out / GROUPS, groups=len(rows), skipped=len(skipped), why_skipped=why)
 
-    def group(self, prompt: int) -> Group:
-        """A prompt's group, its candidates in the order of models and seeds."""
-        media = [self.image(prompt, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
-        return Group(id=_name(prompt), prompt=self.prompts[prompt], candidates=tuple(media),
-                     scores=(0.0,) * len(media), origin=self._origin(prompt))  # fmt: skip
-
-    def image(self, prompt: int, model: int, k: int) -> Path:
-        return self.out / "images" / _name(prompt) / f"{model}-{k}.png"
-
     def _chosen(
         self, group: Group, raw: np.ndarray, pairs: str | None, agree: float
-    ) -> Iterator[tuple[int, ...] | Skipped]:
-        """The places of the candidates of each group that is wanted, or why there is none."""
+    ) -> Iterator[tuple[str, list[int], str]]:
+        """Of each group that is wanted: its id, the places of its candidates, and why it is left out, or ""."""
         order = np.argsort(-majority(raw, self.margins), kind="stable").tolist()
         prefers = shares(raw, self.margins)
         for better, worse in combinations(order, 2) if pairs == "all" else [(order[0], order[-1])]:
-            share, name = prefers[better, worse], group.id if pairs is None else f"{group.id}#{better}-{worse}"
-            if pairs is not None and share == prefers[worse, better]:
-                yield Skipped(id=name, origin=group.origin, reason="the scorers prefer neither")
+            share, reason = prefers[better, worse], ""
+            if pairs and share == prefers[worse, better]:
+                reason = "the scorers prefer neither"
             elif share < agree:
                 reason = f"{share:.2f} of the scorers prefer the better one, expected at least {agree:g}"
-                yield Skipped(id=name, origin=group.origin, reason=reason)
-            else:
-                yield (better, worse) if pairs else tuple(range(raw.shape[1]))
+            chosen = [better, worse] if pairs else sorted(order)
+            yield f"{group.id}#{better}-{worse}" if len(chosen) < len(order) else group.id, chosen, reason
 
-    def _row(
-        self, prompt: int, group: Group, raw: np.ndarray, chosen: tuple[int, ...], identities: Sequence[Row]
-    ) -> Row:
-        share = majority(raw, self.margins)
-        places = [divmod(place, self.per_prompt) for place in chosen]
-        return {
-            "id": group.id if len(chosen) == len(group.candidates) else f"{group.id}#{chosen[0]}-{chosen[1]}",
-            "prompt": group.prompt,
-            "images": [self.image(prompt, model, k).relative_to(self.out).as_posix() for model, k in places],
-            "scores": [float(share[place]) for place in chosen],
-            "by_scorer": {
-                scorer.name: {"version": scorer.version, "scores": [float(scores[place]) for place in chosen]}
-                for scorer, scores in zip(self.scorers, raw, strict=True)
-            },
-            "seeds": [sample_seed(self.seed, prompt, k) for _, k in places],
-            "models": [identities[model] for model, _ in places],
-        }
+    def _group(self, number: int) -> Group:
+        """A prompt's group, its candidates in the order of models and seeds."""
+        media = [self._image(number, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
+        return Group(id=_name(number), prompt=self.prompts[number], candidates=tuple(media),
+                     scores=(0.0,) * len(media), origin=f"{self.out}, prompt {number}")  # fmt: skip
+
+    def _image(self, prompt: int, model: int, k: int) -> Path:
+        return self.out / "images" / _name(prompt) / f"{model}-{k}.png"
 
     def _identity(self, model: int) -> Path:
         return self.out / f"model-{model}.json"
-
-    def _origin(self, prompt: int) -> str:
-        return f"{self.out}, prompt {prompt}"
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -276,17 +269,6 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _loaded(name: str, precision: str, device: str) -> Iterator[TrainablePipeline]:
-    aligned = resolve_aligned(name)
-    if aligned.kind == "model":
-        yield load_pipeline(aligned.path, precision, device)
-        return
-    pipeline = load_pipeline(resolve_base(None, aligned), precision, device)
-    with adapter_on(pipeline, aligned):
-        yield pipeline
 
 
 def _name(prompt: int) -> str:

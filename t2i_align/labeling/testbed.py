@@ -25,14 +25,10 @@ class DrawnCaptioner:
     name = "testbed:captioner"
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-        arrays = [np.asarray(_at_size(image), np.uint8) for image in images]
+        sized = (image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images)
+        arrays = [np.asarray(image, np.uint8) for image in sized]
         views = look(np.stack(arrays).astype(np.float32) / 255)
         return [_describe(view, zlib.crc32(array.tobytes())) for view, array in zip(views, arrays, strict=True)]
-
-
-def _at_size(image: Image.Image) -> Image.Image:
-    image = image.convert("RGB")
-    return image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
 def _describe(view: View, seed: int) -> str:

@@ -96,10 +96,5 @@ class SoftREPA(Objective):
         clean = repeated.latents.flatten(0, 1)
         noise = rng.normal("noise", clean.shape[1:])[:1].expand_as(clean)
         timesteps = rng.timesteps()[:1].expand(len(clean))
-        return Noised(
-            latents=rng.process.add_noise(clean, noise, timesteps),
-            timesteps=timesteps,
-            target=rng.process.target(clean, noise, timesteps),
-            conditioning=with_sizes(shifted(batch.conditioning, count), repeated),
-            groups=groups,
-        )
+        conditioning = with_sizes(shifted(batch.conditioning, count), repeated)
+        return Noised.at(rng.process, clean, noise, timesteps, conditioning, groups)

@@ -17,9 +17,14 @@ from scipy.optimize import minimize_scalar
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.options import check_counts, memory_for, pick_device
-from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.inference.scorers import build_scorers, unscorable
+from t2i_align.inference.options import (
+    build_scorers,
+    check_options,
+    memory_for,
+    pick_device,
+    resolve_prompts,
+    unscorable,
+)
 from t2i_align.reward_models.plots import line_plot, reliability_plot
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
 from t2i_align.reward_models.train import Accuracy, measure, pairs
@@ -110,7 +115,7 @@ def audit(
     Raises:
         UserError: data, scorers or prompts that cannot be used.
     """
-    check_counts(batch_size=batch_size, prompt_count=prompt_count, limit=limit)
+    check_options(batch_size=batch_size, prompt_count=prompt_count, limit=limit)
     place, folder = pick_device(device), Path(out).expanduser()
     asked = resolve_prompts(prompts)[:prompt_count] if optimise else []
     for prompt in asked:

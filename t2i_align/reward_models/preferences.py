@@ -20,8 +20,8 @@ from t2i_align.data.encode import Undecoded, check_space
 from t2i_align.data.loader import digest, source_fingerprint
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.prepare import write
-from t2i_align.data.readers import Selection
-from t2i_align.data.splits import is_held_out
+from t2i_align.data.schema import Selection
+from t2i_align.data.spec import is_held_out
 from t2i_align.data.store import Store, is_complete
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig

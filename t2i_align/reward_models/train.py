@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from t2i_align.reward_models.preferences import NO_USER, Preferences, open_prefe
 from t2i_align.training.loop import Loop, Task
 from t2i_align.training.output import check_output, write_settings
 from t2i_align.training.weights import Weights
-from t2i_align.utils.files import output_lock, write_json
+from t2i_align.utils.files import atomic_folder, output_lock, write_json
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -203,18 +202,14 @@ class Model:
         return torch.cat(found)
 
     def save(self, run: ScorerRun, folder: Path) -> None:
-        """Write the scorer as `trained:` reads it, to a temporary name first."""
-        temporary = folder.with_name(f".writing_{folder.name}")
-        temporary.mkdir(exist_ok=True)
-        if isinstance(self.policy, WholeClip):
-            self.policy.save(temporary / CLIP)
-        else:
-            state = self.policy.network.state_dict()
-            save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / HEAD)
-        write_json(temporary / METADATA, self.told)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        """Write the scorer as `trained:` reads it, atomically."""
+        with atomic_folder(folder) as temporary:
+            if isinstance(self.policy, WholeClip):
+                self.policy.save(temporary / CLIP)
+            else:
+                state = self.policy.network.state_dict()
+                save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / HEAD)
+            write_json(temporary / METADATA, self.told)
 
 
 def with_users(head: PAL, count: int) -> None:

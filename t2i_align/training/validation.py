@@ -13,8 +13,7 @@ from torchvision.utils import make_grid, save_image
 from t2i_align.config import RunConfig
 from t2i_align.data.media import save_clip
 from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.inference.prompts import resolve_prompts
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers, resolve_prompts
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline

@@ -19,17 +19,13 @@ class Distributed:
         local = os.environ.get("LOCAL_RANK")
         self.device = f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
 
-    def wait(self) -> None:
-        """Return when all processes have called this."""
-        if self.world > 1:
-            from accelerate import PartialState
-
-            PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
-
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process, in every process."""
+        """The value of each process, in every process; returns when all have called this."""
+        if self.world == 1:
+            return [value]
+        from accelerate import PartialState
         from accelerate.utils import gather_object
 
-        self.wait()  # starts the process group
-        values: list[Any] = gather_object([value]) if self.world > 1 else [value]
+        PartialState(cpu=not torch.accelerator.is_available())  # starts the process group
+        values: list[Any] = gather_object([value])
         return values

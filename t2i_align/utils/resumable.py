@@ -8,7 +8,7 @@ FILE.settings.json    what the rows are made with, and whether all are there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -114,9 +114,8 @@ class ResumableTable:
         """Move the part files into `out`, when all processes are done."""
         parts = self._parts()
         if self.out.suffix == PARQUET and parts:
-            rows = [self._with_maps(row, lambda value: list(value.items())) for row in self.rows()]
             with atomic_file(self.out) as temporary:
-                pq.write_table(pa.Table.from_pylist(rows, self.schema), temporary)
+                pq.write_table(pa.Table.from_pylist(list(self.rows()), self.schema), temporary)
         elif parts:
             there = {self.key_of(row) for row in self._read(self.out)}
             append_line(self.out, *(row for row in self.rows() if self.key_of(row) not in there))
@@ -135,13 +134,7 @@ class ResumableTable:
         if file.suffix == JSONL or not file.is_file():
             return whole_lines(file, repair=file == self.file)
         try:
-            rows = pq.read_table(file).to_pylist()
+            rows = pq.read_table(file).to_pylist(maps_as_pydicts="strict")
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable parquet file: {error}") from error
-        present = ({name: v for name, v in row.items() if v is not None or name in self.key} for row in rows)
-        return [self._with_maps(row, dict) for row in present]
-
-    def _with_maps(self, row: Row, convert: Callable[[Any], Any]) -> Row:
-        """Convert values of map columns, which pyarrow represents as lists of pairs."""
-        maps = {field.name for field in self.schema or () if pa.types.is_map(field.type)}
-        return {name: convert(value) if name in maps and value else value for name, value in row.items()}
+        return [{name: v for name, v in row.items() if v is not None or name in self.key} for row in rows]

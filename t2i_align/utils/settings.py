@@ -11,8 +11,10 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import field, fields
-from functools import wraps
+from functools import reduce, wraps
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin
 
@@ -68,21 +70,25 @@ def settings(cls: type[T]) -> type[T]:
 
 def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and apply `key=value` overrides (dots reach inside: `objective.beta=2000`)."""
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
     return build(cls, with_overrides(values, overrides))
 
 
+def read_yaml(file: str | Path) -> Any:
+    """What a YAML file holds; raises UserError naming it."""
+    try:
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from error
+
+
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of nested `values` with each `a.b=value` applied; values are read as YAML."""
-    out = _copy(values)
+    out = deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -116,10 +122,6 @@ def expected(cls: type, name: str) -> str:
     return str(_described(cls, name) or choices or getattr(annotation, "__name__", annotation))
 
 
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-
-
 # Error messages -----------------------------------------------------------------------------------------------------
 
 
@@ -145,18 +147,13 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
         return f"{name}: unknown key.{nearest(last, known)} Choices: {', '.join(known)}."
     if first["type"] == "missing":
         return f"{name}: missing key"
-    if first["type"] == "dataclass_type":
-        return f"{name} must be a mapping of keys, found {_shown(first['input'])}"
-    given = first["input"]
-    if len(details) > 1:  # of a union
-        given = values
-        for part in key:
-            given = given[part]
+    given = reduce(getitem, key, values)
+    shown = "null" if given is None else repr(given)
     if not first["msg"].startswith("Input should be"):
-        return f"{name}: {first['msg']}, found {_shown(given)}"
+        return f"{name}: {first['msg']}, found {shown}"
     expected = _described(section, last) or " or ".join(dict.fromkeys(map(_expected, details)))
     hint = nearest(given, re.findall(r"'(.*?)'", expected))
-    return f"{name} must be {expected}, found {_shown(given)}{'.' * bool(hint)}{hint}"
+    return f"{name} must be {expected}, found {shown}{'.' * bool(hint)}{hint}"
 
 
 def _described(section: Any, name: str) -> str | None:
@@ -170,12 +167,10 @@ def _described(section: Any, name: str) -> str | None:
 
 
 def _expected(detail: ErrorDetails) -> str:
+    if detail["type"] == "dataclass_type":
+        return "a mapping of keys"
     text = detail["msg"].removeprefix("Input should be ")
     return re.sub(r", (unable|got) .*", "", text).replace("valid integer", "whole number").replace("valid ", "")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value)
 
 
 def _key(cls: type, loc: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import pytest
 
 from t2i_align.errors import UserError
 from t2i_align.evaluation import compare
-from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.options import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
 from t2i_align.utils.files import WRITING
 

@@ -13,11 +13,10 @@ from PIL import Image
 
 from t2i_align.cli import main
 from t2i_align.data import readers
-from t2i_align.data.inspect import inspect
+from t2i_align.data.inspect import fingerprint, inspect
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
-from t2i_align.data.spec import split
-from t2i_align.data.survey import fingerprint
+from t2i_align.data.splits import split
 from t2i_align.errors import UserError
 from tests import formats
 from tests.data.test_examples import noise_jpeg

@@ -23,12 +23,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipelines import PipelineError
+from pipelines.process import RectifiedFlow
 from t2i_align.data import encode, prepare
 from t2i_align.data.encode import Latents
 from t2i_align.data.prepare import write
-from t2i_align.data.readers import Selection, read, survey
-from t2i_align.data.schema import Group
+from t2i_align.data.readers import read, survey
+from t2i_align.data.schema import Group, Selection
 from t2i_align.data.store import Store
+from t2i_align.diffusion.noising import drop_captions
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from tests.data.test_examples import (
     StandIn,
@@ -398,3 +401,46 @@ def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> No
     assert (out / "shard-00002").is_dir() and not (out / "shard-00001").exists()
     make(source, out)
     assert contents(out) == contents(tmp_path / "alone")
+
+
+# Conditioning of varying length --------------------------------------------------------------------------------------
+
+
+class Varying(StandIn):
+    """As many tokens as the prompt has letters, padded to the longest of a call, in bfloat16."""
+
+    conditioning_dtype = torch.bfloat16
+    conditioning_masks = {"embeds": "mask"}
+
+    def encode_prompts(self, prompts: Any) -> dict[str, Tensor]:
+        longest = max(1, *map(len, prompts))
+        letters = [[*map(ord, prompt), *[0] * (longest - len(prompt))] for prompt in prompts]
+        mask = torch.arange(longest) < torch.tensor([max(1, len(prompt)) for prompt in prompts])[:, None]
+        return {"embeds": torch.tensor(letters).float()[..., None].expand(-1, -1, 2) / 3, "mask": mask}
+
+
+def test_sequences_of_varying_length_are_padded_per_batch(tmp_path: Path) -> None:
+    """Stored at their own length: 2 values of 2 bytes a letter; a batch's captions are as long as its prompts."""
+    texts = [("ab", "abcdef"), ("abcd", "x")]
+    items = [
+        Group(id=str(n), prompt=prompt, candidates=(jpeg(0), jpeg(1)), scores=(1, 0), origin="x", negative_caption=text)
+        for n, (prompt, text) in enumerate(texts)
+    ]  # fmt: skip
+    write(items, encoder(Varying()), tmp_path / "out", fingerprint=PARTS, progress=False)
+    groups = Store(tmp_path / "out")
+    stored = [groups.shard(0).texts["embeds"][row] for row in range(5)]
+    assert [value.nbytes for value in stored] == [4 * max(1, n) for n in (0, 2, 6, 4, 1)]
+    columns = ("negative_caption",)
+    batch = groups.to_batch(groups.fetch([(0, 0), (0, 1)], columns=columns), torch.device("cpu"))
+    expected = Varying().encode_prompts([prompt for prompt, _ in texts] + [text for _, text in texts])
+    for place, conditioning in enumerate((batch.conditioning, batch.negative_caption)):
+        own = slice(2 * place, 2 * place + 2)
+        assert torch.equal(conditioning["embeds"], expected["embeds"][own].bfloat16().float())
+        assert torch.equal(conditioning["mask"], expected["mask"][own])
+    (alone,) = [groups.to_batch(groups.fetch([(0, 1)]), torch.device("cpu")).conditioning["embeds"].shape]
+    assert alone == (1, 4, 2)
+    batch = groups.to_batch(groups.fetch([(0, 0)]), torch.device("cpu"))
+    empty = groups.empty_conditioning(torch.device("cpu"))
+    for share, kept in ((0.0, 2), (1.0, 0)):
+        dropped = drop_captions(batch, empty, SampleRNG(0, batch.keys, RectifiedFlow()), share).conditioning
+        assert int((dropped["embeds"][0, :, 0] > 0).sum()) == kept and dropped["embeds"].shape[1] == 2

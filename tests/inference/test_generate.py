@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import pipelines
 from t2i_align.errors import UserError
-from t2i_align.inference.generate import generate, sample, sample_seed, to_images
+from t2i_align.inference.generate import generate, sample, sample_seed
 from tests.tiny import randomise_lora
 
 FAST = {"steps": 2, "guidance": 2.0, "progress": False}
@@ -87,7 +87,7 @@ def test_lora_scale_lies_between_base_and_lora(sd_path: Path, tmp_path: Path) ->
 def test_a_negative_prompt_reaches_the_pipeline_and_is_listed(sd_path: Path, tmp_path: Path) -> None:
     file = generate(sd_path, ["cat"], tmp_path / "out", negative_prompt="dog", **FAST)
     options = {"steps": 2, "guidance": 2.0, "negative_prompt": "dog"}
-    expected = to_images(pipelines.load(sd_path).generate(["cat"], [sample_seed(0, 0, 0)], **options))[0]
+    expected = sample(pipelines.load(sd_path), ["cat"], [sample_seed(0, 0, 0)], **options)[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "00000.png")), np.asarray(expected))
     generate(sd_path, ["cat"], tmp_path / "plain", **FAST)
     assert Image.open(tmp_path / "plain" / "00000.png").tobytes() != expected.tobytes()
@@ -122,7 +122,8 @@ def test_pixels_are_rounded_to_bytes_as_in_diffusers() -> None:
     """0.998 · 255 = 254.49 → 254 and 0.9981 · 255 = 254.52 → 255: rounded, not cut off."""
     pixels = torch.full((1, 3, 1, 2), 0.998)
     pixels[..., 1] = 0.9981
-    assert np.asarray(to_images(pixels)[0])[0, :, 0].tolist() == [254, 255]
+    pipeline = SimpleNamespace(generate=lambda *arguments, **options: pixels)
+    assert np.asarray(sample(pipeline, ["cat"], [0], batch_size=1)[0])[0, :, 0].tolist() == [254, 255]
 
 
 def test_bad_input_is_named(sd_path: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.models import Aligned, resolve_adapter, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.prompts import resolve_prompts
+from t2i_align.inference.options import resolve_prompts
 
 
 @pytest.mark.parametrize("text", ["./foxs", "~/foxs", "/foxs", "a/b/foxs", "runs/foxs", "foxs"])
@@ -63,14 +63,14 @@ def test_the_base_of_a_training_run_comes_with_its_revision(tmp_path: Path) -> N
 def test_an_ambiguous_folder_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UserError, match=r"2 LoRA files here; name one: a.safetensors, b.safetensors"):
+    with pytest.raises(UserError, match=r"holds 2 models or LoRAs; name one: a.safetensors, b.safetensors"):
         resolve_aligned(tmp_path)
     assert resolve_aligned(tmp_path / "a.safetensors").kind == "lora"
     save_file({"model.diffusion_model.weight": torch.zeros(1)}, tmp_path / "single.safetensors")
     assert resolve_aligned(tmp_path / "single.safetensors").kind == "model"
     for name in ("lora", "model"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match="holds lora/ and model/"):
+    with pytest.raises(UserError, match="name one: lora/, model/"):
         resolve_aligned(tmp_path / "run")
 
 

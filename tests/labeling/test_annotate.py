@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from t2i_align.labeling.annotate import caption, perturb, relabel
 from t2i_align.testbed.captions import corrupt, describe, draw_for, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
+from t2i_align.utils.files import append_line, whole_lines
+from tests.formats import lines
 from tests.labeling.test_models import blip, t5
 
 GROUPS = 11
@@ -35,26 +36,30 @@ def source(tmp_path: Path) -> Path:
     """
     folder = tmp_path / "source"
     folder.mkdir()
-    lines = []
     for i in range(GROUPS):
         rng = np.random.default_rng(i)
         truth = describe(sample_scene(rng, kind="pair"), rng)
         wrong = corrupt(truth, "relation", rng)
         assert wrong is not None
         images = [render(draw_for(truth, rng)), degrade(render(draw_for(wrong, rng)), rng)]
-        order = [1, 0] if i % 3 == 2 else [0, 1]
-        for side, which in enumerate(order):
-            Image.fromarray(to_uint8(images[which])).save(folder / f"{i}_{side}.png")
-        scores = [1 - which if i != 4 else 0 for which in order]
-        row = {"id": f"g{i}", "prompt": write(truth, rng), "images": [f"{i}_0.png", f"{i}_1.png"], "scores": scores}
-        lines.append(json.dumps(row) + "\n")
+        names = [f"{i}_0.png", f"{i}_1.png"]
+        for name, which in zip(names, (better(i), 1 - better(i)), strict=True):
+            Image.fromarray(to_uint8(images[which])).save(folder / name)
+        scores = [0, 0] if i == 4 else [1 - better(i), better(i)]
+        append_line(
+            folder / "pairs.jsonl", {"id": f"g{i}", "prompt": write(truth, rng), "images": names, "scores": scores}
+        )
     (folder / "5_1.png").write_bytes(b"no image")
-    (folder / "pairs.jsonl").write_text("".join(lines))
     return folder / "pairs.jsonl"
 
 
+def better(number: int | str) -> int:
+    """The place of the better candidate in the group of this number or id."""
+    return int(int(str(number).removeprefix("g")) % 3 == 2)
+
+
 def rows(file: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in map(json.loads, file.read_text().splitlines())}
+    return {row["id"]: row for row in whole_lines(file)}
 
 
 def skipped(out: Path) -> dict[str, str]:
@@ -75,28 +80,25 @@ def test_variant_c_describes_every_image_in_source_order(source: Path, tmp_path:
     assert list(written) == [f"g{i}" for i in range(GROUPS) if i != 5]
     assert (summary.groups, summary.skipped, str(summary.why_skipped)) == (10, 1, f"{out}.skipped.jsonl")
     assert skipped(out) == {"g5": "candidate 1: not an image in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF)"}
-    for i in range(GROUPS):
-        if i == 5:
-            continue
-        stated = parse(prompts(source)[f"g{i}"]).canonical()
-        shown = [parse(text).canonical() for text in written[f"g{i}"]["captions"]]
-        better = 1 if i % 3 == 2 else 0
-        assert shown[better].relation == stated.relation
-        assert [p.shape for p in shown[better].phrases] == [p.shape for p in stated.phrases]
-        other = shown[1 - better]
-        assert (other.relation, other.phrases) != (stated.relation, shown[better].phrases)
+    for key, row in written.items():
+        stated = parse(prompts(source)[key]).canonical()
+        shown = [parse(text).canonical() for text in row["captions"]]
+        best, other = shown[better(key)], shown[1 - better(key)]
+        assert best.relation == stated.relation
+        assert [p.shape for p in best.phrases] == [p.shape for p in stated.phrases]
+        assert (other.relation, other.phrases) != (stated.relation, best.phrases)
 
 
 def test_variant_p_perturbs_the_prompt_for_the_loser(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.jsonl"
     caption(source, "p", out, kinds=["relation"], **QUIET)
     assert skipped(out) == {"g4": "a tie: neither candidate is the winner"}  # no image was needed
-    for i in {*range(GROUPS)} - {4}:
-        better = 1 if i % 3 == 2 else 0
-        captions, prompt = rows(out)[f"g{i}"]["captions"], prompts(source)[f"g{i}"]
-        assert captions[better] == prompt
+    assert len(rows(out)) == GROUPS - 1
+    for key, row in rows(out).items():
+        captions, prompt = row["captions"], prompts(source)[key]
+        assert captions[better(key)] == prompt
         opposite = parse(prompt).canonical().phrases[::-1]
-        assert parse(captions[1 - better]).canonical().phrases == opposite
+        assert parse(captions[1 - better(key)]).canonical().phrases == opposite
 
 
 def test_variant_h_perturbs_the_losers_description(source: Path, tmp_path: Path) -> None:
@@ -105,16 +107,14 @@ def test_variant_h_perturbs_the_losers_description(source: Path, tmp_path: Path)
     caption(source, "c", plain, captioner="testbed:captioner", **QUIET)
     assert {*skipped(out)} == {"g4", "g5"}
     for key, row in rows(out).items():
-        better = 1 if int(key[1:]) % 3 == 2 else 0
         described = rows(plain)[key]["captions"]
-        assert row["captions"][better] == described[better]
-        changed = row["captions"][1 - better]
-        assert changed != described[1 - better] and len(changed.split()) == len(described[1 - better].split())
+        assert row["captions"][better(key)] == described[better(key)]
+        before, changed = (captions[1 - better(key)] for captions in (described, row["captions"]))
+        assert changed != before and len(changed.split()) == len(before.split())
 
 
 def test_scores_from_annotations_decide_the_winner(source: Path, tmp_path: Path) -> None:
-    scores = tmp_path / "scores.jsonl"
-    scores.write_text("".join(json.dumps({"id": f"g{i}", "scores": [0, 1]}) + "\n" for i in range(GROUPS)))
+    scores = lines(tmp_path / "scores.jsonl", [{"id": f"g{i}", "scores": [0, 1]} for i in range(GROUPS)])
     out = tmp_path / "p.jsonl"
     assert caption(source, "p", out, annotations=[scores], **QUIET).skipped == 0
     assert all(row["captions"][1] == prompts(source)[key] != row["captions"][0] for key, row in rows(out).items())
@@ -129,8 +129,7 @@ def test_negative_caption_depends_only_on_seed_and_id(source: Path, tmp_path: Pa
     assert first == again != other and len(first) == GROUPS
     for key, row in first.items():
         assert parse(row["negative_caption"]).canonical() != parse(prompts(source)[key]).canonical()
-    alike = [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()]
-    source.write_text("".join(json.dumps(row) + "\n" for row in alike))
+    lines(source, [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()])
     perturb(source, tmp_path / "alike.jsonl", **QUIET)
     assert len({row["negative_caption"] for row in rows(tmp_path / "alike.jsonl").values()}) > 3
 
@@ -156,7 +155,7 @@ def test_relabel_by_the_oracle_is_its_reward(source: Path, tmp_path: Path) -> No
         reward = Oracle().judge(pixels, [prompts(source)[key]] * 2).reward
         np.testing.assert_allclose(row["scores"], reward, rtol=1e-6)
         assert row["by_scorer"] == {"oracle": {"version": Oracle.version, "scores": row["scores"]}}
-        assert int(np.argmax(reward)) == (1 if int(key[1:]) % 3 == 2 else 0)
+        assert int(np.argmax(reward)) == better(key)
 
 
 class Fixed(Scorer):
@@ -175,9 +174,8 @@ def grey_images(folder: Path, *values: int) -> Path:
     folder.mkdir()
     for value in values:
         Image.new("L", (8, 8), value).save(folder / f"{value}.png")
-    line = {"id": "a", "prompt": "x", "images": [f"{v}.png" for v in values], "scores": [0] * len(values)}
-    (folder / "data.jsonl").write_text(json.dumps(line) + "\n")
-    return folder / "data.jsonl"
+    row = {"id": "a", "prompt": "x", "images": [f"{v}.png" for v in values], "scores": [0] * len(values)}
+    return lines(folder / "data.jsonl", [row])
 
 
 def test_several_scorers_vote(tmp_path: Path) -> None:
@@ -200,7 +198,7 @@ def test_several_scorers_vote(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows(tmp_path / "margin.jsonl")["a"]["scores"], [1.5 / 6, 3 / 6, 4.5 / 6])
 
 
-def test_groups_that_cannot_be_scored_are_skipped(tmp_path: Path) -> None:
+def test_groups_that_cannot_be_scored_or_perturbed_are_skipped(tmp_path: Path) -> None:
     data = grey_images(tmp_path / "data", 51, 0)
     with pytest.raises(UserError, match=r"none of 1 groups could be annotated; .*skipped.jsonl says why"):
         relabel(data, [Fixed("log", lambda x: x.log())], tmp_path / "a.jsonl", **QUIET)
@@ -208,17 +206,13 @@ def test_groups_that_cannot_be_scored_are_skipped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of 1"):
         relabel(data, "oracle", tmp_path / "b.jsonl", **QUIET)
     assert "cannot read the prompt 'x'" in skipped(tmp_path / "b.jsonl")["a"]
+    with pytest.raises(UserError, match="none of 1"):
+        perturb(data, tmp_path / "p.jsonl", **QUIET)
+    assert skipped(tmp_path / "p.jsonl") == {"a": "the perturber cannot change 'x'"}
     single = grey_images(tmp_path / "single", 51)
     with pytest.raises(UserError, match="none of 1"):
         relabel(single, [Fixed("a", lambda x: x), Fixed("b", lambda x: x)], tmp_path / "c.jsonl", **QUIET)
     assert relabel(single, [Fixed("a", lambda x: x)], tmp_path / "d.jsonl", **QUIET).groups == 1
-
-
-def test_prompt_without_a_possible_edit_is_skipped(tmp_path: Path) -> None:
-    data = grey_images(tmp_path / "data", 1, 2)
-    with pytest.raises(UserError, match="none of 1"):
-        perturb(data, tmp_path / "a.jsonl", **QUIET)
-    assert skipped(tmp_path / "a.jsonl") == {"a": "the perturber cannot change 'x'"}
 
 
 def test_transformers_models_write_captions(source: Path, tmp_path: Path) -> None:
@@ -283,13 +277,13 @@ def unfinish(out: Path) -> None:
 
 
 def test_skipped_and_duplicate_rows_are_recorded_once(source: Path, tmp_path: Path) -> None:
-    lines = source.read_text().splitlines()
-    source.write_text("\n".join([lines[0], lines[0], lines[1].replace("1_0.png", "gone.png"), *lines[2:4]]) + "\n")
+    first, second, *others = source.read_text().splitlines()
+    source.write_text("\n".join([first, first, second.replace("1_0.png", "gone.png"), *others[:2]]) + "\n")
     out = tmp_path / "n.jsonl"
     for _ in range(2):
         summary = perturb(source, out, **QUIET)
         assert (summary.groups, summary.skipped) == (3, 2)
-        reasons = [json.loads(line)["reason"] for line in Path(f"{out}.skipped.jsonl").read_text().splitlines()]
+        reasons = [row["reason"] for row in whole_lines(f"{out}.skipped.jsonl")]
         assert reasons == ["duplicate id 'g0'; the first group with it was kept", "no such image: gone.png"]
         unfinish(out)
 
@@ -354,10 +348,10 @@ def test_bad_input_is_named_before_anything_is_written(call: Any, says: str, sou
 
 def test_source_without_usable_groups_is_named(source: Path, tmp_path: Path) -> None:
     ties = [row | {"scores": [1, 1]} for row in rows(source).values()]
-    source.write_text("".join(json.dumps(row) + "\n" for row in ties))
+    lines(source, ties)
     with pytest.raises(UserError, match=r"no pair with a winner in it; its groups by candidates: \{2: 11\}"):
         caption(source, "p", tmp_path / "p.jsonl", **QUIET)
-    source.write_text("".join(json.dumps(row | {"prompt": " "}) + "\n" for row in ties))
+    lines(source, [row | {"prompt": " "} for row in ties])
     with pytest.raises(UserError, match=r"no group in it that can be used: .*the prompt is empty"):
         perturb(source, tmp_path / "n.jsonl", **QUIET)
 
@@ -367,9 +361,8 @@ def test_source_without_usable_groups_is_named(source: Path, tmp_path: Path) -> 
 
 def test_commands_report_counts(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "c.jsonl"
-    assert (
-        cli.main(["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner", "--out", str(out)]) == 0
-    )
+    command = ["caption", str(source), "--variant", "c", "--captioner", "testbed:captioner"]
+    assert cli.main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed == f"10 groups in {out}, 1 skipped; why: {out}.skipped.jsonl\n"
     assert cli.main(["perturb", str(source), "--out", str(out)]) == 2

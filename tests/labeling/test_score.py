@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from t2i_align.data.media import load_pixels, save_clip
 from t2i_align.errors import UserError
 from t2i_align.labeling.score import score
 from t2i_align.reward_models.preferences import open_preferences
+from t2i_align.utils.files import append_line, whole_lines
 from tests.reward_scorers.small import write_hf_clip
 
 
@@ -44,26 +45,26 @@ class Red(Scorer):
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Five reds of 0, 51, 102, 153 and 204, that is 0, 0.2, 0.4, 0.6 and 0.8."""
-    rows = []
     for i in range(5):
         Image.new("RGB", (8, 8 + i), (51 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        rows.append({"image": f"{i}.png", "prompt": f"red\u2028number {i}"})
-    file = tmp_path / "list.jsonl"
-    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
-    return file
+    return listed(tmp_path, *({"image": f"{i}.png", "prompt": f"red\u2028number {i}"} for i in range(5)))
+
+
+def listed(folder: Path, *rows: dict[str, Any], name: str = "list.jsonl") -> Path:
+    """A list of images, with an empty line at its end."""
+    append_line(folder / name, *rows)
+    with open(folder / name, "a") as stream:
+        stream.write("\n")
+    return folder / name
 
 
 def run(source: Path, scorer: Scorer, out: Path | None = None) -> float:
     return score(source, [scorer], out, batch_size=2, progress=False)[scorer.name]
 
 
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
 def test_row_has_image_scorer_version_and_parts(images: Path, tmp_path: Path) -> None:
     assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.4)
-    rows = read(tmp_path / "scores.jsonl")
+    rows = whole_lines(tmp_path / "scores.jsonl")
     assert [row["score"] for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert rows[1] | {"score": 0} == {
         "image": "1.png",
@@ -88,7 +89,10 @@ def test_killed_run_continues(images: Path, tmp_path: Path) -> None:
     assert again.seen == 1 and out.read_bytes() == text
     again.version = "2"  # other numbers: nothing counts as done
     run(images, again, out)
-    assert again.seen == 6 and len(read(out)) == 10
+    assert again.seen == 6 and len(whole_lines(out)) == 10
+    out.write_text(out.read_text().replace(f", {DECODER}", ""))  # as written before the decoder had a version
+    run(images, again, out)
+    assert again.seen == 11 and [row["version"] for row in whole_lines(out)][10:] == [f"2, {DECODER}"] * 5
 
 
 def test_autocast_is_in_the_version_and_scores_keep_their_digits(images: Path, tmp_path: Path) -> None:
@@ -96,7 +100,7 @@ def test_autocast_is_in_the_version_and_scores_keep_their_digits(images: Path, t
     out = tmp_path / "scores.jsonl"
     for precision in ("fp32", "bf16", "bf16"):
         score(images, spec, out, batch_size=5, precision=precision, progress=False)
-    rows = read(out)
+    rows = whole_lines(out)
     exact, rounded = (torch.tensor([row["score"] for row in rows[i : i + 5]]) for i in (0, 5))
     scorer_version = rows[0]["version"].removesuffix(f", {DECODER}")
     assert len(rows) == 10 and rows[5]["version"] == f"{scorer_version}, bfloat16 autocast, {DECODER}"
@@ -120,11 +124,11 @@ def test_images_are_identified_by_content_not_by_name(tmp_path: Path) -> None:
     for name, red in (("base", 51), ("aligned", 204)):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8), (red, 0, 0)).save(tmp_path / name / "00000.png")
-        (tmp_path / name / "samples.jsonl").write_text('{"prompt": "x", "file": "00000.png"}\n')
+        listed(tmp_path / name, {"prompt": "x", "file": "00000.png"}, name="samples.jsonl")
     out = tmp_path / "scores.jsonl"
     for name, mean in (("base", 0.2), ("aligned", 0.8), ("base", 0.2)):
         assert run(tmp_path / name, Red(), out) == pytest.approx(mean)
-    assert [row["score"] for row in read(out)] == pytest.approx([0.2, 0.8])  # the third call had nothing to do
+    assert [row["score"] for row in whole_lines(out)] == pytest.approx([0.2, 0.8])  # the third call had nothing to do
     (tmp_path / "base" / "00000.png").write_bytes((tmp_path / "aligned" / "00000.png").read_bytes())
     assert run(tmp_path / "base", Red(), out) == pytest.approx(0.8)  # made again in the same folder
 
@@ -149,7 +153,7 @@ def test_unreadable_images_get_a_row_with_the_error(
     frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
     assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
-    rows = {row["image"]: row for row in read(tmp_path / "scores.jsonl")}
+    rows = {row["image"]: row for row in whole_lines(tmp_path / "scores.jsonl")}
     assert "no such file" in rows["0.png"]["error"] and "score" not in rows["0.png"]
     assert "error" in rows["1.png"] and "2 frames" in rows["3.png"]["error"]
     assert "has no known range" in rows["2.png"]["error"]
@@ -174,8 +178,7 @@ def test_score_hands_over_the_pixels_that_training_decodes(tmp_path: Path) -> No
     Image.fromarray(rng.integers(0, 65536, (8, 12), dtype=np.uint16)).save(tmp_path / "sixteen.png")
     Image.frombytes("CMYK", (12, 8), noise.tobytes()).save(tmp_path / "cmyk.jpg")
     names = ("rotated.jpg", "transparent.png", "sixteen.png", "cmyk.jpg")
-    source = tmp_path / "list.jsonl"
-    source.write_text("".join(json.dumps({"image": name, "prompt": "x"}) + "\n" for name in names))
+    source = listed(tmp_path, *({"image": name, "prompt": "x"} for name in names))
     received: list[Tensor] = []
     score(source, [Recorder()], batch_size=1, progress=False)
     assert [tuple(pixels.shape[1:]) for pixels in received] == [(12, 8), (8, 12), (8, 12), (8, 12)]
@@ -183,24 +186,12 @@ def test_score_hands_over_the_pixels_that_training_decodes(tmp_path: Path) -> No
         assert torch.equal(pixels, load_pixels(tmp_path / name, *pixels.shape[1:])), name
 
 
-def test_scores_of_another_decoder_are_not_continued(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scores.jsonl"
-    run(images, Red(), out)
-    out.write_text(out.read_text().replace(f", {DECODER}", ""))  # as written before the decoder had a version
-    again = Red()
-    run(images, again, out)
-    assert again.seen == 5 and [row["version"] for row in read(out)] == ["1"] * 5 + [f"1, {DECODER}"] * 5
-
-
 def test_bad_input_is_named_before_images_are_opened(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     cases = [
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not valid JSON"),
         ("[1]", "line 1: expected an object .*, found list"),
-        (
-            '{"photo": "a.png", "prompt": "x"}',
-            "found 'photo', 'prompt'. Or give a folder .* JSONL or parquet with 'image'",
-        ),
+        ('{"photo": 1, "prompt": "x"}', "found 'photo', 'prompt'. Or give a folder .* JSONL or parquet with 'image'"),
         ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
         ('{"image": "a.png", "prompt": "\\ud800"}', "expected text under 'prompt', found"),
@@ -239,29 +230,27 @@ def test_clips_from_generate_are_scored(tmp_path: Path) -> None:
     save_clip(clip, tmp_path / "0.mp4", fps=8, lossless=True)
     save_clip(clip, tmp_path / "frames", fps=8)
     save_clip(clip[:1], tmp_path / "still", fps=8)
-    names = ["0.mp4", "frames", "still"]
-    (tmp_path / "samples.jsonl").write_text("".join(f'{{"prompt": "x", "file": "{name}"}}\n' for name in names))
+    names = ("0.mp4", "frames", "still")
+    listed(tmp_path, *({"prompt": "x", "file": name} for name in names), name="samples.jsonl")
     means = score(tmp_path, [Red(), "motion"], tmp_path / "scores.jsonl", progress=False)
     assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
-    rows = read(tmp_path / "scores.jsonl")
+    rows = whole_lines(tmp_path / "scores.jsonl")
     assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
-    assert "a single image, expected a clip of 2 frames" in rows[0]["error"]
+    assert "a single image, expected a clip of 2 frames" in rows[2]["error"]
 
 
 def test_all_sources_of_the_same_images_give_the_same_scores(images: Path, tmp_path: Path) -> None:
     """The same five images as JSONL, parquet with bytes, a ranking and prepared images."""
-    rows = [json.loads(line) for line in images.read_text(encoding="utf-8").split("\n") if line]
-    contents = [(tmp_path / row["image"]).read_bytes() for row in rows]
-    encoded = [{"bytes": content, "path": None} for content in contents]
-    table = {"image": encoded, "caption": [row["prompt"] for row in rows]}
-    pq.write_table(pa.table(table), tmp_path / "list.parquet")
-    ranking = {"prompt": "red", "images": [row["image"] for row in rows], "scores": [0, 1, 2, 3, 4]}
-    (tmp_path / "ranking.jsonl").write_text(json.dumps(ranking) + "\n")
-    index = open_preferences(str(tmp_path / "ranking.jsonl"), tmp_path / "index", progress=False).store.path
-    for source in (images, tmp_path / "list.parquet", tmp_path / "ranking.jsonl", index):
+    names = [f"{i}.png" for i in range(5)]
+    encoded = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in names]
+    pq.write_table(pa.table({"image": encoded, "caption": ["red"] * 5}), tmp_path / "list.parquet")
+    row = {"prompt": "red", "images": names, "scores": [0, 1, 2, 3, 4]}
+    ranking = listed(tmp_path, row, name="ranking.jsonl")
+    index = open_preferences(str(ranking), tmp_path / "index", progress=False).store.path
+    for source in (images, tmp_path / "list.parquet", ranking, index):
         out = tmp_path / "out" / f"{source.name}.jsonl"
         assert run(source, Red(), out) == pytest.approx(0.4), source
-        assert sorted(row["score"] for row in read(out)) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+        assert sorted(row["score"] for row in whole_lines(out)) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
         again = Red()
         assert run(source, again, out) == pytest.approx(0.4) and again.seen == 0
 
@@ -275,7 +264,9 @@ def test_parquet_output_continues_and_keeps_parts_and_errors(images: Path, tmp_p
     assert [row["image"] for row in rows if row["error"]] == ["4.png"] and dict(rows[0]["parts"]) == {"nothing": None}
     pq.write_table(pq.read_table(out).slice(0, 2), out)
     left = tmp_path / f".{out.name}.1.jsonl"  # what another process wrote before it was killed
-    left.write_text(json.dumps({k: v for k, v in rows[2].items() if k not in ("error", "parts")}) + "\n" + '{"image"')
+    append_line(left, {name: value for name, value in rows[2].items() if name not in ("error", "parts")})
+    with open(left, "a") as stream:
+        stream.write('{"image"')
     scorer = Red()
     assert run(images, scorer, out) == pytest.approx(0.3)
     assert scorer.seen == 1 and not left.exists() and pq.read_table(out).num_rows == 5
@@ -296,23 +287,19 @@ def test_output_may_have_glob_characters_or_be_a_link(ending: str, images: Path,
 
 
 def test_part_file_merged_before_a_kill_is_not_merged_twice(images: Path, tmp_path: Path) -> None:
-    run(images, Red(), tmp_path / "a.jsonl")
-    run(images, Red(), tmp_path / "b.parquet")
-    (tmp_path / ".b.parquet.0.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
-    assert run(images, Red(), tmp_path / "b.parquet") == pytest.approx(0.4)
-    assert pq.read_table(tmp_path / "b.parquet").num_rows == 5
+    table, part = tmp_path / "a.parquet", tmp_path / ".a.parquet.0.jsonl"
+    run(images, Red(), table)
+    run(images, Red(), part)
+    assert run(images, Red(), table) == pytest.approx(0.4) and pq.read_table(table).num_rows == 5
 
 
 def test_unusable_groups_are_recorded(images: Path, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "x", "chosen": "0.png", "rejected": "1.png"},
-        {"prompt": "y", "chosen": "2.png", "rejected": "no"},
-    ]
-    source = tmp_path / "pairs.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"x": ("0.png", "1.png"), "y": ("2.png", "no")}
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": other} for prompt, (chosen, other) in pairs.items()]
+    source = listed(tmp_path, *rows, name="pairs.jsonl")
     for _ in range(2):
         assert run(source, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.1)
-    lines = read(tmp_path / "scores.jsonl")
+    lines = whole_lines(tmp_path / "scores.jsonl")
     assert len(lines) == 3 and "pairs.jsonl:2" in lines[2]["image"] and "no" in lines[2]["error"]
     assert lines[2]["sha256"] is None
 
@@ -322,9 +309,10 @@ def test_prompt_refused_by_a_scorer_is_recorded(tmp_path: Path) -> None:
     prompts = ["a large red circle on a white background", "a photo of my cat", "x\u0000"]
     names = ["a.png", "a.png", "a\u0000.png"]
     rows = [{"image": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    score(tmp_path / "list.jsonl", "oracle", tmp_path / "scores.jsonl", progress=False)
-    scored, unknown, unreadable = sorted(read(tmp_path / "scores.jsonl"), key=lambda row: prompts.index(row["prompt"]))
+    score(listed(tmp_path, *rows), "oracle", tmp_path / "scores.jsonl", progress=False)
+    scored, unknown, unreadable = sorted(
+        whole_lines(tmp_path / "scores.jsonl"), key=lambda row: prompts.index(row["prompt"])
+    )
     assert scored["score"] is not None and "my cat" in unknown["error"] and "null byte" in unreadable["error"]
 
 
@@ -332,10 +320,10 @@ def test_changed_frame_makes_another_clip(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     for number in range(3):
         Image.new("RGB", (16, 16), (51, 0, 0)).save(tmp_path / "clip" / f"{number}.png")
-    (tmp_path / "list.jsonl").write_text('{"image": "clip", "prompt": "x"}\n')
+    source = listed(tmp_path, {"image": "clip", "prompt": "x"})
     for red in (51, 204):
         Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / "clip" / "0.png")
-        means = run(tmp_path / "list.jsonl", Red(), tmp_path / "scores.jsonl")
+        means = run(source, Red(), tmp_path / "scores.jsonl")
         assert means == pytest.approx((0.2 * 2 + red / 255) / 3)
 
 
@@ -359,7 +347,7 @@ def test_two_processes_share_the_work(images: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read(tmp_path / "both.jsonl")
+    rows = whole_lines(tmp_path / "both.jsonl")
     assert sorted(row["score"] for row in rows) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert done.stdout.count("over 5 images") == 1 and not list(tmp_path.glob(".both*"))
 
@@ -367,7 +355,6 @@ def test_two_processes_share_the_work(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1"])
 def test_images_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: Path) -> None:
     Image.new("RGB" if mode == "P" else mode, (1, 1)).convert(mode).save(tmp_path / "a.tif")
-    (tmp_path / "list.jsonl").write_text('{"image": "a.tif", "prompt": "x"}\n')
-    run(tmp_path / "list.jsonl", Red(), tmp_path / "out.jsonl")
-    (row,) = read(tmp_path / "out.jsonl")
+    run(listed(tmp_path, {"image": "a.tif", "prompt": "x"}), Red(), tmp_path / "out.jsonl")
+    (row,) = whole_lines(tmp_path / "out.jsonl")
     assert "score" in row and "error" not in row

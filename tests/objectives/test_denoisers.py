@@ -15,11 +15,9 @@ from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats
 from t2i_align.training.reference import Reference, build_reference
 from tests import tiny
-from tests.objectives.toy import as_required, rows_of
+from tests.objectives.toy import DEPENDS_ON_THE_BATCH, as_required, rows_of
 
 BUILDERS = {"sdxl": tiny.tiny_sdxl, "sd3": tiny.tiny_sd3, "wan": tiny.tiny_wan}
-# Their losses are of the batch as a whole, by their papers' design (see docs/objectives.md).
-OF_THE_BATCH = ("softrepa", "kto", "tkto")
 GROUPS, CANDIDATES = 2, 3
 
 
@@ -57,7 +55,7 @@ def batch_for(pipeline: TrainablePipeline) -> Batch:
 
 @pytest.mark.parametrize("family", list(BUILDERS))
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict[str, TrainablePipeline]) -> None:
+def test_step_on_the_genuine_denoiser(name: str, family: str, families: dict[str, TrainablePipeline]) -> None:
     """One loss per group, finite, with a gradient for the LoRA and none for anything else; where a loss is a group's
     own, a batch is its groups one at a time."""
     pipeline = families[family]
@@ -77,6 +75,6 @@ def test_it_steps_on_the_genuine_denoiser(name: str, family: str, families: dict
     gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients) > len(parameters) / 2
-    if name not in OF_THE_BATCH:
+    if name not in DEPENDS_ON_THE_BATCH:
         apart = torch.cat([step(slice(i, i + 1)) for i in range(GROUPS)])
         torch.testing.assert_close(loss, apart, rtol=2e-3, atol=2e-3)

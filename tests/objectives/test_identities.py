@@ -18,10 +18,9 @@ from t2i_align.objectives import OBJECTIVES, get
 from t2i_align.objectives.base import DataStats, Objective
 from t2i_align.objectives.dmpo import dmpo_loss
 from t2i_align.objectives.pairwise import Pairwise
-from tests.objectives.toy import KINDS, as_required, loss_and_gradient, rich_batch, rows_of
+from tests.objectives.toy import DEPENDS_ON_THE_BATCH, KINDS, as_required, loss_and_gradient, rich_batch, rows_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-DEPENDS_ON_THE_BATCH = ("kto", "tkto", "softrepa")  # by their papers' design (docs/objectives.md)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("diffusion_dpo", {"noise": "independent"}),
     ("diffusion_dpo", {"guard": 0.5, "time_weight": "snr"}),

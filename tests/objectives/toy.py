@@ -23,6 +23,8 @@ PROCESSES = {
     "flow": RectifiedFlow(),
 }
 KINDS = pytest.mark.parametrize("kind", PROCESSES)
+# A group's loss depends on the other groups of its batch, by the papers' design (docs/objectives.md).
+DEPENDS_ON_THE_BATCH = ("kto", "tkto", "softrepa")
 ROWS = ("keys", "latents", "scores", "conditioning", "sizes")  # one entry per group
 
 

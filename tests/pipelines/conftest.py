@@ -15,28 +15,31 @@ import pipelines
 from pipelines import TrainablePipeline
 from tests.tiny import TINY
 
+PathOf = Callable[[str], Path]  # name in TINY -> folder
+Load = Callable[[str], TrainablePipeline]
+
 
 @pytest.fixture(scope="session")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def path(tmp_path_factory: pytest.TempPathFactory) -> PathOf:
     """The folder of the tiny checkpoint with this name."""
     folder = tmp_path_factory.mktemp("tiny")
     return cache(lambda name: TINY[name](folder / name))
 
 
 @pytest.fixture(scope="module")
-def shared(path: Callable[[str], Path]) -> Callable[[str], TrainablePipeline]:
+def shared(path: PathOf) -> Load:
     """That checkpoint loaded, for tests that do not change it."""
     return cache(lambda name: pipelines.load(path(name)))
 
 
 @pytest.fixture
-def fresh(shared: Callable[[str], TrainablePipeline]) -> Callable[[str], TrainablePipeline]:
+def fresh(shared: Load) -> Load:
     """A copy for tests that change it."""
     return lambda name: copy.deepcopy(shared(name))
 
 
 @pytest.fixture(scope="module")
-def plain(path: Callable[[str], Path]) -> Callable[[str], Any]:
+def plain(path: PathOf) -> Callable[[str], Any]:
     """That checkpoint in plain diffusers."""
 
     def load(name: str) -> Any:

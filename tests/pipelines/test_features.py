@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import pipelines
-from pipelines import FAMILIES, PipelineError, TrainablePipeline
+from pipelines import FAMILIES, PipelineError
 from t2i_align.config import TrainConfig
-from t2i_align.data.schema import Batch
-from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.objectives import NCPDPO
 from t2i_align.training.reference import build_reference
+from t2i_align.training.weights import adapters_off
+from tests.pipelines.conftest import Load
 from tests.tiny import example, randomise_lora
-
-CPU = torch.device("cpu")
-
-
-def inputs(pipeline: TrainablePipeline) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    return latents, torch.tensor([10, 800]), pipeline.encode_prompts(["a cat", "two dogs"])
 
 
 def hooks(denoiser: nn.Module) -> int:
@@ -37,9 +28,7 @@ def gradient_of(features: Tensor, latents: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features_are_the_output_of_the_denoisers_block_and_the_rest_does_not_run(
-    name: str, shared: Callable[[str], TrainablePipeline]
-) -> None:
+def test_features_are_the_output_of_the_denoisers_block_and_the_rest_does_not_run(name: str, shared: Load) -> None:
     """With gradients to the input and to no frozen weight, and no hook left behind."""
     pipeline = shared(name)
     denoiser, (latents, times, conditioning) = pipeline.denoiser, example(pipeline)
@@ -68,69 +57,53 @@ def test_of_several_outputs_the_first_is_taken_and_a_missing_block_is_named(
     monkeypatch.setattr(type(pipeline), "feature_block", "down_blocks.1")
     seen: list[Tensor] = []
     handle = pipeline.denoiser.mid_block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    pipeline.predict(*inputs(pipeline))
+    pipeline.predict(*example(pipeline))
     handle.remove()
-    assert torch.equal(pipeline.features(*inputs(pipeline)), seen[0])
+    assert torch.equal(pipeline.features(*example(pipeline)), seen[0])
     pipeline.denoiser.aside = nn.Identity()
     monkeypatch.setattr(type(pipeline), "feature_block", "aside")
     with pytest.raises(PipelineError, match="never ran its block 'aside'"):
-        pipeline.features(*inputs(pipeline))
+        pipeline.features(*example(pipeline))
     assert not pipeline.denoiser.aside._forward_hooks
 
 
 @pytest.mark.parametrize("kind", ["adapter_off", "copy", "offloaded_copy"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_features_of_every_reference_are_the_bases_also_in_the_backward_pass(
+def test_every_reference_predicts_and_has_features_as_the_base_also_in_the_backward_pass(
     kind: str, checkpointing: bool, sd_path: Path
 ) -> None:
     """Checkpointing runs blocks once more in the backward pass, when the adapters are on again: it must be off."""
     pipeline = pipelines.load(sd_path)
-    latents, timesteps, conditioning = inputs(pipeline)
+    inputs = latents, *_ = example(pipeline)
+    with torch.no_grad():
+        prediction = pipeline.predict(*inputs)
     latents.requires_grad_()
-    of_base = pipeline.features(latents, timesteps, conditioning)
+    of_base = pipeline.features(*inputs)
     expected = gradient_of(of_base, latents)
     randomise_lora(pipeline)
     if checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
-    assert not torch.allclose(pipeline.features(latents, timesteps, conditioning), of_base)
-    features = build_reference(TrainConfig(reference=kind), pipeline).features(latents, timesteps, conditioning)
-    assert pipeline.denoiser.is_gradient_checkpointing is checkpointing
+    assert not torch.allclose(pipeline.features(*inputs), of_base)
+    policy = pipeline.predict(*inputs)
+    assert (policy - prediction).abs().max() > 1e-4
+    reference = build_reference(TrainConfig(reference=kind), pipeline)
+    out, features = reference(*inputs), reference.features(*inputs)
+    assert pipeline.denoiser.is_gradient_checkpointing is checkpointing and not out.requires_grad
+    torch.testing.assert_close(out, prediction, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(features, of_base)
     torch.testing.assert_close(gradient_of(features, latents), expected, rtol=1e-4, atol=1e-5)
+    # The toggle between a forward pass and its backward pass must not lose the gradient.
+    with pytest.raises(RuntimeError, match="boom"), adapters_off(pipeline.denoiser):
+        raise RuntimeError("boom")
+    policy.sum().backward()
+    assert all(parameter.grad is not None for parameter in pipeline.trainable_parameters())
+    assert torch.equal(pipeline.predict(*inputs), policy)
 
 
 def test_a_compiled_denoiser_gives_its_features_too(sd_path: Path) -> None:
     pipeline = pipelines.load(sd_path)
-    expected = pipeline.features(*inputs(pipeline))
+    expected = pipeline.features(*example(pipeline))
     pipeline.denoiser.compile(backend="eager")
-    pipeline.predict(*inputs(pipeline))  # compiled without the hook
-    torch.testing.assert_close(pipeline.features(*inputs(pipeline)), expected)
-
-
-@pytest.mark.parametrize("renoise", ["posterior", "uniform"])
-def test_ncp_trains_a_lora_on_a_real_unet_and_nothing_else(renoise: str, sd_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    conditioning = pipeline.encode_prompts(["a cat", "two dogs"])
-    pipeline.add_lora(rank=2, alpha=2.0, dropout=0.0, targets="attention")
-    reference = build_reference(TrainConfig(), pipeline)
-    batch = Batch(
-        keys=("0/a", "0/b"),
-        latents=torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(4)),
-        scores=torch.tensor([[1.0, 0.0]] * 2),
-        conditioning=conditioning,
-    )
-    draw = SampleRNG(0, batch.keys, pipeline.process)
-    objective = NCPDPO(renoise=renoise)
-    loss, _ = objective.step(pipeline.predict, reference, batch, draw)
-    torch.testing.assert_close(loss, torch.full((2,), 2.0).log())  # a fresh LoRA changes nothing yet
-    loss.mean().backward()
-    moved = {name for name, p in pipeline.denoiser.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert moved and all("lora_B" in name for name in moved)
-    assert all(p.grad is None for name, p in pipeline.denoiser.named_parameters() if "lora" not in name)
-    with torch.no_grad():
-        for parameter in pipeline.trainable_parameters():
-            if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
-    after, _ = objective.step(pipeline.predict, reference, batch, draw)
-    assert after.mean() < loss.mean()
+    pipeline.predict(*example(pipeline))  # compiled without the hook
+    torch.testing.assert_close(pipeline.features(*example(pipeline)), expected)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import pipelines
-from pipelines import FAMILIES, PipelineError, TrainablePipeline
+from pipelines import FAMILIES, PipelineError
+from tests.pipelines.conftest import Load, PathOf
 from tests.tiny import randomise_lora, sample_latents
 
 
@@ -20,7 +21,7 @@ from tests.tiny import randomise_lora, sample_latents
     [*((name, "diffusers") for name in (*FAMILIES, "wan-experts")), ("sd", "kohya"), ("sdxl", "kohya")],
 )
 def test_a_saved_lora_gives_the_same_samples_in_plain_diffusers_and_here(
-    name: str, naming: str, path: Callable[[str], Path], fresh: Callable[[str], TrainablePipeline],
+    name: str, naming: str, path: PathOf, fresh: Load,
     plain: Callable[[str], Any], tmp_path: Path,
 ) -> None:  # fmt: skip
     """alpha = 1.5 rank: a file that lost alpha would come back at another strength. Of two experts, the second."""
@@ -45,9 +46,7 @@ def test_a_saved_lora_gives_the_same_samples_in_plain_diffusers_and_here(
     torch.testing.assert_close(sample_latents(again), base, rtol=0, atol=1e-6)
 
 
-def test_kohya_names_are_refused_where_there_are_none(
-    fresh: Callable[[str], TrainablePipeline], tmp_path: Path
-) -> None:
+def test_kohya_names_are_refused_where_there_are_none(fresh: Load, tmp_path: Path) -> None:
     pipeline = fresh("sd3")
     randomise_lora(pipeline)
     with pytest.raises(PipelineError, match=r"LoRA of sd3 cannot be written with 'kohya' names. Choices: diffusers\."):
@@ -56,7 +55,7 @@ def test_kohya_names_are_refused_where_there_are_none(
 
 @pytest.mark.parametrize(("of", "onto"), [("sd", "sd3"), ("flux", "wan"), ("sd3", "flux"), ("sd", "sdxl")])
 def test_a_lora_of_another_family_is_refused_and_leaves_nothing(
-    of: str, onto: str, fresh: Callable[[str], TrainablePipeline], tmp_path: Path
+    of: str, onto: str, fresh: Load, tmp_path: Path
 ) -> None:
     other, pipeline = fresh(of), fresh(onto)
     randomise_lora(other)
@@ -69,7 +68,7 @@ def test_a_lora_of_another_family_is_refused_and_leaves_nothing(
     pipeline.load_lora(pipeline.save_lora(tmp_path / "own"))
 
 
-def test_unknown_targets_are_named(shared: Callable[[str], TrainablePipeline]) -> None:
+def test_unknown_targets_are_named(shared: Load) -> None:
     with pytest.raises(PipelineError, match="'to_x' matches no module"):
         shared("sd").lora_targets(["to_q", "to_x"])
     with pytest.raises(PipelineError, match=r"unknown LoRA targets 'everything'. Choices for sd: all, attention"):

@@ -67,17 +67,6 @@ def test_flow_step_equals_diffusers_euler() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_squared_errors_convert_between_parameterisations() -> None:
-    """An error d in v is an error alpha d in noise and sigma d in the image; for flow (1 - t) d and t d."""
-    for kind in ("v_prediction", "flow"):
-        p, (latents, noise, t) = process(kind), random_point(kind)
-        noisy, target = p.add_noise(latents, noise, t), p.target(latents, noise, t)
-        wrong = target + 0.1
-        alpha, sigma = (c.view(-1, 1, 1, 1) for c in p.alpha_sigma(t))
-        torch.testing.assert_close(p.to_noise(wrong, noisy, t) - noise, 0.1 * alpha.expand_as(noise))
-        torch.testing.assert_close(p.to_clean(wrong, noisy, t) - latents, -0.1 * sigma.expand_as(noise))
-
-
 def test_v_prediction_survives_zero_terminal_snr() -> None:
     abar = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True).alphas_cumprod
     p = VariancePreserving(abar, "v_prediction")

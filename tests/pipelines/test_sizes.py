@@ -21,12 +21,10 @@ from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.data.media import time_ids, to_pixels
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.inversion import guided
-from t2i_align.diffusion.noising import candidates_conditioning, drop_captions, random_noise
+from t2i_align.diffusion.noising import candidates_conditioning, drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats, Requirements
-from t2i_align.objectives.softrepa import SoftREPA
-from t2i_align.objectives.tdpo import one_image_two_texts
 from tests.data.test_examples import StandIn
 from tests.runs import image, run_values
 from tests.tiny import tiny_sdxl
@@ -173,15 +171,6 @@ def test_the_empty_prompt_keeps_the_images_sizes() -> None:
     dropped = drop_captions(batch, batch.empty, SampleRNG(0, batch.keys, Noiseless()), 1.0)
     assert dropped.conditioning["embeds"].abs().sum() == 0
     assert torch.equal(candidates_conditioning(dropped)["time_ids"], conditioning["time_ids"])
-
-
-def test_one_image_under_two_texts_and_against_others_keeps_its_size() -> None:
-    batch = replace(sized_batch(), captions=None)
-    draw = SampleRNG(0, batch.keys, Noiseless())
-    both = random_noise(one_image_two_texts(batch), draw)
-    assert both.conditioning["time_ids"][:, 0].tolist() == [0, 0, 2, 2, 4, 4] == both.latents.mean((1, 2, 3)).tolist()
-    matched = SoftREPA(negatives=2)._noised(batch, draw)
-    assert matched.conditioning["time_ids"][:, 0].tolist() == [0, 0, 0, 2, 2, 2, 4, 4, 4]
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -18,7 +18,7 @@ import reward_scorers
 from reward_scorers import ScorerError
 from reward_scorers.heads import PAL, LinearHead
 from t2i_align import cli
-from t2i_align.data.spec import split as data_split
+from t2i_align.data.splits import split as data_split
 from t2i_align.errors import UserError
 from t2i_align.reward_models import config as configuration
 from t2i_align.reward_models.config import PreferenceConfig, ScorerRun

@@ -8,7 +8,7 @@ import torch
 
 from reward_scorers import ScorerError
 from t2i_align.errors import UserError
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.testbed.captions import describe, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import render, sample_scene

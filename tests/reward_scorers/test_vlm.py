@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 import reward_scorers
 from reward_scorers import ScorerError
-from reward_scorers.vlm import VLMScorer
+from reward_scorers.vlm import VLMScorer, inputs_of
 from tests.labeling.test_models import blip, llava
 from tests.reward_scorers.small import write_hf_clip
 
@@ -38,8 +38,9 @@ def images(count: int) -> list[Image.Image]:
 def test_the_score_is_the_chance_of_yes_at_the_first_token(folder: Path, judge: VLMScorer) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     image, prompt = images(1)[0], "two cats"
+    inputs = inputs_of(judge.processor, [image], [judge.question.replace("{prompt}", prompt)])
     with torch.no_grad():
-        chances = model(**judge._inputs([image], [prompt])).logits[0, -1].softmax(-1)
+        chances = model(**inputs).logits[0, -1].softmax(-1)
     total, parts = judge.judge([image], [prompt])
     yes, no = chances[judge.yes].sum(), chances[judge.no].sum()
     torch.testing.assert_close(total[0], yes, atol=1e-6, rtol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reward_scorers import ScorerError
-from t2i_align.inference.scorers import build_scorers
+from t2i_align.inference.options import build_scorers
 from t2i_align.testbed import captions, clips
 from t2i_align.testbed.clips import DIRECTIONS, FRAMES, TURNS
 from t2i_align.testbed.oracle import Oracle

@@ -127,48 +127,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jsonl_pairs(tmp_path_factory.mktemp("data"), 4)
 
 
-def write_run(model: Path, data: Path, out: Path) -> Any:
-    return align(run_values(model, data, out, train__steps=1), progress=False)
-
-
-def write_scorer(model: Path, data: Path, out: Path) -> Any:
-    values = {"path": str(data)}
-    return train_scorer(ScorerRun(output_dir=str(out), model="hf-clip:nowhere", data=values), progress=False)  # type: ignore[arg-type]
-
-
 def write_images(model: Path, data: Path, out: Path) -> Any:
     return generate(model, ["cat"], out, **FAST)
 
 
-def write_evaluation(model: Path, data: Path, out: Path) -> Any:
-    return evaluate(base=model, aligned=model, prompts=["cat"], scorers="motion", out=out, **FAST)
+def write_scorer(model: Path, data: Path, out: Path) -> Any:
+    values: Any = {"path": str(data)}
+    return train_scorer(ScorerRun(output_dir=str(out), model="hf-clip:nowhere", data=values), progress=False)
 
 
-def write_scores(model: Path, data: Path, out: Path) -> Any:
-    return score(data, "oracle", out, progress=False)
+WRITERS: list[tuple[str, Callable[[Path, Path, Path], Any]]] = [
+    ("run", lambda model, data, out: align(run_values(model, data, out, train__steps=1), progress=False)),
+    ("run", write_scorer),
+    ("images", write_images),
+    ("evaluation", lambda model, data, out: evaluate(base=model, aligned=model, prompts=["cat"], scorers="motion",
+                                                     out=out, **FAST)),
+    ("scores.jsonl", lambda model, data, out: score(data, "oracle", out, progress=False)),
+    ("scores.parquet", lambda model, data, out: score(data, "oracle", out, progress=False)),
+    ("scores.jsonl", lambda model, data, out: relabel(data, "oracle", out, progress=False)),
+    ("audit", lambda model, data, out: audit(data, "motion", out, progress=False)),
+]  # fmt: skip
 
 
-def write_audit(model: Path, data: Path, out: Path) -> Any:
-    return audit(data, "motion", out, progress=False)
-
-
-def write_annotations(model: Path, data: Path, out: Path) -> Any:
-    return relabel(data, "oracle", out, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (write_run, "run"),
-        (write_scorer, "run"),
-        (write_images, "images"),
-        (write_evaluation, "evaluation"),
-        (write_scores, "scores.jsonl"),
-        (write_scores, "scores.parquet"),
-        (write_annotations, "scores.jsonl"),
-        (write_audit, "audit"),
-    ],
-)
+@pytest.mark.parametrize(("name", "write"), WRITERS)
 def test_second_run_is_refused_while_the_first_lives(
     write: Callable[[Path, Path, Path], Any], name: str, sd_path: Path, data: Path, tmp_path: Path
 ) -> None:

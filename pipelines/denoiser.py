@@ -1,4 +1,4 @@
-"""The denoiser's features: the output of its middle block, without the rest of the forward pass."""
+"""What a denoiser is asked for beside its prediction: an attention kernel, and the features of its middle block."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor, nn
 
 from pipelines.base import Conditioning, Family, PipelineError
 
+# Of diffusers' attention dispatcher those that gradients pass: "sage" and "_flash_3" have no backward pass. The names
+# in _hub fetch FlashAttention 2, or for Hopper GPUs 3, through the package kernels.
+DISPATCHED_BACKENDS = ("native", "xformers", "flash", "flash_hub", "_flash_3_hub")
 
-class FeaturesMixin(Family):
+
+class DenoiserMixin(Family):
     def features(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
@@ -30,18 +35,38 @@ class FeaturesMixin(Family):
             with uncompiled(denoiser):
                 self.predict(noisy_latents, timesteps, conditioning, denoiser)
         except _StopForward as stopped:
-            return stopped.output
+            features: Tensor = stopped.args[0]
+            return features
         finally:
             handle.remove()
         raise PipelineError(f"the denoiser never ran its block {self.feature_block!r}")
 
+    def set_attention(self, backend: str) -> None:
+        """Choose the attention kernel by name; anything that would be silently ignored is refused.
+
+        Raises:
+            PipelineError: a backend that the family, the machine or the installation does not have.
+        """
+        if backend not in self.attention_backends:
+            raise PipelineError(
+                f"attention backend {backend!r} is not usable with {self.family}. "
+                f"Choices: {', '.join(self.attention_backends)}."
+            )
+        if backend != "native" and not torch.cuda.is_available():
+            raise PipelineError(f"attention backend {backend!r} needs a CUDA GPU; use 'native'")
+        if backend == "xformers" and not is_xformers_available():
+            raise PipelineError("attention backend 'xformers' needs the package: pip install 't2i-align[xformers]'")
+        if self.dispatches:  # also for "native": the dispatcher remembers the last choice of the whole process
+            try:
+                self.denoiser.set_attention_backend(backend)
+            except (RuntimeError, ImportError, OSError) as error:
+                raise PipelineError(f"attention backend {backend!r} cannot be used: {error}") from error
+        elif backend == "xformers":
+            self.denoiser.enable_xformers_memory_efficient_attention()
+
 
 class _StopForward(Exception):
-    """Ends a forward pass at the block whose output is wanted."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
+    """Ends a forward pass at the block whose output is wanted: its argument."""
 
 
 @contextmanager
