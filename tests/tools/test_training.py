@@ -12,7 +12,7 @@ import torch
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.data.readers import read
-from t2i_align.testbed import captions, clips, prompts
+from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import parse
 from t2i_align.testbed.scenes import sample_scene
 from t2i_align.testbed.world import split_of
@@ -68,34 +68,29 @@ def test_hidden_text_of_wan_is_zero_after_its_end():
     assert torch.equal(read_off[:, 0], torch.stack([hidden[0, 5], hidden[1, 0]]))
 
 
+WHITE = "on a white background"
+RIGHT, STILL = "a large red circle moving quickly to the right", "a blue square standing still"
+
+
 @pytest.mark.parametrize(
-    ("base", "language", "texts", "expected"),
+    ("kind", "texts", "expected"),
     [
         # red = 1, circle = 1, small = 1; blue = 6, square = 2, size open; no third; horizontal, two, white.
         (
             SD,
-            captions,
             (
-                "a small red circle to the left of a blue square on a white background",
-                "on a white background, on the right a blue square, on the left a small red circle",
+                f"a small red circle to the left of a blue square {WHITE}",
+                f"{WHITE}, on the right a blue square, on the left a small red circle",
             ),
             [1, 1, 1, 6, 2, 0, 0, 0, 0, 1, 1, 1],
         ),
         # red, circle, large, right, quickly; blue, square, size open, still (the ninth path), no speed; no background.
-        (
-            Wan,
-            clips,
-            (
-                "a large red circle moving quickly to the right and a blue square standing still",
-                "a blue square standing still and a large red circle moving quickly to the right",
-            ),
-            [1, 1, 2, 1, 2, 6, 2, 0, 9, 0, 0],
-        ),
+        (Wan, (f"{RIGHT} and {STILL}", f"{STILL} and {RIGHT}"), [1, 1, 2, 1, 2, 6, 2, 0, 9, 0, 0]),
     ],
 )
-def test_parse_targets_do_not_depend_on_the_phrasing(base, language, texts, expected):
-    targets = [base().parse_targets(language.parse(text)) for text in texts]
-    assert targets == [expected, expected]
+def test_parse_targets_do_not_depend_on_the_phrasing(kind, texts, expected):
+    base = kind()
+    assert [base.parse_targets(base.world.language.parse(text)) for text in texts] == [expected, expected]
     assert all(value < size for value, size in zip(expected, sum(base.parse_sizes, ()), strict=True))
 
 
