@@ -61,10 +61,6 @@ class Clip:
         kind = "single" if len(self.movers) == 1 else "pair"
         return [Scene(kind, self.background, tuple(m.at(f) for m in self.movers)) for f in range(FRAMES)]
 
-    def touches(self) -> bool:
-        """Whether its two objects come closer to each other than three pixels."""
-        return len(self.movers) > 1 and any(box_gap(*scene.objects) < 3.0 for scene in self.scenes)
-
 
 def draw_offsets(path: str, speed: float, rng: np.random.Generator) -> np.ndarray:
     """Offsets [9, 2] in pixels from where the path begins, `speed` pixels along it a frame (y points down)."""
@@ -119,7 +115,7 @@ def sample_clip(rng: np.random.Generator) -> Clip:
         for _ in range(200):  # two large objects and a long path may never fit
             movers = [mover for spec in specs if (mover := _draw_mover(rng, *spec))]
             clip = Clip(background, tuple(movers))
-            if len(movers) == number and not clip.touches():
+            if len(movers) == number and (number == 1 or all(box_gap(*scene.objects) >= 3.0 for scene in clip.scenes)):
                 return clip
 
 

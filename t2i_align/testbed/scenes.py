@@ -177,7 +177,7 @@ def _place_pair(rng: np.random.Generator, items: list[Object], relation: str) ->
 def compose(rng: np.random.Generator, specs: list[tuple[str, str, str]], relation: str | None) -> list[Object] | None:
     """Place objects given as (shape, colour, size); the first of two stands in `relation` to the second.
 
-    None where no room was found, which is rare: try again.
+    None where there was no room, which is rare: try again.
     """
     items = [_draw(rng, *spec) for spec in specs]
     if relation:

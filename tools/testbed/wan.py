@@ -49,7 +49,7 @@ class Wan(Base):
         return sample_clip(rng)
 
     def render(self, drawn: Clip, rng: np.random.Generator, faulty: float, degraded: float) -> np.ndarray:
-        """`faulty` is relative to `clips.FAULT_RATES`, which depend on the speed."""
+        """`faulty` is relative to `faults.FAULT_RATES`, which depend on the speed."""
         spoilt = rng.random() < faulty * FAULT_RATES[drawn.movers[0].speed]
         scenes = spoil(drawn, rng)[0] if spoilt else drawn.scenes
         return to_clip(scenes, rng, degraded=bool(rng.random() < degraded))
