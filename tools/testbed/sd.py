@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from pipelines import VariancePreserving
 from t2i_align.testbed.captions import CHOICES, Statement, corrupt
@@ -59,7 +59,17 @@ class SD(Base):
         return vae
 
     def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> StableDiffusionPipeline:
-        return assemble("sd", vae, text_encoder, self.tokenizer, denoiser)
+        """Without safety checker (the world holds nothing to check) or image encoder."""
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=self.tokenizer,
+            unet=denoiser,
+            scheduler=build("sd", "scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         decoded: Tensor = vae.decode(latents).sample
@@ -86,19 +96,3 @@ class SD(Base):
             row += [class_of(getattr(phrase, name, None), choices) for name, choices in CHOICES.items()]
         axis = class_of(statement.relation, ("left", "above"))
         return [*row, axis, statement.count - 1, class_of(statement.background, tuple(BACKGROUNDS))]
-
-
-def assemble(
-    base: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: Any
-) -> StableDiffusionPipeline:
-    """With the scheduler of a base, without safety checker (the world holds nothing to check) or image encoder."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build(base, "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import pipelines
 from t2i_align.testbed.scenes import SIDE
 from tools.testbed.networks import build, build_word_tokenizer, image_words
-from tools.testbed.sd import assemble
 
 
 class Student:
@@ -39,15 +38,13 @@ class Student:
 
     def assemble(self, trained: nn.ModuleDict) -> Any:
         """The pipeline with other weights of what is trained."""
-        pipeline = copy.copy(self.family.pipe)
-        pipeline.register_modules(**trained)
-        return pipeline
+        return _with_parts(self.family.pipe, **trained)
 
 
 def epsilon_student(teacher: StableDiffusionPipeline) -> Student:
     """`testbed:sd-eps`: a smaller UNet, epsilon-prediction under SD's own betas."""
-    unet = build("sd-eps", "denoiser")
-    return Student(assemble("sd-eps", teacher.vae, teacher.text_encoder, teacher.tokenizer, unet), "unet")
+    parts = {"unet": build("sd-eps", "denoiser"), "scheduler": build("sd-eps", "scheduler")}
+    return Student(_with_parts(teacher, **parts), "unet")
 
 
 def sdxl_student(teacher: StableDiffusionPipeline) -> Student:
@@ -101,6 +98,13 @@ STUDENTS: dict[str, Callable[[StableDiffusionPipeline], Student]] = {
     "sdxl": sdxl_student,
     "sd3": sd3_student,
 }
+
+
+def _with_parts(pipeline: Any, **parts: Any) -> Any:
+    """A pipeline that shares all other components."""
+    other = copy.copy(pipeline)
+    other.register_modules(**parts)
+    return other
 
 
 def _deeper_encoder(base: str, teacher: StableDiffusionPipeline) -> Any:
