@@ -1,4 +1,4 @@
-# Every target sets up its environment first; a second run finds it ready and installs nothing.
+# Every target sets up the environment first, unless it is up to date.
 PYTHON ?= python3
 JOBS ?= 2
 
@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow fuzz lint format bench notebooks clean
-# A stamp whose recipe failed half-way must not look up to date.
+# After a failed installation the stamp must not look up to date.
 .DELETE_ON_ERROR:
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## set up .venv with the tested versions
@@ -19,31 +19,31 @@ install: $(STAMP)  ## set up .venv with the tested versions
 quickstart: $(STAMP)  ## align the bundled model on the bundled preferences and measure it -> runs/quickstart/
 	@$(RUN) -m t2i_align quickstart
 
-test: $(STAMP)  ## the test suite and the notebooks, without the tests marked slow
+test: $(STAMP)  ## run the tests and notebooks, except tests marked slow
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m "not slow"
 
-test-slow: $(STAMP)  ## the tests marked slow
+test-slow: $(STAMP)  ## run the tests marked slow
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
-fuzz: $(STAMP)  ## the property tests on examples drawn anew each time
+fuzz: $(STAMP)  ## run the property tests on new random examples
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m hypothesis --hypothesis-profile others
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## check style and types with ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-format: $(STAMP)  ## let ruff rewrite what it can
+format: $(STAMP)  ## apply ruff's automatic fixes
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: $(STAMP)  ## the training step against a bare PyTorch loop -> benchmarks/results/
+bench: $(STAMP)  ## time the training step against a bare PyTorch loop -> benchmarks/results/
 	@$(RUN) benchmarks/step.py
 
 notebooks: $(STAMP)  ## run the notebooks and store their outputs
 	@$(RUN) -m pytest --overwrite notebooks
 
-clean:  ## remove the environment, caches and build products; runs/ stays
+clean:  ## remove the environment, caches and build products, but not runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find t2i_align pipelines reward_scorers tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -21,7 +21,8 @@ from claims import BASE, CLAIMS, METHODS, RESULTS, Budget, Run, configuration
 from torch import Tensor
 
 from t2i_align import config as configs
-from t2i_align.training.run import load_data, load_model, prepare_denoiser, reference_for
+from t2i_align.training.reference import build_reference
+from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Alignment
 from t2i_align.utils.files import write_json
 
@@ -37,7 +38,8 @@ def build(method: str, condition: str, budget: Budget, work: Path) -> Step:
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=False)
     config = dataclasses.replace(config, objective=config.objective.fit_to_data(source.stats))
-    task = Alignment(config, accelerator, reference_for(config, pipeline), source)
+    reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference)
+    task = Alignment(config, accelerator, reference, source)
     batch = next(task.batches(0))
 
     def step() -> Tensor:

@@ -31,8 +31,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from reward_scorers.clip import HPSv2Scorer
 from reward_scorers.hf_clip import HFClipScorer
-from reward_scorers.hpsv2 import HPSv2Scorer
 from reward_scorers.towers import TwoTowers
 
 RESULTS = Path(__file__).parent / "results"

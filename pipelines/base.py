@@ -112,10 +112,10 @@ class Family:
         needed = [name for name in self.encoder_names if name not in self.optional_encoders]
         return all(getattr(self.pipe, name) is not None for name in needed)
 
-    def load_encoders(self) -> None:
-        """Load the components that `load(..., encoders=False)` left out, onto the denoiser's device."""
+    def load_encoders(self) -> Self:
+        """Load the components that `load(..., encoders=False)` left out, onto the denoiser's device. Returns itself."""
         if self.has_encoders:
-            return
+            return self
         if self.reload is None:
             raise PipelineError(f"{self.source}: this pipeline has no encoders and no way to load them")
         # A whole new pipeline, not a patched one: diffusers derives sizes from the VAE when it is built.
@@ -124,6 +124,7 @@ class Family:
         for name in self.encoder_names:
             if isinstance(part := getattr(self.pipe, name), nn.Module):
                 part.requires_grad_(False).to(self.device)
+        return self
 
     def drop_encoders(self) -> None:
         """Free VAE and text encoders once a cache replaces them; `load_encoders` brings them back."""

@@ -6,57 +6,28 @@ Images take CLIP's preprocessing, as in the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from reward_scorers.clip import DEFAULT, clip
+from reward_scorers.heads import HeadScorer, RatingHead
+from reward_scorers.weights import load_checkpoint
 
-import torch
-from torch import Tensor
-
-from reward_scorers.clip import DEFAULT, ClipScorer
-from reward_scorers.heads import rating_layers
-from reward_scorers.registry import register
-from reward_scorers.towers import OnTowers, rated
-from reward_scorers.weights import digest, fit, from_hub, read_state
-
-REPOSITORY, FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"  # the v2 head, as DDPO used it
+HUB = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")  # the v2 head, as DDPO used it
 
 
-@register("aesthetic")
-def from_spec(argument: str) -> AestheticScorer:
-    """`aesthetic`, `aesthetic:HEAD`, or `aesthetic:HEAD:MODEL:WEIGHTS` with another source of CLIP's weights."""
-    head, _, clip = argument.partition(":")
-    model, _, weights = (clip or DEFAULT).partition(":")
-    return AestheticScorer(head, model, weights)
+def aesthetic(argument: str) -> HeadScorer:
+    """`aesthetic`, `aesthetic:HEAD`, or `aesthetic:HEAD:MODEL:WEIGHTS` with another source of CLIP's weights.
 
-
-class AestheticScorer(OnTowers):
-    """head(CLIP's unit image features).
-
-    Args:
-        head: .pth or .safetensors; "" is the Hub's, "random" is for tests.
-        model, pretrained: as of `ClipScorer`; the head belongs to OpenAI's ViT-L/14.
+    HEAD is .pth or .safetensors; "" is the Hub's, "random" is for tests. MODEL and WEIGHTS are those of `ClipScorer`;
+    the head belongs to OpenAI's ViT-L/14.
 
     Raises:
         ScorerError: a head or weights that do not fit.
     """
-
-    name = "aesthetic"
-
-    def __init__(self, head: str, model: str, pretrained: str) -> None:
-        super().__init__(ClipScorer(model, pretrained))
-        size = self.towers.model.visual.image_size
-        with torch.no_grad():
-            blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
-            width = self.towers.encode_images(blank).shape[-1]
-        self.head = rating_layers(width)
-        weights = "random"
-        if head != "random":
-            path = Path(head) if head else from_hub(REPOSITORY, FILE, self.name)
-            state = {key.removeprefix("layers."): value for key, value in read_state(path, self.name).items()}
-            fit(self.head, state, f"aesthetic: {path} does not fit features of {width}")
-            weights = f"sha256 {digest(path)}"
-        self.head.eval().requires_grad_(False)
-        self.version = f"head {weights}, {self.towers.name}, {self.towers.version}"
-
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
-        return rated(self.head, self.towers.encode_images(inputs)).squeeze(-1)
+    checkpoint, _, model = argument.partition(":")
+    towers = clip(model or DEFAULT)
+    width = towers.text_features(["any"]).shape[-1]
+    head = RatingHead(width)
+    weights = load_checkpoint(
+        head, checkpoint, "aesthetic", HUB, target=f"features of {width}",
+        rename=lambda state: {key.removeprefix("layers."): value for key, value in state.items()},
+    )  # fmt: skip
+    return HeadScorer(towers, head, "aesthetic", f"head {weights}", reads_prompts=False)

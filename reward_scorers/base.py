@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import functional as F
 
 from reward_scorers.errors import ScorerError
-from reward_scorers.images import DECODER, in_threads, to_rgb
+from reward_scorers.images import DECODER, in_threads, to_pixels, to_rgb
 
-Judgement = tuple[Tensor, dict[str, Tensor]]  # scores [B], and what they are made of by name, [B] each
+Judgement = tuple[Tensor, dict[str, Tensor]]  # scores [B], and their parts by name, [B] each
 Media = Tensor | Sequence[Image.Image]  # pixels [B, 3, H, W], clips [B, F, 3, H, W], or PIL images
 AnyScorer = TypeVar("AnyScorer", bound="Scorer")
 
@@ -33,6 +33,8 @@ class Scorer(ABC):
         tie_margin: differences up to this size are no preference (in units of the score).
         takes: what `_score` gets at once: images (of a clip each frame, and the clip's score is their mean), whole
             clips of at least `min_frames`, or, where other scorers do the work, the media as given.
+        preprocess: to the input of `_score`: an RGB image to [C, h, w], or pixels [B, 3, H, W] to [B, C, h, w]
+            differentiably. Default: 8 bits to [0, 1], without resizing.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Scorer(ABC):
     tie_margin: float = 0.0
     takes: ClassVar[Literal["images", "clips", "media"]] = "images"
     min_frames: ClassVar[int] = 1
+    preprocess: Callable[[Any], Tensor] = staticmethod(to_pixels)
 
     # What a scorer fills in -------------------------------------------------------------------------------------
 
@@ -53,20 +56,14 @@ class Scorer(ABC):
             prompts: one per image or clip.
         """
 
-    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
-        """To the input of `_score`: an RGB image to [C, h, w], or pixels [B, 3, H, W] to [B, C, h, w] differentiably.
-
-        Default: 8 bits to [0, 1], without resizing.
-        """
-        return image if isinstance(image, Tensor) else F.to_tensor(image)
-
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
-        """Raise ScorerError for a prompt that this scorer cannot judge; asked before images are made for it."""
+        """Raise ScorerError for a prompt that this scorer cannot judge; called before images are generated for it."""
 
     @property
     def networks(self) -> list[nn.Module | Scorer]:
-        """What `to` moves. Default: the modules and scorers among the attributes."""
-        return [value for value in vars(self).values() if isinstance(value, nn.Module | Scorer)]
+        """What `to` moves. Default: the modules and scorers among the attributes, and in lists of them."""
+        attributes = [item for value in vars(self).values() for item in (value if isinstance(value, list) else [value])]
+        return [item for item in attributes if isinstance(item, nn.Module | Scorer)]
 
     # What is derived --------------------------------------------------------------------------------------------
 
@@ -142,26 +139,23 @@ class Scorer(ABC):
         if self.takes == "clips":
             raise ScorerError(f"{self.name}: judges clips, found single images")
         inputs = in_threads(self.preprocess, images)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for row, one in enumerate(inputs):
-            by_shape.setdefault(one.shape, []).append(row)
-        order, judged = [], []
-        for rows in by_shape.values():
+        order = sorted(range(len(inputs)), key=lambda row: inputs[row].shape)
+        judged = []
+        for _, same_shape in groupby(order, key=lambda row: inputs[row].shape):
+            rows = list(same_shape)
             batch = self._placed(torch.stack([inputs[row] for row in rows]))
             judged.append(self._judgement(batch, [prompts[row] for row in rows]))
-            order += rows
         place = torch.tensor(order).argsort()
-        names = dict.fromkeys(name for _, parts in judged for name in parts)
         columns = {
             name: torch.cat([parts.get(name, torch.full_like(total, math.nan)) for total, parts in judged])[place]
-            for name in names
+            for name in dict.fromkeys(name for _, parts in judged for name in parts)
         }
         return torch.cat([total for total, _ in judged])[place], columns
 
     def _judgement(self, inputs: Any, prompts: Sequence[str]) -> Judgement:
         """`_score`, with parts, in single precision at least, its shapes checked."""
-        answer = self._score(inputs, list(prompts))
-        total, parts = (answer, {}) if isinstance(answer, Tensor) else answer
+        scores = self._score(inputs, list(prompts))
+        total, parts = (scores, {}) if isinstance(scores, Tensor) else scores
         for name, values in {"the score": total, **parts}.items():
             if values.shape != (len(prompts),):
                 raise ScorerError(f"{self.name}: {name}: expected shape [{len(prompts)}], found {list(values.shape)}")
@@ -190,8 +184,8 @@ def check_pixels(pixels: Tensor, prompts: Sequence[str]) -> None:
 
 def rgb_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Image.Image]:
     """`to_rgb` of each; raises ScorerError naming the image or prompt that cannot be scored."""
-    if not hasattr(images, "__len__") or not len(images):
-        kind = "none" if hasattr(images, "__len__") else type(images).__name__
+    kind = "none" if hasattr(images, "__len__") else type(images).__name__
+    if kind != "none" or not len(images):
         raise ScorerError(f"images: expected a list of PIL images, found {kind}")
     check_texts(prompts, len(images))
 

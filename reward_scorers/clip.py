@@ -1,4 +1,4 @@
-"""The CLIP score (arXiv 2104.08718) through open_clip: any of its models and any checkpoint that fits.
+"""The CLIP score (arXiv 2104.08718) and HPSv2 through open_clip: any of its models and any checkpoint that fits.
 
 score = 100 · cos(image, text), unclipped. This is open_clip's and OpenAI's logit (their trained logit scale is at its
 bound of 100) and torchmetrics' CLIPScore without its cut at zero, which would stop gradients. Hessel et al. write
@@ -7,13 +7,14 @@ does.
 
 PIL images and tensors take open_clip's own transform, whose steps work on both. What is left between them is PIL's
 rounding to 8 bits after the resize: at most 0.08 of a score that reaches from -100 to 100, on 24 images of white noise
-(the worst case) and a small random CLIP (tests/reward_scorers/test_clip.py).
+(the worst case) and a small random CLIP (tests/reward_scorers/test_published.py).
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,21 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import functional as F
 
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import register
-from reward_scorers.towers import Preprocess, TwoTowers, unit
-from reward_scorers.weights import digest, digest_of_tensors, fit, listed, loading, read_state
+from reward_scorers.images import to_pixels
+from reward_scorers.towers import BICUBIC, Preprocess, TwoTowers, unit
+from reward_scorers.weights import digest, digest_of_tensors, fit, from_hub, listed, loading, read_state
 
 DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
 SCHEMES = ("hf-hub:", "local-dir:")
+HPSV2_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
-@register("clip")
-def from_spec(argument: str) -> ClipScorer:
+def clip(argument: str) -> ClipScorer:
     """`clip`, `clip:MODEL:TAG`, `clip:MODEL:/path/weights.pt`, `clip:hf-hub:owner/name` or `clip:local-dir:/folder`."""
     argument = argument or DEFAULT
     if argument.startswith(SCHEMES):
@@ -63,13 +66,62 @@ class ClipScorer(TwoTowers):
             self.tokenizer = open_clip.get_tokenizer(model)
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
         *steps, normalize = image_transform_v2(config, is_train=False).transforms
-        self.steps = Preprocess(*steps, mean=normalize.mean, std=normalize.std)
+        self.preprocess = Preprocess(*steps, mean=normalize.mean, std=normalize.std)
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return unit(self.model.encode_image(inputs, normalize=False))
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         return unit(self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=False))
+
+
+class HPSv2Scorer(ClipScorer):
+    """Human Preference Score v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14, fine-tuned on HPDv2.
+
+    score = cos(image, text), without a logit scale: about 0.2 to 0.3 for ordinary images. The original's package keeps
+    a copy of open_clip; the genuine one computes the same from the same checkpoint. Its preprocessing is not
+    open_clip's: the long side is fitted to 224 and the short one padded with black, on floats, so PIL images and
+    tensors take one path. What differs on purpose: an image so thin that it would shrink to nothing keeps one pixel.
+
+    Args:
+        hps: "2.0" or "2.1". They differ in nothing but their weights, so only the file tells them apart.
+        checkpoint: .pt (loaded with weights_only) or .safetensors; "" is the Hub's, "random" is for tests.
+        model: of open_clip; another than ViT-H-14 is for tests.
+
+    Raises:
+        ScorerError: a checkpoint that does not fit, is damaged, or by its name is the other version's.
+    """
+
+    scale = 1.0
+
+    def __init__(self, hps: str, checkpoint: str = "", model: str = "ViT-H-14") -> None:
+        other = next(name for version, name in HPSV2_FILES.items() if version != hps)
+        if checkpoint and Path(checkpoint).stem == Path(other).stem:
+            raise ScorerError(
+                f"hpsv{hps}: {checkpoint} is the checkpoint of the other version; {hps} is {HPSV2_FILES[hps]}"
+            )
+        path = str(checkpoint or from_hub("xswu/HPSv2", HPSV2_FILES[hps], f"hpsv{hps}"))
+        if path != "random" and not Path(path).is_file():
+            raise ScorerError(f"hpsv{hps}: {path}: no such file")
+        super().__init__(model, path)
+        self.name = f"hpsv{hps}"
+        size = open_clip.get_model_preprocess_cfg(self.model)["size"]
+        self.preprocess = Preprocess(partial(padded, side=size if isinstance(size, int) else size[0]), clip=False)
+
+
+hpsv2_0, hpsv2_1 = partial(HPSv2Scorer, "2.0"), partial(HPSv2Scorer, "2.1")
+
+
+def padded(image: Image.Image | Tensor, side: int) -> Tensor:
+    """The long side resized to `side` pixels, unless it has that already, and the short one filled with black."""
+    pixels = to_pixels(image)
+    height, width = pixels.shape[-2:]
+    scale = side / max(height, width)
+    if scale != 1.0:
+        height, width = (max(1, round(length * scale)) for length in (height, width))
+        pixels = F.resize(pixels, [height, width], BICUBIC, antialias=True)
+    left, top = (side - width) // 2, (side - height) // 2
+    return F.pad(pixels, [left, top, side - width - left, side - height - top])
 
 
 def _load(model: str, pretrained: str | None) -> tuple[Any, str]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,12 @@ from torch.nn import functional as F
 from reward_scorers.base import Judgement, Media, Scorer
 from reward_scorers.errors import ScorerError
 from reward_scorers.images import DECODER
-from reward_scorers.registry import build, register
+from reward_scorers.registry import build
 
 
-class _MemberConfig(BaseModel):
+class Member(BaseModel):
+    """A scorer and how its scores reach the common scale: v = (score - centre) / spread."""
+
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     scorer: str | Scorer
@@ -51,17 +52,18 @@ class _MemberConfig(BaseModel):
     reference: Path | None = None
 
 
-class _Config(BaseModel):
+class Combination(BaseModel):
+    """The file's keys. strength: lambda of `mean_minus_std`."""
+
     model_config = ConfigDict(extra="forbid")
 
     name: str | None = None
     rule: str
     strength: FiniteFloat = 1.0
     quantile: float = Field(0.5, ge=0, le=1)
-    scorers: list[_MemberConfig] = Field(min_length=1)
+    scorers: list[Member] = Field(min_length=1)
 
 
-@register("combine")
 def from_file(argument: str) -> Combined:
     """`combine:FILE.yaml`."""
     file = Path(argument)
@@ -85,26 +87,18 @@ def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:
     if isinstance(entries, list):
         entries = [{"scorer": entry} if isinstance(entry, str | Scorer) else entry for entry in entries]
     try:
-        config = _Config.model_validate({**values, "scorers": entries})
+        config = Combination.model_validate({**values, "scorers": entries})
     except ValidationError as error:
         raise ScorerError("combine: " + "; ".join(map(_described, error.errors()))) from None
-    members = []
-    for number, entry in enumerate(config.scorers):
-        where = f"combine: scorers[{number}]"
-        if "weight" in entry.model_fields_set and config.rule != "weighted_sum":
-            raise ScorerError(f"{where}: weight belongs to the rule weighted_sum, not to {config.rule!r}")
-        if {"centre", "reference"} <= entry.model_fields_set:
-            raise ScorerError(f"{where}: centre and reference are alternatives")
-        scorer = entry.scorer if isinstance(entry.scorer, Scorer) else build(entry.scorer)
-        reference = None
-        if entry.reference is not None:
-            reference = read_reference(root / entry.reference.expanduser(), scorer, config.quantile)
-        members.append(Member(scorer, entry.weight, entry.centre, entry.spread, reference))
-    if "strength" in config.model_fields_set and config.rule != "mean_minus_std":
-        raise ScorerError(f"combine: strength belongs to the rule mean_minus_std, not to {config.rule!r}")
-    if "quantile" in config.model_fields_set and all(member.reference is None for member in members):
+    for key, rule, sections in (("weight", "weighted_sum", config.scorers), ("strength", "mean_minus_std", [config])):
+        if config.rule != rule and any(key in section.model_fields_set for section in sections):
+            raise ScorerError(f"combine: {key} belongs to the rule {rule}, not to {config.rule!r}")
+    for number, member in enumerate(config.scorers):
+        if {"centre", "reference"} <= member.model_fields_set:
+            raise ScorerError(f"combine: scorers[{number}]: centre and reference are alternatives")
+    if "quantile" in config.model_fields_set and all(member.reference is None for member in config.scorers):
         raise ScorerError("combine: quantile is of a reference's scores, and no scorer has a reference")
-    return Combined(config.rule, members, config.strength, config.name)
+    return Combined(config, root)
 
 
 def _described(error: Any) -> str:
@@ -113,97 +107,90 @@ def _described(error: Any) -> str:
     for key in error["loc"]:
         where += f"[{key}]" if isinstance(key, int) else f".{key}" if where else str(key)
     if error["type"] == "extra_forbidden":
-        known = (_MemberConfig if "[" in where else _Config).model_fields
+        known = (Member if "[" in where else Combination).model_fields
         return f"unknown key {where!r}. Choices: {', '.join(sorted(known))}"
     return f"{where}: {error['msg']}, found {error['input']!r}"
-
-
-@dataclass(frozen=True)
-class Member:
-    """A scorer and how its scores reach the common scale.
-
-    reference: the centre of each prompt, by the `recorded_version` of the scores that it was taken from.
-    """
-
-    scorer: Scorer
-    weight: float = 1.0
-    centre: float = 0.0
-    spread: float = 1.0
-    reference: Mapping[str, Mapping[str, float]] | None = None
-
-    def value(self, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(score - centre) / spread, [B]."""
-        return (scores - torch.tensor(self.centres(prompts), device=scores.device)) / self.spread
-
-    def centres(self, prompts: Sequence[str]) -> list[float]:
-        """The centre for each prompt; raises ScorerError for one that the reference lacks, in the precision in use."""
-        if self.reference is None:
-            return [self.centre] * len(prompts)
-        name, version = self.scorer.name, self.scorer.recorded_version
-        if version not in self.reference:
-            there = ", ".join(map(repr, self.reference))
-            raise ScorerError(f"combine: the reference of {name} was scored by version {there}, this is {version!r}")
-        known = self.reference[version]
-        for row, prompt in enumerate(prompts):
-            if prompt not in known:
-                raise ScorerError(f"combine: prompts[{row}]: the reference of {name} lacks {prompt!r}")
-        return [known[prompt] for prompt in prompts]
 
 
 class Combined(Scorer):
     """One score of several scorers' [members, B]; its parts are theirs, on their own scales.
 
     Args:
-        rule: a name of RULES. members: at least one. strength: lambda of `mean_minus_std`.
+        config: its rule is a name of RULES.
+        root: folder that paths of references are relative to.
     """
 
     takes = "media"  # each member has its own preprocessing
 
-    def __init__(self, rule: str, members: Sequence[Member], strength: float = 1.0, name: str | None = None) -> None:
-        if rule not in RULES:
-            raise ScorerError(f"combine: unknown rule {rule!r}. Choices: {', '.join(RULES)}.")
-        names = [member.scorer.name for member in members]
+    def __init__(self, config: Combination, root: Path = Path()) -> None:
+        if config.rule not in RULES:
+            raise ScorerError(f"combine: unknown rule {config.rule!r}. Choices: {', '.join(RULES)}.")
+        self.config, self.members = config, config.scorers
+        self.scorers = [m.scorer if isinstance(m.scorer, Scorer) else build(m.scorer) for m in self.members]
+        names = [scorer.name for scorer in self.scorers]
         if len(set(names)) < len(names):
             raise ScorerError(f"combine: two scorers of the same name among {', '.join(names)}")
-        self.rule, self.members, self.strength = rule, list(members), strength
-        self.name = f"combine:{name or rule}"
-        self.differentiable = rule != "majority" and all(member.scorer.differentiable for member in members)
-        identities = [[m.scorer.name, m.scorer.version, m.weight, m.centre, m.spread, m.reference] for m in members]
-        settings = json.dumps([rule, strength, identities], sort_keys=True)
-        self.version = f"{rule} of {', '.join(names)}, sha256 {hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-
-    @property
-    def networks(self) -> list[Any]:
-        """The members' scorers."""
-        return [member.scorer for member in self.members]
+        self.references = [
+            read_reference(root / m.reference.expanduser(), scorer, config.quantile) if m.reference else None
+            for m, scorer in zip(self.members, self.scorers, strict=True)
+        ]
+        self.name = f"combine:{config.name or config.rule}"
+        self.differentiable = config.rule != "majority" and all(scorer.differentiable for scorer in self.scorers)
+        identities = [
+            [scorer.name, scorer.version, m.weight, m.centre, m.spread, reference]
+            for scorer, m, reference in zip(self.scorers, self.members, self.references, strict=True)
+        ]
+        settings = json.dumps([config.rule, config.strength, identities], sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+        self.version = f"{config.rule} of {', '.join(names)}, sha256 {digest}"
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ScorerError for a prompt that a member cannot judge, or that a reference lacks."""
-        for member in self.members:
-            member.scorer.check_prompts(prompts)
-            member.centres(prompts)
+        for index, scorer in enumerate(self.scorers):
+            scorer.check_prompts(prompts)
+            self.centres(index, prompts)
+
+    def centres(self, index: int, prompts: Sequence[str]) -> list[float]:
+        """A member's centre for each prompt; raises ScorerError if its reference lacks a prompt or this precision."""
+        reference, name, version = (
+            self.references[index],
+            self.scorers[index].name,
+            self.scorers[index].recorded_version,
+        )
+        if reference is None:
+            return [self.members[index].centre] * len(prompts)
+        if version not in reference:
+            there = ", ".join(map(repr, reference))
+            raise ScorerError(f"combine: the reference of {name} was scored by version {there}, this is {version!r}")
+        for row, prompt in enumerate(prompts):
+            if prompt not in reference[version]:
+                raise ScorerError(f"combine: prompts[{row}]: the reference of {name} lacks {prompt!r}")
+        return [reference[version][prompt] for prompt in prompts]
 
     def _score(self, inputs: Media, prompts: Sequence[str]) -> Judgement:
-        parts = {member.scorer.name: member.scorer.judge(inputs, prompts)[0] for member in self.members}
+        parts = {scorer.name: scorer.judge(inputs, prompts)[0] for scorer in self.scorers}
         device = next(iter(parts.values())).device
-        pairs = zip(self.members, parts.values(), strict=True)
-        return RULES[self.rule](torch.stack([m.value(scores.to(device), prompts) for m, scores in pairs]), self), parts
+        scores = torch.stack([part.to(device) for part in parts.values()])
+        centres = torch.tensor([self.centres(index, prompts) for index in range(len(parts))]).to(scores)
+        values = (scores - centres) / self.column([m.spread for m in self.members], scores)
+        return RULES[self.config.rule](values, self), parts
 
     def column(self, values: Sequence[float], like: Tensor) -> Tensor:
         """One number per member as [members, 1] beside `like`."""
-        return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+        return torch.tensor(values).to(like)[:, None]
 
 
-def _majority(values: Tensor, margins: Tensor) -> Tensor:
-    return torch.where(values.abs() <= margins, 0.5, (values > 0).float()).mean(0)
+def _majority(values: Tensor, combined: Combined) -> Tensor:
+    margins = [s.tie_margin / m.spread for s, m in zip(combined.scorers, combined.members, strict=True)]
+    return torch.where(values.abs() <= combined.column(margins, values), 0.5, (values > 0).float()).mean(0)
 
 
 RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
     "weighted_sum": lambda v, c: (c.column([m.weight for m in c.members], v) * v).sum(0),
     # The square root has no gradient where all agree.
-    "mean_minus_std": lambda v, c: v.mean(0) - c.strength * (v.var(0, correction=0) + 1e-12).sqrt(),
+    "mean_minus_std": lambda v, c: v.mean(0) - c.config.strength * (v.var(0, correction=0) + 1e-12).sqrt(),
     "min": lambda v, c: v.amin(0),
-    "majority": lambda v, c: _majority(v, c.column([m.scorer.tie_margin / m.spread for m in c.members], v)),
+    "majority": _majority,
     "conjunction": lambda v, c: F.logsigmoid(v).sum(0),
 }
 

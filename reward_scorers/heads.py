@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from reward_scorers.base import Scorer, single
+from reward_scorers.towers import TwoTowers
 
 MAX_SCALE = 100.0  # of the angle's exponent, CLIP's own bound
 RATING_WIDTHS = (1024, 128, 64, 16, 1)
 RATING_PLACES = (0, 2, 4, 6, 7)  # of the linear layers among the dropouts, by which checkpoints name them
 
 
-def rating_layers(width: int) -> nn.Sequential:
-    """The head of the aesthetic predictor and of ImageReward: [N, width] to [N, 1], without its training's dropout.
+class HeadScorer(Scorer):
+    """A head on the features of a CLIP-style scorer.
+
+    Args:
+        head: ratings [B] of unit features of images [B, D] and, if it reads prompts, of texts [B, D] and users [B].
+        version: of the head; the scorer's also names the towers.
+        user: row of the user in PAL's table; -1 is the mean of the users of its training.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self, towers: TwoTowers, head: nn.Module, name: str, version: str, *, reads_prompts: bool = True, user: int = -1
+    ) -> None:
+        self.towers, self.head, self.preprocess = towers, head, towers.preprocess
+        self.reads_prompts, self.user = reads_prompts, user
+        self.name, self.version = name, f"{version}, {towers.name}, {towers.version}"
+
+    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        images = self.towers.encode_images(inputs)
+        if not self.reads_prompts:
+            return rated(self.head, images)
+        users = torch.full((len(inputs),), self.user, device=inputs.device)
+        return rated(self.head, images, self.towers.text_features(prompts), users=users)
+
+
+def rated(head: Callable[..., Tensor], *features: Tensor, **more: Any) -> Tensor:
+    """A head's ratings of features, outside of autocast: in half precision distinct ratings collapse to ties."""
+    with torch.autocast(features[0].device.type, enabled=False):
+        return head(*map(single, features), **more)
+
+
+class RatingHead(nn.Sequential):
+    """The head of the aesthetic predictor and of ImageReward: [N, width] to [N], without its training's dropout.
 
     The layers follow each other without activations, so it is one linear map.
     """
-    head = nn.Sequential()
-    for place, wide, narrow in zip(RATING_PLACES, (width, *RATING_WIDTHS), RATING_WIDTHS, strict=False):
-        head.add_module(str(place), nn.Linear(wide, narrow))
-    return head
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for place, wide, narrow in zip(RATING_PLACES, (width, *RATING_WIDTHS), RATING_WIDTHS, strict=False):
+            self.add_module(str(place), nn.Linear(wide, narrow))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features).squeeze(-1)
 
 
 class LinearHead(nn.Module):
@@ -52,7 +92,7 @@ class PAL(nn.Module):
     K = 1 users do not matter, and it is a plain Bradley-Terry model on the same features.
 
     Args:
-        width: of the features. users: how many rows w has; the last row of `mixture`'s table is the mean user.
+        width: of the features. users: how many rows w has.
         prototypes: K. latent: dimensions of z. hidden: of the MLP.
     """
 
@@ -78,25 +118,11 @@ class PAL(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor, users: Tensor | None = None) -> Tensor:
         """Scores [N] of unit features [N, D] each, for users [N] (row numbers of w; None or -1: the mean of all)."""
-        mixture = self.mixture(users, len(images))
-        return self.scored(*self.placed(images, texts), mixture)
-
-    def placed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of images, [N, d], and of the tastes, [N, K, d]: all that does not depend on the user."""
         z = self.f(torch.cat([images, texts, images * texts], -1))
-        if self.g is not None:
-            return z, self.g(texts).unflatten(-1, (-1, z.shape[-1]))
-        assert self.points is not None
-        return z, self.points.expand(len(z), -1, -1)
-
-    def mixture(self, users: Tensor | None, count: int) -> Tensor:
-        """Each row's weights over the tastes, [N, K]."""
+        tastes: Any = self.points if self.g is None else self.g(texts).unflatten(-1, (-1, z.shape[-1]))  # [(N,) K, d]
         shares = self.w.softmax(-1)
-        table = torch.cat([shares, shares.mean(0, keepdim=True)])
-        return table[-1].expand(count, -1) if users is None else table[users]
-
-    def scored(self, z: Tensor, tastes: Tensor, mixture: Tensor) -> Tensor:
-        """Scores [N] from `placed` and mixtures [N, K]."""
+        table = torch.cat([shares, shares.mean(0, keepdim=True)])  # the last row is the mean user
+        mixture = table[-1:] if users is None else table[users]
         ideal = (mixture[..., None] * tastes).sum(1)
         if self.score == "angle":
             return self.scale.exp().clamp(max=MAX_SCALE) * F.cosine_similarity(z, ideal, dim=-1)

@@ -16,18 +16,16 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
-from transformers import AutoConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import register
 from reward_scorers.towers import Preprocess, TwoTowers, shortest_side, unit
-from reward_scorers.weights import check_local, identity, load_pretrained, load_tokenizer, loading
+from reward_scorers.weights import identity, load_pretrained, load_tokenizer, loading
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and preprocessing, as published
 
 
-@register("pickscore")
 def pickscore(argument: str) -> HFClipScorer:
     """`pickscore`, or `pickscore:/folder` with the model, and in it or else on the Hub its tokenizer."""
     path = argument or PICKSCORE
@@ -35,7 +33,6 @@ def pickscore(argument: str) -> HFClipScorer:
     return HFClipScorer(path, processor=path if own else PICKSCORE_PROCESSOR, name="pickscore")
 
 
-@register("hf-clip")
 def hf_clip(argument: str) -> HFClipScorer:
     """`hf-clip:FOLDER` or `hf-clip:owner/name`: a CLIPModel with its tokenizer and its preprocessor_config.json."""
     if not argument:
@@ -57,12 +54,7 @@ class HFClipScorer(TwoTowers):
 
     def __init__(self, path: str, processor: str | None = None, name: str | None = None) -> None:
         self.name = name or f"hf-clip:{Path(path).name if Path(path).exists() else path}"
-        check_local(path, self.name)
-        with loading(f"{self.name}: {path!r} could not be loaded"):
-            kind = AutoConfig.from_pretrained(path).model_type
-        if kind != "clip":
-            raise ScorerError(f"{self.name}: {path!r} is a model of type {kind!r}, expected 'clip'")
-        self.model: Any = load_pretrained(CLIPModel.from_pretrained, path, self.name, dtype="float32")
+        self.model: Any = load_pretrained(CLIPModel.from_pretrained, path, self.name, kind="clip", dtype="float32")
         self.version = f"transformers {transformers.__version__}, {identity(self.model)}"
         self.scale = float(self.model.logit_scale.exp())
         self.tokenizer = load_tokenizer(processor or path, self.name)
@@ -70,7 +62,7 @@ class HFClipScorer(TwoTowers):
         side = self.model.config.vision_config.image_size
         self.processor = _processor(processor or path, side, self.name)
         resize, crop = shortest_side(self.processor.size.shortest_edge), partial(centre, side=side)
-        self.steps = Preprocess(resize, crop, mean=self.processor.image_mean, std=self.processor.image_std)
+        self.preprocess = Preprocess(resize, crop, mean=self.processor.image_mean, std=self.processor.image_std)
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         return unit(self.model.get_image_features(pixel_values=inputs).pooler_output)

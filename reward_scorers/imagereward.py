@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import transformers
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from reward_scorers.base import Scorer
-from reward_scorers.heads import rating_layers
-from reward_scorers.registry import register
-from reward_scorers.towers import Preprocess, rated, shortest_side
-from reward_scorers.weights import digest, fit, from_hub, load_tokenizer, read_state
+from reward_scorers.heads import RatingHead, rated
+from reward_scorers.towers import Preprocess, shortest_side
+from reward_scorers.weights import load_checkpoint, load_tokenizer
 
-REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
+HUB = ("THUDM/ImageReward", "ImageReward.pt")
 TOKENIZER = "google-bert/bert-base-uncased"
 LENGTH = 35  # tokens
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the training data, from the original
@@ -51,8 +48,7 @@ RENAMED = (
 )
 
 
-@register("imagereward")
-def from_spec(argument: str) -> ImageRewardScorer:
+def imagereward(argument: str) -> ImageRewardScorer:
     """`imagereward`, `imagereward:/path/ImageReward.pt`, or with BERT's tokenizer: `imagereward:FILE:FOLDER`."""
     checkpoint, _, tokenizer = argument.partition(":")
     return ImageRewardScorer(checkpoint, tokenizer or TOKENIZER)
@@ -81,21 +77,12 @@ class ImageRewardScorer(Scorer):
         vision: dict[str, Any] = VISION,
         text: dict[str, Any] = TEXT,
     ) -> None:
-        path = Path(checkpoint) if checkpoint else from_hub(REPOSITORY, FILE, self.name)
-        state = None if checkpoint == "random" else read_state(path, self.name)
         self.tokenizer = load_tokenizer(tokenizer, self.name)
-        self.model = _Network(vision, text).eval().requires_grad_(False)
-        weights = "random"
-        if state is not None:
-            fit(self.model, renamed(state), f"imagereward: {path} does not fit")
-            weights = f"sha256 {digest(path)}"
+        self.model = _Network(vision, text)
+        weights = load_checkpoint(self.model, checkpoint, self.name, HUB, target="the network", rename=renamed)
         side = vision["image_size"]
-        self.steps = Preprocess(shortest_side(side), CenterCrop(side))
+        self.preprocess = Preprocess(shortest_side(side), CenterCrop(side))
         self.version = f"transformers {transformers.__version__}, weights {weights}"
-
-    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
-        """The original's steps."""
-        return self.steps(image)
 
     def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
@@ -110,13 +97,13 @@ class _Network(nn.Module):
         self.vision = BlipVisionModel(BlipVisionConfig(**vision, layer_norm_eps=1e-6))
         config = BlipTextConfig(vocab_size=VOCABULARY, encoder_hidden_size=vision["hidden_size"], **text)
         self.text = BlipTextModel(config, add_pooling_layer=False)
-        self.head = rating_layers(text["hidden_size"])
+        self.head = RatingHead(text["hidden_size"])
 
     def forward(self, inputs: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Ratings [B] before they are normalised."""
         patches = self.vision(pixel_values=inputs).last_hidden_state
         tokens = self.text(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=patches)
-        return rated(self.head, tokens.last_hidden_state[:, 0]).squeeze(-1)
+        return rated(self.head, tokens.last_hidden_state[:, 0])
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import functional as F
 
 from reward_scorers.errors import ScorerError
 
@@ -43,6 +45,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a damaged file can make Pillow's decoders raise anything
         raise ScorerError(f"cannot be decoded: {error}") from error
+
+
+def to_pixels(image: Image.Image | Tensor) -> Tensor:
+    """An 8-bit image as [C, H, W] in [0, 1]; pixels as they are."""
+    return image if isinstance(image, Tensor) else F.to_tensor(image)
 
 
 def in_threads(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,41 +13,31 @@ from typing import TypeVar
 from reward_scorers.base import Scorer
 from reward_scorers.errors import ScorerError
 
-Factory = Callable[[str], Scorer]
-AnyFactory = TypeVar("AnyFactory", bound=Callable[..., Scorer])
-_FACTORIES: dict[str, Factory] = {}
+Factory = TypeVar("Factory", bound=Callable[..., Scorer])
 
-# Modules register their names when imported, which is when one of them is first built: their libraries are slow.
-MODULES = {
-    "aesthetic": "reward_scorers.aesthetic",
-    "clip": "reward_scorers.clip",
-    "combine": "reward_scorers.combine",
-    "consistency": "reward_scorers.video",
-    "hf-clip": "reward_scorers.hf_clip",
-    "hpsv2.0": "reward_scorers.hpsv2",
-    "hpsv2.1": "reward_scorers.hpsv2",
-    "imagereward": "reward_scorers.imagereward",
-    "motion": "reward_scorers.video",
-    "pickscore": "reward_scorers.hf_clip",
-    "smoothness": "reward_scorers.video",
-    "trained": "reward_scorers.trained",
-    "vlm": "reward_scorers.vlm",
+# "module:factory" is imported when a scorer of that name is first built: their libraries are slow to import.
+FACTORIES: dict[str, str | Callable[..., Scorer]] = {
+    "aesthetic": "reward_scorers.aesthetic:aesthetic",
+    "clip": "reward_scorers.clip:clip",
+    "combine": "reward_scorers.combine:from_file",
+    "consistency": "reward_scorers.video:consistency",
+    "hf-clip": "reward_scorers.hf_clip:hf_clip",
+    "hpsv2.0": "reward_scorers.clip:hpsv2_0",
+    "hpsv2.1": "reward_scorers.clip:hpsv2_1",
+    "imagereward": "reward_scorers.imagereward:imagereward",
+    "motion": "reward_scorers.video:Motion",
+    "pickscore": "reward_scorers.hf_clip:pickscore",
+    "smoothness": "reward_scorers.video:Smoothness",
+    "trained": "reward_scorers.trained:trained",
+    "vlm": "reward_scorers.vlm:VLMScorer",
 }
 
 
-def register(name: str, *, argument: bool = True) -> Callable[[AnyFactory], AnyFactory]:
-    """Decorator: `build` calls the factory with the text after `name:` ("" where there is none).
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: `build` calls the factory with the text after `name:` ("" without one), if it takes an argument."""
 
-    argument: False for a factory that takes none; `name:something` is then an error.
-    """
-
-    def add(factory: AnyFactory) -> AnyFactory:
-        def without(text: str) -> Scorer:
-            if text:
-                raise ScorerError(f"{name}: takes no argument, found {text!r}")
-            return factory()
-
-        _FACTORIES[name] = factory if argument else without
+    def add(factory: Factory) -> Factory:
+        FACTORIES[name] = factory
         return factory
 
     return add
@@ -54,26 +45,31 @@ def register(name: str, *, argument: bool = True) -> Callable[[AnyFactory], AnyF
 
 def names() -> list[str]:
     """The registered names."""
-    return sorted({*_FACTORIES, *MODULES})
+    return sorted(FACTORIES)
 
 
 def check_spec(spec: str) -> None:
     """Raise ScorerError unless `spec` begins with a registered name; builds nothing."""
     name = spec.partition(":")[0] if isinstance(spec, str) else spec
-    if name not in names():
+    if name not in FACTORIES:
         near = difflib.get_close_matches(str(name), names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ScorerError(f"unknown scorer {name!r}.{hint} Choices: {', '.join(names())}.")
 
 
 def build(spec: str) -> Scorer:
-    """A scorer from `name` or `name:argument`; what the argument means is the scorer's own business, but `~` is home.
+    """A scorer from `name` or `name:argument`; the scorer interprets the argument, in which `~` is the home folder.
 
     Raises:
         ScorerError: a name that is not registered, or an argument that the scorer cannot use.
     """
     check_spec(spec)
     name, _, argument = spec.partition(":")
-    if name not in _FACTORIES:
-        importlib.import_module(MODULES[name])
-    return _FACTORIES[name](re.sub("(^|:)~/", rf"\1{Path.home()}/", argument))  # shells expand no ~ after a colon
+    factory = FACTORIES[name]
+    if isinstance(factory, str):
+        factory = pkgutil.resolve_name(factory)
+    if inspect.signature(factory).parameters:
+        return factory(re.sub("(^|:)~/", rf"\1{Path.home()}/", argument))  # shells expand no ~ after a colon
+    if argument:
+        raise ScorerError(f"{name}: takes no argument, found {argument!r}")
+    return factory()

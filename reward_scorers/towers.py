@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from reward_scorers.base import Scorer, single
+from reward_scorers.images import to_pixels
 
 TEXT_CACHE = 16384  # prompts; 64 MB at 1024 float32 features
 TEXT_BATCH = 256
@@ -44,7 +46,7 @@ class Preprocess:
         """[3, h, w] of an image, [B, 3, h, w] of pixels."""
         for step in self.steps:
             image = step(image)
-        pixels = image if isinstance(image, Tensor) else F.to_tensor(image)
+        pixels = to_pixels(image)
         return F.normalize(pixels.clamp(0, 1) if self.clip else pixels, self.mean, self.std)
 
 
@@ -54,10 +56,7 @@ def shortest_side(size: int) -> T.Resize:
 
 
 class TwoTowers(Scorer):
-    """scale · cos(image, text). A subclass loads the towers.
-
-    Attributes:
-        model: the network. scale: of the cosine. steps: from images to the network's input.
+    """scale · cos(image, text). A subclass loads the network, its preprocessing, and may set the scale.
 
     Text features are kept, so each distinct prompt goes through its tower once.
     """
@@ -65,7 +64,6 @@ class TwoTowers(Scorer):
     differentiable = True
     scale: float = 100.0
     model: Any
-    steps: Preprocess
 
     @abstractmethod
     def encode_images(self, inputs: Tensor) -> Tensor:
@@ -74,10 +72,6 @@ class TwoTowers(Scorer):
     @abstractmethod
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit features [B, D] of prompts; those that are too long are cut."""
-
-    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
-        """The original's steps."""
-        return self.steps(image)
 
     def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scale * (self.encode_images(inputs) * self.text_features(prompts)).sum(-1)
@@ -98,30 +92,11 @@ class TwoTowers(Scorer):
             self._texts.pop(next(iter(self._texts)))
         return features
 
-    @property
+    @cached_property
     def _texts(self) -> dict[tuple[str, torch.device, torch.dtype], Tensor]:
-        return self.__dict__.setdefault("_kept_texts", {})
-
-
-class OnTowers(Scorer):
-    """Something computed from a CLIP-style scorer's features, on its input."""
-
-    differentiable = True
-
-    def __init__(self, towers: TwoTowers) -> None:
-        self.towers = towers
-
-    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
-        """The towers' own steps."""
-        return self.towers.preprocess(image)
+        return {}
 
 
 def unit(features: Tensor) -> Tensor:
     """Features [B, D] at length one, in single precision at least: a cosine needs the digits that autocast drops."""
     return normalize(single(features), dim=-1)
-
-
-def rated(head: Callable[..., Tensor], *features: Tensor, **more: Any) -> Tensor:
-    """What a head makes of features, outside of autocast: in half precision distinct ratings collapse to ties."""
-    with torch.autocast(features[0].device.type, enabled=False):
-        return head(*map(single, features), **more)

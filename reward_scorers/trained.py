@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reward_scorers.base import Scorer
 from reward_scorers.errors import ScorerError
-from reward_scorers.heads import PAL, LinearHead
+from reward_scorers.heads import PAL, HeadScorer, LinearHead
 from reward_scorers.hf_clip import HFClipScorer
-from reward_scorers.registry import build, register
-from reward_scorers.towers import OnTowers, TwoTowers, rated
-from reward_scorers.weights import digest, fit, read_state
+from reward_scorers.registry import build
+from reward_scorers.towers import TwoTowers
+from reward_scorers.weights import load_checkpoint
 
 METADATA, HEAD, CLIP = "scorer.json", "head.safetensors", "clip"
 HEADS = {"name", "base", "base_weights", "width"}
@@ -24,17 +22,32 @@ REQUIRED = {"clip": {"name"}, "linear": HEADS, "pal": HEADS | {"users", "pal"}} 
 LAYOUT = 1  # raised when a folder written before can no longer be read
 
 
-@register("trained")
-def from_spec(argument: str) -> Scorer:
-    """`trained:FOLDER` or `trained:FOLDER:USER`; the folder may be the run's, which has the scorer in scorer/."""
+def trained(argument: str) -> Scorer:
+    """`trained:FOLDER` or `trained:FOLDER:USER`; the folder may be the run's, which has the scorer in scorer/.
+
+    USER selects whose taste a PAL scores by; without one, the mean of the users of its training.
+
+    Raises:
+        ScorerError: an unknown user, weights that do not fit, or a base whose weights are others than in training.
+    """
     path, _, user = argument.partition(":")
     folder, metadata = read_metadata(Path(path))
-    name = f"trained:{metadata['name']}"
-    if metadata["kind"] == "clip":
+    name, kind, users = f"trained:{metadata['name']}", metadata["kind"], metadata.get("users", [])
+    if kind == "clip":
         if user:
             raise ScorerError(f"trained: {folder} knows no users, found user {user!r}")
         return HFClipScorer(str(folder / CLIP), name=name)
-    return HeadScorer(folder, metadata, user or None)
+    base, base_weights = build(metadata["base"]), metadata["base_weights"]
+    if not isinstance(base, TwoTowers) or base.version.rpartition(", ")[2] != base_weights:
+        raise ScorerError(
+            f"trained: {folder} was trained on {metadata['base']} with {base_weights}, found {base.version}"
+        )
+    if user and user not in users:
+        known = ", ".join(users[:5]) or "none"
+        raise ScorerError(f"trained: {folder} does not know the user {user!r}. Known: {known} ...")
+    head, weights = load_head(folder, metadata)
+    row, name = (users.index(user), f"{name}:{user}") if user else (-1, name)
+    return HeadScorer(base, head, name, f"{kind} {weights}", user=row)
 
 
 def read_metadata(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -68,38 +81,7 @@ def make_head(metadata: dict[str, Any]) -> nn.Module:
     return PAL(metadata["width"], len(metadata["users"]), **metadata["pal"])
 
 
-def load_head(folder: Path, metadata: dict[str, Any]) -> nn.Module:
-    """The head with its weights."""
+def load_head(folder: Path, metadata: dict[str, Any]) -> tuple[nn.Module, str]:
+    """The head with its weights, and what identifies these."""
     head = make_head(metadata)
-    fit(head, read_state(folder / HEAD, "trained"), f"trained: {folder / HEAD} does not fit")
-    return head.eval().requires_grad_(False)
-
-
-class HeadScorer(OnTowers):
-    """A head on the features of a CLIP-style scorer.
-
-    Args:
-        folder, metadata: as of `read_metadata`. user: whose taste; None is the mean of the users of its training.
-
-    Raises:
-        ScorerError: an unknown user, weights that do not fit, or a base whose weights are others than in training.
-    """
-
-    def __init__(self, folder: Path, metadata: dict[str, Any], user: str | None = None) -> None:
-        base, base_weights, users = build(metadata["base"]), metadata["base_weights"], metadata.get("users", [])
-        if not isinstance(base, TwoTowers) or base.version.rpartition(", ")[2] != base_weights:
-            raise ScorerError(
-                f"trained: {folder} was trained on {metadata['base']} with {base_weights}, found {base.version}"
-            )
-        if user is not None and user not in users:
-            known = ", ".join(users[:5]) or "none"
-            raise ScorerError(f"trained: {folder} does not know the user {user!r}. Known: {known} ...")
-        super().__init__(base)
-        self.head = load_head(folder, metadata)
-        self.user = -1 if user is None else users.index(user)
-        self.name = f"trained:{metadata['name']}" + (f":{user}" if user is not None else "")
-        self.version = f"{metadata['kind']} sha256 {digest(folder / HEAD)}, {base.name}, {base.version}"
-
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
-        users = torch.full((len(inputs),), self.user, device=inputs.device)
-        return rated(self.head, self.towers.encode_images(inputs), self.towers.text_features(prompts), users=users)
+    return head, load_checkpoint(head, str(folder / HEAD), "trained", target="its metadata")

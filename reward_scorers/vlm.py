@@ -19,7 +19,6 @@ from torchvision.transforms import functional as F
 
 from reward_scorers.base import Judgement, Scorer
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import register
 from reward_scorers.weights import identity, load_pretrained, loading
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # the paper's
@@ -71,16 +70,8 @@ def without_special_tokens(tokenizer: Any, prompt: str) -> str:
     return prompt
 
 
-@register("vlm")
-def from_spec(argument: str) -> VLMScorer:
-    """`vlm:FOLDER` or `vlm:owner/name`."""
-    if not argument:
-        raise ScorerError("vlm: needs a model: vlm:owner/name, such as vlm:Qwen/Qwen2.5-VL-3B-Instruct")
-    return VLMScorer(argument)
-
-
 class VLMScorer(Scorer):
-    """P(yes) of an image-text-to-text model.
+    """P(yes) of an image-text-to-text model: `vlm:FOLDER` or `vlm:owner/name`.
 
     Args:
         path: folder or Hub id. question: with {prompt} in it. dtype: of the weights, a torch name.
@@ -92,6 +83,8 @@ class VLMScorer(Scorer):
     def __init__(self, path: str, question: str = QUESTION, dtype: str = "auto") -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        if not path:
+            raise ScorerError("vlm: needs a model: vlm:owner/name, such as vlm:Qwen/Qwen2.5-VL-3B-Instruct")
         if "{prompt}" not in question:
             raise ScorerError(f"vlm: the question needs {{prompt}} in it, found {question!r}")
         self.name, self.question = f"vlm:{path}", question

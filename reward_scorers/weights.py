@@ -20,7 +20,7 @@ State = Mapping[str, Tensor]
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn what libraries, the Hub and damaged files raise, each their own kinds, into a ScorerError about `what`."""
+    """Turn the various exceptions of libraries, the Hub and damaged files into a ScorerError about `what`."""
     try:
         yield
     except ScorerError:
@@ -64,35 +64,42 @@ def fit(network: nn.Module, state: State, where: str) -> None:
     """Load `state` into `network`, every key and shape of it.
 
     Raises:
-        ScorerError: keys that are missing or unknown, other shapes, quantised values or such that are not finite.
+        ScorerError: keys that are missing or unknown, other shapes, quantised values, or values that are not finite.
     """
-    own = network.state_dict()
-    state = dict(state)
+    own, state = network.state_dict(), dict(state)
     for key in ("logit_scale", "logit_bias"):  # a scalar or [1], depending on the writer of the file
         if key in state and key in own and state[key].numel() == 1:
             state[key] = state[key].reshape(own[key].shape)
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own and not key.endswith("position_ids")]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or extra or shapes:
-        example = f"; {shapes[0]} is {list(state[shapes[0]].shape)}, not {list(own[shapes[0]].shape)}" if shapes else ""
-        raise ScorerError(
-            f"{where}: {len(missing)} keys missing ({listed(missing[:3])}), "
-            f"{len(extra)} unknown ({listed(extra[:3])}), {len(shapes)} of another shape{example}"
-        )
-    coarse = [key for key in own if own[key].is_floating_point() and not state[key].is_floating_point()]
-    if coarse:
-        kind = state[coarse[0]].dtype
-        raise ScorerError(f"{where}: {len(coarse)} tensors are of {kind}, not floating-point ({listed(coarse[:3])})")
-    check_finite(state, where)
+    _refuse(where, {
+        "keys missing": [key for key in own if key not in state],
+        "unknown": [key for key in state if key not in own and not key.endswith("position_ids")],
+        "of another shape": [
+            f"{key} is {list(state[key].shape)}, not {list(value.shape)}"
+            for key, value in own.items()
+            if key in state and value.shape != state[key].shape
+        ],
+    })  # fmt: skip
+    _refuse(where, {
+        "not floating-point": [
+            f"{key} is of {state[key].dtype}"
+            for key, value in own.items()
+            if value.is_floating_point() and not state[key].is_floating_point()
+        ],
+        "with NaN or infinite values": not_finite(state),
+    })  # fmt: skip
     network.load_state_dict({key: state[key] for key in own})
 
 
-def check_finite(state: State, where: str) -> None:
-    """Raise ScorerError for tensors with NaN or infinite values."""
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if bad:
-        raise ScorerError(f"{where}: {len(bad)} tensors hold NaN or infinite values ({listed(bad[:3])})")
+def not_finite(state: State) -> list[str]:
+    """Names of tensors with NaN or infinite values."""
+    return [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+
+
+def _refuse(where: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise ScorerError for names of tensors by their problem, if there are any."""
+    counts = [f"{len(names)} {what} ({listed(names[:3])})" for what, names in problems.items() if names]
+    if counts:
+        raise ScorerError(f"{where}: {', '.join(counts)}")
 
 
 def from_hub(repository: str, name: str, scorer: str) -> Path:
@@ -103,34 +110,62 @@ def from_hub(repository: str, name: str, scorer: str) -> Path:
         return Path(hf_hub_download(repository, name))
 
 
-def load_pretrained(load: Callable[..., Any], path: str, scorer: str, *, strict: bool = True, **options: Any) -> Any:
+def load_checkpoint(
+    network: nn.Module,
+    checkpoint: str,
+    scorer: str,
+    hub: tuple[str, str] = ("", ""),
+    *,
+    target: str,
+    rename: Callable[[dict[str, Tensor]], State] = dict,
+) -> str:
+    """Freeze a network with the weights of a checkpoint; returns what identifies them.
+
+    Args:
+        checkpoint: file; "" is the Hub's `hub`, a repository and a name; "random" keeps the network's own, for tests.
+        target: what the weights are for, in the message if they do not fit.
+        rename: from the checkpoint's names to the network's.
+
+    Raises:
+        ScorerError: see `read_state` and `fit`.
+    """
+    network.eval().requires_grad_(False)
+    if checkpoint == "random":
+        return "random"
+    path = Path(checkpoint) if checkpoint else from_hub(*hub, scorer)
+    fit(network, rename(read_state(path, scorer)), f"{scorer}: {path} does not fit {target}")
+    return f"sha256 {digest(path)}"
+
+
+def load_pretrained(
+    load: Callable[..., Any], path: str, scorer: str, *, kind: str = "", strict: bool = True, **options: Any
+) -> Any:
     """A frozen transformers model through its `from_pretrained`, without weights that this would fill in at random.
 
     Raises:
-        ScorerError: not there, damaged, or with weights missing, of other shapes, not finite, or when `strict` unused.
+        ScorerError: not there, damaged, of another `kind`, or with weights missing, of other shapes, not finite, or
+            when `strict` unused.
     """
-    check_local(path, scorer)
+    from transformers import AutoConfig
+
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).exists():  # transformers would ask the Hub for it
+        raise ScorerError(f"{scorer}: {path}: no such folder")
     where = f"{scorer}: {path!r}"
     with loading(f"{where} could not be loaded"):
+        if kind and (other := AutoConfig.from_pretrained(path).model_type) != kind:
+            raise ScorerError(f"{where} is a model of type {other!r}, expected {kind!r}")
         network, info = load(path, output_loading_info=True, **options)
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lacking:
-        raise ScorerError(f"{where} lacks {len(lacking)} weights ({listed(lacking[:3])})")
-    extra = sorted(key for key in info["unexpected_keys"] if not key.endswith("position_ids"))
-    if extra and strict:  # such as layers beyond those that config.json declares
-        raise ScorerError(f"{where} has {len(extra)} weights without a place ({listed(extra[:3])})")
-    check_finite(network.state_dict(), where)
+    extra = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+    _refuse(where, {
+        "weights missing": sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])),
+        "weights without a place": sorted(extra) if strict else (),  # such as layers that config.json does not declare
+        "with NaN or infinite values": not_finite(network.state_dict()),
+    })  # fmt: skip
     return network.eval().requires_grad_(False)
 
 
-def check_local(path: str, scorer: str) -> None:
-    """Raise ScorerError for a folder that is not there, which transformers would take for an id of the Hub."""
-    if path.startswith(("/", "./", "../", "~")) and not Path(path).exists():
-        raise ScorerError(f"{scorer}: {path}: no such folder")
-
-
 def load_tokenizer(path: str, scorer: str) -> Any:
-    """A tokenizer of transformers, which makes an empty one where its files are missing: an error here."""
+    """A tokenizer of transformers; raises ScorerError where files are missing, for which it makes an empty one."""
     from transformers import AutoTokenizer
 
     with loading(f"{scorer}: the tokenizer of {path!r}"):

@@ -16,21 +16,9 @@ from pydantic_core import to_jsonable_python
 
 from t2i_align import objectives
 from t2i_align.errors import UserError
-from t2i_align.utils.settings import (
-    Bool,
-    Count,
-    Decay,
-    Float,
-    Int,
-    Limit,
-    NonNegative,
-    Positive,
-    Share,
-    UserPath,
-    Whole,
-    build,
-    load_as,
-    settings,
+
+from t2i_align.utils.settings import (  # isort: skip
+    Bool, Count, Decay, Float, Int, Limit, NonNegative, Positive, Share, UserPath, Whole, build, load_as, settings,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -283,8 +271,8 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The run as plain values, as YAML holds it; `from_mapping` gives the same run back."""
-    out = to_jsonable_python(config)
-    return {**out, "objective": {"name": config.objective.name, **out["objective"]}}
+    objective = {"name": config.objective.name, **vars(config.objective)}  # by field, also of a plain dataclass
+    return to_jsonable_python({**vars(config), "objective": objective})
 
 
 def _named(objective: Any) -> Any:

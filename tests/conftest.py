@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.tiny import tiny_sd
+from tests.tiny import TINY
 
 # The suite draws the same examples every time, so that it passes or fails for the code alone; `make fuzz` draws others.
 settings.register_profile("same", derandomize=True)
@@ -23,12 +25,19 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def sd_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random-weight Stable Diffusion folder, epsilon-prediction, 32 px, VAE factor 2."""
-    return tiny_sd(tmp_path_factory.mktemp("models") / "sd")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the checkpoint with this name in TINY, written when it is first asked for."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: TINY[name](folder / name))
 
 
 @pytest.fixture(scope="session")
-def sd_v_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd_path(path: Callable[[str], Path]) -> Path:
+    """A random-weight Stable Diffusion folder, epsilon-prediction, 32 px, VAE factor 2."""
+    return path("sd")
+
+
+@pytest.fixture(scope="session")
+def sd_v_path(path: Callable[[str], Path]) -> Path:
     """The same with v-prediction."""
-    return tiny_sd(tmp_path_factory.mktemp("models") / "sd-v", prediction_type="v_prediction")
+    return path("sd-v")

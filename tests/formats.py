@@ -41,12 +41,7 @@ def images(folder: Path, count: int = 6) -> None:
 
 
 def lines(file: Path, entries: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-    return file
-
-
-def table(file: Path, entries: list[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(entries), file)
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return file
 
 
@@ -58,6 +53,17 @@ def sheet(file: Path, entries: list[dict[str, Any]]) -> Path:
     return file
 
 
+def table(file: Path, entries: list[dict[str, Any]]) -> Path:
+    """A table of any kind, by its ending."""
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(entries), file)
+        return file
+    if file.suffix == ".json":
+        file.write_text(json.dumps(entries))
+        return file
+    return (lines if file.suffix == ".jsonl" else sheet)(file, entries)
+
+
 def shard(file: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(file, "w") as archive:
         for name, content in members.items():
@@ -67,108 +73,53 @@ def shard(file: Path, members: dict[str, bytes]) -> Path:
     return file
 
 
-def pickapic(folder: Path) -> Path:
-    rows = [
-        {"jpg_0": png(lost), "jpg_1": png(won), "caption": prompt, "label_0": 0.0, "label_1": 1.0, "ranking_id": won}
-        for prompt, won, lost in PAIRS
-    ]  # fmt: skip
-    return table(folder / "train.parquet", rows)
+def embedded(number: int) -> dict[str, Any]:
+    """An image as `datasets` writes it."""
+    return {"bytes": png(number), "path": None}
 
 
-def double_caption(folder: Path) -> Path:
-    rows = [
-        {
-            "jpg_0": png(won),
-            "jpg_1": png(lost),
-            "caption_0": prompt,
-            "caption_1": "a failure",
-            "label_0": 1,
-            "label_1": 0,
-        }
-        for prompt, won, lost in PAIRS
-    ]
-    return table(folder / "train.parquet", rows)
-
-
-def rapidata(folder: Path) -> Path:
-    names = [f"weighted_results_image{n}_preference" for n in (1, 2)]
-    rows = [
-        {"prompt": prompt, "image1": {"bytes": png(won), "path": "w.png"}, "image2": {"bytes": png(lost), "path": None},
-         "model1": "flux", names[0]: 0.7, names[1]: 0.3}
-        for prompt, won, lost in PAIRS
-    ]  # fmt: skip
-    return table(folder / "train.parquet", rows)
-
-
-def rapidata_counts(folder: Path) -> Path:
-    rows = [
-        {"prompt": prompt, "image1": {"bytes": png(lost), "path": None}, "image2": {"bytes": png(won), "path": None},
-         "votes_image1": 8, "votes_image2": 18, "detailed_results": "[]", "image1_path": "l.png"}
-        for prompt, won, lost in PAIRS
-    ]  # fmt: skip
-    return table(folder / "train_0001-00000-of-00001.parquet", rows)
-
-
-def hpdv2(folder: Path) -> Path:
-    images(folder / "train")
-    entries = [
-        {"human_preference": [0, 1], "prompt": prompt, "file_path": [f"{lost}.png", f"{won}.png"]}
-        for prompt, won, lost in PAIRS
-    ]
-    (folder / "train.json").write_text(json.dumps(entries))
-    return folder / "train.json"
-
-
-def hpdv3(folder: Path) -> Path:
-    images(folder / "images")
-    entries = [
-        {"prompt": prompt, "path1": f"images/{won}.png", "path2": f"images/{lost}.png", "confidence": 0.9,
-         "choice_dist": [9, 1], "model1": "flux", "model2": "kolors"}
-        for prompt, won, lost in PAIRS
-    ]  # fmt: skip
-    (folder / "train.json").write_text(json.dumps(entries))
-    return folder / "train.json"
-
-
-def jsonl(folder: Path) -> Path:
-    images(folder / "p")
-    entries = [{"prompt": prompt, "chosen": f"p/{won}.png", "rejected": f"p/{lost}.png"} for prompt, won, lost in PAIRS]
-    return lines(folder / "pairs.jsonl", entries)
-
-
-def comma_separated(folder: Path) -> Path:
-    images(folder / "p")
-    entries = [{"prompt": prompt, "chosen": f"p/{won}.png", "rejected": f"p/{lost}.png"} for prompt, won, lost in PAIRS]
-    return sheet(folder / "pairs.csv", entries)
-
-
-def parquet_pairs(folder: Path) -> Path:
-    return table(
-        folder / "pairs.parquet", [{"prompt": p, "chosen": png(won), "rejected": png(lost)} for p, won, lost in PAIRS]
-    )
-
-
-def vote_counts(folder: Path) -> Path:
-    """A spreadsheet of one's own, and a source file that says what its columns hold."""
-    images(folder / "p")
-    rows = [
-        {"text": p, "left": f"{lost}.png", "right": f"{won}.png", "for_left": 2, "for_right": 7}
-        for p, won, lost in PAIRS
-    ]
-    sheet(folder / "votes.tsv", rows)
-    (folder / "votes.yaml").write_text(
-        "path: votes.tsv\ncolumns: {candidates: [left, right], votes: [for_left, for_right], prompt: text, folder: p}\n"
-    )
-    return folder / "votes.yaml"
-
-
-def demo(folder: Path) -> Path:
-    images(folder / "p")
-    entries = [
-        {"prompt": prompt, "left": f"p/{lost}.png", "right": f"p/{won}.png", "vote": "right", "user": "anna"}
-        for prompt, won, lost in PAIRS
-    ]
-    return lines(folder / "votes.jsonl", entries)
+RAPIDATA = [f"weighted_results_image{n}_preference" for n in (1, 2)]
+Entry = Callable[[str, int, int], dict[str, Any]]
+# A table: its name, the folder of its images where it has paths, and a row of prompt, better and worse image.
+TABLES: dict[str, tuple[str, str | None, Entry]] = {
+    "pickapic": ("train.parquet", None, lambda prompt, won, lost: {
+        "jpg_0": png(lost), "jpg_1": png(won), "caption": prompt, "label_0": 0.0, "label_1": 1.0, "ranking_id": won}),
+    "double_caption": ("train.parquet", None, lambda prompt, won, lost: {
+        "jpg_0": png(won), "jpg_1": png(lost), "caption_0": prompt, "caption_1": "a failure", "label_0": 1,
+        "label_1": 0}),
+    "rapidata": ("train.parquet", None, lambda prompt, won, lost: {
+        "prompt": prompt, "image1": {**embedded(won), "path": "w.png"}, "image2": embedded(lost), "model1": "flux",
+        RAPIDATA[0]: 0.7, RAPIDATA[1]: 0.3}),
+    "rapidata_counts": ("train_0001-00000-of-00001.parquet", None, lambda prompt, won, lost: {
+        "prompt": prompt, "image1": embedded(lost), "image2": embedded(won), "votes_image1": 8, "votes_image2": 18,
+        "detailed_results": "[]", "image1_path": "l.png"}),
+    "hpdv2": ("train.json", "train", lambda prompt, won, lost: {
+        "human_preference": [0, 1], "prompt": prompt, "file_path": [f"{lost}.png", f"{won}.png"]}),
+    "hpdv3": ("train.json", "images", lambda prompt, won, lost: {
+        "prompt": prompt, "path1": f"images/{won}.png", "path2": f"images/{lost}.png", "confidence": 0.9,
+        "choice_dist": [9, 1], "model1": "flux", "model2": "kolors"}),
+    "jsonl": ("pairs.jsonl", "p", lambda prompt, won, lost: {
+        "prompt": prompt, "chosen": f"p/{won}.png", "rejected": f"p/{lost}.png"}),
+    "comma_separated": ("pairs.csv", "p", lambda prompt, won, lost: {
+        "prompt": prompt, "chosen": f"p/{won}.png", "rejected": f"p/{lost}.png"}),
+    "parquet_pairs": ("pairs.parquet", None, lambda prompt, won, lost: {
+        "prompt": prompt, "chosen": png(won), "rejected": png(lost)}),
+    "demo": ("votes.jsonl", "p", lambda prompt, won, lost: {
+        "prompt": prompt, "left": f"p/{lost}.png", "right": f"p/{won}.png", "vote": "right", "user": "anna"}),
+    "vote_counts": ("votes.tsv", "p", lambda prompt, won, lost: {
+        "text": prompt, "left": f"{lost}.png", "right": f"{won}.png", "for_left": 2, "for_right": 7}),
+}  # fmt: skip
+# A webdataset shard: its name, and the members of a sample.
+SHARDS: dict[str, tuple[str, Entry]] = {
+    "webdataset_roles": ("pairs.tar", lambda prompt, won, lost: {
+        f"{won:06d}.chosen.png": png(won), f"{won:06d}.rejected.png": png(lost), f"{won:06d}.txt": prompt.encode()}),
+    "webdataset_labels": ("pairs.tar", lambda prompt, won, lost: {
+        f"{won:06d}.0.png": png(lost), f"{won:06d}.1.png": png(won),
+        f"{won:06d}.json": json.dumps({"prompt": prompt, "label_0": 0, "label_1": 1}).encode()}),
+    "webdataset_pickapic": ("00000.tar", lambda prompt, won, lost: {
+        f"{won}.jpg_0.jpg": png(lost), f"{won}.jpg_1.jpg": png(won), f"{won}.label_0.txt": b"0.0",
+        f"{won}.label_1.txt": b"1.0", f"{won}.original_prompt.txt": prompt.encode()}),
+}  # fmt: skip
 
 
 def folders(folder: Path) -> Path:
@@ -189,40 +140,13 @@ def kohya(folder: Path) -> Path:
     return folder
 
 
-def webdataset_roles(folder: Path) -> Path:
-    members = {}
-    for prompt, won, lost in PAIRS:
-        text = prompt.encode()
-        members |= {f"{won:06d}.chosen.png": png(won), f"{won:06d}.rejected.png": png(lost), f"{won:06d}.txt": text}
-    return shard(folder / "pairs.tar", members)
-
-
-def webdataset_labels(folder: Path) -> Path:
-    members = {}
-    for prompt, won, lost in PAIRS:
-        entry = json.dumps({"prompt": prompt, "label_0": 0, "label_1": 1}).encode()
-        members |= {f"{won:06d}.0.png": png(lost), f"{won:06d}.1.png": png(won), f"{won:06d}.json": entry}
-    return shard(folder / "pairs.tar", members)
-
-
-def webdataset_pickapic(folder: Path) -> Path:
-    members = {}
-    for prompt, won, lost in PAIRS:
-        named = {"jpg_0.jpg": png(lost), "jpg_1.jpg": png(won), "label_0.txt": b"0.0", "label_1.txt": b"1.0",
-                 "original_prompt.txt": prompt.encode()}  # fmt: skip
-        members |= {f"{won}.{name}": content for name, content in named.items()}
-    return shard(folder / "00000.tar", members)
-
-
 def hpdv2_test(folder: Path) -> Path:
     images(folder / "test")
-    entries = [
+    return table(folder / "test.json", [
         {"prompt": prompt, "image_path": [f"{number}.png" for number in of], "rank": ranks,
          "raw_annotations": [{"rank": ranks, "user_hash": "u"}]}
         for prompt, of, ranks in RANKINGS
-    ]  # fmt: skip
-    (folder / "test.json").write_text(json.dumps(entries))
-    return folder / "test.json"
+    ])  # fmt: skip
 
 
 def imagereward(folder: Path) -> Path:
@@ -239,11 +163,10 @@ def imagereward(folder: Path) -> Path:
 
 def ranked_jsonl(folder: Path) -> Path:
     images(folder / "p")
-    entries = [
+    return table(folder / "ranked.jsonl", [
         {"prompt": prompt, "images": [f"p/{number}.png" for number in of], "scores": [3 - rank for rank in ranks]}
         for prompt, of, ranks in RANKINGS
-    ]
-    return lines(folder / "ranked.jsonl", entries)
+    ])  # fmt: skip
 
 
 def ranked_webdataset(folder: Path) -> Path:
@@ -265,26 +188,42 @@ def skips(path: Path, format: str = "auto") -> dict[str, str]:
     return {item.id: item.reason for item in read(path, format) if isinstance(item, Skipped)}
 
 
-OF_PAIRS: dict[str, Callable[[Path], Path]] = {
+FUNCTIONS = {
     function.__name__: function
-    for function in (
-        pickapic, double_caption, rapidata, rapidata_counts, hpdv2, hpdv3, jsonl, comma_separated, parquet_pairs,
-        vote_counts, demo, folders, kohya, webdataset_roles, webdataset_labels, webdataset_pickapic,
-    )
-}  # fmt: skip
-OF_RANKINGS: dict[str, Callable[[Path], Path]] = {
-    function.__name__: function for function in (hpdv2_test, imagereward, ranked_jsonl, ranked_webdataset)
+    for function in (folders, kohya, hpdv2_test, imagereward, ranked_jsonl, ranked_webdataset)
 }
+OF_PAIRS = [*TABLES, *SHARDS, "folders", "kohya"]
+OF_RANKINGS = ["hpdv2_test", "imagereward", "ranked_jsonl", "ranked_webdataset"]
 
 
 def write(folder: Path, name: str) -> Path:
-    """Write the example `name` below a folder; the path of the source."""
+    """Write the example `name` into a folder of this name; the path of the source."""
     target = folder / name
     target.mkdir(parents=True)
-    return {**OF_PAIRS, **OF_RANKINGS}[name](target)
+    return example(target, name)
+
+
+def example(folder: Path, name: str) -> Path:
+    """Write the example `name` into a folder; the path of the source."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name](folder)
+    if name in SHARDS:
+        file, sample = SHARDS[name]
+        members = {key: content for pair in PAIRS for key, content in sample(*pair).items()}
+        return shard(folder / file, members)
+    file, images_folder, row = TABLES[name]
+    if images_folder is not None:
+        images(folder / images_folder)
+    source = table(folder / file, [row(*pair) for pair in PAIRS])
+    if name != "vote_counts":
+        return source
+    spec = folder / "votes.yaml"  # a dataset spec says what the columns of a sheet of one's own hold
+    columns = "{candidates: [left, right], votes: [for_left, for_right], prompt: text, folder: p}"
+    spec.write_text(f"path: votes.tsv\ncolumns: {columns}\n")
+    return spec
 
 
 if __name__ == "__main__":
     shutil.rmtree(EXAMPLES, ignore_errors=True)
-    for example in (*OF_PAIRS, *OF_RANKINGS):
-        print(write(EXAMPLES, example).relative_to(EXAMPLES))
+    for name in (*OF_PAIRS, *OF_RANKINGS):
+        print(write(EXAMPLES, name).relative_to(EXAMPLES))

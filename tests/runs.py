@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i_align import align
-from t2i_align.objectives.base import Objective
-from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.data.media import save_clip
 from t2i_align.training import checkpoint
 
 
@@ -38,6 +37,26 @@ def jsonl_pairs(folder: Path, count: int = 12) -> Path:
             image(seed).save(folder / f"{i}_{side}.png")
         lines.append({"prompt": f"prompt {i % 5}", "chosen": f"{i}_good.png", "rejected": f"{i}_bad.png"})
     file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def moving_clip(seed: int, frames: int) -> Tensor:
+    """Blocks of random colours that wander to the right, 8 bits."""
+    still = torch.from_numpy(np.array(image(seed))).permute(2, 0, 1)
+    return torch.stack([still.roll(shift, dims=2) for shift in range(frames)])
+
+
+def jsonl_clips(folder: Path, frames: int, endings: Sequence[str] = (".mp4",), count: int = 6) -> Path:
+    """A JSONL of pairs of clips, which have these endings in turn ("" is a folder of frames); returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        names = [f"{i}_{side}{endings[i % len(endings)]}" for side in ("good", "bad")]
+        for side, name in enumerate(names):
+            save_clip(moving_clip(2 * i + side, frames), folder / name, 16)
+        lines.append({"prompt": f"prompt {i % 4}", "chosen": names[0], "rejected": names[1]})
+    file = folder / "clips.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
@@ -74,11 +93,6 @@ def run_values(model: Path, data: Path, output: Path, **changes: Any) -> dict[st
     return values
 
 
-def objective(**changes: Any) -> Objective:
-    """Diffusion-DPO with small beta."""
-    return DiffusionDPO(**{"beta": 100.0, **changes})
-
-
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -89,20 +103,22 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def launch(values: dict[str, Any], folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
-    """`t2i-align train` in processes of its own."""
+def launch(
+    values: dict[str, Any], folder: Path, *, processes: int = 1, module: Sequence[str] = ("t2i_align.train",)
+) -> subprocess.Popen[str]:
+    """`t2i-align train`, or another module with a command, in processes of its own."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     # Standalone: at a free port, so that tests may run side by side.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "t2i_align.train", str(config)]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", *module, str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_in_two_processes(values: dict[str, Any], folder: Path) -> None:
+def run_in_two_processes(values: dict[str, Any], folder: Path, **options: Any) -> None:
     """The run under torchrun; fails with its output if it does."""
-    process = launch(values, folder, processes=2)
+    process = launch(values, folder, processes=2, **options)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
 

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -26,6 +27,15 @@ def test_a_run_round_trips_through_yaml() -> None:
     run = config.from_mapping({**VALUES, "lora": None, "optim": {"lr": "5e-6", "betas": [0.9, 0.99]}})
     assert run.lora is None and run.optim.lr == 5e-6 and run.objective.beta == 500.0
     assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
+
+
+def test_fields_of_a_plain_dataclass_are_in_the_mapping() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Plain(DiffusionDPO):
+        gamma: float = 2.0
+
+    mapping = config.to_mapping(config.RunConfig(objective=Plain(beta=3), output_dir="x"))
+    assert mapping["objective"]["gamma"] == 2.0 and mapping["objective"]["beta"] == 3.0
 
 
 def test_overrides_reach_inside_and_read_yaml(tmp_path: Path) -> None:
@@ -80,6 +90,8 @@ TARGETS = "a preset's name or a list of at least one module-name ending"
         ("train.seed=-1", "a whole number in [0, 2^63), found -1"),
         ("train.seed=9223372036854775808", "a whole number in [0, 2^63), found 9223372036854775808"),
         ("objective.beta=0", "a positive number, found 0"),
+        ("train.timestep_sampling=cosine", "'uniform', 'logit_normal' or 'geometric', found 'cosine'"),
+        ("soft_tokens.count=0", f"{COUNT}, found 0"),
         ("objective.link=sigmod", f"{LINKS}, found 'sigmod'. Did you mean 'sigmoid'?"),
         ("objective=[1]", "a name or a mapping of keys, found [1]"),
         ("optim.lr=-1", "a positive number, found -1"),
@@ -105,7 +117,7 @@ TARGETS = "a preset's name or a list of at least one module-name ending"
         ("train.reference_update.every=0", f"{COUNT}, found 0"),
     ],
 )
-def test_wrong_value_is_answered_with_key_expected_and_found(override: str, expected: str) -> None:
+def test_wrong_value_error_names_key_expected_and_found(override: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
         config.from_mapping(with_overrides(VALUES, [override]))
     key = re.escape(override.partition("=")[0])
@@ -118,6 +130,8 @@ def test_wrong_value_is_answered_with_key_expected_and_found(override: str, expe
         ("trian.steps=1", "trian: unknown key. Did you mean 'train'? Choices: data, health, log"),
         ("train.stps=1", "train.stps: unknown key. Did you mean 'steps'? Choices: accumulate, "),
         ("train.reference_update.evry=8", "train.reference_update.evry: unknown key. Did you mean 'every'?"),
+        ("optim.schedule=cosin", "found 'cosin'. Did you mean 'cosine'?"),
+        ("optim.schedule=piecewise_constant", "optim.schedule must be 'constant', 'constant_with_warmup'"),
         ("objective.bta=1", "objective.bta: unknown key. Did you mean 'beta'?"),
         ("objective=spo", "unknown objective 'spo'."),
         ("objective.name=diffusion_dop", "unknown objective 'diffusion_dop'. Did you mean 'diffusion_dpo'? Choices: "),
@@ -127,12 +141,12 @@ def test_wrong_value_is_answered_with_key_expected_and_found(override: str, expe
         ("train.steps=[1", "not valid YAML"),
     ],
 )
-def test_wrong_key_is_answered_with_the_nearest_and_all_choices(override: str, message: str) -> None:
+def test_wrong_key_error_names_the_nearest_and_all_choices(override: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         config.from_mapping(with_overrides(VALUES, [override]))
 
 
-def test_all_errors_come_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     values = {"objective": "spo", "train": {"stps": 1, "precision": "fp8"}, "lora": {"rank": 0}, "data": {"path": 1}}
     with pytest.raises(UserError) as error:
         config.from_mapping(values)
@@ -142,16 +156,36 @@ def test_all_errors_come_at_once() -> None:
     assert all(any(line.startswith(f"  {key}") for line in lines) for key in keys)
 
 
+UPDATE = {"train": {"reference_update": {"every": 2}}}
+SOFT = {"soft_tokens": {"count": 2}}
+
+
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("values", "message"),
     [
-        ({"buckets": True, "cache": False}, "data.buckets must be false without data.cache"),
-        ({"stream": 8, "limit": 4}, "data.stream must be null with data.limit, data.annotations or data.buckets"),
+        ({"data": {"buckets": True, "cache": False}}, "data.buckets must be false without data.cache"),
+        (
+            {"data": {"stream": 8, "limit": 4}},
+            "data.stream must be null with data.limit, data.annotations or data.buckets",
+        ),
+        (
+            {"optim": {"schedule": "constant", "warmup_steps": 2}},
+            "'constant' takes no warm-up, found optim.warmup_steps=2",
+        ),
+        ({"lora": None, "train": {"reference": "adapter_off"}}, "train.reference 'adapter_off' needs a LoRA"),
+        ({**SOFT, "objective": "softrepa"}, "alternatives: with soft_tokens, set lora=null"),
+        ({**SOFT, "lora": None}, "objectives without a reference; diffusion_dpo has one"),
+        ({**UPDATE, "objective": "ncp_dpo"}, "ncp_dpo compares in the features of the model before training"),
+        ({**UPDATE, "objective": "sft"}, "train.reference_update: sft asks no reference"),
+        (
+            {"train": {"reference": "copy", "reference_update": {}}},
+            "'copy' with train.reference_update: under a LoRA use 'auto'",
+        ),
     ],
 )
-def test_keys_that_exclude_each_other(data: dict[str, Any], message: str) -> None:
+def test_keys_that_exclude_each_other(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.from_mapping({**VALUES, "data": data})
+        config.from_mapping({**VALUES, **values})
 
 
 def test_sections_are_checked_in_python_too() -> None:
@@ -161,13 +195,13 @@ def test_sections_are_checked_in_python_too() -> None:
         DiffusionDPO(beta=-1)
 
 
-def test_infinity_switches_a_limit_off() -> None:
+def test_infinity_disables_a_limit() -> None:
     run = config.from_mapping({**VALUES, "optim": {"max_grad_norm": math.inf}, "health": {"max_error_rise": math.inf}})
     assert run.optim.max_grad_norm == run.health.max_error_rise == math.inf
     assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
 
 
-def test_a_wrong_key_is_answered_without_importing_torch(tmp_path: Path) -> None:
+def test_wrong_key_is_reported_without_importing_torch(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**VALUES, "train": {"stps": 1}, "objective": "spo"}))
     code = (

@@ -17,17 +17,20 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from pipelines import FAMILIES
+from reward_scorers.registry import FACTORIES
 from t2i_align import config, objectives
+from t2i_align.data.readers import READERS
 from t2i_align.quickstart import CONFIG
+from tools.testbed.__main__ import COMMANDS as TOOLS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("t2i_align", "pipelines", "reward_scorers")
 SCORERS = ROOT / "configs" / "scorers"
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.y*ml") if SCORERS not in file.parents)
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *ROOT.glob("docs/**/*.md")]
-
-# Longer than 350 lines until they are divided; nothing is added here.
-LONG = {f"t2i_align.data.{name}" for name in ("loader", "shards")}
+DOCUMENTS = sorted(
+    file for pattern in ("*.md", "configs/*.md", "docs/**/*.md", "t2i_align/assets/*.md") for file in ROOT.glob(pattern)
+)
 
 
 def modules() -> list[str]:
@@ -92,7 +95,7 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def test_imports_form_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {name: imported_at_once(file_of(name)) & set(modules()) - {name} for name in modules()}
     for name, imports in graph.items():  # `from package import module` needs the module; the package is its parent
         graph[name] = {i for i in imports if not any(other.startswith(f"{i}.") for other in imports)}
@@ -110,8 +113,7 @@ def test_pipelines_and_scorers_import_nothing_of_the_toolkit(package: str) -> No
 
 def test_modules_are_few_at_the_top_and_short() -> None:
     assert len(list((ROOT / "t2i_align").glob("*.py"))) <= 8
-    lines = {name: len(file_of(name).read_text().splitlines()) for name in modules()}
-    assert {name for name, count in lines.items() if count > 350} <= LONG
+    assert not [name for name in modules() if len(file_of(name).read_text().splitlines()) > 350]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "t2i_align" / "objectives").glob("*.py")), ids=lambda file: file.stem)
@@ -136,7 +138,7 @@ def test_a_configuration_is_named_after_family_and_objective_and_is_listed(file:
     assert f"`{file.name}`" in (ROOT / "configs" / "README.md").read_text()
 
 
-def test_the_readme_maps_the_folders_as_they_are() -> None:
+def test_readme_map_matches_the_folders() -> None:
     block = re.search(r"## The folders\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
     listed, parent = set(), Path()
@@ -170,7 +172,7 @@ def section(title: str) -> str:
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_links_in_the_documents_lead_somewhere(file: Path) -> None:
+def test_links_in_the_documents_resolve(file: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", file.read_text()):
         assert target.startswith("http") or (file.parent / target).exists(), f"{file.name} -> {target}"
 
@@ -181,10 +183,63 @@ def test_configurations_and_keys_named_in_the_documents_exist(file: Path) -> Non
     for name in re.findall(r"\bconfigs/[\w.]+\.yaml", text):
         assert (ROOT / name).is_file(), f"{file.name} names {name}"
     known = config.to_mapping(config.load(CONFIG))
-    for group, key in re.findall(r"\b(model|data|lora|optim|train|validation|log)\.(\w+)(?==|`)", text):
+    known["objective"] = {field for cls in objectives.OBJECTIVES.values() for field in cls.__dataclass_fields__}
+    for group, key in re.findall(
+        r"\b(objective|model|data|lora|optim|train|validation|log|health)\.(\w+)(?==|`)", text
+    ):
         assert key in known[group] or f"{group}.{key}" in ("data.md", "train.py", "train.yaml"), (
             f"{file.name} names {group}.{key}"
         )
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_modules_and_scripts_named_in_the_documents_exist(file: Path) -> None:
+    text = file.read_text()
+    folders = "|".join(path.parent.name for path in (*ROOT.glob("*/*"), *ROOT.glob("t2i_align/*/*")))
+    for name in re.findall(rf"(?<![\w/])(?:{folders})/[\w./-]+\.(?:py|md|png|ipynb|parquet)\b", text):
+        assert (ROOT / name).is_file() or (ROOT / "t2i_align" / name).is_file(), f"{file.name} names {name}"
+    for name, module in re.findall(r"`(\w+)`\s(?:in|of)\s`([\w/]+\.py)`", text):
+        path = next(path for path in (ROOT / module, ROOT / "t2i_align" / module) if path.is_file())
+        assert re.search(rf"\b{name}\b", path.read_text()), f"{file.name}: {module} has no {name}"
+    dotted = re.findall(rf"\b(?:{'|'.join(PACKAGES)}|tools)(?:\.[A-Za-z_]+)+\b(?!/)", text)
+    dotted += [f"{package}.{name}" for package, names in re.findall(r"^from (\S+) import (.+)", text, re.M)
+               for name in re.findall(r"\w+", names)]  # fmt: skip
+    for name in dotted:
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_names_imported_by_benchmarks_exist(file: Path) -> None:
+    for name in imported(file):
+        if name.partition(".")[0] in (*PACKAGES, "tools"):
+            pkgutil.resolve_name(name)
+
+
+def test_scripts_named_in_the_documents_take_the_options_named_with_them() -> None:
+    commands = 0
+    for file in [*DOCUMENTS, *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("benchmarks/*.py")]:
+        for script, options in re.findall(
+            r"python (benchmarks/\w+\.py|-m tools\.testbed [a-z][a-z-]*)([^`&\n]*)", file.read_text()
+        ):
+            sources = [ROOT / script]
+            if script.startswith("-m"):
+                assert script.split()[-1] in TOOLS, f"{file.name} names {script}"
+                sources = [*(ROOT / "tools" / "testbed").glob("*.py")]
+            source = "".join(path.read_text() for path in sources)
+            missing = [name for name in re.findall(r"--[a-z0-9-]+", options) if f'"{name}"' not in source]
+            assert not missing, f"{file.name}: {script} has no {missing}"
+            commands += 1
+    assert commands > 20
+
+
+@pytest.mark.parametrize(
+    ("guide", "names"),
+    [("objectives", objectives.CLASSES), ("families", FAMILIES), ("scorers", list(FACTORIES)), ("data", READERS)],
+)
+def test_every_built_in_name_is_in_its_guide(guide: str, names: Iterable[str]) -> None:
+    text = (ROOT / "docs" / f"{guide}.md").read_text()
+    missing = [name for name in names if not re.search(rf"`{re.escape(name)}[`:]", text)]
+    assert not missing, f"docs/{guide}.md lacks {missing}"
 
 
 def test_the_guide_explains_every_key_of_a_run() -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import pipelines
 from pipelines import TrainablePipeline
 
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -246,6 +247,13 @@ def randomise_lora(pipeline: TrainablePipeline, rank: int = 2, alpha: float = 3.
     generator = torch.Generator().manual_seed(5)
     for parameter in pipeline.trainable_parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+def random_lora(model: Path, folder: Path, **options: Any) -> Path:
+    """A saved LoRA that changes every image of the model; returns its file."""
+    pipeline = pipelines.load(model)
+    randomise_lora(pipeline, **options)
+    return pipeline.save_lora(folder)
 
 
 def sample_latents(pipeline: TrainablePipeline, pipe: Any = None) -> torch.Tensor:

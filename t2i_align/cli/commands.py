@@ -1,12 +1,15 @@
-"""The commands (`assets/commands.yaml`), what is printed of their results, and the functions that only they have."""
+"""The commands (`assets/commands.yaml`): how they run and report, and the functions that only they have."""
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import yaml
 from t2i_align.errors import UserError
 
 TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
+# System errors whose message says it all; a traceback adds nothing.
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
 
 
@@ -32,6 +37,35 @@ class Command:
     every_process: bool = False
     silent: bool = True
 
+    def run(self, options: dict[str, Any], *, debug: bool = False) -> int:
+        """Call the command's function with the options that were given; returns the exit status."""
+        try:
+            if isinstance(options.get("scorers"), list):
+                options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
+            if self.check:  # a wrong key is answered before torch is imported
+                load(self.check)(options["config"], options.get("overrides", ()))
+            function = load(self.function)
+            if self.silent:
+                from t2i_align.utils.logging import silence_libraries
+
+                silence_libraries()
+            self.print_report(function(**options), options)
+            return 0
+        except KeyboardInterrupt as interrupt:
+            after = f": {interrupt}" if str(interrupt) else "."
+            print(f"\ninterrupted{after}\n{self.interrupted}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # `t2i-align objectives | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            expected = is_user_error(error)
+            if debug or not expected:
+                traceback.print_exc()
+            else:
+                print(f"error: {error}", file=sys.stderr)
+            return 2 if expected else 1
+
     def print_report(self, result: Any, options: dict[str, Any]) -> None:
         """Print what came of it, from one of several processes unless each has its own."""
         if self.report and (self.every_process or os.environ.get("RANK", "0") == "0"):
@@ -44,6 +78,25 @@ class Command:
 
 
 COMMANDS = {name: Command(**values) for name, values in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()}
+
+
+def load(path: str) -> Any:
+    """The function at `module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message alone tells a user what to do: bad input, or a system error such as a full disk."""
+    # Looked up, not imported: whichever module raised one of these is loaded.
+    for module, name in (
+        ("t2i_align.errors", "UserError"),
+        ("pipelines.base", "PipelineError"),
+        ("reward_scorers.errors", "ScorerError"),
+    ):
+        if isinstance(error, getattr(sys.modules.get(module), name, ())):
+            return True
+    return isinstance(error, OSError) and error.errno in SYSTEM_ERRORS
 
 
 def prepare(config: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from t2i_align import __version__, cli
+from t2i_align import __version__
 from t2i_align.cli.commands import COMMANDS, GROUPS, Command
 from t2i_align.cli.signature import parameters
 from t2i_align.errors import unknown
@@ -85,7 +85,7 @@ def _entry(command: Command) -> Callable[..., None]:
 
     def entry(debug: bool = False, **values: Any) -> None:
         given = {key: value for key, value in values.items() if not (value is None or value is False or value == [])}
-        raise typer.Exit(cli.run(command, given, debug=debug))
+        raise typer.Exit(command.run(given, debug=debug))
 
     signature = []
     for p in parameters(command.function):

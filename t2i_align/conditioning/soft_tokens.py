@@ -25,7 +25,6 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t2i_align.conditioning.adapter import Adapter
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 
@@ -51,7 +50,7 @@ class SoftTokens(nn.Module):
         self.tokens = nn.Parameter(SPREAD * torch.randn(blocks, n_tokens, width))
         self.times = nn.Parameter(SPREAD * torch.randn(blocks, bins, width))
         self.hooks: list[Any] = []
-        self.now: Tensor | None = None  # a joint transformer's timesteps, which its blocks do not receive
+        self.now: Tensor | None = None  # the denoiser's timesteps, which its blocks do not receive
 
     def forward(self, embeds: Tensor, timesteps: Tensor, block: int = 0, after: int = 1) -> Tensor:
         """Embeddings [B, L, width] and timesteps [B] or one, to [B, L + n, width]; tokens follow the first `after`."""
@@ -60,18 +59,35 @@ class SoftTokens(nn.Module):
         soft = (self.tokens[block] + self.times[block, at.expand(len(embeds))].unsqueeze(1)).to(embeds.dtype)
         return torch.cat([embeds[:, :after], soft, embeds[:, after:]], dim=1)
 
+    # Hooks. They are methods, so that a copy of the denoiser has its own tokens inserted.
 
-class SoftTokensAdapter(Adapter):
+    def note_time(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the timesteps that the denoiser is called with."""
+        self.now = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+
+    def insert(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The arguments of a UNet, or of a joint transformer's block, with the tokens in the text."""
+        assert self.now is not None
+        after = int(isinstance(module, UNet2DConditionModel))  # its BOS stays in front
+        if (text := kwargs.get("encoder_hidden_states")) is not None:
+            return args, {**kwargs, "encoder_hidden_states": self(text, self.now, block, after)}
+        place = 1 + after  # by position, as under gradient checkpointing: image, (timestep,) text, ...
+        return (*args[:place], self(args[place], self.now, block, after), *args[place + 1 :]), kwargs
+
+    def cut(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A joint transformer block's output without the tokens."""
+        text, image = output
+        return text[:, self.tokens.shape[1] :], image
+
+
+class SoftTokensAdapter:
     """Soft tokens as a run trains, saves and loads them."""
-
-    kind = "soft_tokens"
 
     def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
         assert config.soft_tokens is not None
         bos = None
-        if config.soft_tokens.start == "bos":
-            pipeline.load_encoders()
-            bos = pipeline.encode_prompts(["a"])["prompt_embeds"][0, 0]  # causal: the text after it has no influence
+        if config.soft_tokens.start == "bos":  # causal: the text after it has no influence
+            bos = pipeline.load_encoders().encode_prompts(["a"])["prompt_embeds"][0, 0]
         install(pipeline.denoiser, config.soft_tokens.count, initial=bos)
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
@@ -103,8 +119,7 @@ class SoftTokensAdapter(Adapter):
             )
         if self.installed(pipeline):
             self.remove(pipeline)
-        soft = install(pipeline.denoiser, n_tokens)
-        soft.times.data = soft.times.data.new_empty(state["times"].shape)
+        soft = install(pipeline.denoiser, n_tokens, bins=state["times"].shape[1])
         soft.load_state_dict(state)
 
     def remove(self, pipeline: TrainablePipeline) -> None:
@@ -113,7 +128,7 @@ class SoftTokensAdapter(Adapter):
         delattr(pipeline.denoiser, NAME)
 
 
-def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) -> SoftTokens:
+def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None, bins: int = BINS) -> SoftTokens:
     """Put fresh soft tokens on a denoiser and freeze everything else in it.
 
     Args:
@@ -126,7 +141,7 @@ def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) 
     if hasattr(denoiser, NAME):
         raise UserError("this denoiser has soft tokens already; remove them first")
     width, blocks = layout(denoiser)
-    soft = SoftTokens(n_tokens, width, blocks)
+    soft = SoftTokens(n_tokens, width, blocks, bins)
     joint = isinstance(denoiser, SD3Transformer2DModel)
     if initial is not None:
         if joint:
@@ -136,10 +151,11 @@ def install(denoiser: Any, n_tokens: int = 4, *, initial: Tensor | None = None) 
     denoiser.requires_grad_(False)
     # Trained, so in single precision whatever the frozen weights are in.
     denoiser.add_module(NAME, soft.to(next(denoiser.parameters()).device))
-    soft.hooks = [denoiser.register_forward_pre_hook(_note_time if joint else _insert, with_kwargs=True)]
-    for number, block in enumerate(denoiser.transformer_blocks[:blocks] if joint else ()):
-        soft.hooks.append(block.register_forward_pre_hook(partial(_put, soft, number), with_kwargs=True))
-        soft.hooks.append(block.register_forward_hook(partial(_take, soft)))
+    soft.hooks = [denoiser.register_forward_pre_hook(soft.note_time, with_kwargs=True)]
+    for number, module in enumerate(denoiser.transformer_blocks[:blocks] if joint else [denoiser]):
+        soft.hooks.append(module.register_forward_pre_hook(partial(soft.insert, number), with_kwargs=True))
+        if joint:
+            soft.hooks.append(module.register_forward_hook(soft.cut))
     return soft
 
 
@@ -156,32 +172,3 @@ def layout(denoiser: Any) -> tuple[int, int]:
     raise UserError(
         f"soft_tokens: for the UNets of SD and SDXL and for SD3's transformer, not for {type(denoiser).__name__}"
     )
-
-
-def _insert(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """The denoiser's arguments with the soft tokens inserted. It uses only its own tokens, so copies keep theirs."""
-    timesteps = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-    embeds = kwargs.get("encoder_hidden_states")
-    if embeds is None:
-        raise TypeError("with soft tokens, the denoiser takes encoder_hidden_states as a keyword argument")
-    return args, {**kwargs, "encoder_hidden_states": getattr(denoiser, NAME)(embeds, timesteps)}
-
-
-def _note_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    getattr(denoiser, NAME).now = kwargs["timestep"]
-
-
-def _put(soft: SoftTokens, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """A block's arguments with its soft tokens in front of the text."""
-    assert soft.now is not None
-    if args:  # under gradient checkpointing the block is called by position: image, text, ...
-        image, text, *rest = args
-        return (image, soft(text, soft.now, number, after=0), *rest), kwargs
-    text = soft(kwargs["encoder_hidden_states"], soft.now, number, after=0)
-    return args, {**kwargs, "encoder_hidden_states": text}
-
-
-def _take(soft: SoftTokens, block: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A block's output without the soft tokens."""
-    text, image = output
-    return text[:, soft.tokens.shape[1] :], image

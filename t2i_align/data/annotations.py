@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2i_align.data import tables
-from t2i_align.data.schema import COLUMNS, SCORES, Column, Group, Skipped
+from t2i_align.data.schema import COLUMNS, ID, SCORES, Group, Skipped
 from t2i_align.errors import UserError
 
-ID = Column("id")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -63,17 +62,18 @@ class Annotations:
         own = self.entries.get(group.id, {})
         for name, files in self.files.items():
             if name not in own and (name == "scores" or name not in group.columns):
-                return Skipped(id=group.id, origin=group.origin, reason=f"no {name!r} for it in {', '.join(files)}")
+                return group.skipped(f"no {name!r} for it in {', '.join(files)}")
         for name, (value, origin) in own.items():
-            if _annotatable()[name].per_candidate and len(value) != len(group.candidates):
+            if isinstance(value, tuple) and len(value) != len(group.candidates):
                 raise UserError(
                     f"{origin}: {name!r} must have one value for each of the {len(group.candidates)} candidates of "
                     f"group {group.id!r} ({group.origin}), found {len(value)}"
                 )
-        return replace(group, **{name: value for name, (value, _) in own.items()}) if own else group
+        columns = {name: value for name, (value, _) in own.items()}
+        return replace(group, scores=columns.pop("scores", group.scores), columns={**group.columns, **columns})
 
     def _add(self, file: Path) -> None:
-        known = _annotatable()
+        known = {"scores": SCORES, **COLUMNS}
         seen: dict[str, str] = {}
         for row in tables.rows(file, ["id", *known]):
             assert not isinstance(row, Skipped), "a single file has no missing shards"
@@ -81,20 +81,24 @@ class Annotations:
             columns = [name for name in known if name in given]
             if "id" not in given or not columns:
                 keys = ", ".join(map(repr, given)) or "none"
-                raise UserError(f"{origin}: expected 'id' with any of {', '.join(map(repr, known))}; found {keys}")
-            group_id = _parsed(ID, given["id"], origin)
+                expected = ", ".join(map(repr, known))
+                raise UserError(f"{origin}: expected 'id' with any of {expected}; found {keys}")
+            try:
+                group_id = ID.parse(given["id"], "id")
+                # A column of a parquet file has no other way than null to leave a value out.
+                parsed = {n: known[n].parse(given[n], n) for n in columns if given[n] is not None}
+            except ValueError as error:
+                raise UserError(f"{origin}: {error}") from error
             if group_id in seen:
                 raise UserError(f"{origin}: the id {group_id!r} is there already: {seen[group_id]}")
             seen[group_id] = origin
             values = self.entries.setdefault(group_id, {})
-            for name in columns:
-                if given[name] is None:  # parquet has no other way to leave a value out
-                    continue
+            for name, value in parsed.items():
                 if name in values:
                     raise UserError(f"{origin}: {name!r} of id {group_id!r} is given already: {values[name].origin}")
-                values[name] = Value(_parsed(known[name], given[name], origin), origin)
-                if str(file) not in self.files.setdefault(name, []):
-                    self.files[name].append(str(file))
+                values[name] = Value(value, origin)
+                if str(file) not in (files := self.files.setdefault(name, [])):
+                    files.append(str(file))
         if not seen:
             raise UserError(f"{file}: no rows in it")
 
@@ -114,19 +118,4 @@ def checked(files: Sequence[str | Path]) -> list[Path]:
 
 def sidecar_identity(files: Sequence[str | Path]) -> list[str]:
     """A hash of each file's contents, in an order that does not depend on theirs."""
-    digests = []
-    for file in checked(files):
-        with open(file, "rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest()[:16])
-    return sorted(digests)
-
-
-def _annotatable() -> dict[str, Column]:
-    return {"scores": SCORES, **COLUMNS}
-
-
-def _parsed(column: Column, value: Any, origin: str) -> Any:
-    try:
-        return column.parse(value)
-    except ValueError as error:
-        raise UserError(f"{origin}: {column.name!r} {error}") from error
+    return sorted(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in checked(files))

@@ -1,12 +1,17 @@
-"""From rows to groups, by column maps: the one place where what makes a row unusable becomes a recorded skip."""
+"""From rows to groups, by column maps such as these:
+
+    Columns(candidates=["left", "right"], votes=["votes_left", "votes_right"], prompt="text")
+    Columns(candidates="image_path", ranks="rank", group="prompt_id")
+
+What makes a row unusable becomes a recorded skip here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +20,100 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from t2i_align.data import tables
-from t2i_align.data.layouts import Columns, Names
-from t2i_align.data.schema import COLUMNS, Column, Group, Items, Media, Skipped
+from t2i_align.data.schema import COLUMNS, ID, Group, Items, Media, Skipped, finite
 from t2i_align.data.tables import Row
 from t2i_align.data.votes import majority
-from t2i_align.errors import UserError
+from t2i_align.errors import UserError, unknown
+from t2i_align.utils.settings import Bool, settings
 
+ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
+Names = list[str] | str
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
 SHARES_TOLERANCE = 1e-3
-ID = Column("id")
+
+
+@settings
+class Columns:
+    """Column names. A list of names has one per candidate; a single name is of a column that holds a list.
+
+    candidates: images or clips: their bytes, or paths in `folder`, which is relative to the table's own.
+    prompt: where a row has none, the caption of its best candidate stands in; None: always.
+    Exactly one of these says which is better:
+        scores: numbers, higher is better.
+        ranks: numbers, 1 is the best. They become the share of the other candidates that one beats, ties counting half.
+        votes: how many voted for each; they become shares of all votes.
+        shares: of votes, which add up to 1.
+        winner: the name of a candidate's column, its place from 0, its own value, or `tie`.
+        best_first: true where candidates are listed in that order.
+    judged: a column that is false for rows without a judgement.
+    id: unique per row; with `id_if_unique`, only where all rows of the table differ in it.
+    group: rows with the same value here are one group, with one candidate a row and no lists.
+    columns: where optional columns are found, by their names in `schema.COLUMNS`; with `own_names`, all others are
+        looked for under these names.
+    """
+
+    candidates: Names
+    prompt: str | None = "prompt"
+    scores: Names | None = None
+    ranks: Names | None = None
+    votes: Names | None = None
+    shares: Names | None = None
+    winner: str | None = None
+    best_first: Bool = False
+    judged: str | None = None
+    id: str | None = None
+    id_if_unique: Bool = False
+    group: str | None = None
+    folder: str = "."
+    columns: dict[str, Names] = field(default_factory=dict)
+    own_names: Bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ORDERS if getattr(self, name)]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise UserError(f"columns: exactly one of {', '.join(ORDERS)} says which is better; found {found}")
+        if unknown_names := self.columns.keys() - COLUMNS.keys():
+            raise unknown("column", min(unknown_names), COLUMNS)
+        if not self.prompt and "captions" not in self.columns:
+            raise UserError("columns: prompt names no column, and there are no captions that could stand in for it")
+        per_candidate = {name: getattr(self, name) for name in ORDERS[:4]}
+        per_candidate |= {name: value for name, value in self.columns.items() if COLUMNS[name].per_candidate}
+        for name, value in per_candidate.items():
+            alike = isinstance(self.candidates, list) and isinstance(value, list)
+            if isinstance(value, list) and not (alike and len(value) == len(self.candidates)):
+                raise UserError(f"columns: {name} names {len(value)} columns, candidates {self.candidates!r}")
+        if self.group and (isinstance(self.candidates, list) or given[0] not in ORDERS[:4]):
+            raise UserError("columns: with group, candidates is one column and scores, ranks or votes another")
+
+    @property
+    def order(self) -> str:
+        """Which of ORDERS is given."""
+        return next(name for name in ORDERS if getattr(self, name))
+
+    @property
+    def required(self) -> list[str]:
+        """The columns without which there are no groups."""
+        better = None if self.best_first else getattr(self, self.order)
+        return _flat(self.candidates, better, self.prompt or self.columns["captions"], self.group)
+
+    @property
+    def names(self) -> list[str]:
+        """All columns that are read."""
+        return [*dict.fromkeys([*self.required, *_flat(self.judged, self.id, *self.optional.values())])]
+
+    @property
+    def optional(self) -> Mapping[str, Names]:
+        """Where each optional column is looked for."""
+        return {**{name: name for name in COLUMNS if self.own_names}, **self.columns}
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """The required columns that are not among `names`."""
+        return [name for name in self.required if name not in names]
+
+
+def _flat(*names: Names | None) -> list[str]:
+    return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
 
 
 def read(path: Path, maps: Sequence[Columns], *, images: bool = True) -> Items:
@@ -61,7 +151,7 @@ def _groups(path: Path, maps: Sequence[Columns], images: bool) -> Items:
         else:
             expected = " or ".join(", ".join(columns.required) for columns in maps)
             keys = ", ".join(map(repr, row.values)) or "none"
-            yield Skipped(id=row.id, origin=row.origin, reason=f"expected the keys {expected}; found {keys}")
+            yield row.skipped(f"expected the keys {expected}; found {keys}")
 
 
 def _gathered(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> Items:
@@ -72,30 +162,29 @@ def _gathered(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> It
         if isinstance(row, Skipped):
             yield row
         elif (value := row.values.get(columns.group)) in (None, ""):
-            yield Skipped(id=row.id, origin=row.origin, reason=f"no {columns.group!r}")
+            yield row.skipped(f"no {columns.group!r}")
         elif isinstance(row.values.get(str(columns.candidates)), bytes | dict):
             raise UserError(f"{row.origin}: with a group column, images must be paths, not part of the table")
         else:
             groups.setdefault(str(value), []).append(row)
     for value, members in groups.items():
+        row = members[0]._replace(id=value)
         prompts = [member.values.get(str(columns.prompt)) for member in members]
         if any(prompt != prompts[0] for prompt in prompts):
-            reason = f"its {len(members)} rows have different prompts"
-            yield Skipped(id=value, origin=members[0].origin, reason=reason)
+            yield row.skipped(f"its {len(members)} rows have different prompts")
         else:
-            yield group_of(Row(value, members[0].origin, members[0].values), members, columns, root)
+            yield group_of(row, members, columns, root)
 
 
 def _has_ids(path: Path, columns: Columns) -> bool:
     """Whether a table's ids can be used as they are."""
     if not columns.id or not columns.id_if_unique:
         return True
-    chunks: list[pa.Array] = []
-    for file in tables.files(path):
-        if file.suffix != ".parquet" or (part := tables.parquet_column(file, columns.id)) is None:
-            return False
-        chunks += part.cast(pa.string()).chunks
-    ids = pa.chunked_array(chunks, pa.string())
+    files = tables.files(path)
+    if not all(file.suffix == ".parquet" and columns.id in tables.columns(file) for file in files):
+        return False
+    parts = [tables.parquet_column(file, columns.id).cast(pa.string()) for file in files]
+    ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 
 
@@ -105,17 +194,16 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     Raises:
         UserError: a path that leads out of `root`.
     """
-    name = row.id
     try:
         if columns.id and row.values.get(columns.id) is not None:
-            name = _parsed(ID, columns.id, row.values[columns.id])
+            row = row._replace(id=ID.parse(row.values[columns.id], columns.id))
         if columns.judged and row.values.get(columns.judged) in (False, 0):
             raise ValueError(f"not labelled ({columns.judged} is false)")
         values = _values(members, columns.candidates)
         scores = _scores(members, columns, values)
         optional = dict(_optional(members, columns))
         return Group(
-            id=name,
+            id=row.id,
             prompt=_prompt(row, columns, scores, optional.get("captions")),
             candidates=tuple(
                 _media(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
@@ -127,7 +215,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
     except UserError:
         raise
     except ValueError as error:
-        return Skipped(id=name, origin=row.origin, reason=str(error))
+        return row.skipped(str(error))
 
 
 def _values(members: Sequence[Row], names: Names) -> list[Any]:
@@ -193,7 +281,7 @@ def _optional(members: Sequence[Row], columns: Columns) -> Iterator[tuple[str, A
             value = members[0].values.get(str(where))
             absent = value in (None, "")
         if not absent:
-            yield name, _parsed(COLUMNS[name], " and ".join(where if isinstance(where, list) else [where]), value)
+            yield name, COLUMNS[name].parse(value, " and ".join(where if isinstance(where, list) else [where]))
 
 
 def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Sequence[str] | None) -> str:
@@ -207,19 +295,8 @@ def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Seque
     return value
 
 
-def _parsed(column: Column, key: str, value: Any) -> Any:
-    try:
-        return column.parse(value)
-    except ValueError as error:
-        raise ValueError(f"{key!r} {error}") from error
-
-
 def _number(value: Any, key: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    if (number := finite(value)) is None:
         raise ValueError(f"{key} must be a finite number, found {value!r}")
     return number
 

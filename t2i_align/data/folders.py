@@ -43,20 +43,20 @@ def read_folders(path: Path) -> Items:
     Raises:
         UserError: no winner or loser folder, or several; a link that leads outside; broken captions.
     """
-    sets = _sets(path)
-    for folder in sets:
-        prefix = "" if folder == path else f"{folder.name}/"
+    others: list[Path] = []
+    for folder in _sets(path):
         winner_folder, loser_folder = _sides(folder)
         captions = _listed(folder, winner_folder, loser_folder)
-        winners, losers = _by_stem(winner_folder), _by_stem(loser_folder)
+        winners, losers = _by_stem(winner_folder, others), _by_stem(loser_folder, others)
         for stem in sorted(winners.keys() | losers.keys()):
             files = winners.get(stem, []), losers.get(stem, [])
             item = _pair(folder, winner_folder, stem, *files, captions.get(stem))
-            yield replace(item, id=prefix + item.id)
+            yield item if folder == path else replace(item, id=f"{folder.name}/{stem}")
     # Last, because the source's identity ignores them: one more must not shift the pairs of an interrupted prepare.
-    for folder in sets:
-        for side in _sides(folder):
-            yield from _not_media(side, path)
+    for file in others:
+        kind = "a folder without frames" if file.is_dir() else "no image or clip"
+        reason = f"{kind} (known endings: {' '.join(MEDIA_SUFFIXES)})"
+        yield Skipped(id=str(file.relative_to(path)), origin=str(file), reason=reason)
 
 
 def _pair(
@@ -111,34 +111,17 @@ def _metadata(folder: Path) -> list[tuple[Path, str]]:
     return captions
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
-    for file in _media(folder):
-        files.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
-    return files
-
-
-def _entries(folder: Path) -> list[Path]:
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [file for file in entries if not file.name.startswith(".")]
-
-
-def _media(folder: Path) -> list[Path]:
-    """Images, clips, and folders of frames."""
-    return [
-        file
-        for file in _entries(folder)
-        if (frame_files(file) if file.is_dir() else file.suffix.lower() in MEDIA_SUFFIXES)
-    ]
-
-
-def _not_media(folder: Path, root: Path) -> Items:
-    media = _media(folder)
-    for file in _entries(folder):
-        if file not in media and file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
-            kind = "a folder without frames" if file.is_dir() else "no image or clip"
-            yield Skipped(id=str(file.relative_to(root)), origin=str(file), reason=f"{kind} (known endings: "
-                          f"{' '.join(MEDIA_SUFFIXES)})")  # fmt: skip
+def _by_stem(folder: Path, others: list[Path]) -> dict[str, list[Path]]:
+    """Images, clips and folders of frames by their stems; what is neither that nor a caption goes to `others`."""
+    media: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith("."):
+            continue
+        if frame_files(file) if file.is_dir() else file.suffix.lower() in MEDIA_SUFFIXES:
+            media.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
+        elif file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
+            others.append(file)
+    return media
 
 
 def _sets(path: Path) -> list[Path]:

@@ -23,7 +23,7 @@ def folder(spec: str) -> Path:
     name, revision = _parts(spec)
     # As plain files: the Hub's own cache has links that lead out of the folder, which readers refuse to follow.
     target = Path(HF_HOME) / "t2i-align" / spec.removeprefix(PREFIX).replace("/", "--")
-    with _told(spec):
+    with _download_errors(spec):
         return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_dir=target))
 
 
@@ -32,7 +32,7 @@ def pieces(spec: str, endings: tuple[str, ...]) -> tuple[list[str], str]:
     from huggingface_hub import HfApi
 
     name, revision = _parts(spec)
-    with _told(spec):
+    with _download_errors(spec):
         info = HfApi().dataset_info(name, revision=revision)
         names = sorted(file.rfilename for file in info.siblings or [] if file.rfilename.endswith(endings))
     if not names:
@@ -45,7 +45,7 @@ def piece(spec: str, name: str, folder: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
     repository, revision = _parts(spec)
-    with _told(f"{spec}/{name}"):
+    with _download_errors(f"{spec}/{name}"):
         return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_dir=folder))
 
 
@@ -57,7 +57,7 @@ def _parts(spec: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _told(spec: str) -> Iterator[None]:
+def _download_errors(spec: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the Hub's, the connection's and the file system's errors

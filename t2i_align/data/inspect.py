@@ -20,7 +20,7 @@ from PIL import Image
 from t2i_align.data import readers, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Skipped, Survey
+from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection, Skipped, Survey
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
@@ -185,7 +185,7 @@ def render(findings: Findings) -> str:
     sizes = {f"{width} x {height}": count for (width, height), count in findings.sizes.most_common(SIZES_SHOWN)}
     ratios = [round(100 * width / height) for (width, height), count in findings.sizes.items() for _ in range(count)]
     return _ENVIRONMENT.get_template("inspect.html.jinja").render(
-        found=findings,
+        findings=findings,
         lengths={name: _histogram(values, findings.limits.get(name)) for name, values in findings.lengths.items()},
         sizes=_bars(sizes),
         bins=BINS,
@@ -216,11 +216,8 @@ def fingerprint(image: Image.Image) -> str:
 
 def _items(read: Callable[..., Items], images: int) -> Items:
     """The first groups with their images, all others without: a source may hold terabytes of them."""
-    rows = opened = 0
-    for item in read():
-        if opened == images:
-            break
-        rows, opened = rows + 1, opened + isinstance(item, Group)
+    rows = 0
+    for rows, item in enumerate(read(selection=Selection(limit=images)), start=1):  # noqa: B007 - used below
         yield item
     yield from islice(read(images=False), rows, None)
 

@@ -78,22 +78,8 @@ def load(media: Media, size: MediaSize) -> Loaded:
 
 
 def load_pixels(media: Media, height: int, width: int) -> Tensor:
-    """An image as float32 [3, height, width] in [0, 1]: `decode`, then `to_pixels`."""
-    return to_pixels(decode(media), height, width)
-
-
-def load_clip(media: Media, frames: int, height: int, width: int, fps: float | None = None) -> Tensor:
-    """The first `frames` of a clip, taken at `fps` (default: its own rate), float32 [F, 3, height, width] in [0, 1]."""
-    return load(media, MediaSize(height, width, frames, fps)).pixels
-
-
-def check(media: Media, size: MediaSize) -> None:
-    """Decode what `load` would, and keep nothing. Raises ImageError with the reason."""
-    if size.frames is None:
-        decode(media)
-    else:
-        for _ in frames_of(media, size.frames, size.fps):
-            pass
+    """An image as float32 [3, height, width] in [0, 1]."""
+    return load(media, MediaSize(height, width)).pixels
 
 
 def decode(media: Media) -> Image.Image:

@@ -18,15 +18,15 @@ import os
 import re
 import runpy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data import columns, folders, hub, layouts, spec, tables
+from t2i_align.data import columns, folders, hub, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.columns import exists
-from t2i_align.data.layouts import Columns
+from t2i_align.data.columns import Columns, exists
+from t2i_align.data.layouts import KINDS, PUBLISHED
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
 from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
 from t2i_align.errors import UserError, unknown
@@ -71,6 +71,24 @@ def _table(maps: Callable[[Path], Sequence[Columns]], **options: Any) -> Reader:
     return Reader(read=read, outline=partial(read, images=False), files=tables.files, **options)
 
 
+def _recognised(name: str, path: Path) -> bool:
+    """Whether a table looks like the layout `name`."""
+    file = next(iter(tables.files(path)), None)
+    if file is None or name in KINDS:
+        return file is not None and file.suffix in KINDS[name]
+    if file.suffix == ".tar" or (name == "pairs" and file.suffix in tables.JSON):
+        return False
+    names = tables.columns(file)
+    return any(not maps.missing(names) for maps in PUBLISHED[name])
+
+
+def _maps(name: str, path: Path) -> Sequence[Columns]:
+    """The column maps of the layout `name`, for a table at `path`."""
+    if name == "hpdv2" and (path.parent / path.stem).is_dir():  # the images lie in `train/` or `test/` beside the file
+        return [replace(maps, folder=path.stem) for maps in PUBLISHED[name]]
+    return PUBLISHED[name]
+
+
 def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
     if (own := description.columns) is not None:
@@ -100,10 +118,7 @@ READERS: dict[str, Reader] = {
         files=lambda path: (),
         detects=lambda path: path.is_dir() and folders.detects(path),
     ),
-    **{
-        name: _table(partial(layouts.maps_of, name=name), detects=partial(layouts.detects, name=name))
-        for name in layouts.PUBLISHED
-    },
+    **{name: _table(partial(_maps, name), detects=partial(_recognised, name)) for name in PUBLISHED},
 }
 
 
@@ -205,7 +220,7 @@ def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
         if isinstance(item, Skipped):
             yield item
         elif reason := _unusable(item, seen):
-            yield Skipped(id=item.id, origin=item.origin, reason=reason)
+            yield item.skipped(reason)
         else:
             seen.add(item.id)
             yield item

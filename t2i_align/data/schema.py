@@ -10,16 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 Media = bytes | Path
 Conditioning = dict[str, Tensor]
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
-T = TypeVar("T")
 REASONS_SHOWN = 3  # rows that cannot be used, in a message
 PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
 
@@ -37,11 +35,19 @@ class Column:
     per_candidate: bool = False
     text: bool = False
 
-    def parse(self, value: Any) -> Any:
-        """A group's value as a file gives it, checked and converted. Raises ValueError where it has another type."""
+    def parse(self, value: Any, key: str) -> Any:
+        """A group's value as a file has it under `key`, checked and converted.
+
+        Raises:
+            ValueError: another type or a number that is not finite; names the key, what is expected and the value.
+        """
         if self.per_candidate and not isinstance(value, list | tuple):
-            raise ValueError(f"must be a list, found {value!r}")
-        return tuple(self._parsed(one, value) for one in value) if self.per_candidate else self._parsed(value, value)
+            raise ValueError(f"{key!r} must be a list, found {value!r}")
+        parsed = tuple(map(self._parsed, value if self.per_candidate else [value]))
+        if None in parsed:
+            kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
+            raise ValueError(f"{key!r} must be {f'a list of {kind}s' if self.per_candidate else kind}, found {value!r}")
+        return parsed if self.per_candidate else parsed[0]
 
     def texts(self, value: Any) -> Sequence[str]:
         """The texts of a group's value that are encoded."""
@@ -53,25 +59,23 @@ class Column:
         """A group's value for some of its candidates."""
         return tuple(value[place] for place in places) if self.per_candidate else value
 
-    def _parsed(self, one: Any, value: Any) -> str | float:
-        numeric = isinstance(one, int | float) and not isinstance(one, bool)
-        if self.type == "string" and (isinstance(one, str) or (numeric and not self.text)):
-            return str(one)
-        if self.type != "string" and numeric and math.isfinite(as_float(one)):
-            return as_float(one)
-        kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
-        expected = f"a list of {kind}s" if self.per_candidate else kind
-        raise ValueError(f"must be {expected}, found {value!r}")
+    def _parsed(self, value: Any) -> str | float | None:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.type == "string":
+            return str(value) if isinstance(value, str) or (numeric and not self.text) else None
+        return finite(value) if numeric else None
 
 
-def as_float(value: float) -> float:
-    """A number as a float; JSON's integers have no limit, so infinity stands for those beyond a float's."""
+def finite(value: Any) -> float | None:
+    """A number, or a text that is one, as a float; None for anything else. JSON's integers may exceed floats."""
     try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
+ID = Column("id")
 SCORES = Column("scores", "double", per_candidate=True)
 # The optional columns. Readers, annotations, the store and the loader go by this table.
 COLUMNS: dict[str, Column] = {
@@ -82,19 +86,6 @@ COLUMNS: dict[str, Column] = {
         Column("user"),  # whose preference it is
     )
 }
-
-
-def named_columns(cls: type[T]) -> type[T]:
-    """Let a dataclass with a field `columns` also take the optional columns by name: `Group(..., user="u")`."""
-    build: Any = cls.__init__
-
-    @wraps(build)
-    def init(self: T, *, columns: Mapping[str, Any] | None = None, **values: Any) -> None:
-        given = {**(columns or {}), **{name: values.pop(name) for name in COLUMNS if name in values}}
-        build(self, columns={name: value for name, value in given.items() if value is not None}, **values)
-
-    cls.__init__ = init  # type: ignore[assignment, method-assign]
-    return cls
 
 
 class WithColumns:
@@ -108,7 +99,6 @@ class WithColumns:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-@named_columns
 @dataclass(frozen=True, kw_only=True)
 class Group(WithColumns):
     """One prompt with k candidates.
@@ -164,6 +154,10 @@ class Group(WithColumns):
             scores=tuple(self.scores[place] for place in places),
             columns={name: COLUMNS[name].take(value, places) for name, value in self.columns.items()},
         )
+
+    def skipped(self, reason: str) -> Skipped:
+        """The record of a group that is not used."""
+        return Skipped(id=self.id, origin=self.origin, reason=reason)
 
     def best_first(self) -> Group:
         """The same group with its candidates in descending order of score; ties keep their order."""
@@ -261,7 +255,6 @@ class Survey:
             self.score_range = min(least, *item.scores), max(greatest, *item.scores)
 
 
-@named_columns
 @dataclass(frozen=True, kw_only=True)
 class Batch(WithColumns):
     """B groups with the same number k of candidates, encoded.

@@ -26,8 +26,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from t2i_align.data import hub
-from t2i_align.data.columns import exists
-from t2i_align.data.layouts import Columns
+from t2i_align.data.columns import Columns, exists
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
@@ -95,8 +94,7 @@ class DatasetSpec:
             if isinstance(item, Skipped):
                 yield item
             elif belongs is None:
-                reason = "its prompt and its user are on two sides of the split"
-                yield Skipped(id=item.id, origin=item.origin, reason=reason)
+                yield item.skipped("its prompt and its user are on two sides of the split")
             elif belongs:
                 yield from self._pairs(item)
 
@@ -110,7 +108,7 @@ class DatasetSpec:
                 places = [(order[0], order[-1])]
             groups = [replace(group.take(pair), id=f"{group.id}#{pair[0]}-{pair[1]}") for pair in places]
         for one in groups:
-            yield one if self.ties or not one.is_tie else Skipped(id=one.id, origin=one.origin, reason="a tie")
+            yield one if self.ties or not one.is_tie else one.skipped("a tie")
 
 
 def is_spec(path: Path) -> bool:

@@ -12,6 +12,7 @@ from t2i_align.data import hub, readers, spec
 from t2i_align.data.schema import Skipped
 from t2i_align.data.spec import By, Part
 from t2i_align.errors import UserError
+from t2i_align.utils.settings import read_yaml
 
 
 def split(
@@ -44,7 +45,7 @@ def split(
         described, file = spec.load(path)
         if described.part:
             raise UserError(f"{source}: this is one part of a split already; split what it describes")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
         if not described.path.startswith(hub.PREFIX):
             values["path"] = str(file)
     part = {"held_out": held_out, "by": list(by), "seed": seed}

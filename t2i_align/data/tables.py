@@ -16,12 +16,13 @@ becomes a `Skipped` in its place.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 from t2i_align.data.media import MEDIA_SUFFIXES
 from t2i_align.data.schema import Skipped
 from t2i_align.errors import UserError
+from t2i_align.utils.files import as_object, parse_json
 
 JSON, CSV = (".jsonl", ".json"), (".csv", ".tsv")
 SHARDED = (".parquet", ".tar")  # kinds that come as a folder of numbered files
@@ -42,6 +44,7 @@ MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed 
 MAX_MEMBER = 256 << 20  # bytes; what a tar header claims is not read into memory unseen
 TEXTS = ("txt", "caption", "prompt")  # endings of text members
 PROMPTS = ("prompt", "caption", "txt", "original_prompt")  # columns of a sample that hold its prompt
+ENTRY = "an object with keys such as 'prompt'"
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python has no value for
 Values = dict[str, Any]
 
@@ -52,6 +55,10 @@ class Row(NamedTuple):
     id: str
     origin: str
     values: Values
+
+    def skipped(self, reason: str) -> Skipped:
+        """The record of a row that cannot be used."""
+        return Skipped(id=self.id, origin=self.origin, reason=reason)
 
 
 def files(path: Path) -> list[Path]:
@@ -75,8 +82,8 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
     if file.suffix == ".parquet":
         return tuple(open_parquet(file).schema_arrow.names)
     if file.suffix in CSV:
-        with _csv_reader(file) as reader:
-            return tuple(_header(file, reader))
+        with _csv_reader(file) as (header, _):
+            return tuple(header)
     first = next((row for row in _rows(file, file.name, None, images=False) if isinstance(row, Row)), None)
     return tuple(first.values) if first else ()
 
@@ -130,7 +137,7 @@ def _rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> I
             yield Row(f"{name}:{number}", origin, entry)
 
 
-# JSON ---------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------------------------
 
 
 def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
@@ -139,73 +146,54 @@ def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
     Raises:
         UserError: empty, not valid JSON (with the line), or an entry that is no object.
     """
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: the file is empty")
+    _check_not_empty(file)
     if file.suffix == ".json":
-        entries = _parse(file.read_bytes(), str(file))
+        entries = parse_json(file.read_bytes(), str(file))
         if not isinstance(entries, list):
             raise UserError(f"{file}: a .json file must hold one list of entries, found {type(entries).__name__}")
         for number, entry in enumerate(entries):
-            yield number, (origin := f"{file}, entry {number}"), _object(entry, origin)
+            yield number, (origin := f"{file}, entry {number}"), as_object(entry, origin, ENTRY)
         return
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield number, (origin := f"{file}, line {number}"), _object(_parse(line, origin), origin)
-
-
-def _parse(text: bytes, origin: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON: {error}") from error
-
-
-def _object(entry: Any, origin: str) -> Values:
-    if not isinstance(entry, dict):
-        raise UserError(f"{origin}: expected an object with keys such as 'prompt', found {type(entry).__name__}")
-    return entry
-
-
-# CSV ----------------------------------------------------------------------------------------------------------------
+                yield number, (origin := f"{file}, line {number}"), as_object(parse_json(line, origin), origin, ENTRY)
 
 
 def _csv_rows(file: Path, name: str) -> Iterator[Row | Skipped]:
-    with _csv_reader(file) as reader:
-        header = _header(file, reader)
+    with _csv_reader(file) as (header, reader):
         for number, fields in enumerate(row for row in reader if row):
-            row_id, origin = f"{name}:{number}", f"{file}, row {number}"
-            if len(fields) == len(header):
-                yield Row(row_id, origin, {key: value or None for key, value in zip(header, fields, strict=True)})
-            else:
-                yield Skipped(id=row_id, origin=origin, reason=f"{len(fields)} fields, but {len(header)} columns")
-
-
-def _header(file: Path, reader: Any) -> list[str]:
-    header: list[str] = next(reader, [])
-    if not header:
-        raise UserError(f"{file}: the file is empty; expected a first line with the columns' names")
-    return _distinct(file, header)
-
-
-def _distinct(file: Path, names: list[str]) -> list[str]:
-    if len(set(names)) < len(names):
-        raise UserError(f"{file}: two columns of the same name among {', '.join(names)}")
-    return names
+            values = {key: value or None for key, value in zip(header, fields, strict=False)}
+            row = Row(f"{name}:{number}", f"{file}, row {number}", values)
+            fits = len(fields) == len(header)
+            yield row if fits else row.skipped(f"{len(fields)} fields, but {len(header)} columns")
 
 
 @contextmanager
-def _csv_reader(file: Path) -> Iterator[Any]:
-    """A CSV or TSV file's reader; what it cannot read is an error that names file and line."""
+def _csv_reader(file: Path) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
+    """The columns of a CSV or TSV file and a reader of its rows; what cannot be read is an error with file and line."""
     csv.field_size_limit(MAX_FIELD)
     with open(file, newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         try:
-            yield reader
+            if not (header := next(reader, [])):
+                raise UserError(f"{file}: the file is empty; expected a first line with the columns' names")
+            _check_distinct(file, header)
+            yield header, reader
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
         except csv.Error as error:
             raise UserError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from error
+
+
+def _check_not_empty(file: Path) -> None:
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty")
+
+
+def _check_distinct(file: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: two columns of the same name among {', '.join(names)}")
 
 
 # Parquet ------------------------------------------------------------------------------------------------------------
@@ -213,23 +201,19 @@ def _csv_reader(file: Path) -> Iterator[Any]:
 
 def open_parquet(file: Path) -> pq.ParquetFile:
     """The file, memory-mapped. Raises UserError where it is empty or no parquet."""
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: the file is empty")
+    _check_not_empty(file)
     try:
         parquet = pq.ParquetFile(file, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file (damaged or cut short?): {error}") from error
-    _distinct(file, parquet.schema_arrow.names)
+    _check_distinct(file, parquet.schema_arrow.names)
     return parquet
 
 
-def parquet_column(file: Path, name: str) -> pa.ChunkedArray | None:
-    """A column alone; None where there is none. Raises UserError where it is damaged."""
-    parquet = open_parquet(file)
-    if name not in parquet.schema_arrow.names:
-        return None
+def parquet_column(file: Path, name: str) -> pa.ChunkedArray:
+    """A column alone. Raises UserError where it is damaged."""
     try:
-        return parquet.read(columns=[name]).column(0)
+        return open_parquet(file).read(columns=[name]).column(0)
     except DAMAGED as error:
         raise UserError(f"{file}: column {name!r} cannot be read (damaged?): {error}") from error
 
@@ -261,76 +245,69 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _samples(file: Path, name: str, images: bool) -> Iterator[Row | Skipped]:
-    members: Values = {}
-    key, bad = "", ""
+    key = ""
     try:
         with tarfile.open(file, "r:") as archive:
-            for member in archive:
-                folder, _, base = member.name.removeprefix("./").rpartition("/")
-                stem, _, column = base.partition(".")
-                if member.isdir() or not column or base.startswith("."):
-                    continue
-                own_key = f"{folder}/{stem}" if folder else stem
-                if own_key != key:
-                    yield from _sample(file, name, key, members, bad)
-                    key, members, bad = own_key, {}, ""
-                bad = bad or _add_member(archive, member, column, members, images)
-            yield from _sample(file, name, key, members, bad)
+            members = (named for member in archive if (named := _named(member)))
+            for key, own in groupby(members, key=itemgetter(0)):
+                row = Row(f"{name}:{key}", f"{file}, sample {key!r}", {})
+                try:
+                    yield row._replace(values=_sample(archive, own, images))
+                except UserError as error:
+                    yield row.skipped(str(error))
             if file.stat().st_size < archive.offset + tarfile.BLOCKSIZE:  # cut between two members
                 raise EOFError("it has no end mark")
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
         after = f" after sample {key!r}" if key else ""
         raise UserError(f"{file}: cannot be read as a tar file{after} (damaged or cut short?): {error}") from error
 
 
-def _sample(file: Path, name: str, key: str, members: Values, bad: str) -> Iterator[Row | Skipped]:
-    if not key:
-        return
-    row_id, origin = f"{name}:{key}", f"{file}, sample {key!r}"
-    if bad:
-        yield Skipped(id=row_id, origin=origin, reason=bad)
-        return
-    media = sorted(column for column in members if column.lower().endswith(MEDIA_SUFFIXES))
+def _named(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:
+    """The key of a member's sample and the member's column; None for what belongs to no sample."""
+    folder, _, base = member.name.removeprefix("./").rpartition("/")
+    stem, _, column = base.partition(".")
+    if member.isdir() or not column or base.startswith("."):
+        return None
+    return f"{folder}/{stem}" if folder else stem, column, member
+
+
+def _sample(archive: tarfile.TarFile, named: Iterator[tuple[str, str, tarfile.TarInfo]], images: bool) -> Values:
+    """The columns of a sample. Raises UserError with the reason where it cannot be used."""
+    values: Values = {}
+    for _, column, member in named:
+        kind = column.rpartition(".")[2]
+        if kind in TEXTS:
+            column = column.removesuffix(f".{kind}")
+        if column in values:
+            raise UserError(f"two members named {column!r}: samples of the same key must not follow each other")
+        if not member.isfile():
+            raise UserError(f"{column!r} is a link, not a file")
+        if member.size > MAX_MEMBER:
+            raise UserError(f"{column!r} has {member.size} bytes, more than {MAX_MEMBER}")
+        if kind == "json":
+            values |= as_object(parse_json(_content(archive, member), repr(column)), repr(column))
+        elif kind in TEXTS:
+            try:
+                values[column] = _content(archive, member).decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{column!r} is not UTF-8 text: {error}") from error
+        else:
+            values[column] = _content(archive, member) if images else LEFT_OUT
+    media = sorted(column for column in values if column.lower().endswith(MEDIA_SUFFIXES))
     stems = [column.rpartition(".")[0] for column in media]
-    values = {**members, **{stem: members[column] for stem, column in zip(stems, media, strict=True)}}
-    values["images"] = [members[column] for column in media]
-    values["prompt"] = next((members[column] for column in PROMPTS if members.get(column)), None)
     for column, numbered in (("scores", "label"), ("captions", "caption")):
-        if f"{numbered}_0" in members and not members.get(column):
-            values[column] = [members.get(f"{numbered}_{place}") for place in range(len(media))]
-    if members.get("winner") in stems:
-        values["winner"] = stems.index(members["winner"])
-    yield Row(row_id, origin, values)
+        if f"{numbered}_0" in values and not values.get(column):
+            values[column] = [values.get(f"{numbered}_{place}") for place in range(len(media))]
+    if values.get("winner") in stems:
+        values["winner"] = stems.index(values["winner"])
+    values["prompt"] = next((values[column] for column in PROMPTS if values.get(column)), None)
+    values["images"] = [values[column] for column in media]
+    return values | dict(zip(stems, values["images"], strict=True))
 
 
-def _add_member(archive: tarfile.TarFile, member: tarfile.TarInfo, column: str, members: Values, images: bool) -> str:
-    """Add a member to its sample; returns the reason why it cannot be used, or nothing."""
-    kind = column.rpartition(".")[2]
-    if kind in TEXTS:
-        column = column.removesuffix(f".{kind}")
-    if column in members:
-        return f"two members named {column!r}: samples of the same key must not follow each other"
-    if not member.isfile():
-        return f"{column!r} is a link, not a file"
-    if member.size > MAX_MEMBER:
-        return f"{column!r} has {member.size} bytes, more than {MAX_MEMBER}"
-    if not images and kind not in (*TEXTS, "json"):
-        members[column] = LEFT_OUT
-        return ""
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
     content = stream.read() if stream else b""
     if len(content) != member.size:
         raise EOFError(f"{member.name}: {member.size} bytes expected, {len(content)} found")
-    try:
-        if kind == "json":
-            entry = json.loads(content.decode("utf-8-sig"))
-            if not isinstance(entry, dict):
-                return f"{column!r} must hold an object, found {type(entry).__name__}"
-            members.update(entry)
-        else:
-            members[column] = content.decode("utf-8-sig").strip() if kind in TEXTS else content
-    except (ValueError, RecursionError) as error:
-        return f"{column!r} is not {'valid JSON' if kind == 'json' else 'UTF-8 text'}: {error}"
-    return ""
+    return content

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,17 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import sample, sample_seed
+from t2i_align.inference.generate import sample, sample_seed, score_inputs
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, resolve_prompts
-from t2i_align.utils.files import output_lock, write_text
+from t2i_align.inference.options import (
+    PRECISIONS,
+    build_scorers,
+    check_free,
+    check_options,
+    memory_for,
+    resolve_prompts,
+)
+from t2i_align.utils.files import output_lock, write_json, write_text
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -35,17 +42,8 @@ if TYPE_CHECKING:
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 TEMPORARY = ".images-"
 TOTAL = ""  # the key of the score itself, beside the names of its parts
-Scores = dict[str, dict[str, NDArray[np.float64]]]  # scorer -> TOTAL or part -> [N], NaN where not applicable
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image or clip of each side: the prompt, its index, which of its seeds, and that seed."""
-
-    prompt: str
-    index: int
-    k: int
-    seed: int
+Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
+Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not applicable
 
 
 def evaluate(
@@ -127,7 +125,7 @@ def evaluate(
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    _check_free(folder, force)
+    check_free(folder, force, "evaluation", RESULT)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
@@ -153,7 +151,11 @@ def evaluate(
     pipeline.check_size(height, width, frames)
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     video, fps = pipeline.video, fps or pipeline.fps
-    rows = [Row(text, i, k, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(seeds_per_prompt)]
+    rows: list[Row] = [
+        {"prompt": text, "prompt_index": index, "k": k, "seed": sample_seed(seed, index, k)}
+        for index, text in enumerate(texts)
+        for k in range(seeds_per_prompt)
+    ]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
@@ -183,7 +185,7 @@ def evaluate(
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,
-            "seeds": [row.seed for row in rows],
+            "seeds": [row["seed"] for row in rows],
             "ties": ties,
             "tie_margin": margins[judges[0].name],
             **sampling,
@@ -192,13 +194,14 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),
         }
-        scores = _results(judges, rows, before, after, margins, ties)
+        scores = {
+            judge.name: _compared(judge, rows, before[judge.name], after[judge.name], margins[judge.name], ties)
+            for judge in judges
+        }
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        report = render(result.to_json(), _samples(rows, before, after, margins), store, images)
-        write_text(folder / REPORT, report)
-        lines = (json.dumps(line, ensure_ascii=False) for line in _samples(rows, before, after, margins))
-        write_text(folder / PAIRS, "\n".join(lines) + "\n")
-        write_text(folder / RESULT, json.dumps(result.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(folder / REPORT, render(result.to_json(), rows, store, images))
+        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(folder / RESULT, result.to_json())
     return result
 
 
@@ -212,94 +215,57 @@ def _measure(
     batch_size: int,
     fps: float,
     **sampling: Any,
-) -> Scores:
-    """Generate and score one side, batch by batch, so that memory does not grow with the number of samples."""
-    scores: Scores = {scorer.name: {} for scorer in scorers}
+) -> dict[str, Columns]:
+    """Scores of one side by scorer, generated batch by batch, so that memory does not grow with their number."""
+    scores: dict[str, Columns] = {scorer.name: {} for scorer in scorers}
     bar.set_description(side)
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        texts = [row.prompt for row in part]
-        samples = sample(pipeline, texts, [row.seed for row in part], batch_size=batch_size, **sampling)
+        texts = [row["prompt"] for row in part]
+        samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
         for row, one in enumerate(samples, start):
             keep(one, store, side, row, fps)
-        # Images all at once, clips one by one.
-        media = [clip.unsqueeze(0).float() / 255 for clip in samples] if pipeline.video else [samples]
-        for scorer in scorers:
-            row = start
-            for batch in media:
+        for indices, media in score_inputs(samples):
+            for scorer in scorers:
                 with memory_for(batch_size), torch.no_grad():
-                    total, parts = scorer.judge(batch, texts[row - start :][: len(batch)])
+                    total, parts = scorer.judge(media, [texts[index] for index in indices])
                 for name, values in {TOTAL: total, **parts}.items():
                     column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
-                    column[row : row + len(batch)] = values.double().cpu().numpy()
-                row += len(batch)
+                    column[start + np.array(indices)] = values.double().cpu().numpy()
         bar.update(len(part))
     return scores
 
 
-def _results(
-    scorers: Sequence[Scorer],
-    rows: Sequence[Row],
-    before: Scores,
-    after: Scores,
-    margins: Mapping[str, float],
-    ties: Ties,
-) -> dict[str, ScorerResult]:
-    clusters = np.array([row.index for row in rows])
-    results = {}
-    for scorer in scorers:
-        name, margin = scorer.name, margins[scorer.name]
-        every = {
-            part: compare(old, after[name][part], clusters, margin=margin, ties=ties)
-            for part, old in before[name].items()
-            if part in after[name]
-        }
-        total = every.pop(TOTAL)
-        results[name] = ScorerResult(version=scorer.version, tie_margin=margin, total=total, parts=every)
-    return results
+def _compared(
+    scorer: Scorer, rows: Sequence[Row], before: Columns, after: Columns, margin: float, ties: Ties
+) -> ScorerResult:
+    """One scorer's comparison of both sides; its numbers of each pair are added to `rows`."""
+    both = {part: (old, after[part]) for part, old in before.items() if part in after}
+    prompts = np.array([row["prompt_index"] for row in rows])
+    comparisons = {part: compare(*sides, prompts, margin=margin, ties=ties) for part, sides in both.items()}
+    outcome = outcomes(*both[TOTAL], margin=margin)
+    for i, row in enumerate(rows):
+        parts = {part: [number(old[i]), number(new[i])] for part, (old, new) in both.items()}
+        old, new = parts.pop(TOTAL)
+        label = {1.0: "win", 0.0: "loss", 0.5: "tie"}.get(float(outcome[i]))
+        row.setdefault("scores", {})[scorer.name] = {"before": old, "after": new, "outcome": label, "parts": parts}
+    total = comparisons.pop(TOTAL)
+    return ScorerResult(version=scorer.version, tie_margin=margin, total=total, parts=comparisons)
 
 
 def _check_media(base: bool, aligned: bool, path: str | Path) -> None:
     if base != aligned:
-        outputs = [f"{name} makes {'clips' if video else 'images'}" for name, video in
-                   (("the base", base), (path, aligned))]  # fmt: skip
-        raise UserError(f"{' and '.join(outputs)}: they cannot be compared")
-
-
-def _samples(rows: Sequence[Row], before: Scores, after: Scores, margins: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One JSON object per pair: prompt, seed, and each scorer's numbers of both sides."""
-    named = {1.0: "win", 0.0: "loss", 0.5: "tie"}
-    wins = {name: outcomes(old[TOTAL], after[name][TOTAL], margin=margins[name]) for name, old in before.items()}
-    samples = []
-    for i, row in enumerate(rows):
-        scores = {
-            name: {
-                "before": number(old[TOTAL][i]),
-                "after": number(after[name][TOTAL][i]),
-                "outcome": named.get(float(wins[name][i])),
-                "parts": {
-                    part: [number(values[i]), number(after[name][part][i])]
-                    for part, values in old.items()
-                    if part != TOTAL and part in after[name]
-                },
-            }
-            for name, old in before.items()
-        }
-        samples.append(
-            {"prompt": row.prompt, "prompt_index": row.index, "k": row.k, "seed": row.seed, "scores": scores}
-        )
-    return samples
+        outputs = {True: "clips", False: "images"}
+        raise UserError(f"the base makes {outputs[base]} and {path} makes {outputs[aligned]}: they cannot be compared")
 
 
 def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | None, ties: str) -> dict[str, float]:
-    margins = {scorer.name: scorer.tie_margin for scorer in scorers}
-    if isinstance(given, Mapping):
-        for name in given:
-            if name not in margins:
-                raise unknown("scorer in tie_margin", name, margins)
-        margins |= given
-    elif given is not None:
-        margins = dict.fromkeys(margins, given)
+    own = {scorer.name: scorer.tie_margin for scorer in scorers}
+    given = {} if given is None else given if isinstance(given, Mapping) else dict.fromkeys(own, given)
+    for name in given:
+        if name not in own:
+            raise unknown("scorer in tie_margin", name, own)
+    margins = own | dict(given)
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
@@ -309,20 +275,8 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
 def _workplace(folder: Path, force: bool) -> Iterator[Path]:
     """A temporary folder in `folder`, which no other run may write to meanwhile."""
     with output_lock(folder):
-        _check_free(folder, force)  # another run may have come and gone since it was asked first
+        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since the first check
         for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
             yield Path(temporary)
-
-
-def _check_free(folder: Path, force: bool) -> None:
-    """Only an earlier evaluation may be replaced, and only with `force`; hidden files are ignored."""
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write to")
-    if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
-        return
-    if not (folder / RESULT).is_file():
-        raise UserError(f"{folder}: not empty, and holds no evaluation; choose another folder")
-    if not force:
-        raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,11 @@ from torch import Tensor
 from torchvision.transforms.functional import resize
 
 from t2i_align.data.media import save_clip
-from t2i_align.inference.generate import Sample, save_image
+from t2i_align.inference.generate import Sample
 
 SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail
 SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
 PIXELATED_BELOW = 128  # tiny images are enlarged with hard edges, so that the model's pixels are visible
-LEVELS = {
-    "better": "Aligned is better: the interval lies above 50 %.",
-    "worse": "Base is better: the interval lies below 50 %.",
-    "open": "Undecided: the interval holds 50 %.",
-}
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("t2i_align.evaluation", "."),
@@ -37,7 +31,7 @@ ENVIRONMENT = jinja2.Environment(
 
 
 def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
-    """Keep an image of a side ("base" or "aligned") until the report is written, or what is shown of a clip."""
+    """Keep what the report may show of a side's image or clip ("base" or "aligned") until it is written."""
     name = store / f"{side}-{row:06d}"
     if isinstance(sample, Tensor):
         every = math.ceil(len(sample) / SHOWN_FRAMES)
@@ -46,7 +40,9 @@ def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
         small = resize(sample[::every], [max(1, round(length * scale)) for length in (height, width)], antialias=True)
         save_clip(small, name.with_suffix(".webp"), fps / every)
     else:
-        save_image(sample, name.with_suffix(".png"))
+        small = sample.copy()
+        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+        small.save(name.with_suffix(".png"), optimize=True)
 
 
 def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], store: Path, images: int) -> str:
@@ -59,32 +55,12 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
         images: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
     """
-    name = result["scorer"]
-    chosen = choose(samples, name, images, result["seed"])
-    sections = [
-        {
-            "key": key,
-            "title": title,
-            "text": text,
-            "pairs": [_pair(row, samples[row], name, store) for row in chosen[key]],
-        }
-        for key, title, text in (
-            ("random", "A random sample", "Drawn by the evaluation's seed without looking at scores."),
-            ("wins", "The largest wins", "Where the score rose most. Picked by score, so not typical."),
-            ("losses", "The largest losses", "Where the score fell most. Picked by score, so not typical."),
-        )
-    ]
-    scorers = [
-        {"name": scorer, "version": entry["version"], "tie_margin": entry["tie_margin"], "rows": _rows(scorer, entry)}
-        for scorer, entry in result["scorers"].items()
-    ]
     return ENVIRONMENT.get_template("report.html.jinja").render(
         result=result,
-        headline=result["scorers"][name],
-        verdict=verdict(result["win_rate_ci"]),
-        levels=LEVELS,
-        scorers=scorers,
-        sections=sections,
+        samples=samples,
+        chosen=choose(samples, result["scorer"], images, result["seed"]),
+        verdict=verdict,
+        image=lambda side, row: _inline(store, f"{side}-{row:06d}"),
     )
 
 
@@ -111,48 +87,13 @@ def verdict(interval: Sequence[float | None]) -> str:
     return "better" if low > 0.5 else "worse" if high < 0.5 else "open"
 
 
-def _rows(scorer: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = [(scorer, True, entry), *((part, False, values) for part, values in entry["parts"].items())]
-    return [
-        {"label": label, "total": total, "c": values, "verdict": verdict(values["win_rate_ci"])}
-        for label, total, values in rows
-    ]
-
-
-def _pair(row: int, sample: Mapping[str, Any], scorer: str, store: Path) -> dict[str, Any]:
-    scores = sample["scores"][scorer]
-    parts = {
-        part: values
-        for part, values in scores["parts"].items()
-        if values[0] is not None and values[1] is not None and abs(values[0] - values[1]) > 0.005
-    }
-    return {
-        "prompt": sample["prompt"],
-        "seed": sample["seed"],
-        "outcome": scores["outcome"],
-        "before": scores["before"],
-        "after": scores["after"],
-        "parts": parts,
-        "base": _inline(store, f"base-{row:06d}"),
-        "aligned": _inline(store, f"aligned-{row:06d}"),
-    }
-
-
 def _inline(store: Path, name: str) -> dict[str, Any]:
-    """An image or looping animation as a data URI with its own size."""
+    """An image or looping animation as a data URI with its size."""
     file = next(store.glob(f"{name}.*"))
     with Image.open(file) as image:
         width, height = image.size
-        if file.suffix == ".png" and max(image.size) > SHOWN_SIDE:
-            small = image.convert("RGB")
-            small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            small.save(buffer, format="PNG", optimize=True)
-            data = buffer.getvalue()
-        else:
-            data = file.read_bytes()
     return {
-        "uri": f"data:image/{file.suffix[1:]};base64," + base64.b64encode(data).decode(),
+        "uri": f"data:image/{file.suffix[1:]};base64,{base64.b64encode(file.read_bytes()).decode()}",
         "width": width,
         "height": height,
         "pixelated": max(width, height) < PIXELATED_BELOW,

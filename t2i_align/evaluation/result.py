@@ -46,19 +46,14 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """What `result.json` holds: the first scorer's numbers on top, everything under `scorers`; NaN is null."""
-        top: dict[str, Any] = fields_of(self.headline.total)
+        top: dict[str, Any] = plain(self.headline.total)
         for name, part in self.headline.parts.items():
-            top |= {f"{name}_{key}": value for key, value in fields_of(part).items()}
-        everything = {
-            name: {
-                "version": result.version,
-                "tie_margin": result.tie_margin,
-                **fields_of(result.total),
-                "parts": {part: fields_of(comparison) for part, comparison in result.parts.items()},
-            }
-            for name, result in self.scorers.items()
-        }
-        return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": everything}
+            top |= {f"{name}_{key}": value for key, value in plain(part).items()}
+        scorers = {}
+        for name, result in self.scorers.items():
+            values = plain(result)
+            scorers[name] = {**values.pop("total"), **values}
+        return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": scorers}
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -73,15 +68,17 @@ class Evaluation:
         return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
 
 
-def fields_of(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as JSON values."""
-    values = dataclasses.asdict(comparison)
-    values["prompts_compared"] = values.pop("prompts")
-    return {
-        key: [number(v) for v in value] if isinstance(value, tuple) else number(value) for key, value in values.items()
-    }
+def plain(value: Any) -> Any:
+    """A result as JSON values: dataclasses as mappings, paths as text, and null for numbers that JSON lacks."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return number(value) if isinstance(value, float) else str(value) if isinstance(value, Path) else value
 
 
 def number(value: float) -> float | None:
     """JSON has no NaN: null stands for a number that is not known or does not apply."""
-    return value if isinstance(value, int) else (float(value) if math.isfinite(value) else None)
+    return float(value) if math.isfinite(value) else None

@@ -31,13 +31,13 @@ BLOCK = 1_000_000  # numbers held at once while resampling
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Before against after. `n` pairs of `prompts` prompts had a score on both sides; NaN where n is 0.
+    """Before against after. `n` pairs of `prompts_compared` prompts had a score on both sides; NaN where n is 0.
 
     An interval is (NaN, NaN) with fewer than two prompts: they allow no statement about other prompts.
     """
 
     n: int
-    prompts: int
+    prompts_compared: int
     wins: int
     losses: int
     tied: int
@@ -92,16 +92,16 @@ def compare(
     decided = np.ones_like(result) if ties == "half" else (result != 0.5).astype(np.float64)
     return Comparison(
         n=len(old),
-        prompts=len(np.unique(groups)),
+        prompts_compared=len(np.unique(groups)),
         wins=int((result == 1).sum()),
         losses=int((result == 0).sum()),
         tied=int((result == 0.5).sum()),
-        win_rate=_ratio(float((result * decided).sum()), float(decided.sum())),
-        win_rate_ci=_interval(groups, result * decided, decided, resamples, seed),
-        mean_before=_mean(old),
-        mean_after=_mean(new),
-        mean_change=_mean(new - old),
-        mean_change_ci=_interval(groups, new - old, np.ones_like(old), resamples, seed),
+        win_rate=_ratio((result * decided).sum(), decided.sum()),
+        win_rate_ci=interval(groups, result * decided, decided, resamples, seed),
+        mean_before=_ratio(old.sum(), len(old)),
+        mean_after=_ratio(new.sum(), len(old)),
+        mean_change=_ratio((new - old).sum(), len(old)),
+        mean_change_ci=interval(groups, new - old, np.ones_like(old), resamples, seed),
     )
 
 
@@ -113,8 +113,13 @@ def check_policy(margin: float, ties: str) -> None:
         raise UserError(f"ties must be 'half' or 'drop', found {ties!r}")
 
 
-def _interval(groups: NDArray, numerator: Array, denominator: Array, resamples: int, seed: int) -> Interval:
-    """Percentile interval of sum(numerator) / sum(denominator) when whole groups are drawn with replacement."""
+def interval(
+    groups: NDArray, numerator: Array, denominator: Array, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Percentile interval of sum(numerator) / sum(denominator) when whole groups are drawn with replacement.
+
+    (NaN, NaN) with fewer than two groups, or where the denominator is 0.
+    """
     _, index = np.unique(groups, return_inverse=True)
     sums = [np.bincount(index, weights) for weights in (numerator, denominator)]  # of each group
     if len(sums[0]) < 2 or not sums[1].any():
@@ -135,9 +140,5 @@ def _interval(groups: NDArray, numerator: Array, denominator: Array, resamples: 
     return (float(low), float(high))
 
 
-def _mean(values: Array) -> float:
-    return _ratio(float(values.sum()), float(len(values)))
-
-
 def _ratio(top: float, bottom: float) -> float:
-    return top / bottom if bottom else math.nan
+    return float(top / bottom) if bottom else math.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
-from t2i_align.inference.options import PRECISIONS, check_options, memory_for, resolve_prompts
+from t2i_align.inference.options import PRECISIONS, check_free, check_options, memory_for, resolve_prompts
 from t2i_align.utils.files import append_line, atomic_file, output_lock
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ def sample(
     with memory_for(batch_size):
         samples = to_bytes(pipeline.generate(prompts, seeds, batch_size=batch_size, **options))
     return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
+
+
+def score_inputs(samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Image.Image] | Tensor]]:
+    """Samples as `Scorer.judge` takes them, with their indices: all images at once, then each clip in [0, 1] alone."""
+    stills = {index: item for index, item in enumerate(samples) if not isinstance(item, Tensor)}
+    if stills:
+        yield list(stills), list(stills.values())
+    for index, item in enumerate(samples):
+        if isinstance(item, Tensor):
+            yield [index], item.unsqueeze(0).float() / 255
 
 
 def generate(
@@ -115,14 +125,13 @@ def generate(
     check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     adapter = None if lora is None else resolve_adapter(lora)
     folder, autocast = Path(out).expanduser(), None
+    check_free(folder, force, "images")
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
         base = resolve_base(model, adapter, **version)
-        _check_free(folder, force)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
     else:
-        _check_free(folder, force)
         pipeline, autocast = model, None if precision == "fp32" else PRECISIONS[precision]
         columns = {"model": pipeline.source, "revision": None}
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
@@ -133,7 +142,7 @@ def generate(
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
-        _check_free(folder, force)  # another run may have come and gone meanwhile
+        check_free(folder, force, "images")  # another run may have come and gone meanwhile
         _clear(folder)
         with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
             for start in range(0, len(rows), batch_size):
@@ -155,13 +164,6 @@ def save_image(image: Image.Image, file: Path) -> None:
     """Write a PNG atomically."""
     with atomic_file(file, sync=False) as temporary:
         image.save(temporary, format="PNG")
-
-
-def _check_free(folder: Path, force: bool) -> None:
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write images to")
-    if folder.is_dir() and not all(entry.name.startswith(".") for entry in folder.iterdir()) and not force:
-        raise UserError(f"{folder}: not empty; choose another folder, or force to replace its images")
 
 
 def _clear(folder: Path) -> None:

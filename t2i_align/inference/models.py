@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
-from t2i_align.conditioning import ADAPTERS, TRAINED
-from t2i_align.conditioning.adapter import Kind
+from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
@@ -188,8 +188,6 @@ def _kind_of_file(file: Path) -> Kind:
     """Adapters are recognised by their keys; any other file is a single-file checkpoint."""
     if file.suffix != LORA_ENDING:
         return "model"
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as weights:
             keys = set(weights.keys())

@@ -238,9 +238,8 @@ class _Job:
         if survey.groups == 0:
             raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
         if pairs and survey.candidates.get(2, 0) == survey.ties.get(2, 0):
-            raise UserError(
-                f"{source}: no pair with a winner in it; its groups by candidates: {dict(survey.candidates)}"
-            )
+            counts = dict(survey.candidates)
+            raise UserError(f"{source}: no pair with a winner in it; its groups by candidates: {counts}")
 
     def run(self, annotate: Annotate, settings: Row, *, images: bool = True, progress: bool) -> Summary:
         """Fill the table; `images` says whether they are read. Raises UserError if no group could be annotated."""

@@ -105,7 +105,6 @@ def fill(
     total: int,
     batch: int,
     progress: bool,
-    what: str = "",
 ) -> None:
     """Write a row for each group, or why there is none.
 
@@ -117,7 +116,7 @@ def fill(
         total: number of items. batch: items at a time.
     """
     items = iter(items)
-    with tqdm(total=total, unit="group", desc=what or table.out.name, disable=not progress) as bar:
+    with tqdm(total=total, unit="group", desc=table.out.name, disable=not progress) as bar:
         while chunk := list(islice(items, batch)):
             if not all(_is_done(table, item) for item in chunk):
                 groups = Batch([item for item in chunk if isinstance(item, Group)])

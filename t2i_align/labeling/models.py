@@ -1,4 +1,4 @@
-"""Captioners (images to what they show) and perturbers (captions to captions that no longer fit): one protocol.
+"""Captioners (images to what they show) and perturbers (captions to captions that no longer fit).
 
 Both are genuine transformers models, or the testbed's captioner and the rule-based perturber.
 """
@@ -6,8 +6,8 @@ Both are genuine transformers models, or the testbed's captioner and the rule-ba
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,24 +35,9 @@ INSTRUCTION = (
     "so that it no longer fits the image. Keep its length and style. Answer with the changed description alone.\n\n"
     "{caption}"
 )
-Subject = TypeVar("Subject", contravariant=True)
-Context = TypeVar("Context", contravariant=True)
-
-
-class Annotator(Protocol[Subject, Context]):
-    """Writes a text per subject, in batches; "" or None where it has none.
-
-    name: recorded with its texts.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def __call__(self, subjects: Sequence[Subject], contexts: Sequence[Context], /) -> Sequence[str | None]: ...
-
-
-Captioner = Annotator[Image.Image, str]  # an image and its prompt -> a description
-Perturber = Annotator[str, int]  # a caption and a seed -> a caption that contradicts it
+# A text per image or caption, "" or None where there is none. An attribute `name` is recorded with the texts.
+Captioner = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str | None]]  # (images, prompts) -> descriptions
+Perturber = Callable[[Sequence[str], Sequence[int]], Sequence[str | None]]  # (captions, seeds) -> other captions
 
 
 def load_captioner(spec: str, **options: Any) -> Captioner:
@@ -134,11 +119,6 @@ class LanguageModel(ABC):
     def __call__(self, subjects: Sequence[Any], contexts: Sequence[Any], /) -> Sequence[str | None]:
         """A text per subject."""
 
-    def _generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
-        """Answers as tokens [B, length]."""
-        tokens: Tensor = generate(self.network, inputs, max_new_tokens=self.max_new_tokens, **options)
-        return tokens
-
     def _texts(self, tokens: Tensor) -> list[str]:
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
@@ -177,7 +157,8 @@ class ImageCaptioner(LanguageModel):
         return [answer for inputs in each for answer in self._answers(inputs)]
 
     def _answers(self, inputs: Mapping[str, Tensor]) -> list[str]:
-        answers = self._texts(self._generate(inputs, do_sample=False))
+        tokens = generate(self.network, inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        answers = self._texts(tokens)
         if "input_ids" in inputs:  # most models repeat the question in front of the answer
             questions = self._texts(inputs["input_ids"])
             answers = [a.strip().removeprefix(q.strip()) for a, q in zip(answers, questions, strict=True)]
@@ -206,13 +187,14 @@ class CaptionPerturber(LanguageModel):
         if chats := is_chat(self.tokenizer):
             asked = [[{"role": "user", "content": text}] for text in texts]
             # Templates of models without a thinking mode ignore `enable_thinking`.
-            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-            texts = self.tokenizer.apply_chat_template(asked, **options)
+            template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            texts = self.tokenizer.apply_chat_template(asked, **template)
         inputs = self.tokenizer(texts, padding=True, add_special_tokens=not chats, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # not all models accept others
+        options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         with torch.random.fork_rng():
             torch.manual_seed(stable_seed(*seeds))
-            tokens = self._generate(inputs, do_sample=True, top_p=TOP_P, pad_token_id=self.tokenizer.pad_token_id)
+            tokens = generate(self.network, inputs, do_sample=True, top_p=TOP_P, **options)
         if self.is_causal:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         answers = map(one_line, self._texts(tokens))

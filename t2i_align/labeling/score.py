@@ -27,7 +27,7 @@ from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST
+from t2i_align.inference.generate import LIST, score_inputs
 from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
@@ -173,12 +173,9 @@ def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Im
     for candidate, one in zip(batch, media, strict=True):
         error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
         rows.append({"error": error} if error else {})
-    usable = [i for i, row in enumerate(rows) if not row]
-    stills = [i for i in usable if isinstance(media[i], Image.Image)]
-    for part in [*([stills] if stills else []), *([i] for i in usable if i not in stills)]:
-        inputs: Any = [media[i] for i in part]
-        if part is not stills:  # a clip is scored by itself
-            inputs = inputs[0].unsqueeze(0).float() / 255
+    usable = {i: one for i, one in enumerate(media) if not rows[i] and not isinstance(one, str)}
+    for places, inputs in score_inputs(list(usable.values())):
+        part = [list(usable)[place] for place in places]
         try:
             with memory_for(len(part)):
                 total, parts = scorer.judge(inputs, [batch[i].prompt for i in part])

@@ -192,7 +192,7 @@ class _Work:
             return {key: {"scores": raw.tolist()} for key, raw in batch.scores(self.scorers, batch_size).items()}
 
         with self.table.begun():
-            fill(self.table, items, annotate, total=len(items), batch=BLOCK, progress=self.progress, what="score")
+            fill(self.table, items, annotate, total=len(items), batch=BLOCK, progress=self.progress)
 
     def finish(self, pairs: str | None, agree: float) -> Summary:
         """Write the groups, if all prompts are done."""
@@ -252,11 +252,11 @@ class _Work:
     def _group(self, number: int) -> Group:
         """A prompt's group, its candidates in the order of models and seeds."""
         media = [self._image(number, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
-        return Group(id=_name(number), prompt=self.prompts[number], candidates=tuple(media),
+        return Group(id=f"{number:06d}", prompt=self.prompts[number], candidates=tuple(media),
                      scores=(0.0,) * len(media), origin=f"{self.out}, prompt {number}")  # fmt: skip
 
     def _image(self, prompt: int, model: int, k: int) -> Path:
-        return self.out / "images" / _name(prompt) / f"{model}-{k}.png"
+        return self.out / "images" / f"{prompt:06d}" / f"{model}-{k}.png"
 
     def _identity(self, model: int) -> Path:
         return self.out / f"model-{model}.json"
@@ -269,7 +269,3 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _name(prompt: int) -> str:
-    return f"{prompt:06d}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import yaml
 
 FILE = Path(__file__).parents[1] / "assets" / "words.yaml"
 _WORDS: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-Replacements = dict[str, tuple[str, ...]]
 
 
 def alike(word: str, other: str) -> bool:
@@ -20,31 +18,18 @@ def alike(word: str, other: str) -> bool:
     return bool({word, *near.get(word, "").split()} & {other, *near.get(other, "").split()})
 
 
-def _others(words: str, replacements: str) -> Replacements:
-    """For each word all replacements that contradict it."""
-    return {word: tuple(other for other in replacements.split() if not alike(word, other)) for word in words.split()}
+def _table(name: str) -> dict[str, tuple[str, ...]]:
+    """For each word of a table all replacements that contradict it."""
+    return {
+        word: tuple(other for other in others.split() if not alike(word, other))
+        for words, others in _WORDS[name]
+        for word in words.split()
+    }
 
 
-def _listed(table: Mapping[str, str]) -> Replacements:
-    return {word: tuple(others.split()) for word, others in table.items()}
-
-
-_MATERIALS = f"{_WORDS['materials']} {_WORDS['other_materials']}"
-_NEAR_HUES = " ".join(word for word in _WORDS["near"] if word not in (*_MATERIALS.split(), "grey"))
-COLOURS: Replacements = {
-    **_others(f"{_WORDS['hues']} {_NEAR_HUES}", _WORDS["hues"]),
-    **_others(f"{_WORDS['shades']} grey", _WORDS["shades"]),
-}
-MATERIALS = _others(_MATERIALS, _WORDS["materials"])
-SIZES = _listed(_WORDS["sizes"])
-FORMS = _others(_WORDS["forms"], _WORDS["forms"]) | _listed(_WORDS["other_forms"])
-SHAPES: Replacements = {
-    **_others(_WORDS["flat_shapes"], _WORDS["flat_shapes"]),
-    **_others(_WORDS["solid_shapes"], _WORDS["solid_shapes"]),
-    **_listed(_WORDS["other_shapes"]),
-}
+COLOURS, MATERIALS, SIZES, FORMS = map(_table, ("colours", "materials", "sizes", "forms"))
+SHAPES, NUMBERS = map(_table, ("shapes", "numbers"))
 ADJECTIVES = {**COLOURS, **SIZES, **MATERIALS, **FORMS}
-NUMBERS = _listed(_WORDS["numbers"])
 MANY = tuple(_WORDS["many"].split())
 AXES: tuple[dict[str, str], ...] = tuple(_WORDS["axes"])
 RELATIONS: dict[str, str] = _WORDS["relations"]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.optimize import minimize_scalar
+from scipy.special import expit
 
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.evaluation.result import number
+from t2i_align.evaluation.report import ENVIRONMENT
+from t2i_align.evaluation.result import plain
 from t2i_align.inference.options import (
     build_scorers,
     check_options,
@@ -25,9 +26,10 @@ from t2i_align.inference.options import (
     resolve_prompts,
     unscorable,
 )
-from t2i_align.reward_models.plots import line_plot, reliability_plot
+from t2i_align.reward_models.losses import Accuracy, measure, winner_gaps
+from t2i_align.reward_models.optimise import Curve, curves, draw_pool
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
-from t2i_align.reward_models.train import Accuracy, measure, pairs
+from t2i_align.testbed.captions import CaptionError, parse
 from t2i_align.utils.files import output_lock, write_json, write_text
 
 if TYPE_CHECKING:
@@ -36,15 +38,15 @@ if TYPE_CHECKING:
 BINS = 8  # of calibration
 FEWEST = 20  # pairs; a smaller slice is not shown
 MOST_USERS = 12  # annotators shown, those with the most pairs
-Slices = dict[str, dict[str, list[int]]]
+Scores = dict[str, list[torch.Tensor]]  # by scorer: of each group's candidates [k]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """P(first preferred) = σ(s Δ), s fitted on half of the prompts and tried on the others.
+    """P(first preferred) = σ(s Δ), s fitted on half of the prompts and evaluated on the others.
 
     bins: (mean predicted, share right, pairs) from the predicted winner's side, so in [0.5, 1]. error: the expected
-    calibration error. loss: log loss in nats; log 2 is what knowing nothing gives.
+    calibration error. loss: log loss in nats; log 2 is that of a constant ½.
     """
 
     scale: float
@@ -55,7 +57,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What `audit.json` and the report hold, by scorer. agreement: of names with names, shares of pairs."""
+    """Content of `audit.json` and the report, by scorer. agreement: of names with names, shares of pairs."""
 
     out: Path
     versions: dict[str, str]
@@ -64,7 +66,7 @@ class Audit:
     calibration: dict[str, Calibration]
     names: list[str]
     agreement: list[list[float]]
-    curves: dict[str, list[Any]]
+    curves: dict[str, list[Curve]]
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -96,7 +98,7 @@ def audit(
     device: str | None = None,
     progress: bool = True,
 ) -> Audit:
-    """Try scorers on preferences that they were not trained on; write audit.json and report.html.
+    """Evaluate scorers on preferences that they were not trained on; write audit.json and report.html.
 
     Args:
         source: preference data of any format that the scorers were not trained on, or `testbed:pairs`.
@@ -105,7 +107,7 @@ def audit(
         format: format of the source; `auto` detects it.
         limit: use only the first so many groups.
         optimise: on the testbed, optimise each scorer over drawn images of `prompt_count` of the `prompts`, and by its
-            gradient where it has one, and ask the oracle what became of them.
+            gradient where it has one, and let the oracle judge the results.
         prompts, prompt_count: what `optimise` draws images of: a text file or `testbed:dev`, and how many of its
             prompts.
         seed: seed of the drawn images.
@@ -117,52 +119,50 @@ def audit(
     """
     check_options(batch_size=batch_size, prompt_count=prompt_count, limit=limit)
     place, folder = pick_device(device), Path(out).expanduser()
-    asked = resolve_prompts(prompts)[:prompt_count] if optimise else []
-    for prompt in asked:
+    drawn = resolve_prompts(prompts)[:prompt_count] if optimise else []
+    for prompt in drawn:
         _kind(prompt, strict=True)
     if folder.is_file():
         raise UserError(f"{out}: is a file; expected a folder")
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
     with output_lock(folder):
         data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)
-        if not any(_pairs(data, row) for row in range(len(data))):
+        if not any(_pairs(data)):
             raise UserError(f"{source}: only ties in it; an audit needs candidates of which one is preferred")
         if reason := next(filter(None, (unscorable(built, prompt) for prompt in data.prompts)), None):
             raise UserError(f"{source}: {reason}")
         scores, sharpness = _score(data, built, batch_size, progress)
-        rows = list(range(len(data)))
-        kinds = slices(data, sharpness)
-        labels, texts = list(data.labels), list(data.prompts)
+        kinds, pool = slices(data, sharpness), draw_pool(drawn, seed=seed) if optimise else None
 
-        def accuracy_of(name: str, chosen: Sequence[int]) -> Accuracy:
-            return measure(torch.cat([scores[name][row] for row in chosen]), [labels[row] for row in chosen],
-                           [texts[row] for row in chosen])  # fmt: skip
+        def accuracy(name: str, rows: Sequence[int] = range(len(data))) -> Accuracy:
+            labels, texts = [data.labels[row] for row in rows], [data.prompts[row] for row in rows]
+            return measure([scores[name][row] for row in rows], labels, texts)
 
-        names = [scorer.name for scorer in built]
-        curves = {scorer.name: _curves(scorer, asked, seed, batch_size) for scorer in built} if optimise else {}
         result = Audit(
             out=folder,
             versions={scorer.name: scorer.version for scorer in built},
-            accuracy={name: accuracy_of(name, rows) for name in names},
+            accuracy={name: accuracy(name) for name in scores},
             slices={
                 name: {
-                    kind: {value: accuracy_of(name, chosen) for value, chosen in by_value.items()}
+                    kind: {value: accuracy(name, rows) for value, rows in by_value.items()}
                     for kind, by_value in kinds.items()
                 }
-                for name in names
+                for name in scores
             },
-            calibration={name: calibrate(scores[name], labels, texts) for name in names},
-            names=[*names, "labels"],
-            agreement=agreement([*(scores[name] for name in names), labels]),
-            curves=curves,
+            calibration={name: calibrate(groups, data.labels, data.prompts) for name, groups in scores.items()},
+            names=[*scores, "labels"],
+            agreement=agreement([*scores.values(), data.labels]),
+            curves={scorer.name: curves(scorer, pool, batch_size) for scorer in built} if pool else {},
         )
-        write_json(folder / "audit.json", _plain(dataclasses.asdict(dataclasses.replace(result, out=folder))))
-        write_text(folder / "report.html", _render(result, str(source), len(data)))
+        write_json(folder / "audit.json", plain(result))
+        template = ENVIRONMENT.get_template("audit.html.jinja")
+        page = template.render(result=result, source=str(source), groups=len(data), enumerate=enumerate)
+        write_text(folder / "report.html", page)
         return result
 
 
-def slices(data: Preferences, sharpness: NDArray) -> Slices:
-    """Rows by what may make a difference; slices of too few pairs are left out."""
+def slices(data: Preferences, sharpness: NDArray) -> dict[str, dict[str, list[int]]]:
+    """Rows by value of each property that may matter; slices of too few pairs are left out."""
     words = np.array([len(prompt.split()) for prompt in data.prompts])
     kinds: dict[str, list[str]] = {
         "prompt length": _thirds(words, "words"),
@@ -174,25 +174,21 @@ def slices(data: Preferences, sharpness: NDArray) -> Slices:
         known, counts = np.unique(list(data.users), return_counts=True)
         shown = set(known[np.argsort(-counts)][:MOST_USERS])
         kinds["annotator"] = [user if user in shown else "others" for user in data.users]
-    shown_slices: Slices = {}
+    pairs = np.array(_pairs(data))
+    large = {}
     for kind, values in kinds.items():
-        of: dict[str, list[int]] = {}
-        for row, value in enumerate(values):
-            of.setdefault(value, []).append(row)
-        large = {v: rows for v, rows in sorted(of.items()) if sum(_pairs(data, row) for row in rows) >= FEWEST}
-        if len(large) > 1:
-            shown_slices[kind] = large
-    return shown_slices
+        rows = {value: np.flatnonzero(np.array(values) == value).tolist() for value in sorted(set(values))}
+        large[kind] = {value: chosen for value, chosen in rows.items() if pairs[chosen].sum() >= FEWEST}
+    return {kind: by_value for kind, by_value in large.items() if len(by_value) > 1}
 
 
 def calibrate(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], prompts: Sequence[str]) -> Calibration:
-    """Fit the one scale of Bradley-Terry on half of the prompts and see what its chances are worth on the others."""
-    gaps: dict[bool, list[float]] = {True: [], False: []}
+    """Fit the one scale of Bradley-Terry on half of the prompts and evaluate its probabilities on the others."""
+    halves: tuple[list[float], list[float]] = ([], [])
     for r, label, prompt in zip(scores, labels, prompts, strict=True):
-        side = stable_seed("calibration", prompt) % 2 == 0
-        gaps[side] += [float(r[i] - r[j]) for i, j in pairs(label)]
-    fitted, tried = (np.array(gaps[side]) for side in (True, False))
-    if len(fitted) < FEWEST or len(tried) < FEWEST:
+        halves[stable_seed("calibration", prompt) % 2].extend(winner_gaps(r, label).tolist())
+    fitted, tested = map(np.array, halves)
+    if len(fitted) < FEWEST or len(tested) < FEWEST:
         return Calibration(scale=float("nan"), bins=[], error=float("nan"), loss=float("nan"))
     spread = max(float(np.abs(fitted).mean()), 1e-12)
 
@@ -200,8 +196,8 @@ def calibrate(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], pr
         return float(np.logaddexp(0, -np.exp(log_scale) * fitted / spread).mean())
 
     scale = float(np.exp(minimize_scalar(loss, bounds=(-8, 8), method="bounded").x)) / spread
-    chance = 1 / (1 + np.exp(-np.clip(scale * tried, -50, 50)))
-    sure, right = np.maximum(chance, 1 - chance), (tried > 0) + 0.5 * (tried == 0)
+    chance = expit(scale * tested)
+    sure, right = np.maximum(chance, 1 - chance), (tested > 0) + 0.5 * (tested == 0)
     edges = np.linspace(0.5, 1, BINS + 1)
     which = np.clip(np.digitize(sure, edges) - 1, 0, BINS - 1)
     bins = [
@@ -209,12 +205,12 @@ def calibrate(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], pr
         for b in range(BINS)
         if (which == b).any()
     ]
-    error = sum(abs(p - share) * count for p, share, count in bins) / len(tried)
-    return Calibration(scale=scale, bins=bins, error=error, loss=float(np.logaddexp(0, -scale * tried).mean()))
+    error = sum(abs(p - share) * count for p, share, count in bins) / len(tested)
+    return Calibration(scale=scale, bins=bins, error=error, loss=float(np.logaddexp(0, -scale * tested).mean()))
 
 
 def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
-    """Of the pairs that both tell apart, the share that two judges order alike, by judge and judge."""
+    """The share of pairs without a draw that two judges order alike, judge by judge: scores [k] of each group."""
     signs = []
     for judge in judges:
         pairs_of_groups = [torch.combinations(values) for values in judge]  # [pairs, 2] each
@@ -226,12 +222,10 @@ def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
     ]
 
 
-def _score(
-    data: Preferences, scorers: Sequence[Scorer], batch_size: int, progress: bool
-) -> tuple[dict[str, list[torch.Tensor]], NDArray]:
-    """Scores of each group's candidates by scorer, and the sharpness of each group's images."""
+def _score(data: Preferences, scorers: Sequence[Scorer], batch_size: int, progress: bool) -> tuple[Scores, NDArray]:
+    """Scores of each group's candidates, and the mean sharpness of each group's images."""
     counts = [len(label) for label in data.labels]
-    flat: dict[str, list[torch.Tensor]] = {scorer.name: [] for scorer in scorers}
+    flat: Scores = {scorer.name: [] for scorer in scorers}
     sharpness: list[float] = []
     for rows, images in data.batches(batch_size, "audit", progress):
         texts = [data.prompts[row] for row in rows for _ in range(counts[row])]
@@ -241,20 +235,10 @@ def _score(
         sharpness += map(_sharpness, images)
     scores = {name: list(torch.cat(parts).split(counts)) for name, parts in flat.items()}
     for name, groups in scores.items():
-        bad = next((row for row, values in enumerate(groups) if not bool(values.isfinite().all())), None)
-        if bad is not None:
-            raise UserError(f"{name}: group {data.ids[bad]}: scores are not finite: {groups[bad].tolist()}")
+        for row, values in enumerate(groups):
+            if not bool(values.isfinite().all()):
+                raise UserError(f"{name}: group {data.ids[row]}: scores are not finite: {values.tolist()}")
     return scores, np.array([values.mean() for values in np.split(sharpness, np.cumsum(counts)[:-1])])
-
-
-def _curves(scorer: Scorer, prompts: Sequence[str], seed: int, batch_size: int) -> list[Any]:
-    from t2i_align.reward_models import optimise
-
-    pool = optimise.draw_pool(prompts, seed=seed)
-    curves = [optimise.best_of_n_curve(scorer, pool, max(batch_size, 64))]
-    if scorer.differentiable:
-        curves.append(optimise.ascent_curve(scorer, pool, max(batch_size, 32)))
-    return curves
 
 
 def _sharpness(image: Image.Image) -> float:
@@ -265,19 +249,12 @@ def _sharpness(image: Image.Image) -> float:
 
 def _thirds(values: NDArray, unit: str) -> list[str]:
     low, high = np.quantile(values, [1 / 3, 2 / 3])
-    shown: Callable[[float], str] = "{:.3g}".format
-    names = [
-        f"low (to {shown(low)} {unit})",
-        f"middle (to {shown(high)} {unit})",
-        f"upper (above {shown(high)} {unit})",
-    ]
+    names = [f"low (to {low:.3g} {unit})", f"middle (to {high:.3g} {unit})", f"upper (above {high:.3g} {unit})"]
     return [names[int(value > low) + int(value > high)] for value in values]
 
 
 def _kind(prompt: str, strict: bool = False) -> str:
-    """On the testbed what the prompt is about; elsewhere there is one kind, or when `strict` a UserError."""
-    from t2i_align.testbed.captions import CaptionError, parse
-
+    """On the testbed what the prompt states; elsewhere there is one kind, or when `strict` a UserError."""
     try:
         statement = parse(prompt)
     except CaptionError as error:
@@ -287,28 +264,6 @@ def _kind(prompt: str, strict: bool = False) -> str:
     return "relation" if statement.relation else {1: "single"}.get(statement.count, "several")
 
 
-def _pairs(data: Preferences, row: int) -> int:
-    return len(list(pairs(data.labels[row])))
-
-
-def _plain(value: Any) -> Any:
-    """As JSON holds it: NaN is null."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return number(value) if isinstance(value, float) else str(value) if isinstance(value, Path) else value
-
-
-def _render(result: Audit, source: str, groups: int) -> str:
-    from t2i_align.evaluation.report import ENVIRONMENT
-
-    plots = {}
-    for name in result.accuracy:
-        curves = result.curves.get(name, [])
-        plots[name] = {
-            "calibration": reliability_plot(result.calibration[name].bins),
-            "curves": [(curve, line_plot(curve)) for curve in curves],
-        }
-    template = ENVIRONMENT.get_template("audit.html.jinja")
-    return template.render(result=result, source=source, groups=groups, plots=plots)
+def _pairs(data: Preferences) -> list[int]:
+    """How many pairs of each group have a winner."""
+    return [len(winner_gaps(label, label)) for label in data.labels]

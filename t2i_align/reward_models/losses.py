@@ -1,20 +1,29 @@
-"""Losses of preference models: scores of a prompt's candidates against their labels.
+"""Scores of a prompt's candidates against their labels: losses and accuracy of preference models.
 
-Each is a function of scores r [k] and labels [k] of one group, higher is better, equal is a tie; and returns a scalar.
-A group that teaches a loss nothing (all ties, for those that know no ties) gives 0.
+A loss is a function of scores r [k] and labels [k] of one group, higher is better, equal is a tie, and returns a
+scalar; 0 for a group from which it learns nothing (all ties, for losses without ties).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from t2i_align.errors import unknown
+from t2i_align.evaluation.stats import compare
 
 THETA = 5.0  # of BTT: how many times as likely a win has to be before it is no tie (arXiv 2501.13918)
+
+
+def winner_gaps(r: Tensor, labels: Tensor) -> Tensor:
+    """r_i - r_j of all pairs with label_i > label_j, [pairs]."""
+    return (r[:, None] - r[None, :])[labels[:, None] > labels[None, :]]
 
 
 def pickscore(r: Tensor, labels: Tensor) -> Tensor:
@@ -35,8 +44,7 @@ def hpsv2(r: Tensor, labels: Tensor) -> Tensor:
 
 def imagereward(r: Tensor, labels: Tensor) -> Tensor:
     """Mean of -log σ(r_i - r_j) over pairs with label_i > label_j (ImageReward, arXiv 2304.05977, eq. 1)."""
-    better = labels[:, None] > labels[None, :]
-    gaps = (r[:, None] - r[None, :])[better]
+    gaps = winner_gaps(r, labels)
     return -F.logsigmoid(gaps).mean() if len(gaps) else r.sum() * 0
 
 
@@ -47,9 +55,9 @@ def btt(r: Tensor, labels: Tensor) -> Tensor:
     """
     first, second = torch.triu_indices(len(r), len(r), offset=1)
     gap, order = r[first] - r[second], torch.sign(labels[first] - labels[second])
-    log_theta = torch.tensor(THETA).log().item()
+    log_theta = math.log(THETA)
     won = -F.logsigmoid(order * gap - log_theta)
-    tied = -F.logsigmoid(gap - log_theta) - F.logsigmoid(-gap - log_theta) - torch.tensor(THETA**2 - 1).log().item()
+    tied = -F.logsigmoid(gap - log_theta) - F.logsigmoid(-gap - log_theta) - math.log(THETA**2 - 1)
     return torch.where(order == 0, tied, won).mean()
 
 
@@ -69,10 +77,14 @@ def get(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return LOSSES[name]
 
 
+def by_group(scores: Tensor, labels: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Scores [N] of all candidates one after another to [k] per group, as `labels` are."""
+    return scores.split([len(label) for label in labels])
+
+
 def per_group(name: str, scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
     """The loss of each group, [B]; scores [N] are of all candidates one after another, labels [k] one per group."""
-    loss, parts = get(name), scores.split([len(label) for label in labels])
-    return torch.stack([loss(part, label) for part, label in zip(parts, labels, strict=True)])
+    return torch.stack([get(name)(r, label) for r, label in zip(by_group(scores, labels), labels, strict=True)])
 
 
 def right(scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
@@ -80,9 +92,30 @@ def right(scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
 
     NaN for a group without a winner.
     """
-    shares = []
-    for r, label in zip(scores.split([len(label) for label in labels]), labels, strict=True):
-        better = label[:, None] > label[None, :]
-        gap = (r[:, None] - r[None, :])[better]
-        shares.append(((gap > 0).float() + 0.5 * (gap == 0).float()).mean())  # the mean of none is NaN
-    return torch.stack(shares)
+    gaps = map(winner_gaps, by_group(scores, labels), labels)
+    return torch.stack([((gap > 0).float() + 0.5 * (gap == 0).float()).mean() for gap in gaps])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How many pairs with a winner are ordered rightly, draws half, with a 95 % interval over prompts."""
+
+    pairs: int
+    prompts: int
+    accuracy: float
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.pairs} pairs"
+
+
+def measure(scores: Sequence[Tensor], labels: Sequence[Tensor], prompts: Sequence[str]) -> Accuracy:
+    """Pair accuracy of groups: scores [k], labels [k] and the prompt of each."""
+    gaps = [winner_gaps(r.double(), label) for r, label in zip(scores, labels, strict=True)]
+    _, prompt = np.unique(np.array(prompts, dtype=str), return_inverse=True)
+    won = torch.cat(gaps).cpu().numpy()
+    result = compare(np.zeros(len(won)), won, np.repeat(prompt, [len(gap) for gap in gaps]))
+    return Accuracy(
+        pairs=result.n, prompts=result.prompts_compared, accuracy=result.win_rate, interval=result.win_rate_ci
+    )

@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reward_scorers import Scorer
+from t2i_align.evaluation.stats import interval
 from t2i_align.testbed.captions import draw_image, draw_wrong, parse
 from t2i_align.testbed.oracle import Oracle
 
 POOL = 64  # images of a prompt
 WRONG, DEGRADED = 0.6, 0.6  # shares of a pool with one attribute wrong, and with their quality spoilt
 STEPS, STEP_SIZE = 60, 2 / 255  # of the ascent: signed steps, in units of the pixel range
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """Means over prompts while optimisation goes on. x: n or steps; proxy: in spreads of the pool from its mean.
 
-    oracle: its reward, with 95 % intervals over prompts. gap: how much more the proxy has gained than the oracle, both
-    in their own spreads. kl: of best of n.
+    oracle: its reward, with 95 % intervals over prompts (`evaluation.stats`). gap: how much more the proxy has gained
+    than the oracle, both in their own spreads. kl: of best of n.
     """
 
     kind: str
@@ -41,11 +41,6 @@ class Curve:
     high: list[float]
     gap: list[float]
     kl: list[float] | None = None
-
-    @property
-    def lost(self) -> float:
-        """How far the oracle ends below its best."""
-        return max(self.oracle) - self.oracle[-1]
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,12 @@ def draw_pool(prompts: Sequence[str], size: int = POOL, seed: int = 0) -> Pool:
     return Pool(prompts, stacked, Oracle().judge(stacked.flatten(0, 1), repeated).reward.reshape(-1, size))
 
 
+def curves(scorer: Scorer, pool: Pool, batch_size: int) -> list[Curve]:
+    """Best of n, and ascent where gradients flow."""
+    best = best_of_n_curve(scorer, pool, max(batch_size, 64))
+    return [best, ascent_curve(scorer, pool, max(batch_size, 32))] if scorer.differentiable else [best]
+
+
 def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArray]:
     """Expected proxy and reward of the proxy's favourite among n of a pool's N, [P] each, without drawing any.
 
@@ -85,12 +86,30 @@ def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArra
 def best_of_n_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
     """n = 1, 2, 4 ... up to the pool's size."""
     scores = score_pool(scorer, pool, batch_size)
-    spread = (scores - scores.mean()) / max(scores.std(), 1e-12)
     sizes = [2**power for power in range(int(math.log2(scores.shape[1])) + 1)]
-    means = [best_of_n(spread, pool.rewards, n) for n in sizes]
+    proxies, rewards = zip(*(best_of_n(scores, pool.rewards, n) for n in sizes), strict=True)
     kl = [math.log(n) - (n - 1) / n for n in sizes]
-    proxies, rewards = map(list, zip(*means, strict=True))
-    return _curve("best of n", sizes, proxies, rewards, pool.rewards.std(), kl)
+    return _curve("best of n", sizes, proxies, rewards, scores, pool, kl)
+
+
+def ascent_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
+    """From each prompt's first right image (or its best): signed steps, evaluated by the oracle every few steps."""
+    start = pool.rewards.argmax(1)
+    pixels = pool.pixels[torch.arange(len(start)), torch.from_numpy(start)].clone()
+    oracle, steps, proxies, rewards = Oracle(), [], [], []
+    for step in range(STEPS + 1):
+        scores, gradients = [], []
+        for first in range(0, len(pixels), batch_size):
+            batch = pixels[first : first + batch_size].clone().requires_grad_()
+            score = scorer.score(batch, pool.prompts[first : first + batch_size])
+            gradients.append(torch.autograd.grad(score.sum(), batch)[0].cpu())
+            scores.append(score.detach().cpu())
+        if step % max(1, STEPS // 12) == 0:
+            steps.append(step)
+            proxies.append(torch.cat(scores).double().numpy())
+            rewards.append(oracle.judge(pixels, pool.prompts).reward)
+        pixels = (pixels + STEP_SIZE * torch.cat(gradients).sign()).clamp(0, 1)
+    return _curve("ascent", steps, proxies, rewards, score_pool(scorer, pool, batch_size), pool)
 
 
 @torch.no_grad()
@@ -103,38 +122,22 @@ def score_pool(scorer: Scorer, pool: Pool, batch_size: int) -> NDArray[np.float6
     return torch.cat(scores).double().numpy().reshape(pool.rewards.shape)
 
 
-def ascent_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
-    """From each prompt's first right image (or its best): signed steps, evaluated by the oracle every few steps."""
-    proxy = score_pool(scorer, pool, batch_size)
-    start = pool.rewards.argmax(1)
-    pixels = pool.pixels[torch.arange(len(start)), torch.from_numpy(start)].clone()
-    oracle, steps, values, rewards = Oracle(), [], [], []
-    for step in range(STEPS + 1):
-        gradients = []
-        scores = []
-        for first in range(0, len(pixels), batch_size):
-            batch = pixels[first : first + batch_size].clone().requires_grad_()
-            score = scorer.score(batch, pool.prompts[first : first + batch_size])
-            gradients.append(torch.autograd.grad(score.sum(), batch)[0].cpu())
-            scores.append(score.detach().cpu())
-        if step % max(1, STEPS // 12) == 0:
-            steps.append(step)
-            values.append((torch.cat(scores).double().numpy() - proxy.mean()) / max(proxy.std(), 1e-12))
-            rewards.append(oracle.judge(pixels, pool.prompts).reward)
-        pixels = (pixels + STEP_SIZE * torch.cat(gradients).sign()).clamp(0, 1)
-    return _curve("ascent", steps, values, rewards, pool.rewards.std(), None)
-
-
 def _curve(
-    kind: str, x: list[int], proxy: list[NDArray], oracle: list[NDArray], spread: float, kl: list[float] | None
+    kind: str,
+    x: list[int],
+    proxies: Sequence[NDArray],
+    rewards: Sequence[NDArray],
+    scores: NDArray,
+    pool: Pool,
+    kl: list[float] | None = None,
 ) -> Curve:
-    rng = np.random.default_rng(0)
-    rows = np.stack(oracle)  # [x, P]
-    drawn = rows[:, rng.integers(0, rows.shape[1], (RESAMPLES, rows.shape[1]))].mean(-1)  # [x, resamples]
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
-    gained = [float(p.mean() - proxy[0].mean()) for p in proxy]
-    gap = [g - float(r.mean() - rows[0].mean()) / max(spread, 1e-12) for g, r in zip(gained, rows, strict=True)]
-    means = [float(p.mean()) for p in proxy]
+    """Means over prompts of scores and rewards [P] at each x, in spreads of the pool's `scores` and rewards [P, N]."""
+    proxy = (np.mean(proxies, 1) - scores.mean()) / max(scores.std(), 1e-12)
+    oracle = np.mean(rewards, 1)
+    ones = np.ones(len(pool.prompts))
+    low, high = zip(*(interval(np.arange(len(ones)), reward, ones) for reward in rewards), strict=True)
+    gap = proxy - proxy[0] - (oracle - oracle[0]) / max(pool.rewards.std(), 1e-12)
     return Curve(
-        kind=kind, x=x, proxy=means, oracle=rows.mean(1).tolist(), low=low.tolist(), high=high.tolist(), gap=gap, kl=kl
-    )
+        kind=kind, x=x, proxy=proxy.tolist(), oracle=oracle.tolist(), low=list(low), high=list(high),
+        gap=gap.tolist(), kl=kl,
+    )  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,10 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reward_scorers import build
+from reward_scorers.heads import PAL
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.images import in_threads
 from reward_scorers.towers import TwoTowers, unit
+from reward_scorers.trained import CLIP, HEAD, LAYOUT, load_head, make_head, read_metadata
 from t2i_align.config import LoraConfig
+from t2i_align.errors import UserError
+from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.preferences import Preferences
 from t2i_align.utils.files import atomic_file
 
@@ -26,27 +32,80 @@ LORA_TARGETS = {
 
 
 class Policy(Protocol):
-    """A network and how a batch of preferences reaches it."""
+    """A network, how a batch of preferences reaches it, and how it becomes a scorer.
+
+    metadata: what `trained:FOLDER` needs beside the weights.
+    """
 
     network: nn.Module
+    metadata: dict[str, Any]
 
     def batch(self, preferences: Preferences, rows: Sequence[int]) -> dict[str, Any]:
         """What `network` is called with for the candidates of these groups, one after another."""
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as `trained:` reads them."""
+
+
+def begin(
+    run: ScorerRun,
+    sources: Sequence[Preferences],
+    users: Sequence[str],
+    *,
+    cache: Path,
+    device: torch.device,
+    progress: bool,
+) -> Policy:
+    """The policy with its initial weights.
+
+    Args:
+        sources: all preferences that it will score. users: those that are trained on.
+        cache: folder for features.
+
+    Raises:
+        UserError, ScorerError: a model that cannot be used.
+    """
+    metadata: dict[str, Any] = {"layout": LAYOUT, "kind": "clip", "users": []}
+    if run.tune == "users":
+        folder, metadata = read_metadata(Path(run.model).expanduser())
+        if metadata["kind"] != "pal":
+            raise UserError(f"model: {run.model} is of the kind {metadata['kind']!r}; only PAL has users")
+    metadata["name"] = run.name or Path(run.output_dir).name
+    base = build(metadata.get("base", run.model)).to(device)
+    if run.tune in ("full", "lora"):
+        assert isinstance(base, HFClipScorer)
+        return WholeClip(base, run.lora if run.tune == "lora" else None, metadata)
+    if not isinstance(base, TwoTowers):
+        raise UserError(f"model: {run.model}: {run.tune} needs a CLIP-style scorer's features")
+    features = {source.fingerprint: features_of(base, source, cache, progress) for source in sources}
+    if run.tune == "users":
+        new = [user for user in users if user not in metadata["users"]]
+        if not new:
+            raise UserError(f"{run.data.path}: the scorer {run.model} knows all of its users")
+        head, _ = load_head(folder, metadata)
+        add_users(head, len(new))
+        metadata["users"] = [*metadata["users"], *new]
+    else:
+        width, weights = features[sources[0].fingerprint][1].shape[-1], base.version.rpartition(", ")[2]
+        metadata |= {"kind": run.tune, "base": _absolute(run.model), "base_weights": weights, "width": width}
+        if run.tune == "pal":
+            metadata |= {"users": list(users), "pal": dataclasses.asdict(run.pal)}
+        head = make_head(metadata)
+    return FrozenFeatures(head.to(device), features, metadata)
 
 
 class WholeClip(Policy):
     """A transformers CLIP, all of it or LoRA on it; images are decoded for each batch."""
 
-    def __init__(self, scorer: HFClipScorer, lora: LoraConfig | None) -> None:
-        self.scorer, model = scorer, scorer.model
+    def __init__(self, scorer: HFClipScorer, lora: LoraConfig | None, metadata: dict[str, Any]) -> None:
+        self.scorer, self.metadata, model = scorer, metadata, scorer.model
         model.requires_grad_(lora is None)
         if lora is not None:
             import peft
 
             targets = LORA_TARGETS.get(lora.targets, lora.targets) if isinstance(lora.targets, str) else lora.targets
             options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-            config = peft.LoraConfig(r=lora.rank, target_modules=targets, **options)
-            model = peft.get_peft_model(model, config)
+            model = peft.get_peft_model(model, peft.LoraConfig(r=lora.rank, target_modules=targets, **options))
         self.lora = lora is not None
         self.network = _Scores(model)
 
@@ -64,8 +123,8 @@ class WholeClip(Policy):
         """The model with LoRA merged into it, its tokenizer and preprocessing, as transformers loads them."""
         model = self.network.model
         model = model.merge_and_unload() if self.lora else model
-        model.save_pretrained(folder)
-        self.scorer.save_processor(folder)
+        model.save_pretrained(folder / CLIP)
+        self.scorer.save_processor(folder / CLIP)
 
 
 class _Scores(nn.Module):
@@ -81,48 +140,58 @@ class _Scores(nn.Module):
         return self.model.logit_scale.exp() * cosines
 
 
-class FrozenFeatures(Policy):
-    """A head on features. users: their names in the order of PAL's rows."""
+Features = tuple[Sequence[Tensor], Tensor]  # unit features of each group's images [k, D], and of all prompts [G, D]
 
-    def __init__(self, head: nn.Module, features: Features, users: Sequence[str]) -> None:
-        self.network, self.features = head, features
-        self.places = {user: place for place, user in enumerate(users)}
+
+class FrozenFeatures(Policy):
+    """A head on features of preferences, by their fingerprint. metadata["users"]: in the order of PAL's rows."""
+
+    def __init__(self, head: nn.Module, features: Mapping[str, Features], metadata: dict[str, Any]) -> None:
+        self.network, self.features, self.metadata = head, features, metadata
+        self.places = {user: place for place, user in enumerate(metadata["users"])}
 
     def batch(self, preferences: Preferences, rows: Sequence[int]) -> dict[str, Any]:
+        images, texts = self.features[preferences.fingerprint]
         counts = torch.tensor([len(preferences.labels[row]) for row in rows])
         users = torch.tensor([self.places.get(preferences.users[row], -1) for row in rows])
-        texts = torch.stack([self.features.texts[row] for row in rows])
         return {
-            "images": torch.cat([self.features.images[row] for row in rows]),
-            "texts": texts.repeat_interleave(counts, 0),
+            "images": torch.cat([images[row] for row in rows]),
+            "texts": texts[list(rows)].repeat_interleave(counts, 0),
             "users": users.repeat_interleave(counts),
         }
 
+    def save(self, folder: Path) -> None:
+        state = {key: value.cpu().contiguous() for key, value in self.network.state_dict().items()}
+        save_file(state, folder / HEAD)
 
-class Features:
-    """Unit features of all groups: images [k, D] and texts [D], by row."""
 
-    def __init__(self, images: list[Tensor], texts: Tensor) -> None:
-        self.images, self.texts = images, texts
+@torch.no_grad()
+def features_of(base: TwoTowers, preferences: Preferences, cache: Path, progress: bool) -> Features:
+    """Compute features, or read them from the folder `cache`, where they are named after base and preferences."""
+    key = hashlib.sha256(f"{base.name} {base.version} {preferences.fingerprint}".encode()).hexdigest()[:16]
+    file = cache / f"features-{key}.safetensors"
+    if not file.exists():
+        images = []
+        for _, batch in preferences.batches(EMBED_BATCH, "features", progress):
+            inputs = torch.stack(in_threads(base.preprocess, batch)).to(base.device)
+            images.append(base.encode_images(inputs).float().cpu())
+        texts = base.text_features(preferences.prompts).float().cpu()
+        with atomic_file(file) as temporary:
+            save_file({"images": torch.cat(images), "texts": texts}, temporary)
+    stored = load_file(file)
+    return stored["images"].split([len(label) for label in preferences.labels]), stored["texts"]
 
-    @property
-    def width(self) -> int:
-        return self.texts.shape[-1]
 
-    @classmethod
-    @torch.no_grad()
-    def of(cls, base: TwoTowers, preferences: Preferences, cache: Path, progress: bool = True) -> Features:
-        """Compute them, or read them from the folder `cache`, where they are named after base and preferences."""
-        key = hashlib.sha256(f"{base.name} {base.version} {preferences.fingerprint}".encode()).hexdigest()[:16]
-        file = cache / f"features-{key}.safetensors"
-        counts = [len(label) for label in preferences.labels]
-        if not file.exists():
-            images = []
-            for _, batch in preferences.batches(EMBED_BATCH, "features", progress):
-                inputs = torch.stack(in_threads(base.preprocess, batch)).to(base.device)
-                images.append(base.encode_images(inputs).float().cpu())
-            texts = base.text_features(preferences.prompts).float().cpu()
-            with atomic_file(file) as temporary:
-                save_file({"images": torch.cat(images), "texts": texts}, temporary)
-        stored = load_file(file)
-        return cls(list(stored["images"].split(counts)), stored["texts"])
+def add_users(head: nn.Module, count: int) -> None:
+    """Add rows of PAL's w, at the mean of the known users', and leave nothing else to train."""
+    assert isinstance(head, PAL)
+    head.requires_grad_(False)
+    known, start = len(head.w), head.w.mean(0, keepdim=True).repeat(count, 1)
+    head.w = nn.Parameter(torch.cat([head.w.detach(), start]))
+    head.w.register_hook(lambda gradient: torch.cat([torch.zeros_like(gradient[:known]), gradient[known:]]))
+
+
+def _absolute(spec: str) -> str:
+    """A spec whose path, if it ends in one, does not depend on the working directory."""
+    kind, _, rest = spec.rpartition(":")
+    return f"{kind}:{Path(rest).expanduser().absolute()}" if kind and Path(rest).expanduser().exists() else spec

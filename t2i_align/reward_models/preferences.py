@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,10 +63,10 @@ class Preferences:
         """A group's images, best first."""
         try:
             return [decode(media) for media in self.store.media(self.numbers[row])]
-        except ImageError as error:  # it could be decoded when the index was made
+        except ImageError as error:  # it could be decoded when it was indexed
             raise UserError(f"group {self.ids[row]}: an image has changed since it was indexed: {error}") from error
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of ids, prompts, users and labels."""
         rows = [list(self.ids), list(self.prompts), list(self.users), [label.tolist() for label in self.labels]]
@@ -113,37 +114,26 @@ def open_preferences(
     )
 
 
-@dataclass(frozen=True)
-class Split:
-    """Rows of preferences. new_prompts: of users that are trained on. new_users: of held-out users, any prompt."""
-
-    train: list[int]
-    new_prompts: list[int]
-    new_users: list[int]
-
-
-def split(preferences: Preferences, config: PreferenceConfig) -> Split:
+def split(preferences: Preferences, config: PreferenceConfig) -> dict[str, list[int]]:
     """Hold out users, and of the other users' groups, prompts, by the same rule as `data split`.
+
+    Returns rows: `train`; `new_prompts`, of users that are trained on; `new_users`, of held-out users, any prompt.
 
     Raises:
         UserError: nothing is left to train on.
     """
-    parts = Split([], [], [])
+    parts: dict[str, list[int]] = {"train": [], "new_prompts": [], "new_users": []}
     for row, (prompt, user) in enumerate(zip(preferences.prompts, preferences.users, strict=True)):
         if user != NO_USER and is_held_out("user", user, share=config.holdout_users, seed=config.holdout_seed):
-            parts.new_users.append(row)
+            parts["new_users"].append(row)
         elif is_held_out("prompt", prompt, share=config.holdout_prompts, seed=config.holdout_seed):
-            parts.new_prompts.append(row)
+            parts["new_prompts"].append(row)
         else:
-            parts.train.append(row)
-    for share, held, what in (
-        (config.holdout_prompts, parts.new_prompts, "prompt"),
-        (config.holdout_users, parts.new_users, "user"),
-    ):
-        if share and not held:
-            logger.warning(
-                "%s: no %s fell into the %.0f %% to be held out; there are few", config.path, what, 100 * share
-            )
-    if not parts.train:
+            parts["train"].append(row)
+    for what, share in (("prompt", config.holdout_prompts), ("user", config.holdout_users)):
+        if share and not parts[f"new_{what}s"]:
+            few = "%s: no %s fell into the %.0f %% to be held out; there are few"
+            logger.warning(few, config.path, what, 100 * share)
+    if not parts["train"]:
         raise UserError(f"{config.path}: nothing is left to train on: all {len(preferences)} groups are held out")
     return parts

@@ -15,7 +15,7 @@ from t2i_align.testbed.tracking import MIN_FRAMES
 from t2i_align.testbed.world import CLIPS, IMAGES, World
 
 
-@register("oracle", argument=False)
+@register("oracle")
 class OracleScorer(Scorer):
     """The truth about images: parts are faithfulness, quality, strict and each attribute that a prompt may state.
 
@@ -48,7 +48,7 @@ class OracleScorer(Scorer):
         return self.world.oracle().judge(pixels.detach().float().cpu(), prompts)
 
 
-@register("motion_oracle", argument=False)
+@register("motion_oracle")
 class ClipOracleScorer(OracleScorer):
     """The truth about clips.
 

@@ -20,12 +20,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_align.config import HealthConfig, RunConfig
+from t2i_align.config import HealthConfig, OptimConfig, RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.training.monitor import Diverged, MetricAverager, change, check_finite, check_winners, copies
-from t2i_align.training.optim import make_optimizer, scale_rate
+from t2i_align.training.monitor import Diverged, MetricAverager, check_finite, check_winners
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -79,14 +78,18 @@ class Task(ABC):
 
 
 class Loop:
-    """Trains a task to `config.train.steps`, in the folder `config.output_dir`."""
+    """Trains a task to `config.train.steps` in `config.output_dir`, from the newest checkpoint if `config.resume`.
+
+    Raises:
+        UserError: the checkpoint cannot be continued; see `checkpoint.load` and `checkpoint.check_continues`.
+    """
 
     def __init__(
         self, task: Task, accelerator: Accelerator, config: RunConfig | ScorerRun, progress: bool = True
     ) -> None:
         self.task, self.accelerator, self.progress = task, accelerator, progress
         self.train, self.optim, self.log = config.train, config.optim, config.log
-        self.output = Path(config.output_dir).expanduser()
+        self.output = Path(config.output_dir)
         self.groups_per_step = config.train.batch_size * task.accumulate * accelerator.num_processes
         self.weights, self.parameters = task.weights, list(task.weights.policy.values())
         optimizer = make_optimizer(config.optim, self.parameters)
@@ -105,10 +108,10 @@ class Loop:
         self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
         self.step = self.rollbacks = 0
         self.went_back = False  # whether a rollback has led here
-        self.resumed = False
         self.update_norm = torch.zeros(())  # of the last logged step
         self.window = MetricAverager()  # of the metrics since the last logged line
         self.last_logged: dict[str, float] = {}
+        self.resumed = config.resume and self._resume()
 
     def run(self) -> dict[str, float]:
         """Train to the configured step; returns the last logged metrics.
@@ -118,25 +121,24 @@ class Loop:
         """
         hidden = not (self.progress and self.accelerator.is_main_process)
         bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
-        if not self.resumed:
-            self._follow_up(self.task.due(0, False))
-            self._save()  # what a run that diverges early goes back to; and a full disk is noticed before, not after
-        with bar, graceful_shutdown() as stop:
-            while self.step < self.train.steps:
-                try:
-                    self._train(bar, stop)
-                except Diverged as divergence:
-                    self._roll_back(divergence)
-                    bar.n = self.step
+        try:
+            if not self.resumed:
+                for act in self.task.due(0, False):
+                    self._record(act())
+                self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
+            with bar, graceful_shutdown() as stop:
+                while self.step < self.train.steps:
+                    try:
+                        self._train(bar, stop)
+                    except Diverged as divergence:
+                        self._roll_back(divergence)
+                        bar.n = self.step
+        finally:
+            # Drop DDP's wrapper while the process group still exists: as the last holder of the group it would join
+            # gloo's threads with the GIL locked, for which these may wait.
+            del self.network
+            self.accelerator.free_memory()
         return self.last_logged
-
-    def release(self) -> None:
-        """Drop DDP's wrapper while the process group still exists.
-
-        As the last holder of the group it would join gloo's threads with the GIL locked, for which these may wait.
-        """
-        del self.network
-        self.accelerator.free_memory()
 
     def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""
@@ -163,7 +165,8 @@ class Loop:
                 self.last_logged, self.window = {**means, **now}, MetricAverager()
                 self._record(self.last_logged)
                 bar.set_postfix(loss=f"{means['loss']:.4f}")
-            self._follow_up(due)
+            for act in due:
+                self._record(act())
             if save:
                 self.went_back = False
                 self._save()
@@ -186,11 +189,12 @@ class Loop:
             total += loss.detach().mean() / self.task.accumulate
             metrics.add({"loss": loss, **values})
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
-        before = copies(self.parameters) if report else []
+        before = [parameter.detach().clone() for parameter in self.parameters] if report else []
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if report:
-            self.update_norm = change(before, self.parameters)
+            torch._foreach_sub_(before, [parameter.detach() for parameter in self.parameters])  # needs no third copy
+            self.update_norm = torch.nn.utils.get_total_norm(before)
         self.schedule.step()
         if self.ema:
             self.ema.step(self.parameters)
@@ -203,10 +207,6 @@ class Loop:
         self.step += 1
         # Of all processes, so that all stop where one has met a bad number.
         return self.accelerator.reduce(torch.stack([total, norm.to(total.dtype)]), reduction="mean")
-
-    def _follow_up(self, due: Sequence[Callable[[], dict[str, float]]]) -> None:
-        for act in due:
-            self._record(act())
 
     def _record(self, metrics: dict[str, float]) -> None:
         if metrics and self.accelerator.is_main_process:
@@ -222,22 +222,18 @@ class Loop:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint, if there is one.
-
-        Raises:
-            UserError: see `checkpoint.load` and `checkpoint.check_continues`.
-        """
+    def _resume(self) -> bool:
+        """Continue from the newest complete checkpoint; whether there is one."""
         if saved := checkpoint.all_steps(self.output):
             weights, state = checkpoint.load(saved[-1])
             checkpoint.check_continues(saved[-1], state, self.task.fingerprint, self.groups_per_step, self.train.steps)
             self._restore(weights, state)
-            self.resumed = True
         if self.accelerator.is_main_process:
             lines = checkpoint.truncate_lines(self.output / METRICS_FILE, self.step if saved else -1)
             self.last_logged = next((line for line in reversed(lines) if "loss" in line), {})
             self.last_logged.pop("step", None)
         self.accelerator.wait_for_everyone()
+        return bool(saved)
 
     def _roll_back(self, divergence: Diverged) -> None:
         """Back to the last good checkpoint with half the learning rate; an error when that has been done enough."""
@@ -252,7 +248,10 @@ class Loop:
         good = saved[-2] if self.went_back and len(saved) > 1 else saved[-1]
         rollbacks = self.rollbacks + 1
         self._restore(*checkpoint.load(good))
-        scale_rate(self.schedule, 0.5 ** (rollbacks - self.rollbacks))
+        factor = 0.5 ** (rollbacks - self.rollbacks)  # from here on: schedule and optimiser keep it in their state
+        self.schedule.base_lrs = [rate * factor for rate in self.schedule.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
         self.rollbacks, self.went_back = rollbacks, True
         self.accelerator.wait_for_everyone()  # all have read what is now written anew
         if self.accelerator.is_main_process:
@@ -269,14 +268,17 @@ class Loop:
             shutil.rmtree(saved[-1])
         self.accelerator.wait_for_everyone()
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What keeps a state of its own between steps."""
+        scaler = {"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}
+        return {"optimizer": self.optimizer, "schedule": self.schedule, **scaler}
+
     def _save(self) -> None:
         window = self.window.reduced(self.accelerator)
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
             state: dict[str, Any] = {
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
+                **{name: part.state_dict() for name, part in self._parts.items()},
                 "rollbacks": self.rollbacks,
                 "went_back": self.went_back,
                 "window": window,
@@ -289,13 +291,24 @@ class Loop:
 
     def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.weights.load_state(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         device = self.accelerator.device
         self.window = MetricAverager({name: value.to(device) for name, value in state["window"].items()})
         self.task.load_state(state["task"])
         self.step, self.rollbacks, self.went_back = state["step"], state["rollbacks"], state["went_back"]
         if self.ema:
             self.ema.optimization_step = self.step
+
+
+def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, fused where torch can; or bitsandbytes' 8-bit AdamW, if that is installed."""
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            message = "optim.optimizer 'adamw8bit' needs bitsandbytes: pip install 't2i-align[bitsandbytes]'"
+            raise UserError(message) from error
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)

@@ -1,8 +1,8 @@
-"""What is watched while training: means of metrics, the way of a step, and divergence."""
+"""What is watched while training: means of metrics, and divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -78,14 +78,3 @@ def check_winners(means: Mapping[str, float], step: int, max_error_rise: float |
             f"has winners that are denoised much worse than by the reference (mean error {error:.4g}, the reference's "
             f"{reference:.4g}; health.max_error_rise allows {1 + max_error_rise:.4g} times as much)",
         )
-
-
-def copies(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters as they are now."""
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-def change(before: list[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """The norm of what has been added to all parameters together; overwrites `before`, to need no third copy."""
-    torch._foreach_sub_(before, [parameter.detach() for parameter in parameters])
-    return torch.nn.utils.get_total_norm(before)

@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
+from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.utils.files import WRITING, differences, write_text
+from t2i_align.utils.files import WRITING, differences, output_lock, write_text
+
+if TYPE_CHECKING:
+    from t2i_align.reward_models.config import ScorerRun
 
 RUN_FILE = "run.yaml"
 
 
-def check_output(
-    output: Path, settings: Mapping[str, Any], *, resume: bool, free: Collection[str], extra: tuple[str, ...] = ()
-) -> None:
-    """Refuse a folder that holds something else, or another run; or this one, unless `resume`. Call it under the lock.
+@contextmanager
+def open_run(
+    config: RunConfig | ScorerRun,
+    settings: Mapping[str, Any],
+    *,
+    free: Collection[str],
+    extra: tuple[str, ...] = (),
+    trackers: Collection[str] = (),
+) -> Iterator[Accelerator]:
+    """Hold `config.output_dir` while a run works in it; yields the run's accelerator.
 
     Args:
         settings: the run's, as in its run.yaml. free: dotted keys in which a continuation may differ.
         extra: beginnings of files' names that a run may have left before its run.yaml.
+
+    Raises:
+        UserError: the folder holds something else, or another run, or this one and `config.resume` is not set.
     """
-    if not output.is_dir() or all(entry.name.startswith((WRITING, *extra)) for entry in output.iterdir()):
-        return
-    if not (output / RUN_FILE).is_file():
-        raise UserError(f"output_dir {output}: the folder is not empty and holds no run; choose another")
-    if not resume:
-        steps = checkpoint.all_steps(output)
-        state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no checkpoint yet"
-        raise UserError(
-            f"output_dir {output}: this folder holds a run already ({state}). "
-            "Add resume=true to continue it, or choose another output_dir."
-        )
-    check_same_run(output, settings, free)
+    output = Path(config.output_dir)
+    AcceleratorState._reset_state()  # a second run in one notebook may want another precision
+    accelerator = Accelerator(
+        # By default, accelerate takes each of several CPU processes for a separate run.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        log_with=list(trackers) or None,
+        project_dir=output,
+    )
+    # The main process holds the folder for all; they wait until it has checked that it may.
+    with output_lock(output, first=accelerator.is_main_process):
+        try:
+            if accelerator.is_main_process:
+                _check_output(output, settings, config.resume, free, extra)
+            accelerator.wait_for_everyone()
+            yield accelerator
+        finally:
+            accelerator.end_training()
 
 
 def check_same_run(output: Path, settings: Mapping[str, Any], free: Collection[str]) -> None:
@@ -49,3 +72,20 @@ def check_same_run(output: Path, settings: Mapping[str, Any], free: Collection[s
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
     """Write run.yaml, when all that can be wrong has been checked: from here on the folder holds this run."""
     write_text(output / RUN_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def _check_output(
+    output: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str], extra: tuple[str, ...]
+) -> None:
+    if not output.is_dir() or all(entry.name.startswith((WRITING, *extra)) for entry in output.iterdir()):
+        return
+    if not (output / RUN_FILE).is_file():
+        raise UserError(f"output_dir {output}: the folder is not empty and holds no run; choose another")
+    if not resume:
+        steps = checkpoint.all_steps(output)
+        state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no checkpoint yet"
+        raise UserError(
+            f"output_dir {output}: this folder holds a run already ({state}). "
+            "Add resume=true to continue it, or choose another output_dir."
+        )
+    check_same_run(output, settings, free)

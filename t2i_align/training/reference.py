@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.training.weights import Weights, adapter_off, dropout_off, frozen_copy, older_policy
+from t2i_align.training.weights import Variant, Weights, adapters_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -55,16 +56,23 @@ class Reference:
             return self.pipeline.features(noisy_latents, timesteps, conditioning, denoiser=denoiser)
 
 
-def build_reference(train: TrainConfig, pipeline: TrainablePipeline) -> Reference:
-    """The reference. Build it from the base weights, before a checkpoint is loaded into the policy."""
+def build_reference(train: TrainConfig, pipeline: TrainablePipeline, *, needed: bool = True) -> Reference:
+    """The reference, of the base weights: build it before a checkpoint is loaded into the policy.
+
+    needed: False for objectives without one, so that no second denoiser is kept.
+    """
     denoiser, updated = pipeline.denoiser, train.reference_update is not None
     lora = bool(getattr(denoiser, "peft_config", None))
     reference = Reference(pipeline)
+    if not needed:
+        return reference
     if train.reference in ("copy", "offloaded_copy") or not lora:
         offload = train.reference == "offloaded_copy"
         variant = frozen_copy(denoiser, offload=offload, compile=train.compile, updated=updated)
+    elif updated:
+        variant = older_policy(reference.weights)
     else:
-        variant = older_policy(reference.weights) if updated else adapter_off(denoiser)
+        variant = Variant(partial(adapters_off, denoiser))
     reference.weights.variants["reference"] = variant
     return reference
 
@@ -83,7 +91,6 @@ class ReferenceUpdate:
         self.accelerator, self.source, self.reference = accelerator, source, reference
         self.frozen = False
         self.initial: Tensor | None = None
-        self._winners: list[tuple[Noised, Tensor]] = []
 
     def due(self, step: int) -> bool:
         """Whether to call `follow` after this step; at step 0, that measures the initial model."""
@@ -105,8 +112,6 @@ class ReferenceUpdate:
     def errors(self) -> Tensor:
         """The policy's error on each winner, without its LoRA's dropout; NaN for a disliked single sample."""
         pipeline = self.reference.pipeline
-        if not self._winners:
-            self._winners = self._noised_winners()
         with dropout_off(pipeline.denoiser), self.accelerator.autocast():
             errors = torch.cat([noised.errors(pipeline.predict)[:, 0] for noised, _ in self._winners])
         return torch.where(torch.cat([liked for _, liked in self._winners]), errors, math.nan)
@@ -119,7 +124,8 @@ class ReferenceUpdate:
         """Continue from a checkpoint."""
         self.frozen, self.initial = state["frozen"], state["initial"].to(self.accelerator.device)
 
-    def _noised_winners(self) -> list[tuple[Noised, Tensor]]:
+    @cached_property
+    def _winners(self) -> list[tuple[Noised, Tensor]]:
         """The first winners in the run's order, in batches of its size; on every process the same."""
         train = self.config.train
         items: Iterator[Any] = self.source.loader(
@@ -137,14 +143,7 @@ class ReferenceUpdate:
         rng = SampleRNG(self.config.train.seed, batch.keys[:count], process, device=self.accelerator.device)
         latents, timesteps = batch.latents[:count, 0], process.timesteps(quantiles)
         noise = rng.normal("reference drift", latents.shape[1:])
-        noised = Noised(
-            latents=process.add_noise(latents, noise, timesteps),
-            timesteps=timesteps,
-            target=process.target(latents, noise, timesteps),
-            conditioning={
-                name: tensor[:count] for name, tensor in with_sizes(batch.conditioning, batch.take([0])).items()
-            },
-            groups=count,
-        )
+        sized = with_sizes(batch.conditioning, batch.take([0]))
+        conditioning = {name: tensor[:count] for name, tensor in sized.items()}
         liked = batch.scores[:count, 0] > 0 if batch.scores.shape[1] == 1 else torch.ones(count, dtype=torch.bool)
-        return noised, liked.to(latents.device)
+        return Noised.at(process, latents, noise, timesteps, conditioning, count), liked.to(latents.device)

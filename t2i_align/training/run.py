@@ -9,42 +9,31 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
 import pipelines
 from pipelines import TrainablePipeline
 from t2i_align import config as configuration
-from t2i_align.conditioning import TRAINED
-from t2i_align.conditioning.adapter import Kind
+from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
-from t2i_align.training.loop import Loop
-from t2i_align.training.optim import make_optimizer
-from t2i_align.training.output import check_output, check_same_run, write_settings
-from t2i_align.training.reference import Reference, build_reference
+from t2i_align.inference.options import PRECISIONS
+from t2i_align.training.loop import Loop, make_optimizer
+from t2i_align.training.output import check_same_run, open_run, write_settings
+from t2i_align.training.reference import build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
-from t2i_align.utils.files import atomic_folder, output_lock
+from t2i_align.utils.files import atomic_folder
 from t2i_align.utils.settings import with_overrides
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Large text encoders such as T5-XXL overflow half precision.
-LARGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
+LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume",
-    "log",
-    "validation",
-    "health",
-    "data.workers",
-    "data.cache_dir",
-    "train.batch_size",
-    "train.accumulate",
-)
+    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
+)  # fmt: skip
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
@@ -76,61 +65,42 @@ def align(
     elif isinstance(config, Mapping):
         config = configuration.from_mapping(with_overrides(config, overrides))
     check_machine(config)
-    AcceleratorState._reset_state()  # a second run in one notebook may want another precision
-    accelerator = Accelerator(
-        # By default, accelerate takes each of several CPU processes for a separate run.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        log_with=list(config.log.trackers) or None,
-        project_dir=config.output_dir,
-    )
-    # The main process holds the folder for all; they wait until it has checked that it may.
-    with output_lock(Path(config.output_dir), first=accelerator.is_main_process):
-        return _align(config, accelerator, progress)
-
-
-def _align(config: RunConfig, accelerator: Accelerator, progress: bool) -> RunResult:
-    output, settings = Path(config.output_dir), configuration.to_mapping(config)
+    settings = configuration.to_mapping(config)
     free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
-    if accelerator.is_main_process:
-        unset = [f"objective.{key}" for key, value in settings["objective"].items() if value is None]
-        check_output(output, settings, resume=config.resume, free=[*free, *unset])
-    accelerator.wait_for_everyone()
+    unset = [f"objective.{key}" for key, value in settings["objective"].items() if value is None]
+    with open_run(config, settings, free=[*free, *unset], trackers=config.log.trackers) as accelerator:
+        return _align(config, accelerator, free, progress)
+
+
+def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], progress: bool) -> RunResult:
     validate = Validation(config, accelerator) if config.validation.every else None
     pipeline = load_model(config, accelerator.device)
-    size, frames = extent(config, pipeline)
-    pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
-    settings = configuration.to_mapping(config)
+    output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
     if config.validation.every:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream:
         pipeline.drop_encoders()
-    reference = reference_for(config, pipeline)
+    reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
-    if config.resume:
-        loop.resume()
     if accelerator.is_main_process:
         write_settings(output, settings)
         print(describe(config, pipeline, source))
     if config.log.trackers:
         accelerator.init_trackers(config.log.project)
-    try:
-        metrics = loop.run()
-        weights = output / config.trains
-        if accelerator.is_main_process:
-            with loop.weights.using(loop.weights.result):
-                weights = save_weights(pipeline, weights, config.trains)
-        accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
-    finally:
-        loop.release()
-        accelerator.end_training()
+    metrics = loop.run()
+    weights = output / config.trains
+    if accelerator.is_main_process:
+        with loop.weights.using(loop.weights.result), atomic_folder(weights) as temporary:
+            written = TRAINED[config.trains].save(pipeline, temporary)
+        weights /= written.relative_to(temporary)
+    accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
 
@@ -145,41 +115,56 @@ def check_machine(config: RunConfig) -> None:
     make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
-def reference_for(config: RunConfig, pipeline: TrainablePipeline) -> Reference:
-    """The reference that the objective needs, of the base weights; where it needs none, none is kept."""
-    return build_reference(config.train, pipeline) if config.objective.needs.reference else Reference(pipeline)
-
-
 def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
-    """The pipeline on its device, without VAE and text encoders."""
+    """The pipeline on its device, without VAE and text encoders.
+
+    Raises:
+        PipelineError: the model cannot take the size that is trained. UserError: an option of clips for images, or
+            of images for clips.
+    """
     pipeline = pipelines.load(
         **{**asdict(config.model), "path": resolve_model(config.model.path)},
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
-        denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
+        denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
     )
     pipeline.set_attention(config.train.attention)
-    return pipeline.to(device)
-
-
-def extent(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
-    """The size that is trained, (height, width) in pixels, and of clips how many frames.
-
-    Raises:
-        PipelineError: the model cannot take it. UserError: a frame rate where there are no frames.
-    """
-    size = config.data.size or pipeline.default_size
-    frames = config.data.frames or pipeline.default_frames
+    size, frames = _size_and_frames(config, pipeline)
     pipeline.check_size(*size, frames)
     if config.data.fps is not None and frames is None:
         raise UserError(f"data.fps is for clips, and {pipeline.family} makes images")
     if config.data.buckets and frames is not None:
         raise UserError(f"data.buckets is for images, and {pipeline.family} makes clips")
-    return size, frames
+    pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
+    return pipeline.to(device)
 
 
-def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
+def load_data(
+    config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool
+) -> PreferenceDataset:
+    """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
+    size, frames = _size_and_frames(config, pipeline)
+    # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
+    return open_dataset(
+        config.data,
+        config.model,
+        needs=config.objective.needs,
+        pipeline=pipeline.load_encoders,
+        encoder_fingerprint=lambda: _encoders(config, pipeline),
+        size=size,
+        frames=frames,
+        cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
+        progress=progress and accelerator.is_main_process,
+    )
+
+
+def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
+    """The size that is trained, (height, width) in pixels, and of clips how many frames."""
+    return config.data.size or pipeline.default_size, config.data.frames or pipeline.default_frames
+
+
+def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
     model = asdict(config.model)
     del model["expert"]  # experts share their encoders
@@ -187,30 +172,6 @@ def encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)
-
-
-def load_data(
-    config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool
-) -> PreferenceDataset:
-    """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
-    size, frames = extent(config, pipeline)
-
-    def with_encoders() -> TrainablePipeline:
-        pipeline.load_encoders()
-        return pipeline
-
-    # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
-    return open_dataset(
-        config.data,
-        config.model,
-        needs=config.objective.needs,
-        pipeline=with_encoders,
-        encoder_fingerprint=lambda: encoders(config, pipeline),
-        size=size,
-        frames=frames,
-        cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
-        progress=progress and accelerator.is_main_process,
-    )
 
 
 def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
@@ -222,19 +183,9 @@ def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
     pipeline.denoiser.train()
 
 
-def save_weights(pipeline: TrainablePipeline, folder: Path, kind: Kind) -> Path:
-    """Write the LoRA's or soft tokens' file, or the whole pipeline, complete or not at all; returns what was written.
-
-    kind: `RunConfig.trains`.
-    """
-    with atomic_folder(folder) as temporary:
-        written = TRAINED[kind].save(pipeline, temporary)
-    return folder / written.relative_to(temporary)
-
-
 def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
     """What is about to run, in a few lines, with the objective's constants spelled out."""
-    trained = sum(parameter.numel() for parameter in TRAINED[config.trains].parameters(pipeline).values())
+    trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
     values = configuration.to_mapping(config)["objective"]

@@ -23,8 +23,6 @@ from t2i_align.training.reference import Reference, ReferenceUpdate
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
-Validate = Callable[["TrainablePipeline", int], dict[str, float]]
-
 
 class Alignment(Task):
     """A denoiser (or the adapter on it) under an objective.
@@ -42,7 +40,7 @@ class Alignment(Task):
         accelerator: Accelerator,
         reference: Reference,
         source: PreferenceDataset,
-        validate: Validate | None = None,
+        validate: Callable[[TrainablePipeline, int], dict[str, float]] | None = None,
     ) -> None:
         self.config, self.accelerator, self.source = config, accelerator, source
         self.reference, self.pipeline, self.validate = reference, reference.pipeline, validate

@@ -82,11 +82,6 @@ class Weights:
             tensor.copy_(state[name])
 
 
-def adapter_off(network: nn.Module) -> Variant:
-    """The base model under a LoRA: no second model in memory."""
-    return Variant(partial(adapters_off, network))
-
-
 def older_policy(weights: Weights) -> Variant:
     """The network with other tensors in place of the trained parameters, at first copies of these."""
     tensors = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in weights.policy.items()}

@@ -150,6 +150,21 @@ def read_json(file: str | Path) -> dict[str, Any]:
     return _object(Path(file).read_bytes(), str(file))
 
 
+def parse_json(text: bytes, origin: str) -> Any:
+    """A JSON value in UTF-8; raises UserError, which names `origin`, for anything else."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON: {error}") from error
+
+
+def as_object(value: Any, origin: str, expected: str = "an object") -> dict[str, Any]:
+    """The value if it is a JSON object; raises UserError, which names `origin`, for anything else."""
+    if not isinstance(value, dict):
+        raise UserError(f"{origin}: expected {expected}, found {type(value).__name__}")
+    return value
+
+
 @contextmanager
 def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iterator[None]:
     """Lock `output` (created if it is a missing folder); the OS releases the lock however this process ends.
@@ -208,10 +223,4 @@ def _encode(text: str) -> bytes:
 
 
 def _object(text: bytes, origin: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{origin}: expected an object, found {type(value).__name__}")
-    return value
+    return as_object(parse_json(text, origin), origin)

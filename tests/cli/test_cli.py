@@ -23,7 +23,7 @@ from pipelines import PipelineError
 from reward_scorers import ScorerError
 from t2i_align import cli
 from t2i_align import config as configuration
-from t2i_align.cli.commands import COMMANDS, Command
+from t2i_align.cli.commands import COMMANDS, TABLE, Command
 from t2i_align.cli.parser import build
 from t2i_align.cli.signature import PYTHON_ONLY
 from t2i_align.errors import UserError
@@ -46,7 +46,7 @@ def failing(error: BaseException, debug: bool = False) -> int:
     """The status of a command whose function raises `error`."""
     RAISED.append(error)
     command = Command(function=f"{__name__}:fail", summary="", examples=(), interrupted="Do this now.", silent=False)
-    return cli.run(command, {}, debug=debug)
+    return command.run({}, debug=debug)
 
 
 def function_of(name: str) -> Any:
@@ -118,7 +118,9 @@ def test_every_parameter_of_the_function_is_an_option_with_help(name: str, capsy
         ("score images --scorers oracle --batch-size many", "should be a valid integer"),
     ],
 )
-def test_wrong_command_lines_are_answered(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_lines_print_the_error_and_the_choices(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
@@ -154,34 +156,57 @@ def test_arguments_reach_the_function_and_defaults_are_its_own(
     assert called(line.split(), monkeypatch) == wanted
 
 
+def documents() -> str:
+    """All texts that may name a command; code spans and continued lines are on one line."""
+    folders = ("docs", "configs", "notebooks", "benchmarks", "tools", "t2i_align", "pipelines", "reward_scorers")
+    files = [*ROOT.glob("*.md"), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    suffixes = (".md", ".py", ".yaml", ".ipynb")
+    text = "\n".join(file.read_text() for file in files if file.suffix in suffixes and file != TABLE)
+    return re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda match: " ".join(match[0].split()), text.replace("\\\n", " "))
+
+
 def documented() -> list[str]:
-    """Commands in the README, the guides and the help texts."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    lines = [line for file in files for line in file.read_text().replace("\\\n", " ").splitlines()]
-    lines += [example for command in COMMANDS.values() for example in command.examples]
-    names = tuple(f"t2i-align {name} " for name in COMMANDS)
-    return sorted({line.split(" #")[0] for line in lines if line.startswith(names)})
+    """Whole commands: lines in the documents, the comments and the docstrings, and the examples of `--help`."""
+    launched = r"^[# ]*(?:torchrun|accelerate launch) .*-m t2i_align(?=[. ])"
+    text = "\n".join([documents(), *(example for command in COMMANDS.values() for example in command.examples)])
+    lines = re.findall(r"(?:^[# ]*| {3})t2i-align(?=[. ])(.*)", re.sub(launched, "t2i-align", text, flags=re.M), re.M)
+    lines = [line.replace(".train ", " train ").split(" #")[0].strip() for line in lines]
+    return sorted({line for line in lines if line.startswith(tuple(f"{name} " for name in COMMANDS))})
 
 
 def test_every_command_is_documented() -> None:
-    texts = " ".join(documented())
-    assert all(f"t2i-align {name}" in texts for name in COMMANDS)
+    assert all(any(line.startswith(f"{name} ") for line in documented()) for name in COMMANDS)
 
 
-@pytest.mark.parametrize("line", documented())
-def test_documented_commands_parse_and_use_the_testbed_as_its_figures_do(
+@pytest.mark.parametrize("line", documented(), ids=lambda line: line[:40])
+def test_documented_commands_parse_with_the_testbed_figures_sampling_options(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = called(shlex.split(line)[1:], monkeypatch)
+    """Options and configuration are read; what the command would do is not done."""
+    command = next(command for name, command in COMMANDS.items() if line.startswith(f"{name} "))
+    module, _, load = (command.check or COMMANDS["train"].check).partition(":")
+    options = called(shlex.split(line), monkeypatch)
     if "testbed:sd" in (options.get("model"), options.get("base")):
         assert (options["steps"], options["guidance"]) == (STEPS, GUIDANCE)
+    if "overrides" in options:
+        getattr(importlib.import_module(module), load)(ROOT / options.get("config", CONFIG), options["overrides"])
+
+
+def test_commands_in_code_spans_and_their_options_exist() -> None:
+    """Such as `t2i-align perturb SOURCE`, which may leave out what a whole command needs."""
+    spans = re.findall(r"`[^`\n]*\bt2i[-_]align ([a-z][^`\n]*)`", documents())
+    assert len(spans) > 20
+    for span in spans:
+        name = next((name for name in (" ".join(span.split()[:2]), span.split()[0]) if name in COMMANDS), None)
+        assert name, f"unknown command: t2i-align {span}"
+        assert {*re.findall(r"--[\w-]+", span)} <= {opt for param in build(name).params for opt in param.opts}, span
 
 
 # Messages and statuses ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [UserError, PipelineError, ScorerError])
-def test_bad_input_is_a_message_and_status_2(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_prints_a_message_and_exits_with_2(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     error = kind("row 3: expected a number, found 'x'")
     assert failing(error) == 2
     assert capsys.readouterr().err == "error: row 3: expected a number, found 'x'\n"
@@ -189,7 +214,7 @@ def test_bad_input_is_a_message_and_status_2(kind: type[Exception], capsys: pyte
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_full_disk_is_a_message_and_a_defect_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_prints_a_message_and_a_bug_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'runs/a'\n"
     assert failing(ValueError("a bug")) == 1
@@ -218,14 +243,14 @@ def test_bad_configuration_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize("module", ["t2i_align", "t2i_align.train"])
-def test_both_modules_run_and_pass_the_status_on(module: str) -> None:
+def test_both_modules_run_and_return_the_exit_status(module: str) -> None:
     arguments = ["train", "nowhere.yaml"] if module == "t2i_align" else ["nowhere.yaml"]
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("error: nowhere.yaml: no such configuration file\n") and "Traceback" not in done.stderr
 
 
-def test_reports_print_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_print_the_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = SimpleNamespace(
         summary=lambda: "60 % won",
         steps=7,
@@ -284,7 +309,7 @@ def test_objectives_are_listed_and_explained(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_a_configuration_of_its_own(name: str) -> None:
+def test_every_objective_has_its_own_configuration(name: str) -> None:
     assert configuration.load(ROOT / "configs" / OBJECTIVES[name].config).objective.name == name
 
 

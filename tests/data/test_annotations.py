@@ -134,8 +134,8 @@ def test_jsonl_and_parquet_say_the_same(tmp_path: Path) -> None:
     table = pa.table({"id": ["5", "b"], "scores": [[1.0, 2.0], None], "user": [None, 7], "scorer": ["clip", "x"]})
     pq.write_table(table, tmp_path / "s.parquet")
     values = [
-        {group: {name: value.value for name, value in row.items()} for group, row in found.entries.items()}
-        for found in (Annotations.load([lines]), Annotations.load([tmp_path / "s.parquet"]))
+        {group: {name: value.value for name, value in row.items()} for group, row in result.entries.items()}
+        for result in (Annotations.load([lines]), Annotations.load([tmp_path / "s.parquet"]))
     ]
     assert values[0] == values[1] == {"5": {"scores": (1.0, 2.0)}, "b": {"user": "7"}}
 
@@ -166,9 +166,9 @@ def test_captions_and_scores_stay_with_their_candidate(tmp_path_factory: pytest.
     path = source_of(folder, rows)
     captions = write_jsonl(folder / "captions.jsonl", described(rows, "captions", "negative_caption"))
     scores = write_jsonl(folder / "scores.jsonl", [{"id": f"g{g}", "scores": row} for g, row in enumerate(new)])
-    found = groups_of(path, captions, *([scores] if rescored else []))
+    result = groups_of(path, captions, *([scores] if rescored else []))
     for g, row in enumerate(new if rescored else rows):
-        group = found[f"g{g}"]
+        group = result[f"g{g}"]
         assert isinstance(group, Group)
         order = [c for score in sorted(set(row), reverse=True) for c in range(len(row)) if row[c] == score]
         assert [candidate.stem for candidate in group.candidates if isinstance(candidate, Path)] == [
@@ -185,8 +185,8 @@ def test_the_source_order_of_pickapic_is_that_of_its_columns(tmp_path: Path) -> 
     """Row 1 prefers jpg_1, so its captions change places; ids are ranking ids, integers there and here."""
     path = write_parquet(tmp_path / "a.parquet", pick_rows(2))
     sidecar = write_jsonl(tmp_path / "s.jsonl", [{"id": 1000 + row, "captions": ["0", "1"]} for row in (0, 1)])
-    found = groups_of(path, sidecar)
-    assert [item.captions for item in found.values() if isinstance(item, Group)] == [("0", "1"), ("1", "0")]
+    result = groups_of(path, sidecar)
+    assert [item.captions for item in result.values() if isinstance(item, Group)] == [("0", "1"), ("1", "0")]
 
 
 def test_jsonl_holds_negative_captions_itself(tmp_path: Path) -> None:
@@ -204,16 +204,16 @@ def test_jsonl_holds_negative_captions_itself(tmp_path: Path) -> None:
 
 
 def test_a_group_without_an_entry(tmp_path: Path) -> None:
-    """A source's own caption stays; what nobody says is a skip; the source's scores are on another scale: a skip."""
+    """A source's own caption is kept; a missing value skips the group, and so do the source's scores."""
     path = source_of(tmp_path, [[0, 1], [0, 1], [0, 1]], captions=["own 0", "own 1"])
     files = {name: write_jsonl(tmp_path / f"{name}.jsonl", described([[0, 1], [0, 1]], name))
              for name in ("captions", "negative_caption", "scores")}  # fmt: skip
     kept = groups_of(path, files["captions"])["g2"]
     assert isinstance(kept, Group) and kept.captions == ("own 1", "own 0")
     for name in ("negative_caption", "scores"):
-        found = groups_of(path, files["captions"], files[name])
-        assert isinstance(found["g1"], Group)
-        skipped = found["g2"]
+        result = groups_of(path, files["captions"], files[name])
+        assert isinstance(result["g1"], Group)
+        skipped = result["g2"]
         assert isinstance(skipped, Skipped)
         assert skipped.reason == f"no '{name}' for it in {files[name]}" and "line 3" in skipped.origin
 
@@ -287,10 +287,10 @@ def expect(batch: Batch, pipeline: Any, tolerance: dict[str, float]) -> None:
     negative = pipeline.encode_prompts([f"not {pair[0] // 10}" for pair in images])
     prompts = pipeline.encode_prompts([f"prompt {pair[0] // 10}" for pair in images])
     for name, tensor in wanted.items():
-        found = batch.captions[name]
-        assert found.shape == (len(images), 2, *tensor.shape[1:])
-        assert found.dtype == tensor.dtype
-        torch.testing.assert_close(found.flatten(0, 1), tensor, **tolerance)
+        result = batch.captions[name]
+        assert result.shape == (len(images), 2, *tensor.shape[1:])
+        assert result.dtype == tensor.dtype
+        torch.testing.assert_close(result.flatten(0, 1), tensor, **tolerance)
         torch.testing.assert_close(batch.negative_caption[name], negative[name], **tolerance)
         torch.testing.assert_close(batch.conditioning[name], prompts[name], **tolerance)
 
@@ -467,7 +467,8 @@ def captioned(count: int) -> list[Group | Skipped]:
     """Groups of which every other one has captions, and every third a negative caption."""
     return [
         Group(id=f"g{n}", prompt=f"p{n % 3}", candidates=(jpeg(2 * n), jpeg(2 * n + 1)), scores=(1.0, 0.0), origin="x",
-              captions=(f"c{n}", "common") if n % 2 else None, negative_caption=f"p{n}" if n % 3 == 2 else None)
+              columns={**({"captions": (f"c{n}", "common")} if n % 2 else {}),
+                       **({"negative_caption": f"p{n}"} if n % 3 == 2 else {})})
         for n in range(count)
     ]  # fmt: skip
 
@@ -487,19 +488,19 @@ def test_an_interrupted_prepare_with_captions_continues(
         make(tmp_path / "out", StandIn(fail_after=after))
     make(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    found = Store(tmp_path / "out")
-    texts = [text for shard in range(3) for text in _prompts(found.path / f"shard-{shard:05d}")]
+    result = Store(tmp_path / "out")
+    texts = [text for shard in range(3) for text in _prompts(result.path / f"shard-{shard:05d}")]
     assert len(texts) == len(set(texts)) == 1 + 3 + 6 + 1 + 3  # "", p0-p2, c1-c11, common, p5, p8, p11 (p2 is there)
     for number in range(12):
-        assert [texts[n] for n in found.texts["captions"][number]] == ([f"c{number}", "common"] if number % 2 else [])
-        negative = int(found.texts["negative_caption"][number])
+        assert [texts[n] for n in result.texts["captions"][number]] == ([f"c{number}", "common"] if number % 2 else [])
+        negative = int(result.texts["negative_caption"][number])
         assert (texts[negative] if negative >= 0 else None) == (f"p{number}" if number % 3 == 2 else None)
-        assert texts[found.texts["prompt"][number]] == f"p{number % 3}"
+        assert texts[result.texts["prompt"][number]] == f"p{number % 3}"
 
 
 def _prompts(shard: Path) -> list[str]:
-    found: list[str] = read_table(shard / TEXTS)["text"].to_pylist()
-    return found
+    result: list[str] = read_table(shard / TEXTS)["text"].to_pylist()
+    return result
 
 
 def test_a_caption_that_half_precision_cannot_hold(tmp_path: Path) -> None:

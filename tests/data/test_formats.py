@@ -22,27 +22,28 @@ def seen(group: Group) -> list[int]:
     return [known[decode(media).getpixel((0, 0))] for media in group.candidates]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", OF_PAIRS)
-def test_every_format_comes_to_the_same_pairs(tmp_path: Path, name: str) -> None:
-    """As made here and as kept under tests/data, recognised without being told its format."""
-    kept = formats.EXAMPLES / formats.write(tmp_path, name).relative_to(tmp_path)
-    for source in (kept, tmp_path / kept.relative_to(formats.EXAMPLES)):
-        found = groups(source)
-        assert {group.prompt: seen(group) for group in found} == {prompt: [won, lost] for prompt, won, lost in PAIRS}
-        assert all(group.scores[0] > group.scores[1] for group in found) and not skips(source)
+@pytest.mark.parametrize("name", [*OF_PAIRS, *OF_RANKINGS])
+def test_every_format_comes_to_the_same_groups(tmp_path: Path, name: str) -> None:
+    """As written here and as kept under tests/data, recognised without the name of its format."""
+    if name in OF_PAIRS:
+        expected = {prompt: [won, lost] for prompt, won, lost in PAIRS}
+    else:
+        expected = {prompt: of for prompt, of, _ in RANKINGS}
+    written = formats.write(tmp_path, name)
+    for source in (written, formats.EXAMPLES / written.relative_to(tmp_path)):
+        by_prompt = {group.prompt: group for group in groups(source)}
+        assert {prompt: seen(group) for prompt, group in by_prompt.items()} == expected
+        first, second = (by_prompt[prompt].scores for prompt in expected)
+        assert first[0] > first[1] == first[-1] and second[0] > second[1] >= second[-1]
+        assert name in OF_PAIRS or second[1] > second[2]
         survey = readers.survey(source)
-        assert (survey.rows, survey.candidates, survey.ties) == (2, {2: 2}, {})
+        k = len(first)
+        assert (survey.rows, survey.candidates, survey.ties, survey.skips) == (2, {k: 2}, {}, {})
 
 
-@pytest.mark.parametrize("name", OF_RANKINGS)
-def test_every_ranking_comes_to_the_same_groups(tmp_path: Path, name: str) -> None:
-    kept = formats.EXAMPLES / formats.write(tmp_path, name).relative_to(tmp_path)
-    for source in (kept, tmp_path / kept.relative_to(formats.EXAMPLES)):
-        found = {group.prompt: group for group in groups(source)}
-        assert {prompt: seen(group) for prompt, group in found.items()} == {prompt: of for prompt, of, _ in RANKINGS}
-        first, second = (found[prompt].scores for prompt, _, _ in RANKINGS)
-        assert first[0] > first[1] == first[2] and second[0] > second[1] > second[2]
-        assert readers.survey(source).candidates == {3: 2}
+def test_every_format_has_an_example(tmp_path: Path) -> None:
+    detected = {readers.detect(formats.write(tmp_path, name)) for name in (*OF_PAIRS, *OF_RANKINGS)}
+    assert detected | {"described"} == set(readers.READERS)  # dataset specs have tests of their own
 
 
 def test_captions_users_and_vote_shares_of_formats(tmp_path: Path) -> None:
@@ -65,8 +66,8 @@ def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
     source = formats.write(tmp_path, "hpdv2_test")
     described = tmp_path / "source.yaml"
     described.write_text("path: hpdv2_test/test.json\npairs: all\nties: false\n")
-    found = groups(described)
-    assert source.exists() and [seen(group) for group in found] == [[0, 1], [0, 2], [5, 4], [5, 3], [4, 3]]
+    result = groups(described)
+    assert source.exists() and [seen(group) for group in result] == [[0, 1], [0, 2], [5, 4], [5, 3], [4, 3]]
     assert skips(described) == {"test.json:0#1-2": "a tie"}
     described.write_text("path: hpdv2_test/test.json\npairs: best_worst\n")
     assert [seen(group) for group in groups(described)] == [[0, 2], [5, 3]]
@@ -74,8 +75,8 @@ def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
 
 def test_a_vote_names_its_winner(tmp_path: Path) -> None:
     images(tmp_path / "p")
-    said = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
-    entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in said]
+    choices = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
+    entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in choices]
     source = lines(tmp_path / "votes.jsonl", entries)
     scores = {group.id: (seen(group)[0], group.scores[0]) for group in groups(source)}
     expected = [(0, 1.0), (1, 1.0), (0, 0.5), (0, 1.0), (1, 1.0), (1, 1.0), None, None, (0, 0.5)]
@@ -92,7 +93,6 @@ def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
         ({"images": ""}, "1 candidates, but 2 scores"),
         ({"images": "[0"}, "'images' is not a list"),
         ({"images": '["0.png", "gone.png"]'}, "no such image: gone.png"),
-        ({"images": '["0.png", 7]'}, "expected an image or its path, found 7"),
         ({"scores": "[1, NaN]"}, "'scores' [1] must be a finite number, found nan"),
         ({"scores": '[1, "best"]'}, "'scores' [1] must be a finite number, found 'best'"),
         ({"images": "[]", "scores": "[]"}, "no candidates"),
@@ -103,26 +103,39 @@ def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
     reasons = skips(source)
     for number, (_, reason) in enumerate(changed):
         assert (f"a.csv:{number}" in reasons) == bool(reason) and reason in reasons.get(f"a.csv:{number}", "")
-    assert reasons["a.csv:9"] == "1 fields, but 3 columns" and reasons["a.csv:10"] == "4 fields, but 3 columns"
+    assert reasons["a.csv:8"] == "1 fields, but 3 columns" and reasons["a.csv:9"] == "4 fields, but 3 columns"
 
 
-def test_tables_that_are_broken(tmp_path: Path) -> None:
+GOOD = b'{"prompt": "x", "chosen": "0.png", "rejected": "1.png"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"", "the file is empty"),
+        ("a.csv", b"prompt,chosen,chosen\n", "two columns of the same name"),
+        ("a.csv", b"prompt,chosen,rejected\n", "no rows in it"),
+        ("a.csv", b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8 text"),
+        ("a.csv", b'prompt,chosen,rejected\n"x,0.png,1.png\n', "not valid CSV"),
+        ("a.csv", b"text,left,right\nx,0.png,1.png\n", "Its columns: text, left, right; a dataset spec"),
+        ("a.csv", b"prompt,chosen,rejected\nx,0.png,../1.png\n", "leads outside"),
+        ("a.parquet", b"", "the file is empty"),
+        ("a.parquet", b"hello", "not a readable parquet"),
+        ("a.jsonl", b"", "the file is empty"),
+        ("a.jsonl", b"\n\n", "no rows in it"),
+        ("a.jsonl", GOOD + b"\n{not json\n", "line 2: not valid JSON"),
+        ("a.jsonl", GOOD + b"\n[1, 2]\n", "line 2: expected an object"),
+        ("a.jsonl", GOOD + b"\n\xff\n", "line 2: not valid JSON"),
+        ("a.jsonl", GOOD + b"\n" + b"[" * 100_000, "line 2: not valid JSON"),
+        ("a.json", b"[]", "no rows in it"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_tables_that_are_broken(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     images(tmp_path)
-    for content, expected in (
-        (b"", "the file is empty"),
-        (b"prompt,chosen,chosen\n", "two columns of the same name"),
-        (b"prompt,chosen,rejected\n", "no rows in it"),
-        (b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8 text"),
-        (b'prompt,chosen,rejected\n"x,0.png,1.png\n', "not valid CSV"),
-        (
-            b"text,left,right\nx,0.png,1.png\n",
-            "Its columns: text, left, right; a dataset spec",
-        ),
-        (b"prompt,chosen,rejected\nx,0.png,../1.png\n", "leads outside"),
-    ):
-        (tmp_path / "a.csv").write_bytes(content)
-        with pytest.raises(UserError, match=expected):
-            list(read(tmp_path / "a.csv"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{expected}"):
+        list(read(tmp_path / name))
 
 
 def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
@@ -155,6 +168,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a dataset spec itself"),
         ("{", "not valid YAML"),
+        ("[" * 3000, "not valid YAML"),
         ("path: hub:nobody", "expected hub:owner/name"),
     ],
 )
@@ -184,14 +198,14 @@ def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_missing_is_written_down(tmp_path: Path) -> None:
     for number in (1, 4):  # the sixth may not have been written yet, the others are known to be
-        formats.pickapic(tmp_path).rename(tmp_path / f"train-{number:05d}-of-00006.parquet")
-    found = [item.id if isinstance(item, Skipped) else "" for item in read(tmp_path)]
+        formats.example(tmp_path, "pickapic").rename(tmp_path / f"train-{number:05d}-of-00006.parquet")
+    result = [item.id if isinstance(item, Skipped) else "" for item in read(tmp_path)]
     names = [f"train-{number:05d}-of-00006.parquet" for number in (0, 2, 3)]
-    assert found[0] == names[0] and found[3:5] == names[1:]
+    assert result[0] == names[0] and result[3:5] == names[1:]
     tars = tmp_path / "tars"
     tars.mkdir()
     for name in ("000003", "000005"):
-        formats.webdataset_roles(tars).rename(tars / f"{name}.tar")
+        formats.example(tars, "webdataset_roles").rename(tars / f"{name}.tar")
     assert list(skips(tars)) == ["000004.tar"]
 
 
@@ -201,7 +215,7 @@ def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
     bad = {
         "b": ({"json": b"{"}, "not valid JSON"),
         "c": ({"txt": b"\xff"}, "not UTF-8"),
-        "d": ({"json": b"[1]"}, "must hold an object"),
+        "d": ({"json": b"[1]"}, "expected an object"),
         "e": ({"rejected.png": b""}, "an image is missing"),
         "f": ({"txt": b" "}, "no 'prompt'"),
     }
@@ -230,9 +244,9 @@ def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
         for name in ("running", "jumping"):
             (tmp_path / side / f"{name}.txt").write_text(name)
     (tmp_path / "chosen" / "empty").mkdir()
-    found = {group.prompt: group for group in groups(tmp_path)}
-    assert found["running"].candidates == (tmp_path / "chosen" / "running", tmp_path / "rejected" / "running")
-    assert found["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
+    result = {group.prompt: group for group in groups(tmp_path)}
+    assert result["running"].candidates == (tmp_path / "chosen" / "running", tmp_path / "rejected" / "running")
+    assert result["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
     assert skips(tmp_path)["chosen/empty"].startswith("a folder without frames")
     entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
     source = lines(tmp_path / "clips.jsonl", [entry])
@@ -253,8 +267,8 @@ def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
         "        yield Group(id=str(n), prompt=text, candidates=(b'a', b'b'), scores=(0.0, 1.0), origin=str(n))\n"
     )
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    found = groups(tmp_path / "a.txt", f"{tmp_path}/mine.py:lines")
-    assert [(group.prompt, group.candidates) for group in found] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
+    result = groups(tmp_path / "a.txt", f"{tmp_path}/mine.py:lines")
+    assert [(group.prompt, group.candidates) for group in result] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
     with pytest.raises(UserError, match="no such file with a format"):
         read(tmp_path / "a.txt", f"{tmp_path}/gone.py:lines")
 

@@ -58,15 +58,15 @@ def test_counts_of_a_source(tmp_path: Path) -> None:
         {"prompt": "a tie", "images": ["5.png", "5.png"], "scores": [0.5, 0.5]},
         {"prompt": "gone", "images": ["9.png"], "scores": [1]},
     ]
-    found = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "report.html")
-    assert (found.groups, found.ties.total(), dict(found.candidates)) == (6, 1, {2: 5, 3: 1})
-    assert dict(found.skips) == {"no such image: 9.png": 1} and dict(found.users) == {"anna": 1, "ben": 2, "carl": 1}
-    assert found.disagreement == (1, 0.5) and found.twins == 1
-    assert found.duplicates == 6 + 1  # of the pair's two images three times each, and the twin
-    agreement = found.agreement()
+    result = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "report.html")
+    assert (result.groups, result.ties.total(), dict(result.candidates)) == (6, 1, {2: 5, 3: 1})
+    assert dict(result.skips) == {"no such image: 9.png": 1} and dict(result.users) == {"anna": 1, "ben": 2, "carl": 1}
+    assert result.disagreement == (1, 0.5) and result.twins == 1
+    assert result.duplicates == 6 + 1  # of the pair's two images three times each, and the twin
+    agreement = result.agreement()
     assert agreement["one", "two"] == pytest.approx(1 / 3)
     assert agreement["label", "one"] == 1.0
-    assert found.shares == pytest.approx([0.2, 0, 0, 0, 0.5]) and found.lengths["words"] == [2, 2, 2]
+    assert result.shares == pytest.approx([0.2, 0, 0, 0, 0.5]) and result.lengths["words"] == [2, 2, 2]
     page = (tmp_path / "report.html").read_text()
     assert "a &lt;b&gt;owl" in page and "<svg" in page and page.count("<img") == 2 * 5 + 3
     assert "http" not in page.replace("http-equiv", "")
@@ -78,23 +78,23 @@ def test_images_beyond_the_opened_groups_are_not_read(tmp_path: Path, monkeypatc
 
     def groups(path: Path, image: bytes = b"") -> Iterator[Group]:
         for n in range(6):
-            assert not image or n < 3, "images are read that nobody looks at"
+            assert not image or n < 3, "unused images are read"
             yield Group(id=str(n), prompt="x", candidates=(image or b"left out",), scores=(1.0,), origin=f"row {n}")
 
     readers.register("big", outline=groups)(lambda path: groups(path, formats.png(0)))
     (tmp_path / "a.big").write_text("")
-    found = inspect(tmp_path / "a.big", tmp_path / "r.html", format="big", images=2)
-    assert (found.groups, found.opened, sum(found.sizes.values()), len(found.examples)) == (6, 2, 2, 2)
+    result = inspect(tmp_path / "a.big", tmp_path / "r.html", format="big", images=2)
+    assert (result.groups, result.opened, sum(result.sizes.values()), len(result.examples)) == (6, 2, 2, 2)
     assert set(re.findall('viewBox="0 0 ([0-9]+)', (tmp_path / "r.html").read_text())) == {"532"}
 
 
 def test_prompts_are_held_against_a_models_limit(tmp_path: Path, sd_path: Path) -> None:
     images(tmp_path)
     entries = [{"prompt": text, "chosen": "0.png", "rejected": "1.png"} for text in ("a", "a " * 200)]
-    found = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "r.html", model=str(sd_path))
-    (lengths,) = found.lengths.values()
-    assert lengths[0] < next(iter(found.limits.values())) < lengths[1]
-    assert f"1 prompts exceed {next(iter(found.limits.values()))} tokens" in found.summary()
+    result = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "r.html", model=str(sd_path))
+    (lengths,) = result.lengths.values()
+    assert lengths[0] < next(iter(result.limits.values())) < lengths[1]
+    assert f"1 prompts exceed {next(iter(result.limits.values()))} tokens" in result.summary()
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,11 +26,11 @@ from tests.formats import groups, skips
 
 
 def test_pickapic_pairs_come_best_first(tmp_path: Path) -> None:
-    found = groups(write_parquet(tmp_path / "a.parquet", pick_rows(6)))
-    assert [group.id for group in found] == [str(1000 + row) for row in range(6)]
-    assert [group.candidates for group in found] == [(jpeg(2 * row), jpeg(2 * row + 1)) for row in range(6)]
-    assert {group.scores for group in found} == {(1.0, 0.0)}
-    assert found[3].prompt == "caption 3" and found[3].user == "3"
+    result = groups(write_parquet(tmp_path / "a.parquet", pick_rows(6)))
+    assert [group.id for group in result] == [str(1000 + row) for row in range(6)]
+    assert [group.candidates for group in result] == [(jpeg(2 * row), jpeg(2 * row + 1)) for row in range(6)]
+    assert {group.scores for group in result} == {(1.0, 0.0)}
+    assert result[3].prompt == "caption 3" and result[3].user == "3"
 
 
 def test_pickapic_folder_without_ranking_ids(tmp_path: Path) -> None:
@@ -97,6 +97,7 @@ def test_pickapic_missing_column_before_any_work(tmp_path: Path) -> None:
         ("caption", [1, 2], "'caption' must be text, found 1"),
         ("jpg_1", ["a", "b"], "no such image: a"),
         ("jpg_1", [1, 2], "'jpg_1': expected an image or its path, found 1"),
+        ("jpg_1", [["a"], ["b"]], "'jpg_1': expected an image or its path, found ['a']"),
     ],
 )
 def test_pickapic_values_that_cannot_be_used(tmp_path: Path, column: str, values: list[Any], reason: str) -> None:
@@ -105,14 +106,11 @@ def test_pickapic_values_that_cannot_be_used(tmp_path: Path, column: str, values
     assert survey.groups == 0 and survey.reasons[0] == f"{file}, row 0: {reason}"
 
 
-def test_pickapic_broken_files(tmp_path: Path) -> None:
+def test_pickapic_cut_short_or_without_rows(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", pick_rows(8))
-    whole = file.read_bytes()
-    for content, expected in ((b"", "is empty"), (b"hello", "not a readable parquet"), (whole[:-9], "not a readable")):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=expected):
-            read(file)
-    write_parquet(file, {name: values[:0] for name, values in pick_rows(1).items()})
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet"):
+        read(file)
     pq.write_table(pa.table(pick_rows(2)).slice(0, 0), file)
     with pytest.raises(UserError, match=r"a\.parquet: no rows"):
         list(read(file))
@@ -213,23 +211,6 @@ def test_jsonl_skips_and_duplicates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("{not json", "line 2: not valid JSON"),
-        ("[1, 2]", "line 2: expected an object"),
-        ("\xff", "line 2: not valid JSON"),
-        ("[" * 100_000, "line 2: not valid JSON"),
-    ],
-)
-def test_jsonl_broken_lines(tmp_path: Path, line: str, expected: str) -> None:
-    write_images(tmp_path, ["a.jpg"])
-    good = json.dumps({"prompt": "x", "chosen": "a.jpg", "rejected": "a.jpg"})
-    (tmp_path / "d.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
-    with pytest.raises(UserError, match=expected):
-        list(read(tmp_path / "d.jsonl"))
-
-
-@pytest.mark.parametrize(
     ("entry", "reason"),
     [
         ({"chosen": "a.jpg"}, "expected the keys .*chosen, rejected, prompt or .*; found 'prompt', 'chosen'"),
@@ -248,34 +229,6 @@ def test_jsonl_rows_that_cannot_be_used(tmp_path: Path, entry: dict[str, Any], r
     assert isinstance(item, Skipped) and item.origin == f"{file}, line 1" and re.search(reason, item.reason)
 
 
-def test_empty_files(tmp_path: Path) -> None:
-    for name, content in (("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=r"is empty|no rows"):
-            list(read(tmp_path / name))
-
-
-json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
-    max_leaves=6,
-)
-keys = st.sampled_from(["prompt", "chosen", "rejected", "images", "scores", "captions", "id", "user"])
-
-
-@given(entry=st.dictionaries(keys, st.one_of(json_values, st.sampled_from(["a.jpg", ["a.jpg"], [1.0]]))))
-@settings(max_examples=150, deadline=None)
-def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, entry: dict[str, Any]) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    write_images(folder, ["a.jpg"])
-    try:
-        items = list(read(write_jsonl(folder / "d.jsonl", [entry])))
-    except UserError as error:
-        assert "d.jsonl" in str(error)
-    else:
-        assert len(items) == 1
-
-
 # Folders ------------------------------------------------------------------------------------------------------------
 
 
@@ -286,10 +239,10 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "b.txt").write_text("in captions")
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "chosen/c.jpg", "text": "listed"}])
-    found = groups(tmp_path)
-    assert [(group.id, group.prompt) for group in found] == [("a", "beside"), ("b", "in captions"), ("c", "listed")]
-    assert found[0].candidates == (tmp_path / "Chosen" / "a.png", tmp_path / "rejected" / "a.jpg")
-    assert found[0].scores == (1.0, 0.0)
+    result = groups(tmp_path)
+    assert [(group.id, group.prompt) for group in result] == [("a", "beside"), ("b", "in captions"), ("c", "listed")]
+    assert result[0].candidates == (tmp_path / "Chosen" / "a.png", tmp_path / "rejected" / "a.jpg")
+    assert result[0].scores == (1.0, 0.0)
     reasons = skips(tmp_path)
     assert set(reasons) == {"d", "e", "lonely", "rejected/notes.doc"}
     assert "no caption" in reasons["d"] and "e.jpg, e.png" in reasons["e"] and "no loser" in reasons["lonely"]
@@ -355,8 +308,8 @@ def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             yield Group(id=name, prompt=name, candidates=(b"u", b"d"), scores=scores, origin=f"{path}, {name}")
 
     (tmp_path / "a.votes").write_text("fox 2 5\nowl 3 3\nfox 1 0\n")
-    found = groups(tmp_path / "a.votes")
-    assert [(group.id, group.candidates, group.scores) for group in found] == [
+    result = groups(tmp_path / "a.votes")
+    assert [(group.id, group.candidates, group.scores) for group in result] == [
         ("fox", (b"d", b"u"), (5.0, 2.0)),
         ("owl", (b"u", b"d"), (3.0, 3.0)),
     ]

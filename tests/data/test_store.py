@@ -1,4 +1,4 @@
-"""Prepared data: what goes in comes out, whatever is skipped, however it is killed, whoever writes it."""
+"""Prepared data: round trip, skipped groups, kills and resumption, several writers."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def test_a_limit_counts_what_the_objective_can_use(tmp_path: Path, stop: int | N
 def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
     items = [
         Group(id=f"g{k}", prompt="p", candidates=tuple(jpeg(n) for n in range(k)), scores=tuple(range(k, 0, -1)),
-              origin="here", captions=tuple("abc"[:k]), user="ü" if k == 2 else None)
+              origin="here", columns={"captions": tuple("abc"[:k]), **({"user": "ü"} if k == 2 else {})})
         for k in (3, 1, 2)
     ]  # fmt: skip
     write(items, encoder(), tmp_path / "out", fingerprint=PARTS, progress=False)
@@ -423,7 +423,8 @@ def test_sequences_of_varying_length_are_padded_per_batch(tmp_path: Path) -> Non
     """Stored at their own length: 2 values of 2 bytes a letter; a batch's captions are as long as its prompts."""
     texts = [("ab", "abcdef"), ("abcd", "x")]
     items = [
-        Group(id=str(n), prompt=prompt, candidates=(jpeg(0), jpeg(1)), scores=(1, 0), origin="x", negative_caption=text)
+        Group(id=str(n), prompt=prompt, candidates=(jpeg(0), jpeg(1)), scores=(1, 0), origin="x",
+              columns={"negative_caption": text})
         for n, (prompt, text) in enumerate(texts)
     ]  # fmt: skip
     write(items, encoder(Varying()), tmp_path / "out", fingerprint=PARTS, progress=False)

@@ -62,13 +62,13 @@ def noise_of(rng: SampleRNG, noised: Noised) -> Tensor:
         (VariancePreserving(FOUR, "epsilon"), 10, [0, 1, 2, 3]),
     ],
 )
-def test_the_grid_is_the_middles_of_equal_parts_of_the_training_times(process, levels: int, expected: list) -> None:
+def test_grid_points_are_midpoints_of_equal_parts_of_the_training_times(process, levels: int, expected: list) -> None:
     grid = level_grid(SampleRNG(0, ["a"], process), levels)
     assert grid.tolist() == pytest.approx(expected)
     assert grid.dtype == process.timesteps(torch.zeros(1)).dtype
 
 
-def test_levels_are_uniform_one_a_group_and_depend_on_seed_and_sample_only() -> None:
+def test_levels_are_uniform_per_group_and_depend_on_seed_and_sample_only() -> None:
     batch = Batch(
         keys=tuple(f"0/{i}" for i in range(2000)), latents=torch.zeros(2000, 2, 1), scores=torch.ones(2000, 2),
         conditioning={},
@@ -87,7 +87,7 @@ def test_levels_are_uniform_one_a_group_and_depend_on_seed_and_sample_only() -> 
 @KINDS
 @pytest.mark.parametrize("options", [{}, {"eta": 0.4, "renoise": 2, "guidance": 3.0, "sharing": "independent"}])
 def test_latents_timesteps_and_target_agree(kind: str, options: dict) -> None:
-    """x_tau = alpha x + sigma noise*, x_tau = x + sigma v* for flow; add_noise and target say the same of noise*."""
+    """x_tau = alpha x + sigma noise*, x_tau = x + sigma v* for flow; add_noise and target agree on noise*."""
     batch, (model, _) = guidable_batch(), bounded_model(0)
     rng = rng_for(batch, kind)
     noised = inverted_noise(model, batch, rng, **options)
@@ -169,7 +169,7 @@ def by_hand(process, model: Model, levels: int, at: float, **options) -> tuple[S
         (RectifiedFlow(), 750, (1.0, 0.75), (0.0, 1.0)),
     ],
 )
-def test_two_steps_of_a_constant_prediction_equal_numbers_worked_out_by_hand(process, at, latents, target) -> None:
+def test_two_steps_of_a_constant_prediction_by_hand(process, at, latents, target) -> None:
     """The prediction is c everywhere; alpha, sigma are 1, 0 then 0.8, 0.6 then 0.6, 0.8 (flow: sigma = 1/4, 3/4).
 
     epsilon  x1 = 0.8 x + 0.6 c; its x_hat = (x1 - 0.6 c) / 0.8 = x again, so x2 = 0.6 x + 0.8 c; noise* = c at both.
@@ -196,8 +196,8 @@ def test_two_steps_of_a_constant_prediction_equal_numbers_worked_out_by_hand(pro
         (RectifiedFlow(), 500, 2, 1 + 125 * 126.0),
     ],
 )
-def test_renoise_equals_numbers_worked_out_by_hand(process, at, renoise: int, factor: float) -> None:
-    """One level; the prediction is t times the latents, so at t = 0 it is 0, and asked again at the old time, too.
+def test_renoise_by_hand(process, at, renoise: int, factor: float) -> None:
+    """One level; the prediction is t times the latents, so at t = 0 it is 0, and again at the old time.
 
     epsilon  x1 = 0.8 x + 0.6 * 0; at (x1, 1) the noise is 0.8 x; mean 0.4 x; again from x: 0.8 x + 0.6 * 0.4 x = 1.04 x
     v        at x: noise 0, x1 = 0.8 x; at (x1, 1) v = 0.8 x, so x_hat = 0.8 * 0.8 x - 0.6 * 0.8 x = 0.16 x and
@@ -226,7 +226,7 @@ def gaussian_model(process, scale: float) -> Model:
 
 
 def gaussian_inversion(kind: str, scale: float, side: int = 3, groups: int = GROUPS, **options):
-    """Draw, noised and clean latents of normal data under the model that suits them, and sqrt(V) at the levels."""
+    """RNG, noised and clean latents of normal data under their optimal model, and sqrt(V) at the levels."""
     latents = scale * torch.randn(
         groups, 2, 4, side, side, generator=torch.Generator().manual_seed(5), dtype=torch.float64
     )
@@ -238,7 +238,7 @@ def gaussian_inversion(kind: str, scale: float, side: int = 3, groups: int = GRO
 
 
 @KINDS
-def test_inversion_converges_to_the_exact_ode_and_renoise_brings_it_nearer(kind: str) -> None:
+def test_inversion_converges_to_the_exact_ode_and_renoise_reduces_the_error(kind: str) -> None:
     def error(**options) -> float:
         _, noised, clean, deviation = gaussian_inversion(kind, 0.5, **options)
         return (noised.latents / (clean * deviation / 0.5) - 1).abs().max().item()
@@ -250,8 +250,8 @@ def test_inversion_converges_to_the_exact_ode_and_renoise_brings_it_nearer(kind:
 
 @KINDS
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_the_variance_is_the_processs_at_every_eta(kind: str, eta: float) -> None:
-    """x_tau / sqrt(V) has variance 1 at every level. With eta = 1 the noise found is random: unrelated to the image.
+def test_variance_is_that_of_the_forward_process_at_every_eta(kind: str, eta: float) -> None:
+    """x_tau / sqrt(V) has variance 1 at every level. With eta = 1 the inverted noise is random: unrelated to the image.
 
     Noise added on top, with the predicted one in full, would make it about 1 + eta^2. Of 49152 numbers, the variance
     is known to 0.6 % and a correlation to 0.5 %.
@@ -265,7 +265,7 @@ def test_the_variance_is_the_processs_at_every_eta(kind: str, eta: float) -> Non
 
 
 @KINDS
-def test_a_step_with_eta_1_is_the_forward_process_whatever_the_prediction(kind: str) -> None:
+def test_step_with_eta_1_is_the_forward_process_for_any_prediction(kind: str) -> None:
     """x_to = (alpha_to / alpha) x_now + sqrt(sigma_to^2 - (alpha_to sigma / alpha)^2) fresh."""
     batch = random_batch()
     rng, latents = rng_for(batch, kind), batch.latents[:, 0]
@@ -280,7 +280,7 @@ def test_a_step_with_eta_1_is_the_forward_process_whatever_the_prediction(kind: 
 
 @KINDS
 def test_fresh_noise_is_shared_in_a_pair_or_independent_and_absent_without_eta(kind: str) -> None:
-    """With two equal candidates, all that can tell them apart is fresh noise."""
+    """Two equal candidates can differ by fresh noise only."""
     batch, (model, _) = random_batch(), bounded_model(0)
     batch = replace(batch, latents=batch.latents[:, :1].expand_as(batch.latents))
 
@@ -297,7 +297,7 @@ def test_fresh_noise_is_shared_in_a_pair_or_independent_and_absent_without_eta(k
 
 @pytest.mark.parametrize(("options", "calls"), [({}, 1), ({"guidance": 2.0}, 2), ({"renoise": 1}, 2)])
 @pytest.mark.parametrize("seed", [0, 1, 3])
-def test_no_call_is_made_in_vain(options: dict, calls: int, seed: int) -> None:
+def test_number_of_network_calls_is_minimal(options: dict, calls: int, seed: int) -> None:
     """As many steps as the deepest level of the batch takes; guidance and each correction take one call more."""
     batch, asked = guidable_batch(groups=2), []
     rng = SampleRNG(seed, batch.keys, PROCESSES["epsilon"])

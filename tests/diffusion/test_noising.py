@@ -29,7 +29,7 @@ def test_noise_is_shared_or_independent_and_time_is_per_group() -> None:
     assert not torch.equal(shared.target[0], shared.target[3])
 
 
-def test_captions_are_dropped_for_whole_groups_and_at_the_asked_rate() -> None:
+def test_captions_are_dropped_for_whole_groups_at_the_given_rate() -> None:
     batch = replace(random_batch(), keys=tuple(f"0/{i}" for i in range(2000)))
     batch = replace(
         batch, latents=torch.zeros(2000, 2, 1, 1, 1), conditioning={"prompt_embeds": torch.ones(2000, 2, 5)}

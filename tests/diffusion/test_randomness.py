@@ -1,4 +1,4 @@
-"""Draws depend on (seed, epoch, sample, name) and on nothing else."""
+"""Random numbers depend only on (seed, epoch, sample, name)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def draw(seed: int, *keys: str) -> SampleRNG:
     return SampleRNG(seed, keys, RectifiedFlow())
 
 
-def test_a_sample_draws_the_same_in_any_batch_and_order() -> None:
+def test_random_numbers_of_a_sample_do_not_depend_on_batch_or_order() -> None:
     together = draw(1, "0/a", "0/b", "0/c").normal("noise", (4, 5))
     alone = draw(1, "0/b").normal("noise", (4, 5))
     assert torch.equal(together[1:2], alone)
@@ -21,11 +21,11 @@ def test_a_sample_draws_the_same_in_any_batch_and_order() -> None:
 
 
 @pytest.mark.parametrize("other", [draw(2, "0/a"), draw(1, "1/a"), draw(1, "0/b")])
-def test_seed_epoch_and_sample_each_change_the_draw(other: SampleRNG) -> None:
+def test_seed_epoch_and_sample_each_change_the_numbers(other: SampleRNG) -> None:
     assert not torch.equal(draw(1, "0/a").normal("noise", (8,)), other.normal("noise", (8,)))
 
 
-def test_names_are_independent_streams_and_asking_twice_changes_nothing() -> None:
+def test_names_are_independent_streams_and_repeated_calls_are_equal() -> None:
     d = draw(1, "0/a")
     first = d.normal("noise", (8,))
     d.uniform("timestep")
@@ -33,7 +33,7 @@ def test_names_are_independent_streams_and_asking_twice_changes_nothing() -> Non
     assert not torch.equal(first, d.normal("other", (8,)))
 
 
-def test_draws_have_the_right_distribution() -> None:
+def test_distributions_are_correct() -> None:
     d = draw(0, *(f"0/{i}" for i in range(4000)))
     normal, uniform = d.normal("noise", (4,)), d.uniform("timestep")
     assert normal.mean().abs() < 0.03 and abs(normal.std() - 1) < 0.03

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import pipelines
@@ -20,11 +21,13 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation import compare as module
 from t2i_align.evaluation.compare import evaluate
 from t2i_align.evaluation.report import choose, verdict
+from t2i_align.evaluation.result import Evaluation
 from t2i_align.inference.generate import generate
 from tests.tiny import tiny_sd
 
 PROMPTS = ["cat", "dog", "<script>alert(1)</script>", "a & b", "sun"]
 FAST = {"steps": 2, "guidance": 2.0, "progress": False}
+Run = Callable[..., Evaluation]
 NUMBERS = ("win_rate", "win_rate_ci", "mean_before", "mean_after", "mean_change", "mean_change_ci")
 
 
@@ -58,53 +61,56 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sd(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
+@pytest.fixture
+def run(sd_path: Path, tmp_path: Path) -> Run:
+    """`evaluate` of the model against itself, with changes; `out` is relative to the test's folder."""
+
+    def evaluated(out: str = "out", **changes: Any) -> Evaluation:
+        options = {"base": sd_path, "aligned": sd_path, "prompts": PROMPTS, "scorers": [Red()], **FAST, **changes}
+        return evaluate(out=tmp_path / out, **options)
+
+    return evaluated
+
+
 def samples(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().split("\n")[:-1]]
 
 
-def test_a_model_against_itself_ties_everywhere(sd_path: Path, tmp_path: Path) -> None:
-    result = evaluate(base=sd_path, aligned=sd_path, prompts=PROMPTS, scorers=[Red()], out=tmp_path, **FAST)
+def test_a_model_against_itself_ties_everywhere(run: Run) -> None:
+    result = run()
     assert result.win_rate == 0.5 and result.win_rate_ci == (0.5, 0.5)
     assert (result.headline.total.tied, result.headline.total.mean_change) == (5, 0.0)
     assert all(part.win_rate == 0.5 for part in result.headline.parts.values())
 
 
-def test_files_hold_the_numbers_and_prompts_cannot_inject(sd_path: Path, other: Path, tmp_path: Path) -> None:
-    result = evaluate(
-        base=sd_path, aligned=other, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "new", seeds_per_prompt=2, **FAST
-    )
+def test_files_hold_the_numbers_and_prompts_cannot_inject(run: Run, other: Path, tmp_path: Path) -> None:
+    result = run("new", aligned=other, seeds_per_prompt=2)
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
-    found = json.loads((tmp_path / "new" / "result.json").read_text())
+    stored = json.loads((tmp_path / "new" / "result.json").read_text())
     for prefix in ("", "green_", "blue_"):
-        assert {prefix + key for key in NUMBERS} <= found.keys()
-    assert found["win_rate"] == result.win_rate and tuple(found["win_rate_ci"]) == result.win_rate_ci
-    assert (found["prompts"], found["samples"], found["seeds_per_prompt"], len(set(found["seeds"]))) == (5, 10, 2, 10)
-    assert (found["ties"], found["tie_margin"], found["steps"], found["aligned_kind"]) == ("half", 0.0, 2, "model")
-    assert found["scorers"]["red"]["version"] == "7"
-    assert found["scorers"]["red"]["parts"]["blue"]["n"] == 4  # "dog" and "sun", two seeds each
+        assert {prefix + key for key in NUMBERS} <= stored.keys()
+    assert stored["win_rate"] == result.win_rate and tuple(stored["win_rate_ci"]) == result.win_rate_ci
+    counts = (stored["prompts"], stored["samples"], stored["seeds_per_prompt"], len(set(stored["seeds"])))
+    assert counts == (5, 10, 2, 10)
+    settings = (stored["ties"], stored["tie_margin"], stored["steps"], stored["aligned_kind"])
+    assert settings == ("half", 0.0, 2, "model")
+    assert stored["scorers"]["red"]["version"] == "7"
+    assert stored["scorers"]["red"]["parts"]["blue"]["n"] == 4  # "dog" and "sun", two seeds each
     lines = samples(tmp_path / "new")
     change = np.mean([line["scores"]["red"]["after"] - line["scores"]["red"]["before"] for line in lines])
-    assert change == pytest.approx(found["mean_change"]) and change != 0
+    assert change == pytest.approx(stored["mean_change"]) and change != 0
     assert lines[0]["scores"]["red"]["parts"]["blue"] == [None, None]
 
     html = (tmp_path / "new" / "report.html").read_text()
     assert "<script" not in html and "&lt;script&gt;alert(1)" in html and "a &amp; b" in html
     assert not any(word in html for word in ("http:", "https:", "@import", "url(", "<link"))
     assert html.count("data:image/png;base64,") >= 2 * 10
-    assert "pixelated" in html
+    assert "pixelated" in html and html.count('<th scope="row">') == 3 and "green 0." in html
 
 
-def test_samples_do_not_depend_on_the_batch_size(sd_path: Path, other: Path, tmp_path: Path) -> None:
+def test_samples_do_not_depend_on_the_batch_size(run: Run, other: Path, tmp_path: Path) -> None:
     for size in (1, 4):
-        evaluate(
-            base=sd_path,
-            aligned=other,
-            prompts=["cat"] * 5,
-            scorers=[Red()],
-            out=tmp_path / str(size),
-            batch_size=size,
-            **FAST,
-        )
+        run(str(size), aligned=other, prompts=["cat"] * 5, batch_size=size)
     for one, four in zip(samples(tmp_path / "1"), samples(tmp_path / "4"), strict=True):
         assert one["seed"] == four["seed"]
         for side in ("before", "after"):
@@ -114,72 +120,66 @@ def test_samples_do_not_depend_on_the_batch_size(sd_path: Path, other: Path, tmp
     assert np.std(spread) > 1e-3  # of one prompt, another seed is another image
 
 
-def test_a_runs_lora_is_found_applied_and_taken_off_again(sd_path: Path, lora: Path, tmp_path: Path) -> None:
-    base = pipelines.load(sd_path)
-    by_folder = evaluate(base=base, aligned=lora, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "a", **FAST)
-    file = lora / "lora" / "pytorch_lora_weights.safetensors"
-    by_file = evaluate(base=base, aligned=file, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "b", **FAST)
+def test_a_runs_lora_is_found_applied_and_taken_off_again(run: Run, sd_path: Path, lora: Path, tmp_path: Path) -> None:
+    base, file = pipelines.load(sd_path), lora / "lora" / "pytorch_lora_weights.safetensors"
+    by_folder, by_file = run("a", base=base, aligned=lora), run("b", base=base, aligned=file)
     assert by_folder.headline == by_file.headline  # so the first left the loaded base as it was
     assert by_folder.settings["aligned_kind"] == "lora" and by_folder.settings["adapter_sha256"]
     assert by_folder.headline.total.mean_change != 0
     assert by_folder.settings["base"] == str(sd_path)
     plain = pipelines.load(sd_path)
-    seeds = by_folder.settings["seeds"]
-    before = Red().score(plain.generate(PROMPTS, seeds, steps=2, guidance=2.0), PROMPTS)
-    plain.load_lora(file)
-    after = Red().score(plain.generate(PROMPTS, seeds, steps=2, guidance=2.0), PROMPTS)
-    for line, low, high in zip(samples(tmp_path / "a"), before, after, strict=True):
-        assert line["scores"]["red"]["before"] == pytest.approx(low.item(), abs=2e-3)  # rounding to 8 bits
-        assert line["scores"]["red"]["after"] == pytest.approx(high.item(), abs=2e-3)
+    for side in ("before", "after"):
+        pixels = plain.generate(PROMPTS, by_folder.settings["seeds"], steps=2, guidance=2.0)
+        for line, score in zip(samples(tmp_path / "a"), Red().score(pixels, PROMPTS), strict=True):
+            assert line["scores"]["red"][side] == pytest.approx(score.item(), abs=2e-3)  # rounding to 8 bits
+        if side == "before":
+            plain.load_lora(file)
 
 
-def test_a_loaded_base_against_another_model_keeps_its_name(sd_path: Path, other: Path, tmp_path: Path) -> None:
-    base = pipelines.load(sd_path)
-    result = evaluate(base=base, aligned=other, prompts=PROMPTS, scorers=[Red()], out=tmp_path, **FAST)
+def test_a_loaded_base_against_another_model_keeps_its_name(run: Run, sd_path: Path, other: Path) -> None:
+    result = run(base=pipelines.load(sd_path), aligned=other)
     assert (result.settings["base"], result.settings["aligned"]) == (str(sd_path), str(other))
 
 
-def test_margins_by_scorer(sd_path: Path, other: Path, tmp_path: Path) -> None:
+def test_margins_by_scorer(run: Run, other: Path, tmp_path: Path) -> None:
     class Blue(Red):
         name = "blue"
         tie_margin = 2.0
 
-    both = [Red(), Blue()]
-    options = {"base": sd_path, "aligned": other, "prompts": PROMPTS, "scorers": both, "out": tmp_path, **FAST}
-    own = evaluate(**options).scorers
+    options = {"aligned": other, "scorers": [Red(), Blue()]}
+    own = run(**options).scorers
     assert (own["red"].total.tied, own["blue"].total.tied) == (0, 5)
-    given = evaluate(**options, tie_margin={"red": 1.0}, ties="drop", force=True).scorers
+    given = run(**options, tie_margin={"red": 1.0}, ties="drop", force=True).scorers
     assert given["red"].total.tied == 5 and math.isnan(given["red"].total.win_rate)
-    assert json.loads((tmp_path / "result.json").read_text())["win_rate"] is None
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["win_rate"] is None
 
 
 def test_only_an_evaluation_is_replaced_and_only_when_forced(
-    sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"base": sd_path, "aligned": sd_path, "scorers": [Red()], **FAST}
     listing = generate(sd_path, ["cat"], tmp_path / "images", **FAST)
     before = listing.read_bytes()
     for force in (False, True):
         with pytest.raises(UserError, match="not empty, and holds no evaluation"):
-            evaluate(prompts=["cat"], out=tmp_path / "images", force=force, **options)
+            run("images", force=force)
     assert listing.read_bytes() == before
 
     out = tmp_path / "out"
     (out / f"{module.TEMPORARY}x").mkdir(parents=True)  # an evaluation was killed here
-    evaluate(prompts=["cat"], out=out, **options)
+    run(prompts=["cat"])
     assert not list(out.glob(f"{module.TEMPORARY}*"))
     with monkeypatch.context() as patch:
         patch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
         with pytest.raises(UserError, match=r"holds an evaluation; .*--force"):
-            evaluate(prompts=["cat"], out=out, **options)
-    evaluate(prompts=["cat", "dog"], out=out, force=True, **options)
+            run(prompts=["cat"])
+    run(prompts=["cat", "dog"], force=True)
     assert [line["prompt"] for line in samples(out)] == ["cat", "dog"]
     generate(sd_path, ["cat"], out, force=True, **FAST)
     assert len(samples(out)) == 2
 
 
 def test_the_base_is_loaded_as_the_training_run_had_it(
-    sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(lora, tmp_path / "run")
     (tmp_path / "run" / "run.yaml").write_text(json.dumps({"model": {"path": str(sd_path), "revision": "r1"}}))
@@ -190,32 +190,31 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
         return load(path)
 
     monkeypatch.setattr(pipelines, "load", recorded)
-    cases = [({}, "r1"), ({"base": sd_path}, "r1"), ({"revision": "r2"}, "r2")]
+    cases = [({"base": None}, "r1"), ({"base": sd_path}, "r1"), ({"base": None, "revision": "r2"}, "r2")]
     for number, (change, revision) in enumerate(cases):
-        out = tmp_path / str(number)
-        result = evaluate(aligned=tmp_path / "run", prompts=["cat"], scorers=[Red()], out=out, **change, **FAST)
+        result = run(str(number), aligned=tmp_path / "run", prompts=["cat"], **change)
         assert (result.settings["base"], result.settings["revision"], seen[-1]) == (str(sd_path), revision, revision)
-        assert f"revision {revision}" in (out / "report.html").read_text()
+        assert f"revision {revision}" in (tmp_path / str(number) / "report.html").read_text()
 
 
-def test_further_settings_are_written_and_reported(sd_path: Path, tmp_path: Path) -> None:
+def test_further_settings_are_written_and_reported(run: Run, tmp_path: Path) -> None:
     settings = {"aligned": "another name", "training_steps": 7}
-    evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Red()], out=tmp_path, settings=settings, **FAST)
-    assert settings.items() <= json.loads((tmp_path / "result.json").read_text()).items()
-    assert "another name" in (tmp_path / "report.html").read_text()
+    run(prompts=["cat"], settings=settings)
+    assert settings.items() <= json.loads((tmp_path / "out" / "result.json").read_text()).items()
+    assert "another name" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_too_little_memory_for_a_scorer_names_the_option(sd_path: Path, tmp_path: Path) -> None:
+def test_too_little_memory_for_a_scorer_names_the_option(run: Run) -> None:
     class Huge(Red):
         def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match=r"CUDA out of memory at batch size 8; lower batch_size \(--batch-size\)"):
-        evaluate(base=sd_path, aligned=sd_path, prompts=["cat"], scorers=[Huge()], out=tmp_path, **FAST)
+        run(prompts=["cat"], scorers=[Huge()])
 
 
 def test_bad_input_is_named_before_anything_is_generated(
-    sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, sd_path: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cached_file(repository: str, name: str) -> None:
         raise OSError("no connection")
@@ -223,14 +222,11 @@ def test_bad_input_is_named_before_anything_is_generated(
     monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
     monkeypatch.chdir(tmp_path)
-    good = {"base": sd_path, "aligned": sd_path, "prompts": PROMPTS, "scorers": [Red()], "out": tmp_path / "out"}
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\x09\x00")
     misfit = tmp_path / "misfit.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3)}, misfit)
 
     half = tmp_path / "half"
@@ -265,21 +261,21 @@ def test_bad_input_is_named_before_anything_is_generated(
         ({"tie_margin": {"rad": 0.1}}, "Did you mean 'red'"),
         ({"ties": "lose"}, "ties must be"),
         ({"precision": "fp8"}, "unknown precision"),
-        ({"out": misfit}, "is a file"),
+        ({"out": misfit.name}, "is a file"),
     ]
     for change, match in cases:
         with pytest.raises(UserError, match=match):
-            evaluate(**{**good, **change}, **FAST)
+            run(**change)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_leaves_no_files(sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_files(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "render", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(base=sd_path, aligned=sd_path, prompts=PROMPTS, scorers=[Red()], out=tmp_path / "out", **FAST)
+        run()
     assert not list(tmp_path.iterdir())
 
 

@@ -32,7 +32,7 @@ def test_win_rate_by_hand() -> None:
 def test_pairs_with_a_missing_side_are_left_out() -> None:
     """Rows 1 and 2 lack a side; what remains is one win (0 → 1) and one loss (1 → 0)."""
     result = compare([0, math.nan, 1, 1], [1, 1, math.inf, 0], clusters=[0, 1, 2, 3])
-    assert (result.n, result.prompts, result.win_rate, result.mean_change) == (2, 2, 0.5, 0.0)
+    assert (result.n, result.prompts_compared, result.win_rate, result.mean_change) == (2, 2, 0.5, 0.0)
     assert np.isnan(outcomes([math.nan], [1.0]))[0]
 
 
@@ -40,7 +40,7 @@ def test_nothing_to_compare_is_nan_and_one_prompt_has_no_interval() -> None:
     empty = compare([math.nan], [1.0])
     assert empty.n == 0 and math.isnan(empty.win_rate) and math.isnan(empty.mean_change)
     one = compare([0, 0, 0], [1, 2, 3], clusters=[7, 7, 7])
-    assert one.win_rate == 1 and one.prompts == 1 and math.isnan(one.win_rate_ci[0])
+    assert one.win_rate == 1 and one.prompts_compared == 1 and math.isnan(one.win_rate_ci[0])
     tied = compare([1, 1], [1, 1], ties="drop")
     assert math.isnan(tied.win_rate) and math.isnan(tied.win_rate_ci[1]) and tied.mean_change_ci == (0, 0)
 
@@ -68,7 +68,7 @@ def test_repeats_of_a_prompt_do_not_narrow_the_interval() -> None:
     change = rng.normal(0.1, 1, 64)
     once = compare(np.zeros(64), change)
     copies = compare(np.zeros(256), np.repeat(change, 4), clusters=np.repeat(np.arange(64), 4))
-    assert (copies.n, copies.prompts) == (256, 64)
+    assert (copies.n, copies.prompts_compared) == (256, 64)
     assert copies.mean_change_ci == pytest.approx(once.mean_change_ci)
     assert copies.win_rate_ci == pytest.approx(once.win_rate_ci)
     wrong = compare(np.zeros(256), np.repeat(change, 4))

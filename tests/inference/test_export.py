@@ -12,18 +12,12 @@ import pipelines
 from pipelines import PipelineError
 from t2i_align.errors import UserError
 from t2i_align.inference.export import export_lora
-from tests.tiny import randomise_lora, tiny_wan
-
-
-def trained(path: Path, folder: Path) -> Path:
-    pipeline = pipelines.load(path)
-    randomise_lora(pipeline, alpha=6.0)
-    return pipeline.save_lora(folder)
+from tests.tiny import random_lora, tiny_wan
 
 
 def test_an_exported_lora_makes_the_same_images(sd_path: Path, tmp_path: Path) -> None:
     """alpha = 3 rank: a file that forgot it would come back at a third of the strength."""
-    lora = trained(sd_path, tmp_path / "lora")
+    lora = random_lora(sd_path, tmp_path / "lora", alpha=6.0)
     images = []
     for format in (None, "kohya", "diffusers"):
         file = lora
@@ -39,12 +33,14 @@ def test_an_exported_lora_makes_the_same_images(sd_path: Path, tmp_path: Path) -
 
 
 def test_export_errors_name_the_problem(sd_path: Path, tmp_path: Path) -> None:
-    lora = trained(sd_path, tmp_path / "lora")
+    lora = random_lora(sd_path, tmp_path / "lora", alpha=6.0)
     for out, message in ((lora, "exists already"), (tmp_path / "a.pt", "does not end in .safetensors")):
         with pytest.raises(UserError, match=message):
             export_lora(lora, out, model=sd_path)
     with pytest.raises(UserError, match="no base model given"):
         export_lora(lora, tmp_path / "out.safetensors")
     wan = tiny_wan(tmp_path / "wan")
-    with pytest.raises(PipelineError, match="a LoRA of wan cannot be written with 'kohya' names"):
-        export_lora(trained(wan, tmp_path / "wan-lora"), tmp_path / "out.safetensors", model=wan)
+    with pytest.raises(
+        PipelineError, match=r"a LoRA of wan cannot be written with 'kohya' names\. Choices: diffusers\."
+    ):
+        export_lora(random_lora(wan, tmp_path / "wan-lora"), tmp_path / "out.safetensors", model=wan)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import pipelines
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample, sample_seed
-from tests.tiny import randomise_lora
+from tests.tiny import random_lora
 
 FAST = {"steps": 2, "guidance": 2.0, "progress": False}
 
@@ -66,19 +66,14 @@ def test_force_keeps_files_that_it_did_not_write(sd_path: Path, tmp_path: Path) 
 
 
 def test_lora_scale_lies_between_base_and_lora(sd_path: Path, tmp_path: Path) -> None:
-    pipeline = pipelines.load(sd_path)
-    randomise_lora(pipeline, alpha=6.0)
-    pipeline.save_lora(tmp_path / "lora")
+    random_lora(sd_path, tmp_path / "lora", alpha=6.0)
 
     def image(name: str, **options: object) -> np.ndarray:
         generate(sd_path, ["cat"], tmp_path / name, **options, **FAST)
         return np.asarray(Image.open(tmp_path / name / "00000.png")).astype(float)
 
-    none, half, full = (
-        image("none"),
-        image("half", lora=tmp_path / "lora", lora_scale=0.5),
-        image("full", lora=tmp_path / "lora"),
-    )
+    none, full = image("none"), image("full", lora=tmp_path / "lora")
+    half = image("half", lora=tmp_path / "lora", lora_scale=0.5)
     assert 0 < np.abs(half - none).mean() < np.abs(full - none).mean()
     row = lines(tmp_path / "half" / "samples.jsonl")[0]
     assert row["lora"] == str(tmp_path / "lora") and row["lora_scale"] == 0.5

@@ -20,6 +20,7 @@ from t2i_align.errors import UserError
 from t2i_align.labeling import synthesize as module
 from t2i_align.labeling.groups import Summary
 from t2i_align.labeling.synthesize import synthesize
+from t2i_align.utils.files import whole_lines
 
 PROMPTS = ["a red fox", "a blue owl", "a red fox", "unspeakable", "a green dog"]
 
@@ -45,23 +46,18 @@ def make(out: Path, model: Path, **options: Any) -> Summary:
     return synthesize(PROMPTS, [model], [Channel(0), Channel(2)], out, progress=False, **options)
 
 
-def rows(out: Path, name: str = "groups.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / name).read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def synthesis(tmp_path_factory: pytest.TempPathFactory, sd_path: Path) -> Path:
     out = tmp_path_factory.mktemp("synthesis")
-    assert make(out, sd_path) == Summary(
-        out=out / "groups.jsonl", groups=3, skipped=1, why_skipped=out / "skipped.jsonl"
-    )
+    summary = Summary(out=out / "groups.jsonl", groups=3, skipped=1, why_skipped=out / "skipped.jsonl")
+    assert make(out, sd_path) == summary
     return out
 
 
 def test_groups_record_scorers_seeds_and_models(synthesis: Path) -> None:
-    groups = rows(synthesis)
+    groups = whole_lines(synthesis / "groups.jsonl")
     assert [row["prompt"] for row in groups] == ["a red fox", "a blue owl", "a green dog"]  # each distinct one once
-    assert rows(synthesis, "skipped.jsonl")[0]["reason"] == "not a prompt for this scorer"
+    assert whole_lines(synthesis / "skipped.jsonl")[0]["reason"] == "not a prompt for this scorer"
     for row in groups:
         raw = np.array([row["by_scorer"][name]["scores"] for name in ("channel-0", "channel-2")])
         assert row["scores"] == pytest.approx(majority(raw).tolist()) and len(set(row["seeds"])) == 3
@@ -97,7 +93,7 @@ def test_processes_share_the_prompts(
     assert make(tmp_path, sd_path).missing == 2 and not (tmp_path / "groups.jsonl").exists()
     monkeypatch.setenv("RANK", "0")
     assert make(tmp_path, sd_path).groups == 3
-    alone, shared = rows(synthesis), rows(tmp_path)
+    alone, shared = whole_lines(synthesis / "groups.jsonl"), whole_lines(tmp_path / "groups.jsonl")
     assert [row["seeds"] for row in alone] == [row["seeds"] for row in shared]
     for one, other in zip(alone, shared, strict=True):  # batches differ, and with them the last bits of an image
         for name, scored in one["by_scorer"].items():
@@ -105,19 +101,19 @@ def test_processes_share_the_prompts(
 
 
 def test_pairs_need_agreement_of_the_scorers(synthesis: Path, sd_path: Path) -> None:
-    groups = rows(synthesis)
+    groups = whole_lines(synthesis / "groups.jsonl")
     agreed = 0
     for row in groups:
         raw = np.array([scored["scores"] for scored in row["by_scorer"].values()])
         agreed += int((shares(raw) == 1).sum())
     summary = make(synthesis, sd_path, pairs="all", agree=0.75)
-    pairs = rows(synthesis)
+    pairs = whole_lines(synthesis / "groups.jsonl")
     assert summary.groups == len(pairs) == agreed and summary.skipped == 1 + 9 - agreed
     for row in pairs:
         assert row["id"].count("#") == 1 and row["scores"][0] > row["scores"][1]
         assert all(scored["scores"][0] > scored["scores"][1] for scored in row["by_scorer"].values())
     make(synthesis, sd_path)
-    assert rows(synthesis) == groups
+    assert whole_lines(synthesis / "groups.jsonl") == groups
     with pytest.raises(UserError, match="no group is left of 4 prompts"):
         synthesize(PROMPTS, [sd_path], [Channel(0, 2.0), Channel(2, 2.0)], synthesis.parent / "never", per_prompt=2,
                    steps=1, guidance=1.0, height=32, width=32, agree=0.9, progress=False)  # fmt: skip
@@ -126,31 +122,24 @@ def test_pairs_need_agreement_of_the_scorers(synthesis: Path, sd_path: Path) -> 
 def test_command(
     tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(registry._FACTORIES, "channel", lambda argument: Channel(int(argument)))
+    monkeypatch.setitem(registry.FACTORIES, "channel", lambda argument: Channel(int(argument)))
     (tmp_path / "prompts.txt").write_text("a red fox\na blue owl\n")
-    size = ["--steps", "1", "--height", "32", "--width", "32", "--guidance", "1"]
-    command = [
-        "synthesize",
-        str(tmp_path / "prompts.txt"),
-        "--models",
-        str(sd_path),
-        "--scorers",
-        "channel:0,channel:2",
-    ]
-    assert main([*command, "--out", str(tmp_path / "out"), "--per-prompt", "2", *size]) == 0
+    command = f"synthesize {tmp_path}/prompts.txt --models {sd_path} --scorers channel:0,channel:2 --out {tmp_path}/out"
+    assert main([*command.split(), *"--per-prompt 2 --steps 1 --height 32 --width 32 --guidance 1".split()]) == 0
     assert f"2 groups in {tmp_path / 'out' / 'groups.jsonl'}, 0 skipped" in capsys.readouterr().out
 
 
 def test_video_models_are_refused(tmp_path: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = module.load_pipeline
-    monkeypatch.setattr(module, "load_pipeline", lambda *args: as_video(genuine(*args)))
+
+    def video(*args: Any) -> Any:
+        pipeline = genuine(*args)
+        pipeline.video = True
+        return pipeline
+
+    monkeypatch.setattr(module, "load_pipeline", video)
     with pytest.raises(UserError, match="this model makes clips"):
         make(tmp_path / "out", sd_path)
-
-
-def as_video(pipeline: Any) -> Any:
-    pipeline.video = True
-    return pipeline
 
 
 @pytest.mark.parametrize(

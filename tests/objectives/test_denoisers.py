@@ -13,7 +13,7 @@ from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats
-from t2i_align.training.reference import Reference, build_reference
+from t2i_align.training.reference import build_reference
 from tests import tiny
 from tests.objectives.toy import DEPENDS_ON_THE_BATCH, as_required, rows_of
 
@@ -34,7 +34,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainablePip
 
 
 def batch_for(pipeline: TrainablePipeline) -> Batch:
-    """Groups with everything that any objective asks: scores, captions, a wrong caption, the empty prompt."""
+    """Groups with all that an objective can require: scores, captions, a wrong caption, the empty prompt."""
     height, width = pipeline.default_size
     shape = (pipeline.default_frames, 3, height, width) if pipeline.video else (3, height, width)
     torch.manual_seed(1)
@@ -60,7 +60,7 @@ def test_step_on_the_genuine_denoiser(name: str, family: str, families: dict[str
     own, a batch is its groups one at a time."""
     pipeline = families[family]
     objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.1, 0.9)))
-    reference = build_reference(TrainConfig(), pipeline) if objective.needs.reference else Reference(pipeline)
+    reference = build_reference(TrainConfig(), pipeline, needed=objective.needs.reference)
     batch = batch_for(pipeline)
 
     def step(rows: slice) -> Tensor:

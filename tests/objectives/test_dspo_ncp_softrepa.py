@@ -50,7 +50,7 @@ def test_dspo_by_hand() -> None:
 
 
 @KINDS
-def test_dspo_is_sft_at_the_reference_and_without_a_push(kind: str) -> None:
+def test_dspo_is_sft_at_the_reference_and_for_vanishing_beta(kind: str) -> None:
     batch, (policy, weight), (reference, _) = random_batch(), linear_model(0), linear_model(1)
     sft, _ = SFT().step(policy, policy, batch, rng_for(batch, kind))
     there, metrics = DSPO(beta=0.5).step(policy, policy, batch, rng_for(batch, kind))
@@ -81,7 +81,7 @@ def test_dspo_is_the_released_formula_with_its_gradient_through_the_logit(kind: 
     torch.testing.assert_close(ours, theirs)
 
 
-def test_dspo_has_no_gradient_from_a_loser_that_the_guard_stops() -> None:
+def test_dspo_has_no_gradient_from_a_loser_stopped_by_the_guard() -> None:
     """With mu = 1 no part of a loser's gradient passes that points along the winner's: here, of the same image's."""
     batch, (policy, weight), (reference, _) = random_batch(), linear_model(0), linear_model(1)
     batch = replace(batch, latents=batch.latents[:, :1].expand(-1, 2, -1, -1, -1))
@@ -230,8 +230,8 @@ def test_default_temperature_is_the_mean_error_without_gradient() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_equal_prompts_are_no_negatives() -> None:
-    """Samples 0 and 2 share a prompt: one negative fewer for them. If all share it, nothing is left to contrast."""
+def test_equal_prompts_are_not_negatives() -> None:
+    """Samples 0 and 2 share a prompt: one negative fewer for them. If all share it, there are no negatives."""
     batch, (policy, _) = random_batch(), linear_model(0)
     embeds = batch.conditioning["prompt_embeds"].clone()
     embeds[2] = embeds[0]

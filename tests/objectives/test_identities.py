@@ -101,7 +101,7 @@ def test_registered_objective_is_described(name: str) -> None:
     assert cls.name == name and cls.paper and (CONFIGS / cls.config).is_file() and cls.__doc__
 
 
-def test_unknown_objective_is_answered_with_the_known_ones() -> None:
+def test_unknown_objective_error_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"unknown objective 'difusion_dpo'. Did you mean 'diffusion_dpo'.*sft"):
         get("difusion_dpo")
 

@@ -82,7 +82,7 @@ def test_inpo_of_the_forward_process_has_the_loss_of_diffusion_dpo_on_the_same_n
     torch.testing.assert_close(inpo, dpo)
 
 
-def test_following_the_policy_in_bf16_keeps_its_gradient() -> None:
+def test_inversion_by_the_policy_in_bf16_keeps_its_gradient() -> None:
     """Autocast keeps cast weights: those cast without gradient must not serve the step that trains them."""
     layer = torch.nn.Linear(3, 3)
     policy = lambda noisy, timesteps, conditioning: layer(noisy)  # noqa: E731
@@ -138,7 +138,7 @@ def test_smpo_equals_inpo_where_gamma_times_certainty_is_1(kind: str) -> None:
     assert (losses[0] - math.log(2)).abs().min() > 1e-4
 
 
-def test_pairs_count_by_their_own_scores_and_a_tie_has_no_gradient() -> None:
+def test_pairs_are_weighted_by_their_scores_and_ties_have_no_gradient() -> None:
     batch, (policy, weight), (reference, _) = random_batch(3), bounded_model(0), bounded_model(1)
     smpo, inpo = SmPO(beta=0.1, score_min=0.0, score_max=2.0), InPO(beta=0.1, levels=5, renoise=1)
     batch = replace(batch, scores=torch.tensor([[2.0, 0.0], [1.0, 0.5], [1.5, 1.5]]))
@@ -172,7 +172,7 @@ def test_missing_score_range_is_refused(values: dict) -> None:
         SmPO(**values).step(model, model, batch, rng_for(batch, "flow"))
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_those_of_the_papers() -> None:
     assert (get("inpo"), get("smpo")) == (InPO, SmPO)
     assert (InPO().beta, InPO().levels, InPO().renoise, InPO().eta) == (2000, 10, 0, 0)
     assert (SmPO().beta, SmPO().gamma, SmPO().levels, SmPO().renoise) == (2000, 10, 5, 1)

@@ -75,7 +75,7 @@ def test_links_by_hand() -> None:
     assert link_loss(torch.tensor([0.5, 2.5]), link="ipo").tolist() == [0.0, 4.0]
 
 
-def test_cdpo_is_least_at_its_flip_rate_and_rdpo_is_unbiased() -> None:
+def test_cdpo_is_minimal_at_its_flip_rate_and_rdpo_is_unbiased() -> None:
     """cDPO is least at h = log((1 - eps)/eps); rDPO averaged over flipped labels is the clean loss."""
     h = torch.tensor(math.log(0.8 / 0.2), dtype=torch.float64, requires_grad=True)
     link_loss(h, label_smoothing=0.2).backward()
@@ -113,7 +113,7 @@ def test_gradient_lowers_winner_error_and_raises_loser_error() -> None:
     ids=["dcpo", "lpo", "rankdpo", "robust", "guard"],
 )
 def test_special_cases_are_diffusion_dpo(kind: str, objective) -> None:
-    """Equal captions; lists of two (weight 1); a flip rate of 0; a guard at which nothing is held back."""
+    """Equal captions; lists of two (weight 1); a flip rate of 0; a guard that passes the whole gradient."""
     batch = same_captions(random_batch())
     if objective.name == "diffusion_dpo" and objective.guard is not None:
         # mu = 0 passes min(1, |g_w|^2 / <g_l, g_w>): 1 wherever the loser's gradient is the shorter one along g_w.
@@ -149,7 +149,7 @@ def test_guard_bounds_the_winners_error_to_first_order() -> None:
     share = safeguard(g_w, g_l, 0.3).unsqueeze(1)
     gain = (g_w * (g_w - share * g_l)).sum(1)
     assert (gain >= 0.3 * g_w.square().sum(1) - 1e-9).all()
-    assert ((g_w * (g_w - g_l)).sum(1) < 0).any()  # without the guard it would rise for some
+    assert ((g_w * (g_w - g_l)).sum(1) < 0).any()  # without the guard it would rise for at least one
 
 
 def test_beta_follows_the_gradient_factor() -> None:
@@ -194,7 +194,7 @@ def test_dcpo_denoises_each_candidate_under_its_own_caption(kind: str) -> None:
 
 @KINDS
 def test_tdpo_with_equal_texts_has_no_gradient(kind: str) -> None:
-    """Both sides are the same error, so h = 0 and its gradient vanishes, whatever the policy (below the limit)."""
+    """Both sides are the same error, so h = 0 and its gradient vanishes for any policy (below the limit)."""
     loss, gradient, _ = loss_and_gradient(TDPO(limit=1e9), same_captions(random_batch()), kind)
     torch.testing.assert_close(loss, torch.full_like(loss, LOG_2))
     torch.testing.assert_close(gradient, torch.zeros_like(gradient))
@@ -218,7 +218,7 @@ def test_dmpo_vanishes_at_its_optimum_and_equals_the_kl_divergence() -> None:
     assert dmpo_loss(torch.tensor(0.0), alpha=0.1).item() == pytest.approx(0.5108256)
 
 
-def test_lcpo_trusts_by_bayes_and_updates_its_mean() -> None:
+def test_lcpo_weights_follow_bayes_and_update_their_mean() -> None:
     """h = log 3, eta = 0.8: p = 3/4, w = 0.6/(0.6 + 0.05) = 12/13; eta' = 0.8 + 0.1 (12/13 - 0.8)."""
     w = trust(torch.tensor(math.log(3.0), requires_grad=True), 0.8)
     assert w.item() == pytest.approx(12 / 13) and not w.requires_grad
@@ -266,7 +266,7 @@ def test_mapo_pulls_the_winner_and_pushes_the_loser() -> None:
     assert err.grad[0].item() > 1 and err.grad[1].item() < 0
 
 
-def test_sft_is_the_winners_error_whatever_the_loser() -> None:
+def test_sft_is_the_winners_error_independent_of_the_loser() -> None:
     """A model that predicts zero has the error mean(target^2) on each candidate; SFT's loss is the first one's."""
     batch = random_batch()
     zero = lambda noisy, timesteps, conditioning: torch.zeros_like(noisy)  # noqa: E731

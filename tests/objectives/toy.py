@@ -40,7 +40,7 @@ def random_batch(groups: int = 4, k: int = 2) -> Batch:
 
 
 def rich_batch(groups: int = 4, k: int = 2) -> Batch:
-    """Everything that an objective may ask for: graded scores, captions that differ from the prompt, the empty text."""
+    """All that an objective can require: graded scores, captions that differ from the prompt, the empty text."""
     generator = torch.Generator().manual_seed(5)
 
     def text(*shape: int) -> Conditioning:
@@ -59,7 +59,7 @@ def same_captions(batch: Batch) -> Batch:
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
-    """The batch of some of the groups."""
+    """A batch of the selected groups."""
 
     def cut(value: Any) -> Any:
         return {name: t[rows] for name, t in value.items()} if isinstance(value, dict) else value[rows]

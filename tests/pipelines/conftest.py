@@ -5,25 +5,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 import pipelines
 from pipelines import TrainablePipeline
-from tests.tiny import TINY
+from t2i_align.config import DataConfig, ModelConfig
+from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.schema import Batch
+from t2i_align.objectives.base import Requirements
 
-PathOf = Callable[[str], Path]  # name in TINY -> folder
+PathOf = Callable[[str], Path]  # name in tests.tiny.TINY -> folder
 Load = Callable[[str], TrainablePipeline]
+PAIRS = Requirements(candidates=2)
 
 
-@pytest.fixture(scope="session")
-def path(tmp_path_factory: pytest.TempPathFactory) -> PathOf:
-    """The folder of the tiny checkpoint with this name."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return cache(lambda name: TINY[name](folder / name))
+def opened(
+    folder: Path, data: Path, pipeline: Any, size: tuple[int, int], frames: int | None = None,
+    needs: Requirements = PAIRS, **options: Any,
+) -> PreferenceDataset:  # fmt: skip
+    """Preference data encoded by a stand-in for a family, or on the fly with cache=False."""
+    return open_dataset(
+        DataConfig(path=str(data), **options), ModelConfig(), needs=needs, pipeline=lambda: pipeline, size=size,
+        frames=frames, encoder_fingerprint=lambda: type(pipeline).__name__, cache_root=folder / "cache", progress=False,
+    )  # fmt: skip
+
+
+def first_batch(source: PreferenceDataset, batch_size: int) -> Batch:
+    loader = source.loader(seed=0, start_step=0, batch_size=batch_size, accumulate=1, rank=0, world=1, workers=0)
+    return source.to_batch(next(islice(loader, 1)), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

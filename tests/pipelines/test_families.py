@@ -16,7 +16,6 @@ from pipelines.process import resolution_shift
 from tests.pipelines.conftest import Load, PathOf
 from tests.tiny import TINY, example, in_plain_diffusers, randomise_lora, sample_latents
 
-VIDEO = [name for name, family in FAMILIES.items() if family.video]
 PROMPTS = ["a red circle", "two blue squares"]
 
 
@@ -173,10 +172,13 @@ def test_gradients_are_the_same_with_checkpointing(name: str, fresh: Load) -> No
         ("ltx", 5, r"8k \+ 1; 1 and 9 fit"),
     ],
 )
-def test_error_for_clips_that_do_not_fit_names_lengths_that_do(
+def test_clips_keep_a_length_that_fits_and_the_error_for_others_names_one(
     name: str, frames: int, message: str, shared: Load
 ) -> None:
     pipeline = shared(name)
+    for fitting in (1, 1 + pipeline.frame_multiple):
+        clip = torch.zeros(1, fitting, 3, *pipeline.default_size)
+        assert pipeline.decode_latents(pipeline.encode_pixels(clip)).shape == clip.shape
     with pytest.raises(PipelineError, match=message):
         pipeline.check_size(*pipeline.default_size, frames)
     with pytest.raises(PipelineError, match="give their number of frames"):
@@ -185,14 +187,6 @@ def test_error_for_clips_that_do_not_fit_names_lengths_that_do(
         pipeline.encode_pixels(torch.zeros(1, 3, 32, 32))
     with pytest.raises(PipelineError, match="makes images, but a clip of 9 frames"):
         shared("flux").check_size(32, 32, 9)
-
-
-@pytest.mark.parametrize("name", VIDEO)
-def test_the_vae_keeps_the_number_of_frames(name: str, shared: Load) -> None:
-    pipeline = shared(name)
-    for frames in (1, 1 + pipeline.frame_multiple):
-        clip = torch.zeros(1, frames, 3, *pipeline.default_size)
-        assert pipeline.decode_latents(pipeline.encode_pixels(clip)).shape == clip.shape
 
 
 def test_sizes_are_the_checkpoints_own_or_its_familys(fresh: Load) -> None:
@@ -209,10 +203,8 @@ def test_attention_backends_are_honoured_or_refused(name: str, fresh: Load) -> N
     pipeline = fresh(name)
     pipeline.set_attention("native")
     sample_latents(pipeline)
-    with pytest.raises(
-        PipelineError, match=rf"'sage' is not usable with {name}\. Choices: native"
-    ):  # it has no backward pass
-        pipeline.set_attention("sage")
+    with pytest.raises(PipelineError, match=rf"'sage' is not usable with {name}\. Choices: native"):
+        pipeline.set_attention("sage")  # it has no backward pass
     refused = "not usable with cogvideox" if name == "cogvideox" else "needs a CUDA GPU|needs the package"
     if not torch.cuda.is_available() or name == "cogvideox":
         with pytest.raises(PipelineError, match=refused):
@@ -222,16 +214,7 @@ def test_attention_backends_are_honoured_or_refused(name: str, fresh: Load) -> N
             pipeline.set_attention("flash")
 
 
-def test_sd3_does_without_its_t5(shared: Load) -> None:
-    pipeline = shared("sd3-no-t5")
-    assert pipeline.has_encoders
-    embeddings = pipeline.encode_prompts(["a fox"])["prompt_embeds"]
-    assert embeddings.shape == (1, 16 + 256, 32) and not embeddings[:, 16:].any()
-
-
-def test_sdxl_depends_on_size_and_crop_and_its_empty_prompt_is_zero(
-    shared: Load,
-) -> None:
+def test_sdxl_depends_on_size_and_crop_and_its_empty_prompt_is_zero(shared: Load) -> None:
     pipeline = shared("sdxl")
     latents, times, conditioning = example(pipeline)
     with torch.no_grad():
@@ -282,6 +265,8 @@ def test_a_shift_by_resolution_equals_the_samplers(name: str, tokens: int, fresh
     assert pipeline.process.shift == resolution_shift(pipeline.pipe.scheduler.config, tokens)
     sample_latents(pipeline)
     sigmas = pipeline.pipe.scheduler.sigmas[:2].double()
+    with pytest.raises(PipelineError, match="wan has no timestep shift that depends on the resolution"):
+        fresh("wan").shift_timesteps("resolution", 32, 32, 9)
     if name == "flux":  # whose sampler starts from 1, 2/3, 1/3
         expected = pipeline.process.timesteps(torch.tensor([1.0, 2 / 3])) / 1000
         torch.testing.assert_close(sigmas.float(), expected, rtol=1e-5, atol=1e-6)

@@ -101,41 +101,24 @@ def test_fingerprint_of_a_hub_model_fetches_its_encoders_alone(sd_path: Path, mo
     assert weights == ["text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"]
 
 
-def damaged(sd_path: Path, tmp_path: Path, what: str) -> Path:
-    folder = Path(shutil.copytree(sd_path, tmp_path / "damaged"))
-    index = json.loads((folder / "model_index.json").read_text())
-    if what == "family":
-        index["_class_name"] = "KandinskyPipeline"
-    elif what == "index":
-        (folder / "model_index.json").unlink()
-        return folder
-    elif what == "weights":
-        weights = next((folder / "unet").glob("*.safetensors"))
-        weights.write_bytes(weights.read_bytes()[:1000])
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("family", "'KandinskyPipeline' is not supported.*StableDiffusionPipeline"),
-        ("index", "no model_index.json"),
-        ("weights", "could not be loaded"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_used_says_why(sd_path: Path, tmp_path: Path, what: str, message: str) -> None:
-    with pytest.raises(PipelineError, match=message):
-        pipelines.load(damaged(sd_path, tmp_path, what))
-
-
-def test_wrong_paths_are_named(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="no such file or folder"):
-        pipelines.load(tmp_path / "nothing")
-    junk = tmp_path / "junk.safetensors"
+def test_a_checkpoint_that_cannot_be_used_says_why(sd_path: Path, tmp_path: Path) -> None:
+    """A folder that is damaged more and more, a file that is no checkpoint, and a path where there is nothing."""
+    folder, junk = Path(shutil.copytree(sd_path, tmp_path / "damaged")), tmp_path / "junk.safetensors"
+    weights, index = next((folder / "unet").glob("*.safetensors")), folder / "model_index.json"
+    weights.write_bytes(weights.read_bytes()[:1000])
     junk.write_bytes(b"not a checkpoint")
-    with pytest.raises(PipelineError, match="not a readable checkpoint"):
-        pipelines.load(junk)
+    with pytest.raises(PipelineError, match="could not be loaded"):
+        pipelines.load(folder)
+    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"KandinskyPipeline"'))
+    with pytest.raises(PipelineError, match=r"'KandinskyPipeline' is not supported.*StableDiffusionPipeline"):
+        pipelines.load(folder)
+    index.unlink()
+    for path, message in (
+        (folder, "no model_index.json"), (tmp_path / "nothing", "no such file or folder"),
+        (junk, "not a readable checkpoint"),
+    ):  # fmt: skip
+        with pytest.raises(PipelineError, match=message):
+            pipelines.load(path)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "wan-experts"])

@@ -46,13 +46,6 @@ def test_a_saved_lora_gives_the_same_samples_in_plain_diffusers_and_here(
     torch.testing.assert_close(sample_latents(again), base, rtol=0, atol=1e-6)
 
 
-def test_kohya_names_are_refused_where_there_are_none(fresh: Load, tmp_path: Path) -> None:
-    pipeline = fresh("sd3")
-    randomise_lora(pipeline)
-    with pytest.raises(PipelineError, match=r"LoRA of sd3 cannot be written with 'kohya' names. Choices: diffusers\."):
-        pipeline.save_lora(tmp_path, naming="kohya")
-
-
 @pytest.mark.parametrize(("of", "onto"), [("sd", "sd3"), ("flux", "wan"), ("sd3", "flux"), ("sd", "sdxl")])
 def test_a_lora_of_another_family_is_refused_and_leaves_nothing(
     of: str, onto: str, fresh: Load, tmp_path: Path

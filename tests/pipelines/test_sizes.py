@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import Tensor
 from pipelines import RectifiedFlow
 from pipelines.sdxl import StableDiffusionXL
 from t2i_align import align
-from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.data.media import time_ids, to_pixels
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.inversion import guided
@@ -26,10 +23,9 @@ from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats, Requirements
 from tests.data.test_examples import StandIn
+from tests.pipelines.conftest import PathOf, first_batch, opened
 from tests.runs import image, run_values
-from tests.tiny import tiny_sdxl
 
-CPU = torch.device("cpu")
 # (height, width) of three images of one prompt, and their time ids at 8 x 8
 SIZES = {"a.png": (8, 16), "b.png": (12, 8), "c.png": (16, 16)}
 TIME_IDS = {"a.png": [8, 16, 0, 4, 8, 8], "b.png": [12, 8, 2, 0, 8, 8], "c.png": [16, 16, 0, 0, 8, 8]}
@@ -52,18 +48,6 @@ def write_rankings(folder: Path, count: int = 4) -> Path:
     return file
 
 
-def opened(folder: Path, data: Path, needs: Requirements, pipeline: Any = Sized, **options: Any) -> PreferenceDataset:
-    return open_dataset(
-        DataConfig(path=str(data), **options), ModelConfig(), needs=needs, pipeline=pipeline,
-        encoder_fingerprint=lambda: pipeline.__name__, size=(8, 8), cache_root=folder / "cache", progress=False,
-    )  # fmt: skip
-
-
-def first_batch(source: PreferenceDataset) -> Batch:
-    loader = source.loader(seed=0, start_step=0, batch_size=2, accumulate=1, rank=0, world=1, workers=0)
-    return source.to_batch(next(islice(loader, 1)), CPU)
-
-
 def test_the_crop_is_in_pixels_of_the_scaled_image() -> None:
     """800 x 600 covers 512 x 512 at 512/600: 682.67 x 512, of which (682.67 - 512) / 2 = 85.3 are cut on the left;
     50 x 100 is enlarged by 64/50 to 64 x 128, of which 32 rows are cut above; 500 x 1000 fits 128 x 256 as a whole."""
@@ -84,7 +68,7 @@ def test_a_rotated_image_has_its_upright_size(tmp_path: Path) -> None:
     exif[0x0112] = 6  # stored lying down
     Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "images": ["a.jpg"], "scores": [1]}))
-    batch = first_batch(opened(tmp_path, tmp_path / "a.jsonl", Requirements()))
+    batch = first_batch(opened(tmp_path, tmp_path / "a.jsonl", Sized(), (8, 8), needs=Requirements()), 2)
     assert batch.sizes is not None and batch.sizes.tolist() == [[[16, 8, 4, 0, 8, 8]]] * 2
 
 
@@ -92,11 +76,12 @@ def test_a_rotated_image_has_its_upright_size(tmp_path: Path) -> None:
 def test_cache_and_on_the_fly_give_the_same_sizes(tmp_path: Path, cache: bool) -> None:
     data = write_rankings(tmp_path)
     order = [TIME_IDS[name] for name in ("c.png", "a.png", "b.png")]
-    every = first_batch(opened(tmp_path, data, Requirements(lists=True), cache=cache))
+    every = first_batch(opened(tmp_path, data, Sized(), (8, 8), needs=Requirements(lists=True), cache=cache), 2)
     assert every.sizes is not None and every.sizes.dtype == torch.float32 and every.sizes.tolist() == [order, order]
-    pair = first_batch(opened(tmp_path, data, Requirements(candidates=2), cache=cache))
+    pair = first_batch(opened(tmp_path, data, Sized(), (8, 8), needs=Requirements(candidates=2), cache=cache), 2)
     assert pair.sizes is not None and pair.sizes.tolist() == [[order[0], order[2]]] * 2
-    assert first_batch(opened(tmp_path, data, Requirements(lists=True), pipeline=StandIn, cache=cache)).sizes is None
+    unconditioned = opened(tmp_path, data, StandIn(), (8, 8), needs=Requirements(lists=True), cache=cache)
+    assert first_batch(unconditioned, 2).sizes is None
 
 
 def sized_batch(groups: int = 3, k: int = 2) -> Batch:
@@ -112,12 +97,15 @@ def sized_batch(groups: int = 3, k: int = 2) -> Batch:
         latents=number.view(groups, k, 1, 1, 1).expand(-1, -1, 2, 4, 4).clone(),
         scores=torch.arange(k - 1.0, -1, -1).expand(groups, k).clone(),
         conditioning=text(groups),
-        captions=text(groups, k),
-        negative_caption=text(groups),
+        columns={"captions": text(groups, k), "negative_caption": text(groups)},
         sizes=number.unsqueeze(-1).expand(-1, -1, 6).clone(),
         empty={"embeds": torch.zeros(1, 5)},
         state={"eta": torch.tensor(0.9), "beta": torch.tensor(1.0)},
     )
+
+
+def without_captions(batch: Batch) -> Batch:
+    return replace(batch, columns={"negative_caption": batch.negative_caption})
 
 
 class Noiseless(RectifiedFlow):
@@ -146,7 +134,7 @@ def test_every_objective_passes_each_candidate_its_own_size(name: str) -> None:
     objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.0, 1.0)))
     batch = sized_batch()
     if "captions" not in objective.needs.columns:
-        batch = replace(batch, captions=None)
+        batch = without_captions(batch)
     if name == "ncp_dpo":  # its posterior steps past add_noise
         objective = replace(objective, renoise="uniform")
     loss, _ = objective.step(model, model, batch, SampleRNG(0, batch.keys, Noiseless()))
@@ -162,7 +150,7 @@ def test_the_empty_prompt_keeps_the_images_sizes() -> None:
         seen.append(conditioning)
         return noisy
 
-    batch = replace(sized_batch(), captions=None)
+    batch = without_captions(sized_batch())
     conditioning = candidates_conditioning(batch)
     guided(model, conditioning, batch.empty, 3.0)(batch.latents.flatten(0, 1), torch.zeros(6))
     assert len(seen) == 2 and all(torch.equal(each["time_ids"], conditioning["time_ids"]) for each in seen)
@@ -174,7 +162,9 @@ def test_the_empty_prompt_keeps_the_images_sizes() -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_run_passes_the_sizes_to_sdxl(cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_passes_the_sizes_to_sdxl(
+    cache: bool, path: PathOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At 32 x 32, 8 x 16 is enlarged by 4 to 32 x 64: 16 columns are cut; 12 x 8 to 48 x 32: 8 rows are cut."""
     time_ids_seen: list[list[float]] = []
     predict = StableDiffusionXL.predict
@@ -185,7 +175,7 @@ def test_a_run_passes_the_sizes_to_sdxl(cache: bool, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(StableDiffusionXL, "predict", spied)
     changes = {"data__cache": cache, "train__steps": 2, "objective": {"name": "rankdpo"}}
-    values = run_values(tiny_sdxl(tmp_path / "sdxl"), write_rankings(tmp_path), tmp_path / "run", **changes)
+    values = run_values(path("sdxl"), write_rankings(tmp_path), tmp_path / "run", **changes)
     assert align(values, progress=False).steps == 2
     assert {tuple(row) for row in time_ids_seen} == {
         (8, 16, 0, 16, 32, 32), (12, 8, 8, 0, 32, 32), (16, 16, 0, 0, 32, 32)

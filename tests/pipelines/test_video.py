@@ -7,11 +7,9 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,19 +20,16 @@ from pipelines import PipelineError
 from pipelines.wan import Wan
 from reward_scorers import Scorer
 from t2i_align import align, evaluate
-from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
-from t2i_align.data.media import load_clip, save_clip
-from t2i_align.data.schema import Batch
+from t2i_align.data.media import MediaSize, load, save_clip
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
-from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, write_jsonl
-from tests.runs import image, jsonl_pairs, run_values
-from tests.tiny import randomise_lora, tiny_wan
+from tests.pipelines.conftest import PathOf, first_batch, opened
+from tests.runs import image, jsonl_clips, jsonl_pairs, moving_clip, run_values
+from tests.tiny import random_lora
 
 FRAMES, RATE = 9, 16
-CPU = torch.device("cpu")
+SIZE = (32, 32), FRAMES
 
 
 class Clips(StandIn):
@@ -56,43 +51,15 @@ class Clips(StandIn):
         return means[:, ::2].transpose(1, 2)
 
 
-@pytest.fixture(scope="module")
-def wan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_wan(tmp_path_factory.mktemp("models") / "wan")
+@pytest.fixture(scope="session")
+def wan_path(path: PathOf) -> Path:
+    return path("wan")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL of six pairs: GIFs, WebPs, and folders of frames."""
-    folder = tmp_path_factory.mktemp("clips")
-    lines = []
-    for i in range(6):
-        names = [f"{i}_{side}{('.gif', '.webp', '')[i % 3]}" for side in ("good", "bad")]
-        for side, name in enumerate(names):
-            save_clip(moving_clip(2 * i + side), folder / name, RATE)
-        lines.append({"prompt": f"prompt {i % 4}", "chosen": names[0], "rejected": names[1]})
-    return write_jsonl(folder / "pairs.jsonl", lines)
-
-
-def moving_clip(seed: int, frames: int = FRAMES) -> Tensor:
-    """Blocks that wander to the right."""
-    still = torch.from_numpy(np.array(image(seed))).permute(2, 0, 1)
-    return torch.stack([still.roll(shift, dims=2) for shift in range(frames)])
-
-
-def opened(
-    folder: Path, data: Path, pipeline: Any = Clips, frames: int | None = FRAMES, **options: Any
-) -> PreferenceDataset:
-    made = pipeline() if isinstance(pipeline, type) else pipeline
-    return open_dataset(
-        DataConfig(path=str(data), **options), ModelConfig(), needs=Requirements(candidates=2), pipeline=lambda: made,
-        encoder_fingerprint=lambda: "e", size=(32, 32), frames=frames, cache_root=folder / "cache", progress=False,
-    )  # fmt: skip
-
-
-def first_batch(source: PreferenceDataset) -> Batch:
-    loader = source.loader(seed=0, start_step=0, batch_size=6, accumulate=1, rank=0, world=1, workers=0)
-    return source.to_batch(next(islice(loader, 1)), CPU)
+    return jsonl_clips(tmp_path_factory.mktemp("clips"), FRAMES, (".gif", ".webp", ""))
 
 
 def skipped(folder: Path) -> list[dict[str, str]]:
@@ -105,25 +72,25 @@ def skipped(folder: Path) -> list[dict[str, str]]:
 
 def test_cache_and_on_the_fly_encode_the_same_clips_one_by_one(clips: Path, tmp_path: Path) -> None:
     cached, live = Clips(), Clips()
-    one = first_batch(opened(tmp_path, clips, cached))
-    other = first_batch(opened(tmp_path, clips, live, cache=False))
+    one = first_batch(opened(tmp_path, clips, cached, *SIZE), 6)
+    other = first_batch(opened(tmp_path, clips, live, *SIZE, cache=False), 6)
     assert one.keys == other.keys and one.latents.shape == (6, 2, 3, 5, 16, 16) == other.latents.shape
     assert torch.equal(one.latents, other.latents.half().float())  # the cache's precision
     assert set(cached.at_once) == {1} == set(live.at_once)
-    number = one.keys.index("0/pairs.jsonl:3")  # the first pair of folders: they lose nothing on the way
-    clean = moving_clip(4).float().unsqueeze(0) / 255
+    number = one.keys.index("0/clips.jsonl:3")  # the first pair of folders: they lose nothing on the way
+    clean = moving_clip(4, FRAMES).float().unsqueeze(0) / 255
     assert torch.equal(other.latents[number, 0], Clips().encode_pixels(clean)[0])
 
 
 def test_unusable_clips_are_skipped_with_a_reason(tmp_path: Path) -> None:
     for number in range(2):
-        save_clip(moving_clip(number), tmp_path / f"{number}.gif", RATE)
+        save_clip(moving_clip(number, FRAMES), tmp_path / f"{number}.gif", RATE)
         save_clip(moving_clip(number, frames=5), tmp_path / f"short{number}.gif", RATE)
     image(0).save(tmp_path / "image.png")
     (tmp_path / "text.mp4").write_text("no video")
     good = {"prompt": "good", "chosen": "0.gif", "rejected": "1.gif"}
     lines = [good, *({**good, "rejected": name} for name in ("short0.gif", "image.png", "text.mp4", "gone.mp4"))]
-    source = opened(tmp_path, write_jsonl(tmp_path / "d.jsonl", lines))
+    source = opened(tmp_path, write_jsonl(tmp_path / "d.jsonl", lines), Clips(), *SIZE)
     assert source.counts["groups"] == 1 and source.counts["skipped"] == 4
     reasons = [row["reason"] for row in skipped(tmp_path)]
     for reason, expected in zip(reasons, ("5 frames, expected a clip of 9 frames", "a single image, expected a clip",
@@ -135,35 +102,32 @@ def test_other_frames_or_rates_are_another_cache(clips: Path, tmp_path: Path) ->
     line = {"prompt": "p", "chosen": "0_good.gif", "rejected": "0_bad.gif"}
     data = write_jsonl(clips.parent / "gifs.jsonl", [line])
     fingerprints = set()
-    for options in ({}, {"frames": 5}, {"frames": 5, "fps": 8.0}):
-        opened(tmp_path, data, **options)
-        fingerprints.add(opened(tmp_path, data, **options, cache=False).fingerprint)
+    for frames, options in ((9, {}), (5, {}), (5, {"fps": 8.0})):
+        opened(tmp_path, data, Clips(), (32, 32), frames, **options)
+        fingerprints.add(opened(tmp_path, data, Clips(), (32, 32), frames, cache=False, **options).fingerprint)
     assert len(list((tmp_path / "cache").iterdir())) == 3 == len(fingerprints)
-    (nine,) = [
-        folder
-        for folder in (tmp_path / "cache").iterdir()
-        if '"frames": 9' in (folder / "fingerprint.json").read_text()
-    ]
+    folders = {folder: (folder / "fingerprint.json").read_text() for folder in (tmp_path / "cache").iterdir()}
+    (nine,) = (folder for folder, text in folders.items() if '"frames": 9' in text)
     with pytest.raises(UserError, match=r"does not fit model .*: frames is 9 there, 5 here"):
-        opened(tmp_path, nine, frames=5)
+        opened(tmp_path, nine, Clips(), (32, 32), 5)
 
 
-def test_frames_in_a_folder_are_part_of_the_source(tmp_path: Path) -> None:
+def test_a_frame_that_changes_is_another_cache(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save_clip(moving_clip(0), tmp_path / name, RATE)
+        save_clip(moving_clip(0, FRAMES), tmp_path / name, RATE)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])
-    opened(tmp_path, data)
+    opened(tmp_path, data, Clips(), *SIZE)
     image(7).save(tmp_path / "b" / "00004.png")
-    opened(tmp_path, data)
+    opened(tmp_path, data, Clips(), *SIZE)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
     for side, seed in (("chosen", 0), ("rejected", 1)):
         (tmp_path / "d" / side).mkdir(parents=True)
-        save_clip(moving_clip(seed), tmp_path / "d" / side / "fox.mp4", RATE)
+        save_clip(moving_clip(seed, FRAMES), tmp_path / "d" / side / "fox.mp4", RATE)
     (tmp_path / "d" / "chosen" / "fox.txt").write_text("a fox runs")
-    batch = first_batch(opened(tmp_path, tmp_path / "d"))
+    batch = first_batch(opened(tmp_path, tmp_path / "d", Clips(), *SIZE), 6)
     assert batch.latents.shape == (6, 2, 3, 5, 16, 16)
 
 
@@ -173,7 +137,7 @@ def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
 def test_images_and_clips_do_not_mix(wan_path: Path, sd_path: Path, clips: Path, tmp_path: Path) -> None:
     images = jsonl_pairs(tmp_path / "images", count=2)
     videos = tmp_path / "videos.jsonl"
-    save_clip(moving_clip(0), tmp_path / "fox.mp4", RATE)
+    save_clip(moving_clip(0, FRAMES), tmp_path / "fox.mp4", RATE)
     videos.write_text(json.dumps({"prompt": "p", "chosen": "fox.mp4", "rejected": "fox.mp4"}))
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (sd_path, videos, {}, r"no usable group among 1 rows.*fox\.mp4 is a video, expected an image"),
@@ -210,10 +174,11 @@ def test_the_timestep_shift_reaches_training(
     torch.testing.assert_close(own, 3 * one / (1 + 2 * one))
 
 
-def test_low_noise_expert_and_bf16_encoders_come_from_the_configuration(clips: Path, tmp_path: Path) -> None:
-    model = tiny_wan(tmp_path / "experts", experts=True)
+def test_low_noise_expert_and_bf16_encoders_come_from_the_configuration(
+    path: PathOf, clips: Path, tmp_path: Path
+) -> None:
     changes = {"train__steps": 1, "train__batch_size": 2, "model__expert": "low", "train__precision": "bf16"}
-    result = align(run_values(model, clips, tmp_path / "run", **changes), progress=False)
+    result = align(run_values(path("wan-experts"), clips, tmp_path / "run", **changes), progress=False)
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
     assert json.loads(manifest.read_text())["fingerprint"]["encoders"].endswith(", text_encoder in bf16")
     evaluated = evaluate(
@@ -239,13 +204,6 @@ class Brightness(Scorer):
         return pixels.mean((1, 2, 3))
 
 
-def changed_wan(path: Path, folder: Path) -> Path:
-    """A LoRA that changes every clip."""
-    pipeline = pipelines.load(path)
-    randomise_lora(pipeline)
-    return pipeline.save_lora(folder)
-
-
 def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: Path) -> None:
     listing = generate(wan_path, ["cat", "dog"], tmp_path / "out", frames=5, fps=4, steps=2, guidance=1.0,
                        batch_size=1, progress=False)  # fmt: skip
@@ -255,9 +213,10 @@ def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: P
     made = sample(pipelines.load(wan_path), ["cat", "dog"], seeds, frames=5, steps=2, guidance=1.0)
     for row, clip in zip(rows, made, strict=True):
         assert clip.dtype == torch.uint8 and clip.shape == (5, 3, 32, 32)
-        saved = load_clip(tmp_path / "out" / row["file"], 5, 32, 32)
+        saved = load(tmp_path / "out" / row["file"], MediaSize(32, 32, 5)).pixels
         assert (saved - clip.float() / 255).abs().mean() < 0.05  # H.264, with colour at half the resolution
-        assert load_clip(tmp_path / "out" / row["file"], 3, 32, 32, fps=2).shape[0] == 3  # 5 frames at 4 are 1.25 s
+        slower = load(tmp_path / "out" / row["file"], MediaSize(32, 32, 3, fps=2)).pixels  # 5 frames at 4 are 1.25 s
+        assert slower.shape[0] == 3
     generate(wan_path, ["sun"], tmp_path / "out", steps=1, guidance=1.0, force=True, progress=False)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.mp4", "samples.jsonl"]
     with pytest.raises(PipelineError, match="frames must be 4k"):
@@ -267,7 +226,7 @@ def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: P
 def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: Path) -> None:
     scorer = Brightness()
     result = evaluate(
-        base=wan_path, aligned=changed_wan(wan_path, tmp_path / "lora"), prompts=["cat", "dog"], scorers=[scorer],
+        base=wan_path, aligned=random_lora(wan_path, tmp_path / "lora"), prompts=["cat", "dog"], scorers=[scorer],
         out=tmp_path / "out", frames=5, steps=2, guidance=1.0, progress=False,
     )  # fmt: skip
     assert [len(pixels) for pixels in scorer.seen] == [5] * 4  # a clip at a time, both sides
@@ -304,4 +263,5 @@ def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Pa
     names = [f"step_{step:06d}.{ending}" for step in (0, 1) for ending in ("mp4", "png")]
     assert sorted(file.name for file in folder.iterdir()) == names
     assert Image.open(folder / names[1]).size == (5 * 34 + 2, 2 * 34 + 2)
-    assert load_clip(folder / names[0], FRAMES, 70, 36).shape == (FRAMES, 3, 70, 36)  # one column of two clips
+    column = load(folder / names[0], MediaSize(70, 36, FRAMES)).pixels  # of two clips
+    assert column.shape == (FRAMES, 3, 70, 36)

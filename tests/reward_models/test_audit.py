@@ -43,11 +43,10 @@ def test_best_of_n_is_the_mean_over_all_choices() -> None:
             for row in range(2):
                 best = max(subset, key=lambda i, row=row: proxy[row, i])
                 expected[:, row] += np.array([proxy[row, best], rewards[row, best]]) / len(subsets)
-        found = best_of_n(proxy, rewards, n)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        np.testing.assert_allclose(best_of_n(proxy, rewards, n), expected, atol=1e-12)
 
 
-def test_calibration_finds_the_scale_and_a_wrong_scorer_knows_nothing() -> None:
+def test_calibration_recovers_the_scale_and_a_random_scorer_loses_log_2() -> None:
     """Scores are logits divided by 3, so s is 3; shuffled ones predict ½ and lose log 2."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal(6000) * 2
@@ -61,7 +60,7 @@ def test_calibration_finds_the_scale_and_a_wrong_scorer_knows_nothing() -> None:
     assert math.isnan(calibrate([torch.tensor([1.0, 0.0])], labels[:1], texts[:1]).loss)
 
 
-def test_agreement_leaves_out_what_one_of_them_cannot_tell_apart() -> None:
+def test_agreement_leaves_out_draws() -> None:
     one = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0, 2.0])]
     other = [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0, -1.0])]
     table = agreement([one, other])
@@ -74,9 +73,9 @@ def test_a_blind_proxy_gains_while_the_truth_does_not() -> None:
     curve = best_of_n_curve(Contrast(), pool, 64)
     assert curve.x == [1, 2, 4, 8, 16] and curve.proxy == sorted(curve.proxy) and curve.kl is not None
     assert curve.kl[0] == 0 and curve.gap[-1] > 0.3
+    assert all(low <= mean <= high for low, mean, high in zip(curve.low, curve.oracle, curve.high, strict=True))
     climbed = ascent_curve(Contrast(), pool, 64)
     assert climbed.proxy[-1] > climbed.proxy[0] and climbed.oracle[-1] < climbed.oracle[0] - 0.1
-    assert climbed.lost == pytest.approx(max(climbed.oracle) - climbed.oracle[-1])
 
 
 def test_a_whole_audit_of_the_truth_and_a_blind_scorer(tmp_path: Path) -> None:
@@ -90,8 +89,8 @@ def test_a_whole_audit_of_the_truth_and_a_blind_scorer(tmp_path: Path) -> None:
     assert sum(pairs) == result.accuracy["contrast"].pairs
     assert [curve.kind for curve in result.curves["oracle"]] == ["best of n"]  # no gradient flows
     assert result.curves["oracle"][0].oracle[-1] > 0.9
-    told = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    assert told["accuracy"]["oracle"]["accuracy"] == 1.0 and told["versions"]["contrast"] == "1"
+    stored = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert stored["accuracy"]["oracle"]["accuracy"] == 1.0 and stored["versions"]["contrast"] == "1"
     page = (tmp_path / "audit" / "report.html").read_text()
     assert page.count('<svg class="plot"') == 2 + 3 and "<script" not in page and "contrast" in page
     assert "best of n" in result.summary()

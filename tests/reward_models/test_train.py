@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pydantic_core import to_jsonable_python
 from safetensors.torch import load_file
 
 import reward_scorers
@@ -26,6 +27,7 @@ from t2i_align.reward_models.preferences import open_preferences, split
 from t2i_align.reward_models.train import train_scorer
 from t2i_align.utils.settings import build
 from tests.reward_scorers.small import write_hf_clip
+from tests.runs import metrics, run_in_two_processes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "scorers").glob("*.yaml"))
 USERS = ("warm", "cold")
@@ -71,7 +73,9 @@ def run_of(output: Path, source: Path, model: str, **more: Any) -> ScorerRun:
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "linear"])
-def test_it_learns_what_people_want_and_can_be_used(tune: str, clip: str, source: Path, tmp_path: Path) -> None:
+def test_training_learns_the_preference_and_the_scorer_can_be_used(
+    tune: str, clip: str, source: Path, tmp_path: Path
+) -> None:
     lr = {"full": 1e-3, "lora": 1e-2, "linear": 3e-2}[tune]
     run = run_of(tmp_path / "run", source / "warm.jsonl", clip, tune=tune, optim={"lr": lr}, train={"steps": 25})
     result = train_scorer(run, progress=False)
@@ -111,6 +115,16 @@ def test_a_stopped_run_continues_bit_for_bit(clip: str, source: Path, tmp_path: 
     assert (tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1] == (
         tmp_path / "half/metrics.jsonl"
     ).read_text().splitlines()[-1]
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(clip: str, source: Path, tmp_path: Path) -> None:
+    one = run_of(tmp_path / "one", source / "warm.jsonl", clip, tune="linear", train={"balance": "none"})
+    train_scorer(one, progress=False)
+    values = to_jsonable_python(one) | {"output_dir": str(tmp_path / "two")}
+    values["train"]["batch_size"] = 4
+    run_in_two_processes(values, tmp_path, module=("t2i_align", "train-scorer"))
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def test_pal_tells_users_apart_and_learns_new_ones_from_few_pairs(clip: str, source: Path, tmp_path: Path) -> None:
@@ -167,11 +181,11 @@ def test_the_linear_head_begins_as_the_cosine() -> None:
 def test_no_prompt_and_no_user_is_on_both_sides(source: Path, tmp_path: Path) -> None:
     data = open_preferences(str(source / "pairs.jsonl"), tmp_path, progress=False)
     parts = split(data, PreferenceConfig(holdout_prompts=0.4))
-    prompts = [{data.prompts[row] for row in rows} for rows in (parts.train, parts.new_prompts)]
-    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1] and not parts.new_users
+    prompts = [{data.prompts[row] for row in rows} for rows in (parts["train"], parts["new_prompts"])]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1] and not parts["new_users"]
     parts = split(data, PreferenceConfig(holdout_prompts=0.0, holdout_users=0.45))
-    assert not {data.users[row] for row in parts.train} & {data.users[row] for row in parts.new_users}
-    assert len(parts.train) + len(parts.new_users) == 80
+    assert not {data.users[row] for row in parts["train"]} & {data.users[row] for row in parts["new_users"]}
+    assert len(parts["train"]) + len(parts["new_users"]) == 80
 
 
 def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path, tmp_path: Path) -> None:
@@ -180,45 +194,38 @@ def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path
         data_split(source / "pairs.jsonl", tmp_path / "split", held_out=0.3, seed=seed)
         parts = split(data, PreferenceConfig(holdout_prompts=0.3, holdout_seed=seed))
         held_out = (tmp_path / "split" / "held_out_prompts.txt").read_text().splitlines()
-        assert {data.prompts[row] for row in parts.new_prompts} == set(held_out)
+        assert {data.prompts[row] for row in parts["new_prompts"]} == set(held_out)
 
 
 def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, tmp_path: Path) -> None:
-    warm = source / "warm.jsonl"
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"loss": "dpo"}, "unknown loss 'dpo'"),
-        ({"tune": "most"}, "tune must be .*, found 'most'"),
-        ({"model": "clip:ViT-B-32:openai"}, "model must be hf-clip:"),
-        ({"data": {"holdout_prompts": 1.0}}, r"data.holdout_prompts must be a number in \[0, 1\)"),
-        ({"train": {"steps": 0}}, "train.steps must be a whole number of at least 1"),
-        ({"pal": {"prototypes": 0}}, "pal.prototypes must be a whole number of at least 1"),
-        ({"data": {"pth": "x"}}, "data.pth: unknown key"),
-    ]
-    for change, match in cases:
-        with pytest.raises(UserError, match=match):
-            train_scorer(run_of(tmp_path / "bad", warm, **{"model": clip, **change}), progress=False)
-    with pytest.raises(UserError, match="no such file or folder"):
-        train_scorer(run_of(tmp_path / "bad", tmp_path / "nothing.jsonl", clip), progress=False)
-    with pytest.raises(UserError, match=r"model: .*/no/such/folder: no such folder"):
-        train_scorer(run_of(tmp_path / "bad2", warm, "hf-clip:/no/such/folder"), progress=False)
+    warm, ties, nothing = (source / f"{name}.jsonl" for name in ("warm", "ties", "nothing"))
     lines = [{**json.loads(line), "scores": [1, 1], "user": None} for line in warm.read_text().splitlines()]
-    ties = source / "ties.jsonl"
     ties.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(
-        UserError, match="only ties to train on, of which hpsv2 learns nothing; loss=pickscore or btt does"
-    ):
-        train_scorer(run_of(tmp_path / "bad3", ties, clip, loss="hpsv2"), progress=False)
-    with pytest.raises(UserError, match="names no users, whom tune=pal is about"):
-        train_scorer(run_of(tmp_path / "bad4", ties, clip, tune="pal"), progress=False)
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (warm, {"loss": "dpo"}, "unknown loss 'dpo'"),
+        (warm, {"tune": "most"}, "tune must be .*, found 'most'"),
+        (warm, {"model": "clip:ViT-B-32:openai"}, "model must be hf-clip:"),
+        (warm, {"data": {"holdout_prompts": 1.0}}, r"data.holdout_prompts must be a number in \[0, 1\)"),
+        (warm, {"train": {"steps": 0}}, "train.steps must be a whole number of at least 1"),
+        (warm, {"pal": {"prototypes": 0}}, "pal.prototypes must be a whole number of at least 1"),
+        (warm, {"data": {"pth": "x"}}, "data.pth: unknown key"),
+        (nothing, {}, "no such file or folder"),
+        (warm, {"model": "hf-clip:/no/such/folder"}, r"model: .*/no/such/folder: no such folder"),
+        (ties, {"loss": "hpsv2"}, "only ties to train on; hpsv2 learns nothing from them, loss=pickscore or btt does"),
+        (ties, {"tune": "pal"}, "names no users, which tune=pal needs"),
+    ]
+    for number, (file, change, match) in enumerate(cases):
+        with pytest.raises(UserError, match=match):
+            train_scorer(run_of(tmp_path / f"bad{number}", file, **{"model": clip, **change}), progress=False)
     run = run_of(tmp_path / "good", warm, clip, tune="linear")
     train_scorer(run, progress=False)
-    with pytest.raises(UserError, match=r"holds a run already .*resume=true"):
-        train_scorer(run, progress=False)
-    other = dataclasses.replace(run, loss="hpsv2", resume=True)
-    with pytest.raises(UserError, match="loss is 'pickscore' there, 'hpsv2' here"):
-        train_scorer(other, progress=False)
-    with pytest.raises(UserError, match="only PAL has users"):
-        train_scorer(run_of(tmp_path / "u", warm, str(tmp_path / "good"), tune="users"), progress=False)
+    for change, match in (
+        ({}, r"holds a run already .*resume=true"),
+        ({"loss": "hpsv2", "resume": True}, "loss is 'pickscore' there, 'hpsv2' here"),
+        ({"output_dir": str(tmp_path / "u"), "model": str(tmp_path / "good"), "tune": "users"}, "only PAL has users"),
+    ):
+        with pytest.raises(UserError, match=match):
+            train_scorer(dataclasses.replace(run, **change), progress=False)
 
 
 def test_diverged_training_stops_and_names_its_last_good_checkpoint(clip: str, source: Path, tmp_path: Path) -> None:
@@ -229,26 +236,20 @@ def test_diverged_training_stops_and_names_its_last_good_checkpoint(clip: str, s
         train_scorer(run, progress=False)
 
 
-def test_a_trained_scorer_refuses_another_base(clip: str, source: Path, tmp_path: Path) -> None:
+def test_a_trained_scorer_refuses_another_base_and_metadata(clip: str, source: Path, tmp_path: Path) -> None:
     train_scorer(run_of(tmp_path / "run", source / "warm.jsonl", clip, tune="linear"), progress=False)
     file = tmp_path / "run" / "scorer" / "scorer.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps({**told, "base_weights": "sha256 0123"}))
-    with pytest.raises(ScorerError, match=r"was trained on hf-clip:.* with sha256 0123"):
-        reward_scorers.build(f"trained:{tmp_path / 'run'}")
-    file.write_text(json.dumps({**told, "layout": 99}))
-    with pytest.raises(ScorerError, match="written with layout 99, this version reads 1"):
-        reward_scorers.build(f"trained:{tmp_path / 'run'}")
-    for change, reason in (
-        ({"kind": "tree"}, "expected the kind clip or linear or pal, found 'tree'"),
-        ({"width": None, "base": None}, "the metadata of kind linear lacks base, width"),
+    metadata = json.loads(file.read_text())
+    for content, reason in (
+        ({**metadata, "base_weights": "sha256 0123"}, r"was trained on hf-clip:.* with sha256 0123"),
+        ({**metadata, "layout": 99}, "written with layout 99, this version reads 1"),
+        ({**metadata, "kind": "tree"}, "expected the kind clip or linear or pal, found 'tree'"),
+        ({k: v for k, v in metadata.items() if k not in ("width", "base")}, "of kind linear lacks base, width"),
+        ([1], r"scorer.json: not the metadata of a scorer"),
     ):
-        file.write_text(json.dumps({key: value for key, value in {**told, **change}.items() if value is not None}))
+        file.write_text(json.dumps(content))
         with pytest.raises(ScorerError, match=reason):
             reward_scorers.build(f"trained:{tmp_path / 'run'}")
-    file.write_text("[1]")
-    with pytest.raises(ScorerError, match=r"scorer.json: not the metadata of a scorer"):
-        reward_scorers.build(f"trained:{tmp_path / 'run'}")
     with pytest.raises(ScorerError, match=r"no scorer.json in it"):
         reward_scorers.build(f"trained:{tmp_path}")
 
@@ -257,8 +258,8 @@ def test_the_command(clip: str, source: Path, tmp_path: Path, capsys: pytest.Cap
     values = {"output_dir": str(tmp_path / "run"), "model": clip, "tune": "linear", "train": {"steps": 3}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train-scorer", str(tmp_path / "run.yaml"), f"data.path={source / 'warm.jsonl'}"]) == 0
-    told = capsys.readouterr().out
-    assert "new prompts" in told and f"the scorer is trained:{tmp_path / 'run' / 'scorer'}" in told
+    printed = capsys.readouterr().out
+    assert "new prompts" in printed and f"the scorer is trained:{tmp_path / 'run' / 'scorer'}" in printed
     assert cli.main(["train-scorer", str(tmp_path / "run.yaml"), "train.stesp=3"]) == 2
     assert "train.stesp: unknown key. Did you mean 'steps'" in capsys.readouterr().err
 

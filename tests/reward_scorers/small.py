@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from reward_scorers import Scorer, build
-from reward_scorers.hpsv2 import HPSv2Scorer
+from reward_scorers.clip import HPSv2Scorer
 from reward_scorers.imagereward import UNUSED, ImageRewardScorer, _Network
 from tests.tiny import byte_tokenizer
 

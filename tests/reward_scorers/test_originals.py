@@ -1,7 +1,7 @@
 """Parity with the originals' own code, which is fetched into a temporary folder; nothing of it is kept or imported.
 
-hpsv2 1.2.0 lacks its tokenizer's vocabulary, which open_clip has; its package file imports what nobody needs for a
-score. image-reward 1.5 imports names that transformers 5 dropped and fairscale's checkpointing; both are stood in for
+hpsv2 1.2.0 lacks its tokenizer's vocabulary, which open_clip has; its package file imports modules that no score
+needs. image-reward 1.5 imports names that transformers 5 dropped and fairscale's checkpointing; both are stood in for
 by what they did (head pruning is never used in a score).
 """
 
@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_scorers.hpsv2 import HPSv2Scorer
+from reward_scorers.clip import HPSv2Scorer
 from reward_scorers.imagereward import ImageRewardScorer
 from reward_scorers.images import to_rgb
 from tests.reward_scorers.small import MODES, PROMPTS, SIZES, TEXT, TINY, VISION, noise, write_imagereward

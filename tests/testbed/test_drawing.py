@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_align.data.media import load_clip, save_clip
+from t2i_align.data.media import save_clip
 from t2i_align.testbed import base_path, clips
 from t2i_align.testbed import prompts as split_prompts
 from t2i_align.testbed.captions import FAULTS, corrupt, describe, write
@@ -71,7 +71,7 @@ def test_unknown_names_are_errors():
 def test_lossless_clips_come_back_as_they_were(tmp_path):
     clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (FRAMES, 3, SIDE, SIDE), np.uint8))
     save_clip(clip, tmp_path / "clip.mp4", 8, lossless=True)
-    loaded = load_clip(tmp_path / "clip.mp4", FRAMES, SIDE, SIDE)
+    loaded = load(tmp_path / "clip.mp4", MediaSize(SIDE, SIDE, FRAMES)).pixels
     assert torch.equal((loaded * 255).round().byte(), clip)
 
 

@@ -139,7 +139,7 @@ def test_faults_in_time_lower_the_quality_of_their_frames_alone(cases, kind):
             scenes, segment = faults.spoil(clip, rng, kind)
         except ValueError:  # no room for a jump
             scenes, segment = clip.scenes, range(0)
-        drawn.append(faults.render_clip(scenes))
+        drawn.append(faults.to_clip(scenes, rng) / 255)
         segments.append([f in segment for f in range(FRAMES)])
     segments = np.array(segments)
     assert segments.any(axis=1).sum() > 30

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +16,17 @@ from torch import Tensor
 import pipelines
 from pipelines import FAMILIES, TrainablePipeline
 from t2i_align import align
-from t2i_align.data.media import save_clip
-from tests.runs import jsonl_pairs, run_values
-from tests.tiny import TINY, in_plain_diffusers
+from tests.runs import jsonl_clips, jsonl_pairs, run_values
+from tests.tiny import in_plain_diffusers
 
 NAMES = [*FAMILIES, "sd-v"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's tiny model, written when it is first asked for."""
-    folder = tmp_path_factory.mktemp("models")
-    return cache(lambda name: TINY[name](folder / name))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of images."""
-    return jsonl_pairs(tmp_path_factory.mktemp("images"), count=6)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of clips of 17 frames, which every tiny video model can cut to its own number."""
-    folder = tmp_path_factory.mktemp("clips")
-    lines = []
-    for i in range(6):
-        names = [f"{i}_{side}.mp4" for side in ("good", "bad")]
-        for k, name in enumerate(names):
-            generator = torch.Generator().manual_seed(2 * i + k)
-            blocks = torch.rand(17, 3, 4, 4, generator=generator)
-            save_clip(blocks.repeat_interleave(16, 2).repeat_interleave(16, 3), folder / name, 8)
-        lines.append({"prompt": f"prompt {i % 3}", "chosen": names[0], "rejected": names[1]})
-    file = folder / "clips.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Pairs of images, and of clips of 17 frames, which every tiny video model can cut to its own number."""
+    folder = tmp_path_factory.mktemp("data")
+    return jsonl_pairs(folder / "images", count=6), jsonl_clips(folder / "clips", frames=17)
 
 
 def sample(pipeline: TrainablePipeline) -> Tensor:
@@ -62,10 +36,11 @@ def sample(pipeline: TrainablePipeline) -> Tensor:
 @pytest.mark.parametrize("trained", ["lora", "model"])
 @pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
-    name: str, objective: str, trained: str, models: Any, images: Path, clips: Path, tmp_path: Path
+def test_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
+    name: str, objective: str, trained: str, path: Callable[[str], Path], data: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model, data = models(name), clips if name in FAMILIES and FAMILIES[name].video else images
+    images, clips = data
+    model, pairs = path(name), clips if name in FAMILIES and FAMILIES[name].video else images
     changes: dict[str, Any] = {
         "objective": {"name": objective, **({"beta": 100.0} if objective == "diffusion_dpo" else {})},
         "data__cache": trained == "lora",
@@ -78,10 +53,10 @@ def test_a_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
         "train__gradient_checkpointing": True,
         "health__max_error_rise": None,
     }
-    through = align(run_values(model, data, tmp_path / "through", train__steps=3, **changes), progress=False)
+    through = align(run_values(model, pairs, tmp_path / "through", train__steps=3, **changes), progress=False)
     assert through.steps == 3 and math.isfinite(through.metrics["loss"]) and through.metrics["update_norm"] > 0
-    align(run_values(model, data, tmp_path / "halves", train__steps=2, **changes), progress=False)
-    halves = run_values(model, data, tmp_path / "halves", train__steps=3, **changes)
+    align(run_values(model, pairs, tmp_path / "halves", train__steps=2, **changes), progress=False)
+    halves = run_values(model, pairs, tmp_path / "halves", train__steps=3, **changes)
     resumed = align(halves | {"resume": True}, progress=False)
     for mine, theirs in zip(files(resumed.weights), files(through.weights), strict=True):
         one, other = load_file(mine), load_file(theirs)

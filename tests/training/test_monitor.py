@@ -1,4 +1,4 @@
-"""Tallies of logged numbers."""
+"""Averages of logged metrics."""
 
 from __future__ import annotations
 
@@ -13,27 +13,24 @@ from t2i_align.training.monitor import MetricAverager
 NAN = math.nan
 
 
-def test_means_are_over_the_values_there_are() -> None:
-    """a: (1 + 3 + 8) / 3 = 4, and not the mean 5 of the micro-batches' means 2 and 8; b: never there; c: only 7."""
-    tally, step = MetricAverager(), MetricAverager()
+def test_means_leave_out_missing_values() -> None:
+    """a: (1 + 3 + 8) / 3 = 4, and not the mean 5 of the micro-batches' means 2 and 8; b: always missing; c: only 7."""
+    average, step = MetricAverager(), MetricAverager()
     step.add({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([NAN, NAN])})
     step.add({"a": torch.tensor([NAN, 8.0]), "b": torch.tensor([NAN, NAN])})
-    tally.merge(step)
-    tally.add({"c": torch.tensor([7.0])})
+    average.merge(step)
+    average.add({"c": torch.tensor([7.0])})
     accelerator = Accelerator(cpu=True)
-    assert tally.numbers(accelerator) == {"a": 4.0, "c": 7.0}
-    means = tally.means(accelerator)
+    assert average.numbers(accelerator) == {"a": 4.0, "c": 7.0}
+    means = average.means(accelerator)
     assert means["a"].item() == 4.0 and means["b"].isnan()
+    assert MetricAverager().numbers(accelerator) == {}
 
 
-def test_an_empty_tally_has_no_numbers() -> None:
-    assert MetricAverager().numbers(Accelerator(cpu=True)) == {}
-
-
-def test_a_tally_goes_on_from_what_was_reduced() -> None:
-    tally = MetricAverager()
-    tally.add({"a": torch.tensor([1.0, 2.0])})
-    again = MetricAverager(tally.reduced(Accelerator(cpu=True)))
-    for each in (tally, again):
+def test_average_continues_from_reduced_totals() -> None:
+    average = MetricAverager()
+    average.add({"a": torch.tensor([1.0, 2.0])})
+    again = MetricAverager(average.reduced(Accelerator(cpu=True)))
+    for each in (average, again):
         each.add({"a": torch.tensor([6.0])})
         assert each.numbers(Accelerator(cpu=True))["a"] == pytest.approx(3.0)

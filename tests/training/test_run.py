@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,58 +38,32 @@ def lora_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
 
 
-@pytest.mark.parametrize("source", ["jsonl", "folders"])
-@pytest.mark.parametrize("objective", ["diffusion_dpo", "sft"])
-def test_own_images_train_a_lora_that_plain_diffusers_loads(
-    source: str, objective: str, sd_path: Path, tmp_path: Path
-) -> None:
-    data = jsonl_pairs(tmp_path / "data") if source == "jsonl" else winner_loser_folders(tmp_path / "data")
-    result = align(run_values(sd_path, data, tmp_path / "run", objective={"name": objective}), progress=False)
-    assert result.steps == 4 and math.isfinite(result.metrics["loss"])
-    plain = StableDiffusionPipeline.from_pretrained(str(sd_path))
-    plain.load_lora_weights(str(result.weights))
-    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": "", "output_type": "pt"}
-    theirs = plain("prompt 1", generator=torch.Generator().manual_seed(2), **options).images
-    ours = pipelines.load(sd_path)
-    before = ours.generate(["prompt 1"], [2], steps=3, guidance=4.0)
-    ours.load_lora(result.weights)
-    assert torch.equal(ours.generate(["prompt 1"], [2], steps=3, guidance=4.0), theirs)
-    assert (theirs - before).abs().max() > 1e-5
-
-
-def test_full_fine_tuning_saves_a_pipeline_that_plain_diffusers_loads(
-    sd_path: Path, pairs: Path, tmp_path: Path
-) -> None:
-    result = align(run_values(sd_path, pairs, tmp_path / "run", lora=None), progress=False)
-    plain = StableDiffusionPipeline.from_pretrained(str(result.weights))
-    trained, base = plain.unet.state_dict(), pipelines.load(sd_path).denoiser.state_dict()
-    assert any(not torch.equal(trained[name], base[name]) for name in base)
-    theirs = plain("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert torch.equal(pipelines.load(result.weights).generate(["a"], [0], steps=2), theirs)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("reference", ["adapter_off", "copy", "offloaded_copy"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__reference": "adapter_off"},
+        {"train__reference": "copy"},
+        {"train__reference": "offloaded_copy"},
+        {"lora": None},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
 def test_first_loss_is_log_2_for_every_reference_and_precision(
-    precision: str, reference: str, sd_path: Path, pairs: Path, tmp_path: Path
+    precision: str, changes: dict, sd_path: Path, sd_v_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    values = run_values(
-        sd_path, pairs, tmp_path / "run", train__steps=1, train__precision=precision, train__reference=reference
-    )
+    model = sd_v_path if "lora" in changes else sd_path
+    values = run_values(model, pairs, tmp_path / "run", train__steps=1, train__precision=precision, **changes)
     assert align(values, progress=False).metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
-def test_full_fine_tuning_starts_at_log_2(sd_v_path: Path, pairs: Path, tmp_path: Path) -> None:
-    for precision in ("fp32", "bf16"):
-        values = run_values(
-            sd_v_path, pairs, tmp_path / precision, lora=None, train__steps=1, train__precision=precision
-        )
-        assert align(values, progress=False).metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
-
-
-def test_cached_and_on_the_fly_encoding_train_alike(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
-    cached = align(run_values(sd_path, pairs, tmp_path / "a"), progress=False)
-    fly = align(run_values(sd_path, pairs, tmp_path / "b", data__cache=False), progress=False)
+@pytest.mark.parametrize("source", [jsonl_pairs, winner_loser_folders])
+def test_cached_and_on_the_fly_encoding_train_alike(
+    source: Callable[[Path], Path], sd_path: Path, tmp_path: Path
+) -> None:
+    data = source(tmp_path / "data")
+    cached = align(run_values(sd_path, data, tmp_path / "a"), progress=False)
+    fly = align(run_values(sd_path, data, tmp_path / "b", data__cache=False), progress=False)
     # The cache holds half precision, so the runs agree to its rounding and not to the bit.
     for ours, theirs in zip(metrics(cached.output_dir), metrics(fly.output_dir), strict=True):
         assert ours["error/chosen"] == pytest.approx(theirs["error/chosen"], rel=5e-3)
@@ -122,7 +96,7 @@ def test_batch_8_equals_2_times_4_accumulated(objective: dict, sd_path: Path, pa
         assert value.item() == pytest.approx(theirs[name].item(), rel=1e-5), name
 
 
-def test_a_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     """Margins by quarter of the schedule: weighed by how many groups fell into each, they make up the whole mean.
 
     Times follow from the seed, so their numbers in 2 steps of 2 x 2 are known; a quarter without any has no line.
@@ -146,7 +120,7 @@ def test_a_logged_mean_is_over_the_groups_to_which_a_metric_applies(sd_path: Pat
         whole = sum(count * line[name] for name, count in counts.items() if count) / 8
         assert line["rewards/margins"] == pytest.approx(whole, rel=1e-4)
         empty += sum(count == 0 for count in counts.values())
-    assert empty and whole != 0, "no quarter was without groups, or all margins were 0: nothing was tried"
+    assert empty and whole != 0, "every quarter had groups, or all margins were 0: nothing was tested"
 
 
 def test_automatic_beta_follows_the_gradient_factor(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
@@ -182,10 +156,10 @@ def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> N
 @pytest.mark.parametrize(
     ("number", "objective"), [(signal.SIGKILL, STATEFUL["automatic_beta"]), (signal.SIGINT, STATEFUL["lcpo"])]
 )
-def test_a_killed_run_resumes_to_the_very_same_bits(
+def test_killed_run_resumes_bit_for_bit(
     number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all of them come back."""
+    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all are restored."""
     options = {
         "objective": objective,
         "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
@@ -222,7 +196,7 @@ def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, 
     assert finished.metrics == again.metrics and finished.metrics["loss"] > 0
 
 
-def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     """4 x 1 may become 2 x 2 in the middle of a run; another size of step is refused."""
     cache = {"data__cache_dir": str(tmp_path / "cache")}
     whole = align(run_values(sd_path, pairs, tmp_path / "whole", train__steps=6, **cache), progress=False)
@@ -236,7 +210,7 @@ def test_a_resumed_step_takes_as_many_groups_as_before(sd_path: Path, pairs: Pat
         torch.testing.assert_close(lora_of(resumed.output_dir)[name], tensor, rtol=1e-3, atol=1e-6)
 
 
-def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", optim__schedule="cosine")
     align(values, progress=False)
     with pytest.raises(UserError, match=r"train.steps is 4 there, 8 here"):
@@ -249,7 +223,7 @@ def test_a_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: P
 
 @settings
 class Fitted(DiffusionDPO):
-    """Its label smoothing is the least score of the data, where it is left open."""
+    """Label smoothing defaults to the minimum score of the data."""
 
     smoothing: float | None = None
 
@@ -273,20 +247,20 @@ def test_hyper_parameters_fitted_to_the_data_are_printed_kept_and_resumed(
         align(changed, progress=False)
 
 
-def test_unset_hyper_parameter_that_data_do_not_fill_is_another_run(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_clearing_a_hyper_parameter_is_another_run(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", objective__guard=0.9)
     align(values, progress=False)
     with pytest.raises(UserError, match=r"objective.guard is 0.9 there, None here"):
         align({**values, "objective": {**values["objective"], "guard": None}, "resume": True}, progress=False)
 
 
-def test_a_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".writing_run.yaml").write_text("output_d")
     assert align(run_values(sd_path, pairs, tmp_path / "run"), progress=False).steps == 4
 
 
-def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run")
     align(values, progress=False)
     newest = checkpoint.all_steps(tmp_path / "run")[-1]
@@ -299,7 +273,7 @@ def test_a_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Pat
         align({**values, "resume": True}, progress=False)
 
 
-def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run")
     align(values, progress=False)
     before = lora_of(tmp_path / "run")
@@ -315,7 +289,7 @@ def test_an_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: P
     assert same(lora_of(tmp_path / "run"), before)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     sd_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
@@ -352,29 +326,15 @@ def test_weights_after_a_non_finite_gradient_are_never_saved(sd_path: Path, pair
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"objective": {"name": "dpo"}}, UserError, "unknown objective 'dpo'"),
-        ({"objective__beta": 0}, UserError, "beta must be a positive number, found 0"),
-        ({"lora__rank": 0}, UserError, "lora.rank must be a whole number of at least 1, found 0"),
-        ({"lora__rnk": 4}, UserError, r"lora.rnk: unknown key. Did you mean 'rank'"),
         ({"data__resolution": 33}, PipelineError, "33 x 33 pixels do not fit sd"),
         ({"data__path": "/nowhere/pairs.jsonl"}, UserError, "/nowhere/pairs.jsonl"),
         ({"model__path": "/nowhere"}, UserError, "/nowhere: no such model"),
         ({"train__attention": "flash"}, PipelineError, "Choices: native, xformers"),
-        (
-            {"train__timestep_sampling": "cosine"},
-            UserError,
-            "train.timestep_sampling must be 'uniform', 'logit_normal' or 'geometric', found 'cosine'",
-        ),
-        ({"optim__schedule": "cosin"}, UserError, "optim.schedule must be .* found 'cosin'. Did you mean 'cosine'"),
-        ({"optim__schedule": "piecewise_constant"}, UserError, "optim.schedule must be .* found 'piecewise_constant'"),
-        ({"optim__schedule": "constant"}, UserError, "'constant' takes no warm-up, found optim.warmup_steps=2"),
         ({"optim__optimizer": "adamw8bit"}, UserError, "needs bitsandbytes"),
         ({"lora__targets": ["to_x"]}, PipelineError, "'to_x' matches no module"),
         ({"train__precision": "fp16"}, UserError, "'fp16' needs a CUDA GPU"),
         ({"log__trackers": ["wandb"]}, UserError, "'wandb' is not installed: pip install wandb"),
-        ({"lora": None, "train__reference": "adapter_off"}, UserError, "needs a LoRA"),
         ({"validation": {"every": 1, "scorers": ["clipp"]}}, UserError, r"Choices: .*clip, .*oracle"),
-        ({"log__trackers": ["mlflow"]}, UserError, "log.trackers"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -404,7 +364,7 @@ def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_pat
     assert names == ["step_000000.png", "step_000002.png", "step_000004.png"]
     assert list(result.output_dir.rglob("events.out.tfevents.*"))
     plain = align(run_values(sd_path, pairs, tmp_path / "plain", **cache), progress=False)
-    assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "looking must not change the run"
+    assert same(lora_of(plain.output_dir), lora_of(result.output_dir)), "validation must not change the run"
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
@@ -419,7 +379,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(sd_path: Path, pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["adapter_off", "copy"])
-def test_a_compiled_run_starts_at_log_2_too(reference: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+def test_compiled_run_starts_at_log_2(reference: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", train__compile=True, train__reference=reference)
     assert align(values, progress=False).steps == 4
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)

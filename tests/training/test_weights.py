@@ -10,7 +10,7 @@ from t2i_align.errors import UserError
 from t2i_align.training.weights import Weights, older_policy
 
 
-def test_other_weights_hold_inside_the_block_and_the_policys_come_back_after_an_error() -> None:
+def test_named_weights_apply_inside_the_block_and_are_restored_after_an_error() -> None:
     network = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     network[0].requires_grad_(False)
     weights, x = Weights(network), torch.randn(4, 2)
@@ -33,7 +33,7 @@ def test_other_weights_hold_inside_the_block_and_the_policys_come_back_after_an_
         weights.using("reference")
 
 
-def test_a_checkpoint_holds_each_of_them_under_its_name() -> None:
+def test_checkpoint_has_all_weights_under_their_names() -> None:
     weights = Weights(nn.Linear(1, 1))
     weights.variants["ema"] = older_policy(weights)
     state = {name: torch.full_like(tensor, i) for i, (name, tensor) in enumerate(weights.state().items())}

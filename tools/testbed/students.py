@@ -16,6 +16,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 from torch import Tensor, nn
 
 import pipelines
+from pipelines.base import Family
 from t2i_align.testbed.scenes import SIDE
 from tools.testbed.networks import build, build_word_tokenizer, image_words
 
@@ -30,8 +31,7 @@ class Student:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
         """The student's native prediction [B, 4, 16, 16]. Unlike `encode_prompts`, gradients reach text encoders."""
-        outputs = self.family.pipe.encode_prompt(captions, device=noisy.device, **self.family.text_options)
-        conditioning = dict(zip(self.family.text_outputs, outputs, strict=False))
+        conditioning = Family.encode_prompts.__wrapped__(self.family, captions)  # type: ignore[attr-defined]
         if self.family.size_conditioned:
             conditioning["time_ids"] = _random_sizes(len(noisy), rng)
         return self.family.predict(noisy, timesteps, conditioning)
