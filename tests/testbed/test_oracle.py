@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reward_scorers import ScorerError
+from t2i_align.errors import UserError
 from t2i_align.inference.options import build_scorers
 from t2i_align.testbed import captions, clips
 from t2i_align.testbed.clips import DIRECTIONS, FRAMES, TURNS
@@ -147,6 +148,34 @@ def test_faults_in_time_lower_the_quality_of_their_frames_alone(cases, kind):
     np.testing.assert_array_equal(verdict.faithfulness, case.verdict.faithfulness)
     np.testing.assert_allclose(verdict.image, case.verdict.image, atol=0.1)
     assert verdict.frames[~segments].min() > 0.9 and verdict.frames[segments].max() < 0.8
+
+
+def test_the_image_scorer_gives_the_oracles_numbers_and_parts(cases):
+    texts, images = cases[IMAGES].texts, cases[IMAGES].pixels
+    scorer, prompts = build_scorers("oracle")[0], texts[:12]
+    pixels = torch.from_numpy(np.asarray(images[:12], dtype=np.float32)).permute(0, 3, 1, 2)
+    verdict = Oracle().judge(pixels, prompts)
+    total, parts = scorer.judge(pixels, prompts)
+    assert (scorer.name, scorer.version, scorer.differentiable) == ("oracle", Oracle.version, False)
+    assert parts.keys() == {"faithfulness", "quality", "strict", *verdict.attributes} and total.dtype == torch.float32
+    expected = {"quality": verdict.quality, "relation": verdict.attributes["relation"]}
+    for scores, truth in ((total, verdict.reward), (scorer.score(pixels, prompts), verdict.reward),
+                          *((parts[name], values) for name, values in expected.items())):  # fmt: skip
+        np.testing.assert_allclose(scores.numpy(), truth, rtol=1e-6)
+    assert parts["relation"].isnan().any() and not parts["relation"].isnan().all()
+    assert total.mean() > scorer.score(pixels, [*prompts[1:], prompts[0]]).mean() + 0.1  # another prompt scores lower
+
+
+def test_foreign_prompts_sizes_and_arguments_of_the_image_scorer_are_named():
+    scorer = build_scorers(["oracle"])[0]
+    with pytest.raises(ScorerError, match=r"prompts\[1\].*a photo of a cat"):
+        scorer.check_prompts(["a red circle", "a photo of a cat"])
+    with pytest.raises(ScorerError, match=r"prompts\[0\].*a photo of a cat"):
+        scorer.score(torch.rand(1, 3, 64, 64), ["a photo of a cat"])
+    with pytest.raises(ScorerError, match="expected square images, found 65 x 64"):
+        scorer.score(torch.rand(1, 3, 64, 65), ["a red circle"])
+    with pytest.raises(UserError, match="takes no argument"):
+        build_scorers(["oracle:v2"])
 
 
 def test_the_clip_scorer_sees_whole_clips(cases):
