@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_align.data.media import save_clip
+from t2i_align.data.media import MediaSize, load, save_clip
 from t2i_align.testbed import base_path, clips
 from t2i_align.testbed import prompts as split_prompts
 from t2i_align.testbed.captions import FAULTS, corrupt, describe, write
