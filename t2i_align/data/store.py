@@ -307,7 +307,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = _read_manifest(path)
-        self.index = read_table(path / INDEX)
+        index = read_table(path / INDEX)
+        self.index = dict(zip(index.schema.names, index.columns, strict=True))
         self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in INDEX_TYPES)
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
         counts = {name: [shard[name] for shard in self.manifest["shards"]] for name in ("groups", "texts")}
