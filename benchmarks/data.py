@@ -5,7 +5,7 @@
 
 - size: a fresh process opens a cache of synthetic latents, selects and shuffles groups and loads the first batch.
   Then batches are timed with all shards open, interleaved with batches from a cache of a thousand groups.
-- prepare: images per second of `prepare.write`, which also decodes images and encodes prompts (one per 15 pairs, as in
+- prepare: images per second of `store.write`, which also decodes images and encodes prompts (one per 15 pairs, as in
   Pick-a-Pic v2), against a loop that only runs the same VAE over the same pixels in memory; interleaved.
 - kills: `prepare` is killed with SIGKILL at random moments, continued and killed again; in the end every file must
   equal that of an uninterrupted `prepare`.
@@ -40,13 +40,14 @@ from diffusers import AutoencoderKL
 import pipelines
 from t2i_align.config import DataConfig
 from t2i_align.data import encode, readers
-from t2i_align.data.loader import PreferenceDataset, _choose
+from t2i_align.data.encode import Encoder, Row
+from t2i_align.data.loader import PreparedDataset, choose
 from t2i_align.data.media import load_pixels
-from t2i_align.data.prepare import Encoder, Row, write
 from t2i_align.data.schema import Group
-from t2i_align.data.store import Store
+from t2i_align.data.store import Store, write
 from t2i_align.inference.models import resolve_model
 from t2i_align.objectives.base import Requirements
+from t2i_align.utils.files import LOCK
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, PROMPT_SHAPE = (4, 4, 4), (2, 8)  # small latents and embeddings: a batch costs what finding its rows costs
@@ -58,28 +59,23 @@ class Synthetic(Encoder):
     """An encoder that returns random latents and runs no model."""
 
     columns = {"latents": pa.large_binary(), "shape": pa.list_(pa.int32()), "size": pa.list_(pa.int32())}
-    text_columns = {"embedding:prompt_embeds": pa.large_binary()}
+    text_columns = {"text": pa.string(), "embedding:prompt_embeds": pa.large_binary()}
     rows_per_shard, rows_at_once = 1024, 256
     description = {"conditioning": {"prompt_embeds": {"shape": list(PROMPT_SHAPE), "dtype": "float16"}}}
 
     def __init__(self) -> None:
-        self.new, self.known = [""], {""}
         self.values = np.random.default_rng(0).standard_normal((64, *SHAPE)).astype(np.float16)
 
     def encode(self, groups: Sequence[Group]) -> list[Row | str]:
-        self.new += [text for text in dict.fromkeys(group.prompt for group in groups) if text not in self.known]
-        self.known.update(self.new)
         return [
             {"latents": b"".join(self.values[(2 * int(group.id) + n) % 64].tobytes() for n in range(2)),
              "shape": SHAPE, "size": (16, 16)}
             for group in groups
         ]  # fmt: skip
 
-    def take_texts(self) -> list[Row]:
+    def encode_texts(self, texts: Sequence[str]) -> list[Row | None]:
         embedding = np.zeros(PROMPT_SHAPE, np.float16).tobytes()
-        rows = [{"text": text, "embedding:prompt_embeds": embedding} for text in self.new]
-        self.new = []
-        return rows
+        return [{"text": text, "embedding:prompt_embeds": embedding} for text in texts]
 
 
 def synthetic(folder: Path, groups: int) -> Path:
@@ -93,9 +89,9 @@ def synthetic(folder: Path, groups: int) -> Path:
     return out
 
 
-def opened(folder: Path) -> tuple[PreferenceDataset, Iterator[Any]]:
+def opened(folder: Path) -> tuple[PreparedDataset, Iterator[Any]]:
     """The dataset with its groups selected, and its shuffled loader, as training opens them."""
-    source = _choose(Store(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
+    source = choose(Store(folder), Requirements(candidates=2, ties=False), DataConfig(path=str(folder)))
     return source, source.loader(seed=0, start_step=0, batch_size=BATCH)
 
 
@@ -121,10 +117,10 @@ def size(folder: Path, groups: int, batches: int) -> list[tuple[str, str, str]]:
     opening_process = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     times: dict[Path, list[float]] = {large: [], small: []}
     loaders = {path: opened(path) for path in times}
-    shards = len(loaders[large][0].groups.manifest["shards"])
+    shards = len(loaders[large][0].store.manifest["shards"])
     start = time.perf_counter()
     for number in range(shards):
-        loaders[large][0].groups.shard(number)
+        loaders[large][0].store.locate(1024 * number)
     opening = (time.perf_counter() - start) / shards
     for _ in range(batches):
         for path, (source, loader) in loaders.items():
@@ -233,7 +229,7 @@ def check(one: Path, other: Path) -> bool:
         {
             file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
             for file in folder.rglob("*")
-            if file.is_file() and file.name != ".lock"
+            if file.is_file() and file.name != LOCK
         }
         for folder in (one, other)
     ]

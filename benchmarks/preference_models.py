@@ -33,11 +33,11 @@ from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import ACCURACY, train_scorer
 from t2i_align.testbed.captions import Statement, describe, draw_for, draw_image, draw_wrong, write
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.testbed.prompts import split_of
 from t2i_align.testbed.scenes import render, sample_scene
+from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
 from t2i_align.utils.settings import build
-from tools.testbed.annotators import TRAITS, Annotator, Expert, Person
+from tools.testbed.annotators import TRAITS, Annotator
 from tools.testbed.clip import pretrain, save_clip
 from tools.testbed.pairs import decode, encode_jpeg, take
 
@@ -86,7 +86,7 @@ def expert_stage(options: argparse.Namespace) -> None:
         file = options.work / f"expert_{split}.parquet"
         if not file.exists():
             rng = np.random.default_rng((7, split == "test"))
-            write_pairs(file, expert_pairs(split, count, rng), [Expert()] * count)
+            write_pairs(file, expert_pairs(split, count, rng), [Annotator()] * count)
     for seed in range(options.seeds):
         for tune, loss in (("full", "pickscore"),) if seed else (("full", "pickscore"), ("linear", "imagereward")):
             name = f"expert_{tune}_{seed}"
@@ -183,12 +183,12 @@ def statements(
             yield statement
 
 
-def person(number: int) -> Person:
+def person(number: int) -> Annotator:
     """Even numbers have TASTE, odd ones its negative; each with individual deviations."""
     rng = np.random.default_rng((13, number))
     sign = 1 if number % 2 == 0 else -1
     weights = [sign * TASTE[trait] + SPREAD * rng.standard_normal() for trait in TRAITS]
-    return Person(number, number % 2, tuple(weights), care=0.2)
+    return Annotator(user_id=number, weights=tuple(weights), care=0.2)
 
 
 def write_pairs(

@@ -86,8 +86,9 @@ def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:
     entries = values.get("scorers")
     if isinstance(entries, list):
         entries = [{"scorer": entry} if isinstance(entry, str | Scorer) else entry for entry in entries]
+        values = {**values, "scorers": entries}
     try:
-        config = Combination.model_validate({**values, "scorers": entries})
+        config = Combination.model_validate(values)
     except ValidationError as error:
         raise ScorerError("combine: " + "; ".join(map(_described, error.errors()))) from None
     for key, rule, sections in (("weight", "weighted_sum", config.scorers), ("strength", "mean_minus_std", [config])):
@@ -109,7 +110,9 @@ def _described(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = (Member if "[" in where else Combination).model_fields
         return f"unknown key {where!r}. Choices: {', '.join(sorted(known))}"
-    return f"{where}: {error['msg']}, found {error['input']!r}"
+    if error["type"] == "missing":
+        return f"{where}: missing key"
+    return f"{where}: {error['msg'].replace('Input should be', 'must be')}, found {error['input']!r}"
 
 
 class Combined(Scorer):

@@ -77,9 +77,9 @@ class ImageRewardScorer(Scorer):
         vision: dict[str, Any] = VISION,
         text: dict[str, Any] = TEXT,
     ) -> None:
-        self.tokenizer = load_tokenizer(tokenizer, self.name)
         self.model = _Network(vision, text)
         weights = load_checkpoint(self.model, checkpoint, self.name, HUB, target="the network", rename=renamed)
+        self.tokenizer = load_tokenizer(tokenizer, self.name)
         side = vision["image_size"]
         self.preprocess = Preprocess(shortest_side(side), CenterCrop(side))
         self.version = f"transformers {transformers.__version__}, weights {weights}"

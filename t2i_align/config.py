@@ -116,7 +116,7 @@ class OptimConfig:
 
     lr: Positive = 1e-4
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: Annotated[tuple[Decay, Decay], Field(description="two numbers in [0, 1)")] = (0.9, 0.999)
     weight_decay: NonNegative = 1e-2
     schedule: Schedule = "constant_with_warmup"
     warmup_steps: Whole = 0

@@ -48,6 +48,8 @@ def quickstart(
     started = time.monotonic()
     if any(override.partition("=")[0] == "output_dir" for override in overrides):
         raise UserError("output_dir: the quickstart's run lies in its own output folder; choose that with --output")
+    if count < 1:
+        raise UserError(f"count must be a whole number of at least 1, found {count}")
     folder = Path(output).expanduser()
     # The latents outlive the folder that is replaced: they are the same next time.
     paths = [f"output_dir={folder / 'run'}", f"data.cache_dir={folder.parent / 'cache'}"]

@@ -109,7 +109,8 @@ def prepare(config: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     from accelerate import Accelerator
 
     from t2i_align import config as configuration
-    from t2i_align.data.store import SKIPPED, Store
+    from t2i_align.data.loader import PreparedDataset
+    from t2i_align.data.store import SKIPPED
     from t2i_align.training.run import load_data, load_model
 
     run = configuration.load(config, overrides)
@@ -119,9 +120,9 @@ def prepare(config: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise UserError("data.stream encodes each batch as it comes, so there is nothing to prepare")
     accelerator = Accelerator()
     source = load_data(run, accelerator, load_model(run, accelerator.device), progress=True)
-    assert isinstance(source.groups, Store)  # on the fly was refused above
-    skipped = {"why_skipped": source.groups.path / SKIPPED} if source.counts["skipped"] else {}
-    return {**source.counts, "cache": source.groups.path, **skipped}
+    assert isinstance(source, PreparedDataset)  # on the fly was refused above
+    skipped = {"why_skipped": source.store.path / SKIPPED} if source.counts["skipped"] else {}
+    return {**source.counts, "cache": source.store.path, **skipped}
 
 
 def objectives(name: str | None = None) -> str:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_align.data.buckets import nearest
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.prepare import Encoder, Row
-from t2i_align.data.schema import Group, Media, Survey
+from t2i_align.data.schema import COLUMNS, Conditioning, Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -27,8 +29,32 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
 BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for images; clips go one by one
+LEAST_AREA = 0.9  # of an aspect-ratio bucket, relative to the square's
 Size = tuple[int, int]  # (height, width) in pixels
-Place = tuple[int, int]  # (group, candidate)
+Row = dict[str, Any]
+
+
+class Encoder(ABC):
+    """What is stored of a group's candidates and texts, beside the columns that all groups have.
+
+    columns: names and types of what `encode` adds to a row. text_columns: of a text, and of what `encode_texts` adds.
+    rows_per_shard, rows_at_once: source rows in a shard, and of these, how many are encoded together.
+    description: entries of the manifest.
+    """
+
+    columns: dict[str, pa.DataType]
+    text_columns: dict[str, pa.DataType] = {"text": pa.string()}
+    rows_per_shard: int
+    rows_at_once: int
+    description: dict[str, Any] = {}
+
+    @abstractmethod
+    def encode(self, groups: Sequence[Group]) -> list[Row | str]:
+        """A row of `columns` for each group, or the reasons why there is none."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Row | None]:
+        """A row of `text_columns` for each text; None where its encoding is not finite."""
+        return [{"text": text} for text in texts]
 
 
 class Latents(Encoder):
@@ -63,20 +89,18 @@ class Latents(Encoder):
         largest = max(sizes, key=math.prod)
         blank = torch.zeros(1, *(() if frames is None else (frames,)), 3, *largest)
         self.latent_bytes = 2 * pipeline.encode_pixels(blank)[0].numel()
-        (empty,) = self._text_rows([""])
+        (empty,) = self.encode_texts([""])
         if empty is None:
             raise UserError("the text encoder's output for the empty prompt is not finite in half precision")
         self.text_bytes = sum(map(len, empty.values()))
         self.columns = {"latents": pa.large_binary(), "shape": pa.list_(pa.int32()), "size": pa.list_(pa.int32())}
         if pipeline.size_conditioned:
             self.columns["sizes"] = pa.list_(pa.int32())  # height and width of each candidate in turn
-        self.text_columns = dict.fromkeys(empty, pa.large_binary())
+        self.text_columns = {**dict.fromkeys(empty, pa.large_binary()), "text": pa.string()}
         row_bytes = 2 * self.latent_bytes + texts_per_group * self.text_bytes
         self.rows_per_shard = max(1, min(MAX_ROWS_PER_SHARD, SHARD_BYTES // row_bytes))
         self.rows_at_once = max(1, batch_size) * (BATCHES_AT_ONCE if frames is None else 1)
         self.description = {"frames": frames, "fps": fps, "conditioning": self.layout}
-        self._known, self._unusable = {""}, set[str]()
-        self._new: list[Row] = [{"text": "", **empty}]
         self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def check_space(self, out: Path, survey: Survey) -> None:
@@ -90,110 +114,67 @@ class Latents(Encoder):
     def encode(self, groups: Sequence[Group]) -> list[Row | str]:
         """Each group at the size of its bucket, or the reasons why it cannot be used."""
         sizes = list(self._threads.map(self._size, groups))
-        results = self._encode_candidates(groups, sizes)
-        self._encode_new_texts([text for group in groups for text in group.texts])
-        out: list[Row | str] = []
-        for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        results = iter(self._encode_media([
+            (media, size) for group, size in zip(groups, sizes, strict=True) for media in group.candidates
+        ]))  # fmt: skip
+        return [
             # One result per candidate, good or bad: an image that fails cannot shift its neighbours.
-            own = [results[number, place] for place in range(len(group.candidates))]
-            good = [result for result in own if not isinstance(result, str)]
-            reasons = [
-                f"candidate {place + 1} (best first): {result}"
-                for place, result in enumerate(own)
-                if isinstance(result, str)
-            ]
-            reasons += [
-                f"the embedding of {text!r} is not finite in half precision"
-                for text in group.texts
-                if text in self._unusable
-            ]
-            if reasons:
-                out.append("; ".join(reasons))
-                continue
-            row: Row = {"latents": b"".join(latents.numpy().tobytes() for latents, _ in good), "size": size,
-                        "shape": good[0][0].shape}  # fmt: skip
-            if self.pipeline.size_conditioned:
-                row["sizes"] = [side for _, original in good for side in original]
-            out.append(row)
-        return out
-
-    def take_texts(self) -> list[Row]:
-        """Rows of the texts encoded since the last call."""
-        texts, self._new = self._new, []
-        return texts
-
-    def know_texts(self, texts: Iterable[str]) -> None:
-        """Note texts that are stored already, or by another process."""
-        self._known.update(texts)
-        self._new = []  # the empty text, which the first shard has
-
-    def _size(self, group: Group) -> Size:
-        """That of the bucket nearest to the images' aspect ratios; a square where one of them cannot be measured."""
-        if len(self.sizes) == 1:
-            return self.sizes[0]
-        measured = [size for media in group.candidates if (size := measure(media))]
-        return self.sizes[nearest(measured if len(measured) == len(group.candidates) else [(1, 1)], self.sizes)]
-
-    def _encode_candidates(
-        self, groups: Sequence[Group], sizes: Sequence[Size]
-    ) -> dict[Place, tuple[Tensor, Size] | str]:
-        """The latents and original size of each candidate, or the reason why there are none."""
-        by_size: dict[Size, list[Place]] = {}
-        for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
-            by_size.setdefault(size, []).extend((number, place) for place in range(len(group.candidates)))
-        step = self.batch_size if self.frames is None else 1
-        chunks = [
-            (size, places[start : start + step])
-            for size, places in by_size.items()
-            for start in range(0, len(places), step)
+            self._row(size, list(islice(results, len(group.candidates))))
+            for group, size in zip(groups, sizes, strict=True)
         ]
-        out: dict[Place, tuple[Tensor, Size] | str] = {}
-        for (_, places), loaded in zip(chunks, self._loaded(groups, chunks), strict=True):
-            pixels = [one.pixels for one in loaded if isinstance(one, Loaded)]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Row | None]:
+        """The stored bytes of each text's conditioning by column; None where it is not finite in its dtype."""
+        parts = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
+        return [row for part in parts for row in self._text_rows(part)]
+
+    def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str]) -> Row | str:
+        if reasons := _reasons(results):
+            return reasons
+        latents, originals = zip(*results, strict=True)
+        content = b"".join(one.numpy().tobytes() for one in latents)
+        row: Row = {"latents": content, "size": size[:2], "shape": latents[0].shape}
+        if "sizes" in self.columns:
+            row["sizes"] = [side for original in originals for side in original]
+        return row
+
+    def _size(self, group: Group) -> MediaSize:
+        """That of the bucket nearest to the images' aspect ratios; a square where one of them cannot be measured."""
+        bucket = 0
+        if len(self.sizes) > 1:
+            measured = [size for media in group.candidates if (size := measure(media))]
+            bucket = nearest(measured if len(measured) == len(group.candidates) else [(1, 1)], self.sizes)
+        return MediaSize(*self.sizes[bucket], self.frames, self.fps)
+
+    def _encode_media(self, media: Sequence[tuple[Media, MediaSize]]) -> list[tuple[Tensor, Size] | str]:
+        """The latents and original size of each image or clip, or the reason why there are none."""
+        by_size: dict[MediaSize, list[int]] = {}
+        for place, (_, size) in enumerate(media):
+            by_size.setdefault(size, []).append(place)
+        step = self.batch_size if self.frames is None else 1
+        chunks = [places[start : start + step] for places in by_size.values() for start in range(0, len(places), step)]
+        out: dict[int, tuple[Tensor, Size] | str] = {}
+        decoded = self._decoded([[media[place] for place in places] for places in chunks])
+        for places, results in zip(chunks, decoded, strict=True):
+            pixels = [result.pixels for result in results if isinstance(result, Loaded)]
             latents = iter(self.pipeline.encode_pixels(torch.stack(pixels)).half().cpu() if pixels else ())
-            for place, one in zip(places, loaded, strict=True):
-                if isinstance(one, str):
-                    out[place] = one
+            for place, result in zip(places, results, strict=True):
+                if isinstance(result, str):
+                    out[place] = result
                 else:
                     encoded = next(latents)
-                    out[place] = (encoded, one.size) if encoded.isfinite().all() else "its latents are not finite"
-        return out
+                    out[place] = (encoded, result.size) if encoded.isfinite().all() else "its latents are not finite"
+        return [out[place] for place in range(len(media))]
 
-    def _loaded(self, groups: Sequence[Group], chunks: Sequence[tuple[Size, Sequence[Place]]]) -> Iterator[Any]:
-        """The chunks' candidates, decoded; while one chunk is encoded, the next is decoded."""
-
-        def load_one(media: Media, size: MediaSize) -> Loaded | str:
-            try:
-                return load(media, size)
-            except ImageError as error:
-                return str(error)
-
-        started = (
-            self._threads.map(
-                load_one,
-                [groups[number].candidates[place] for number, place in places],
-                [MediaSize(*size, self.frames, self.fps)] * len(places),
-            )
-            for size, places in chunks
-        )
+    def _decoded(self, chunks: Sequence[Sequence[tuple[Media, MediaSize]]]) -> Iterator[list[Loaded | str]]:
+        """The chunks' images and clips; while one chunk is encoded, the next is decoded."""
+        started = (self._threads.map(lambda item: _or_reason(load, *item), chunk) for chunk in chunks)
         coming = next(started, None)
         while coming is not None:
             loaded, coming = list(coming), next(started, None)  # in this order: `map` begins at once
             yield loaded
 
-    def _encode_new_texts(self, texts: Sequence[str]) -> None:
-        new = [text for text in dict.fromkeys(texts) if text not in self._known and text not in self._unusable]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            for text, row in zip(part, self._text_rows(part), strict=True):
-                if row is None:
-                    self._unusable.add(text)
-                else:
-                    self._known.add(text)
-                    self._new.append({"text": text, **row})
-
-    def _text_rows(self, texts: Sequence[str]) -> list[dict[str, bytes] | None]:
-        """The stored bytes of each text's conditioning by column; None where it is not finite in its dtype."""
+    def _text_rows(self, texts: Sequence[str]) -> list[Row | None]:
         dtype, masks = self.pipeline.conditioning_dtype, self.pipeline.conditioning_masks
         conditioning = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu()
@@ -208,13 +189,14 @@ class Latents(Encoder):
             }
             for name, tensor in stored.items()
         }
-        rows: list[dict[str, bytes] | None] = []
-        for number in range(len(texts)):
+        rows: list[Row | None] = []
+        for number, text in enumerate(texts):
             own = {name: tensor[number] for name, tensor in stored.items()}
             for name in own.keys() & masks.keys():
                 own[name] = own[name][conditioning[masks[name]][number].bool()]
             finite = all(bool(tensor.isfinite().all()) for tensor in own.values())
-            rows.append({f"embedding:{name}": _to_bytes(tensor) for name, tensor in own.items()} if finite else None)
+            columns = {f"embedding:{name}": _to_bytes(tensor) for name, tensor in own.items()}
+            rows.append({"text": text, **columns} if finite else None)
         return rows
 
 
@@ -233,15 +215,70 @@ class Undecoded(Encoder):
             return list(threads.map(self._row, groups))
 
     def _row(self, group: Group) -> Row | str:
-        for place, media in enumerate(group.candidates):
-            try:
-                decode(media)
-            except ImageError as error:
-                return f"candidate {place + 1} (best first): {error}"
-        return {
+        return _reasons([_or_reason(decode, media) for media in group.candidates]) or {
             "paths": [os.fsencode(media) if isinstance(media, Path) else None for media in group.candidates],
             "bytes": [media if isinstance(media, bytes) else None for media in group.candidates],
         }
+
+    @staticmethod
+    def media(columns: Mapping[str, pa.Array], row: int) -> list[Media]:
+        """A stored group's images or clips, best first."""
+        stored = zip(columns["paths"][row].as_py(), columns["bytes"][row].as_py(), strict=True)
+        return [content if path is None else Path(os.fsdecode(path)) for path, content in stored]
+
+
+class Texts:
+    """Encodes each text when it is met for the first time.
+
+    known: those met before, which this or another process stores. unusable: those whose encoding is not finite.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.known, self.unusable = set[str](), set[str]()
+
+    def encode_new(self, texts: Sequence[str]) -> list[Row]:
+        """Rows of the texts that are new and can be encoded."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known and text not in self.unusable]
+        rows = dict(zip(new, self.encoder.encode_texts(new), strict=True))
+        self.unusable.update(text for text, row in rows.items() if row is None)
+        self.known.update(rows.keys() - self.unusable)
+        return [row for row in rows.values() if row is not None]
+
+    def checked(self, group: Group, row: Row | str) -> Row | str:
+        """The row of a group, or all reasons why it cannot be used."""
+        bad = [text for text in group.texts if text in self.unusable]
+        reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
+        return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
+
+
+def encode_fields(
+    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
+
+    All are encoded together, so that their sequences are padded alike.
+    """
+    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
+    if not texts:
+        return {"conditioning": encode(prompts), "columns": columns}
+    shapes = [np.shape(values) for values in (prompts, *texts.values())]
+    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
+    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
+    fields = [
+        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
+    ]
+    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
+
+
+def widened(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
+    if isinstance(value, dict):
+        return {name: widened(one, device) for name, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    moved = value.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved
 
 
 def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:
@@ -253,6 +290,42 @@ def check_space(out: Path, needed: float, advice: str = "Choose another folder."
         raise UserError("{}: the cache needs about {}, but only {} are free there. {}".format(out, *shown, advice))
 
 
+@lru_cache
+def bucket_sizes(resolution: int) -> tuple[Size, ...]:
+    """The sizes of aspect-ratio buckets; at 1024, from 512 x 2048 to 2048 x 512 in steps of 64.
+
+    They are those of SDXL's training (arXiv 2307.01952, appendix I): both sides are multiples of a sixteenth of the
+    resolution, from half of it to twice, and the area is at least 0.9 of the square's and not above it. At 1024 that
+    gives the 40 of the paper and 1344 x 704, which it lists the other way round only. SD3 (arXiv 2403.03206) buckets
+    by area as well, and lists no sizes.
+    """
+    step = max(8, 16 * round(resolution / 256))  # what VAE and patches can divide, whatever the resolution
+    sides = range(step * (resolution // 2 // step), 2 * resolution + 1, step)
+    area = resolution**2
+    of_ratio = {h / w: (h, w) for h, w in product(sides, sides) if LEAST_AREA * area <= h * w <= area}  # the largest
+    return tuple(size for _, size in sorted(of_ratio.items()))
+
+
+def nearest(measured: Sequence[Size], sizes: Sequence[Size]) -> int:
+    """The number of the size whose aspect ratio is nearest to the (geometric) mean of those of some images."""
+    ratio = sum(math.log(height / width) for height, width in measured) / len(measured)
+    return min(range(len(sizes)), key=lambda n: abs(ratio - math.log(sizes[n][0] / sizes[n][1])))
+
+
 def _to_bytes(tensor: Tensor) -> bytes:
-    # NumPy has no bfloat16; see `store.storage_dtype`.
+    # NumPy has no bfloat16.
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().tobytes()
+
+
+def _or_reason(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A decoder's result, or the reason why there is none."""
+    try:
+        return function(*arguments)
+    except ImageError as error:
+        return str(error)
+
+
+def _reasons(results: Sequence[Any]) -> str:
+    """Why some of a group's candidates cannot be used; "" where all can."""
+    reasons = [(place, result) for place, result in enumerate(results, 1) if isinstance(result, str)]
+    return "; ".join(f"candidate {place} (best first): {reason}" for place, reason in reasons)

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import signal
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
-from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.buckets import bucket_sizes
-from t2i_align.data.encode import Latents
-from t2i_align.data.media import CROP, MediaSize
-from t2i_align.data.prepare import write
-from t2i_align.data.requirements import (
-    check_alike,
-    check_candidates,
-    check_columns,
-    check_requirements,
-    nothing_left,
-    wants_pairs,
-)
-from t2i_align.data.schema import Batch, Conditioning, Selection
-from t2i_align.data.store import LAYOUT, Item, Store, is_complete, is_store
-from t2i_align.data.stream import Shards, Stream
+from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
+from t2i_align.data.encode import Latents, bucket_sizes, encode_fields, widened
+from t2i_align.data.media import CROP, MediaSize, time_ids
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
+from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -44,37 +34,33 @@ from t2i_align.utils.files import differences
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
-logger = logging.getLogger(__name__)
 ENCODE_BATCH = 8
+Position = tuple[int, ...]  # epoch first; then what names a group: its number in a store, or its shard and row
+Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over
 
 
 class PreferenceDataset(Dataset[Item]):
     """The groups that a run trains on, in micro-batches.
 
     Args:
-        groups: prepared data, or shards that are encoded on the fly.
-        order: gives the positions of each optimiser step from `seed`, `size` and `start` (see `steps`).
         counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
             beyond_the_limit.
         score_range: the least and the greatest score.
-        fingerprint: equal for two datasets that give the same samples at the same positions.
-        pairs: whether only the best and the worst candidate of each group are taken.
-        columns: optional columns of batches (see `Requirements.columns`).
+        fingerprint: decides which samples come at which positions.
+        needs: what the objective wants of batches.
     """
 
     def __init__(
         self,
-        groups: Store | Stream,
-        order: Callable[..., Iterator[list[Any]]],
+        needs: Requirements,
         *,
         counts: Mapping[str, int],
         score_range: tuple[float, float],
-        fingerprint: str,
-        needs: Requirements,
+        fingerprint: Mapping[str, Any],
     ) -> None:
-        self.groups, self.order, self.counts, self.fingerprint = groups, order, dict(counts), fingerprint
-        self.score_range = score_range
-        self.pairs, self.columns = wants_pairs(needs), needs.columns
+        self.needs = needs
+        self.counts = {name: value for name, value in counts.items() if value or name in ("groups", "skipped")}
+        self.stats, self.fingerprint = DataStats(score_range=score_range), digest(fingerprint)
 
     def loader(
         self, *, seed: int, start_step: int, batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1,
@@ -85,7 +71,7 @@ class PreferenceDataset(Dataset[Item]):
         A step takes batch_size * accumulate * world groups; micro-batch m of process r has the batch_size of these
         from (m * world + r) * batch_size on. So neither accumulation nor processes nor a restart change the samples.
         """
-        ordered = self.order(seed=seed, size=batch_size * accumulate * world, start=start_step)
+        ordered = self.steps(seed=seed, size=batch_size * accumulate * world, start=start_step)
         loader: DataLoader[Item] = DataLoader(
             self,
             batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
@@ -97,21 +83,95 @@ class PreferenceDataset(Dataset[Item]):
         )
         return iter(loader)
 
-    @property
-    def stats(self) -> DataStats:
-        """What an objective may be fitted to."""
-        return DataStats(score_range=self.score_range)
+    @abstractmethod
+    def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
+        """The positions of the `size` groups of each optimiser step, from a step on; endless."""
 
+    @abstractmethod
     def __getitems__(self, positions: Sequence[Any]) -> Item:
-        return self.groups.fetch(positions, self.pairs, self.columns)
+        """The micro-batch of groups at some positions."""
 
+    @abstractmethod
     def to_batch(self, item: Item, device: torch.device) -> Batch:
         """A micro-batch on its device, in float32; on the fly, this is where it is encoded."""
-        return self.groups.to_batch(item, device)
+
+    @abstractmethod
+    def empty_conditioning(self, device: torch.device) -> Conditioning:
+        """The empty prompt's conditioning, [1, ...], float32."""
+
+
+class PreparedDataset(PreferenceDataset):
+    """Chosen groups of prepared data. numbers: theirs in the store, those of one bucket together."""
+
+    def __init__(self, store: Store, numbers: np.ndarray, needs: Requirements, counts: Mapping[str, int]) -> None:
+        fingerprint = {
+            "parts": store.manifest["fingerprint"],
+            "chosen": hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest(),
+            "pairs": needs.pairs and int(store.k[numbers].max()) > 2,
+        }
+        scores = float(store.worst[numbers].min()), float(store.best[numbers].max())
+        super().__init__(needs, counts=counts, score_range=scores, fingerprint=fingerprint)
+        self.store, self.numbers = store, numbers
+
+    def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
+        return steps(self.numbers, self.store.bucket[self.numbers], seed=seed, size=size, start=start)
+
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:
+        """The fields of a `Batch`, on the CPU and in the dtypes that are stored; its groups are of one bucket."""
+        bucket = self.store.manifest["buckets"][self.store.bucket[positions[0][1]]]
+        keys, prompts, scores, latents, sizes = [], [], [], [], []
+        columns: dict[str, Any] = {name: [] for name in self.needs.columns if name in COLUMNS}
+        for epoch, number in positions:
+            group, row = self.store.locate(number)
+            own = group["scores"][row].as_py()
+            places = self.needs.places(len(own))
+            keys.append(f"{epoch}/{group['id'][row].as_py()}")
+            prompts.append(self.store.index["prompt"][number].as_py())
+            scores.append([own[place] for place in places])
+            content = memoryview(group["latents"][row].as_buffer())
+            size = len(content) // len(own)
+            latents += [content[place * size : (place + 1) * size] for place in places]
+            if "sizes" in group:
+                originals = group["sizes"][row].as_py()
+                sizes.append([time_ids(originals[2 * place : 2 * place + 2], *bucket["size"]) for place in places])
+            for name, values in columns.items():  # of texts, their numbers
+                value = self.store.index[name][number] if COLUMNS[name].text else group[name][row]
+                values.append(COLUMNS[name].take(value.as_py(), places))
+        encoded = encode_fields(self._conditioning, prompts, columns)
+        return {
+            "keys": keys,
+            "scores": torch.from_numpy(np.array(scores, np.float32)),
+            "latents": _joined(latents, torch.float16, len(keys), -1, *bucket["shape"]),
+            "sizes": torch.tensor(sizes).float() if sizes else None,
+            **encoded,
+        }
+
+    def to_batch(self, item: Item, device: torch.device) -> Batch:
+        return Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
-        """The empty prompt's conditioning, [1, ...]."""
-        return self.groups.empty_conditioning(device)
+        conditioning: Conditioning = widened(self._conditioning([0]), device)
+        return conditioning
+
+    def _conditioning(self, numbers: Sequence[int]) -> Conditioning:
+        """The stored conditioning of texts by their numbers, [B, ...]; sequences are padded to the longest of all."""
+        rows = [self.store.locate(number, TEXTS) for number in numbers]
+        conditioning: Conditioning = {}
+        for name, entry in self.store.manifest["conditioning"].items():
+            dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
+            values = [text[f"embedding:{name}"][row].as_buffer() for text, row in rows]
+            if "mask" in entry:
+                width = dtype.itemsize * math.prod(shape[1:])
+                longest = max(width, *map(len, values))
+                lengths = torch.tensor([len(value) // width for value in values])
+                conditioning[entry["mask"]] = torch.arange(longest // width) < lengths[:, None]
+                values = [part for value in values for part in (value, bytes(longest - len(value)))]
+            conditioning[name] = _joined(values, dtype, len(rows), *shape)
+        return conditioning
+
+
+def _joined(parts: Sequence[Any], dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.frombuffer(bytearray().join(parts), dtype=dtype).reshape(shape)
 
 
 def steps(
@@ -122,11 +182,11 @@ def steps(
     An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
     `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
     """
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch))
+    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch).numpy())
 
     def at(position: int) -> tuple[tuple[int, int], int]:
         epoch, place = divmod(position, len(numbers))
-        index = int(order(epoch)[place])
+        index = order(epoch)[place]
         return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
 
     if buckets is None or (buckets == buckets[0]).all():
@@ -185,10 +245,19 @@ def open_dataset(
                 f"{data.path}: data.annotations are added to a source before it is encoded, and this is a finished "
                 "cache. Name the source itself in data.path."
             )
-        return _choose(_fitting_store(Path(data.path), model, encoder_fingerprint(), wanted), needs, data)
-    annotations = Annotations.load(data.annotations)
+        store = Store(Path(data.path))
+        if "conditioning" not in store.manifest:
+            raise UserError(f"{data.path}: this folder holds images that are not encoded, expected latents")
+        expected = {"encoders": encoder_fingerprint(), **wanted._asdict()}
+        stored = {name: store.manifest["fingerprint"].get(name) for name in expected}
+        if differing := differences(stored, expected):
+            raise UserError(f"{data.path}: this cache does not fit model {model.path}: {'; '.join(differing)}")
+        return choose(store, needs, data)
+    annotations = Annotations.load(data.annotations) if data.annotations else NONE
     if data.stream or not data.cache:
-        return _on_the_fly(data, needs, pipeline, wanted, selection, annotations, cache_root)
+        from t2i_align.data.stream import open_stream  # which builds on this module
+
+        return open_stream(data, needs, pipeline, wanted, selection, annotations, cache_root)
     path = readers.resolve(data.path)
     format = readers.detect(path, data.format)
     fingerprint = {
@@ -202,13 +271,32 @@ def open_dataset(
     folder = cache_root / digest(fingerprint)
     if not is_complete(folder):
         survey = readers.survey(path, format, annotations, selection)
-        check_requirements(needs, survey, data.path, selection.limit)
+        needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
         encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
         encoder.check_space(folder, survey)
         write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
               selection=selection, progress=progress)  # fmt: skip
-    return _choose(Store(folder), needs, data)
+    return choose(Store(folder), needs, data)
+
+
+def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDataset:
+    """The groups of prepared data that serve the objective, the first so many of them."""
+    disliked = (store.k == 1) & (store.best <= 0)
+    survey = Survey(
+        candidates=_counted(store.k),
+        ties=_counted(store.k[store.tie]),
+        disliked=int(disliked.sum()),
+        columns=Counter(store.manifest["counts"]["columns"]),
+    )
+    needs.check(survey, data.path, alike=False)
+    fitting = (store.k >= needs.candidates) & (needs.ties | ~store.tie) & ~(disliked & needs.likes_only)
+    usable = np.flatnonzero(fitting)
+    chosen = usable[: data.limit]
+    needs.check_alike(_counted(store.k[chosen]), data.path)
+    left_out = {**needs.left_out(survey), "beyond_the_limit": len(usable) - len(chosen)}
+    counts = {"groups": len(chosen), "skipped": store.manifest["counts"]["skipped"], **left_out}
+    return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
 
 
 def source_fingerprint(
@@ -217,7 +305,7 @@ def source_fingerprint(
     """What decides which groups are read."""
     return {
         "source": readers.identity(path, format, selection),
-        "annotations": sidecar_identity(annotations),
+        "annotations": sidecar_identity(annotations) if annotations else [],
         "reader": format,
         "selection": None if selection.limit is None else vars(selection),
         "layout": LAYOUT,
@@ -239,99 +327,5 @@ def _ignore_sigint(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _fitting_store(path: Path, model: ModelConfig, encoders: str, wanted: MediaSize) -> Store:
-    store = Store(path)
-    if "conditioning" not in store.manifest:
-        raise UserError(f"{path}: this folder holds images that are not encoded, expected latents")
-    expected = {"encoders": encoders, **wanted._asdict()}
-    stored = {name: store.manifest["fingerprint"].get(name) for name in expected}
-    if differing := differences(stored, expected):
-        raise UserError(f"{path}: this cache does not fit model {model.path}: {'; '.join(differing)}")
-    return store
-
-
-def _on_the_fly(
-    data: DataConfig,
-    needs: Requirements,
-    pipeline: Callable[[], TrainablePipeline],
-    wanted: MediaSize,
-    selection: Selection,
-    annotations: Annotations,
-    cache_root: Path,
-) -> PreferenceDataset:
-    shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
-    stream = Stream(shards, wanted, selection, data.stream)
-    source = shards.file(0) if data.stream else data.path
-    survey = readers.survey(source, shards.format, annotations, selection)
-    check_requirements(needs, survey, data.path, selection.limit)
-    if survey.reasons:
-        logger.warning("%s: %d rows cannot be used, such as %s", data.path, survey.rows - survey.groups,
-                       "; ".join(survey.reasons))  # fmt: skip
-    stream.encode_with(pipeline())
-    fingerprint = {
-        "source": shards.identity(selection),
-        "annotations": sidecar_identity(data.annotations),
-        "reader": shards.format,
-        "window": data.stream,
-        "selection": vars(selection),
-        "frames": wanted.frames,
-        "fps": wanted.fps,
-    }
-    if data.stream:
-        counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
-    else:
-        left_out = {
-            "ties_left_out": sum(n for k, n in survey.ties.items() if k >= needs.candidates and not needs.ties),
-            "disliked_left_out": survey.disliked if needs.likes_only else 0,
-            "too_few_candidates": sum(n for k, n in survey.candidates.items() if k < needs.candidates),
-        }
-        counts = _counts(data.path, survey.accepted, survey.rows - survey.groups, left_out)
-    return PreferenceDataset(
-        stream,
-        stream.steps,
-        counts=counts,
-        score_range=survey.score_range,
-        fingerprint=digest(fingerprint),
-        needs=needs,
-    )
-
-
-def _choose(store: Store, needs: Requirements, data: DataConfig) -> PreferenceDataset:
-    """The groups of prepared data that serve the objective, the first so many of them."""
-    stored: dict[str, Any] = store.manifest["counts"]
-    check_candidates(needs, {int(k): count for k, count in stored["candidates"].items()}, data.path)
-    check_columns(needs, stored["columns"], stored["groups"], data.path)
-    enough = store.k >= needs.candidates
-    disliked = (store.k == 1) & (store.best <= 0) & needs.likes_only
-    usable = np.flatnonzero(enough & ~disliked & (needs.ties | ~store.tie))
-    chosen = usable[: data.limit]
-    if not len(chosen):
-        raise nothing_left(needs, data.path, len(store), *(int(of.sum()) for of in (store.tie, disliked, ~enough)))
-    check_alike(needs, Counter(store.k[chosen].tolist()), data.path)
-    left_out = {
-        "ties_left_out": int((enough & store.tie).sum()) if not needs.ties else 0,
-        "disliked_left_out": int((enough & disliked).sum()),
-        "too_few_candidates": int((~enough).sum()),
-        "beyond_the_limit": len(usable) - len(chosen),
-    }
-    chosen = chosen[np.argsort(store.bucket[chosen], kind="stable")]
-    fingerprint = {
-        "parts": store.manifest["fingerprint"],
-        "chosen": hashlib.sha256(chosen.astype(np.int64).tobytes()).hexdigest(),
-        "pairs": wants_pairs(needs) and int(store.k[chosen].max()) > 2,
-    }
-    return PreferenceDataset(
-        store,
-        partial(steps, chosen, store.bucket[chosen]),
-        counts=_counts(data.path, len(chosen), stored["skipped"], left_out),
-        score_range=(float(store.worst[chosen].min()), float(store.best[chosen].max())),
-        fingerprint=digest(fingerprint),
-        needs=needs,
-    )
-
-
-def _counts(path: str, groups: int, skipped: int, left_out: Mapping[str, int]) -> dict[str, int]:
-    reported = {name: count for name, count in left_out.items() if count}
-    if reported:
-        logger.info("%s: %s", path, ", ".join(f"{count} {name}" for name, count in reported.items()))
-    return {"groups": groups, "skipped": skipped, **reported}
+def _counted(k: np.ndarray) -> Counter[int]:
+    return +Counter(dict(enumerate(np.bincount(k).tolist())))  # without zeros

@@ -1,65 +1,272 @@
-"""Prepared data, memory-mapped: opened at once whatever its size, micro-batches without a copy before they are stacked.
+"""Prepared data: groups encoded into Arrow shards by any number of processes, and opened at once whatever their size.
 
-`prepare` writes it and shows the files. Groups of several sizes lie in one store: each belongs to a bucket, which is a
-size in pixels with a shape of latents, and a micro-batch has groups of one bucket.
+    <folder>/fingerprint.json        what this folder is made from; another fingerprint is refused
+             shard-00000/            complete once it has this name
+                 groups.arrow        id, prompt, scores, the optional columns, and what the encoder adds
+                 texts.arrow         the texts that occur in no earlier shard, encoded; the first is the empty one
+                 skipped.jsonl       rows that could not be used, with the reason
+                 state.json          source rows covered, counts
+             index.arrow             a small row per group, to choose and shuffle without opening shards
+             skipped.jsonl           all of them
+             manifest.json           written last: with it, the folder is finished
+
+A shard covers a fixed number of source rows, so that a run that was killed at any instant continues with the same
+result, and several processes, on one machine or on many that share the folder, each write the next shard that no other
+is writing. Groups of several sizes lie in one store: each belongs to a bucket, which is a size in pixels with a shape
+of latents.
 """
 
 from __future__ import annotations
 
-import math
-import os
+import errno
+import json
+import shutil
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
+import pyarrow.compute as pc
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from t2i_align.data.media import time_ids
-from t2i_align.data.schema import COLUMNS, Batch, Column, Conditioning, Media
+from t2i_align.data.encode import Encoder, Row, Texts
+from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
 from t2i_align.errors import UserError
-from t2i_align.utils.files import read_json
+from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json, write_text
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
 GROUPS, TEXTS, STATE = "groups.arrow", "texts.arrow", "state.json"
 INDEX_TYPES = {"k": pa.int32(), "best": pa.float64(), "worst": pa.float64(), "bucket": pa.int32()}
-EVERY = slice(None)
-
-Position = tuple[int, int]  # (epoch, group)
-Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over: fields of `Batch`
 
 
 def column_types() -> dict[str, pa.DataType]:
     """What all groups have, by name, and the optional columns."""
-
-    def optional(column: Column) -> pa.DataType:
+    types = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
+    for name, column in COLUMNS.items():
         one = pa.type_for_alias(column.type)
-        return pa.list_(one) if column.per_candidate else one
-
-    common = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
-    return {**common, **{name: optional(column) for name, column in COLUMNS.items()}}
+        types[name] = pa.list_(one) if column.per_candidate else one
+    return types
 
 
-def is_store(path: Path) -> bool:
-    """Whether a folder holds prepared data, finished or not."""
-    return (path / MANIFEST).is_file() or (path / FINGERPRINT).is_file()
+def write(
+    items: Iterable[Group | Skipped],
+    encoder: Encoder,
+    out: Path,
+    *,
+    fingerprint: Mapping[str, Any],
+    total: int | None = None,
+    selection: Selection = EVERYTHING,
+    progress: bool = True,
+) -> None:
+    """Write all groups below `out`, or continue where an earlier call was killed; returns at once if it is finished.
+
+    Args:
+        items: best first, ids unique, in the same order in each call.
+        fingerprint: named JSON values that decide what the folder holds.
+        total: number of items, for the progress bar.
+        selection: its limit ends the reading after so many groups that it accepts.
+
+    Raises:
+        UserError: another fingerprint, the disk is full, nothing usable, a source that has become shorter.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
+    with FileLock(out / LOCK):
+        if not (out / FINGERPRINT).exists() and not all(entry.name.startswith(WRITING) for entry in out.iterdir()):
+            raise UserError(f"{out}: the folder is not empty and holds no prepared data; choose another")
+        claim(out / FINGERPRINT, fingerprint, advice="choose another folder")
+    # A limit counts groups from the first row on: then one process writes, and the others wait.
+    limited = selection.limit is not None
+    with FileLock(out / LOCK) if limited else nullcontext():
+        if is_complete(out):
+            return
+        (out / MANIFEST).unlink(missing_ok=True)  # a shard was lost
+        with tqdm(total=total, desc="encode", unit="row", disable=not progress) as bar:
+            try:
+                for lock in _Writer(encoder, Texts(encoder), out, selection, bar).walk(iter(items)):
+                    with lock:  # held while its shard is being written
+                        pass
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise UserError(f"{out}: the disk is full. What is complete stays; run again to continue.") from error
+        with nullcontext() if limited else FileLock(out / LOCK):
+            if not is_complete(out):
+                _finish(out, fingerprint, encoder)
+            for left_over in out.glob(f"{WRITING}shard-*"):
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 
 
-def is_complete(path: Path) -> bool:
-    """Whether prepared data is finished and none of its shards is lost."""
-    if not (path / MANIFEST).is_file():
-        return False
-    shards = read_json(path / MANIFEST)["shards"]
-    return all((path / shard_name(number)).is_dir() for number in range(len(shards)))
+@dataclass
+class _Writer:
+    """One walk through the source: writes the shards that are neither complete nor another process's.
+
+    counts: groups, skipped and usable (accepted by the selection) of this process's and complete shards so far.
+    """
+
+    encoder: Encoder
+    texts: Texts
+    out: Path
+    selection: Selection
+    bar: Any
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def walk(self, stream: Iterator[Group | Skipped]) -> list[FileLock]:
+        """Write what is left to write; returns the locks of the shards that other processes are writing."""
+        busy: list[FileLock] = []
+        number, last = 0, False
+        while not last:
+            lock = FileLock(self.out / f"{WRITING}{shard_name(number)}.lock")
+            try:
+                with lock.acquire(blocking=False):
+                    complete = (self.out / shard_name(number)).is_dir()
+                    last = (self._resume if complete else self._write)(stream, number)
+            except Timeout:
+                busy.append(lock)
+                last = self._pass_over(stream)
+            number += 1
+        return busy
+
+    def _resume(self, stream: Iterator[Group | Skipped], number: int) -> bool:
+        shard = self.out / shard_name(number)
+        state = read_json(shard / STATE)
+        if sum(1 for _ in islice(stream, state["rows"])) < state["rows"]:
+            raise UserError(f"{self.out}: the source has become shorter than what was prepared; delete the folder")
+        self.texts.known.update(read_table(shard / TEXTS)["text"].to_pylist())
+        self._count(state["rows"], **{name: state[name] for name in ("groups", "skipped", "usable")})
+        return bool(state["last"])
+
+    def _pass_over(self, stream: Iterator[Group | Skipped]) -> bool:
+        """Go through the rows of a shard that another process is writing, which stores their texts."""
+        items = list(islice(stream, self.encoder.rows_per_shard))
+        self.texts.known.update(text for item in items if isinstance(item, Group) for text in item.texts)
+        self._count(len(items))
+        return len(items) < self.encoder.rows_per_shard
+
+    def _write(self, stream: Iterator[Group | Skipped], number: int) -> bool:
+        """Encode and store the next rows of the stream, one shard of them; the last may be empty."""
+        types, rows, skipped = column_types(), list[Row](), list[Row]()
+        texts = self.texts.encode_new([""]) if number == 0 else []
+        covered, usable_before, last = 0, self.counts["usable"], False
+        while covered < self.encoder.rows_per_shard and not last:
+            at_most = min(self.encoder.rows_at_once, self.encoder.rows_per_shard - covered)
+            items = list(self.selection.first(islice(stream, at_most), self.counts["usable"]))
+            groups = [item for item in items if isinstance(item, Group)]
+            texts += self.texts.encode_new([text for group in groups for text in group.texts])
+            encoded = iter(self.encoder.encode(groups))
+            for item in items:
+                row = item.reason if isinstance(item, Skipped) else self.texts.checked(item, next(encoded))
+                if isinstance(item, Skipped) or isinstance(row, str):
+                    skipped.append({"id": item.id, "origin": item.origin, "reason": row})
+                    self._count(1, skipped=1)
+                else:
+                    rows.append({**{name: getattr(item, name) for name in types}, **row})
+                    self._count(1, groups=1, usable=self.selection.accepts(item))
+            covered += len(items)
+            last = not items or self.counts["usable"] == self.selection.limit
+        state: Row = {"rows": covered, "last": last, "groups": len(rows), "skipped": len(skipped), "texts": len(texts),
+                 "usable": self.counts["usable"] - usable_before}  # fmt: skip
+        with atomic_folder(self.out / shard_name(number)) as folder:
+            write_table(folder / GROUPS, pa.Table.from_pylist(rows, pa.schema(types | self.encoder.columns)))
+            write_table(folder / TEXTS, pa.Table.from_pylist(texts, pa.schema(self.encoder.text_columns)))
+            state["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+            # In ASCII: an id or a file's name may hold what is not valid Unicode, and that is why its row was skipped.
+            (folder / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped))
+            (folder / STATE).write_text(json.dumps(state, indent=1))
+        return last
+
+    def _count(self, rows: int, **counts: int) -> None:
+        self.counts.update(counts)
+        self.bar.set_postfix(groups=self.counts["groups"], skipped=self.counts["skipped"], refresh=False)
+        self.bar.update(rows)
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}"
+def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None:
+    states: list[dict[str, Any]] = []
+    while not (states and states[-1]["last"]):
+        shard = out / shard_name(len(states))
+        if not shard.is_dir():
+            raise UserError(f"{out}: another process was stopped while it wrote {shard.name}; run again to continue")
+        states.append(read_json(shard / STATE))
+    folders = [out / shard_name(number) for number in range(len(states))]
+    skipped = "".join((folder / SKIPPED).read_text() for folder in folders)
+    sums = {name: sum(state[name] for state in states) for name in ("groups", "skipped", "texts")}
+    if not sums["groups"]:
+        shutil.rmtree(out)
+        first = map(json.loads, skipped.splitlines()[:REASONS_SHOWN])
+        shown = "; ".join(f"{row['origin']}: {row['reason']}" for row in first)
+        raise UserError(f"no usable group among {sums['skipped']} rows. The first reasons: {shown}")
+    write_text(out / SKIPPED, skipped)
+    buckets, counts = _write_index(out, folders)
+    manifest = {
+        "layout": LAYOUT,
+        "fingerprint": dict(fingerprint),
+        "counts": {**sums, **counts},
+        **encoder.description,
+        "buckets": buckets,
+        "shards": [{name: state[name] for name in ("groups", "texts", "files")} for state in states],
+    }
+    write_json(out / MANIFEST, manifest)
+
+
+def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Write a small row per group, its texts as numbers over all shards, -1 for none; returns the buckets and counts.
+
+    Buckets are in the order of their aspect ratios. Counts are of ties, of groups by their number of candidates, and
+    of groups that have each column (see `Group.present`).
+    """
+    groups = pa.Table.from_batches([read_table(folder / GROUPS) for folder in folders])
+    texts = [text for folder in folders for text in read_table(folder / TEXTS)["text"].to_pylist()]
+    places = {text: place for place, text in reversed([*enumerate(texts)])}
+
+    def number(text: str | None) -> int:
+        # A text's first shard stores it; where it cannot, the process of that shard skips the groups that it has.
+        if text is not None and text not in places:
+            raise UserError(
+                f"{out}: the embedding of {text!r} is not finite in half precision, and its groups were spread over "
+                "several processes. Delete the folder and prepare it with one, which skips them."
+            )
+        return -1 if text is None else places[text]
+
+    scores = np.from_dlpack(pc.list_flatten(groups["scores"]).combine_chunks())
+    k = np.from_dlpack(pc.list_value_length(groups["scores"]).combine_chunks())
+    ends = np.cumsum(k)
+    index: dict[str, Any] = {"k": k, "best": scores[ends - k], "worst": scores[ends - 1]}
+    types = dict(INDEX_TYPES)
+    for name in ("prompt", *(name for name, column in COLUMNS.items() if column.text)):
+        values, is_list = groups[name].to_pylist(), pa.types.is_list(groups[name].type)
+        types[name] = pa.list_(pa.int64()) if is_list else pa.int64()
+        index[name] = [list(map(number, of or ())) for of in values] if is_list else list(map(number, values))
+    encoded = "shape" in groups.schema.names
+    pixels = groups.select(["size", "shape"]).to_pylist() if encoded else [{"size": [1, 1]}] * len(k)
+    buckets = sorted(({str(one): one for one in pixels}).values(), key=lambda one: one["size"][0] / one["size"][1])
+    index["bucket"] = [buckets.index(one) for one in pixels]
+    with atomic_file(out / INDEX) as file:
+        write_table(file, pa.Table.from_pydict(index, pa.schema(types)))
+    graded = np.logical_or.reduceat(~np.isin(scores, PLAIN_SCORES), ends - k)
+    counts = {
+        "ties": int(((k > 1) & (index["best"] == index["worst"])).sum()),
+        "candidates": {str(one): int(count) for one, count in zip(*np.unique(k, return_counts=True), strict=True)},
+        "columns": {"scores": int(graded.sum())} | {name: len(k) - groups[name].null_count for name in COLUMNS},
+    }
+    return buckets if encoded else [], counts
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    """Write an Arrow file of one record batch, so that mapped columns are contiguous."""
+    batches = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_batch(batches[0])
 
 
 def read_table(file: Path) -> pa.RecordBatch:
@@ -72,53 +279,23 @@ def read_table(file: Path) -> pa.RecordBatch:
         return stream.read_next_batch()
 
 
-class Ragged:
-    """Rows of different lengths over one array; `ragged[row]` is a view."""
-
-    def __init__(self, starts: np.ndarray, values: np.ndarray) -> None:
-        self.starts, self.values = starts, values
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.values[self.starts[row] : self.starts[row + 1]]
-
-    @classmethod
-    def of_lists(cls, column: pa.ListArray) -> Ragged:
-        # DLPack, because pyarrow's `to_numpy` would import pandas.
-        return cls(np.from_dlpack(column.offsets), np.from_dlpack(column.values))
-
-    @classmethod
-    def of_bytes(cls, column: pa.LargeBinaryArray, dtype: str) -> Ragged:
-        """The numbers that a binary column holds."""
-        if not len(column):
-            return cls(np.zeros(1, np.int64), np.empty(0, dtype))
-        _, offsets, values = column.buffers()
-        starts = np.frombuffer(offsets, np.int64, len(column) + 1) // np.dtype(dtype).itemsize
-        return cls(starts, np.frombuffer(values, dtype, starts[-1]))
+def is_store(path: Path) -> bool:
+    """Whether a folder holds prepared data, finished or not."""
+    return (path / MANIFEST).is_file() or (path / FINGERPRINT).is_file()
 
 
-class Shard:
-    """One shard's tables, as arrays over the mapped files.
+def is_complete(path: Path) -> bool:
+    """Whether prepared data is finished and none of its shards is lost."""
+    file = path / MANIFEST
+    return file.is_file() and all((path / shard_name(n)).is_dir() for n in range(len(read_json(file)["shards"])))
 
-    scores: [k]. latents: flat. sizes: height and width of each candidate in turn. texts: of each conditioning tensor
-    the rows, flat.
-    """
 
-    def __init__(self, folder: Path, layout: Mapping[str, Mapping[str, Any]]) -> None:
-        self.groups = read_table(folder / GROUPS)
-        self.ids = self.groups["id"]
-        self.scores = Ragged.of_lists(self.groups["scores"])
-        names = self.groups.schema.names
-        self.latents = Ragged.of_bytes(self.groups["latents"], "float16") if "latents" in names else None
-        self.sizes = Ragged.of_lists(self.groups["sizes"]) if "sizes" in names else None
-        texts = read_table(folder / TEXTS) if layout else {}
-        self.texts = {
-            name: Ragged.of_bytes(texts[f"embedding:{name}"], storage_dtype(entry["dtype"]))
-            for name, entry in layout.items()
-        }
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}"
 
 
 class Store:
-    """A finished folder: its manifest, a small index of all groups, and shards on demand.
+    """A finished folder: its manifest, a small index of all groups, and the tables of shards on demand, memory-mapped.
 
     k, best, worst, bucket: of each group the number of candidates, the scores of the first and the last of these, and
     the number of its bucket. tie: whether the two scores are equal.
@@ -130,25 +307,13 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = _read_manifest(path)
-        for number, shard in enumerate(self.manifest["shards"]):
-            for name, size in shard["files"].items():
-                _check_file(path / shard_name(number) / name, size)
         index = read_table(path / INDEX)
-        self.k: np.ndarray = np.from_dlpack(index["k"])
-        self.best: np.ndarray = np.from_dlpack(index["best"])
-        self.worst: np.ndarray = np.from_dlpack(index["worst"])
-        self.bucket: np.ndarray = np.from_dlpack(index["bucket"])
+        self.index = dict(zip(index.schema.names, index.columns, strict=True))
+        self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in INDEX_TYPES)
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
-        self.texts: dict[str, Any] = {
-            name: Ragged.of_lists(index[name]) if pa.types.is_list(index[name].type) else np.from_dlpack(index[name])
-            for name in index.schema.names
-            if name not in INDEX_TYPES
-        }
-        self._buckets: list[dict[str, Any]] = self.manifest["buckets"]
-        self._layout: dict[str, dict[str, Any]] = self.manifest.get("conditioning", {})
-        self._group_starts = [0, *accumulate(shard["groups"] for shard in self.manifest["shards"])]
-        self._text_starts = [0, *accumulate(shard["texts"] for shard in self.manifest["shards"])]
-        self._shards: dict[int, Shard] = {}
+        counts = {name: [shard[name] for shard in self.manifest["shards"]] for name in ("groups", "texts")}
+        self._starts = {GROUPS: [0, *accumulate(counts["groups"])], TEXTS: [0, *accumulate(counts["texts"])]}
+        self._columns: dict[tuple[str, int], dict[str, pa.Array]] = {}
 
     def __len__(self) -> int:
         return len(self.k)
@@ -156,129 +321,13 @@ class Store:
     def __reduce__(self) -> Any:
         return Store, (self.path,)  # a worker process maps the files itself
 
-    def group(self, number: int) -> tuple[Shard, int]:
-        """The shard of a group, and its row there."""
-        shard = bisect_right(self._group_starts, number) - 1
-        return self.shard(shard), number - self._group_starts[shard]
-
-    def shard(self, number: int) -> Shard:
-        """A shard, mapped when it is first touched."""
-        if number not in self._shards:
-            self._shards[number] = Shard(self.path / shard_name(number), self._layout)
-        return self._shards[number]
-
-    def media(self, number: int) -> list[Media]:
-        """A group's images or clips, best first, where they are not encoded (see `encode.Undecoded`)."""
-        shard, row = self.group(number)
-        paths, contents = shard.groups["paths"][row].as_py(), shard.groups["bytes"][row].as_py()
-        return [
-            content if path is None else Path(os.fsdecode(path)) for path, content in zip(paths, contents, strict=True)
-        ]
-
-    def latents(self, number: int) -> np.ndarray:
-        """A group's latents [k, *latent shape], float16, best first, over the mapped file."""
-        shard, row = self.group(number)
-        return self._latents(shard, row, self._buckets[self.bucket[number]]["shape"])
-
-    def fetch(self, positions: Sequence[Position], pairs: bool = False, columns: Sequence[str] = ()) -> Item:
-        """The fields of a micro-batch, on the CPU and in the dtypes that are stored; its groups are of one bucket.
-
-        pairs: only the best and the worst candidate of each group. columns: the optional columns to add.
-        """
-        numbers = [number for _, number in positions]
-        bucket = self._buckets[self.bucket[numbers[0]]]
-        keys, scores, latents, sizes, cuts = [], [], [], [], []
-        for epoch, number in positions:
-            shard, row = self.group(number)
-            cut = pair(self.k[number]) if pairs else EVERY
-            cuts.append(cut)
-            keys.append(f"{epoch}/{shard.ids[row].as_py()}")
-            scores.append(shard.scores[row][cut])
-            latents.append(self._latents(shard, row, bucket["shape"])[cut])
-            if shard.sizes is not None:
-                own = shard.sizes[row].reshape(-1, 2)[cut].tolist()
-                sizes.append([time_ids((height, width), *bucket["size"]) for height, width in own])
-        texts = {"conditioning": self.texts["prompt"][numbers]}
-        values: dict[str, Any] = {}
-        for name in columns:
-            if isinstance(of := self.texts.get(name), Ragged):
-                texts[name] = np.stack([of[number][cut] for number, cut in zip(numbers, cuts, strict=True)])
-            elif of is not None:
-                texts[name] = of[numbers]
-            elif name in COLUMNS:
-                own = [shard.groups[name][row].as_py() for shard, row in map(self.group, numbers)]
-                lists = COLUMNS[name].per_candidate
-                values[name] = [one[cut] for one, cut in zip(own, cuts, strict=True)] if lists else own
-        encoded = self._conditioning(texts)
-        return {
-            "keys": keys,
-            "scores": torch.from_numpy(np.stack(scores)).float(),
-            "latents": torch.from_numpy(np.stack(latents)),
-            "sizes": torch.tensor(sizes).float() if sizes else None,
-            "conditioning": encoded.pop("conditioning"),
-            "columns": {**encoded, **values},
-        }
-
-    def to_batch(self, item: Item, device: torch.device) -> Batch:
-        """The micro-batch on its device, in float32."""
-        return Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
-
-    def empty_conditioning(self, device: torch.device) -> Conditioning:
-        """The empty prompt's conditioning, [1, ...], float32."""
-        conditioning: Conditioning = widened(self._conditioning({"empty": np.zeros(1, np.int64)})["empty"], device)
-        return conditioning
-
-    def _latents(self, shard: Shard, row: int, shape: Sequence[int]) -> np.ndarray:
-        assert shard.latents is not None, "checked by `open_dataset`"
-        return shard.latents[row].reshape(-1, *shape)
-
-    def _conditioning(self, texts: Mapping[str, np.ndarray]) -> dict[str, Conditioning]:
-        """The conditioning [*numbers.shape, ...] of texts by their numbers; sequences are padded to the longest of all.
-
-        0 is the number of the empty text.
-        """
-        numbers = [number for field in texts.values() for number in field.ravel().tolist()]
-        places = [bisect_right(self._text_starts, number) - 1 for number in numbers]
-        rows = [
-            (self.shard(place), number - self._text_starts[place])
-            for place, number in zip(places, numbers, strict=True)
-        ]
-        stacked: Conditioning = {}
-        for name, entry in self._layout.items():
-            values = [shard.texts[name][row] for shard, row in rows]
-            if "mask" in entry:
-                lengths = [len(value) // math.prod(entry["shape"][1:]) for value in values]
-                stacked[entry["mask"]] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-                values = [np.pad(value, (0, max(map(len, values)) - len(value))) for value in values]
-            array = torch.from_numpy(np.stack(values).reshape(len(values), *entry["shape"]))
-            stacked[name] = array.view(torch.bfloat16) if entry["dtype"] == "bfloat16" else array
-        if len(texts) == 1 and next(iter(texts.values())).ndim == 1:  # mostly: the prompts alone
-            return dict.fromkeys(texts, stacked)
-        parts = {name: tensor.split([field.size for field in texts.values()]) for name, tensor in stacked.items()}
-        return {
-            field: {name: part[place].unflatten(0, texts[field].shape) for name, part in parts.items()}
-            for place, field in enumerate(texts)
-        }
-
-
-def pair(k: int) -> slice:
-    """The best and the worst of k candidates that are sorted; of one, this one."""
-    return slice(None, None, max(1, int(k) - 1))
-
-
-def storage_dtype(dtype: str) -> str:
-    """The NumPy type under which numbers of a PyTorch type are stored."""
-    return "int16" if dtype == "bfloat16" else dtype
-
-
-def widened(value: Any, device: torch.device) -> Any:
-    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
-    if isinstance(value, dict):
-        return {name: widened(one, device) for name, one in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    moved = value.to(device, non_blocking=True)
-    return moved.float() if moved.is_floating_point() else moved
+    def locate(self, number: int, file: str = GROUPS) -> tuple[dict[str, pa.Array], int]:
+        """The columns of the shard that has a group, and its row there; with TEXTS, a text's, of which 0 is empty."""
+        shard = bisect_right(self._starts[file], number) - 1
+        if (file, shard) not in self._columns:
+            table = read_table(self.path / shard_name(shard) / file)
+            self._columns[file, shard] = dict(zip(table.schema.names, table.columns, strict=True))
+        return self._columns[file, shard], number - self._starts[file][shard]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -288,15 +337,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: this prepared data is unfinished; run the same prepare again to continue it")
         raise UserError(f"{path}: no prepared data in this folder ({MANIFEST} is missing)")
     manifest = read_json(file)
-    if manifest.get("layout") != LAYOUT:
-        raise UserError(
-            f"{path}: prepared with layout {manifest.get('layout')!r}, this version reads {LAYOUT}; prepare it again"
-        )
+    if (layout := manifest.get("layout")) != LAYOUT:
+        raise UserError(f"{path}: prepared with layout {layout!r}, this version reads {LAYOUT}; prepare it again")
+    for number, shard in enumerate(manifest["shards"]):
+        for file, size in ((path / shard_name(number) / name, size) for name, size in shard["files"].items()):
+            own = file.stat().st_size if file.is_file() else None
+            if own != size:
+                state = "is missing" if own is None else f"has {own} bytes instead of {size}"
+                raise UserError(
+                    f"{file}: this part of the prepared data {state}; delete the folder and prepare it again"
+                )
     return manifest
-
-
-def _check_file(file: Path, size: int) -> None:
-    found = file.stat().st_size if file.is_file() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-        raise UserError(f"{file}: this part of the prepared data {state}; delete the folder and prepare it again")

@@ -9,9 +9,8 @@ resumed goes on with the very next group. Nothing is written, but shards of the 
 from __future__ import annotations
 
 import logging
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -20,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from t2i_align.config import DataConfig
 from t2i_align.data import hub, layouts, readers, tables
-from t2i_align.data.annotations import NONE, Annotations
+from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
+from t2i_align.data.encode import encode_fields, widened
+from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped
-from t2i_align.data.store import Item, pair, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
+from t2i_align.objectives.base import Requirements
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
@@ -34,6 +36,38 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 logger = logging.getLogger(__name__)
 KEPT = 2  # shards of the Hub behind the one that is read: the loader's workers and other processes may still read these
 Position = tuple[int, int, int]  # (epoch, shard, row)
+
+
+def open_stream(
+    data: DataConfig,
+    needs: Requirements,
+    pipeline: Callable[[], TrainablePipeline],
+    size: MediaSize,
+    selection: Selection,
+    annotations: Annotations,
+    cache_root: Path,
+) -> PreferenceDataset:
+    """The configured data, encoded on the fly; see `loader.open_dataset`."""
+    shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
+    survey = readers.survey(shards.file(0) if data.stream else data.path, shards.format, annotations, selection)
+    needs.check(survey, data.path, alike=data.limit is None)
+    unusable = survey.rows - survey.groups
+    if unusable:
+        logger.warning("%s: %d rows cannot be used, such as %s", data.path, unusable, "; ".join(survey.reasons))
+    fingerprint = {
+        "source": shards.identity(selection),
+        "annotations": sidecar_identity(data.annotations),
+        "reader": shards.format,
+        "window": data.stream,
+        "selection": vars(selection),
+        "frames": size.frames,
+        "fps": size.fps,
+    }
+    counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
+    if data.stream:
+        counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
+    return Stream(shards, size, selection, data.stream, pipeline(), needs, counts=counts,
+                  score_range=survey.score_range, fingerprint=fingerprint)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,19 +123,32 @@ class Shards:
         return replace(self, names=names)
 
 
-class Stream:
-    """The groups of a source's shards that an objective can use. See `encode_with`.
+class Stream(PreferenceDataset):
+    """The groups of a source's shards that an objective can use.
 
     Args:
         size: target size of candidates.
         selection: which groups are used; its limit takes the first so many of the source.
         window: rows that are held in memory at a time, and shuffled among each other (default: all of a shard).
+
+    Raises:
+        PipelineError: a size that the pipeline cannot take.
     """
 
-    def __init__(self, shards: Shards, size: MediaSize, selection: Selection, window: int | None = None) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        size: MediaSize,
+        selection: Selection,
+        window: int | None,
+        pipeline: TrainablePipeline,
+        needs: Requirements,
+        **facts: Any,
+    ) -> None:
+        super().__init__(needs, **facts)
+        pipeline.check_size(size.height, size.width, size.frames)
         self.shards, self.size, self.selection, self.window = shards, size, selection, window or sys.maxsize
-        self.pipeline: TrainablePipeline | None = None
-        self.size_conditioned = False
+        self.pipeline, self.size_conditioned = pipeline, pipeline.size_conditioned
         self.used = range(len(shards.names))
         self._rows: dict[int, np.ndarray] = {}  # of each shard, when it has been looked through
         self._windows: dict[tuple[int, int], list[Group | Skipped]] = {}
@@ -114,74 +161,47 @@ class Stream:
             left -= len(self._rows[shard])
             self.used = range(shard + 1)
 
-    def encode_with(self, pipeline: TrainablePipeline) -> None:
-        """Set the encoder of batches. Raises PipelineError for a size that it cannot take."""
-        pipeline.check_size(self.size.height, self.size.width, self.size.frames)
-        self.pipeline, self.size_conditioned = pipeline, pipeline.size_conditioned
-
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Position]]:
-        """The groups of each optimiser step, from a step on: `size` consecutive positions of the stream."""
+        """`size` consecutive positions of the stream for each optimiser step."""
         positions = self._positions(seed, start * size)
         while True:
             yield list(islice(positions, size))
 
-    def fetch(self, positions: Sequence[Position], pairs: bool = False, columns: Sequence[str] = ()) -> Item:
+    def __getitems__(self, positions: Sequence[Position]) -> Item:
         """A micro-batch, decoded: pixels [B, k, 3, H, W] or [B, k, F, 3, H, W] of 8 bits, and its texts."""
-        decoded = [self._decoded(shard, row, pairs) for _, shard, row in positions]
-        if len({len(loaded) for _, loaded in decoded}) > 1:
+        groups, decoded = zip(*(self._decoded(shard, row) for _, shard, row in positions), strict=True)
+        if len({len(loaded) for loaded in decoded}) > 1:
             raise UserError("for this objective, groups must have the same number of candidates")
-        groups = [group for group, _ in decoded]
-        values = {name: [group.columns[name] for group in groups] for name in columns if name in COLUMNS}
-        size = self.size.height, self.size.width
-        sizes = [[time_ids(one.size, *size) for one in loaded] for _, loaded in decoded]
+        sizes = [[time_ids(one.size, self.size.height, self.size.width) for one in loaded] for loaded in decoded]
         return {
             "keys": [f"{epoch}/{group.id}" for (epoch, _, _), group in zip(positions, groups, strict=True)],
             "scores": torch.tensor([group.scores for group in groups]),
-            "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for _, loaded in decoded]),
+            "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for loaded in decoded]),
             "sizes": torch.tensor(sizes).float() if self.size_conditioned else None,
             "prompts": [group.prompt for group in groups],
-            "columns": values,
+            "columns": {
+                name: [group.columns[name] for group in groups] for name in self.needs.columns if name in COLUMNS
+            },
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
         """Encode the micro-batch, in float32 on its device: images together, clips one by one."""
         pixels = item["pixels"].flatten(0, 1)
         latents = torch.cat([
-            self._encoder().encode_pixels(part.float() / 255).to(device).float()
+            widened(self.pipeline.encode_pixels(part.float() / 255), device)
             for part in pixels.split(len(pixels) if self.size.frames is None else 1)
         ])  # fmt: skip
-        texts = {name: value for name, value in item["columns"].items() if COLUMNS[name].text}
-        encoded = self._conditioning({"conditioning": item["prompts"], **texts}, device)
         return Batch(
             keys=tuple(item["keys"]),
             latents=latents.unflatten(0, item["pixels"].shape[:2]),
             scores=widened(item["scores"], device),
-            conditioning=encoded.pop("conditioning"),
-            columns={**item["columns"], **encoded},
             sizes=widened(item["sizes"], device),
+            **widened(encode_fields(self.pipeline.encode_prompts, item["prompts"], item["columns"]), device),
         )
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
-        """The empty prompt's conditioning, [1, ...], float32."""
-        return self._conditioning({"empty": [""]}, device)["empty"]
-
-    def _conditioning(self, texts: dict[str, list[Any]], device: torch.device) -> dict[str, Conditioning]:
-        """The conditioning of texts [B], or [B][k], in each field; encoded together, so that they are padded alike."""
-        shapes = {name: np.shape(of) for name, of in texts.items()}
-        flat = [text for of in texts.values() for text in np.ravel(of).tolist()]
-        encoded = widened(dict(self._encoder().encode_prompts(flat)), device)
-        parts = {
-            name: tensor.split([math.prod(shape) for shape in shapes.values()]) for name, tensor in encoded.items()
-        }
-        return {
-            field: {name: part[place].unflatten(0, shape) for name, part in parts.items()}
-            for place, (field, shape) in enumerate(shapes.items())
-        }
-
-    def _encoder(self) -> TrainablePipeline:
-        if self.pipeline is None:
-            raise RuntimeError("Stream.encode_with comes before batches")
-        return self.pipeline
+        conditioning: Conditioning = widened(dict(self.pipeline.encode_prompts([""])), device)
+        return conditioning
 
     def _positions(self, seed: int, start: int) -> Iterator[Position]:
         """The stream from a position on. Whole shards before it are passed over by their number of usable groups."""
@@ -218,7 +238,7 @@ class Stream:
         )
         return np.fromiter(islice(rows, limit), np.int64)
 
-    def _decoded(self, shard: int, row: int, pairs: bool) -> tuple[Group, list[Loaded]]:
+    def _decoded(self, shard: int, row: int) -> tuple[Group, list[Loaded]]:
         """The group at a position, and its candidates; if these are damaged, the next group of its window.
 
         What comes at a position depends on nothing else, so that a resumed run and other processes agree on it.
@@ -227,8 +247,7 @@ class Stream:
         at = row % self.window
         for item in (*window[at:], *window[:at]):
             if isinstance(item, Group) and self.selection.accepts(item):
-                places = range(len(item.candidates))
-                group = item.take(places[pair(len(places))]) if pairs else item
+                group = item.take(self.needs.places(len(item.candidates)))
                 try:
                     return group, [load(media, self.size) for media in group.candidates]
                 except ImageError as error:
@@ -250,4 +269,4 @@ class Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers decode; the pipeline stays here.
-        return {**self.__dict__, "pipeline": None, "_reading": None, "_windows": {}}
+        return {**vars(self), "pipeline": None, "_reading": None, "_windows": {}}

@@ -33,7 +33,7 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"prompts[{row}]: expected text, found {prompt!r}")
     elif str(source).startswith(TESTBED):
-        from t2i_align.testbed.prompts import prompts as testbed_prompts
+        from t2i_align.testbed.world import prompts as testbed_prompts
 
         prompts = list(bundled(testbed_prompts, str(source)))
     elif str(source).startswith(HPSV2):

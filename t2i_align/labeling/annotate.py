@@ -244,8 +244,7 @@ class _Job:
         self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
         survey = readers.survey(self.path, self.format, self.annotations)
         self.total = survey.rows
-        if survey.groups == 0:
-            raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}")
+        survey.check_usable(source)
         if pairs and survey.candidates.get(2, 0) == survey.ties.get(2, 0):
             counts = dict(survey.candidates)
             raise UserError(f"{source}: no pair with a winner in it; its groups by candidates: {counts}")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
+from t2i_align.data.encode import Undecoded
 from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
@@ -235,9 +236,10 @@ def _flat(items: Iterable[Group | Skipped]) -> Iterator[_Candidate]:
 
 def _stored(store: Store) -> Iterator[_Candidate]:
     for index in range(len(store)):
-        shard, row = store.group(index)
-        for place, media in enumerate(store.media(index)):
-            yield _Candidate(f"{shard.ids[row].as_py()}#{place}", media, shard.groups["prompt"][row].as_py())
+        columns, row = store.locate(index)
+        name, prompt = columns["id"][row].as_py(), columns["prompt"][row].as_py()
+        for place, media in enumerate(Undecoded.media(columns, row)):
+            yield _Candidate(f"{name}#{place}", media, prompt)
 
 
 def _listed(row: tables.Row, file: Path) -> _Candidate:

@@ -33,7 +33,7 @@ CLASSES = {
 
 def check(name: Any) -> None:
     """Raise UserError unless there is an objective of that name; the error lists the names."""
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise unknown("objective", name, CLASSES)
 
 

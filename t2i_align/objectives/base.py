@@ -8,15 +8,18 @@ Diffusion-DPO convention: the logit is h = -1/2 beta (s_w - s_l) with s = err - 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.schema import Batch, Model, Survey
 from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.errors import UserError
 
+COMMANDS = {"captions": "caption", "negative_caption": "perturb", "scores": "relabel"}  # that make the columns
 Metrics = dict[str, Tensor]  # [B] each; NaN where a metric does not apply to a group
 
 
@@ -56,6 +59,72 @@ class Requirements:
         also += ["a reference's features"] if self.features else ["a reference"] if self.reference else []
         return f"{data}, with {' and '.join(also)}" if also else data
 
+    def places(self, k: int) -> Sequence[int]:
+        """Which of a group's k candidates are passed, best first."""
+        return (0, k - 1) if self.pairs else range(k)
+
+    def check(self, survey: Survey, path: str, *, alike: bool = True) -> None:
+        """Check what a source at `path` holds, or what of it could be encoded.
+
+        Args:
+            alike: whether all groups that can be used must make one batch; not where a limit takes the first of them.
+
+        Raises:
+            UserError: no group can serve the objective, a required column is missing, groups of different k.
+        """
+        survey.check_usable(path)
+        if max(survey.candidates) < self.candidates:
+            raise UserError(
+                f"{path}: the objective compares {self.candidates} candidates of a prompt, "
+                f"but the groups here have {_listed(survey.candidates)}"
+            )
+        for name in self.columns:
+            self._check_column(name, survey.columns[name], survey.groups, path)
+        disliked = survey.disliked if self.likes_only else 0
+        usable = survey.candidates - (Counter() if self.ties else survey.ties) - Counter({1: disliked})
+        enough = {k: count for k, count in usable.items() if k >= self.candidates}
+        if not enough:
+            few = sum(count for k, count in survey.candidates.items() if k < self.candidates)
+            raise UserError(
+                f"{path}: no group is left: of {survey.groups}, "
+                f"{survey.ties.total()} are ties, {disliked} are disliked, "
+                f"{few} have fewer than {self.candidates} candidates"
+            )
+        if alike:
+            self.check_alike(enough, path)
+
+    def check_alike(self, candidates: Mapping[int, int], path: str) -> None:
+        """Raise UserError where groups cannot make one batch. candidates: number of groups by their k."""
+        if len(candidates) > 1 and not self.pairs:
+            raise UserError(
+                f"{path}: for this objective, groups must have the same number of candidates, "
+                f"found {_listed(candidates)}"
+            )
+
+    def left_out(self, survey: Survey) -> dict[str, int]:
+        """How many groups cannot be used, by the reason."""
+        few = sum(count for k, count in survey.candidates.items() if k < self.candidates)
+        ties = sum(count for k, count in survey.ties.items() if k >= self.candidates)
+        return {
+            "ties_left_out": 0 if self.ties else ties,
+            "disliked_left_out": survey.disliked if self.likes_only else 0,
+            "too_few_candidates": few,
+        }
+
+    @property
+    def pairs(self) -> bool:
+        """Whether groups of any size give their best and their worst candidate."""
+        return self.candidates == 2 and not self.lists
+
+    def _check_column(self, name: str, having: int, groups: int, path: str) -> None:
+        if having == groups or (name == "scores" and having):  # a scorer's numbers may happen to be 0 and 1 in some
+            return
+        what = f"{name!r} that are more than labels" if name == "scores" else repr(name)
+        hint = f" `t2i-align {COMMANDS[name]}` makes it: name its file in data.annotations." if name in COMMANDS else ""
+        raise UserError(
+            f"{path}: the objective needs {what} with each group, but only {having} of {groups} groups have it.{hint}"
+        )
+
 
 class Objective(ABC):
     """A frozen dataclass of hyper-parameters with one method. Registered in `t2i_align.objectives`.
@@ -87,3 +156,7 @@ class Objective(ABC):
     def fit_to_data(self, facts: DataStats) -> Self:
         """A copy with unset hyper-parameters estimated from the data (default: self)."""
         return self
+
+
+def _listed(candidates: Mapping[int, int]) -> str:
+    return ", ".join(f"{k} candidate{'s' * (k > 1)} ({count} groups)" for k, count in sorted(candidates.items()))

@@ -20,10 +20,9 @@ from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Undecoded, check_space
 from t2i_align.data.loader import digest, source_fingerprint
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.prepare import write
 from t2i_align.data.schema import Selection
 from t2i_align.data.spec import is_held_out
-from t2i_align.data.store import Store, is_complete
+from t2i_align.data.store import Store, is_complete, write
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 
@@ -62,7 +61,7 @@ class Preferences:
     def images(self, row: int) -> list[Image.Image]:
         """A group's images, best first."""
         try:
-            return [decode(media) for media in self.store.media(self.numbers[row])]
+            return [decode(media) for media in Undecoded.media(*self.store.locate(self.numbers[row]))]
         except ImageError as error:  # it could be decoded when it was indexed
             raise UserError(f"group {self.ids[row]}: an image has changed since it was indexed: {error}") from error
 
@@ -103,14 +102,14 @@ def open_preferences(
     numbers = [number for number in range(len(store)) if store.k[number] >= 2][:limit]
     if not numbers:
         raise UserError(f"{path}: no group of two candidates or more could be used; {folder}/skipped.jsonl says why")
-    groups = [store.group(number) for number in numbers]
+    groups = [store.locate(number) for number in numbers]
     return Preferences(
         store,
         numbers,
-        [shard.ids[row].as_py() for shard, row in groups],
-        [shard.groups["prompt"][row].as_py() for shard, row in groups],
-        [shard.groups["user"][row].as_py() or NO_USER for shard, row in groups],
-        [torch.tensor(shard.scores[row].copy(), dtype=torch.float32) for shard, row in groups],
+        [columns["id"][row].as_py() for columns, row in groups],
+        [columns["prompt"][row].as_py() for columns, row in groups],
+        [columns["user"][row].as_py() or NO_USER for columns, row in groups],
+        [torch.tensor(columns["scores"][row].as_py()) for columns, row in groups],
     )
 
 

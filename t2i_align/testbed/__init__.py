@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from t2i_align.testbed.prompts import ASSETS, prompts
+from t2i_align.testbed.world import ASSETS, prompts
 
 BASES = ("sd", "sd-eps", "sdxl", "sd3", "wan")
 

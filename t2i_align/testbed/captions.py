@@ -102,9 +102,13 @@ def draw_image(statement: Statement, rng: np.random.Generator, degraded: float =
     return maybe_degrade(render(draw_for(statement, rng)), rng, degraded)
 
 
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
 def noun_words(phrase: Phrase) -> str:
     """As in "a large red circle" or "two red circles"."""
-    noun = phrase.shape if phrase.number == 1 else phrase.shape + ("es" if phrase.shape.endswith("s") else "s")
+    noun = phrase.shape if phrase.number == 1 else plural(phrase.shape)
     words = " ".join([*([phrase.size] if phrase.size else []), phrase.colour, noun])
     if phrase.number > 1:
         return f"{NUMBERS[phrase.number]} {words}"

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from t2i_align.testbed.clip_captions import ClipStatement, parse
+from t2i_align.testbed.captions import CHOICES
+from t2i_align.testbed.clips import ClipStatement, parse
 from t2i_align.testbed.oracle import Oracle, Verdict, fall, image_quality, shares, to_images
 from t2i_align.testbed.tracking import MIN_FRAMES, Motion, Track, follow, read_motion
-from t2i_align.testbed.vision import View, look
-
-H = TypeVar("H", bound=Hashable)
+from t2i_align.testbed.vision import Seen, View, look
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class ClipOracle(Oracle):
         return ClipVerdict(**self._grades(rows, (images * times).mean(axis=1)), image=images, temporal=times)
 
 
-def _mode(values: Iterable[H]) -> H | None:
+def _mode(values: Iterable[Any]) -> Any:
     """The most frequent value, the first of several; None without any."""
     ranked = Counter(values).most_common(1)
     return ranked[0][0] if ranked else None
@@ -82,19 +81,14 @@ def _check(
     views: Sequence[View], tracks: Sequence[Track], motions: Sequence[Motion], statement: ClipStatement
 ) -> list[float]:
     """One value per attribute: the share of objects of which it holds in most frames, NaN where not stated."""
-    held: dict[str, list[bool]] = {name: [] for name in ClipOracle.attributes}
+    checks = [
+        ("count", len(statement.parts), _mode(len(view.objects) for view in views)),
+        ("background", statement.background, _mode(view.background for view in views)),
+    ]
     for part, track, motion in zip(statement.parts, tracks, motions, strict=True):
-        for name in ("colour", "shape", "size"):
-            stated = getattr(part.phrase, name)
-            if stated is not None:
-                held[name].append(_mode(getattr(item, name) for item in track if item) == stated)
-        held["path"].append(motion.path == part.path)
-        if part.speed is not None:
-            held["speed"].append(motion.speed == part.speed)
-    held["count"].append(_mode(len(view.objects) for view in views) == len(statement.parts))
-    if statement.background is not None:
-        held["background"].append(_mode(view.background for view in views) == statement.background)
-    return shares(held)
+        checks += [("path", part.path, motion.path), ("speed", part.speed, motion.speed)]
+        checks += [(n, getattr(part.phrase, n), _mode(getattr(item, n) for item in track if item)) for n in CHOICES]
+    return shares(ClipOracle.attributes, [(n, stated == seen) for n, stated, seen in checks if stated is not None])
 
 
 def _temporal(views: Sequence[View], tracks: Sequence[Track], motions: Sequence[Motion]) -> np.ndarray:
@@ -105,16 +99,16 @@ def _temporal(views: Sequence[View], tracks: Sequence[Track], motions: Sequence[
 
 
 def _steadiness(track: Track, motion: Motion) -> list[float]:
-    """Of one object in each frame: there, in its place, of its usual colour, shape and strength of colour."""
+    """Of one object in each frame: visible, in its place, of its usual colour, shape and strength of colour."""
     seen = [item for item in track if item]
-    usual = {name: _mode(getattr(item, name) for item in seen) for name in ("colour", "shape")}
+    colour, shape = (_mode(getattr(item, name) for item in seen) for name in ("colour", "shape"))
     chroma = float(np.median([item.chroma for item in seen])) if seen else 0.0
-    values = []
-    for item, jump, stutter in zip(track, motion.jumps, motion.stutter, strict=True):
+
+    def steadiness(item: Seen | None, jump: float, stutter: float) -> float:
         if item is None:
-            values.append(0.0)
-            continue
-        same = float(np.mean([getattr(item, name) == value for name, value in usual.items()]))
+            return 0.0
+        same = ((item.colour == colour) + (item.shape == shape)) / 2
         smooth = fall(jump, 1.5, 6.0) * fall(stutter, 1.2, 4.0)
-        values.append(same * smooth * fall(abs(item.chroma - chroma), 0.15, 0.6))
-    return values
+        return same * smooth * fall(abs(item.chroma - chroma), 0.15, 0.6)
+
+    return [steadiness(*values) for values in zip(track, motion.jumps, motion.stutter, strict=True)]

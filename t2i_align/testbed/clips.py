@@ -1,26 +1,18 @@
 """The drawn world in motion: clips of nine frames in which one shape follows a path, another may stand by.
 
-A clip is fully described by its movers and its background, as a scene is. Faults of time (flicker, a
-changed shape, a jump) sit in a segment of the frames and last longer where the motion is quick; the faults
-of images (`scenes.degrade`) cover the whole clip.
+A clip is fully described by its movers and its background, as a scene is. Its captions state objects, paths, speeds and
+background; renaming a class or a field of `ClipStatement` moves prompts between splits, as it does for images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
-from t2i_align.testbed.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    RADII,
-    SHAPES,
-    SIDE,
-    Object,
-    Scene,
-    box_gap,
-)
+from t2i_align.testbed.captions import NOUN, CaptionError, Phrase, clean, noun_words, read_noun
+from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE, Object, Scene, box_gap
 
 FRAMES = 9
 # Pixels a frame along the path; the gap between the ranges keeps the words decidable on generated clips.
@@ -69,10 +61,6 @@ class Clip:
         kind = "single" if len(self.movers) == 1 else "pair"
         return [Scene(kind, self.background, tuple(m.at(f) for m in self.movers)) for f in range(FRAMES)]
 
-    def touches(self) -> bool:
-        """Whether its two objects come closer to each other than three pixels."""
-        return len(self.movers) > 1 and any(box_gap(*scene.objects) < 3.0 for scene in self.scenes)
-
 
 def draw_offsets(path: str, speed: float, rng: np.random.Generator) -> np.ndarray:
     """Offsets [9, 2] in pixels from where the path begins, `speed` pixels along it a frame (y points down)."""
@@ -93,23 +81,20 @@ def draw_offsets(path: str, speed: float, rng: np.random.Generator) -> np.ndarra
     raise ValueError(f"unknown path {path!r}; the paths are {', '.join(PATHS)}")
 
 
-def _room(item: Object, offsets: np.ndarray, rng: np.random.Generator, margin: float = 1.0) -> Object | None:
-    """The item at a random place from which the whole path stays inside the frame; None where there is none."""
+def _draw_mover(
+    rng: np.random.Generator, shape: str, colour: str, size: str, path: str, speed: str | None
+) -> Mover | None:
+    """An object at a random place from which its whole path stays inside the frame; None where there is none."""
+    offsets = draw_offsets(path, rng.uniform(*SPEEDS[speed]) if speed else 0.0, rng)
+    item = Object(shape, colour, size, 0.0, 0.0, float(rng.uniform(*RADII[size])))
     left, top, right, bottom = item.box
     start = []
-    for low, high, at, along in ((left, right, item.x, offsets[:, 0]), (top, bottom, item.y, offsets[:, 1])):
-        first, last = margin + at - low - along.min(), SIDE - margin - (high - at) - along.max()
+    for low, high, along in ((left, right, offsets[:, 0]), (top, bottom, offsets[:, 1])):
+        first, last = 1.0 - low - along.min(), SIDE - 1.0 - high - along.max()
         if first > last:
             return None
         start.append(rng.uniform(first, last))
-    return item.at(*start)
-
-
-def _mover(rng: np.random.Generator, shape: str, colour: str, size: str, path: str, speed: str | None) -> Mover | None:
-    offsets = draw_offsets(path, rng.uniform(*SPEEDS[speed]) if speed else 0.0, rng)
-    item = _room(Object(shape, colour, size, 0.0, 0.0, float(rng.uniform(*RADII[size]))), offsets, rng)
-    if item is None:
-        return None
+    item = item.at(*start)
     return Mover(item, path, speed, tuple((item.x + float(dx), item.y + float(dy)) for dx, dy in offsets))
 
 
@@ -128,7 +113,99 @@ def sample_clip(rng: np.random.Generator) -> Clip:
             specs.append((str(shape), str(colour), size, path, speed))
         background = str(rng.choice(list(BACKGROUNDS)))
         for _ in range(200):  # two large objects and a long path may never fit
-            movers = [mover for spec in specs if (mover := _mover(rng, *spec))]
+            movers = [mover for spec in specs if (mover := _draw_mover(rng, *spec))]
             clip = Clip(background, tuple(movers))
-            if len(movers) == number and not clip.touches():
+            if len(movers) == number and (number == 1 or all(box_gap(*scene.objects) >= 3.0 for scene in clip.scenes)):
                 return clip
+
+
+# Captions ----------------------------------------------------------------------------------------------------------
+
+WAYS = {  # verb and direction of each path; the speed's word stands between them
+    "right": ("moving", "to the right"),
+    "left": ("moving", "to the left"),
+    "up": ("moving", "upwards"),
+    "down": ("moving", "downwards"),
+    "clockwise": ("circling", "clockwise"),
+    "anticlockwise": ("circling", "anticlockwise"),
+    "sideways": ("bouncing", "from side to side"),
+    "vertically": ("bouncing", "up and down"),
+    "still": ("standing", "still"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One object and its path (`clips.PATHS`); `speed` None where it stands still or the caption leaves it open."""
+
+    phrase: Phrase
+    path: str
+    speed: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipStatement:
+    """What a caption states of a clip; `background` None: not stated."""
+
+    parts: tuple[Part, ...]
+    background: str | None = None
+
+    def canonical(self) -> ClipStatement:
+        """The same statement whatever its phrasing: what moves comes first."""
+        return dataclasses.replace(self, parts=tuple(sorted(self.parts, key=lambda p: (p.path == "still", repr(p)))))
+
+
+def describe(
+    clip: Clip, rng: np.random.Generator, *, p_size: float = 0.6, p_speed: float = 0.8, p_background: float = 0.8
+) -> ClipStatement:
+    """A true statement about a clip that leaves out some sizes, speeds and backgrounds."""
+    parts = []
+    for mover in clip.movers:
+        size = mover.item.size if rng.random() < p_size else None
+        speed = mover.speed if rng.random() < p_speed else None
+        parts.append(Part(Phrase(mover.item.shape, mover.item.colour, size), mover.path, speed))
+    return ClipStatement(tuple(parts), clip.background if rng.random() < p_background else None)
+
+
+def _motion(path: str, speed: str | None) -> str:
+    verb, way = WAYS[path]
+    return f"{verb} {speed} {way}" if speed else f"{verb} {way}"
+
+
+MOTIONS = {
+    _motion(path, speed): (path, speed)
+    for path in WAYS
+    for speed in (None, *SPEEDS)
+    if speed is None or path != "still"
+}
+_PART = rf"({NOUN}) ({'|'.join(MOTIONS)})"
+_CAPTION = re.compile(
+    rf"(?:on an? (?P<first>{'|'.join(BACKGROUNDS)}) background, )?{_PART}(?: and {_PART})?"
+    rf"(?: on an? (?P<last>{'|'.join(BACKGROUNDS)}) background)?"
+)
+
+
+def write(statement: ClipStatement, rng: np.random.Generator) -> str:
+    """Phrase a statement: two objects in any order, the background first or last."""
+    parts = [f"{noun_words(part.phrase)} {_motion(part.path, part.speed)}" for part in statement.parts]
+    text = " and ".join(str(part) for part in rng.permutation(parts))
+    if statement.background is None:
+        return text
+    place = f"on a {statement.background} background"
+    return f"{place}, {text}" if rng.random() < 0.5 else f"{text} {place}"
+
+
+def parse(caption: str) -> ClipStatement:
+    """Read a caption back into what it states, in canonical order.
+
+    Raises:
+        CaptionError: the caption is no sentence about this world's clips; quotes it and gives an example.
+    """
+    match = _CAPTION.fullmatch(clean(caption))
+    if match is None or (match["first"] and match["last"]) or re.search(r"\b(two|three) ", caption.lower()):
+        raise CaptionError(
+            f"cannot read the prompt {caption!r}: the testbed's video captions are such as "
+            "'a large red circle moving quickly to the right on a white background'"
+        )
+    parts = [Part(read_noun(match[i]), *MOTIONS[match[i + 1]]) for i in (2, 4) if match[i]]
+    return ClipStatement(tuple(parts), match["first"] or match["last"]).canonical()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from t2i_align.testbed.captions import Phrase, Statement, parse
+from t2i_align.testbed.captions import CHOICES, Phrase, Statement, parse
 from t2i_align.testbed.scenes import SIDE, relation_between
 from t2i_align.testbed.vision import Seen, View, look
 
@@ -105,20 +105,16 @@ def likeness(phrase: Phrase, item: Seen) -> float:
     return (phrase.colour == item.colour) + 1.1 * (phrase.shape == item.shape) + 0.5 * size
 
 
-def _match_objects(objects: Sequence[Seen], statement: Statement) -> list[tuple[Phrase, Seen | None]]:
-    """Assign seen objects to the stated ones so that most of colour, shape, size and relation hold."""
-    wanted = [phrase for phrase in statement.phrases for _ in range(phrase.number)]
-    # The biggest six are enough: more objects than that are wrong in any case.
-    candidates: list[Seen | None] = sorted(objects, key=lambda o: -o.radius)[:6]  # type: ignore[assignment]
-    candidates += [None] * max(0, len(wanted) - len(candidates))
+def assign(
+    objects: Sequence[Seen], number: int, most: int, score: Callable[[Sequence[Seen | None]], float]
+) -> tuple[Seen | None, ...]:
+    """The choice of objects for `number` stated ones with the best score; None for a stated one without an object.
 
-    def score(chosen: Sequence[Seen | None]) -> float:
-        looks = sum(likeness(phrase, item) for phrase, item in zip(wanted, chosen, strict=True) if item is not None)
-        # Where exchanged colours leave it open which object is meant, relation and shape decide.
-        return looks + 0.5 * _relation_holds(statement, chosen)
-
-    best = max(itertools.permutations(candidates, len(wanted)), key=score)
-    return list(zip(wanted, best, strict=True))
+    The biggest `most` are tried: more objects than that are wrong in any case.
+    """
+    candidates: list[Seen | None] = [*sorted(objects, key=lambda o: -o.radius)[:most]]
+    candidates += [None] * (number - len(candidates))
+    return max(itertools.permutations(candidates, number), key=score)
 
 
 def _relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool:
@@ -130,28 +126,34 @@ def _relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool
 def _check(view: View, statement: Statement) -> list[float]:
     """One value per attribute: the share of phrases for which it holds, NaN where nothing is stated.
 
-    A phrase is judged on the objects assigned to it; a phrase without any holds in nothing. Of "three circles" with
-    one missing only the count is wrong.
+    Objects are assigned to phrases so that most of colour, shape, size and relation hold. A phrase is judged on its
+    objects; a phrase without any holds in nothing. Of "three circles" with one missing only the count is wrong.
     """
-    matched = _match_objects(view.objects, statement)
-    held: dict[str, list[float]] = {name: [] for name in Oracle.attributes}
+    wanted = [phrase for phrase in statement.phrases for _ in range(phrase.number)]
+
+    def score(chosen: Sequence[Seen | None]) -> float:
+        looks = sum(likeness(phrase, item) for phrase, item in zip(wanted, chosen, strict=True) if item is not None)
+        # Where exchanged colours leave it open which object is meant, relation and shape decide.
+        return looks + 0.5 * _relation_holds(statement, chosen)
+
+    chosen = assign(view.objects, len(wanted), 6, score)
+    held: list[tuple[str, float]] = [("count", len(view.objects) == statement.count)]
     for phrase in statement.phrases:
-        seen = [item for wanted, item in matched if wanted is phrase and item is not None]
-        for name in ("colour", "shape", "size"):
-            stated = getattr(phrase, name)
-            if stated is not None:
-                held[name].append(float(np.mean([getattr(o, name) == stated for o in seen])) if seen else 0.0)
+        seen = [item for other, item in zip(wanted, chosen, strict=True) if other is phrase and item is not None]
+        for name in CHOICES:
+            if stated := getattr(phrase, name):
+                held.append((name, float(np.mean([getattr(o, name) == stated for o in seen])) if seen else 0.0))
     if statement.relation:
-        held["relation"] = [_relation_holds(statement, [o for _, o in matched])]
+        held.append(("relation", _relation_holds(statement, chosen)))
     if statement.background:
-        held["background"] = [view.background == statement.background]
-    held["count"] = [len(view.objects) == statement.count]
-    return shares(held)
+        held.append(("background", view.background == statement.background))
+    return shares(Oracle.attributes, held)
 
 
-def shares(held: Mapping[str, Sequence[float]]) -> list[float]:
-    """The mean of each attribute's values, NaN where it has none."""
-    return [float(np.mean(values)) if values else np.nan for values in held.values()]
+def shares(attributes: Sequence[str], held: Sequence[tuple[str, float]]) -> list[float]:
+    """The mean of the values of each attribute, NaN where it has none."""
+    values = {name: [value for other, value in held if other == name] for name in attributes}
+    return [float(np.mean(values[name])) if values[name] else np.nan for name in attributes]
 
 
 def fall(value: float, good: float, bad: float) -> float:

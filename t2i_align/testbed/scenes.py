@@ -134,6 +134,11 @@ def fits(item: Object, others: Sequence[Object], gap: float = 3.0, margin: float
     return inside and all(box_gap(item, other) >= gap for other in others)
 
 
+def _draw_spec(rng: np.random.Generator) -> tuple[str, str, str]:
+    shape, colour, size = (str(rng.choice(list(names))) for names in (SHAPES, COLOURS, RADII))
+    return shape, colour, size
+
+
 def _draw(rng: np.random.Generator, shape: str, colour: str, size: str) -> Object:
     x, y = rng.uniform(7, SIDE - 7, 2)
     return Object(shape, colour, size, float(x), float(y), float(rng.uniform(*RADII[size])))
@@ -141,11 +146,8 @@ def _draw(rng: np.random.Generator, shape: str, colour: str, size: str) -> Objec
 
 def _place(rng: np.random.Generator, item: Object, others: list[Object]) -> Object | None:
     """The item at a random place where it touches no other; None after 60 failures."""
-    for _ in range(60):
-        moved = item.at(*rng.uniform(7, SIDE - 7, 2))
-        if fits(moved, others):
-            return moved
-    return None
+    places = (item.at(*rng.uniform(7, SIDE - 7, 2)) for _ in range(60))
+    return next((moved for moved in places if fits(moved, others)), None)
 
 
 def relation_between(dx: float, dy: float) -> str | None:
@@ -175,7 +177,7 @@ def _place_pair(rng: np.random.Generator, items: list[Object], relation: str) ->
 def compose(rng: np.random.Generator, specs: list[tuple[str, str, str]], relation: str | None) -> list[Object] | None:
     """Place objects given as (shape, colour, size); the first of two stands in `relation` to the second.
 
-    None where no room was found, which is rare: try again.
+    None where there was no room, which is rare: try again.
     """
     items = [_draw(rng, *spec) for spec in specs]
     if relation:
@@ -203,13 +205,12 @@ def sample_scene(rng: np.random.Generator, kind: str | None = None, stray: bool 
         relation = str(rng.choice(RELATIONS)) if kind == "pair" else None
         number = {"single": 1, "pair": 2, "triple": 3}.get(kind) or int(rng.integers(2, 4))
         if kind == "count":
-            shapes, colours = [str(rng.choice(SHAPES))] * number, [str(rng.choice(list(COLOURS)))] * number
-            sizes = [str(rng.choice(list(RADII)))] * number
+            specs = [_draw_spec(rng)] * number
         else:
-            shapes = [str(s) for s in rng.choice(SHAPES, number, replace=False)]
-            colours = [str(c) for c in rng.choice(list(COLOURS), number, replace=False)]
-            sizes = [str(s) for s in rng.choice(list(RADII), number)]
-        placed = compose(rng, list(zip(shapes, colours, sizes, strict=True)), relation)
+            shapes, colours = (rng.choice(list(names), number, replace=False) for names in (SHAPES, COLOURS))
+            sizes = rng.choice(list(RADII), number)
+            specs = [(str(a), str(b), str(c)) for a, b, c in zip(shapes, colours, sizes, strict=True)]
+        placed = compose(rng, specs, relation)
         if placed is None:
             continue
         if stray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from t2i_align.testbed.captions import Phrase
 from t2i_align.testbed.clips import DIRECTIONS, SPEEDS
-from t2i_align.testbed.oracle import likeness
+from t2i_align.testbed.oracle import assign, likeness
 from t2i_align.testbed.vision import Seen, View
 
 Track = Sequence[Seen | None]  # an object in every frame; None where it is not seen
@@ -38,24 +37,21 @@ class Motion:
     stutter: np.ndarray
 
 
-def follow(views: Sequence[View], phrases: Sequence[Phrase]) -> list[list[Seen | None]]:
+def follow(views: Sequence[View], phrases: Sequence[Phrase]) -> list[Track]:
     """The object of each phrase in every frame: what looks most as stated and is near to where it was."""
-    tracks: list[list[Seen | None]] = [[] for _ in phrases]
+    frames: list[tuple[Seen | None, ...]] = []
     last: list[Seen | None] = [None] * len(phrases)
+
+    def score(items: Sequence[Seen | None]) -> float:
+        return sum(map(_likeness_here, phrases, items, last))
+
     for view in views:
-        # The biggest four are enough: more objects than that are wrong in any case.
-        seen: list[Seen | None] = [*sorted(view.objects, key=lambda o: -o.radius)[:4], *[None] * len(phrases)]
-        chosen = max(
-            itertools.permutations(seen, len(phrases)),
-            key=lambda items: sum(map(_score, phrases, items, last)),
-        )
-        for track, item in zip(tracks, chosen, strict=True):
-            track.append(item)
-        last = [item or before for item, before in zip(chosen, last, strict=True)]
-    return tracks
+        frames.append(assign(view.objects, len(phrases), 4, score))
+        last[:] = [item or before for item, before in zip(frames[-1], last, strict=True)]
+    return list(zip(*frames, strict=True))
 
 
-def _score(phrase: Phrase, item: Seen | None, last: Seen | None) -> float:
+def _likeness_here(phrase: Phrase, item: Seen | None, last: Seen | None) -> float:
     if item is None:
         return 0.0
     near = math.exp(-math.hypot(item.x - last.x, item.y - last.y) / 10.0) if last else 0.0

@@ -1,4 +1,4 @@
-"""Find the shapes in an image: the eyes of the oracle, which know nothing of any model.
+"""Find the shapes in an image: the eyes of the oracle, independent of any model.
 
 Mixing a colour with white, gray or black changes its chroma (largest minus smallest channel) linearly
 and leaves its hue alone. So chroma divided by its peak within an object is the object's coverage of a
@@ -122,7 +122,7 @@ def look(pixels: np.ndarray) -> list[View]:
     smooth = ndimage.uniform_filter(pixels, (0, 3, 3, 0), mode="nearest")
     hue = _hue(smooth[..., 0], smooth[..., 1], smooth[..., 2])
     grid = np.arange(SIDE) + 0.5
-    raw: list[list[tuple[int, float, float, float, float, np.ndarray]]] = [[] for _ in pixels]
+    blobs: list[tuple[int, int, float, float, float, float, np.ndarray]] = []
     covered = np.zeros(chroma.shape, bool)
     for b, c, region in _components(chroma, hue):
         # Two pixels more than the region hold its soft edge, and no other object's (gaps are wider).
@@ -131,28 +131,23 @@ def look(pixels: np.ndarray) -> list[View]:
         peak = float(np.percentile(chroma[b][region], 80))
         coverage = np.clip(chroma[b] / peak, 0.0, 1.0) * around
         area = float(coverage.sum())
-        if area < MIN_AREA:
-            continue
-        x, y = float((coverage.sum(0) * grid).sum() / area), float((coverage.sum(1) * grid).sum() / area)
-        raw[b].append((c, x, y, area, peak, _crop(coverage, x, y)))
+        if area >= MIN_AREA:
+            x, y = (float((coverage.sum(axis) * grid).sum() / area) for axis in (0, 1))
+            blobs.append((b, c, x, y, area, peak, _crop(coverage, x, y)))
+    objects: list[list[Seen]] = [[] for _ in pixels]
+    matches = _match([blob[-1] for blob in blobs])
+    for (b, c, x, y, area, peak, coverage), best, overlap in zip(blobs, *matches, strict=True):
+        shape = SHAPES[best]
+        unit_area, unit_outline = _geometry(shape)
+        radius = float(np.sqrt(area / unit_area))
+        ramp = np.clip((coverage - 0.1) / 0.8, 0.0, 1.0)
+        edge = float((ramp * (1.0 - ramp)).sum() / (unit_outline * radius))
+        size = "small" if radius < SIZE_THRESHOLD else "large"
+        known = shape if overlap >= MIN_OVERLAP else None
+        objects[b].append(Seen(_NAMES[c], known, size, x, y, radius, peak / float(_CHROMA[c]), edge))
     # The background is measured away from every edge, where blur and the decoder's ringing end.
     clear = ~ndimage.binary_dilation(covered, ndimage.generate_binary_structure(2, 1)[None], iterations=2)
-    best, overlap = _match([item[-1] for items in raw for item in items])
-    views, k = [], 0
-    for b, items in enumerate(raw):
-        objects = []
-        for c, x, y, area, peak, coverage in items:
-            shape = SHAPES[best[k]]
-            unit_area, unit_outline = _geometry(shape)
-            radius = float(np.sqrt(area / unit_area))
-            ramp = np.clip((coverage - 0.1) / 0.8, 0.0, 1.0)
-            edge = float((ramp * (1.0 - ramp)).sum() / (unit_outline * radius))
-            size = "small" if radius < SIZE_THRESHOLD else "large"
-            known = shape if overlap[k] >= MIN_OVERLAP else None
-            objects.append(Seen(_NAMES[c], known, size, x, y, radius, peak / float(_CHROMA[c]), edge))
-            k += 1
-        views.append(View(tuple(objects), *_background(pixels[b][clear[b]])))
-    return views
+    return [View(tuple(seen), *_background(pixels[b][clear[b]])) for b, seen in enumerate(objects)]
 
 
 def _match(coverages: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -192,7 +192,7 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
         raise UserError(f"{output}: another run is writing there; wait for it, or choose another output") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise
+            raise UserError(f"{output}: cannot be written: {error.strerror}") from error
         logger.warning("%s: this file system has no locks, so that nothing keeps a second run from it", output)
         yield
         return

@@ -142,16 +142,17 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
         return str(cause)
     *parents, last = key or ("",)
     section = _section(cls, parents)
-    if first["type"] == "unexpected_keyword_argument":
+    if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
         known = sorted(f.name for f in fields(section))
         return f"{name}: unknown key.{nearest(last, known)} Choices: {', '.join(known)}."
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == len(key):
         return f"{name}: missing key"
     given = reduce(getitem, key, values)
     shown = "null" if given is None else repr(given)
-    if not first["msg"].startswith("Input should be"):
+    description = _described(section, last)
+    if not description and not first["msg"].startswith("Input should be"):
         return f"{name}: {first['msg']}, found {shown}"
-    expected = _described(section, last) or " or ".join(dict.fromkeys(map(_expected, details)))
+    expected = description or " or ".join(dict.fromkeys(map(_expected, details)))
     hint = nearest(given, re.findall(r"'(.*?)'", expected))
     return f"{name} must be {expected}, found {shown}{'.' * bool(hint)}{hint}"
 
@@ -174,10 +175,14 @@ def _expected(detail: ErrorDetails) -> str:
 
 
 def _key(cls: type, loc: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The dotted key of an error: its location without the labels that pydantic adds for members of a union."""
+    """The dotted key of an error: its location without the labels that pydantic adds for members of a union.
+
+    It ends at a field with a description, which covers what is inside.
+    """
     key: list[Any] = []
     for part in loc:
-        if _section(cls, key) is None and not isinstance(part, int):
+        described = key and _described(_section(cls, key[:-1]), key[-1])
+        if _section(cls, key) is None and (described or not isinstance(part, int)):
             break
         key.append(part)
     return tuple(key)

@@ -59,6 +59,11 @@ def test_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest
         quickstart(output=tmp_path / "volume")
 
 
+def test_no_prompts_to_compare_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="count must be a whole number of at least 1, found 0"):
+        quickstart(count=0, output=tmp_path / "a", progress=False)
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

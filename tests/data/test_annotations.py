@@ -20,9 +20,8 @@ from t2i_align.config import DataConfig
 from t2i_align.data import encode, readers
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Latents
-from t2i_align.data.prepare import write
 from t2i_align.data.schema import COLUMNS, Batch, Column, Group, Skipped
-from t2i_align.data.store import TEXTS, Store, read_table
+from t2i_align.data.store import TEXTS, Store, read_table, write
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
@@ -366,9 +365,9 @@ def test_each_text_is_encoded_once(tmp_path: Path) -> None:
     sidecar = write_jsonl(tmp_path / "s.jsonl", rows)
     pipeline = StandIn()
     source = opened(tmp_path, source_of(tmp_path, scores), pipeline=lambda: pipeline, annotations=[str(sidecar)])
-    assert sorted(pipeline.prompts) == sorted(["", "a fox", "an owl", "prompt 0", "prompt 1", "prompt 2"])
-    assert source.groups.manifest["counts"]["texts"] == 6
-    assert source.groups.manifest["counts"]["columns"] == {
+    assert sorted(pipeline.prompts) == sorted(["", "", "a fox", "an owl", "prompt 0", "prompt 1", "prompt 2"])
+    assert source.store.manifest["counts"]["texts"] == 6
+    assert source.store.manifest["counts"]["columns"] == {
         "scores": 0, "captions": 3, "negative_caption": 3, "user": 0,
     }  # fmt: skip
 
@@ -492,10 +491,12 @@ def test_an_interrupted_prepare_with_captions_continues(
     texts = [text for shard in range(3) for text in _prompts(result.path / f"shard-{shard:05d}")]
     assert len(texts) == len(set(texts)) == 1 + 3 + 6 + 1 + 3  # "", p0-p2, c1-c11, common, p5, p8, p11 (p2 is there)
     for number in range(12):
-        assert [texts[n] for n in result.texts["captions"][number]] == ([f"c{number}", "common"] if number % 2 else [])
-        negative = int(result.texts["negative_caption"][number])
+        captions, negative, prompt = (
+            result.index[name][number].as_py() for name in ("captions", "negative_caption", "prompt")
+        )
+        assert [texts[n] for n in captions] == ([f"c{number}", "common"] if number % 2 else [])
         assert (texts[negative] if negative >= 0 else None) == (f"p{number}" if number % 3 == 2 else None)
-        assert texts[result.texts["prompt"][number]] == f"p{number % 3}"
+        assert texts[prompt] == f"p{number % 3}"
 
 
 def _prompts(shard: Path) -> list[str]:

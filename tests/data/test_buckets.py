@@ -13,15 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import encode, readers
-from t2i_align.data.buckets import bucket_sizes, nearest
-from t2i_align.data.loader import open_dataset
+from t2i_align.data.encode import bucket_sizes, nearest
 from t2i_align.data.media import measure
 from t2i_align.data.store import Store
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Requirements
-from tests.data.test_examples import StandIn, contents, jpeg, noise_jpeg, pick_rows, write_parquet
+from tests.data import test_loader
+from tests.data.test_examples import contents, jpeg, noise_jpeg, pick_rows, write_parquet
 
 SIDES = [(64, 64), (40, 80), (80, 40), (64, 64), (50, 60), (120, 30)]  # width, height of the images of each row
 
@@ -57,17 +55,8 @@ def test_a_image_is_measured_upright_and_unopened(tmp_path: Path) -> None:
     assert measure(tmp_path / "a.jpg") == (32, 32) and measure(b"no image") is None
 
 
-def opened(source: Path, cache_root: Path, **data: Any) -> Any:
-    return open_dataset(
-        DataConfig(path=str(source), **{"buckets": True, **data}),
-        ModelConfig(path="a model"),
-        needs=Requirements(candidates=2, ties=False),
-        pipeline=lambda: StandIn(),  # type: ignore[arg-type, return-value]
-        encoder_fingerprint=lambda: "e",
-        size=(64, 64),
-        cache_root=cache_root,
-        progress=False,
-    )
+def opened(source: Path, root: Path, **data: Any) -> Any:
+    return test_loader.opened(root, source, size=(64, 64), **{"buckets": True, **data})
 
 
 @pytest.fixture
@@ -82,8 +71,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: Path) -> None:
-    found = opened(source, tmp_path / "cache")
-    assert found.counts == {"groups": 22, "skipped": 2} and isinstance(found.groups, Store)
+    found = opened(source, tmp_path)
+    assert found.counts == {"groups": 22, "skipped": 2} and isinstance(found.store, Store)
     loader = found.loader(seed=0, start_step=0, batch_size=2, accumulate=1, rank=0, world=1, workers=0)
     seen: dict[str, tuple[int, ...]] = {}
     for item in islice(loader, 24):
@@ -95,9 +84,9 @@ def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: 
         sizes = bucket_sizes(64)
         want = min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(high / wide)))
         assert (2 * height, 2 * width) == want
-    reasons = (found.groups.path / "skipped.jsonl").read_text()
+    reasons = (found.store.path / "skipped.jsonl").read_text()
     assert "'label_0' must be a finite number, found None" in reasons and "cannot be decoded" in reasons
-    assert opened(found.groups.path, tmp_path / "cache", buckets=False).counts["groups"] == 22  # named as a cache
+    assert opened(found.store.path, tmp_path, buckets=False).counts["groups"] == 22  # named as a cache
 
 
 def test_space_for_buckets_is_checked_before_the_start(
@@ -107,10 +96,10 @@ def test_space_for_buckets_is_checked_before_the_start(
     for free, fits in ((282_779, False), (282_780, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
         if fits:
-            opened(source, tmp_path / "cache")
+            opened(source, tmp_path)
         else:
             with pytest.raises(UserError, match="the cache needs about"):
-                opened(source, tmp_path / "cache")
+                opened(source, tmp_path)
             assert not (tmp_path / "cache").exists()
 
 
@@ -130,7 +119,7 @@ def test_the_source_is_read_once_and_not_beyond_the_limit(
 
     monkeypatch.setattr(readers, "read", counted)
     whole = opened(source, tmp_path / "whole")
-    assert len({*whole.groups.bucket.tolist()}) >= 4 and len(rows) == 24 and len(decoded) == 2 * 23
+    assert len({*whole.store.bucket.tolist()}) >= 4 and len(rows) == 24 and len(decoded) == 2 * 23
     for buckets in (True, False):
         rows.clear(), decoded.clear()
         assert opened(source, tmp_path / "limited", limit=5, buckets=buckets).counts["groups"] == 5
@@ -141,8 +130,8 @@ def test_an_interrupted_prepare_of_buckets_continues(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "MAX_ROWS_PER_SHARD", 5)
-    whole = opened(source, tmp_path / "whole").groups.path
-    part = opened(source, tmp_path / "part").groups.path
+    whole = opened(source, tmp_path / "whole").store.path
+    part = opened(source, tmp_path / "part").store.path
     for number in (1, 3):
         shutil.rmtree(part / f"shard-{number:05d}")  # a lost shard is encoded again, also of a finished folder
     assert opened(source, tmp_path / "part").counts["groups"] == 22

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from t2i_align.utils.files import LOCK
+
 
 class StandIn:
     """Encodes like a family does, but so that an image can be recognised in its latents and a prompt in its embedding.
@@ -112,7 +114,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != ".lock"
+        if file.is_file() and file.name != LOCK
     }
 
 

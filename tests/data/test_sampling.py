@@ -6,10 +6,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from t2i_align.data.loader import micro_batches, steps
 
@@ -73,16 +71,3 @@ def test_a_step_is_of_one_bucket_however_it_is_cut(cut: tuple[int, int, int]) ->
     assert all(len({buckets[group] for _, group in step}) == 1 for step in plain)
     seen = [position for step in plain for position in step]
     assert len(set(seen)) == len(seen) and {group for epoch, group in seen if epoch == 0} == set(range(50))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_it_drives_a_data_loader(workers: int) -> None:
-    """The endless stream works as `batch_sampler`, and worker processes do not change its order."""
-    cuts = [micro_batches(steps(np.arange(5), seed=0, size=3), 3) for _ in range(2)]
-    loader = DataLoader(_Echo(), batch_sampler=cuts[0], collate_fn=list, num_workers=workers)
-    assert list(islice(iter(loader), 6)) == list(islice(cuts[1], 6))
-
-
-class _Echo(torch.utils.data.Dataset[tuple[int, int]]):
-    def __getitem__(self, position: tuple[int, int]) -> tuple[int, int]:
-        return position

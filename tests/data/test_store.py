@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from torch import Tensor
 
 from pipelines import PipelineError
 from pipelines.process import RectifiedFlow
-from t2i_align.data import encode, prepare
+from t2i_align.data import encode
+from t2i_align.data import store as store_module
 from t2i_align.data.encode import Latents
-from t2i_align.data.prepare import write
+from t2i_align.data.loader import PreparedDataset
 from t2i_align.data.readers import read, survey
-from t2i_align.data.schema import Group, Selection
-from t2i_align.data.store import Store
+from t2i_align.data.schema import Batch, Group, Selection
+from t2i_align.data.store import TEXTS, Store, write
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
+from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import (
     StandIn,
     colour,
@@ -63,13 +66,18 @@ def make(source: Path, out: Path, pipeline: Any = None, batch_size: int = 3, **o
 
 def images(groups: Store) -> dict[str, list[tuple[int, ...]]]:
     """The colours of each group's candidates, read back from its latents."""
-    return {
-        groups.group(number)[0].ids[groups.group(number)[1]].as_py(): [
-            tuple(int(value) for value in np.round(latents.mean((1, 2)).astype(float) * 255))
-            for latents in groups.latents(number)
-        ]
-        for number in range(len(groups))
-    }
+    colours = {}
+    for number in range(len(groups)):
+        columns, row = groups.locate(number)
+        latents = np.frombuffer(columns["latents"][row].as_py(), np.float16).reshape(-1, 3, 16)
+        colours[columns["id"][row].as_py()] = list(map(tuple, np.round(latents.mean(2, float) * 255).astype(int)))
+    return colours
+
+
+def fetched(store: Store, *numbers: int, columns: Sequence[str] = ()) -> Batch:
+    """The batch of these groups, in epoch 0."""
+    dataset = PreparedDataset(store, np.array(numbers), Requirements(columns=tuple(columns)), {})
+    return dataset.to_batch(dataset.__getitems__([(0, number) for number in numbers]), torch.device("cpu"))
 
 
 def assert_paired(groups: Store, rows: list[int]) -> None:
@@ -86,16 +94,16 @@ def test_what_goes_in_comes_out(tmp_path: Path, batch_size: int) -> None:
     pipeline = StandIn()
     groups = make(write_parquet(tmp_path / "a.parquet", pick_rows(10)), tmp_path / "out", pipeline, batch_size)
     assert_paired(groups, list(range(10)))
-    assert sorted(pipeline.prompts) == sorted(["", *(f"caption {n}" for n in range(5))])  # each of them once
-    item = groups.fetch([(2, 7), (0, 1)])
-    assert item["keys"] == ["2/1007", "0/1001"]
-    batch = groups.to_batch(item, torch.device("cpu"))
+    assert sorted(pipeline.prompts) == sorted(["", "", *(f"caption {n}" for n in range(5))])  # once; "" also to probe
+    dataset = PreparedDataset(groups, np.arange(10), Requirements(candidates=2), {})
+    batch = dataset.to_batch(dataset.__getitems__([(2, 7), (0, 1)]), torch.device("cpu"))
+    assert batch.keys == ("2/1007", "0/1001")
     assert batch.latents.shape == (2, 2, 3, 4, 4) and batch.latents.dtype == torch.float32
     assert batch.scores.tolist() == [[1.0, 0.0]] * 2
     expected = StandIn().encode_prompts(["caption 2", "caption 1"])
     assert torch.equal(batch.conditioning["embeds"], expected["embeds"])
     assert torch.equal(batch.conditioning["mask"], expected["mask"])  # stays bool
-    empty = groups.empty_conditioning(torch.device("cpu"))
+    empty = dataset.empty_conditioning(torch.device("cpu"))
     assert all(torch.equal(empty[name], tensor) for name, tensor in StandIn().encode_prompts([""]).items())
     assert groups.manifest["counts"] == {
         "groups": 10, "skipped": 0, "ties": 0, "texts": 6, "candidates": {"2": 10},
@@ -165,11 +173,11 @@ def test_kill_nine_continues_to_the_same_cache(tmp_path: Path) -> None:
     make(source, tmp_path / "whole")
     script = (
         "import sys; from pathlib import Path; from tests.data.test_examples import StandIn\n"
-        "from t2i_align.data import encode, prepare, readers\n"
+        "from t2i_align.data import encode, readers, store\n"
         "encode.MAX_ROWS_PER_SHARD = 4; source, out = map(Path, sys.argv[1:])\n"
         "encoder = encode.Latents(StandIn(delay=0.03), [(8, 8)], batch_size=3)\n"
         "parts = {'source': 'abc', 'height': 8}\n"
-        "prepare.write(readers.read(source), encoder, out, fingerprint=parts, progress=False)\n"
+        "store.write(readers.read(source), encoder, out, fingerprint=parts, progress=False)\n"
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", script, str(source), str(out)], cwd=Path(__file__).parents[2])
@@ -302,11 +310,11 @@ def test_a_full_disk_is_an_error_that_one_continues_from(tmp_path: Path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         genuine(file, *rest)
 
-    genuine = prepare.write_table
-    monkeypatch.setattr(prepare, "write_table", full)
+    genuine = store_module.write_table
+    monkeypatch.setattr(store_module, "write_table", full)
     with pytest.raises(UserError, match="the disk is full"):
         make(source, tmp_path / "out")
-    monkeypatch.setattr(prepare, "write_table", genuine)
+    monkeypatch.setattr(store_module, "write_table", genuine)
     make(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -356,7 +364,7 @@ def test_groups_of_any_k_and_all_columns_are_kept(tmp_path: Path) -> None:
     groups = Store(tmp_path / "out")
     assert groups.k.tolist() == [3, 1, 2]
     assert [len(colours) for colours in images(groups).values()] == [3, 1, 2]
-    table = groups.shard(0).groups
+    table, _ = groups.locate(0)
     assert table["captions"].to_pylist() == [["a", "b", "c"], ["a"], ["a", "b"]]
     assert table["user"].to_pylist() == [None, None, "ü"]
     assert table["scores"].to_pylist() == [[3, 2, 1], [1], [2, 1]]
@@ -384,11 +392,11 @@ def test_several_writers_make_the_same_cache(tmp_path: Path) -> None:
 def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> None:
     source, out = write_parquet(tmp_path / "a.parquet", pick_rows(14)), tmp_path / "out"
     make(source, tmp_path / "alone")
-    (out / prepare.LOCKS).mkdir(parents=True)
+    out.mkdir()
     holds = threading.Event()
 
     def write_and_stop() -> None:
-        with FileLock(out / prepare.LOCKS / "1.lock"):
+        with FileLock(out / ".writing_shard-00001.lock"):
             holds.set()
             while not (out / "shard-00003").exists():
                 time.sleep(0.01)
@@ -429,19 +437,18 @@ def test_sequences_of_varying_length_are_padded_per_batch(tmp_path: Path) -> Non
     ]  # fmt: skip
     write(items, encoder(Varying()), tmp_path / "out", fingerprint=PARTS, progress=False)
     groups = Store(tmp_path / "out")
-    stored = [groups.shard(0).texts["embeds"][row] for row in range(5)]
-    assert [value.nbytes for value in stored] == [4 * max(1, n) for n in (0, 2, 6, 4, 1)]
-    columns = ("negative_caption",)
-    batch = groups.to_batch(groups.fetch([(0, 0), (0, 1)], columns=columns), torch.device("cpu"))
+    stored = [groups.locate(number, TEXTS)[0]["embedding:embeds"][number].as_py() for number in range(5)]
+    assert [len(value) for value in stored] == [4 * max(1, n) for n in (0, 2, 6, 4, 1)]
+    batch = fetched(groups, 0, 1, columns=["negative_caption"])
     expected = Varying().encode_prompts([prompt for prompt, _ in texts] + [text for _, text in texts])
     for place, conditioning in enumerate((batch.conditioning, batch.negative_caption)):
         own = slice(2 * place, 2 * place + 2)
         assert torch.equal(conditioning["embeds"], expected["embeds"][own].bfloat16().float())
         assert torch.equal(conditioning["mask"], expected["mask"][own])
-    (alone,) = [groups.to_batch(groups.fetch([(0, 1)]), torch.device("cpu")).conditioning["embeds"].shape]
-    assert alone == (1, 4, 2)
-    batch = groups.to_batch(groups.fetch([(0, 0)]), torch.device("cpu"))
-    empty = groups.empty_conditioning(torch.device("cpu"))
+    assert fetched(groups, 1).conditioning["embeds"].shape == (1, 4, 2)
+    batch = fetched(groups, 0)
+    dataset = PreparedDataset(groups, np.arange(2), Requirements(), {})
+    empty = dataset.empty_conditioning(torch.device("cpu"))
     for share, kept in ((0.0, 2), (1.0, 0)):
         dropped = drop_captions(batch, empty, SampleRNG(0, batch.keys, RectifiedFlow()), share).conditioning
         assert int((dropped["embeds"][0, :, 0] > 0).sum()) == kept and dropped["embeds"].shape[1] == 2

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import hub
-from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
-from t2i_align.objectives.base import Requirements
-from tests.data.test_examples import StandIn, colour, jpeg
+from tests.data import test_loader
+from tests.data.test_examples import colour, jpeg
 from tests.formats import lines, shard
 
 GROUPS = 18
@@ -44,17 +43,8 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def opened(shards: Path, cache_dir: Path | None = None, **data: Any) -> PreferenceDataset:
-    return open_dataset(
-        DataConfig(path=str(shards), **{"stream": 5, **data}),
-        ModelConfig(path="a model"),
-        needs=Requirements(candidates=2, ties=False),
-        pipeline=lambda: StandIn(),  # type: ignore[arg-type, return-value]
-        encoder_fingerprint=lambda: "e",
-        size=(8, 8),
-        cache_root=cache_dir or shards.parent / "cache",
-        progress=False,
-    )
+def opened(shards: Path, **data: Any) -> PreferenceDataset:
+    return test_loader.opened(shards.parent, shards, **{"stream": 5, **data})
 
 
 def batches(source: PreferenceDataset, batch_size: int = 2, step: int = 0, **options: Any) -> Iterator[Batch]:
@@ -156,7 +146,7 @@ def test_shards_of_the_hub_are_downloaded_one_by_one_and_deleted(shards: Path, m
     names = [f"{number:06d}.tar" for number in range(7)]
     monkeypatch.setattr(hub, "pieces", lambda spec, endings: (names, "hub:owner/name@abc"))
     monkeypatch.setattr(hub, "piece", piece)
-    source = opened(Path("hub:owner/name"), cache_dir=shards.parent / "cache")
+    source = test_loader.opened(shards.parent, Path("hub:owner/name"), stream=5)
     whole = keys(batches(source), 30)
     assert max(held) <= 4 and len(downloads) > 7  # again in each epoch
     assert keys(batches(source, step=13), 3) == whole[26:32]
@@ -170,5 +160,5 @@ def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:
             opened(shards, **other)
     ties = [{"prompt": "x", "images": ["a.jpg", "a.jpg"], "scores": [1, 1]}] * 3
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    with pytest.raises(UserError, match="all 3 groups are ties"):
+    with pytest.raises(UserError, match="no group is left: of 3, 3 are ties"):
         opened(lines(tmp_path / "d.jsonl", ties))

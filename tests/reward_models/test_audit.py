@@ -18,7 +18,7 @@ from reward_scorers import Scorer
 from t2i_align.errors import UserError
 from t2i_align.reward_models.audit import agreement, audit, calibrate
 from t2i_align.reward_models.optimise import ascent_curve, best_of_n, best_of_n_curve, draw_pool
-from t2i_align.testbed.prompts import prompts
+from t2i_align.testbed.world import prompts
 
 
 class Contrast(Scorer):

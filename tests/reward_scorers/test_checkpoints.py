@@ -121,6 +121,7 @@ def test_transformers_never_fills_a_tower_at_random(tmp_path: Path) -> None:
         ("clip:ViT-B-32:openai", "belong to 'ViT-B-32-quickgelu'"),
         ("clip:local-dir:/no/such/folder", "could not be loaded"),
         ("hpsv2.1:/no/such/none.pt", r"hpsv2.1: .*none.pt: no such file"),
+        ("imagereward:/no/such/none.pt", r"imagereward: .*none.pt: no such file"),
         ("pickscore:/no/such/folder", "pickscore: /no/such/folder: no such folder"),
         ("hf-clip", "needs a folder or Hub id"),
     ],

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 from t2i_align.data.media import MediaSize, load, save_clip
-from t2i_align.testbed import base_path, clip_captions
+from t2i_align.testbed import base_path, clips
 from t2i_align.testbed import prompts as split_prompts
-from t2i_align.testbed.captions import FAULTS, corrupt, describe, draw_for, write
-from t2i_align.testbed.clips import DIRECTIONS, FRAMES, PATHS, SPEEDS, TURNS, draw_offsets, sample_clip
+from t2i_align.testbed.captions import FAULTS, corrupt, describe, write
+from t2i_align.testbed.clips import DIRECTIONS, FRAMES, PATHS, TURNS, draw_offsets, sample_clip
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import (
-    BACKGROUNDS,
-    COLOURS,
     KINDS,
     SIDE,
     degrade,
@@ -23,48 +21,24 @@ from t2i_align.testbed.scenes import (
     sample_scene,
     to_uint8,
 )
-from tools.testbed.annotators import Noisy, sample_people
+from tools.testbed.annotators import Annotator
 from tools.testbed.faults import spoil, to_clip
 
 
-def test_render_draws_the_colour_on_the_background():
-    """At an object's centre is its colour, in an empty corner the background."""
-    scene = sample_scene(np.random.default_rng(3), "single")
-    pixels = render(scene)
-    item = scene.objects[0]
-    centre = pixels[int(item.y), int(item.x)]
-    np.testing.assert_allclose(centre, COLOURS[item.colour], atol=1e-6)
-    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
-    np.testing.assert_allclose(corners, BACKGROUNDS[scene.background], atol=1e-6)
-
-
-def assert_apart(scene, margin):
-    boxes = [item.box for item in scene.objects]
-    for i, (l1, t1, r1, b1) in enumerate(boxes):
-        assert min(l1, t1) >= margin - 1e-9 and max(r1, b1) <= SIDE - margin + 1e-9
-        for l2, t2, r2, b2 in boxes[:i]:
-            assert max(l2 - r1, l1 - r2, t2 - b1, t1 - b2) >= 3.0
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "clip"])
 @pytest.mark.parametrize("stray", [False, True])
-def test_objects_never_touch_and_pairs_stand_in_their_relation(kind, stray):
+def test_objects_stay_inside_and_apart_and_pairs_stand_in_their_relation(kind, stray):
     rng = np.random.default_rng(0)
-    for _ in range(40):
-        scene = sample_scene(rng, kind, stray=stray)
-        assert_apart(scene, 1)
+    drawn = [sample_clip(rng) if kind == "clip" else sample_scene(rng, kind, stray=stray) for _ in range(40)]
+    for scene in (scene for item in drawn for scene in (item.scenes if kind == "clip" else [item])):
+        boxes = [item.box for item in scene.objects]
+        for i, (l1, t1, r1, b1) in enumerate(boxes):
+            assert min(l1, t1) >= 1 - 1e-9 and max(r1, b1) <= SIDE - 1 + 1e-9
+            assert all(max(l2 - r1, l1 - r2, t2 - b1, t1 - b2) >= 3.0 for l2, t2, r2, b2 in boxes[:i])
         if kind == "pair":
             a, b = scene.stated_objects
             assert relation_between(a.x - b.x, a.y - b.y) == scene.relation
-
-
-def test_objects_of_clips_stay_inside_and_apart():
-    rng = np.random.default_rng(0)
-    clips = [sample_clip(rng) for _ in range(150)]
-    for clip in clips:
-        for scene in clip.scenes:
-            assert_apart(scene, 1)
-    assert sum(len(clip.movers) == 2 for clip in clips) > 10
+    assert kind != "clip" or any(len(clip.movers) == 2 for clip in drawn)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -81,23 +55,6 @@ def test_a_path_has_its_speed_and_direction(path):
     elif path in TURNS:  # y points down, so a positive cross product turns clockwise
         cross = steps[:-1, 0] * steps[1:, 1] - steps[:-1, 1] * steps[1:, 0]
         assert (np.sign(cross) == TURNS[path]).all()
-
-
-def test_speeds_are_well_apart():
-    assert SPEEDS["quickly"][0] >= 2 * SPEEDS["slowly"][1]
-
-
-def test_scenes_drawn_for_a_statement_make_it_true():
-    rng = np.random.default_rng(6)
-    for _ in range(200):
-        statement = describe(sample_scene(rng), rng)
-        scene = draw_for(statement, rng)
-        described = describe(scene, rng, p_size=1.0, p_background=1.0)
-        assert scene.relation == statement.relation and described.count == statement.count
-        for stated, true in zip(statement.phrases, described.phrases, strict=True):
-            assert (stated.shape, stated.colour, stated.number) == (true.shape, true.colour, true.number)
-            assert stated.size in (None, true.size)
-        assert statement.background in (None, scene.background)
 
 
 def test_unknown_names_are_errors():
@@ -137,7 +94,7 @@ def drawn_captions(rng):
 def drawn_clips(rng):
     for i in range(6):
         clip = sample_clip(rng)
-        yield clip_captions.write(clip_captions.describe(clip, rng), rng)
+        yield clips.write(clips.describe(clip, rng), rng)
         yield to_clip(spoil(clip, rng)[0] if i % 2 else clip.scenes, rng, degraded=i % 3 == 0)
 
 
@@ -148,7 +105,7 @@ def drawn_votes(rng):
     captions = [write(describe(scene, rng), rng) for scene in scenes]
     first, second = (Oracle().judge(pixels.clamp(0, 1), captions) for pixels in (images, spoilt))
     yield from (verdict.reward.round(4) for verdict in (first, second))
-    for annotator in (Noisy(flip=0.2), Noisy(temperature=0.1), *sample_people(4)):
+    for annotator in (Annotator(flip=0.2), Annotator(temperature=0.1)):
         yield annotator.label(first, second, rng)
 
 
@@ -158,7 +115,7 @@ def drawn_votes(rng):
         (drawn_images, "337617a14d34d56b"),
         (drawn_captions, "e46ba9e893663ea6"),
         (drawn_clips, "4619f5992e14e767"),
-        (drawn_votes, "dc7516ccc7f0396e"),
+        (drawn_votes, "e227d1b6120bc747"),
     ],
 )
 def test_draws_give_the_same_bits_as_ever(draw, expected):

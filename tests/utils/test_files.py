@@ -184,6 +184,15 @@ def test_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
             output_lock(output, file=file).__enter__()
 
 
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="out: cannot be written: Read-only file system"):
+        output_lock(tmp_path / "out").__enter__()
+
+
 def test_file_system_without_locks_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

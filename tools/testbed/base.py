@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pipelines import ForwardProcess
 from t2i_align.testbed.world import World
+from tools.testbed.networks import BASES, build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,24 +88,30 @@ class Base(ABC):
     """A tiny base model in the making. Samples are uint8 [F, 64, 64, 3]; an image has one frame.
 
     Attributes:
+        name: of its networks and recipes in `bases.yaml`.
         world: what it draws, its captions and its oracle.
         corrupt: a statement with one attribute wrong, or None where the fault does not apply.
-        dev: the split of prompts that checkpoints are evaluated on.
         text_steps: steps of the text encoder's warm-up.
         continuous: whether times between the 1000 timesteps are drawn.
         bf16: whether autoencoder and denoiser are trained in bf16 where the CPU has it.
+        parse_sizes: classes that are read off each of the P tokens of `encode_text`.
+        process: how its latents become noise.
     """
 
+    name: str
     world: World
     corrupt: Callable[..., Any]
-    dev: str
-    vae_recipe: VAERecipe
-    clean: PoolConfig
-    faulty: PoolConfig
-    recipe: DenoiserRecipe
     text_steps: int
     continuous: bool
     bf16: bool
+    parse_sizes: Sequence[tuple[int, ...]]
+    tokenizer: Any
+    process: ForwardProcess
+
+    def __init__(self) -> None:
+        recipes = BASES[self.name]["recipes"]
+        self.vae_recipe, self.recipe = VAERecipe(**recipes["vae"]), DenoiserRecipe(**recipes["denoiser"])
+        self.clean, self.faulty = PoolConfig(**recipes["clean"]), PoolConfig(**recipes["faulty"])
 
     # What it learns from ----------------------------------------------------------------------------------------
 
@@ -120,15 +127,27 @@ class Base(ABC):
     def centre(self, drawn: Any, rng: np.random.Generator) -> Sequence[float]:
         """(x, y) in pixels of what a crop should show."""
 
-    # Autoencoder ------------------------------------------------------------------------------------------------
+    # Its networks, with fresh weights ---------------------------------------------------------------------------
+
+    def build_vae(self) -> Any:
+        return build(self.name, "vae")
+
+    def build_text_encoder(self) -> Any:
+        return build(self.name, "text_encoder", self.tokenizer)
+
+    def build_denoiser(self) -> Any:
+        """Called as denoiser(noisy latents, timesteps, hidden text, return_dict=False)."""
+        return build(self.name, "denoiser")
 
     @abstractmethod
-    def build_vae(self) -> Any:
-        """With fresh weights."""
+    def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> DiffusionPipeline:
+        """The genuine diffusers pipeline around trained networks."""
+
+    # How they are trained ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pixels in about [-1, 1], not clamped, behind which an overshooting object would get no gradient."""
+        """Pixels in about [-1, 1], not clamped: a clamped, overshooting object would get no gradient."""
 
     @abstractmethod
     def reconstruction(self, error: Tensor, pixels: Tensor, progress: float) -> dict[str, Tensor]:
@@ -138,33 +157,13 @@ class Base(ABC):
     def finish(self, vae: Any, samples: np.ndarray) -> None:
         """Change the latents' basis, in place, to one in which noise hides colours and shapes as late as possible."""
 
-    # Text -------------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def build_text_encoder(self) -> nn.Module:
-        """With fresh weights."""
-
     @abstractmethod
     def encode_text(self, encoder: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
         """What the denoiser attends to [B, L, D], and the tokens [B, P, D] that the parse heads read."""
 
-    parse_sizes: Sequence[tuple[int, ...]]  # classes that are read off each of the P tokens
-
     @abstractmethod
     def parse_targets(self, statement: Any) -> list[int]:
-        """The true class of each of them, whatever the phrasing."""
-
-    # Denoiser ---------------------------------------------------------------------------------------------------
-
-    process: ForwardProcess
-
-    @abstractmethod
-    def build_denoiser(self) -> nn.Module:
-        """Called as denoiser(noisy latents, timesteps, hidden text, return_dict=False)."""
-
-    @abstractmethod
-    def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> DiffusionPipeline:
-        """The genuine diffusers pipeline around trained networks."""
+        """The true class of each of `parse_sizes`, whatever the phrasing."""
 
 
 def to_pixels(samples: np.ndarray) -> Tensor:
@@ -178,8 +177,13 @@ def class_of(value: str | None, choices: Sequence[str]) -> int:
     return 0 if value is None else list(choices).index(value) + 1
 
 
-class ParseHeads(nn.Module):
-    """Reads what a caption states off its tokens; used in training only. Tokens with the same classes share a head."""
+class ClassHeads(nn.Module):
+    """Reads classes off tokens, such as what a caption states; used in training only.
+
+    Args:
+        sizes: numbers of the classes that are read off each token; equal tokens share a head.
+        width: of a token.
+    """
 
     def __init__(self, sizes: Sequence[tuple[int, ...]], width: int) -> None:
         super().__init__()
@@ -187,48 +191,9 @@ class ParseHeads(nn.Module):
         self.heads = nn.ModuleDict({str(token): nn.Linear(width, sum(token)) for token in sizes})
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy over everything that may be stated; tokens [B, P, D], targets [B, sum of classes]."""
+        """Mean cross-entropy over all that is read; tokens [B, P, D], targets [B, what is read off all tokens]."""
         logits: list[Tensor] = []
         for sizes, token in zip(self.sizes, tokens.float().unbind(1), strict=True):
             logits += self.heads[str(sizes)](token).split(sizes, dim=-1)
         terms = [F.cross_entropy(logit, target) for logit, target in zip(logits, targets.unbind(1), strict=True)]
         return torch.stack(terms).mean()
-
-
-@torch.no_grad()
-def spread_to(vae: Any, means: Tensor, variance: Tensor, spread: Tensor, rotation: Tensor | None = None) -> None:
-    """Fold z' = R diag(spread / std) V^T z - m into the 1 x 1 convolutions around the latents; decoding is unchanged.
-
-    Args:
-        means: samples of the posterior's mean [N, C]; V are their principal components, strongest first.
-        variance: the posterior's variance [C], which becomes a constant.
-        spread: standard deviations [C] of the components afterwards.
-        rotation: R [C, C], applied last; none by default.
-    """
-    channels = means.shape[1]
-    values, vectors = torch.linalg.eigh(torch.cov(means.T))
-    order = values.argsort(descending=True)
-    transform = torch.diag(spread / values[order].sqrt()) @ vectors[:, order].T
-    transform = transform if rotation is None else rotation @ transform
-    shift = transform @ means.mean(0)
-    before, after = vae.quant_conv, vae.post_quant_conv
-    weight, bias = before.weight[:channels].flatten(1).double(), before.bias[:channels].double()
-    before.weight[:channels] = (transform @ weight).float().view_as(before.weight[:channels])
-    before.bias[:channels] = (transform @ bias - shift).float()
-    before.weight[channels:], before.bias[channels:] = 0.0, (transform.square() @ variance).log().float()
-    inverse = after.weight.flatten(1).double() @ transform.inverse()
-    after.weight[:] = inverse.float().view_as(after.weight)
-    after.bias[:] = (after.bias.double() + inverse @ shift).float()
-
-
-@torch.no_grad()
-def posterior_statistics(vae: Any, samples: np.ndarray, batch: int = 20) -> tuple[Tensor, Tensor]:
-    """Means [N, C] at every place of the samples' latents, and the mean variance [C], in float64."""
-    posteriors = [
-        vae.encode(to_pixels(part)).latent_dist for part in np.array_split(samples, -(-len(samples) // batch))
-    ]
-    means, variances = (
-        torch.cat([getattr(p, name) for p in posteriors]).transpose(0, 1).flatten(1).double()
-        for name in ("mean", "var")
-    )
-    return means.T, variances.mean(1)

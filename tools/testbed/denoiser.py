@@ -1,4 +1,4 @@
-"""Train a base's denoiser with its text encoder, on cached latents of drawn images or clips."""
+"""Train a base's text encoder, then its denoiser with it, on cached latents of drawn images or clips."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t2i_align.testbed.prompts import split_of
+from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
-from tools.testbed.base import Base, DenoiserRecipe, ParseHeads, PoolConfig
+from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolConfig
 from tools.testbed.loop import LoopConfig, fit, mixed
+from tools.testbed.networks import WIDTH
 from tools.testbed.vae import encode
 
 
@@ -66,14 +67,12 @@ def make_pool(base: Base, config: PoolConfig, vae: nn.Module, cache: Path) -> Po
 
 def make_pools(base: Base, vae: nn.Module, work: Path, samples: int) -> tuple[Pool, Pool]:
     """Clean and faulty pools, cached in `work`; `samples` clean images or clips, faulty ones in proportion."""
+    share = samples / base.clean.number
     clean, faulty = (
-        dataclasses.replace(config, number=max(1, round(config.number * samples / base.clean.number)))
-        for config in (base.clean, base.faulty)
+        make_pool(base, dataclasses.replace(config, number=max(1, round(config.number * share))), vae, work / file)
+        for config, file in ((base.clean, "latents_clean.pt"), (base.faulty, "latents_faulty.pt"))
     )
-    return (
-        make_pool(base, clean, vae, work / "latents_clean.pt"),
-        make_pool(base, faulty, vae, work / "latents_faulty.pt"),
-    )
+    return clean, faulty
 
 
 def draw_captions(
@@ -122,6 +121,29 @@ def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
     return torch.from_numpy((times * 1000).astype(np.int64)).clamp(max=999)
 
 
+def warm_up(base: Base, drawn: Sequence[Any], *, steps: int, seed: int, state_file: Path | None) -> nn.ModuleDict:
+    """A text encoder that reads true captions of what is drawn, and its parse heads.
+
+    The text encoders of real models know language from their own pretraining. This gives the tiny ones the same start:
+    throw-away heads on a few tokens must tell what the caption states. Each step sees up to 128 captions; statements of
+    dev and test prompts are left out.
+    """
+    language = base.world.language
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"text_encoder": base.build_text_encoder(), "heads": ClassHeads(base.parse_sizes, WIDTH)})
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((seed, 7, step))
+        statements = [language.describe(drawn[i], rng) for i in rng.integers(len(drawn), size=128)]
+        captions = [language.write(statement, rng) for statement in statements if split_of(statement) == "train"]
+        targets = torch.tensor([base.parse_targets(language.parse(caption)) for caption in captions])
+        read = base.encode_text(model["text_encoder"], captions)[1]
+        return {"parse": cast(ClassHeads, model["heads"]).loss(read, targets)}
+
+    fit(model, losses, LoopConfig(steps=steps, lr=2e-3, warmup=max(1, steps // 10), every=steps), state_file)
+    return model
+
+
 def train_denoiser(
     base: Base,
     text: nn.ModuleDict,
@@ -134,13 +156,13 @@ def train_denoiser(
     """Train denoiser and text encoder and return their exponential average, continuing from `state_file`.
 
     Args:
-        text: from `text.warm_up`.
+        text: from `warm_up`.
         pools: clean and faulty images or clips.
         on_checkpoint: called with the average and the step after each checkpoint (`every` steps).
     """
     torch.manual_seed(recipe.seed)
     model = nn.ModuleDict({**text, "denoiser": base.build_denoiser()})
-    process, heads = base.process, cast(ParseHeads, model["heads"])
+    process, heads = base.process, cast(ClassHeads, model["heads"])
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((recipe.seed, 11, step))

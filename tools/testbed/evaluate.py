@@ -6,18 +6,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 import pipelines
 from t2i_align.testbed.oracle import Verdict
-from t2i_align.testbed.prompts import SPLITS, prompts
-from t2i_align.testbed.world import CLIPS, IMAGES
-from tools.testbed.sampling import GUIDANCE, STEPS, load, model_folder, sample
+from t2i_align.testbed.world import CLIPS, IMAGES, SPLITS, prompts
+from tools.testbed.sampling import GUIDANCE, STEPS, model_folder, sample
 
 
 def means(verdict: Verdict) -> dict[str, float]:
@@ -26,12 +25,7 @@ def means(verdict: Verdict) -> dict[str, float]:
     return {name: float(np.nanmean(values)) for name, values in stated.items() if not np.isnan(values).all()}
 
 
-def summary(verdict: Verdict) -> str:
-    """The means on one line."""
-    return " ".join(f"{name} {value:.3f}" for name, value in means(verdict).items())
-
-
-def grid(images: Tensor, columns: int = 16) -> Image.Image:
+def grid(images: Tensor, columns: int) -> Image.Image:
     """Images [B, 3, H, W] in [0, 1] side by side; an incomplete last row is left out."""
     rows = len(images) // columns
     height, width = images.shape[-2:]
@@ -41,7 +35,7 @@ def grid(images: Tensor, columns: int = 16) -> Image.Image:
 
 
 def evaluate(
-    pipeline: DiffusionPipeline,
+    family: Any,
     captions: Sequence[str],
     *,
     steps: int = STEPS,
@@ -50,29 +44,34 @@ def evaluate(
     image: Path | None = None,
 ) -> Verdict:
     """Judge one sample per caption, with seeds seed, seed + 1, ...; `image` saves a grid of them, two clips a row."""
-    samples = sample(pipeline, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
-    clips = samples.ndim == 5
+    samples = sample(family, captions, range(seed, seed + len(captions)), steps=steps, guidance=guidance)
     if image is not None and len(samples) >= 16:
-        grid(samples.flatten(0, 1), 2 * samples.shape[1]).save(image) if clips else grid(samples).save(image)
-    return (CLIPS if clips else IMAGES).oracle().judge(samples, captions)
+        grid(samples.flatten(0, -4), 2 * samples.shape[1] if family.video else 16).save(image)
+    return (CLIPS if family.video else IMAGES).oracle().judge(samples, captions)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the oracle's means over a split as JSON."""
-    p = argparse.ArgumentParser(prog="python -m tools.testbed evaluate", description=__doc__)
+def report_on(pipeline: DiffusionPipeline, step: int, number: int, image: Path) -> None:
+    """Print the means over the first dev prompts at a checkpoint, on one line."""
+    family = pipelines.wrap(pipeline)
+    captions = prompts("video-dev" if family.video else "dev")[:number]
+    values = means(evaluate(family, captions, image=image))
+    print(f"dev at step {step}:", " ".join(f"{name} {value:.3f}" for name, value in values.items()), flush=True)
+
+
+def options(p: argparse.ArgumentParser, video: bool) -> None:
     p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or another base")
     p.add_argument("--split", choices=SPLITS, default="dev")
     p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")
     p.add_argument("--steps", type=int, default=STEPS)
     p.add_argument("--guidance", type=float, default=GUIDANCE)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--image", type=Path, help="save a grid of the samples here")
-    args = p.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    pipeline = load(args.model)
-    split = f"video-{args.split}" if pipelines.wrap(pipeline).video else args.split
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the oracle's means over a split as JSON."""
+    family = pipelines.load(args.model)
+    split = f"video-{args.split}" if family.video else args.split
     captions = prompts(split)[: args.number]
-    verdict = evaluate(pipeline, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, image=args.image)
+    verdict = evaluate(family, captions, steps=args.steps, guidance=args.guidance, seed=args.seed, image=args.image)
     settings = {"model": str(args.model), "split": split, "prompts": len(captions), "steps": args.steps}
     print(json.dumps(settings | {"guidance": args.guidance, "seed": args.seed} | means(verdict), indent=2))

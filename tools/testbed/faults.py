@@ -11,8 +11,7 @@ import dataclasses
 import numpy as np
 
 from t2i_align.testbed.captions import wrong_phrase
-from t2i_align.testbed.clip_captions import ClipStatement
-from t2i_align.testbed.clips import FRAMES, SPEEDS, Clip
+from t2i_align.testbed.clips import FRAMES, SPEEDS, Clip, ClipStatement
 from t2i_align.testbed.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -98,24 +97,19 @@ def to_clip(scenes: list[Scene], rng: np.random.Generator, degraded: bool = Fals
 
 def corrupt(statement: ClipStatement, fault: str, rng: np.random.Generator) -> ClipStatement | None:
     """The statement with one attribute of what moves (or of the background) wrong; None where it is not stated."""
-    if fault not in CAPTION_FAULTS:
-        raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(CAPTION_FAULTS)}")
-    part = statement.parts[0]
-    stated = {
-        "background": statement.background,
-        "path": part.path != "still",
-        "speed": part.speed,
-        "size": part.phrase.size,
-    }
-    if not stated.get(fault, True):
-        return None
-    if fault == "background":
-        return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, statement.background))
-    if fault == "path":
-        part = dataclasses.replace(part, path=OTHER_WAY[part.path])
-    elif fault == "speed":
-        part = dataclasses.replace(part, speed=choose_other(rng, SPEEDS, part.speed))
-    else:
-        phrases = [other.phrase for other in statement.parts]
-        part = dataclasses.replace(part, phrase=wrong_phrase(part.phrase, fault, phrases, rng))
+    part, background = statement.parts[0], statement.background
+    match fault:
+        case "background" if background:
+            return dataclasses.replace(statement, background=choose_other(rng, BACKGROUNDS, background))
+        case "path" if part.path != "still":
+            part = dataclasses.replace(part, path=OTHER_WAY[part.path])
+        case "speed" if part.speed:
+            part = dataclasses.replace(part, speed=choose_other(rng, SPEEDS, part.speed))
+        case "colour" | "shape" | "size" if fault != "size" or part.phrase.size:
+            phrases = [other.phrase for other in statement.parts]
+            part = dataclasses.replace(part, phrase=wrong_phrase(part.phrase, fault, phrases, rng))
+        case _ if fault in CAPTION_FAULTS:
+            return None
+        case _:
+            raise ValueError(f"unknown fault {fault!r}; the choices are {', '.join(CAPTION_FAULTS)}")
     return dataclasses.replace(statement, parts=(part, *statement.parts[1:]))

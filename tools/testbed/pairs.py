@@ -26,13 +26,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_align.data.media import save_clip, to_bytes
+import pipelines
+from t2i_align.data.media import load_pixels, save_clip, to_bytes
 from t2i_align.testbed.oracle import Oracle, Verdict
-from t2i_align.testbed.prompts import prompts
-from t2i_align.testbed.world import CLIPS
+from t2i_align.testbed.scenes import SIDE
+from t2i_align.testbed.world import CLIPS, prompts
 from t2i_align.utils.files import atomic_file, atomic_folder
-from tools.testbed.annotators import Annotator, Biased, Expert, Noisy
-from tools.testbed.sampling import GUIDANCE, load, model_folder, output_arguments, sample, start
+from tools.testbed.annotators import Annotator, biased
+from tools.testbed.sampling import GUIDANCE, model_folder, output_options, sample
 
 SCHEMA = pa.schema(
     {
@@ -88,24 +89,22 @@ class Samples:
 
 def encode_jpeg(image: Tensor) -> bytes:
     """An image [3, H, W] in [0, 1] as JPEG, quality 95 without chroma subsampling, which blurs hues."""
-    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="JPEG", quality=95, subsampling=0)
+    Image.fromarray(to_bytes(image).permute(1, 2, 0).numpy()).save(buffer, format="JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
 def decode(data: bytes) -> Tensor:
-    """Encoded bytes to float [3, H, W] in [0, 1]."""
-    array = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255.0
+    """Encoded bytes to float [3, 64, 64] in [0, 1]."""
+    return load_pixels(data, SIDE, SIDE)
 
 
-def take(verdict: Verdict, index: Sequence[int] | np.ndarray) -> Verdict:
+def take(verdict: Verdict, index: Sequence[int]) -> Verdict:
     """The verdict on a selection of the images."""
-    index = np.asarray(index, int)
-    columns = {name: getattr(verdict, name)[index] for name in ("reward", "faithfulness", "strict", "quality")}
-    attributes = {name: values[index] for name, values in verdict.attributes.items()}
-    return Verdict(**columns, attributes=attributes, views=tuple(verdict.views[i] for i in index))
+    rows = np.asarray(index, int)
+    columns = {name: getattr(verdict, name)[rows] for name in ("reward", "faithfulness", "strict", "quality")}
+    attributes = {name: values[rows] for name, values in verdict.attributes.items()}
+    return Verdict(**columns, attributes=attributes, views=tuple(verdict.views[i] for i in rows))
 
 
 def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -125,7 +124,7 @@ def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Ge
 
 
 def sample_pairs(
-    pipeline: Any,
+    family: Any,
     captions: Sequence[str],
     config: PairsConfig,
     oracle: Oracle,
@@ -134,18 +133,18 @@ def sample_pairs(
     """Batches of judged samples; `store` returns what is written of them, and the pixels that a reader will see."""
     for first in tqdm(range(0, len(captions), config.prompts_per_batch), desc="sampling pairs", unit="batch"):
         batch = captions[first : first + config.prompts_per_batch]
-        repeated = list(itertools.chain.from_iterable([caption] * config.candidates for caption in batch))
-        start_seed = 1_000_000 * (config.seed + 1) + first * config.candidates
-        seeds = range(start_seed, start_seed + len(repeated))
-        stored, pixels = store(sample(pipeline, repeated, seeds, steps=config.steps, guidance=config.guidance))
+        repeated = [caption for caption in batch for _ in range(config.candidates)]
+        first_seed = 1_000_000 * (config.seed + 1) + first * config.candidates
+        seeds = range(first_seed, first_seed + len(repeated))
+        stored, pixels = store(sample(family, repeated, seeds, steps=config.steps, guidance=config.guidance))
         verdict = oracle.judge(pixels, repeated)
         rng = np.random.default_rng((config.seed, first))
         yield Samples(repeated, seeds, stored, verdict, choose(verdict, len(batch), config, rng), rng)
 
 
 def make_pairs(
-    pipeline: Any, captions: Sequence[str], annotator: Annotator, config: PairsConfig, *, model: str = "tiny-sd"
-) -> Iterator[dict[str, object]]:
+    family: Any, captions: Sequence[str], annotator: Annotator, config: PairsConfig, *, model: str = "tiny-sd"
+) -> Iterator[dict[str, Any]]:
     """Rows of `SCHEMA`; the left or right place of the winner is random. The oracle judges the images after JPEG."""
 
     def store(images: Tensor) -> tuple[list[bytes], Tensor]:
@@ -153,52 +152,48 @@ def make_pairs(
         return encoded, torch.stack([decode(data) for data in encoded])
 
     oracle, numbers = Oracle(), itertools.count()
-    for batch in sample_pairs(pipeline, captions, config, oracle, store):
+    for batch in sample_pairs(family, captions, config, oracle, store):
         swapped = batch.rng.random(len(batch.pairs)) < 0.5
-        sides = [(b, a) if swap else (a, b) for (a, b), swap in zip(batch.pairs, swapped, strict=True)]
+        sides = [pair[::-1] if swap else pair for pair, swap in zip(batch.pairs, swapped, strict=True)]
         left, right = (take(batch.verdict, [pair[side] for pair in sides]) for side in (0, 1))
-        for pair, label in zip(sides, annotator.label(left, right, batch.rng), strict=True):
-            row: dict[str, object] = {
-                "ranking_id": (number := next(numbers)),
+        for pair, label in zip(sides, annotator.label(left, right, batch.rng).tolist(), strict=True):
+            number = next(numbers)
+            row: dict[str, Any] = {
+                "are_different": label != 0.5,
+                "caption": batch.captions[pair[0]],
                 # A fixed date: the same command must write the same bytes.
                 "created_at": datetime.datetime(2024, 1, 1) + datetime.timedelta(seconds=number),
-                "user_id": getattr(annotator, "user_id", 0),
-                "oracle": f"{oracle.version} faithfulness {oracle.faithfulness_weight}",
+                "has_label": True,
+                "num_example_per_prompt": 1,
+                "ranking_id": number,
+                "user_id": annotator.user_id,
+                "oracle": signature(oracle),
             }
-            yield row | _row(batch, pair, float(label), model)
+            for side, i in enumerate(pair):
+                # The seed is part of the name: two samples may well be the same bytes.
+                uid = hashlib.sha256(batch.stored[i] + str(batch.seeds[i]).encode()).hexdigest()[:32]
+                values = {"jpg": batch.stored[i], "model": model, "seed": batch.seeds[i]}
+                values["label"] = 1.0 - label if side else label
+                values |= {name: getattr(batch.verdict, name)[i] for name in ("reward", "faithfulness", "quality")}
+                row |= {f"{name}_{side}": value for name, value in values.items()}
+                row |= {f"image_{side}_uid": uid, f"image_{side}_url": ""}
+            row["best_image_uid"] = row[f"image_{int(label < 0.5)}_uid"] if row["are_different"] else ""
+            yield row
 
 
-def _row(batch: Samples, pair: tuple[int, int], label: float, model: str) -> dict[str, object]:
-    row: dict[str, object] = {
-        "are_different": label != 0.5,
-        "caption": batch.captions[pair[0]],
-        "has_label": True,
-        "num_example_per_prompt": 1,
-        "label_0": label,
-        "label_1": 1.0 - label,
-    }
-    for side, i in enumerate(pair):
-        # The seed is part of the name: two samples may well be the same bytes.
-        uid = hashlib.sha256(batch.stored[i] + str(batch.seeds[i]).encode()).hexdigest()[:32]
-        row |= {f"jpg_{side}": batch.stored[i], f"image_{side}_uid": uid, f"image_{side}_url": ""}
-        row |= {f"model_{side}": model, f"seed_{side}": batch.seeds[i]}
-        row |= {
-            f"{name}_{side}": float(getattr(batch.verdict, name)[i]) for name in ("reward", "faithfulness", "quality")
-        }
-    row["best_image_uid"] = row["image_0_uid"] if label > 0.5 else row["image_1_uid"] if label < 0.5 else ""
-    return row
+def signature(oracle: Oracle) -> str:
+    """What a row keeps of the oracle that judged it."""
+    return f"{oracle.version} faithfulness {oracle.faithfulness_weight}"
 
 
-def write_parquet(rows: list[dict[str, object]], path: Path) -> None:
+def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows in groups of 512, atomically."""
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=512)
 
 
-def make_clip_pairs(
-    pipeline: Any, captions: Sequence[str], config: PairsConfig, out: Path
-) -> Iterator[dict[str, object]]:
+def make_clip_pairs(family: Any, captions: Sequence[str], config: PairsConfig, out: Path) -> Iterator[dict[str, Any]]:
     """Lines of JSON, each yielded when its two clips lie under `out`; the oracle sees what is written, 8 bits."""
 
     def store(clips: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -206,36 +201,29 @@ def make_clip_pairs(
         return list(stored), stored.float() / 255
 
     oracle = CLIPS.oracle()
-    for batch in sample_pairs(pipeline, captions, config, oracle, store):
+    for batch in sample_pairs(family, captions, config, oracle, store):
         for pair in batch.pairs:
-            names = [f"{FOLDER}/{batch.seeds[i]}.mp4" for i in pair]
+            seeds = [batch.seeds[i] for i in pair]
+            names = [f"{FOLDER}/{seed}.mp4" for seed in seeds]
             for name, i in zip(names, pair, strict=True):
                 save_clip(batch.stored[i], out / name, FPS, lossless=True)
+            reward, faithfulness, frames = batch.verdict.reward, batch.verdict.faithfulness, batch.verdict.frames
             yield {
-                "id": f"{batch.seeds[pair[0]]}-{batch.seeds[pair[1]]}",
+                "id": "{}-{}".format(*seeds),
                 "prompt": batch.captions[pair[0]],
                 "chosen": names[0],
                 "rejected": names[1],
-                "scores": [round(float(batch.verdict.reward[i]), 4) for i in pair],
-                "faithfulness": [round(float(batch.verdict.faithfulness[i]), 4) for i in pair],
-                "frame_scores": [batch.verdict.frames[i].round(4).tolist() for i in pair],
-                "seeds": [batch.seeds[i] for i in pair],
-                "oracle": f"{oracle.version} faithfulness {oracle.faithfulness_weight}",
+                "scores": [round(float(reward[i]), 4) for i in pair],
+                "faithfulness": [round(float(faithfulness[i]), 4) for i in pair],
+                "frame_scores": [frames[i].round(4).tolist() for i in pair],
+                "seeds": seeds,
+                "oracle": signature(oracle),
             }
 
 
-def _annotator(args: argparse.Namespace) -> Annotator:
-    if args.annotator == "noisy":
-        return Noisy(flip=args.flip) if args.temperature is None else Noisy(temperature=args.temperature)
-    return Expert() if args.annotator == "expert" else Biased()
-
-
-def main(argv: list[str] | None = None, command: str = "pairs") -> None:
-    """Sample train prompts from a base and write the pairs."""
-    video = command == "pairs-video"
-    p = argparse.ArgumentParser(prog=f"python -m tools.testbed {command}", description=__doc__.split("\n")[0])
+def options(p: argparse.ArgumentParser, video: bool) -> None:
     p.add_argument("model", type=model_folder, help="folder of a diffusers pipeline, testbed:sd or another base")
-    output_arguments(p, f"folder to write {LINES} and {FOLDER}/ to" if video else "parquet file to write")
+    output_options(p, f"folder to write {LINES} and {FOLDER}/ to" if video else "parquet file to write")
     p.add_argument("--prompts", type=int, default=1000 if video else 2400, help="how many train prompts to sample")
     p.add_argument("--first", type=int, default=0, help="the first train prompt")
     p.add_argument("--limit", type=int, help="stop after so many pairs")
@@ -249,22 +237,25 @@ def main(argv: list[str] | None = None, command: str = "pairs") -> None:
         p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
         p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
         p.add_argument("--temperature", type=float, help="of the noisy annotator; replaces --flip")
-    args = p.parse_args(argv)
-    start(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample train prompts from a base and write the pairs."""
     fields = (field.name for field in dataclasses.fields(PairsConfig))
     config = PairsConfig(**{name: getattr(args, name) for name in fields if hasattr(args, name)})
-    captions = prompts("video-train" if video else "train")[args.first : args.first + args.prompts]
-    pipeline = load(args.model)
-    if video:
+    captions = prompts("video-train" if args.video else "train")[args.first : args.first + args.prompts]
+    family = pipelines.load(args.model)
+    if args.video:
         with atomic_folder(args.out) as folder:
             (folder / FOLDER).mkdir()
-            rows = list(itertools.islice(make_clip_pairs(pipeline, captions, config, folder), args.limit))
+            rows = list(itertools.islice(make_clip_pairs(family, captions, config, folder), args.limit))
             (folder / LINES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        scores: list[Any] = [row["faithfulness"] for row in rows]
+        differ = sum(len(set(row["faithfulness"])) > 1 for row in rows)
     else:
-        pairs = make_pairs(pipeline, captions, _annotator(args), config, model=args.model.name)
+        noise = {"flip": args.flip} if args.temperature is None else {"temperature": args.temperature}
+        annotator = {"expert": Annotator(), "noisy": Annotator(**noise), "biased": biased()}[args.annotator]
+        pairs = make_pairs(family, captions, annotator, config, model=args.model.name)
         rows = list(itertools.islice(pairs, args.limit))
         write_parquet(rows, args.out)
-        scores = [(row["faithfulness_0"], row["faithfulness_1"]) for row in rows]
-    differ = sum(first != second for first, second in scores)
+        differ = sum(row["faithfulness_0"] != row["faithfulness_1"] for row in rows)
     print(f"{len(rows)} pairs of {len(captions)} prompts, {differ} differ in faithfulness: {args.out}")

@@ -1,8 +1,9 @@
-"""Load, save and sample bases; options that the commands share."""
+"""Save and sample bases; options that the commands share."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-import pipelines
 from t2i_align.testbed import base_path
 from t2i_align.utils.files import atomic_folder, write_json
 from tools.testbed.loop import has_bf16
@@ -22,35 +22,23 @@ from tools.testbed.loop import has_bf16
 STEPS, GUIDANCE = 20, 1.0
 
 
-def output_arguments(p: argparse.ArgumentParser, what: str) -> None:
-    """--out (`what` describes it), --force, --seed, --threads; `start` reads them."""
+def output_options(p: argparse.ArgumentParser, what: str) -> None:
+    """--out (`what` describes it) and --force, which every command that has them checks first."""
     p.add_argument("--out", type=Path, required=True, help=what)
     p.add_argument("--force", action="store_true", help="replace --out where it exists")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
 
 
-def start(args: argparse.Namespace) -> None:
-    """Exit where `--out` exists and may not be replaced; set the number of threads."""
-    if args.out.exists() and not args.force:
-        raise SystemExit(f"{args.out} exists; pass --force to replace it")
-    torch.set_num_threads(args.threads)
-
-
-def save(pipeline: DiffusionPipeline, path: Path) -> None:
-    """Save in half precision as safetensors, atomically; replaces what was there. The pipeline is left as it was."""
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    kept = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
-    with atomic_folder(path) as folder:
-        pipeline.to(dtype=torch.float16)
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # not where it was loaded from
-            config = json.loads(file.read_text())
-            config.pop("_name_or_path", None)
-            write_json(file, dict(sorted(config.items())))
-    pipeline.to(dtype=torch.float32)
-    for name, part in parts.items():
-        part.load_state_dict(kept[name])
+def training_options(
+    p: argparse.ArgumentParser, *, work: str, every: int, samples: int, steps: int, batch: int, lr: float
+) -> None:
+    """What pretraining and distilling have in common, with the command's own defaults."""
+    p.add_argument("--work", type=Path, default=Path(work), help="folder of checkpoints and latents")
+    p.add_argument("--every", type=int, default=every, help="steps between checkpoints, each of which is evaluated")
+    p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
+    p.add_argument("--samples", "--clips", type=int, default=samples, help="clean; faulty ones in proportion")
+    p.add_argument("--steps", type=int, default=steps)
+    p.add_argument("--batch", type=int, default=batch)
+    p.add_argument("--lr", type=float, default=lr)
 
 
 def model_folder(text: str) -> Path:
@@ -70,19 +58,18 @@ def model_folder(text: str) -> Path:
     return folder
 
 
-def load(path: str | Path) -> Any:
-    """Load a pipeline in float32 without progress bars."""
-    return pipelines.load(path).pipe
+def save(pipeline: DiffusionPipeline, path: Path) -> None:
+    """Save in half precision as safetensors, atomically; replaces what was there. The pipeline is left as it was."""
+    with atomic_folder(path) as folder:
+        copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+        for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # not where it was loaded from
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            write_json(file, dict(sorted(config.items())))
 
 
 def sample(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    batch: int = 64,
+    family: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> Tensor:
     """Images [B, 3, 64, 64] or clips [B, 9, 3, 64, 64] in [0, 1]; the noise of each depends on its own seed only.
 
@@ -90,6 +77,5 @@ def sample(
         PipelineError: another number of seeds than prompts.
     """
     autocast = torch.bfloat16 if has_bf16() else None
-    return pipelines.wrap(pipeline).generate(
-        prompts, seeds, steps=steps, guidance=guidance, batch_size=batch, autocast=autocast
-    )
+    samples: Tensor = family.generate(prompts, seeds, steps=steps, guidance=guidance, batch_size=64, autocast=autocast)
+    return samples

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from pipelines import VariancePreserving
 from t2i_align.testbed.captions import CHOICES, Statement, corrupt
-from t2i_align.testbed.scenes import BACKGROUNDS, SIDE, Scene, maybe_degrade, render, sample_scene, to_uint8
+from t2i_align.testbed.scenes import BACKGROUNDS, Scene, maybe_degrade, render, sample_scene, to_uint8
 from t2i_align.testbed.world import IMAGES
-from tools.testbed.base import Base, DenoiserRecipe, PoolConfig, VAERecipe, class_of, posterior_statistics, spread_to
-from tools.testbed.text import WIDTH, WordEncoder, build_clip_text, build_tokenizer
+from tools.testbed.base import Base, class_of
+from tools.testbed.networks import build, build_tokenizer, to_ids
+from tools.testbed.vae import posterior_statistics, spread_to
 
 # Standard deviations that the latents' principal components are given, strongest first. Left alone, the background's
 # brightness has 5 to 100 times the spread of what tells colours and shapes, which then drown in the noise that decides
@@ -29,28 +29,9 @@ SLOTS = 3  # objects that a caption can hold
 class SD(Base):
     """Scenes of 64 x 64 pixels as 4 x 16 x 16 latents, a UNet and CLIP's text model."""
 
+    name = "sd"
     world = IMAGES
     corrupt = staticmethod(corrupt)
-    dev = "dev"
-    vae_recipe = VAERecipe(
-        phases=((1600, 64, 1, 32), (700, 16, 1, 64)), lr=3e-3, muon=False, number=24_000, faulty=0.25, degraded=0.4
-    )
-    clean = PoolConfig(number=50_000, seed=1)
-    faulty = PoolConfig(number=20_000, degraded=0.6, faulty=0.3, seed=2)
-    recipe = DenoiserRecipe(
-        steps=7600,
-        clean_fraction=0.72,
-        lr=1e-3,
-        faulty_images=(0.1, 0.7),
-        # An ignored background and a wrong scale are known from real models and are decided at high noise, where
-        # preferences act first; guidance takes a part of every planted fault away, so the rates are high. What the base
-        # learns last (shapes, relations) gets few: it makes faults there of its own accord.
-        fault_rates={
-            "background": 0.45, "size": 0.20, "relation": 0.10, "exchange": 0.10, "count": 0.15, "colour": 0.03,
-            "shape": 0.03,
-        },
-        middle=(-0.2, 1.0),
-    )  # fmt: skip
     text_steps = 120
     continuous = False
     bf16 = True
@@ -59,9 +40,9 @@ class SD(Base):
     parse_sizes = [tuple(len(choices) + 1 for choices in CHOICES.values())] * SLOTS + [(3, SLOTS, len(BACKGROUNDS) + 1)]
 
     def __init__(self) -> None:
+        super().__init__()
         self.tokenizer: CLIPTokenizer = build_tokenizer()
-        self.to_ids = WordEncoder(self.tokenizer)
-        self.process = VariancePreserving(build_scheduler("v_prediction").alphas_cumprod, "v_prediction")
+        self.process = VariancePreserving(build("sd", "scheduler").alphas_cumprod, "v_prediction")
 
     def draw(self, rng: np.random.Generator, faulty: float) -> Scene:
         return sample_scene(rng, stray=bool(rng.random() < faulty))
@@ -74,19 +55,21 @@ class SD(Base):
         return item.x, item.y
 
     def build_vae(self) -> AutoencoderKL:
-        """A light f4 autoencoder; no attention in the middle, since nothing in a 64-pixel scene needs it."""
-        vae = AutoencoderKL(
-            block_out_channels=(16, 32, 64),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            mid_block_add_attention=False,
-            sample_size=SIDE,
-            scaling_factor=1.0,
+        vae: AutoencoderKL = super().build_vae().to(memory_format=torch.channels_last)
+        return vae
+
+    def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> StableDiffusionPipeline:
+        """Without safety checker (the world holds nothing to check) or image encoder."""
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=self.tokenizer,
+            unet=denoiser,
+            scheduler=build("sd", "scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
-        return vae.to(memory_format=torch.channels_last)
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         decoded: Tensor = vae.decode(latents).sample
@@ -100,11 +83,8 @@ class SD(Base):
     def finish(self, vae: Any, samples: np.ndarray) -> None:
         spread_to(vae, *posterior_statistics(vae, samples), torch.tensor(BALANCE).double())
 
-    def build_text_encoder(self) -> CLIPTextModel:
-        return build_clip_text(self.tokenizer, CLIPTextModel)
-
     def encode_text(self, encoder: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
-        hidden = encoder(self.to_ids(captions)).last_hidden_state
+        hidden = encoder(to_ids(self.tokenizer, captions)).last_hidden_state
         return hidden, hidden[:, -4:]
 
     def parse_targets(self, statement: Statement) -> list[int]:
@@ -116,58 +96,3 @@ class SD(Base):
             row += [class_of(getattr(phrase, name, None), choices) for name, choices in CHOICES.items()]
         axis = class_of(statement.relation, ("left", "above"))
         return [*row, axis, statement.count - 1, class_of(statement.background, tuple(BACKGROUNDS))]
-
-    def build_denoiser(self) -> UNet2DConditionModel:
-        return build_unet()
-
-    def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> StableDiffusionPipeline:
-        return assemble(vae, text_encoder, self.tokenizer, denoiser, "v_prediction")
-
-
-def build_unet(channels: tuple[int, int, int] = (48, 96, 144), **more: Any) -> UNet2DConditionModel:
-    """Three levels (16 x 16 to 4 x 4), attention on the two lower ones where it is cheap."""
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        norm_num_groups=16,
-        **{"cross_attention_dim": WIDTH, **more},
-    )
-    # Plain matrix products: at these sizes the fused kernel's backward takes twice as long on a CPU.
-    unet.set_attn_processor(AttnProcessor())
-    return unet
-
-
-def build_scheduler(prediction_type: str) -> DDIMScheduler:
-    """SD's betas; the v base has zero terminal SNR, which makes its backgrounds free of a gray bias."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=prediction_type == "v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-    )
-
-
-def assemble(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: Any, prediction_type: str
-) -> StableDiffusionPipeline:
-    """A pipeline without safety checker (the world holds nothing to check) or image encoder."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )

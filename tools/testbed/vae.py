@@ -15,11 +15,11 @@ from tools.testbed.base import Base, VAERecipe, to_pixels
 from tools.testbed.loop import LoopConfig, fit, mixed
 
 
-def render_samples(base: Base, recipe: VAERecipe, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def render_samples(base: Base, recipe: VAERecipe) -> tuple[np.ndarray, np.ndarray]:
     """Samples [N, F, 64, 64, 3] uint8 with faults, and the place [N, 2] (x, y in pixels) that crops should show."""
-    rng = np.random.default_rng((seed, 5))
+    rng = np.random.default_rng((recipe.seed, 5))
     samples, centres = [], []
-    for _ in range(number):
+    for _ in range(recipe.number):
         drawn = base.draw(rng, recipe.faulty)
         samples.append(base.render(drawn, rng, recipe.faulty, recipe.degraded))
         centres.append(base.centre(drawn, rng))
@@ -57,7 +57,7 @@ def train_vae(base: Base, recipe: VAERecipe, state_file: Path, *, compiled: bool
     """
     torch.manual_seed(recipe.seed)
     vae = base.build_vae()
-    samples, centres = render_samples(base, recipe, recipe.number, recipe.seed)
+    samples, centres = render_samples(base, recipe)
     starts = np.cumsum([0, *(phase[0] for phase in recipe.phases)])
     step_losses = torch.compile(vae_losses) if compiled else vae_losses
 
@@ -69,7 +69,9 @@ def train_vae(base: Base, recipe: VAERecipe, state_file: Path, *, compiled: bool
         return step_losses(base, vae, pixels, step / recipe.steps, recipe.kl_weight)
 
     def report(average: Any, step: int) -> None:
-        print(f"vae step {step}: {round_trip_psnr(base, average, samples[:24]):.2f} dB", flush=True)
+        pixels = torch.from_numpy(samples[:24]).movedim(-1, -3) / 255
+        errors = (round_trip(base, average, samples[:24]).view_as(pixels) - pixels).square().flatten(1).mean(1)
+        print(f"vae step {step}: {-10 * errors.clamp_min(1e-8).log10().mean():.2f} dB", flush=True)  # mean PSNR
 
     loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, ema=0.998, every=400, muon=recipe.muon)
     average = fit(vae, losses, loop, state_file, report)
@@ -77,26 +79,57 @@ def train_vae(base: Base, recipe: VAERecipe, state_file: Path, *, compiled: bool
     return average
 
 
-@torch.no_grad()
-def encode(base: Base, vae: Any, samples: np.ndarray, batch: int = 64) -> Tensor:
+def family_of(base: Base, vae: Any) -> Any:
+    """The model family around the autoencoder, which encodes and decodes as training and sampling do."""
+    return pipelines.wrap(base.assemble(vae, base.build_text_encoder(), base.build_denoiser()))
+
+
+def encode(base: Base, vae: Any, samples: np.ndarray) -> Tensor:
     """Latents [N, ...] as the denoiser sees them, of uint8 samples [N, F, 64, 64, 3]."""
-    family = pipelines.wrap(base.assemble(vae, base.build_text_encoder(), base.build_denoiser()))
-    pixels = to_pixels(samples) / 2 + 0.5
-    pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+    family = family_of(base, vae)
+    pixels = torch.from_numpy(samples).movedim(-1, -3).float() / 255
     with mixed(base.bf16):
-        return torch.cat([family.encode_pixels(part).float() for part in pixels.split(batch)])
+        parts = (pixels if family.video else pixels[:, 0]).split(64)
+        return torch.cat([family.encode_pixels(part).float() for part in parts])
+
+
+def round_trip(base: Base, vae: Any, samples: np.ndarray) -> Tensor:
+    """Decoded latents of uint8 samples [N, F, 64, 64, 3], in [0, 1]: images [N, 3, H, W] or clips [N, F, 3, H, W]."""
+    pixels: Tensor = family_of(base, vae).decode_latents(encode(base, vae, samples))
+    return pixels
 
 
 @torch.no_grad()
-def decode(base: Base, vae: Any, latents: Tensor) -> Tensor:
-    """Inverse of `encode`: pixels in [0, 1], [N, 3, H, W] or clips [N, F, 3, H, W]."""
-    family = pipelines.wrap(base.assemble(vae, base.build_text_encoder(), base.build_denoiser()))
-    return torch.cat([family.decode_latents(part) for part in latents.split(32)])
+def spread_to(vae: Any, means: Tensor, variance: Tensor, spread: Tensor, rotation: Tensor | None = None) -> None:
+    """Fold z' = R diag(spread / std) V^T z - m into the 1 x 1 convolutions around the latents; decoding is unchanged.
+
+    Args:
+        means: samples of the posterior's mean [N, C]; V are their principal components, strongest first.
+        variance: the posterior's variance [C], which becomes a constant.
+        spread: standard deviations [C] of the components afterwards.
+        rotation: R [C, C], applied last; none by default.
+    """
+    channels = means.shape[1]
+    values, vectors = torch.linalg.eigh(torch.cov(means.T))
+    order = values.argsort(descending=True)
+    transform = torch.diag(spread / values[order].sqrt()) @ vectors[:, order].T
+    transform = transform if rotation is None else rotation @ transform
+    shift = transform @ means.mean(0)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    weight, bias = before.weight[:channels].flatten(1).double(), before.bias[:channels].double()
+    before.weight[:channels] = (transform @ weight).float().view_as(before.weight[:channels])
+    before.bias[:channels] = (transform @ bias - shift).float()
+    before.weight[channels:], before.bias[channels:] = 0.0, (transform.square() @ variance).log().float()
+    inverse = after.weight.flatten(1).double() @ transform.inverse()
+    after.weight[:] = inverse.float().view_as(after.weight)
+    after.bias[:] = (after.bias.double() + inverse @ shift).float()
 
 
-def round_trip_psnr(base: Base, vae: Any, samples: np.ndarray) -> float:
-    """Mean PSNR in dB of decode(encode(x)) over uint8 samples [N, F, 64, 64, 3]."""
-    pixels = torch.from_numpy(samples).permute(0, 1, 4, 2, 3).float() / 255.0
-    decoded = decode(base, vae, encode(base, vae, samples)).view_as(pixels)
-    error = (decoded - pixels).square().flatten(1).mean(1)
-    return float((-10 * torch.log10(error.clamp_min(1e-8))).mean())
+@torch.no_grad()
+def posterior_statistics(vae: Any, samples: np.ndarray, batch: int = 20) -> tuple[Tensor, Tensor]:
+    """Means [N, C] at every place of the samples' latents, and the mean variance [C], in float64."""
+    parts = np.array_split(samples, -(-len(samples) // batch))
+    posteriors = [vae.encode(to_pixels(part)).latent_dist for part in parts]
+    means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1).double()
+    variances = torch.cat([p.var for p in posteriors]).transpose(0, 1).flatten(1).double()
+    return means.T, variances.mean(1)

@@ -8,58 +8,32 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import UMT5Config, UMT5EncoderModel
 
 from pipelines import RectifiedFlow
 from t2i_align.testbed.captions import CHOICES
-from t2i_align.testbed.clip_captions import ClipStatement
-from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, sample_clip
+from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, ClipStatement, sample_clip
 from t2i_align.testbed.scenes import BACKGROUNDS, SIDE
 from t2i_align.testbed.world import CLIPS
-from tools.testbed.base import (
-    Base,
-    DenoiserRecipe,
-    PoolConfig,
-    VAERecipe,
-    class_of,
-    posterior_statistics,
-    spread_to,
-)
+from tools.testbed.base import Base, class_of
 from tools.testbed.faults import FAULT_RATES, corrupt, spoil, to_clip
-from tools.testbed.text import WIDTH, WORDS, build_word_tokenizer, clip_words
+from tools.testbed.networks import build, build_word_tokenizer, clip_words, to_ids
+from tools.testbed.vae import posterior_statistics, spread_to
 
 CHANNELS = 16
 EVENNESS = 0.4  # the power of its variance that a latent component keeps
 OBJECT_WEIGHT = 8.0
-FLOW_SHIFT = 3.0  # Wan's own for its smaller images
-TRANSFORMER_WIDTH = 192
 
 
 class Wan(Base):
     """Nine frames of 64 x 64 as 16 x 3 x 8 x 8 latents: four frames (the first alone) and 8 x 8 pixels each."""
 
+    name = "wan"
     world = CLIPS
     corrupt = staticmethod(corrupt)
-    dev = "video-dev"
-    vae_recipe = VAERecipe(
-        phases=((1000, 10, 5, 32), (1500, 6, 9, 32), (300, 3, 9, 64)),
-        lr=8e-3, muon=True, number=6000, faulty=0.5, degraded=0.3,
-    )  # fmt: skip
-    clean = PoolConfig(number=8_000, seed=1)
-    faulty = PoolConfig(number=3_000, degraded=0.4, faulty=1.0, seed=2)
-    recipe = DenoiserRecipe(
-        steps=2600,
-        clean_fraction=0.75,
-        lr=3e-3,
-        muon=True,
-        faulty_images=(0.0, 0.6),
-        fault_rates={"path": 0.25, "speed": 0.25, "background": 0.35, "size": 0.2, "colour": 0.03, "shape": 0.03},
-        middle=(0.2, 1.0),
-    )
     text_steps = 200
     continuous = True
     bf16 = False
@@ -67,6 +41,7 @@ class Wan(Base):
     parse_sizes = [(*[len(names) + 1 for names in choices] * 2, len(BACKGROUNDS) + 1)]
 
     def __init__(self) -> None:
+        super().__init__()
         self.tokenizer = build_word_tokenizer(clip_words())
         self.process = RectifiedFlow()
 
@@ -74,7 +49,7 @@ class Wan(Base):
         return sample_clip(rng)
 
     def render(self, drawn: Clip, rng: np.random.Generator, faulty: float, degraded: float) -> np.ndarray:
-        """`faulty` is relative to `clips.FAULT_RATES`, which depend on the speed."""
+        """`faulty` is relative to `faults.FAULT_RATES`, which depend on the speed."""
         spoilt = rng.random() < faulty * FAULT_RATES[drawn.movers[0].speed]
         scenes = spoil(drawn, rng)[0] if spoilt else drawn.scenes
         return to_clip(scenes, rng, degraded=bool(rng.random() < degraded))
@@ -84,27 +59,16 @@ class Wan(Base):
         return tuple(np.mean(drawn.movers[0].track, axis=0))
 
     def build_vae(self) -> AutoencoderKLWan:
-        """As in Wan 2.2's autoencoder, 2 x 2 pixels are folded into channels first, which saves the convolutions at
-        full resolution, and shortcuts lead around the levels, which made it learn faster."""
-        vae = AutoencoderKLWan(
-            base_dim=16,
-            decoder_base_dim=24,
-            dim_mult=[1, 2, 2],
-            z_dim=CHANNELS,
-            num_res_blocks=1,
-            temperal_downsample=[True, True],
-            patch_size=2,
-            is_residual=True,
-            in_channels=12,
-            out_channels=12,
-            latents_mean=[0.0] * CHANNELS,
-            latents_std=[1.0] * CHANNELS,
-            scale_factor_temporal=4,
-            scale_factor_spatial=8,
-        )
+        vae: AutoencoderKLWan = super().build_vae()
         with torch.no_grad():  # hardly any noise at first: with the usual one the objects drown for hundreds of steps
             vae.quant_conv.bias[CHANNELS:] = -6.0
         return vae
+
+    def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> WanPipeline:
+        """The denoiser's configuration names the size of clips that it was made for."""
+        denoiser.register_to_config(_default_size=(FRAMES, SIDE, SIDE))
+        parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": self.tokenizer, "transformer": denoiser}
+        return WanPipeline(**parts, scheduler=build("wan", "scheduler"))
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """`vae.decode` without its last clamp to [-1, 1]."""
@@ -137,26 +101,11 @@ class Wan(Base):
         latents = posterior_statistics(vae, samples)[0]
         vae.register_to_config(latents_mean=latents.mean(0).tolist(), latents_std=latents.std(0).tolist())
 
-    def build_text_encoder(self) -> UMT5EncoderModel:
-        return UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(self.tokenizer),
-                d_model=WIDTH,
-                d_kv=WIDTH // 4,
-                d_ff=2 * WIDTH,
-                num_layers=3,
-                num_heads=4,
-                dropout_rate=0.0,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-            )
-        )
-
     def encode_text(self, encoder: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
         """What `WanPipeline` gives its denoiser [B, 24, 128], zero after the end-of-text token, and that token."""
-        inputs = self.tokenizer(captions, padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt")
-        mask = inputs.attention_mask
-        hidden = encoder(inputs.input_ids, mask).last_hidden_state * mask[..., None]
+        ids = to_ids(self.tokenizer, captions)
+        mask = (ids != self.tokenizer.pad_token_id).long()
+        hidden = encoder(ids, mask).last_hidden_state * mask[..., None]
         return hidden, hidden[torch.arange(len(captions)), mask.sum(1) - 1][:, None]
 
     def parse_targets(self, statement: ClipStatement) -> list[int]:
@@ -167,29 +116,3 @@ class Wan(Base):
             values += [part.path, part.speed] if part else [None, None]
             row += [class_of(value, names) for value, names in zip(values, self.choices, strict=True)]
         return [*row, class_of(statement.background, tuple(BACKGROUNDS))]
-
-    def build_denoiser(self) -> WanTransformer3DModel:
-        """Wan's transformer on 3 x 4 x 4 tokens; its configuration says for what size of clips it was made."""
-        transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=4,
-            attention_head_dim=TRANSFORMER_WIDTH // 4,
-            in_channels=CHANNELS,
-            out_channels=CHANNELS,
-            text_dim=WIDTH,
-            freq_dim=128,
-            ffn_dim=3 * TRANSFORMER_WIDTH,
-            num_layers=6,
-            rope_max_seq_len=32,
-        )
-        transformer.register_to_config(_default_size=(FRAMES, SIDE, SIDE))
-        return transformer
-
-    def assemble(self, vae: Any, text_encoder: Any, denoiser: Any) -> WanPipeline:
-        """With the scheduler that Wan ships: UniPC of second order on flow sigmas."""
-        scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, solver_order=2
-        )
-        return WanPipeline(
-            tokenizer=self.tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=denoiser
-        )
