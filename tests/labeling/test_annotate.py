@@ -357,7 +357,7 @@ def test_source_without_usable_groups_is_named(source: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"no pair with a winner in it; its groups by candidates: \{2: 11\}"):
         caption(source, "p", tmp_path / "p.jsonl", **QUIET)
     lines(source, [row | {"prompt": " "} for row in ties])
-    with pytest.raises(UserError, match=r"no group in it that can be used: .*the prompt is empty"):
+    with pytest.raises(UserError, match=r"no usable group among 11 rows.*the prompt is empty"):
         perturb(source, tmp_path / "n.jsonl", **QUIET)
 
 
