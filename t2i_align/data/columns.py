@@ -149,7 +149,7 @@ def _groups(path: Path, maps: Sequence[Columns], images: bool) -> Items:
         elif columns := next((columns for columns, needed in required if needed <= row.values.keys()), None):
             yield group_of(row, [row], columns, folder / columns.folder)
         else:
-            expected = " or ".join(", ".join(columns.required) for columns in maps)
+            expected = ", or ".join(" and ".join(columns.required) for columns in maps)
             keys = ", ".join(map(repr, row.values)) or "none"
             yield row.skipped(f"expected the keys {expected}; found {keys}")
 

@@ -213,7 +213,7 @@ def test_jsonl_skips_and_duplicates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"chosen": "a.jpg"}, "expected the keys .*chosen, rejected, prompt or .*; found 'prompt', 'chosen'"),
+        ({"chosen": "a.jpg"}, "expected the keys .*chosen and rejected and prompt, or .*; found 'prompt', 'chosen'"),
         ({"prompt": 3, "chosen": "a.jpg", "rejected": "a.jpg"}, "'prompt' must be text, found 3"),
         ({"images": ["a.jpg"], "scores": [1, 2]}, "1 candidates, but 2 scores"),
         ({"images": ["a.jpg"], "scores": ["best"]}, r"'scores' \[0\] must be a finite number, found 'best'"),
