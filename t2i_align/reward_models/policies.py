@@ -105,7 +105,13 @@ class WholeClip(Policy):
 
             targets = LORA_TARGETS.get(lora.targets, lora.targets) if isinstance(lora.targets, str) else lora.targets
             options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-            model = peft.get_peft_model(model, peft.LoraConfig(r=lora.rank, target_modules=targets, **options))
+            try:
+                model = peft.get_peft_model(model, peft.LoraConfig(r=lora.rank, target_modules=targets, **options))
+            except ValueError as error:
+                choices = f"Choices: {', '.join(LORA_TARGETS)}, or a list of module-name endings"
+                raise UserError(
+                    f"lora.targets: {lora.targets!r} fits no module of the model ({error}). {choices}"
+                ) from error
         self.lora = lora is not None
         self.network = _Scores(model)
 
