@@ -114,7 +114,8 @@ class PAL(nn.Module):
         self.g = nn.Linear(width, prototypes * latent) if source == "prompt" else None
         self.w = nn.Parameter(torch.zeros(users, prototypes))
         nn.init.normal_(self.w, std=0.1)  # with equal rows all users would get the same first steps
-        self.scale = nn.Parameter(torch.tensor(2.0))
+        # Several processes wait for the gradient of every trained parameter, and distances have no scale.
+        self.scale = nn.Parameter(torch.tensor(2.0), requires_grad=score == "angle")
 
     def forward(self, images: Tensor, texts: Tensor, users: Tensor | None = None) -> Tensor:
         """Scores [N] of unit features [N, D] each, for users [N] (row numbers of w; None or -1: the mean of all)."""

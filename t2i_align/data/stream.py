@@ -49,7 +49,11 @@ def open_stream(
 ) -> PreferenceDataset:
     """The configured data, encoded on the fly; see `loader.open_dataset`."""
     shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
-    survey = readers.survey(shards.file(0) if data.stream else data.path, shards.format, annotations, selection)
+    # Of what does not fit on disk, only shards up to the first with a usable group are looked through beforehand.
+    for file in map(shards.file, range(len(shards.names))) if data.stream else [data.path]:
+        survey = readers.survey(file, shards.format, annotations, selection)
+        if survey.accepted:
+            break
     needs.check(survey, data.path, alike=data.limit is None)
     unusable = survey.rows - survey.groups
     if unusable:

@@ -116,6 +116,17 @@ def test_without_a_cache_the_source_is_a_stream_of_its_shards(shards: Path) -> N
     assert {key.rsplit(":", 1)[1] for key in keys(batches(limited), 4)} == {f"{n:04d}" for n in range(9)} - {"0003"}
 
 
+def test_first_shard_may_hold_no_usable_group(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, scores in enumerate(([1, 1], [1, 0])):
+        entry = json.dumps({"prompt": "a fox", "scores": scores}).encode()
+        images = {f"{number}.{place}.jpg": jpeg(place) for place in (0, 1)}
+        shard(folder / f"{number:06d}.tar", {**images, f"{number}.json": entry})
+    stream = opened(folder)
+    assert stream.counts == {"groups in the first shard": 1, "shards": 2}
+
+
 def test_ids_are_those_of_the_whole_source(shards: Path) -> None:
     """Files of one name in two folders do not share ids, which random numbers are keyed by."""
     for folder in ("a", "b"):

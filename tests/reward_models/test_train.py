@@ -117,8 +117,11 @@ def test_a_stopped_run_continues_bit_for_bit(clip: str, source: Path, tmp_path: 
     ).read_text().splitlines()[-1]
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(clip: str, source: Path, tmp_path: Path) -> None:
-    one = run_of(tmp_path / "one", source / "warm.jsonl", clip, tune="linear", train={"balance": "none"})
+@pytest.mark.parametrize("tune", ["linear", "pal"])
+def test_two_processes_train_as_one_with_the_same_global_batch(
+    tune: str, clip: str, source: Path, tmp_path: Path
+) -> None:
+    one = run_of(tmp_path / "one", source / "warm.jsonl", clip, tune=tune, train={"balance": "none"})
     train_scorer(one, progress=False)
     values = to_jsonable_python(one) | {"output_dir": str(tmp_path / "two")}
     values["train"]["batch_size"] = 4
