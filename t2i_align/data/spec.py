@@ -32,8 +32,8 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.utils.settings import Bool, Float, Int, build, read_yaml, settings
 
-# What `columns` of a file may name. The other fields of Columns are for readers of fixed layouts.
-COLUMN_KEYS = {*COLUMNS, *(f.name for f in fields(Columns))} - {"columns", "id_if_unique", "own_names"}
+# What `columns` of a file may name beside the optional columns. The other fields of Columns are for readers of fixed layouts.
+COLUMN_KEYS = {f.name for f in fields(Columns)} - {"columns", "id_if_unique", "own_names"}
 SUFFIXES = (".yaml", ".yml")
 By = Literal["prompt", "user"]
 
@@ -126,8 +126,9 @@ def load(file: Path) -> tuple[DatasetSpec, Path]:
     """
     values = read_yaml(file)
     if isinstance(values, dict) and isinstance(columns := values.get("columns"), dict):
-        if unknown_keys := [name for name in columns if name not in COLUMN_KEYS]:
-            raise UserError(f"{file}: {unknown('key in columns', str(unknown_keys[0]), COLUMN_KEYS)}")
+        known = COLUMN_KEYS | COLUMNS.keys()
+        if unknown_keys := [name for name in columns if name not in known]:
+            raise UserError(f"{file}: {unknown('key in columns', str(unknown_keys[0]), known)}")
         optional = {name: columns[name] for name in COLUMNS if columns.get(name) is not None}
         others = {name: value for name, value in columns.items() if name not in COLUMNS}
         # In the file, the optional columns stand beside the others.
