@@ -32,7 +32,7 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.utils.settings import Bool, Float, Int, build, read_yaml, settings
 
-# What `columns` of a file may name beside the optional columns. The other fields of Columns are for readers of fixed layouts.
+# What `columns` of a file may name beside optional columns. Other fields of Columns are for readers of fixed layouts.
 COLUMN_KEYS = {f.name for f in fields(Columns)} - {"columns", "id_if_unique", "own_names"}
 SUFFIXES = (".yaml", ".yml")
 By = Literal["prompt", "user"]
