@@ -21,7 +21,6 @@ import pipelines
 from pipelines import PipelineError
 from t2i_align import align
 from t2i_align import config as configuration
-from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
@@ -223,18 +222,17 @@ def test_schedule_that_depends_on_the_steps_keeps_them(sd_path: Path, pairs: Pat
 
 @settings
 class Fitted(DiffusionDPO):
-    """Label smoothing defaults to the minimum score of the data."""
+    """Smoothing defaults to a quarter of the maximum score of the data, which is 1 for pairs."""
 
     smoothing: float | None = None
 
     def fit_to_data(self, facts: DataStats) -> Fitted:
-        return self if self.smoothing is not None else dataclasses.replace(self, smoothing=facts.score_range[0])
+        return self if self.smoothing is not None else dataclasses.replace(self, smoothing=facts.score_range[1] / 4)
 
 
 def test_hyper_parameters_fitted_to_the_data_are_printed_kept_and_resumed(
-    sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(PreferenceDataset, "stats", DataStats(score_range=(0.25, 1.0)), raising=False)
     config = configuration.from_mapping(run_values(sd_path, pairs, tmp_path / "run"))
     config = dataclasses.replace(config, objective=Fitted(beta=100.0))
     align(config, progress=False)
