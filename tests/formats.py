@@ -21,7 +21,7 @@ from PIL import Image
 
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
-from tests.data.test_examples import colour
+from tests.data.test_examples import colour, write_jsonl
 
 EXAMPLES = Path(__file__).parent / "data"
 PAIRS = [("a red fox", 0, 1), ("a blue owl, « à l'aube »", 2, 3)]  # prompt, better, worse
@@ -40,11 +40,6 @@ def images(folder: Path, count: int = 6) -> None:
         (folder / f"{number}.png").write_bytes(png(number))
 
 
-def lines(file: Path, entries: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return file
-
-
 def sheet(file: Path, entries: list[dict[str, Any]]) -> Path:
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(entries[0]), delimiter="\t" if file.suffix == ".tsv" else ",")
@@ -61,7 +56,7 @@ def table(file: Path, entries: list[dict[str, Any]]) -> Path:
     if file.suffix == ".json":
         file.write_text(json.dumps(entries))
         return file
-    return (lines if file.suffix == ".jsonl" else sheet)(file, entries)
+    return (write_jsonl if file.suffix == ".jsonl" else sheet)(file, entries)
 
 
 def shard(file: Path, members: dict[str, bytes]) -> Path:

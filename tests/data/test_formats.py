@@ -12,8 +12,8 @@ from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests import formats
-from tests.data.test_examples import colour
-from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, lines, shard, sheet, skips
+from tests.data.test_examples import colour, write_jsonl
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, shard, sheet, skips
 
 
 def seen(group: Group) -> list[int]:
@@ -77,7 +77,7 @@ def test_a_vote_names_its_winner(tmp_path: Path) -> None:
     images(tmp_path / "p")
     choices = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
     entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in choices]
-    source = lines(tmp_path / "votes.jsonl", entries)
+    source = write_jsonl(tmp_path / "votes.jsonl", entries)
     scores = {group.id: (seen(group)[0], group.scores[0]) for group in groups(source)}
     expected = [(0, 1.0), (1, 1.0), (0, 0.5), (0, 1.0), (1, 1.0), (1, 1.0), None, None, (0, 0.5)]
     assert scores == {f"votes.jsonl:{n}": want for n, want in enumerate(expected, 1) if want}
@@ -147,7 +147,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         {"prompt": "x", "image_path": "3.png", "rank": 1, "prompt_id": None},
         {"prompt": "x", "image_path": "4.png", "rank": 1, "prompt_id": "b"},
     ]
-    source = lines(tmp_path / "a.jsonl", rows)
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
     assert [(group.id, seen(group), group.scores) for group in groups(source)] == [("b", [4, 1], (1.0, 0.0))]
     assert skips(source) == {"a.jsonl:4": "no 'prompt_id'", "a": "its 2 rows have different prompts"}
 
@@ -251,7 +251,7 @@ def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
     assert result["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
     assert skips(tmp_path)["chosen/empty"].startswith("a folder without frames")
     entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
-    source = lines(tmp_path / "clips.jsonl", [entry])
+    source = write_jsonl(tmp_path / "clips.jsonl", [entry])
     assert groups(source)[0].candidates[0] == tmp_path / "chosen" / "running"
     before = readers.survey(source, "jsonl").identity
     (tmp_path / "chosen" / "running" / "1.png").write_bytes(b"another frame")
@@ -286,7 +286,7 @@ def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
         for n in range(60)
         for text in (f"A fox  {n % 30}", f"a fox {n % 30} ")
     ]
-    lines(tmp_path / "d.jsonl", entries)
+    write_jsonl(tmp_path / "d.jsonl", entries)
     parts = {}
     for of in ("train", "held_out"):
         (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.3}}\n")
@@ -298,7 +298,7 @@ def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
     assert not texts[0] & texts[1] and 3 <= len(texts[1]) <= 16 and len(texts[0] | texts[1]) == 30
     # More data and another order leave each prompt where it was.
     more = [{"prompt": f"new {n}", "chosen": "0.png", "rejected": "1.png"} for n in range(20)]
-    lines(tmp_path / "d.jsonl", more + entries[::-1])
+    write_jsonl(tmp_path / "d.jsonl", more + entries[::-1])
     again = {" ".join(group.prompt.lower().split()) for group in groups(tmp_path / "held_out.yaml")}
     assert {text for text in again if text.startswith("a fox")} == texts[1]
 
@@ -309,7 +309,7 @@ def test_by_prompt_and_user_nothing_is_shared(tmp_path: Path) -> None:
         {"prompt": f"fox {n % 12}", "chosen": "0.png", "rejected": "1.png", "user": n // 12, "id": str(n)}
         for n in range(144)
     ]
-    lines(tmp_path / "d.jsonl", entries)
+    write_jsonl(tmp_path / "d.jsonl", entries)
     parts, neither = {}, {}
     for of in ("train", "held_out"):
         (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.4, by: [prompt, user]}}\n")
