@@ -111,7 +111,7 @@ def checked(files: Sequence[str | Path]) -> list[Path]:
     for file in map(Path, files):
         if not file.is_file():
             raise UserError(f"data.annotations: {file}: no such file")
-        if file.suffix not in SUFFIXES:
+        if tables.kind(file) not in SUFFIXES:
             raise UserError(f"data.annotations: {file}: expected a .jsonl, .json or .parquet file")
     return [Path(file) for file in files]
 

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from t2i_align.data import readers, tables
+from t2i_align.data import readers, shards, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection, Skipped, Survey
@@ -158,7 +158,7 @@ def inspect(
         raise UserError(f"{out}: expected the name of an .html file to write")
     path = readers.resolve(source)
     name = readers.detect(path, format)
-    names = next(map(tables.columns, tables.files(path)), [])
+    names = next(map(tables.columns, shards.files(path)), [])
     findings = Findings(source=str(source), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):
@@ -223,7 +223,7 @@ def _items(read: Callable[..., Items], images: int) -> Items:
 
 def _by_scorer(file: Path) -> Iterator[tuple[str, dict[str, Sequence[float]]]]:
     """What `relabel` and `synthesize` wrote beside the scores that decide, by group id."""
-    if file.suffix == ".jsonl" and file.is_file():
+    if tables.kind(file) == ".jsonl" and file.is_file():
         for number, _, entry in tables.json_entries(file):
             if isinstance(scores := entry.get("by_scorer"), dict):
                 yield str(entry.get("id", f"{file.name}:{number}")), {key: scores[key]["scores"] for key in scores}

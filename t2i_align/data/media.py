@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -192,10 +192,15 @@ def is_clip(path: Path) -> bool:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The images in a folder of frames, in natural order: 2.png comes before 10.png."""
+    """The images in a folder of frames, in natural order."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
-    parts = {file: re.split(r"(\d+)", file.name) for file in files}  # numbers are at odd places
-    return sorted(files, key=lambda file: [int(p) if n % 2 else p for n, p in enumerate(parts[file])])
+    return sorted(files, key=lambda file: natural(file.name))
+
+
+def natural(name: str) -> tuple[list[Any], str]:
+    """A sort key in which numbers count as such: 2.png comes before 10.png."""
+    parts = [part.lstrip("0") if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]
+    return [(len(part), part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 @contextmanager

@@ -22,17 +22,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i_align.data import columns, folders, hub, spec, tables
+from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns, exists
 from t2i_align.data.layouts import KINDS, PUBLISHED
 from t2i_align.data.media import frame_files
 from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.shards import TRAIN
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
 CONTENT_HASHED_UP_TO = 256 << 20  # bytes
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -53,17 +55,23 @@ class Reader:
     files: Callable[[Path], Iterable[Path]] = _all_files
 
 
-def _table(maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False) -> Reader:
+def _table(
+    maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False, split: str = TRAIN
+) -> Reader:
     """The format of tables with column maps."""
-    return Reader(read=lambda path, images: columns.read(path, maps(path), images), detects=detects, files=tables.files)
+    return Reader(
+        read=lambda path, images: columns.read(path, maps(path), images, split),
+        detects=detects,
+        files=partial(shards.files, split=split),
+    )
 
 
 def _recognised(name: str, path: Path) -> bool:
     """Whether a table looks like the layout `name`."""
-    file = next(iter(tables.files(path)), None)
+    file = next(iter(shards.files(path)), None)
     if file is None or name in KINDS:
-        return file is not None and file.suffix in KINDS[name]
-    if file.suffix == ".tar" or (name == "pairs" and file.suffix in tables.JSON):
+        return file is not None and tables.kind(file) in KINDS[name]
+    if tables.kind(file) == ".tar" or (name == "pairs" and tables.kind(file) in tables.JSON):
         return False
     names = tables.columns(file)
     return any(not maps.missing(names) for maps in PUBLISHED[name])
@@ -79,8 +87,13 @@ def _maps(name: str, path: Path) -> Sequence[Columns]:
 def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
     if (own := description.columns) is not None:
-        return description, source, _table(lambda path: [own])
-    return description, source, READERS[detect(source, description.format)]
+        return description, source, _table(lambda path: [own], split=description.split)
+    name = detect(source, description.format, own_code=False)
+    if name in PUBLISHED:
+        return description, source, _table(partial(_maps, name), split=description.split)
+    if description.split != TRAIN:
+        raise UserError(f"{path}: split: {source} is no table in several files, of which one could be chosen")
+    return description, source, READERS[name]
 
 
 def _read_described(path: Path, images: bool) -> Items:
@@ -173,15 +186,20 @@ def resolve(path: str | Path) -> Path:
     return file
 
 
-def detect(path: Path, format: str = "auto") -> str:
+def detect(path: Path, format: str = "auto", *, own_code: bool = True) -> str:
     """The name of the reader for `path`; `format` unless that is `auto`.
 
-    `formats.py:votes` runs a Python file, in which a reader of that name is registered.
+    `formats.py:votes` runs a Python file, in which a reader of that name is registered; only with `own_code`.
     """
     file, separator, name = format.rpartition(".py:")
-    if separator:
+    if separator and not own_code and name not in READERS:
+        raise UserError(
+            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use {format}, give "
+            "the source itself and data.format on the command line or in the configuration."
+        )
+    if separator and own_code:
         _run_once(f"{file}.py")
-        format = name
+    format = name
     if format != "auto":
         if format not in READERS:
             raise unknown("data format", format, [*READERS, "auto"])
@@ -189,11 +207,15 @@ def detect(path: Path, format: str = "auto") -> str:
     for name, reader in READERS.items():
         if reader.detects(path):
             return name
-    names = [name for file in tables.files(path)[:1] for name in tables.columns(file)]
-    spec_hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
+    names = [name for file in shards.files(path)[:1] for name in tables.columns(file)]
+    hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)." if names else ""
+    if path.suffix.lower() in COMPRESSED:
+        hint = " It is compressed: unpack it first."
+    elif path.is_dir() and any(path.rglob("dataset_info.json")) and any(path.rglob("*.arrow")):
+        hint = " It was written by save_to_disk of `datasets`: load it there and write it with to_parquet."
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}.{spec_hint if names else ''}"
+        f"there are: {', '.join(sorted(READERS))}.{hint}"
     )
 
 

@@ -181,7 +181,7 @@ def test_captions_and_scores_stay_with_their_candidate(tmp_path_factory: pytest.
 
 
 def test_the_bundled_pairs_take_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the columns: row 1 prefers jpg_1, so its captions change places. Ids are integers here and there."""
+    """In the order of the columns: row 1 prefers jpg_1, so its captions change places. Ids are integers in both."""
     import t2i_align.testbed
 
     path = write_parquet(tmp_path / "a.parquet", pick_rows(3))
