@@ -32,7 +32,7 @@ from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, 
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
-Read = Callable[[Path], Items]
+Read = Callable[..., Items]
 CONTENT_HASHED_UP_TO = 256 << 20  # bytes
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -51,9 +51,10 @@ class Reader:
     outline: Read | None = None
     files: Callable[[Path], Iterable[Path]] | None = None
 
-    def items(self, path: Path, images: bool = True) -> Items:
-        """The items of a source."""
-        return (self.read if images or self.outline is None else self.outline)(path)
+    def items(self, path: Path, images: bool = True, file: Path | None = None) -> Items:
+        """The items of a source, or of one of the files of a table."""
+        read = self.read if images or self.outline is None else self.outline
+        return read(path, file=file) if file else read(path)
 
     def files_of(self, path: Path) -> list[Path]:
         """The files that hold the rows of a source."""
@@ -65,8 +66,8 @@ class Reader:
 def _table(maps: Callable[[Path], Sequence[Columns]], **options: Any) -> Reader:
     """The format of tables with column maps."""
 
-    def read(path: Path, *, images: bool = True) -> Items:
-        return columns.read(path, maps(path), images=images)
+    def read(path: Path, *, images: bool = True, file: Path | None = None) -> Items:
+        return columns.read(path, maps(path), images=images, file=file)
 
     return Reader(read=read, outline=partial(read, images=False), files=tables.files, **options)
 
@@ -142,6 +143,7 @@ def read(
     best_first: bool = True,
     images: bool = True,
     selection: Selection = EVERYTHING,
+    part: Path | None = None,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -152,6 +154,7 @@ def read(
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
         images: false leaves them out where reading them is costly.
         selection: its limit is where to stop; no row beyond is read.
+        part: one file of a table; only its groups, with the ids and paths that they have in the whole.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -159,7 +162,7 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = selection.first(_checked(reader.items(file, images), file, annotations))
+    items = selection.first(_checked(reader.items(file, images, part), part or file, annotations))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -244,15 +247,19 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def survey(
-    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
+    path: str | Path,
+    format: str = "auto",
+    annotations: Annotations = NONE,
+    selection: Selection = EVERYTHING,
+    part: Path | None = None,
 ) -> Survey:
-    """What a source holds, without opening its images. Raises UserError as `read` does.
+    """What a source, or a part of it, holds, without opening its images. Raises UserError as `read` does.
 
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
     """
     unmatched = dict.fromkeys(annotations.entries)
     result = Survey(selection)
-    for item in read(path, format, annotations, images=False, selection=selection):
+    for item in read(path, format, annotations, images=False, selection=selection, part=part):
         unmatched.pop(item.id, None)
         result.add(item)
     if unmatched and selection.limit is None:

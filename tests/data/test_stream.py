@@ -17,7 +17,7 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from tests.data import test_loader
-from tests.data.test_examples import colour, jpeg
+from tests.data.test_examples import colour, jpeg, pick_rows, write_images, write_parquet
 from tests.formats import lines, shard
 
 GROUPS = 18
@@ -127,15 +127,32 @@ def test_first_shard_may_hold_no_usable_group(tmp_path: Path) -> None:
     assert stream.counts == {"groups in the first shard": 1, "shards": 2}
 
 
-def test_ids_are_those_of_the_whole_source(shards: Path) -> None:
-    """Files of one name in two folders do not share ids, which random numbers are keyed by."""
-    for folder in ("a", "b"):
-        (shards / folder).mkdir()
-        shutil.copy(shards / "000000.tar", shards / folder)
-    cached, live = (
-        opened(shards, stream=None, cache=cache).loader(seed=0, start_step=0, batch_size=10) for cache in (True, False)
+@pytest.mark.parametrize("kind", ["samples", "paths", "ids"])
+def test_ids_and_paths_are_those_of_the_whole_source(tmp_path: Path, shards: Path, kind: str) -> None:
+    """Shards of one name in two folders: paths are relative to the source, and ids, which random numbers are keyed by,
+    differ, even where the files number their rows alike."""
+    source = tmp_path / "nested"
+    write_images(source / "images", [f"{n}.jpg" for n in range(4)])
+    for place, folder in enumerate(("a", "b")):
+        (source / folder).mkdir()
+        names = [f"images/{2 * place + n}.jpg" for n in (0, 1)]
+        if kind == "samples":
+            shutil.copy(shards / "000000.tar", source / folder)
+        elif kind == "paths":
+            rows = {"prompt": ["a fox"], "chosen": names[:1], "rejected": names[1:]}
+            write_parquet(source / folder / "0.parquet", rows)
+        else:
+            write_parquet(source / folder / "0.parquet", {**pick_rows(1), "caption": [f"a fox {folder}"]})
+    cached, live, stream = (
+        opened(source, **data) for data in ({"stream": None}, {"stream": None, "cache": False}, {"stream": 5})
     )
-    assert {*next(cached)["keys"]} <= {key for _ in range(4) for key in next(live)["keys"]}
+    whole = {
+        key: row for batch in islice(batches(cached, 1), 12) for key, row in zip(batch.keys, batch.latents, strict=True)
+    }
+    assert len({key for key in whole if key.startswith("0/")}) == (12 if kind == "samples" else 2)
+    for source in (live, stream):
+        for batch in islice(batches(source, 1), 2):
+            torch.testing.assert_close(batch.latents[0], whole[batch.keys[0]], rtol=2**-11, atol=1e-6)
 
 
 def test_shards_of_the_hub_are_downloaded_one_by_one_and_deleted(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +166,7 @@ def test_shards_of_the_hub_are_downloaded_one_by_one_and_deleted(shards: Path, m
         if not (folder / name).exists():
             downloads.append(name)
             shutil.copy(shards / name, folder / name)
-        held.append(len(list(folder.iterdir())))
+        held.append(sum(1 for _ in folder.parent.glob("*/*")))
         return folder / name
 
     for number in range(3, 7):
