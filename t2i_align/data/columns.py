@@ -117,28 +117,28 @@ def _flat(*names: Names | None) -> list[str]:
     return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
 
 
-def read(path: Path, maps: Sequence[Columns], *, images: bool = True, file: Path | None = None) -> Items:
+def read(path: Path, maps: Sequence[Columns], images: bool = True, part: Path | None = None) -> Items:
     """The groups of a table, or of one of its files, each row read by the first map whose columns it has.
 
     Raises:
         UserError: at once, where a file with a fixed schema lacks a column; while reading, a file that is broken as a
             whole, or a path that leads out of the folder.
     """
-    for part in [file] if file else tables.files(path):
-        names = tables.columns(part)
-        if part.suffix in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
+    for file in [part] if part else tables.files(path):
+        names = tables.columns(file)
+        if file.suffix in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
             missing = min((columns.missing(names) for columns in maps), key=len)
             raise UserError(
-                f"{part}: column {missing[0]!r} is missing. Columns found: {', '.join(names) or 'none'}. A dataset "
+                f"{file}: column {missing[0]!r} is missing. Columns found: {', '.join(names) or 'none'}. A dataset "
                 "spec can say which column holds what (docs/data.md)."
             )
     maps = [replace(columns, id=None) if not _has_ids(path, columns) else columns for columns in maps]
-    return _groups(path, maps, images, file)
+    return _groups(path, maps, images, part)
 
 
-def _groups(path: Path, maps: Sequence[Columns], images: bool, file: Path | None) -> Items:
+def _groups(path: Path, maps: Sequence[Columns], images: bool, part: Path | None) -> Items:
     names = [*dict.fromkeys(name for columns in maps for name in columns.names)]
-    rows = tables.rows(path, names, images=images, file=file)
+    rows = tables.rows(path, names, images=images, part=part)
     folder = path if path.is_dir() else path.parent
     if maps[0].group:
         yield from _gathered(rows, maps[0], folder / maps[0].folder)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -25,7 +25,7 @@ from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.encode import encode_fields, widened
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -48,21 +48,14 @@ def open_stream(
     cache_root: Path,
 ) -> PreferenceDataset:
     """The configured data, encoded on the fly; see `loader.open_dataset`."""
-    shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
-    # Of what does not fit on disk, only shards up to the first with a usable group are looked through beforehand.
-    for number in range(len(shards.names)):
-        path, part = shards.located(number) if data.stream else (shards.root, None)
-        survey = readers.survey(path, shards.format, annotations, selection, part)
-        if survey.accepted or not data.stream:
-            break
+    downloads = cache_root / "stream-shards" if data.stream and data.path.startswith(hub.PREFIX) else None
+    shards = Shards.of(data.path, data.format, annotations, downloads)
+    survey = shards.survey(selection)
     needs.check(survey, data.path, alike=data.limit is None)
     if unusable := survey.skips.total():
         logger.warning("%s: %d rows cannot be used, such as %s", data.path, unusable, "; ".join(survey.reasons))
-    counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
-    if data.stream:
-        counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
     fingerprint = {
-        "source": shards.identity(selection),
+        "source": survey.identity,
         "annotations": sidecar_identity(data.annotations),
         "reader": shards.format,
         "window": data.stream,
@@ -70,6 +63,9 @@ def open_stream(
         "frames": size.frames,
         "fps": size.fps,
     }
+    counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
+    if shards.remote:
+        counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
     return Stream(shards, size, selection, data.stream, pipeline(), needs, counts=counts,
                   score_range=survey.score_range, fingerprint=fingerprint)  # fmt: skip
 
@@ -89,9 +85,12 @@ class Shards:
     remote: str | None = None
 
     @classmethod
-    def of(cls, path: str, format: str, downloads: Path, annotations: Annotations) -> Shards:
-        """The shards of a source: its files, where rows do not depend on those of other files."""
-        if path.startswith(hub.PREFIX):
+    def of(cls, path: str, format: str, annotations: Annotations, downloads: Path | None) -> Shards:
+        """The shards of a source: its files, where rows do not depend on those of other files.
+
+        downloads: the folder for those of a source on the Hub that are not downloaded together.
+        """
+        if downloads:
             names, remote = hub.pieces(path, tables.SHARDED)
             format = readers.detect(hub.piece(remote, names[0], downloads / "0"), format)
             return cls(downloads, names, format, annotations, remote)
@@ -102,11 +101,16 @@ class Shards:
         names = [file.relative_to(root).as_posix() for file in tables.files(root)] if apart else []
         return cls(root, names or [""], format, annotations)
 
-    def identity(self, selection: Selection) -> str:
-        """A fingerprint of the source, as far as a limit lets it be read."""
-        if self.remote is not None:
-            return " ".join([self.remote, *self.names])
-        return readers.identity(self.root, self.format, selection)
+    def survey(self, selection: Selection) -> Survey:
+        """What the source holds; on the Hub, what its shards up to the first with a usable group hold."""
+        if self.remote is None:
+            return readers.survey(self.root, self.format, self.annotations, selection)
+        for number in range(len(self.names)):
+            path, part = self.located(number)
+            survey = readers.survey(path, self.format, selection=selection, part=part)
+            if survey.accepted:
+                break
+        return replace(survey, identity=" ".join([self.remote, *self.names]))
 
     def items(self, number: int, *, images: bool = True) -> Items:
         """The groups and skipped rows of a shard, with the ids that they have in the whole source."""

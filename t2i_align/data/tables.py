@@ -89,24 +89,24 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
 
 
 def rows(
-    path: Path, names: Sequence[str] | None = None, *, images: bool = True, file: Path | None = None
+    path: Path, names: Sequence[str] | None = None, *, images: bool = True, part: Path | None = None
 ) -> Iterator[Row | Skipped]:
     """The rows of a table, streamed, with the columns `names` (default: all) of those that there are.
 
     Ids are `<file>:<row>`: the line of JSON Lines, else the number from 0, or the key of a sample. Without `images`,
-    those that lie in the table itself are LEFT_OUT. With `file`, only the rows of this one of its files.
+    those that lie in the table itself are LEFT_OUT. With `part`, only the rows of this one of its files.
 
     Raises:
         UserError: no file of a known kind, or one that is broken as a whole.
     """
-    parts = [file] if file else files(path)
+    parts = [part] if part else files(path)
     if not parts:
         raise UserError(f"{path}: no table in this folder (files ending in {' or '.join(SHARDED)})")
     root = path if path.is_dir() else path.parent
-    missing = {} if file else _missing_shards(parts)
-    for part in parts:
-        yield from missing.get(part, [])
-        yield from _rows(part, part.relative_to(root).as_posix(), names, images)
+    missing = {} if part else _missing_shards(parts)
+    for file in parts:
+        yield from missing.get(file, [])
+        yield from _rows(file, file.relative_to(root).as_posix(), names, images)
 
 
 def _missing_shards(parts: Sequence[Path]) -> dict[Path, list[Skipped]]:
