@@ -28,10 +28,14 @@ PAIRS = [("a red fox", 0, 1), ("a blue owl, « à l'aube »", 2, 3)]  # prompt, 
 RANKINGS = [("a red fox", [0, 1, 2], [1, 2, 2]), ("a blue owl", [5, 4, 3], [1, 2, 3])]  # prompt, images, ranks
 
 
-def png(number: int) -> bytes:
+def encoded(number: int, format: str) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (8, 8), colour(number)).save(stream, "PNG")
+    Image.new("RGB", (8, 8), colour(number)).save(stream, format)
     return stream.getvalue()
+
+
+def png(number: int) -> bytes:
+    return encoded(number, "PNG")
 
 
 def images(folder: Path, count: int = 6) -> None:
@@ -173,12 +177,12 @@ def ranked_webdataset(folder: Path) -> Path:
     return folder
 
 
-def groups(path: Path, format: str = "auto") -> list[Group]:
+def groups(path: str | Path, format: str = "auto") -> list[Group]:
     """The groups of a source."""
     return [item for item in read(path, format) if isinstance(item, Group)]
 
 
-def skips(path: Path, format: str = "auto") -> dict[str, str]:
+def skips(path: str | Path, format: str = "auto") -> dict[str, str]:
     """The reasons of a source's rows that cannot be used, by id."""
     return {item.id: item.reason for item in read(path, format) if isinstance(item, Skipped)}
 

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,17 @@ def _flat(*names: Names | None) -> list[str]:
     return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
 
 
-def read(path: Path, maps: Sequence[Columns], images: bool = True, split: str = TRAIN) -> Items:
-    """The groups of a table, each row read by the first map whose columns it has.
+def read(
+    path: Path, maps: Sequence[Columns], images: bool = True, part: Path | None = None, split: str = TRAIN
+) -> Items:
+    """The groups of a table, or of one of its files, each row read by the first map whose columns it has.
 
     Raises:
         UserError: at once, where a file with a fixed schema lacks a column; while reading, a file that is broken as a
             whole, or a path that leads out of the folder.
     """
     files = shards.files(path, split)
-    for file in files:
+    for file in [part] if part else files:
         names = tables.columns(file)
         if tables.kind(file) in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
             missing = min((columns.missing(names) for columns in maps), key=len)
@@ -137,7 +140,8 @@ def read(path: Path, maps: Sequence[Columns], images: bool = True, split: str = 
             )
     maps = [replace(columns, id=None) if not _has_ids(files, columns) else columns for columns in maps]
     needed = [*dict.fromkeys(name for columns in maps for name in columns.names)]
-    return _groups(tables.rows(path, needed, images=images, split=split), maps, path if path.is_dir() else path.parent)
+    rows = tables.rows(path, needed, images=images, part=part, split=split)
+    return _groups(rows, maps, path if path.is_dir() else path.parent)
 
 
 def _groups(rows: Iterator[Row | Skipped], maps: Sequence[Columns], folder: Path) -> Items:
@@ -182,9 +186,14 @@ def _has_ids(files: Sequence[Path], columns: Columns) -> bool:
     """Whether a table's ids can be used as they are."""
     if not columns.id or not columns.id_if_unique:
         return True
-    if not all(tables.kind(file) == ".parquet" and columns.id in tables.columns(file) for file in files):
+    return _unique(columns.id, *((file, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)  # asked again for each file of a stream
+def _unique(name: str, *files: tuple[Path, int]) -> bool:
+    if not all(tables.kind(file) == ".parquet" and name in tables.columns(file) for file, _ in files):
         return False
-    parts = [tables.parquet_column(file, columns.id).cast(pa.string()) for file in files]
+    parts = [tables.parquet_column(file, name).cast(pa.string()) for file, _ in files]
     ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 

@@ -22,7 +22,7 @@ from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection, Skipped, Survey
 from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.errors import UserError
+from t2i_align.errors import UserError, printable
 from t2i_align.inference.models import resolve_model
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
@@ -159,7 +159,7 @@ def inspect(
     path = readers.resolve(source)
     name = readers.detect(path, format)
     names = next(map(tables.columns, shards.files(path)), [])
-    findings = Findings(source=str(source), format=name, names=names)
+    findings = Findings(source=printable(str(source)), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):
         findings.add(item)

@@ -1,9 +1,9 @@
 """The one decoder of images and clips, for training, labeling and scoring; and writing clips.
 
-Images are decoded whole or refused with a reason. Whatever comes out is upright, RGB and 8 bits: EXIF orientation is
-applied, transparency laid on white, 16-bit gray scaled, CMYK and palettes converted. Frames of clips (videos,
-animations, folders of images) follow the same rules and are decoded only as far as they are needed; videos by the
-ffmpeg that comes with imageio.
+Images are decoded whole or refused with a reason. Whatever comes out is upright, sRGB and 8 bits: EXIF orientation and
+colour profile are applied, transparency laid on white, 16-bit gray scaled, CMYK and palettes converted. Frames of clips
+(videos, animations, folders of images) follow the same rules and are decoded only as far as they are needed; videos by
+the ffmpeg that comes with imageio.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
 
 from t2i_align.data.schema import Media
@@ -30,9 +30,10 @@ from t2i_align.utils.files import atomic_file
 
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64 << 20
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_CLIP_PIXELS = 4 * MAX_PIXELS  # of all frames of a clip that is held in memory as a whole
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values that swap height and width
@@ -105,7 +106,8 @@ def measure(media: Media) -> tuple[int, int] | None:
     try:
         with _decoding(media), _open(media) as image:
             width, height = image.size
-            rotated = image.getexif().get(ORIENTATION) in ROTATED
+            # A TIFF's size is that of the upright image already.
+            rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION) in ROTATED
     except ImageError:  # decoding it later gives the reason
         return None
     return ((width, height) if rotated else (height, width)) if width and height else None
@@ -134,7 +136,13 @@ def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
 
 def whole_clip(media: Media) -> Tensor:
     """All frames of a clip, uint8 [F, 3, H, W]. Raises ImageError with the reason where it cannot be used."""
-    return torch.stack([_to_uint8(frame) for frame in frames_of(media)])
+    frames, pixels = [], 0
+    for frame in frames_of(media):
+        pixels += frame.width * frame.height
+        if pixels > MAX_CLIP_PIXELS:
+            raise ImageError(f"its frames have more than {MAX_CLIP_PIXELS} pixels")
+        frames.append(_to_uint8(frame))
+    return torch.stack(frames)
 
 
 def frames_of(media: Media, count: int | None = None, fps: float | None = None) -> Iterator[Image.Image]:
@@ -209,6 +217,8 @@ def _decoding(media: Media) -> Iterator[None]:
     try:
         if isinstance(media, bytes) and not media:
             raise ImageError("empty")
+        if isinstance(media, Path) and media.exists() and not (media.is_file() or media.is_dir()):
+            raise ImageError("not a regular file")  # a pipe would be waited for, a device read without end
         yield
     except ImageError:
         raise
@@ -249,10 +259,27 @@ def _upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    image = _to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours of sRGB, where its profile is another; one that does not fit the image is ignored."""
+    if not (content := image.info.get("icc_profile")):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        if image.mode == "P" or image.has_transparency_data:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):
+        return image
 
 
 def _to_uint8(image: Image.Image) -> Tensor:

@@ -47,10 +47,11 @@ class Reader:
     """A format.
 
     read: a path's groups and skipped rows, in a stable order; without `images`, those that are costly to read are left
-    out. detects: whether a path looks like this format. files: the files that hold the rows.
+    out; of a table, with a third argument, only those of this file. detects: whether a path looks like this format.
+    files: the files that hold the rows.
     """
 
-    read: Callable[[Path, bool], Items]
+    read: Callable[..., Items]
     detects: Callable[[Path], bool] = lambda path: False
     files: Callable[[Path], Iterable[Path]] = _all_files
 
@@ -59,11 +60,11 @@ def _table(
     maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False, split: str = TRAIN
 ) -> Reader:
     """The format of tables with column maps."""
-    return Reader(
-        read=lambda path, images: columns.read(path, maps(path), images, split),
-        detects=detects,
-        files=partial(shards.files, split=split),
-    )
+
+    def read(path: Path, images: bool, part: Path | None = None) -> Items:
+        return columns.read(path, maps(path), images, part, split)
+
+    return Reader(read=read, detects=detects, files=partial(shards.files, split=split))
 
 
 def _recognised(name: str, path: Path) -> bool:
@@ -88,7 +89,13 @@ def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
     if (own := description.columns) is not None:
         return description, source, _table(lambda path: [own], split=description.split)
-    name = detect(source, description.format, own_code=False)
+    code, _, name = description.format.rpartition(".py:")
+    if code and name not in READERS:
+        raise UserError(
+            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use {code}.py, name "
+            "the source itself and give its format on the command line or in the configuration."
+        )
+    name = detect(source, name)
     if name in PUBLISHED:
         return description, source, _table(partial(_maps, name), split=description.split)
     if description.split != TRAIN:
@@ -149,6 +156,8 @@ def read(
     best_first: bool = True,
     images: bool = True,
     selection: Selection = EVERYTHING,
+    part: Path | None = None,
+    seen: Callable[[Group], None] = lambda group: None,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -159,6 +168,8 @@ def read(
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
         images: false leaves them out where reading them is costly.
         selection: its limit is where to stop; no row beyond is read.
+        part: one file of a table; only its groups, with the ids and paths that they have in the whole.
+        seen: called with each group that can be used as the source has it, without annotations.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -166,7 +177,8 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = selection.first(_checked(reader.read(file, images), file, annotations))
+    items = reader.read(file, images, part) if part else reader.read(file, images)
+    items = selection.first(_checked(items, part or file, annotations, seen))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -186,20 +198,15 @@ def resolve(path: str | Path) -> Path:
     return file
 
 
-def detect(path: Path, format: str = "auto", *, own_code: bool = True) -> str:
+def detect(path: Path, format: str = "auto") -> str:
     """The name of the reader for `path`; `format` unless that is `auto`.
 
-    `formats.py:votes` runs a Python file, in which a reader of that name is registered; only with `own_code`.
+    `formats.py:votes` runs a Python file, in which a reader of that name is registered.
     """
     file, separator, name = format.rpartition(".py:")
-    if separator and not own_code and name not in READERS:
-        raise UserError(
-            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use {format}, give "
-            "the source itself and data.format on the command line or in the configuration."
-        )
-    if separator and own_code:
+    if separator:
         _run_once(f"{file}.py")
-    format = name
+        format = name
     if format != "auto":
         if format not in READERS:
             raise unknown("data format", format, [*READERS, "auto"])
@@ -226,26 +233,28 @@ def _run_once(file: str) -> None:
     runpy.run_path(file)
 
 
-def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
-    seen: set[str] = set()
+def _checked(items: Items, source: Path, annotations: Annotations, seen: Callable[[Group], None]) -> Items:
+    ids: set[str] = set()
     empty = True
     for item in items:
         empty = False
-        if annotations.entries and isinstance(item, Group) and item.id not in seen:
+        if isinstance(item, Group) and not _unusable(item, ids):
+            seen(item)
+        if annotations.entries and isinstance(item, Group) and item.id not in ids:
             item = annotations.annotated(item)
         if isinstance(item, Skipped):
             yield item
-        elif reason := _unusable(item, seen):
+        elif reason := _unusable(item, ids):
             yield item.skipped(reason)
         else:
-            seen.add(item.id)
+            ids.add(item.id)
             yield item
     if empty:
         raise UserError(f"{source}: no rows in it")
 
 
-def _unusable(group: Group, seen: set[str]) -> str | None:
-    if group.id in seen:
+def _unusable(group: Group, ids: set[str]) -> str | None:
+    if group.id in ids:
         return f"duplicate id {group.id!r}; the first group with it was kept"
     if any(has_lone_surrogate(text) for text in (group.id, group.user or "", *group.texts)):
         return "its id, prompt or captions are not valid Unicode text"
@@ -260,9 +269,13 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def survey(
-    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
+    path: str | Path,
+    format: str = "auto",
+    annotations: Annotations = NONE,
+    selection: Selection = EVERYTHING,
+    part: Path | None = None,
 ) -> Survey:
-    """What a source holds, as far as the limit lets it be read, without decoding its images.
+    """What a source, or a part of it, holds, as far as the limit lets it be read, without decoding its images.
 
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
 
@@ -273,12 +286,11 @@ def survey(
     format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
     result, contents = Survey(selection), _Contents()
-    for item in read(source, format, annotations, best_first=False, images=False, selection=selection):
+    for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part,
+                     seen=contents.add):  # fmt: skip
         unmatched.pop(item.id, None)
         result.add(item)
-        if isinstance(item, Group):
-            contents.add(item)
-    for file in sorted(READERS[format].files(source)) if contents.embedded else ():
+    for file in ([part] if part else sorted(READERS[format].files(source))) if contents.embedded else ():
         contents.add_file(file)
         result.embedded_bytes += file.stat().st_size
     result.identity = contents.digest.hexdigest()[:16]

@@ -132,7 +132,7 @@ class Group(WithColumns):
                 raise ValueError(f"{self.origin}: {k} candidates, but {len(value)} {name}")
         if not all(abs(score) <= FLOAT32_MAX for score in self.scores):
             raise ValueError(f"{self.origin}: scores must be finite numbers, found {shown(list(self.scores))}")
-        single = tuple(np.float32(self.scores).tolist())
+        single = tuple(np.array(self.scores, np.float32).tolist())
         if len({*single}) < len({*self.scores}) or single.count(0) > self.scores.count(0):
             object.__setattr__(self, "scores", single)  # scores that training cannot tell apart are equal
 

@@ -47,7 +47,7 @@ def left_out(path: Path, split: str = TRAIN) -> Iterator[Skipped]:
     kept = of_split(names, split, declared)
     others = {*names} - {*kept} if split == TRAIN else set()
     for name, number in sorted(Counter(max(_splits(name, declared), key=len) for name in others).items()):
-        reason = f"{number} files of this split are not read; `split: {name}` in a dataset spec reads them"
+        reason = f"files of another split than `train`: {number}; `split: {name}` in a dataset spec reads them"
         yield Skipped(id=name, origin=str(path), reason=reason)
     yield from _missing(path, kept)
 
@@ -58,7 +58,7 @@ def of_split(names: Sequence[str], split: str = TRAIN, declared: Sequence[tuple[
     declared: file patterns and their splits.
     """
     splits = {name: _splits(name, declared) for name in names}
-    known = {own for own in splits.values() for own in own}
+    known = set().union(*splits.values())
     if split not in known | {TRAIN, ALL}:
         raise UserError(f"split: no file of {split!r}; there are: {', '.join(sorted(known)) or 'none'}")
     if split in known:

@@ -49,21 +49,27 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
 
 
 def rows(
-    path: Path, names: Sequence[str] | None = None, *, images: bool = True, split: str = shards.TRAIN
+    path: Path,
+    names: Sequence[str] | None = None,
+    *,
+    images: bool = True,
+    part: Path | None = None,
+    split: str = shards.TRAIN,
 ) -> Iterator[Row | Skipped]:
     """The rows of a table, streamed, with the columns `names` (default: all) of those that there are.
 
     Ids are `<file>:<row>`: the line of JSON Lines, else the number from 0, or the key of a sample. Without `images`,
-    those that lie in the table itself are LEFT_OUT. Before the rows come the splits and shards of a folder that are
-    left out.
+    those that lie in the table itself are LEFT_OUT. With `part`, only the rows of this one of its files; otherwise
+    the splits and shards of a folder that are left out come first.
 
     Raises:
         UserError: no file of a known kind, or one that is broken as a whole.
     """
-    if not (parts := shards.files(path, split)):
+    parts = [part] if part else shards.files(path, split)
+    if not parts:
         raise UserError(f"{path}: no table in this folder (files ending in {' or '.join(shards.SHARDED)})")
     root = path if path.is_dir() else path.parent
-    yield from shards.left_out(path, split)
+    yield from () if part else shards.left_out(path, split)
     for file in parts:
         yield from _rows(file, file.relative_to(root).as_posix(), names, images)
 
@@ -88,7 +94,7 @@ def _rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> I
 
 
 def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
-    """The objects of a JSON list or of JSON Lines: place (from 0) or line (from 1), what to call it in messages, values.
+    """The objects of a JSON list or JSON Lines: place (from 0) or line (from 1), what to call it in messages, values.
 
     Either may be in a .json: `datasets` and pandas write lines there.
 
@@ -190,5 +196,3 @@ def _parquet_rows(file: Path, name: str, names: Sequence[str] | None, images: bo
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
-
-

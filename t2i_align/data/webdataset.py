@@ -28,6 +28,7 @@ from t2i_align.utils.files import as_object, parse_json
 MAX_MEMBER = 256 << 20  # bytes; what a tar header claims is not read into memory unseen
 TEXTS = ("txt", "caption", "prompt")  # endings of text members
 PROMPTS = ("prompt", "caption", "txt", "original_prompt")  # columns of a sample that hold its prompt
+NAMES = (*PROMPTS, "chosen", "rejected")  # in letters of any case
 NUMBERED = (("label", "scores"), ("caption", "captions"))  # `label_0` and so on are the column `scores`
 Members = dict[str, list[tuple[str, tarfile.TarInfo]]]  # of each sample, by its key
 
@@ -73,6 +74,7 @@ def _sample(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]]
         stem, _, ending = column.rpartition(".")
         ending = ending.lower()
         name = stem if f".{ending}" in MEDIA_SUFFIXES or (ending in TEXTS and stem) else column
+        name = name.lower() if name.lower() in NAMES else name
         if name in seen:
             raise UserError(f"two members named {name!r}")
         seen.add(name)
@@ -84,7 +86,7 @@ def _sample(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]]
             values |= as_object(parse_json(_content(archive, member), repr(column)), repr(column))
         elif ending in TEXTS:
             try:
-                values[name.lower() if not stem else name] = _content(archive, member).decode("utf-8-sig").strip()
+                values[name] = _content(archive, member).decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 raise UserError(f"{column!r} is not UTF-8 text: {error}") from error
         elif f".{ending}" in MEDIA_SUFFIXES:
@@ -99,11 +101,13 @@ def _sample(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]]
 
 def _by_number(values: Values, names: list[str]) -> Values:
     """The labels and captions of a sample in the order of its images, and the place of the winner among these."""
-    ends = [match and int(match[0]) for match in (re.search(r"[0-9]{1,9}$", name) for name in names)]
-    numbers = ends if len({*ends} - {None}) == len(names) else [*range(len(names))]
+    ends = [int(match[0]) for name in names if (match := re.search(r"[0-9]{1,9}$", name))]
+    numbers = ends if len({*ends}) == len(names) else [*range(len(names))]
     ordered: Values = {}
     for prefix, column in NUMBERED:
-        own = {int(m[1]): value for key, value in values.items() if (m := re.fullmatch(rf"{prefix}_([0-9]{{1,9}})", key))}
+        own = {
+            int(m[1]): value for key, value in values.items() if (m := re.fullmatch(rf"{prefix}_([0-9]{{1,9}})", key))
+        }
         if own and not values.get(column) and not (column == "scores" and {"chosen", "rejected"} <= {*names}):
             if own.keys() != {*numbers}:
                 raise UserError(f"{prefix}_{{{', '.join(map(str, sorted(own)))}}} do not fit images {', '.join(names)}")

@@ -18,7 +18,7 @@ from t2i_align.data.readers import READERS, read, register
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests.data.test_examples import jpeg, pick_rows, write_images, write_jsonl, write_parquet
-from tests.formats import groups, skips
+from tests.formats import groups, skips, table
 
 # Pick-a-Pic ---------------------------------------------------------------------------------------------------------
 
@@ -156,11 +156,23 @@ ONE = {"prompt": "x", "images": ["a.jpg"], "scores": [1]}
         ({**PAIR, "negative_caption": 5}, "'negative_caption' must be text, found 5"),
         ({**PAIR, "negative_caption": " "}, "a caption is empty"),
         ({**PAIR, "negative_caption": "\ud800"}, "not valid Unicode"),
+        ({**PAIR, "rejected": "x" * 1_000_000}, "base64 text, expected an image's bytes or its path; found 'xxx"),
+        ({**PAIR, "rejected": "/9j/4AAQ" * 1000}, "base64 text, expected an image's bytes or its path; found '/9j"),
+        ({**PAIR, "rejected": "data:image/png;base64,iVBORw0KGgo="}, "a data URI, expected"),
+        ({**PAIR, "rejected": "https://example.com/a.png"}, "an address, expected"),
+        ({**PAIR, "rejected": [{"bytes": "x" * 1_000_000}] * 9}, "expected an image or its path, found"),
+        ({**PAIR, "rejected": {"a": "x" * 1_000_000}}, "expected an image or its path, found"),
+        ({**PAIR, "rejected": "\x1b]0;title\x07.jpg"}, r"^no such image: \\x1b\]0;title\\x07\.jpg$"),
+        ({**PAIR, "rejected": "pipe.jpg"}, "not a regular file: pipe.jpg"),
+        ({**PAIR, "prompt": ["x" * 1_000_000]}, "'prompt' must be text, found"),
+        ({**PAIR, "user": {"x" * 1_000_000: [1] * 1_000}}, "'user' must be text or number, found"),
+        ({"x" * 1_000_000: 1}, "expected the keys"),
         ({**ONE, "images": ["a.jpg", None]}, "1 scores"),
         ({**ONE, "images": [None]}, r"'images' \[0\]: an image is missing"),
         ({**ONE, "scores": [1, 2]}, "1 candidates, but 2 scores"),
         ({**ONE, "scores": ["best"]}, r"'scores' \[0\] must be a finite number, found 'best'"),
         ({**ONE, "scores": [float("nan")]}, "must be a finite number, found nan"),
+        ({**ONE, "scores": [1e39]}, r"must be a finite number, found 1e\+39"),
         ({**ONE, "scores": [10**400]}, "must be a finite number, found 1000"),
         ({**ONE, "captions": []}, "1 candidates, but 0 captions"),
         ({**ONE, "captions": [2]}, r"'captions' must be a list of texts, found \[2\]"),
@@ -171,10 +183,49 @@ ONE = {"prompt": "x", "images": ["a.jpg"], "scores": [1]}
 )  # fmt: skip
 def test_jsonl_rows_that_cannot_be_used(tmp_path: Path, entry: dict[str, Any], reason: str) -> None:
     write_images(tmp_path, ["a.jpg"])
+    os.mkfifo(tmp_path / "pipe.jpg")
     file = write_jsonl(tmp_path / "d.jsonl", [{**PAIR, "id": "first"}, entry])
     kept, item = read(file)
     assert isinstance(kept, Group) and isinstance(item, Skipped)
-    assert item.origin == f"{file}, line 2" and re.search(reason, item.reason)
+    assert item.origin == f"{file}, line 2" and re.search(reason, item.reason) and len(item.reason) <= 300
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([16777217, 16777216], [16777216.0] * 2),
+        ([1.0, 1.0 - 1e-9, 0.5], [1.0, 1.0, 0.5]),
+        ([1e-50, 0], [0.0, 0.0]),
+        ([1e-50], [0.0]),
+        ([7 / 9, 2 / 9], [7 / 9, 2 / 9]),
+    ],
+)
+def test_scores_that_single_precision_cannot_tell_apart_are_equal(
+    tmp_path: Path, scores: list[float], expected: list[float]
+) -> None:
+    """Training is in single precision; a tie there must be one when groups are chosen. 16777217 is 2^24 + 1."""
+    write_images(tmp_path, ["a.jpg"])
+    (group,) = groups(write_jsonl(tmp_path / "d.jsonl", [{**ONE, "images": ["a.jpg"] * len(scores), "scores": scores}]))
+    assert list(group.scores) == expected
+    assert group.is_tie == (len(scores) > 1 and len({*expected}) == 1) and group.is_disliked == (expected == [0.0])
+
+
+@pytest.mark.parametrize("name", ["sub\\a.jpg", "caf\u00e9.jpg", "cafe\u0301.jpg", "sub\\caf\u00e9.jpg"])
+def test_paths_of_other_systems(tmp_path: Path, name: str) -> None:
+    """Windows' separators; accents that are part of a letter (as Linux and Windows write them), and apart (macOS)."""
+    for folder in (tmp_path, tmp_path / "sub"):
+        write_images(folder, ["a.jpg", "cafe\u0301.jpg" if folder == tmp_path else "caf\u00e9.jpg"])
+    (group,) = groups(write_jsonl(tmp_path / "d.jsonl", [{**PAIR, "chosen": name}]))
+    assert group.candidates[0].is_file()
+
+
+@pytest.mark.parametrize("name", ["lines.json", "a.ndjson", "A.JSONL", "bom.json"])
+def test_json_lines_by_other_names(tmp_path: Path, name: str) -> None:
+    """`datasets` and pandas write lines into a .json."""
+    write_images(tmp_path, ["a.jpg"])
+    file = write_jsonl(tmp_path / name, [PAIR, {**PAIR, "prompt": "y"}])
+    file.write_bytes(b"\xef\xbb\xbf" * (name == "bom.json") + file.read_bytes())
+    assert [(group.id, group.prompt) for group in groups(file)] == [(f"{name}:1", "x"), (f"{name}:2", "y")]
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -208,6 +259,34 @@ def test_folders_metadata_means_the_winner(tmp_path: Path) -> None:
     assert groups(tmp_path)[0].prompt == "beside"
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_folders_with_captions_in_a_table(tmp_path: Path, name: str) -> None:
+    for folder in ("chosen", "rejected"):
+        write_images(tmp_path / folder, ["a.png", "b.png"])
+    listed = [{"file_name": "chosen/a.png", "caption": "first"}, {"file_name": "chosen\\b.png", "caption": "second"}]
+    table(tmp_path / name, listed)
+    assert [group.prompt for group in groups(tmp_path)] == ["first", "second"]
+    table(tmp_path / name, [{"file_name": "chosen/a.png", "title": "x"}])
+    with pytest.raises(
+        UserError, match=rf"{name}, (line|row) \d: expected 'file_name' and one of prompt, caption, text"
+    ):
+        groups(tmp_path)
+
+
+def test_folders_names_and_captions_of_other_systems(tmp_path: Path) -> None:
+    """Accents apart and together are one name; a caption that is not UTF-8 costs its pair alone, as does a pipe."""
+    apart, together = "cafe\u0301", "caf\u00e9"
+    write_images(tmp_path / "chosen", [f"{apart}.png", "b.png", "c.png"])
+    write_images(tmp_path / "rejected", [f"{together}.png", "b.png"])
+    os.mkfifo(tmp_path / "rejected" / "c.png")
+    (tmp_path / "chosen" / f"{together}.txt").write_text("a cafe")
+    (tmp_path / "chosen" / "b.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert [(group.id, group.prompt) for group in groups(tmp_path)] == [(together, "a cafe")]
+    reasons = skips(tmp_path)
+    assert reasons["b"].startswith("b.txt must be UTF-8 text") and reasons["c"] == "no loser image of this name"
+    assert "rejected/c.png" in reasons
+
+
 def test_folders_that_are_unclear(tmp_path: Path) -> None:
     for name in ("winner", "good", "loser"):
         write_images(tmp_path / name, ["a.jpg"])
@@ -237,6 +316,17 @@ def test_formats_are_found_or_listed(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         read(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"\\x1b\[2J: no such file or folder"):  # a terminal would obey it
+        read(tmp_path / "\x1b[2J")
+    for name in ("a.tar.gz", "a.zip"):
+        (tmp_path / name).write_bytes(b"?")
+        with pytest.raises(UserError, match="It is compressed: unpack it first"):
+            read(tmp_path / name)
+    (tmp_path / "disk" / "train").mkdir(parents=True)
+    (tmp_path / "disk" / "train" / "dataset_info.json").write_text("{}")
+    (tmp_path / "disk" / "train" / "data-00000-of-00001.arrow").write_bytes(b"?")
+    with pytest.raises(UserError, match=r"written by save_to_disk of `datasets`: .* to_parquet"):
+        read(tmp_path / "disk")
     with pytest.raises(UserError, match="Did you mean 'pickapic'"):
         read(tmp_path / "notes.xyz", "pickapick")
     with pytest.raises(UserError, match="testbed:pairs"):
