@@ -39,7 +39,17 @@ from tqdm import tqdm
 from t2i_align.data.encode import Encoder, Row, Texts
 from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
 from t2i_align.errors import UserError
-from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json, write_text
+from t2i_align.utils.files import (
+    LOCK,
+    WRITING,
+    atomic_file,
+    atomic_folder,
+    claim,
+    holds,
+    read_json,
+    write_json,
+    write_text,
+)
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
@@ -82,8 +92,7 @@ def write(
     except OSError as error:
         raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
     with FileLock(out / LOCK):
-        if not (out / FINGERPRINT).exists() and not all(entry.name.startswith(WRITING) for entry in out.iterdir()):
-            raise UserError(f"{out}: the folder is not empty and holds no prepared data; choose another")
+        holds(out, "prepared data", FINGERPRINT, ignored=(WRITING,))
         claim(out / FINGERPRINT, fingerprint, advice="choose another folder")
     # A limit counts groups from the first row on: then one process writes, and the others wait.
     limited = selection.limit is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import tempfile
 import time
@@ -28,12 +27,11 @@ from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligne
 from t2i_align.inference.options import (
     PRECISIONS,
     build_scorers,
-    check_free,
     check_options,
     memory_for,
     resolve_prompts,
 )
-from t2i_align.utils.files import output_lock, write_json, write_text
+from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -125,7 +123,7 @@ def evaluate(
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    check_free(folder, force, "evaluation", RESULT)
+    _check_free(folder, force)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
@@ -199,9 +197,8 @@ def evaluate(
             for judge in judges
         }
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        write_text(folder / REPORT, render(result.to_json(), rows, store, images))
-        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / RESULT, result.to_json())
+        report = render(result.to_json(), rows, store, images)
+        write_files(folder, {REPORT: report, PAIRS: json_lines(rows), RESULT: json_text(result.to_json())})
     return result
 
 
@@ -271,11 +268,19 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     return margins
 
 
+def _check_free(folder: Path, force: bool) -> None:
+    """Raise UserError unless the folder has no evaluation yet, or one to be replaced."""
+    if holds(folder, "evaluation", REPORT):
+        check_own("evaluate", *(folder / name for name in (REPORT, PAIRS, RESULT)))
+        if (folder / RESULT).is_file() and not force:  # else it was killed
+            raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")
+
+
 @contextmanager
 def _workplace(folder: Path, force: bool) -> Iterator[Path]:
     """A temporary folder in `folder`, which no other run may write to meanwhile."""
     with output_lock(folder):
-        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since the first check
+        _check_free(folder, force)  # another run may have come and gone since the first check
         for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:

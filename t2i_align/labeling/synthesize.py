@@ -36,7 +36,7 @@ from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligne
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.files import append_line, atomic_file, claim, read_json
+from t2i_align.utils.files import append_line, atomic_file, claim, holds, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ class _Work:
         }
         self.out.mkdir(parents=True, exist_ok=True)
         with FileLock(self.out / ".lock"):
-            if not (self.out / SETTINGS).exists() and any(file.name[0] != "." for file in self.out.iterdir()):
-                raise UserError(f"{self.out}: the folder is not empty and holds no synthesis; choose another")
+            holds(self.out, "synthesis", SETTINGS)
             claim(self.out / SETTINGS, settings, advice="choose another folder")
 
     def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
