@@ -16,8 +16,8 @@ import torch
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES, get
 from t2i_align.objectives.base import DataStats, Objective
-from t2i_align.objectives.dmpo import dmpo_loss
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.objectives.dmpo import dmpo_loss
 from tests.objectives.toy import DEPENDS_ON_THE_BATCH, KINDS, as_required, loss_and_gradient, rich_batch, rows_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
