@@ -76,7 +76,7 @@ def split(
         raise UserError(f"{source}: with {choice}, {empty[0]} is empty; choose others.{skipped}")
     texts = {}
     for name in sides:
-        described = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)
-        texts[f"{name}.yaml"] = f"# {mark(COMMAND)}\n{described}"
+        text = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)
+        texts[f"{name}.yaml"] = f"# {mark(COMMAND)}\n{text}"
     write_files(folder, {**texts, PROMPTS: "".join(f"{text}\n" for text in prompts)})
     return {**counts, "held_out_prompts": len(prompts)}

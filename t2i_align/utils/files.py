@@ -103,7 +103,7 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
     `check_own`) tells whose they are; the last one's says that all are there.
     """
     with ExitStack() as stack:
-        for name, text in reversed(texts.items()):
+        for name, text in [*texts.items()][::-1]:
             stack.enter_context(atomic_file(folder / name)).write_bytes(_encode(text))
         for name in [*texts][:0:-1]:
             (folder / name).resolve().unlink(missing_ok=True)
