@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -21,7 +22,9 @@ from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_l
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from reward_scorers import Scorer
 
+TOTAL = ""  # the key of a score itself, beside the names of its parts
 LIST = "samples.jsonl"
 ENDINGS = (".png", ".mp4")
 NAME = re.compile(r"\d{5,}\.(png|mp4)")
@@ -52,14 +55,21 @@ def sample(
     return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
 
 
-def score_inputs(samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Image.Image] | Tensor]]:
-    """Samples as `Scorer.judge` takes them, with their indices: all images at once, then each clip in [0, 1] alone."""
-    stills = {index: item for index, item in enumerate(samples) if not isinstance(item, Tensor)}
-    if stills:
-        yield list(stills), list(stills.values())
-    for index, item in enumerate(samples):
-        if isinstance(item, Tensor):
-            yield [index], item.unsqueeze(0).float() / 255
+def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The index of each sample, with its score under TOTAL and the parts of that under their names.
+
+    All images are judged together, and each clip alone.
+    """
+    stills = [index for index, item in enumerate(samples) if not isinstance(item, Tensor)]
+    clips = [[index] for index, item in enumerate(samples) if isinstance(item, Tensor)]
+    for indices in [stills, *clips] if stills else clips:
+        part: list[Any] = [samples[index] for index in indices]
+        media = part[0].unsqueeze(0).float() / 255 if isinstance(part[0], Tensor) else part
+        with torch.no_grad():
+            total, parts = scorer.judge(media, [prompts[index] for index in indices])
+        columns = {name: values.tolist() for name, values in {TOTAL: total, **parts}.items()}
+        for place, index in enumerate(indices):
+            yield index, {name: values[place] for name, values in columns.items()}
 
 
 def generate(
@@ -96,7 +106,7 @@ def generate(
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
-        prompts: text file with one prompt per line (blank lines are skipped), `testbed:dev`, or a list.
+        prompts: text file with one prompt per line (blank lines are skipped), `testbed:test`, or a list.
         out: folder for the samples and their list.
         prompt: further single prompts, after those.
         lora: LoRA to put on the model: file, folder, training run or Hub id.
@@ -115,7 +125,7 @@ def generate(
         variant: variant of the weight files, such as fp16.
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: of the weights: `fp32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
 
