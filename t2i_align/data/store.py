@@ -39,17 +39,7 @@ from tqdm import tqdm
 from t2i_align.data.encode import Encoder, Row, Texts
 from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
 from t2i_align.errors import UserError
-from t2i_align.utils.files import (
-    LOCK,
-    WRITING,
-    atomic_file,
-    atomic_folder,
-    claim,
-    holds,
-    read_json,
-    write_json,
-    write_text,
-)
+from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json, write_text
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
@@ -92,8 +82,7 @@ def write(
     except OSError as error:
         raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
     with FileLock(out / LOCK):
-        holds(out, "prepared data", FINGERPRINT, ignored=(WRITING,))
-        claim(out / FINGERPRINT, fingerprint, advice="choose another folder")
+        claim(out / FINGERPRINT, fingerprint, content="prepared data", advice="choose another folder")
     # A limit counts groups from the first row on: then one process writes, and the others wait.
     limited = selection.limit is not None
     with FileLock(out / LOCK) if limited else nullcontext():

@@ -36,7 +36,7 @@ from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligne
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.files import append_line, atomic_file, claim, holds, read_json
+from t2i_align.utils.files import append_line, atomic_file, claim, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ class _Work:
         }
         self.out.mkdir(parents=True, exist_ok=True)
         with FileLock(self.out / ".lock"):
-            holds(self.out, "synthesis", SETTINGS)
-            claim(self.out / SETTINGS, settings, advice="choose another folder")
+            claim(self.out / SETTINGS, settings, content="synthesis", advice="choose another folder")
 
     def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
         """This process's images by one model, which is loaded only where some are missing."""
