@@ -9,9 +9,6 @@ What makes a row unusable becomes a recorded skip here and nowhere else.
 from __future__ import annotations
 
 import json
-import os
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import lru_cache
@@ -23,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from t2i_align.data import shards, tables
-from t2i_align.data.schema import COLUMNS, ID, Group, Items, Media, Row, Skipped, finite
+from t2i_align.data.paths import media_of
+from t2i_align.data.schema import COLUMNS, ID, Group, Items, Row, Skipped, finite
 from t2i_align.data.shards import TRAIN
 from t2i_align.data.votes import majority
 from t2i_align.errors import UserError, shown, unknown
@@ -33,7 +31,6 @@ ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
 Names = list[str] | str
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
 SHARES_TOLERANCE = 1e-3
-NO_PATH = re.compile(r"(?P<uri>data:)|(?P<address>\w+://)|[A-Za-z0-9+/\s]{256}")  # base64 has no dots
 
 
 @settings
@@ -216,7 +213,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
             id=row.id,
             prompt=_prompt(row, columns, scores, optional.get("captions")),
             candidates=tuple(
-                _media(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
+                media_of(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
             ),
             scores=scores,
             origin=row.origin,
@@ -327,50 +324,3 @@ def _number(value: Any, key: str) -> float:
 def _key(names: Names, place: int) -> str:
     """How messages name a candidate's value."""
     return repr(names[place]) if isinstance(names, list) else f"{names!r} [{place}]"
-
-
-def _media(value: Any, key: str, root: Path, origin: str) -> Media:
-    if isinstance(value, dict) and {"bytes", "path"} >= value.keys():  # the Image feature of `datasets`
-        value = value.get("bytes") or value.get("path")
-    if not value:
-        raise ValueError(f"{key}: an image is missing")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"{key}: expected an image or its path, found {shown(value)}")
-    if match := NO_PATH.match(value):
-        what = "a data URI" if match["uri"] else "an address" if match["address"] else "base64 text"
-        raise ValueError(f"{key}: {what}, expected an image's bytes or its path; found {shown(value)}")
-    path = next((path for name in spellings(value) if exists(path := inside(root, name, origin))), None)
-    if path is None:
-        raise ValueError(f"no such image: {value}")
-    if not (path.is_file() or path.is_dir()):
-        raise ValueError(f"not a regular file: {value}")
-    return path
-
-
-def spellings(name: str) -> Iterator[str]:
-    """A path as it is, with Windows' separators as ours, and in the two ways that Unicode writes accents."""
-    for separated in dict.fromkeys((name, name.replace("\\", "/"))):
-        yield from dict.fromkeys((separated, *(unicodedata.normalize(form, separated) for form in ("NFC", "NFD"))))
-
-
-def exists(path: Path) -> bool:
-    """Whether something is there; `Path.exists` raises where a name is too long to be one."""
-    return os.path.exists(path)
-
-
-def inside(root: Path, name: str, origin: str) -> Path:
-    """The image or clip `name`, relative to `root`, as an absolute path.
-
-    Raises:
-        UserError: the path leaves `root` (absolute, through `..`, or through a symbolic link), or is no path at all.
-    """
-    try:
-        base = root.resolve()
-        path = (base / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a symlink loop, a null byte
-        raise UserError(f"{origin}: {shown(name)} is not a usable path: {error}") from error
-    if not path.is_relative_to(base):
-        raise UserError(f"{origin}: {shown(name)} leads outside {base}; images must lie in that folder")
-    return path

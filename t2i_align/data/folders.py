@@ -20,8 +20,8 @@ from itertools import product
 from pathlib import Path
 
 from t2i_align.data import tables
-from t2i_align.data.columns import exists, inside, spellings
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
+from t2i_align.data.paths import exists, inside, spellings
 from t2i_align.data.schema import Group, Items, Row, Skipped
 from t2i_align.data.shards import of_split
 from t2i_align.errors import UserError

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
 
+from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
 from t2i_align.utils.files import atomic_file
 
@@ -42,6 +43,7 @@ INPUT = ["-format_whitelist", "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "-protoco
 INPUT += ["-xerror", "-err_detect", "explode"]  # no damaged frame, patched up from its neighbours
 INPUT += ["-max_pixels", str(MAX_PIXELS), "-threads", "1"]  # several clips are decoded at a time
 MAX_REPEAT = 1.25  # how far a wanted frame rate may exceed a clip's own before repeated frames would be its motion
+TOO_SLOW = "{:.3g} frames a second, too few for {:g}"
 ROUNDING = 1e-4  # seconds
 
 
@@ -136,13 +138,7 @@ def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
 
 def whole_clip(media: Media) -> Tensor:
     """All frames of a clip, uint8 [F, 3, H, W]. Raises ImageError with the reason where it cannot be used."""
-    frames, pixels = [], 0
-    for frame in frames_of(media):
-        pixels += frame.width * frame.height
-        if pixels > MAX_CLIP_PIXELS:
-            raise ImageError(f"its frames have more than {MAX_CLIP_PIXELS} pixels")
-        frames.append(_to_uint8(frame))
-    return torch.stack(frames)
+    return torch.stack([_to_uint8(frame) for frame in frames_of(media)])
 
 
 def frames_of(media: Media, count: int | None = None, fps: float | None = None) -> Iterator[Image.Image]:
@@ -160,6 +156,8 @@ def frames_of(media: Media, count: int | None = None, fps: float | None = None) 
             if size not in (None, frame.size):
                 raise ImageError(f"frame {frames + 1} has {frame.size} pixels, the first has {size}")
             size, frames = frame.size, frames + 1
+            if count is None and frames * frame.width * frame.height > MAX_CLIP_PIXELS:
+                raise ImageError(f"its frames have more than {MAX_CLIP_PIXELS} pixels")
             yield frame
     if frames < (count or 2):
         rate = "" if fps is None else f" at {fps:g} a second"
@@ -201,14 +199,8 @@ def is_clip(path: Path) -> bool:
 
 def frame_files(folder: Path) -> list[Path]:
     """The images in a folder of frames, in natural order."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
-    return sorted(files, key=lambda file: natural(file.name))
-
-
-def natural(name: str) -> tuple[list[Any], str]:
-    """A sort key in which numbers count as such: 2.png comes before 10.png."""
-    parts = [part.lstrip("0") if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]
-    return [(len(part), part) if place % 2 else part for place, part in enumerate(parts)], name
+    images = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    return sorted(filter(Path.is_file, images), key=lambda file: natural(file.name))
 
 
 @contextmanager
@@ -274,9 +266,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         if "sRGB" in ImageCms.getProfileDescription(profile):
             return image
+        mode = "RGBA" if image.has_transparency_data else "RGB"
         if image.mode == "P" or image.has_transparency_data:
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+            image = image.convert(mode)
         return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
     except (ImageCms.PyCMSError, OSError):
         return image
@@ -318,7 +310,7 @@ def _at_rate(animation: Image.Image, fps: float) -> Iterator[Image.Image]:
             raise ImageError("a frame without a duration: no known frame rate to take others by")
         end += seconds
         if fps * end > MAX_REPEAT * own + 1:
-            raise _too_slow(own / end, fps)
+            raise ImageError(TOO_SLOW.format(own / end, fps))
         while taken / fps < end - ROUNDING:
             yield image
             taken += 1
@@ -333,13 +325,9 @@ def _video(file: Path, fps: float | None) -> Iterator[Image.Image]:
             raise ImageError(_reason(str(error))) from error
         _check_pixels(meta["size"])
         if fps is not None and fps > MAX_REPEAT * meta["fps"]:
-            raise _too_slow(meta["fps"], fps)
+            raise ImageError(TOO_SLOW.format(meta["fps"], fps))
         for frame in stream:
             yield Image.frombytes("RGB", meta["size"], frame)
-
-
-def _too_slow(own: float, wanted: float) -> ImageError:
-    return ImageError(f"{own:.3g} frames a second, too few for {wanted:g}")
 
 
 def _reason(log: str) -> str:

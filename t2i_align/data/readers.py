@@ -24,9 +24,10 @@ from pathlib import Path
 
 from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.columns import Columns, exists
+from t2i_align.data.columns import Columns
 from t2i_align.data.layouts import KINDS, PUBLISHED
 from t2i_align.data.media import frame_files
+from t2i_align.data.paths import exists
 from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
 from t2i_align.data.shards import TRAIN
 from t2i_align.errors import UserError, unknown

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from t2i_align.data.media import natural
+from t2i_align.data.paths import natural
 from t2i_align.data.schema import Skipped
 from t2i_align.errors import UserError
 

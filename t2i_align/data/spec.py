@@ -27,7 +27,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from t2i_align.data import hub
-from t2i_align.data.columns import Columns, exists
+from t2i_align.data.columns import Columns
+from t2i_align.data.paths import exists
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
 from t2i_align.diffusion.randomness import stable_seed

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.media import MEDIA_SUFFIXES, natural
+from t2i_align.data.media import MEDIA_SUFFIXES
+from t2i_align.data.paths import natural
 from t2i_align.data.schema import LEFT_OUT, Row, Skipped, Values
 from t2i_align.errors import UserError
 from t2i_align.utils.files import as_object, parse_json

@@ -19,7 +19,7 @@ from t2i_align.data.schema import Group
 from t2i_align.data.splits import split
 from t2i_align.errors import UserError
 from tests import formats
-from tests.data.test_examples import noise_jpeg, write_jsonl
+from tests.data.test_examples import contents, noise_jpeg, write_jsonl
 from tests.formats import images
 
 
@@ -124,6 +124,14 @@ def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
     assert counts["train"] + counts["held_out"] == 30 and counts["held_out"] == counts["held_out_prompts"]
     written = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
     assert written["columns"]["prompt"] == "text" and Path(written["path"]).is_absolute()
+    files = contents(tmp_path / "out")
+    for other in ({"held_out": 0.3, "seed": 1}, {"held_out": 0.4}, {"held_out": 0.3, "by": ["prompt", "user"]}):
+        with pytest.raises(UserError, match=r"train\.yaml: this split was made with other settings"):
+            split(tmp_path / "v.yaml", tmp_path / "out", **other)
+    (tmp_path / "out" / "held_out.yaml").unlink()  # as a kill between the files leaves it
+    with pytest.raises(UserError, match="made with other settings"):
+        split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3, seed=1)
+    assert split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3) == counts and contents(tmp_path / "out") == files
     with pytest.raises(UserError, match="one part of a split already"):
         split(tmp_path / "out" / "train.yaml", tmp_path / "again")
     with pytest.raises(UserError, match="held_out is empty"):
