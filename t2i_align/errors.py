@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+MAX_MESSAGE = 4000  # characters; a file's keys and values may have any length
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -16,7 +17,8 @@ class UserError(ValueError):
     """Input that cannot be used. The command line prints its message alone and exits with status 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        text = printable(message)
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} …")
 
 
 def printable(text: str) -> str:

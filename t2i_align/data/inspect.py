@@ -160,7 +160,7 @@ def inspect(
     check_own("data inspect", target)
     path = readers.resolve(source)
     name = readers.detect(path, format)
-    names = next(map(tables.columns, shards.files(path)), [])
+    names = [printable(column) for column in next(map(tables.columns, shards.files(path)), [])]
     findings = Findings(source=printable(str(source)), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):

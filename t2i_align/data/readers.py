@@ -229,7 +229,7 @@ def detect(path: Path, format: str = "auto") -> str:
 
 @lru_cache
 def _run_once(file: str) -> None:
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise UserError(f"data.format: {file}: no such file with a format of your own")
     runpy.run_path(file)
 

@@ -135,6 +135,7 @@ class Group(WithColumns):
         single = tuple(np.array(self.scores, np.float32).tolist())
         if len({*single}) < len({*self.scores}) or single.count(0) > self.scores.count(0):
             object.__setattr__(self, "scores", single)  # scores that training cannot tell apart are equal
+        object.__setattr__(self, "origin", printable(self.origin))  # it has names of files and keys from anywhere
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -89,7 +89,8 @@ def _declared(folder: Path) -> list[tuple[str, str]]:
     header = re.match(rb"---\n(.*?)\n---", file.read_bytes(), re.DOTALL) if file.is_file() else None
     try:
         values = yaml.safe_load(header[1]) if header else None
-        return [(pattern, entry["split"]) for entry in _entries(values) for pattern in _list(entry["path"])]
+        pairs = [(pattern, entry["split"]) for entry in _entries(values) for pattern in _list(entry["path"])]
+        return [(str(pattern), str(split)) for pattern, split in pairs]
     except (yaml.YAMLError, RecursionError, UnicodeError, LookupError, TypeError, AttributeError):
         return []  # written for people: the files' own names decide
 

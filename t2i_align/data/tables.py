@@ -96,7 +96,7 @@ def _rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> I
 def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
     """The objects of a JSON list or JSON Lines: place (from 0) or line (from 1), what to call it in messages, values.
 
-    Either may be in a .json: `datasets` and pandas write lines there.
+    The content says which it is: `datasets` and pandas write lines into a .json.
 
     Raises:
         UserError: empty, not valid JSON (with the line), or an entry that is no object.
@@ -105,11 +105,8 @@ def json_entries(file: Path) -> Iterator[tuple[int, str, Values]]:
     with open(file, "rb") as stream:
         start = next((line for line in stream if line.strip()), b"").removeprefix(codecs.BOM_UTF8).lstrip()
         stream.seek(0)
-        if kind(file) == ".json" and not start.startswith(b"{"):
-            entries = parse_json(stream.read(), str(file))
-            if not isinstance(entries, list):
-                raise UserError(f"{file}: a .json file must hold a list of entries, found {type(entries).__name__}")
-            for number, entry in enumerate(entries):
+        if start.startswith(b"["):
+            for number, entry in enumerate(parse_json(stream.read(), str(file))):
                 yield number, (origin := f"{file}, entry {number}"), as_object(entry, origin, ENTRY)
             return
         for number, line in enumerate(stream, start=1):

@@ -34,11 +34,15 @@ NUMBERED = (("label", "scores"), ("caption", "captions"))  # `label_0` and so on
 Members = dict[str, list[tuple[str, tarfile.TarInfo]]]  # of each sample, by its key
 
 
+class _Contradiction(UserError):
+    """A value that proves another numbering than ours, by which other samples would be turned round."""
+
+
 def samples(file: Path, name: str, images: bool) -> Iterator[Row | Skipped]:
     """The samples of a shard, whose members need not follow each other; `name` begins their ids.
 
     Raises:
-        UserError: a file that is damaged or cut short.
+        UserError: a file that is damaged or cut short; winners that are numbered otherwise than the images.
     """
     try:
         with tarfile.open(file, "r:") as archive:
@@ -49,8 +53,12 @@ def samples(file: Path, name: str, images: bool) -> Iterator[Row | Skipped]:
                 row = Row(f"{name}:{key}", f"{file}, sample {key!r}", {})
                 try:
                     yield row._replace(values=_sample(archive, own, images))
+                except _Contradiction as error:
+                    raise UserError(f"{row.origin}: {error}") from error
                 except UserError as error:
                     yield row.skipped(str(error))
+    except UserError:
+        raise
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: cannot be read as a tar file (damaged or cut short?): {error}") from error
 
@@ -114,12 +122,12 @@ def _by_number(values: Values, names: list[str]) -> Values:
                 raise UserError(f"{prefix}_{{{', '.join(map(str, sorted(own)))}}} do not fit images {', '.join(names)}")
             ordered[column] = [own[number] for number in numbers]
     winner = str(values.get("winner")).strip()
-    places = {name: place for place, keys in enumerate(zip(numbers, names, strict=True)) for name in map(str, keys)}
-    if winner in places:
-        ordered["winner"] = places[winner]
-    elif winner.isdecimal():
-        raise UserError(f"'winner' must be the name or number of an image, {' or '.join(places)}, found {winner}")
-    return ordered
+    places = {name: place for place, name in enumerate(names)}
+    if numbers is ends:
+        places = {str(number): place for place, number in enumerate(numbers)} | places
+        if winner.isdecimal() and winner not in places:
+            raise _Contradiction(f"'winner' is {winner}, but images are numbered {', '.join(map(str, numbers))}")
+    return ordered | ({"winner": places[winner]} if winner in places else {})
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

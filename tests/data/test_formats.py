@@ -280,7 +280,7 @@ def test_a_data_set_in_the_hubs_cache_is_read_without_a_connection(
     cached = tmp_path / "hub" / "datasets--someone--pairs"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
-    source = formats.write(cached / "blobs", "jsonl").parent
+    source = formats.write(cached / "blobs", "folders")
     for file in filter(Path.is_file, source.rglob("*")):
         link = cached / "snapshots" / ("0" * 40) / file.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)

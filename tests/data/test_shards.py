@@ -76,6 +76,7 @@ def test_many_missing_shards_are_one_skip(tmp_path: Path) -> None:
         ("a b c", README, "train", "a"),
         ("a b c", README, "hard", "b c"),
         ("a train", "---\nconfigs: [1, {data_files: x}]\n---\n", "train", "a train"),
+        ("a train", "---\nconfigs: [{data_files: {split: [x], path: [[a]]}}]\n---\n", "train", "a train"),
     ],
 )  # fmt: skip
 def test_one_split_of_a_folder_is_read(tmp_path: Path, names: str, readme: str, split: str, expected: str) -> None:
@@ -129,7 +130,6 @@ def label(best: int, numbers: range) -> dict[str, Any]:
         (TWELVE, {"winner": "jpg_2"}, "jpg_2"),
         (["1", "2"], {"winner": 1}, "1"),
         (["1", "2"], {"winner": "2"}, "2"),
-        (["1", "2"], {"winner": 0}, "'winner' must be the name or number of an image, 1 or 2, found 0"),
         (["left", "right"], {"winner": 1}, "right"),
         (["CHOSEN", "REJECTED"], label(1, range(5)), "CHOSEN"),
     ],
@@ -150,6 +150,24 @@ def test_labels_of_a_sample_belong_to_the_image_of_their_number(
                 assert item.reason == best
             elif others:
                 assert isinstance(item, Group) and item.candidates[0] == images[best] and item.prompt == "a fox"
+
+
+@pytest.mark.parametrize(
+    ("names", "winners", "expected"),
+    [
+        (["1", "2"], (1, 0), "'winner' is 0, but images are numbered 1, 2"),
+        (["jpg_0", "jpg_1"], ("1", "2"), "'winner' is 2, but images are numbered 0, 1"),
+        (["left", "right"], (1, 2), "'winner' is 2, but places count from 0 to 1"),
+    ],
+)
+def test_winners_that_prove_another_numbering_are_an_error(
+    tmp_path: Path, names: list[str], winners: tuple[Any, Any], expected: str
+) -> None:
+    members = {f"{key}.{name}.png": formats.png(n) for key in "ab" for n, name in enumerate(names)}
+    for key, winner in zip("ab", winners, strict=True):
+        members[f"{key}.json"] = json.dumps({"winner": winner, "prompt": "x"}).encode()
+    with pytest.raises(UserError, match=rf"a\.tar, sample 'b': {expected}"):
+        groups(shard(tmp_path / "a.tar", members))
 
 
 def test_captions_of_a_sample_belong_to_the_image_of_their_number(tmp_path: Path) -> None:
