@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from t2i_align.errors import UserError, nearest
+from t2i_align.utils.files import read_bytes
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class Loader(yaml.SafeLoader):
 def read_yaml(file: str | Path) -> Any:
     """What a YAML file holds; raises UserError naming it."""
     try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
+        return yaml.load(read_bytes(file).decode(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
 
