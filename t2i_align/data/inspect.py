@@ -242,7 +242,7 @@ def _measure_prompts(findings: Findings, model: str | None) -> None:
     if not folders:
         raise UserError(f"{model}: no tokenizer in it; name the folder of a diffusers model")
     for folder in folders:
-        tokenizer, name = AutoTokenizer.from_pretrained(folder), f"tokens of {folder.name}"
+        tokenizer, name = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), f"tokens of {folder.name}"
         findings.lengths[name] = [len(ids) for ids in tokenizer(prompts, truncation=False)["input_ids"]]
         findings.limits[name] = tokenizer.model_max_length
 
