@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,24 @@ TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 class LoRAMixin(Family):
     def add_lora(
-        self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], init: str | None = None
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: str | Sequence[str],
+        init: str | None = None,
+        without: Collection[str] = (),
     ) -> None:
         """Put a trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet.
 
         init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
+        without: names of parameters, as of `unreached`; the LoRA leaves out the modules whose weights these are.
         """
-        modules: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
-        self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **modules))
+        options: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
+        if left_out := sorted(name.removesuffix(".weight") for name in without if name.endswith(".weight")):
+            options["exclude_modules"] = left_out
+        self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **options))
         if init is not None:
             self._start_lora(init)
 
