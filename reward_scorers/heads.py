@@ -35,7 +35,7 @@ class HeadScorer(Scorer):
         self.reads_prompts, self.user = reads_prompts, user
         self.name, self.version = name, f"{version}, {towers.name}, {towers.version}"
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         images = self.towers.encode_images(inputs)
         if not self.reads_prompts:
             return rated(self.head, images)

@@ -84,7 +84,7 @@ class ImageRewardScorer(Scorer):
         self.preprocess = Preprocess(shortest_side(side), CenterCrop(side))
         self.version = f"transformers {transformers.__version__}, weights {weights}"
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
         ).to(inputs.device)
