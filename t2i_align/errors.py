@@ -20,6 +20,9 @@ class UserError(ValueError):
         text = printable(message)
         super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} …")
 
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]  # all that IPython and Jupyter show
+
 
 def printable(text: str) -> str:
     """A text in which what a terminal would obey or cannot print is escaped; line ends and tabs stay."""

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
 from t2i_align.data.schema import COLUMNS, Conditioning, Group, Media, Survey
+from t2i_align.data.texts import check_conditioning
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -176,11 +177,14 @@ class Latents(Encoder):
 
     def _text_rows(self, texts: Sequence[str]) -> list[Row | None]:
         dtype, masks = self.pipeline.conditioning_dtype, self.pipeline.conditioning_masks
+        encoded = self.pipeline.encode_prompts(texts)
+        check_conditioning(encoded, texts, masks)
         conditioning = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu()
-            for name, tensor in self.pipeline.encode_prompts(texts).items()
+            for name, tensor in encoded.items()
         }
         stored = {name: tensor for name, tensor in sorted(conditioning.items()) if name not in masks.values()}
+        before = getattr(self, "layout", {})
         self.layout = {
             name: {
                 "shape": [-1, *tensor.shape[2:]] if name in masks else list(tensor.shape[1:]),
@@ -189,6 +193,13 @@ class Latents(Encoder):
             }
             for name, tensor in stored.items()
         }
+        for name, entry in before.items():
+            if (found := self.layout.get(name)) != entry:
+                raise UserError(
+                    f"the conditioning {name!r} of prompt {texts[0]!r} has shape {found and found['shape']}, that of "
+                    f"earlier ones {entry['shape']}: where lengths differ between prompts, a family names the mask in "
+                    "`conditioning_masks`"
+                )
         rows: list[Row | None] = []
         for number, text in enumerate(texts):
             own = {name: tensor[number] for name, tensor in stored.items()}

@@ -138,6 +138,10 @@ class Group(WithColumns):
             object.__setattr__(self, "scores", single)  # scores that training cannot tell apart are equal
         object.__setattr__(self, "origin", printable(self.origin))  # it has names of files and keys from anywhere
 
+    def __repr__(self) -> str:
+        shown = [f"{len(media)} bytes" if isinstance(media, bytes) else str(media) for media in self.candidates]
+        return f"Group({self.id!r}, {self.prompt!r}, {', '.join(shown)}, scores={self.scores})"
+
     @property
     def texts(self) -> tuple[str, ...]:
         """All texts for the encoder: the prompt, then those of the columns."""
@@ -318,6 +322,10 @@ class Batch(WithColumns):
     sizes: Tensor | None = None
     empty: Conditioning | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        groups, k, *shape = self.latents.shape
+        return f"Batch({groups} groups of {k}, latents {shape}, columns {list(self.columns)})"
 
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
@@ -75,7 +75,7 @@ def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> 
 def generate(
     model: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str] | None = None,
-    out: str | Path = "images",
+    out: str | Path | None = "images",
     *,
     prompt: Sequence[str] = (),
     lora: str | Path | None = None,
@@ -98,8 +98,10 @@ def generate(
     device: str | None = None,
     force: bool = False,
     progress: bool = True,
-) -> Path:
+) -> Any:
     """Write `00000.png` … and `samples.jsonl` (one line per image) to the folder `out`; returns the list's path.
+
+    With `out=None` nothing is written, and the images are returned: PIL images, or clips [F, 3, H, W] of 8 bits.
 
     Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
     leaves a usable shorter list.
@@ -137,8 +139,9 @@ def generate(
         raise UserError("no prompts: give a prompt file or single prompts")
     check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     adapter = None if lora is None else resolve_adapter(lora)
-    folder, autocast = Path(out).expanduser(), None
-    _earlier_run(folder, force, len(texts) * per_prompt)
+    folder, autocast = None if out is None else Path(out).expanduser(), None
+    if folder is not None:
+        _earlier_run(folder, force, len(texts) * per_prompt)
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
         base = resolve_base(model, adapter, **version)
@@ -154,26 +157,36 @@ def generate(
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
-    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
-        earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
-        with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                texts, seeds = map(list, zip(*batch, strict=True))
-                samples = sample(pipeline, texts, seeds, batch_size=batch_size, **options)
-                if start == 0:  # with which nothing is wrong that the sampling could show
+    with adapter_on(pipeline, adapter, lora_scale):
+        samples = _samples(pipeline, rows, batch_size, progress, options)
+        if folder is None:
+            return list(samples)
+        with output_lock(folder):
+            earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
+            for index, ((text, number), item) in enumerate(zip(rows, samples, strict=True)):
+                if index == 0:  # with which nothing is wrong that the sampling could show
                     for file in earlier:
                         file.unlink()
                     (folder / LIST).write_bytes(b"")
-                for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
-                    file = folder / f"{index:05d}.{'mp4' if pipeline.video else 'png'}"
-                    if isinstance(item, Tensor):
-                        save_clip(item, file, fps or pipeline.fps)
-                    else:
-                        save_image(item, file)
-                    append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
-                bar.update(len(batch))
+                file = folder / f"{index:05d}.{'mp4' if pipeline.video else 'png'}"
+                if isinstance(item, Tensor):
+                    save_clip(item, file, fps or pipeline.fps)
+                else:
+                    save_image(item, file)
+                append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
     return folder / LIST
+
+
+def _samples(
+    pipeline: TrainablePipeline, rows: Sequence[tuple[str, int]], batch_size: int, progress: bool, options: Any
+) -> Iterator[Sample]:
+    """A sample for each prompt and seed, drawn batch by batch."""
+    with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            texts, seeds = map(list, zip(*rows[start : start + batch_size], strict=True))
+            for item in sample(pipeline, texts, seeds, batch_size=batch_size, **options):
+                yield item
+                bar.update()
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -20,6 +20,8 @@ from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
+from t2i_align.plugins import load as load_plugin
+from t2i_align.plugins import load_installed
 from t2i_align.training.output import RUN_FILE
 from t2i_align.utils.settings import build
 
@@ -50,6 +52,8 @@ def resolve_model(path: str | Path, what: str = "model") -> str:
         return str(bundled(base_path, text))
     local = Path(text).expanduser()
     if local.exists():
+        if (file := local.absolute().parent / RUN_FILE).is_file():
+            _recorded(file)
         return str(local)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/"):
         raise UserError(f"{text}: no such {what}: no such file or folder, and a Hub id has the form owner/name")
@@ -110,7 +114,7 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
         folder = weights.parent if weights.is_file() else weights
         file = folder.absolute().parent / RUN_FILE
         if folder.name in TRAINED and file.is_file():
-            run = build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
+            run = build(ModelConfig, _recorded(file)["model"], where=f"{file}: model")
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
@@ -126,6 +130,7 @@ def load_pipeline(
     """A model on `device` (default: the GPU if there is one) with its weights in `precision`."""
     import pipelines
 
+    load_installed()
     check_options(precision)
     place = pick_device(device)
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
@@ -156,6 +161,20 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned | None, scale: floa
         yield
     finally:
         kind.remove(pipeline)
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """A run's settings from its run.yaml; the plugins that they name are loaded.
+
+    Raises:
+        UserError: a plugin lies in the run's own folder: a run from elsewhere must not bring code.
+    """
+    values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for place in values.get("plugins", ()):
+        if Path(place).resolve().is_relative_to(file.parent.resolve()):
+            raise UserError(f"{file}: plugins: {place} lies in the run's own folder; to run it, give it with --plugin")
+        load_plugin(place)
+    return values
 
 
 def _on_the_hub(repository: str, what: str) -> Aligned:

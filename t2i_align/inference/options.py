@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from t2i_align.errors import UserError, unknown
+from t2i_align.plugins import find_scorer
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -83,7 +84,10 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     """
     import reward_scorers
     import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle` and `motion_oracle`)
+    from reward_scorers.registry import FINDERS, checked
 
+    if find_scorer not in FINDERS:
+        FINDERS.append(find_scorer)
     given: list[Any] = [specs] if isinstance(specs, str | reward_scorers.Scorer) else list(specs)
     if not given:
         raise UserError(f"scorers: none given. Choices: {', '.join(reward_scorers.names())}.")
@@ -91,7 +95,7 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
         for spec in given:
             if not isinstance(spec, reward_scorers.Scorer):
                 reward_scorers.check_spec(spec)
-        built = [spec if isinstance(spec, reward_scorers.Scorer) else reward_scorers.build(spec) for spec in given]
+        built = [reward_scorers.build(spec) if isinstance(spec, str) else checked(spec) for spec in given]
     except reward_scorers.ScorerError as error:
         raise UserError(str(error)) from error
     names = [scorer.name for scorer in built]

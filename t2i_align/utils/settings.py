@@ -71,12 +71,17 @@ def settings(cls: type[T]) -> type[T]:
 
 def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and apply `key=value` overrides (dots reach inside: `objective.beta=2000`)."""
+    return build(cls, with_overrides(read_mapping(path), overrides))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; raises UserError naming it."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
-    return build(cls, with_overrides(values, overrides))
+    return values
 
 
 class Loader(yaml.SafeLoader):
@@ -97,7 +102,7 @@ def read_yaml(file: str | Path) -> Any:
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `values` with each `a.b=value` applied; values are read as YAML."""
+    """A copy of nested `values` with each `a.b=value` applied, `a.b+=value` to a list; values are read as YAML."""
     out = deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -111,9 +116,12 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 node[parent] = {"name": node[parent]} if bare_name else {}
             node = node[parent]
         try:
-            node[last] = yaml.load(text, Loader)
+            value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
+        if last.endswith("+"):
+            last, value = last[:-1], [*(node.get(last[:-1]) or []), value]
+        node[last] = value
     return out
 
 
