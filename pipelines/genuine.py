@@ -89,12 +89,13 @@ def genuine(pipeline: TrainablePipeline) -> Sampled:
 def layout(pipeline: TrainablePipeline, latents: Tensor, like: Tensor, pixels: Tensor) -> Callable[[Tensor], Tensor]:
     """How the scheduler's latents become those of `predict`: as they are, or packed as the denoiser's output is.
 
-    Where both give the right shape, the one of whose latents the images are decoded.
+    Where several give the right shape, the one of whose latents the images are decoded.
     """
     choices: list[Callable[[Tensor], Tensor]] = [lambda latents: latents] if latents.shape == like.shape else []
     try:
         if pipeline.unpack(latents, like).shape == like.shape:
             choices.append(lambda latents: pipeline.unpack(latents, like))
+            choices.append(lambda latents: -pipeline.unpack(latents, like))  # of a denoiser that predicts x - noise
     except Exception as error:  # of a denoiser whose output is no tensor
         if not choices:
             raise PipelineError(

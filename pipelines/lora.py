@@ -40,9 +40,11 @@ class LoRAMixin(Family):
         init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
         without: names of parameters, as of `unreached`; the LoRA leaves out the modules whose weights these are.
         """
-        options: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
-        if left_out := sorted(name.removesuffix(".weight") for name in without if name.endswith(".weight")):
-            options["exclude_modules"] = left_out
+        endings = self.lora_targets(targets)
+        options: Any = {"target_modules": list(endings), "lora_alpha": alpha}
+        weights = [f".{name}" for name in without if name.endswith(".weight")]
+        if left_out := [name for name in weights if name.endswith(tuple(f".{ending}.weight" for ending in endings))]:
+            options["exclude_modules"] = sorted(name[1:].removesuffix(".weight") for name in left_out)
         self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **options))
         if init is not None:
             self._start_lora(init)
