@@ -148,6 +148,18 @@ class Family:
             return self.t5_tokens
         return min(self.t5_tokens, int(tokenizer.model_max_length))
 
+    @property
+    def token_limits(self) -> dict[str, int]:
+        """How many tokens the text encoders read at most, by tokenizer."""
+        names = [name for name in self.encoder_names if name.startswith("tokenizer") and getattr(self.pipe, name, None)]
+        limits = {name: int(getattr(self.pipe, name).model_max_length) for name in names}
+        t5 = {} if self.text_tokens is None else {self.t5_tokenizer: self.text_tokens}
+        return {name: t5.get(name, limit) for name, limit in limits.items()}
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+        """All tokens of each text, also those that are not read, by tokenizer."""
+        return {name: getattr(self.pipe, name)(list(texts), verbose=False)["input_ids"] for name in self.token_limits}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to batch-first tensors [B, ...] that `predict` understands and nothing else opens.

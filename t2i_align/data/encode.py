@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice, product
@@ -26,6 +28,7 @@ from t2i_align.errors import UserError
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
+logger = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
 BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for images; clips go one by one
@@ -55,6 +58,10 @@ class Encoder(ABC):
     def encode_texts(self, texts: Sequence[str]) -> list[Row | None]:
         """A row of `text_columns` for each text; None where its encoding is not finite."""
         return [{"text": text} for text in texts]
+
+    def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
+        """A key for each text; equal where the encoder cannot tell two of them apart."""
+        return texts
 
 
 class Latents(Encoder):
@@ -127,6 +134,9 @@ class Latents(Encoder):
         """The stored bytes of each text's conditioning by column; None where it is not finite in its dtype."""
         parts = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
         return [row for part in parts for row in self._text_rows(part)]
+
+    def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
+        return tokens_read(self.pipeline, texts)
 
     def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str]) -> Row | str:
         if reasons := _reasons(results):
@@ -250,6 +260,28 @@ class Texts:
         bad = [text for text in group.texts if text in self.unusable]
         reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
         return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
+
+
+def tokens_read(pipeline: TrainablePipeline, texts: Sequence[str]) -> list[Hashable]:
+    """What the text encoders see of each text; equal for texts that differ in letter case or beyond the limit alone."""
+    limits = pipeline.token_limits
+    # The last token marks the end, also of a text that is cut.
+    cut = [
+        [(*ids[: limits[name] - 1], *ids[limits[name] - 1 :][-1:]) for ids in tokens]
+        for name, tokens in pipeline.tokens(texts).items()
+    ]
+    return list(zip(*cut, strict=True))
+
+
+def warn_of_cut_texts(pipeline: TrainablePipeline, texts: Sequence[str]) -> None:
+    """Log how many texts are longer than the encoders read."""
+    limits, tokenizers = pipeline.token_limits, defaultdict[tuple[int, int], list[str]](list)
+    for name, tokens in pipeline.tokens(texts).items():
+        tokenizers[sum(len(ids) > limits[name] for ids in tokens), limits[name]].append(name)
+    for (count, limit), names in tokenizers.items():
+        if count:
+            message = "%d of %d texts are longer than %d tokens (%s); what is beyond is not read"
+            logger.warning(message, count, len(texts), limit, ", ".join(names))
 
 
 def encode_fields(

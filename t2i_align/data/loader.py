@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.encode import Latents, bucket_sizes, encode_fields, widened
+from t2i_align.data.encode import Latents, bucket_sizes, encode_fields, warn_of_cut_texts, widened
 from t2i_align.data.media import CROP, MediaSize, time_ids
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
@@ -44,7 +44,7 @@ class PreferenceDataset(Dataset[Item]):
 
     Args:
         counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
-            beyond_the_limit.
+            texts_alike_left_out, beyond_the_limit.
         score_range: the least and the greatest score.
         fingerprint: decides which samples come at which positions.
         needs: what the objective wants of batches.
@@ -274,6 +274,7 @@ def open_dataset(
         needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
         encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
+        warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
         write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
               selection=selection, progress=progress)  # fmt: skip
@@ -291,12 +292,35 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     )
     needs.check(survey, data.path, alike=False)
     fitting = (store.k >= needs.candidates) & (needs.ties | ~store.tie) & ~(disliked & needs.likes_only)
-    usable = np.flatnonzero(fitting)
+    alike = fitting & _texts_alike(store, needs)
+    usable = np.flatnonzero(fitting & ~alike)
+    if not len(usable):
+        raise UserError(f"{data.path}: no group is left: the encoder reads the same tokens of both texts of each group")
     chosen = usable[: data.limit]
     needs.check_alike(_counted(store.k[chosen]), data.path)
-    left_out = {**needs.left_out(survey), "beyond_the_limit": len(usable) - len(chosen)}
+    left_out = {**needs.left_out(survey), "texts_alike_left_out": int(alike.sum())}
+    left_out["beyond_the_limit"] = len(usable) - len(chosen)
     counts = {"groups": len(chosen), "skipped": store.manifest["counts"]["skipped"], **left_out}
     return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
+
+
+def _texts_alike(store: Store, needs: Requirements) -> np.ndarray:
+    """Which groups have texts that the objective compares, and that the encoder cannot tell apart."""
+    alike = np.zeros(len(store), bool)
+    for column in needs.compared_texts:
+        numbers = store.index[column.name]
+        if not column.per_candidate:
+            alike |= np.from_dlpack(numbers) == np.from_dlpack(store.index["prompt"])
+            continue
+        lengths = np.from_dlpack(numbers.value_lengths())
+        ends, several = np.cumsum(lengths), lengths > 1
+        flat = np.from_dlpack(numbers.flatten())
+        alike[several] |= flat[(ends - lengths)[several]] == flat[(ends - 1)[several]]
+        for number in np.flatnonzero(alike & several):  # candidates may share a text
+            group, row = store.locate(number)
+            texts = group[column.name][row].as_py()
+            alike[number] = texts[0] != texts[-1]
+    return alike
 
 
 def source_fingerprint(survey: Survey, format: str, annotations: Sequence[str] = ()) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
         shown = "; ".join(f"{row['origin']}: {row['reason']}" for row in first)
         raise UserError(f"no usable group among {sums['skipped']} rows. The first reasons: {shown}")
     write_text(out / SKIPPED, skipped)
-    buckets, counts = _write_index(out, folders)
+    buckets, counts = _write_index(out, folders, encoder)
     manifest = {
         "layout": LAYOUT,
         "fingerprint": dict(fingerprint),
@@ -226,15 +226,18 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
     write_json(out / MANIFEST, manifest)
 
 
-def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _write_index(out: Path, folders: Sequence[Path], encoder: Encoder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Write a small row per group, its texts as numbers over all shards, -1 for none; returns the buckets and counts.
 
+    Texts that the encoder cannot tell apart have one number.
     Buckets are in the order of their aspect ratios. Counts are of ties, of groups by their number of candidates, and
     of groups that have each column (see `Group.present`).
     """
     groups = pa.Table.from_batches([read_table(folder / GROUPS) for folder in folders])
     texts = [text for folder in folders for text in read_table(folder / TEXTS)["text"].to_pylist()]
-    places = {text: place for place, text in reversed([*enumerate(texts)])}
+    keys = encoder.text_keys(texts)
+    first = {key: place for place, key in reversed([*enumerate(keys)])}
+    places = {text: first[key] for text, key in zip(texts, keys, strict=True)}
 
     def number(text: str | None) -> int:
         # A text's first shard stores it; where it cannot, the process of that shard skips the groups that it has.

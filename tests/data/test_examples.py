@@ -42,6 +42,11 @@ class StandIn:
 
             raise PipelineError(f"{height} x {width}: both sides must be multiples of 2")
 
+    token_limits = {"tokenizer": 77}
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+        return {"tokenizer": [[*text.encode(), 0] for text in texts]}
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         time.sleep(self.delay)
         self.images += len(pixels)
