@@ -85,9 +85,7 @@ def write(
     lock = FileLock(out / LOCK)
     with tqdm(total=total, desc="encode", unit="row", disable=not progress) as bar, _full_disk_reported(out):
         with locked(lock):
-            if not (out / FINGERPRINT).exists() and not all(entry.name.startswith(WRITING) for entry in out.iterdir()):
-                raise UserError(f"{out}: the folder is not empty and holds no prepared data; choose another")
-            claim(out / FINGERPRINT, fingerprint, advice="choose another folder")
+            claim(out / FINGERPRINT, fingerprint, content="prepared data", advice="choose another folder")
         # A limit counts groups from the first row on: then one process writes, and the others wait.
         with locked(lock) if selection.limit is not None else nullcontext():
             if is_complete(out):

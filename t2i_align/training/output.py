@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.utils.files import WRITING, differences, output_lock, write_text
+from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
 
 if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
@@ -77,10 +77,8 @@ def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
 def _check_output(
     output: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str], extra: tuple[str, ...]
 ) -> None:
-    if not output.is_dir() or all(entry.name.startswith((WRITING, *extra)) for entry in output.iterdir()):
+    if not holds(output, "run", RUN_FILE, ignored=(WRITING, *extra)):
         return
-    if not (output / RUN_FILE).is_file():
-        raise UserError(f"output_dir {output}: the folder is not empty and holds no run; choose another")
     if not resume:
         steps = checkpoint.all_steps(output)
         state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no checkpoint yet"
