@@ -156,7 +156,7 @@ class Family:
         t5 = {} if self.text_tokens is None else {self.t5_tokenizer: self.text_tokens}
         return {name: t5.get(name, limit) for name, limit in limits.items()}
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+    def tokenize(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
         """All tokens of each text, also those that are not read, by tokenizer."""
         return {name: getattr(self.pipe, name)(list(texts), verbose=False)["input_ids"] for name in self.token_limits}
 

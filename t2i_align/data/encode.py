@@ -268,7 +268,7 @@ def tokens_read(pipeline: TrainablePipeline, texts: Sequence[str]) -> list[Hasha
     # The last token marks the end, also of a text that is cut.
     cut = [
         [(*ids[: limits[name] - 1], *ids[limits[name] - 1 :][-1:]) for ids in tokens]
-        for name, tokens in pipeline.tokens(texts).items()
+        for name, tokens in pipeline.tokenize(texts).items()
     ]
     return list(zip(*cut, strict=True))
 
@@ -276,7 +276,7 @@ def tokens_read(pipeline: TrainablePipeline, texts: Sequence[str]) -> list[Hasha
 def warn_of_cut_texts(pipeline: TrainablePipeline, texts: Sequence[str]) -> None:
     """Log how many texts are longer than the encoders read."""
     limits, tokenizers = pipeline.token_limits, defaultdict[tuple[int, int], list[str]](list)
-    for name, tokens in pipeline.tokens(texts).items():
+    for name, tokens in pipeline.tokenize(texts).items():
         tokenizers[sum(len(ids) > limits[name] for ids in tokens), limits[name]].append(name)
     for (count, limit), names in tokenizers.items():
         if count:

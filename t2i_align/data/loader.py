@@ -316,7 +316,7 @@ def _texts_alike(store: Store, needs: Requirements) -> np.ndarray:
         ends, several = np.cumsum(lengths), lengths > 1
         flat = np.from_dlpack(numbers.flatten())
         alike[several] |= flat[(ends - lengths)[several]] == flat[(ends - 1)[several]]
-        for number in np.flatnonzero(alike & several):  # candidates may share a text
+        for number in np.flatnonzero(alike & several).tolist():  # candidates may share a text
             group, row = store.locate(number)
             texts = group[column.name][row].as_py()
             alike[number] = texts[0] != texts[-1]

@@ -44,7 +44,7 @@ class StandIn:
 
     token_limits = {"tokenizer": 77}
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+    def tokenize(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
         return {"tokenizer": [[*text.encode(), 0] for text in texts]}
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
