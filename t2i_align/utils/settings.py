@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from t2i_align.errors import UserError, nearest, shorten
+from t2i_align.utils.files import read_bytes
 
 T = TypeVar("T")
 MAX_VALUES = 100_000  # of a YAML file; a few lines of aliases of aliases stand for billions
@@ -92,7 +93,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(file: str | Path) -> Any:
     """What a YAML file holds; raises UserError naming it."""
     try:
-        return parse_yaml(Path(file).read_text(encoding="utf-8"), str(file))
+        return parse_yaml(read_bytes(file).decode(), str(file))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
