@@ -148,17 +148,24 @@ class Family:
             return self.t5_tokens
         return min(self.t5_tokens, int(tokenizer.model_max_length))
 
-    @property
-    def token_limits(self) -> dict[str, int]:
-        """How many tokens the text encoders read at most, by tokenizer."""
+    def tokenize(self, texts: Sequence[str]) -> dict[tuple[str, int], list[list[int]]]:
+        """All tokens of each text by tokenizer and by how many of them its encoder reads at most."""
         names = [name for name in self.encoder_names if name.startswith("tokenizer") and getattr(self.pipe, name, None)]
-        limits = {name: int(getattr(self.pipe, name).model_max_length) for name in names}
-        t5 = {} if self.text_tokens is None else {self.t5_tokenizer: self.text_tokens}
-        return {name: t5.get(name, limit) for name, limit in limits.items()}
+        tokens = {}
+        for name in names:
+            tokenizer = getattr(self.pipe, name)
+            limit = self.text_tokens if name == self.t5_tokenizer else None
+            tokens[name, limit or int(tokenizer.model_max_length)] = tokenizer(list(texts), verbose=False)["input_ids"]
+        return tokens
 
-    def tokenize(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
-        """All tokens of each text, also those that are not read, by tokenizer."""
-        return {name: getattr(self.pipe, name)(list(texts), verbose=False)["input_ids"] for name in self.token_limits}
+    def tokens_read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+        """What the text encoders see of each text; equal for texts that differ only in case or beyond the limits."""
+        # The last token marks the end, also of a text that is cut.
+        read = [
+            [(*ids[: limit - 1], *ids[limit - 1 :][-1:]) for ids in all]
+            for (_, limit), all in self.tokenize(texts).items()
+        ]
+        return list(zip(*read, strict=True))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import COLUMNS, Conditioning, Group, Media, Survey
+from t2i_align.data.schema import Column, Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
+    from t2i_align.data.store import Store
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
@@ -136,7 +136,7 @@ class Latents(Encoder):
         return [row for part in parts for row in self._text_rows(part)]
 
     def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
-        return tokens_read(self.pipeline, texts)
+        return self.pipeline.tokens_read(texts)
 
     def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str]) -> Row | str:
         if reasons := _reasons(results):
@@ -262,55 +262,37 @@ class Texts:
         return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
 
 
-def tokens_read(pipeline: TrainablePipeline, texts: Sequence[str]) -> list[Hashable]:
-    """What the text encoders see of each text; equal for texts that differ in letter case or beyond the limit alone."""
-    limits = pipeline.token_limits
-    # The last token marks the end, also of a text that is cut.
-    cut = [
-        [(*ids[: limits[name] - 1], *ids[limits[name] - 1 :][-1:]) for ids in tokens]
-        for name, tokens in pipeline.tokenize(texts).items()
-    ]
-    return list(zip(*cut, strict=True))
-
-
 def warn_of_cut_texts(pipeline: TrainablePipeline, texts: Sequence[str]) -> None:
     """Log how many texts are longer than the encoders read."""
-    limits, tokenizers = pipeline.token_limits, defaultdict[tuple[int, int], list[str]](list)
-    for name, tokens in pipeline.tokenize(texts).items():
-        tokenizers[sum(len(ids) > limits[name] for ids in tokens), limits[name]].append(name)
-    for (count, limit), names in tokenizers.items():
+    names: dict[tuple[int, int], list[str]] = {}
+    for (name, limit), tokens in pipeline.tokenize(texts).items():
+        names.setdefault((sum(len(ids) > limit for ids in tokens), limit), []).append(name)
+    for (count, limit), tokenizers in names.items():
         if count:
             message = "%d of %d texts are longer than %d tokens (%s); what is beyond is not read"
-            logger.warning(message, count, len(texts), limit, ", ".join(names))
+            logger.warning(message, count, len(texts), limit, ", ".join(tokenizers))
 
 
-def encode_fields(
-    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
+def texts_alike(store: Store, columns: Sequence[Column]) -> np.ndarray:
+    """Which groups have texts that the encoder cannot tell apart.
 
-    All are encoded together, so that their sequences are padded alike.
+    columns: of texts, each compared with the prompt, or those of the best and of the worst candidate.
     """
-    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
-    if not texts:
-        return {"conditioning": encode(prompts), "columns": columns}
-    shapes = [np.shape(values) for values in (prompts, *texts.values())]
-    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
-    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
-    fields = [
-        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
-    ]
-    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
-
-
-def widened(value: Any, device: torch.device) -> Any:
-    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
-    if isinstance(value, dict):
-        return {name: widened(one, device) for name, one in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    moved = value.to(device, non_blocking=True)
-    return moved.float() if moved.is_floating_point() else moved
+    alike = np.zeros(len(store), bool)
+    for column in columns:
+        numbers = store.index[column.name]
+        if not column.per_candidate:
+            alike |= np.from_dlpack(numbers) == np.from_dlpack(store.index["prompt"])
+            continue
+        lengths = np.from_dlpack(numbers.value_lengths())
+        ends, several = np.cumsum(lengths), lengths > 1
+        flat = np.from_dlpack(numbers.flatten())
+        alike[several] |= flat[(ends - lengths)[several]] == flat[(ends - 1)[several]]
+        for number in np.flatnonzero(alike & several).tolist():  # candidates may share a text
+            group, row = store.locate(number)
+            texts = group[column.name][row].as_py()
+            alike[number] = texts[0] != texts[-1]
+    return alike
 
 
 def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import signal
 from abc import abstractmethod
@@ -22,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.encode import Latents, bucket_sizes, encode_fields, warn_of_cut_texts, widened
+from t2i_align.data.encode import Latents, bucket_sizes, texts_alike, warn_of_cut_texts
 from t2i_align.data.media import CROP, MediaSize, time_ids
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey, encode_fields, widened
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
@@ -34,7 +35,7 @@ from t2i_align.utils.files import differences
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
-ENCODE_BATCH = 8
+logger = logging.getLogger(__name__)
 Position = tuple[int, ...]  # epoch first; then what names a group: its number in a store, or its shard and row
 Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over
 
@@ -114,7 +115,16 @@ class PreparedDataset(PreferenceDataset):
         self.store, self.numbers = store, numbers
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
-        return steps(self.numbers, self.store.bucket[self.numbers], seed=seed, size=size, start=start)
+        buckets = self.store.bucket[self.numbers]
+        counts = np.bincount(buckets)
+        small = counts[(counts > 0) & (counts < size)]
+        if len(small) and len(small) < np.count_nonzero(counts):
+            logger.warning(
+                "%d groups are in aspect-ratio buckets of fewer than the %d groups of a step: they come after up to %d "
+                "epochs only, and then several times in one step (smaller steps or data.buckets=false avoid it)",
+                small.sum(), size, -(-size // small.min()),
+            )  # fmt: skip
+        return steps(self.numbers, buckets, seed=seed, size=size, start=start)
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:
         """The fields of a `Batch`, on the CPU and in the dtypes that are stored; its groups are of one bucket."""
@@ -273,7 +283,7 @@ def open_dataset(
     if not is_complete(folder):
         needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
-        encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
+        encoder = Latents(pipeline(), sizes, frames, data.fps, data.encode_batch, survey.texts_per_group)
         warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
         write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
@@ -292,7 +302,7 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     )
     needs.check(survey, data.path, alike=False)
     fitting = (store.k >= needs.candidates) & (needs.ties | ~store.tie) & ~(disliked & needs.likes_only)
-    alike = fitting & _texts_alike(store, needs)
+    alike = fitting & texts_alike(store, needs.compared_texts)
     usable = np.flatnonzero(fitting & ~alike)
     if not len(usable):
         raise UserError(f"{data.path}: no group is left: the encoder reads the same tokens of both texts of each group")
@@ -302,25 +312,6 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     left_out["beyond_the_limit"] = len(usable) - len(chosen)
     counts = {"groups": len(chosen), "skipped": store.manifest["counts"]["skipped"], **left_out}
     return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
-
-
-def _texts_alike(store: Store, needs: Requirements) -> np.ndarray:
-    """Which groups have texts that the objective compares, and that the encoder cannot tell apart."""
-    alike = np.zeros(len(store), bool)
-    for column in needs.compared_texts:
-        numbers = store.index[column.name]
-        if not column.per_candidate:
-            alike |= np.from_dlpack(numbers) == np.from_dlpack(store.index["prompt"])
-            continue
-        lengths = np.from_dlpack(numbers.value_lengths())
-        ends, several = np.cumsum(lengths), lengths > 1
-        flat = np.from_dlpack(numbers.flatten())
-        alike[several] |= flat[(ends - lengths)[several]] == flat[(ends - 1)[several]]
-        for number in np.flatnonzero(alike & several).tolist():  # candidates may share a text
-            group, row = store.locate(number)
-            texts = group[column.name][row].as_py()
-            alike[number] = texts[0] != texts[-1]
-    return alike
 
 
 def source_fingerprint(survey: Survey, format: str, annotations: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from t2i_align.errors import UserError
@@ -307,3 +309,32 @@ class Batch(WithColumns):
             columns={name: taken(name, value) for name, value in self.columns.items()},
             sizes=None if self.sizes is None else self.sizes[:, places],
         )
+
+
+def encode_fields(
+    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
+
+    All are encoded together, so that their sequences are padded alike.
+    """
+    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
+    if not texts:
+        return {"conditioning": encode(prompts), "columns": columns}
+    shapes = [np.shape(values) for values in (prompts, *texts.values())]
+    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
+    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
+    fields = [
+        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
+    ]
+    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
+
+
+def widened(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
+    if isinstance(value, dict):
+        return {name: widened(one, device) for name, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    moved = value.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved

@@ -22,10 +22,21 @@ import torch
 from t2i_align.config import DataConfig
 from t2i_align.data import hub, layouts, readers, tables
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.encode import encode_fields, tokens_read, warn_of_cut_texts, widened
+from t2i_align.data.encode import warn_of_cut_texts
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.schema import (
+    COLUMNS,
+    Batch,
+    Conditioning,
+    Group,
+    Items,
+    Selection,
+    Skipped,
+    Survey,
+    encode_fields,
+    widened,
+)
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -250,7 +261,7 @@ class Stream(PreferenceDataset):
                 *column.texts(group.columns[column.name]),
             ]
             shared = column.per_candidate and one == other  # candidates may share a text
-            if not shared and len({*tokens_read(self.pipeline, [one, other])}) == 1:
+            if not shared and len({*self.pipeline.tokens_read([one, other])}) == 1:
                 logger.warning("%s: left out: the encoder reads the same tokens of both texts", group.origin)
                 return True
         return False

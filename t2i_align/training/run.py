@@ -32,7 +32,8 @@ LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders suc
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
+    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
+    "train.batch_size", "train.accumulate",
 )  # fmt: skip
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
@@ -145,7 +146,7 @@ def load_data(
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
-    # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
+    # Several processes prepare together and wait for each other at file locks, which have no time limit as barriers do.
     return open_dataset(
         config.data,
         config.model,

@@ -70,7 +70,9 @@ def source(tmp_path: Path) -> Path:
     return write_parquet(tmp_path / "a.parquet", rows)
 
 
-def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: Path) -> None:
+def test_batches_have_one_size_and_every_group_is_there(
+    tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     found = opened(source, tmp_path)
     assert found.counts == {"groups": 22, "skipped": 2} and isinstance(found.store, Store)
     loader = found.loader(seed=0, start_step=0, batch_size=2, accumulate=1, rank=0, world=1, workers=0)
@@ -79,6 +81,10 @@ def test_batches_have_one_size_and_every_group_is_there(tmp_path: Path, source: 
         batch = found.to_batch(item, torch.device("cpu"))
         seen |= dict.fromkeys((key.split("/")[1] for key in batch.keys), tuple(batch.latents.shape[2:]))
     assert len(seen) == 22
+    assert "buckets of fewer than" not in caplog.text
+    found.loader(seed=0, start_step=0, batch_size=4)
+    # Per size 4, 4, 4, 4, 4 and 4 pairs less two that are skipped; of the two square sizes' eight, one bucket.
+    assert "groups are in aspect-ratio buckets of fewer than 4 groups" in caplog.text
     for key, (_, height, width) in seen.items():
         wide, high = SIDES[(int(key) - 1000) % len(SIDES)]
         sizes = bucket_sizes(64)

@@ -42,10 +42,11 @@ class StandIn:
 
             raise PipelineError(f"{height} x {width}: both sides must be multiples of 2")
 
-    token_limits = {"tokenizer": 77}
+    def tokenize(self, texts: Sequence[str]) -> dict[tuple[str, int], list[list[int]]]:
+        return {("tokenizer", 77): [[*text.encode()] for text in texts]}
 
-    def tokenize(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
-        return {"tokenizer": [[*text.encode(), 0] for text in texts]}
+    def tokens_read(self, texts: Sequence[str]) -> list[str]:
+        return [text[:77] for text in texts]
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         time.sleep(self.delay)
