@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shutil
@@ -14,21 +13,18 @@ from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import Column, Group, Media, Survey
+from t2i_align.data.schema import Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
-    from t2i_align.data.store import Store
 
-logger = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
 BATCHES_AT_ONCE = 8  # between the last of these and the next ones, the encoder waits for images; clips go one by one
@@ -235,64 +231,6 @@ class Undecoded(Encoder):
         """A stored group's images or clips, best first."""
         stored = zip(columns["paths"][row].as_py(), columns["bytes"][row].as_py(), strict=True)
         return [content if path is None else Path(os.fsdecode(path)) for path, content in stored]
-
-
-class Texts:
-    """Encodes each text when it is met for the first time.
-
-    known: those met before, which this or another process stores. unusable: those whose encoding is not finite.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.known, self.unusable = set[str](), set[str]()
-
-    def encode_new(self, texts: Sequence[str]) -> list[Row]:
-        """Rows of the texts that are new and can be encoded."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known and text not in self.unusable]
-        rows = dict(zip(new, self.encoder.encode_texts(new), strict=True))
-        self.unusable.update(text for text, row in rows.items() if row is None)
-        self.known.update(rows.keys() - self.unusable)
-        return [row for row in rows.values() if row is not None]
-
-    def checked(self, group: Group, row: Row | str) -> Row | str:
-        """The row of a group, or all reasons why it cannot be used."""
-        bad = [text for text in group.texts if text in self.unusable]
-        reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
-        return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
-
-
-def warn_of_cut_texts(pipeline: TrainablePipeline, texts: Sequence[str]) -> None:
-    """Log how many texts are longer than the encoders read."""
-    names: dict[tuple[int, int], list[str]] = {}
-    for (name, limit), tokens in pipeline.tokenize(texts).items():
-        names.setdefault((sum(len(ids) > limit for ids in tokens), limit), []).append(name)
-    for (count, limit), tokenizers in names.items():
-        if count:
-            message = "%d of %d texts are longer than %d tokens (%s); what is beyond is not read"
-            logger.warning(message, count, len(texts), limit, ", ".join(tokenizers))
-
-
-def texts_alike(store: Store, columns: Sequence[Column]) -> np.ndarray:
-    """Which groups have texts that the encoder cannot tell apart.
-
-    columns: of texts, each compared with the prompt, or those of the best and of the worst candidate.
-    """
-    alike = np.zeros(len(store), bool)
-    for column in columns:
-        numbers = store.index[column.name]
-        if not column.per_candidate:
-            alike |= np.from_dlpack(numbers) == np.from_dlpack(store.index["prompt"])
-            continue
-        lengths = np.from_dlpack(numbers.value_lengths())
-        ends, several = np.cumsum(lengths), lengths > 1
-        flat = np.from_dlpack(numbers.flatten())
-        alike[several] |= flat[(ends - lengths)[several]] == flat[(ends - 1)[several]]
-        for number in np.flatnonzero(alike & several).tolist():  # candidates may share a text
-            group, row = store.locate(number)
-            texts = group[column.name][row].as_py()
-            alike[number] = texts[0] != texts[-1]
-    return alike
 
 
 def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.encode import Latents, bucket_sizes, texts_alike, warn_of_cut_texts
+from t2i_align.data.encode import Latents, bucket_sizes
 from t2i_align.data.media import CROP, MediaSize, time_ids
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey, encode_fields, widened
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
+from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -116,14 +117,11 @@ class PreparedDataset(PreferenceDataset):
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
         buckets = self.store.bucket[self.numbers]
-        counts = np.bincount(buckets)
-        small = counts[(counts > 0) & (counts < size)]
-        if len(small) and len(small) < np.count_nonzero(counts):
-            logger.warning(
-                "%d groups are in aspect-ratio buckets of fewer than the %d groups of a step: they come after up to %d "
-                "epochs only, and then several times in one step (smaller steps or data.buckets=false avoid it)",
-                small.sum(), size, -(-size // small.min()),
-            )  # fmt: skip
+        for bucket, groups in zip(*np.unique(buckets, return_counts=True), strict=True):
+            if groups < min(size, len(buckets)):
+                height, width = self.store.manifest["buckets"][bucket]["size"]
+                few = "bucket %d x %d: %d groups, fewer than a step's %d; they wait for some epochs, then come together"
+                logger.warning(few, height, width, groups, size)
         return steps(self.numbers, buckets, seed=seed, size=size, start=start)
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:

@@ -36,8 +36,9 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.encode import Encoder, Row, Texts
+from t2i_align.data.encode import Encoder, Row
 from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
+from t2i_align.data.texts import Texts
 from t2i_align.errors import UserError
 from t2i_align.utils.arrow import intact, read_table, sha256, write_table
 from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, locked, write_json, write_text
@@ -227,9 +228,8 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
 def _write_index(out: Path, folders: Sequence[Path], encoder: Encoder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Write a small row per group, its texts as numbers over all shards, -1 for none; returns the buckets and counts.
 
-    Texts that the encoder cannot tell apart have one number.
-    Buckets are in the order of their aspect ratios. Counts are of ties, of groups by their number of candidates, and
-    of groups that have each column (see `Group.present`).
+    Texts that the encoder cannot tell apart have one number. Buckets are in the order of their aspect ratios. Counts
+    are of ties, of groups by their number of candidates, and of groups with each column (see `Group.present`).
     """
     groups = pa.Table.from_batches([read_table(folder / GROUPS) for folder in folders])
     texts = [text for folder in folders for text in read_table(folder / TEXTS)["text"].to_pylist()]

@@ -81,12 +81,12 @@ def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return build(cls, with_overrides(values, overrides))
 
 
-class _Loader(yaml.SafeLoader):
-    """A date, which no setting is, stays text: `output_dir: 2026-11-29`."""
+class Loader(yaml.SafeLoader):
+    """YAML without dates: `output_dir=2026-11-29` is a name."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
@@ -101,7 +101,7 @@ def read_yaml(file: str | Path) -> Any:
 def parse_yaml(text: str, origin: str) -> Any:
     """The value in a text; raises UserError, which names `origin`, for what is no YAML or too large."""
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         small = node is None or _size(node, {}) <= MAX_VALUES
         value = loader.construct_document(node) if node is not None and small else None
