@@ -40,12 +40,36 @@ class LoRAMixin(Family):
     comfyui_names: ClassVar[Mapping[str, str]] = {}
     lora_base: ClassVar[tuple[str, str]]  # see `lora_version`
 
-    def add_lora(self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:
-        """Put a fresh trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet."""
+    def add_lora(
+        self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], init: str | None = None
+    ) -> None:
+        """Put a trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet.
+
+        init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
+        """
         modules: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
         if isinstance(targets, str) and self.lora_excluded in modules["target_modules"]:
             modules["exclude_modules"] = self.lora_excluded
         self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **modules))
+        if init is not None:
+            self._start_lora(init)
+
+    def _start_lora(self, path: str) -> None:
+        ours = next(iter(self.denoiser.peft_config))
+        self.load_lora(path)
+        own, given = ({n: m.r[name] for n, m in lora_layers(self.denoiser, name).items()} for name in (ours, LOADED))
+        if own != given:
+            found, expected = (" and ".join(map(str, sorted({*ranks.values()}))) for ranks in (given, own))
+            raise PipelineError(
+                f"{path}: a LoRA of rank {found} on {len(given)} modules, expected rank {expected} (lora.rank) on the "
+                f"{len(own)} of lora.targets"
+            )
+        for layer in lora_layers(self.denoiser, ours).values():
+            layer.lora_A[ours].weight.data.copy_(layer.lora_A[LOADED].weight)
+            layer.lora_B[ours].weight.data.copy_(layer.lora_B[LOADED].weight)
+            layer.lora_B[ours].weight.data *= layer.scaling[LOADED] / layer.scaling[ours]
+        self.denoiser.set_adapter(ours)
+        self.denoiser.delete_adapters(LOADED)
 
     def lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
         """Module-name endings for a preset's name or a list of endings, each checked against the denoiser."""
@@ -184,7 +208,7 @@ class LoRAMixin(Family):
         }  # fmt: skip
 
 
-def lora_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     """The modules of a network that carry a LoRA of this name."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
     return {name: layer for name, layer in layers if adapter in layer.lora_A}

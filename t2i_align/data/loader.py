@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import signal
 from abc import abstractmethod
@@ -34,6 +35,7 @@ from t2i_align.utils.files import differences
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
+logger = logging.getLogger(__name__)
 ENCODE_BATCH = 8
 Position = tuple[int, ...]  # epoch first; then what names a group: its number in a store, or its shard and row
 Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over
@@ -77,7 +79,7 @@ class PreferenceDataset(Dataset[Item]):
             batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
             collate_fn=identity_collate,
             num_workers=workers,
-            worker_init_fn=_ignore_sigint,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would draw from the global one
         )
@@ -114,7 +116,13 @@ class PreparedDataset(PreferenceDataset):
         self.store, self.numbers = store, numbers
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
-        return steps(self.numbers, self.store.bucket[self.numbers], seed=seed, size=size, start=start)
+        buckets = self.store.bucket[self.numbers]
+        for bucket, groups in zip(*np.unique(buckets, return_counts=True), strict=True):
+            if groups < min(size, len(buckets)):
+                height, width = self.store.manifest["buckets"][bucket]["size"]
+                few = "bucket %d x %d: %d groups, fewer than a step's %d; they wait for some epochs, then come together"
+                logger.warning(few, height, width, groups, size)
+        return steps(self.numbers, buckets, seed=seed, size=size, start=start)
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:
         """The fields of a `Batch`, on the CPU and in the dtypes that are stored; its groups are of one bucket."""
@@ -260,8 +268,9 @@ def open_dataset(
         return open_stream(data, needs, pipeline, wanted, selection, annotations, cache_root)
     path = readers.resolve(data.path)
     format = readers.detect(path, data.format)
+    survey = readers.survey(path, format, annotations, selection)
     fingerprint = {
-        **source_fingerprint(path, format, selection, data.annotations),
+        **source_fingerprint(survey, format, data.annotations),
         **wanted._asdict(),
         "buckets": data.buckets,
         "crop": CROP,
@@ -270,7 +279,6 @@ def open_dataset(
     }
     folder = cache_root / digest(fingerprint)
     if not is_complete(folder):
-        survey = readers.survey(path, format, annotations, selection)
         needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
         encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
@@ -299,15 +307,13 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
 
 
-def source_fingerprint(
-    path: Path, format: str, selection: Selection, annotations: Sequence[str] = ()
-) -> dict[str, Any]:
+def source_fingerprint(survey: Survey, format: str, annotations: Sequence[str] = ()) -> dict[str, Any]:
     """What decides which groups are read."""
     return {
-        "source": readers.identity(path, format, selection),
+        "source": survey.identity,
         "annotations": sidecar_identity(annotations) if annotations else [],
         "reader": format,
-        "selection": None if selection.limit is None else vars(selection),
+        "selection": None if survey.selection.limit is None else vars(survey.selection),
         "layout": LAYOUT,
     }
 
@@ -322,9 +328,10 @@ def identity_collate(item: Any) -> Any:
     return item
 
 
-def _ignore_sigint(worker: int) -> None:
-    # Ctrl-C reaches the workers too; the run saves a checkpoint first, for which it still needs them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_run(worker: int) -> None:
+    # They reach the workers too; the run saves a checkpoint first, for which it still needs them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _counted(k: np.ndarray) -> Counter[int]:

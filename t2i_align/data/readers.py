@@ -21,62 +21,59 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
-from t2i_align.data import columns, folders, hub, spec, tables
+from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.columns import Columns, exists
+from t2i_align.data.columns import Columns
 from t2i_align.data.layouts import KINDS, PUBLISHED
-from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
+from t2i_align.data.media import frame_files
+from t2i_align.data.paths import exists
 from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.shards import TRAIN
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
 CONTENT_HASHED_UP_TO = 256 << 20  # bytes
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _all_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """A format.
 
-    read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
-    outline: the same items with images left out, where reading them is costly. files: the files that hold the rows,
-    where these are not the path or the files below it.
+    read: a path's groups and skipped rows, in a stable order; without `images`, those that are costly to read are left
+    out; of a table, with a third argument, only those of this file. detects: whether a path looks like this format.
+    files: the files that hold the rows.
     """
 
-    read: Read
+    read: Callable[..., Items]
     detects: Callable[[Path], bool] = lambda path: False
-    outline: Read | None = None
-    files: Callable[[Path], Iterable[Path]] | None = None
-
-    def items(self, path: Path, images: bool = True) -> Items:
-        """The items of a source."""
-        return (self.read if images or self.outline is None else self.outline)(path)
-
-    def files_of(self, path: Path) -> list[Path]:
-        """The files that hold the rows of a source."""
-        if self.files is not None:
-            return list(self.files(path))
-        return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files: Callable[[Path], Iterable[Path]] = _all_files
 
 
-def _table(maps: Callable[[Path], Sequence[Columns]], **options: Any) -> Reader:
+def _table(
+    maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False, split: str = TRAIN
+) -> Reader:
     """The format of tables with column maps."""
 
-    def read(path: Path, *, images: bool = True) -> Items:
-        return columns.read(path, maps(path), images=images)
+    def read(path: Path, images: bool, part: Path | None = None) -> Items:
+        return columns.read(path, maps(path), images, part, split)
 
-    return Reader(read=read, outline=partial(read, images=False), files=tables.files, **options)
+    return Reader(read=read, detects=detects, files=partial(shards.files, split=split))
 
 
 def _recognised(name: str, path: Path) -> bool:
     """Whether a table looks like the layout `name`."""
-    file = next(iter(tables.files(path)), None)
+    file = next(iter(shards.files(path)), None)
     if file is None or name in KINDS:
-        return file is not None and file.suffix in KINDS[name]
-    if file.suffix == ".tar" or (name == "pairs" and file.suffix in tables.JSON):
+        return file is not None and tables.kind(file) in KINDS[name]
+    if tables.kind(file) == ".tar" or (name == "pairs" and tables.kind(file) in tables.JSON):
         return False
     names = tables.columns(file)
     return any(not maps.missing(names) for maps in PUBLISHED[name])
@@ -92,43 +89,61 @@ def _maps(name: str, path: Path) -> Sequence[Columns]:
 def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
     if (own := description.columns) is not None:
-        return description, source, _table(lambda path: [own])
-    return description, source, READERS[detect(source, description.format)]
+        return description, source, _table(lambda path: [own], split=description.split)
+    code, _, name = description.format.rpartition(".py:")
+    if code and name not in READERS:
+        raise UserError(
+            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use {code}.py, name "
+            "the source itself and give its format on the command line or in the configuration."
+        )
+    name = detect(source, name)
+    if name in PUBLISHED:
+        return description, source, _table(partial(_maps, name), split=description.split)
+    if description.split != TRAIN:
+        raise UserError(f"{path}: split: {source} is no table in several files, of which one could be chosen")
+    return description, source, READERS[name]
 
 
-def _read_described(path: Path, *, images: bool = True) -> Items:
+def _read_described(path: Path, images: bool) -> Items:
     description, source, reader = _described(path)
-    return description.select(reader.items(source, images))
+    return description.select(reader.read(source, images))
 
 
 def _files_described(path: Path) -> list[Path]:
     _, source, reader = _described(path)
-    return [path, *reader.files_of(source)]
+    return [path, *reader.files(source)]
 
 
 READERS: dict[str, Reader] = {
     "described": Reader(
         read=_read_described,
-        outline=partial(_read_described, images=False),
-        files=_files_described,
         detects=lambda path: path.suffix in spec.SUFFIXES and path.is_file(),
+        files=_files_described,
     ),
     "folders": Reader(
-        read=folders.read_folders,
-        files=lambda path: (),
+        read=lambda path, images: folders.read(path),
         detects=lambda path: path.is_dir() and folders.detects(path),
+        files=lambda path: (),
     ),
-    **{name: _table(partial(_maps, name), detects=partial(_recognised, name)) for name in PUBLISHED},
+    **{name: _table(partial(_maps, name), partial(_recognised, name)) for name in PUBLISHED},
 }
 
 
-def register(name: str, **options: Any) -> Callable[[Read], Read]:
-    """Make a reading function known under `name`; see `Reader` for the options."""
+def register(
+    name: str, *, detects: Callable[[Path], bool] = lambda path: False, outline: Read | None = None
+) -> Callable[[Read], Read]:
+    """Make a reading function known under `name`.
+
+    detects: whether a path looks like this format. outline: gives the same items with images left out, where reading
+    them is costly.
+    """
 
     def add(function: Read) -> Read:
         if name in READERS or name == "auto":
             raise ValueError(f"there is a reader named {name!r} already")
-        READERS[name] = Reader(read=function, **options)
+        READERS[name] = Reader(
+            read=lambda path, images: (function if images else outline or function)(path), detects=detects
+        )
         return function
 
     return add
@@ -142,6 +157,8 @@ def read(
     best_first: bool = True,
     images: bool = True,
     selection: Selection = EVERYTHING,
+    part: Path | None = None,
+    seen: Callable[[Group], None] = lambda group: None,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -152,6 +169,8 @@ def read(
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
         images: false leaves them out where reading them is costly.
         selection: its limit is where to stop; no row beyond is read.
+        part: one file of a table; only its groups, with the ids and paths that they have in the whole.
+        seen: called with each group that can be used as the source has it, without annotations.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -159,7 +178,8 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = selection.first(_checked(reader.items(file, images), file, annotations))
+    items = reader.read(file, images, part) if part else reader.read(file, images)
+    items = selection.first(_checked(items, part or file, annotations, seen))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -173,7 +193,7 @@ def resolve(path: str | Path) -> Path:
         return Path(pairs_path())
     if str(path).startswith(hub.PREFIX):
         return hub.folder(str(path))
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not exists(file):
         raise UserError(f"{path}: no such file or folder")
     return file
@@ -195,41 +215,47 @@ def detect(path: Path, format: str = "auto") -> str:
     for name, reader in READERS.items():
         if reader.detects(path):
             return name
-    names = [name for file in tables.files(path)[:1] for name in tables.columns(file)]
-    spec_hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
+    names = [name for file in shards.files(path)[:1] for name in tables.columns(file)]
+    hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)." if names else ""
+    if path.suffix.lower() in COMPRESSED:
+        hint = " It is compressed: unpack it first."
+    elif path.is_dir() and any(path.rglob("dataset_info.json")) and any(path.rglob("*.arrow")):
+        hint = " It was written by save_to_disk of `datasets`: load it there and write it with to_parquet."
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}.{spec_hint if names else ''}"
+        f"there are: {', '.join(sorted(READERS))}.{hint}"
     )
 
 
 @lru_cache
 def _run_once(file: str) -> None:
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise UserError(f"data.format: {file}: no such file with a format of your own")
     runpy.run_path(file)
 
 
-def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
-    seen: set[str] = set()
+def _checked(items: Items, source: Path, annotations: Annotations, seen: Callable[[Group], None]) -> Items:
+    ids: set[str] = set()
     empty = True
     for item in items:
         empty = False
-        if annotations.entries and isinstance(item, Group) and item.id not in seen:
+        if isinstance(item, Group) and not _unusable(item, ids):
+            seen(item)
+        if annotations.entries and isinstance(item, Group) and item.id not in ids:
             item = annotations.annotated(item)
         if isinstance(item, Skipped):
             yield item
-        elif reason := _unusable(item, seen):
+        elif reason := _unusable(item, ids):
             yield item.skipped(reason)
         else:
-            seen.add(item.id)
+            ids.add(item.id)
             yield item
     if empty:
         raise UserError(f"{source}: no rows in it")
 
 
-def _unusable(group: Group, seen: set[str]) -> str | None:
-    if group.id in seen:
+def _unusable(group: Group, ids: set[str]) -> str | None:
+    if group.id in ids:
         return f"duplicate id {group.id!r}; the first group with it was kept"
     if any(has_lone_surrogate(text) for text in (group.id, group.user or "", *group.texts)):
         return "its id, prompt or captions are not valid Unicode text"
@@ -244,55 +270,58 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def survey(
-    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
+    path: str | Path,
+    format: str = "auto",
+    annotations: Annotations = NONE,
+    selection: Selection = EVERYTHING,
+    part: Path | None = None,
 ) -> Survey:
-    """What a source holds, without opening its images. Raises UserError as `read` does.
+    """What a source, or a part of it, holds, as far as the limit lets it be read, without decoding its images.
 
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
+
+    Raises:
+        UserError: as `read` does.
     """
+    source = resolve(path)
+    format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
-    result = Survey(selection)
-    for item in read(path, format, annotations, images=False, selection=selection):
+    result, contents = Survey(selection), _Contents()
+    for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part,
+                     seen=contents.add):  # fmt: skip
         unmatched.pop(item.id, None)
         result.add(item)
+    for file in ([part] if part else sorted(READERS[format].files(source))) if contents.embedded else ():
+        contents.add_file(file)
+        result.embedded_bytes += file.stat().st_size
+    result.identity = contents.digest.hexdigest()[:16]
     if unmatched and selection.limit is None:
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return result
 
 
-def identity(path: Path, format: str, selection: Selection = EVERYTHING) -> str:
-    """A hash of a source's groups and images, as far as the limit lets them be read.
+class _Contents:
+    """A hash of groups and their images; beyond CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
 
-    Images that lie in the source's own files count by these files. Beyond CONTENT_HASHED_UP_TO, sizes and times of
-    files stand for their content.
+    embedded: whether images lie in the source's own files, which then count instead.
     """
-    digest, hashed = hashlib.sha256(), 0
 
-    def add(file: Path) -> None:
-        nonlocal hashed
+    def __init__(self) -> None:
+        self.digest, self.hashed, self.embedded = hashlib.sha256(), 0, False
+
+    def add(self, group: Group) -> None:
+        paths = [media for media in group.candidates if isinstance(media, Path)]
+        self.embedded |= len(paths) < len(group.candidates)
+        names = [os.fsencode(media.name).hex() for media in paths]
+        row = [group.id, group.prompt, group.scores, dict(group.columns), names]
+        self.digest.update(json.dumps(row, sort_keys=True).encode())
+        for media in paths:
+            for file in frame_files(media) if media.is_dir() else [media]:
+                self.add_file(file)
+
+    def add_file(self, file: Path) -> None:
         stat = file.stat()
-        hashed += stat.st_size
+        self.hashed += stat.st_size
         large = f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-        digest.update(large if hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())
-
-    own_files = False
-    for item in read(path, format, best_first=False, images=False, selection=selection):
-        if isinstance(item, Group):
-            paths = [media for media in item.candidates if isinstance(media, Path)]
-            own_files = own_files or len(paths) < len(item.candidates)
-            names = [os.fsencode(media.name).hex() for media in paths]
-            row = [item.id, item.prompt, item.scores, dict(item.columns), names]
-            digest.update(json.dumps(row, sort_keys=True).encode())
-            for media in paths:
-                for file in frame_files(media) if media.is_dir() else [media]:
-                    add(file)
-    for file in sorted(READERS[detect(path, format)].files_of(path)) if own_files else []:
-        add(file)
-    return digest.hexdigest()[:16]
-
-
-def embedded_bytes(path: Path, format: str) -> int:
-    """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
-    files = READERS[detect(path, format)].files_of(path)
-    return sum(file.stat().st_size for file in files if exists(file) and file.suffix.lower() not in MEDIA_SUFFIXES)
+        self.digest.update(large if self.hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())

@@ -11,22 +11,24 @@ the sum of D.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2i_align.diffusion.noising import NoiseSharing
 from t2i_align.errors import UserError
+from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.listwise import Listwise
+from t2i_align.objectives.pairwise import wins
 from t2i_align.utils.settings import Bool, settings
 
 
 def win_rates(scores: Tensor) -> Tensor:
     """Share of the other candidates that each beats, [B, k] in [0, 1]; ties count half."""
-    difference = scores.unsqueeze(2) - scores.unsqueeze(1)
-    wins = (difference > 0).float() + 0.5 * (difference == 0).float()
-    return (wins.sum(2) - 0.5) / (scores.shape[1] - 1)  # less the half win over itself
+    beaten = wins(scores.unsqueeze(2) - scores.unsqueeze(1)).sum(2) - 0.5  # less the half win over itself
+    return beaten / (scores.shape[1] - 1)
 
 
 def dcg_weights(scores: Tensor, phi: Tensor) -> Tensor:
@@ -52,19 +54,21 @@ class RankDPO(Listwise):
 
     gain: Literal["wins", "scores"] = "wins"
     normalise: Bool = True
-    noise: Literal["shared", "independent"] = "independent"
+    noise: NoiseSharing = "independent"
 
     name = "rankdpo"
     paper = "arXiv 2410.18013"
     config = "sd15_rankdpo.yaml"
 
     def list_loss(self, s: Tensor, scores: Tensor) -> Tensor:
-        weights = dcg_weights(scores, self._phi(scores)).to(s.dtype)
+        weights = dcg_weights(scores, win_rates(scores) if self.gain == "wins" else scores).to(s.dtype)
         return rankdpo_loss(s, weights, beta=self.beta, normalise=self.normalise)
 
-    def _phi(self, scores: Tensor) -> Tensor:
-        if self.gain == "wins":
-            return win_rates(scores)
-        if bool(((scores < 0) | (scores > 1)).any()):
-            raise UserError("objective.gain 'scores' needs scores in [0, 1] (average win rates); use gain 'wins'")
-        return scores
+    def fit_to_data(self, facts: DataStats) -> Self:
+        least, greatest = facts.score_range
+        if self.gain == "scores" and not 0 <= least <= greatest <= 1:
+            raise UserError(
+                "objective.gain 'scores' needs scores in [0, 1] (average win rates), "
+                f"found {least:g} to {greatest:g}; use gain 'wins'"
+            )
+        return self
