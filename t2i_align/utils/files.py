@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise UserError(f"{output}: cannot be written: {error.strerror}") from error
-        logger.warning("%s: this file system has no locks, so that nothing keeps a second run from it", output)
+        _warn_without_locks(output)
         yield
         return
     with acquired:
@@ -282,6 +283,36 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
             if new:
                 with suppress(OSError):  # a folder in which nothing was written is not left behind
                     real.rmdir()
+
+
+@contextmanager
+def locked(lock: FileLock) -> Iterator[None]:
+    """Hold a lock; on a file system that has none, a single process goes on without.
+
+    Raises:
+        filelock.Timeout: another process holds it, and `lock` does not wait.
+        UserError: several processes need it, and the file system has none.
+    """
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        folder = Path(lock.lock_file).parent
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"{folder}: this file system has no locks; write there with a single process") from error
+        _warn_without_locks(folder)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@lru_cache  # once a folder
+def _warn_without_locks(folder: Path) -> None:
+    logger.warning("%s: this file system has no locks, so that nothing keeps a second run from it", folder)
 
 
 def _names(path: str | Path) -> tuple[Path, Path]:
