@@ -32,6 +32,7 @@ CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64 << 20
+MAX_CLIP_PIXELS = 256 << 20  # of a clip that is held whole, such as 290 frames of 720p
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -134,7 +135,12 @@ def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
 
 def whole_clip(media: Media) -> Tensor:
     """All frames of a clip, uint8 [F, 3, H, W]. Raises ImageError with the reason where it cannot be used."""
-    return torch.stack([_to_uint8(frame) for frame in frames_of(media)])
+    frames: list[Tensor] = []
+    for frame in frames_of(media):
+        frames.append(_to_uint8(frame))
+        if len(frames) * frame.width * frame.height > MAX_CLIP_PIXELS:
+            raise ImageError(f"a clip of more than {MAX_CLIP_PIXELS} pixels in all its frames")
+    return torch.stack(frames)
 
 
 def frames_of(media: Media, count: int | None = None, fps: float | None = None) -> Iterator[Image.Image]:
@@ -204,6 +210,8 @@ def _decoding(media: Media) -> Iterator[None]:
     try:
         if isinstance(media, bytes) and not media:
             raise ImageError("empty")
+        if isinstance(media, Path) and media.exists() and not (media.is_file() or media.is_dir()):
+            raise ImageError("not a regular file")  # a pipe or a device, which may have no end
         yield
     except ImageError:
         raise

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligne
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.files import append_line, atomic_file, claim, read_json
+from t2i_align.utils.files import append_line, atomic_file, claim, file_lock, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class _Work:
             "scorers": {scorer.name: scorer.version for scorer in self.scorers},
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.out / ".lock"):
+        with file_lock(self.out / ".lock"):
             claim(self.out / SETTINGS, settings, content="synthesis", advice="choose another folder")
 
     def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
@@ -162,7 +161,7 @@ class _Work:
             nullcontext() if whole else adapter_on(pipeline, aligned),
             tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
         ):
-            with FileLock(self.out / ".lock"):  # refuses other weights under the same name
+            with file_lock(self.out / ".lock"):  # refuses other weights under the same name
                 claim(self._identity(model), {"model": name, "sha256": weights_hash(pipeline.denoiser)})
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
@@ -215,7 +214,7 @@ class _Work:
                 }
                 rows.append(row)
         for file, lines in ((SKIPPED, skipped), (GROUPS, rows)):
-            with FileLock(self.out / ".lock"), atomic_file(self.out / file) as temporary:
+            with file_lock(self.out / ".lock"), atomic_file(self.out / file) as temporary:
                 temporary.touch()
                 append_line(temporary, *lines)
         if not rows:

@@ -43,10 +43,11 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """
     final, temporary = _names(path)
     try:
-        yield temporary
-        if sync:
-            _sync(temporary)
-        os.replace(temporary, final)
+        with _named_in_errors(path):
+            yield temporary
+            if sync:
+                _sync(temporary)
+            os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -112,8 +113,13 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
 def append_line(path: str | Path, *records: Mapping[str, Any]) -> None:
     """Append each record as a line of JSON, all in one write."""
     if records:
-        with open(path, "ab") as stream:
-            stream.write(_encode(json_lines(records)))
+        append_bytes(path, _encode(json_lines(records)))
+
+
+def append_bytes(path: str | Path, data: bytes) -> None:
+    """Append to a file, which an error names."""
+    with _named_in_errors(path), open(path, "ab") as stream:
+        stream.write(data)
 
 
 def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]]:
@@ -121,7 +127,8 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
 
     Args:
         path: JSONL file.
-        repair: cut that line off in the file as well; False where another process may be writing it.
+        repair: cut that line off in the file as well, or end it where only its end is missing; False where another
+            process may be writing it, or it may be of something else.
 
     Raises:
         UserError: a line that is not a JSON object.
@@ -131,8 +138,15 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
         return []
     text = path.read_bytes()
     end = text.rfind(b"\n") + 1
-    if repair and end < len(text):
-        os.truncate(path, end)
+    try:
+        parse_json(text[end:], "")  # all of a line but its end
+    except UserError:
+        if repair and end < len(text):
+            os.truncate(path, end)
+    else:
+        end = len(text)
+        if repair:
+            append_bytes(path, b"\n")
     lines = enumerate(text[:end].split(b"\n"), 1)
     return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
@@ -220,10 +234,10 @@ def read_json(file: str | Path) -> dict[str, Any]:
     return _object(Path(file).read_bytes(), str(file))
 
 
-def parse_json(text: bytes, origin: str) -> Any:
-    """A JSON value in UTF-8; raises UserError, which names `origin`, for anything else."""
+def parse_json(text: str | bytes, origin: str) -> Any:
+    """A JSON value, in UTF-8 where it is bytes; raises UserError, which names `origin`, for anything else."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not valid JSON: {error}") from error
 
@@ -253,20 +267,16 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
     real = output.resolve()
     lock = real.with_name(f".{real.name}.lock") if file else real / LOCK
     new = not file and not real.exists()
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        acquired = FileLock(lock).acquire(timeout=0)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{output}: {error.filename} is a file; a folder is needed there") from error
-    except Timeout:
-        raise UserError(f"{output}: another run is writing there; wait for it, or choose another output") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
+    with ExitStack() as held:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(file_lock(lock, timeout=0))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{output}: {error.filename} is a file; a folder is needed there") from error
+        except Timeout:
+            raise UserError(f"{output}: another run is writing there; wait for it, or choose another output") from None
+        except OSError as error:
             raise UserError(f"{output}: cannot be written: {error.strerror}") from error
-        logger.warning("%s: this file system has no locks, so that nothing keeps a second run from it", output)
-        yield
-        return
-    with acquired:
         try:
             yield
         finally:
@@ -274,6 +284,38 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
             if new:
                 with suppress(OSError):  # a folder in which nothing was written is not left behind
                     real.rmdir()
+
+
+@contextmanager
+def file_lock(lock: Path, *, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock that other processes take too, waiting for it (timeout, in seconds, below 0: for ever).
+
+    Where the file system has no locks, nothing is held and a warning is logged.
+
+    Raises:
+        Timeout, OSError: it could not be had.
+    """
+    own = FileLock(lock)
+    try:
+        own.acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: this file system has no locks, so that nothing keeps a second run from it", lock.parent)
+    try:
+        yield
+    finally:
+        own.release()
+
+
+@contextmanager
+def _named_in_errors(path: str | Path) -> Iterator[None]:
+    """Have the system's errors of writing (a full disk) name the file, as those of opening one do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _names(path: str | Path) -> tuple[Path, Path]:
