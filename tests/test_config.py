@@ -42,9 +42,9 @@ def test_overrides_reach_inside_and_read_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(VALUES))
     overrides = ["train.steps=7", "optim.lr=1e-5", "lora=null", "data.path=a=b", "objective.link=hinge", "resume=true"]
-    run = config.load(file, overrides)
+    run = config.load(file, [*overrides, "output_dir=2026-11-29"])
     assert (run.train.steps, run.optim.lr, run.lora, run.data.path, run.resume) == (7, 1e-5, None, "a=b", True)
-    assert run.objective.link == "hinge" and run.objective.beta == 500.0
+    assert run.objective.link == "hinge" and run.objective.beta == 500.0 and run.output_dir == "2026-11-29"
 
 
 def test_override_inside_an_objective_keeps_its_bare_name(tmp_path: Path) -> None:

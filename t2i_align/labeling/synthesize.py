@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from t2i_align.data.schema import Group, Skipped
@@ -34,6 +32,7 @@ from t2i_align.inference.generate import sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
+from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, claim, file_lock, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
@@ -162,7 +161,7 @@ class _Work:
             tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
         ):
             with file_lock(self.out / ".lock"):  # refuses other weights under the same name
-                claim(self._identity(model), {"model": name, "sha256": weights_hash(pipeline.denoiser)})
+                claim(self._identity(model), {"model": name, "sha256": tensors_hash(pipeline.denoiser.state_dict())})
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, i, k) for i, k in part]
@@ -248,12 +247,3 @@ class _Work:
 
     def _identity(self, model: int) -> Path:
         return self.out / f"model-{model}.json"
-
-
-def weights_hash(module: nn.Module) -> str:
-    """A hash of a module's parameters, an adapter's with them: names, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

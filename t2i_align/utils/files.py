@@ -136,7 +136,7 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     path = Path(path)
     if not path.exists():
         return []
-    text = path.read_bytes()
+    text = read_bytes(path)
     end = text.rfind(b"\n") + 1
     try:
         parse_json(text[end:], "")  # all of a line but its end
@@ -231,7 +231,15 @@ def differences(
 
 def read_json(file: str | Path) -> dict[str, Any]:
     """The JSON object in a file; raises UserError for anything else."""
-    return _object(Path(file).read_bytes(), str(file))
+    return _object(read_bytes(file), str(file))
+
+
+def read_bytes(file: str | Path) -> bytes:
+    """The content of a file; raises UserError where the system refuses it, as for a folder."""
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def parse_json(text: str | bytes, origin: str) -> Any:
