@@ -171,7 +171,8 @@ def test_what_never_ends_or_has_no_usable_name_is_not_read(tmp_path: Path) -> No
     source = listed(tmp_path, *({"image": name, "prompt": "x"} for name in names))
     assert run(source, Red(), tmp_path / "out.jsonl") == pytest.approx(0.2)
     errors = {row["image"]: row.get("error", "") for row in whole_lines(tmp_path / "out.jsonl")}
-    assert errors["good.png"] == "" and all("not a regular file" in errors[name] for name in names[:3])
+    assert errors["good.png"] == "" and all("not a regular file" in errors[name] for name in names[:2])
+    assert errors["clip"] == "no frames, expected a clip of 2 frames"
     assert all("name too long" in errors[name] for name in names[3:5])
 
 
