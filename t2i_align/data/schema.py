@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from t2i_align.errors import UserError, printable, shown
@@ -321,17 +322,20 @@ class Batch(WithColumns):
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""
 
+        def chosen(tensor: Tensor) -> Tensor:  # an index made from a list would have the host wait for the device
+            return torch.stack([tensor[:, place] for place in places], dim=1)
+
         def taken(name: str, value: Any) -> Any:
             if not COLUMNS[name].per_candidate:
                 return value
             if COLUMNS[name].text:
-                return {key: tensor[:, places] for key, tensor in value.items()}
+                return {key: chosen(tensor) for key, tensor in value.items()}
             return tuple(COLUMNS[name].take(row, places) for row in value)
 
         return replace(
             self,
-            latents=self.latents[:, places],
-            scores=self.scores[:, places],
+            latents=chosen(self.latents),
+            scores=chosen(self.scores),
             columns={name: taken(name, value) for name, value in self.columns.items()},
-            sizes=None if self.sizes is None else self.sizes[:, places],
+            sizes=None if self.sizes is None else chosen(self.sizes),
         )

@@ -13,7 +13,7 @@ from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
 from tests import formats
-from tests.data.test_examples import colour, write_jsonl
+from tests.data.test_examples import colour, write_images, write_jsonl
 from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, shard, sheet, skips, table
 
 
@@ -61,6 +61,17 @@ def test_captions_users_and_vote_shares_of_formats(tmp_path: Path) -> None:
         (1.0, 0.25, 0.25),
         (1.0, 0.5, 0.0),
     }
+
+
+def test_candidates_listed_best_first_have_evenly_spread_scores(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    lists = ["b.jpg", "a.jpg", "c.jpg"], ["a.jpg"]
+    write_jsonl(tmp_path / "lists.jsonl", [{"text": "p", "files": files} for files in lists])
+    columns = "{prompt: text, candidates: files, best_first: true}"
+    (tmp_path / "source.yaml").write_text(f"path: lists.jsonl\ncolumns: {columns}\n")
+    ranking, single = groups(tmp_path / "source.yaml")
+    assert (ranking.scores, single.scores) == ((1.0, 0.5, 0.0), (1.0,))
+    assert [path.name for path in ranking.candidates] == ["b.jpg", "a.jpg", "c.jpg"]
 
 
 def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
@@ -181,6 +192,9 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ),
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a dataset spec itself"),
+        ("path: loop", "'loop' is not a usable path"),
+        ('path: "a\\0b"', r"'a\\x00b' is not a usable path"),
+        ("path: ~unheard-of/x", "no such file or folder"),
         ("{", "not valid YAML"),
         ("[" * 3000, "not valid YAML"),
         ("path: hub:nobody", "expected hub:owner/name"),
@@ -189,6 +203,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
 def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -> None:
     sheet(tmp_path / "a.csv", [{"text": "x", "left": "0.png", "right": "1.png"}])
     (tmp_path / "s.yaml").write_text(text)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=expected):
         list(read(tmp_path / "s.yaml"))
 
