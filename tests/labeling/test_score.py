@@ -225,7 +225,7 @@ def test_bad_input_is_named_before_images_are_opened(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     cases = [
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not valid JSON"),
-        ("[1]", "line 1: expected an object .*, found list"),
+        ("[1]", "entry 0: expected an object .*, found int"),
         ('{"photo": 1, "prompt": "x"}', "found 'photo', 'prompt'. Or give a folder .* JSONL or parquet with 'image'"),
         ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
