@@ -54,7 +54,7 @@ class DataConfig:
     once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
     limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
     (`false`: to a square). stream: for what does not fit on disk: hold so many rows of a shard in memory, shuffle
-    among these, and encode on the fly (null: no).
+    among these, and encode on the fly (null: no). encode_batch: images or texts that are encoded at once for the cache.
     """
 
     path: UserPath = "testbed:pairs"
@@ -71,6 +71,7 @@ class DataConfig:
     buckets: Bool = False
     stream: Count | None = None
     workers: Whole = 0
+    encode_batch: Count = 8
 
     def __post_init__(self) -> None:
         if self.buckets and not self.cache:
