@@ -184,8 +184,8 @@ class TrainConfig:
 class ValidationConfig:
     """Images and held-out scores during training, every so many steps (0: never).
 
-    prompts: a text file with one prompt per line, or `testbed:dev`. count: how many of them. batch_size: samples at a
-    time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    prompts: a file of prompts, or `testbed:dev`. count: how many of them. batch_size: samples at a time (null: 8 images
+    or 1 clip). guidance: null is that of the model's diffusers pipeline.
     """
 
     every: Whole = 0
