@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import field, fields
 from functools import reduce, wraps
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin
@@ -23,16 +24,23 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from t2i_align.errors import UserError, nearest
+from t2i_align.errors import UserError, nearest, shorten
 from t2i_align.utils.files import read_bytes
 
 T = TypeVar("T")
+MAX_VALUES = 100_000  # of a YAML file; a few lines of aliases of aliases stand for billions
 
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("float_type", "Input should be a valid number")
     return value
+
+
+def _path(value: str) -> str:
+    if not value or "\0" in value:
+        raise PydanticCustomError("path", "Input should be a path")
+    return os.path.expanduser(value)  # in YAML and in `key=~/value` no shell does it
 
 
 Int = Annotated[int, Field(strict=True)]
@@ -45,7 +53,7 @@ NonNegative = Annotated[Float, Field(ge=0, allow_inf_nan=False, description="a n
 Limit = Annotated[Float, Field(gt=0, description="a positive number")]  # infinity is no limit
 Share = Annotated[Float, Field(ge=0, le=1, description="a number in [0, 1]")]
 Decay = Annotated[Float, Field(ge=0, lt=1, description="a number in [0, 1)")]
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # in YAML and in `key=~/value` no shell expands `~`
+UserPath = Annotated[str, AfterValidator(_path)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field, Field))
@@ -85,20 +93,49 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without dates: `output_dir=2026-11-29` is a name."""
+    """YAML without dates, as `output_dir=2026-11-29` is a name, and without keys that replace an earlier one."""
 
     yaml_implicit_resolvers = {
         start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises ConstructorError where a key is there twice."""
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 def read_yaml(file: str | Path) -> Any:
     """What a YAML file holds; raises UserError naming it."""
     try:
-        return yaml.load(read_bytes(file).decode(), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+        return parse_yaml(read_bytes(file).decode(), str(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value in a text; raises UserError, which names `origin`, for what is no YAML or too large."""
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        small = node is None or _size(node, {}) <= MAX_VALUES
+        value = loader.construct_document(node) if node is not None and small else None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{origin}: not valid YAML: {error}") from error
+    if not small:
+        raise UserError(f"{origin}: more than {MAX_VALUES} values, counting those of each alias")
+    return value
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """The number of values below a node, counted again for each alias."""
+    if id(node) not in known:
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_size(part, known) for part in parts))
+    return known[id(node)]
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -115,10 +152,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 bare_name = parents == ["objective"] and isinstance(node.get(parent), str)
                 node[parent] = {"name": node[parent]} if bare_name else {}
             node = node[parent]
-        try:
-            value = yaml.load(text, Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
+        value = parse_yaml(text, shorten(repr(override)))
         if last.endswith("+"):
             last, value = last[:-1], [*(node.get(last[:-1]) or []), value]
         node[last] = value
@@ -166,7 +200,7 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
     if first["type"] == "missing" and len(first["loc"]) == len(key):
         return f"{name}: missing key"
     given = reduce(getitem, key, values)
-    shown = "null" if given is None else repr(given)
+    shown = "null" if given is None else shorten(repr(given))
     description = _described(section, last)
     if not description and not first["msg"].startswith("Input should be"):
         return f"{name}: {first['msg']}, found {shown}"
