@@ -154,12 +154,13 @@ def test_family_scorer_and_format_from_files_in_every_command(
 def test_split_keeps_the_place_of_a_format(votes: Path, tmp_path: Path) -> None:
     """Also where the file was detected by a plugin that has run."""
     load_plugin(f"{HERE}/votes.py")
-    for format in (f"{HERE}/votes.py:votes", "auto"):
-        split = ["data", "split", str(votes), "--format", format, "--held-out", "0.4", "--out", str(tmp_path / "s")]
+    for number, format in enumerate((f"{HERE}/votes.py:votes", "auto")):
+        out = tmp_path / str(number)
+        split = ["data", "split", str(votes), "--format", format, "--held-out", "0.4", "--out", str(out)]
         assert cli.main(split) == 0
-        described, _ = load_spec(tmp_path / "s" / "train.yaml")
+        described, _ = load_spec(out / "train.yaml")
         assert described.format.startswith(f"{HERE}/votes.py:")
-        assert len(list(readers.read(tmp_path / "s" / "train.yaml"))) > 0
+        assert len(list(readers.read(out / "train.yaml"))) > 0
 
 
 def test_siglip_equals_transformers(siglip_path: Path) -> None:
