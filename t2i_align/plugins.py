@@ -56,7 +56,8 @@ def _run(file: Path) -> ModuleType:
                 return module
             break
     else:
-        taken = not file.stem.isidentifier() or importlib.util.find_spec(file.stem) is not None
+        known = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
+        taken = not file.stem.isidentifier() or (known is not None and known.origin != str(file))
         name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}" if taken else file.stem
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None

@@ -43,11 +43,11 @@ def registries() -> Iterator[None]:
     ]  # fmt: skip
     before = [dict(table) for table in tables]
     yield
+    for name in {*plugins.FILES, "margin_helper"} & set(sys.modules):
+        del sys.modules[name]
     for table, content in zip(tables, before, strict=True):
         for name in set(table) - set(content):
             del table[name]
-    for name in set(sys.modules) & {"margin", "margin_helper", "siglip", "votes", "zimage"}:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
