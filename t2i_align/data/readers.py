@@ -223,7 +223,7 @@ def detect(path: Path, format: str = "auto") -> str:
 
 def _hint(path: Path) -> str:
     """How a source that no reader recognises could be read."""
-    if path.suffix.lower() in COMPRESSED:
+    if path.is_file() and _is_compressed(path):
         return " It is compressed: unpack it first."
     if names := [name for file in shards.files(path)[:1] for name in tables.columns(file)]:
         return f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
@@ -231,7 +231,13 @@ def _hint(path: Path) -> str:
     if any(file.name == "dataset_info.json" for file in below) and any(file.suffix == ".arrow" for file in below):
         return " It was written by save_to_disk of `datasets`: load it there and write it with to_parquet."
     listed = sorted(file.name for file in below if file.parent == path and tables.kind(file) in tables.SUFFIXES)
-    return f" It holds {', '.join(listed[:3])}: name that file." if listed else ""
+    if listed:
+        return f" It holds {', '.join(listed[:3])}: name that file."
+    return " Its files are compressed: unpack them first." if any(map(_is_compressed, below)) else ""
+
+
+def _is_compressed(file: Path) -> bool:
+    return file.suffix.lower() in COMPRESSED
 
 
 @lru_cache

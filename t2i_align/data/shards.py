@@ -69,9 +69,10 @@ def of_split(names: Sequence[str], split: str = TRAIN, declared: Sequence[tuple[
 def _names(folder: Path) -> list[str]:
     """The shards below a folder, of the first kind of which there are any, by their names in it."""
     # Some programs write a folder named like a file, with the files in it.
-    below = [file for file in folder.rglob("*") if file.name[0] != "." and not file.is_dir()]
-    kinds = ([file for file in below if file.suffix.lower() == suffix] for suffix in SHARDED)
-    return [file.relative_to(folder).as_posix() for file in next(filter(None, kinds), [])]
+    below = [file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir()]
+    shown = [file for file in below if not any(part[0] == "." for part in file.parts)]
+    kinds = ([file.as_posix() for file in shown if file.suffix.lower() == suffix] for suffix in SHARDED)
+    return next(filter(None, kinds), [])
 
 
 def _splits(name: str, declared: Sequence[tuple[str, str]]) -> set[str]:

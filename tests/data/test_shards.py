@@ -49,6 +49,8 @@ def written(folder: Path, names: list[str], suffix: str = ".parquet") -> Path:
 )
 def test_missing_shards_are_named(tmp_path: Path, names: str, missing: str) -> None:
     written(tmp_path, names.split())
+    written(tmp_path / ".hidden", ["x-00000-of-00009"])  # as notebooks and file managers leave there
+    (tmp_path / "._copy.parquet").write_bytes(b"?")
     assert [group.id for group in groups(tmp_path)] == [f"{name}.parquet:0" for name in names.split()]
     assert [*skips(tmp_path)] == [f"{name}.parquet" for name in missing.split()]
     assert not skips(tmp_path / f"{names.split()[0]}.parquet")  # the file itself was asked for
@@ -130,6 +132,8 @@ def label(best: int, numbers: range) -> dict[str, Any]:
         (TWELVE, {"winner": "jpg_2"}, "jpg_2"),
         (["1", "2"], {"winner": 1}, "1"),
         (["1", "2"], {"winner": "2"}, "2"),
+        (["1", "2"], {"winner": 1.0}, "1"),
+        (["01", "02"], {"winner": 1}, "01"),
         (["left", "right"], {"winner": 1}, "right"),
         (["CHOSEN", "REJECTED"], label(1, range(5)), "CHOSEN"),
     ],
@@ -182,7 +186,8 @@ def test_members_of_a_sample_may_be_apart(tmp_path: Path) -> None:
     keys = ["b", "a"]
     members = {f"{key}.chosen.png": formats.png(place) for place, key in enumerate(keys)}
     members |= {f"{key}.rejected.avif": formats.encoded(place + 2, "AVIF") for place, key in enumerate(keys)}
-    members |= {f"./{key}.txt": key.encode() for key in keys} | {"c.heic": b"?", "c.txt": b"x", "._b.txt": b"Mac"}
+    members |= {f"./{key}.txt": key.encode() for key in keys} | {f"{key}.chosen.txt": b"its own" for key in keys}
+    members |= {"c.heic": b"?", "c.txt": b"x", "._b.txt": b"Mac"}
     source = shard(tmp_path / "a.tar", members)
     result = groups(source)
     assert [(group.prompt, group.candidates[0]) for group in result] == [("b", formats.png(0)), ("a", formats.png(1))]
