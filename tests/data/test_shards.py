@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from huggingface_hub import DatasetInfo, HfApi
 
+from t2i_align.data import hub
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
@@ -96,6 +99,19 @@ def test_one_split_of_a_folder_is_read(tmp_path: Path, names: str, readme: str, 
     spec.write_text("path: data\nsplit: unheard_of\n")
     with pytest.raises(UserError, match="split: no file of 'unheard_of'; there are: "):
         groups(spec)
+
+
+def test_a_stream_of_the_hub_has_the_files_of_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their names, or as the README declares them."""
+    for names, card, expected in (
+        (["test-00000-of-00001", "train-00010-of-00011", "train-00002-of-00011"], None, [2, 1]),
+        (["b", "a2", "a10"], yaml.safe_load(README.split("---")[1]), [1, 2]),
+    ):
+        files = [{"rfilename": f"{name}.parquet"} for name in names]
+        info = DatasetInfo(id="owner/name", sha="abc", siblings=files, card_data=card)
+        monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision, info=info: info)
+        result = [f"{names[place]}.parquet" for place in expected]
+        assert hub.pieces("hub:owner/name", (".parquet",)) == (result, "hub:owner/name@abc")
 
 
 def test_winner_and_loser_folders_of_one_split_are_read(tmp_path: Path) -> None:
