@@ -158,6 +158,25 @@ class Family:
             return self.t5_tokens
         return min(self.t5_tokens, int(tokenizer.model_max_length))
 
+    def tokenize(self, texts: Sequence[str]) -> dict[tuple[str, int], list[list[int]]]:
+        """All tokens of each text by tokenizer and by how many of them its encoder reads at most."""
+        names = [name for name in self.encoder_names if name.startswith("tokenizer") and getattr(self.pipe, name, None)]
+        tokens = {}
+        for name in names:
+            tokenizer = getattr(self.pipe, name)
+            limit = self.text_tokens if name == self.t5_tokenizer else None
+            tokens[name, limit or int(tokenizer.model_max_length)] = tokenizer(list(texts), verbose=False)["input_ids"]
+        return tokens
+
+    def tokens_read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+        """What the text encoders see of each text; equal for texts that differ only in case or beyond the limits."""
+        # The last token marks the end, also of a text that is cut.
+        read = [
+            [(*ids[: limit - 1], *ids[limit - 1 :][-1:]) for ids in all]
+            for (_, limit), all in self.tokenize(texts).items()
+        ]
+        return list(zip(*read, strict=True))
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to batch-first tensors [B, ...] that `predict` understands and nothing else opens.

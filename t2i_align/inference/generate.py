@@ -107,7 +107,8 @@ def generate(
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
-        prompts: text file with one prompt per line (blank lines are skipped), `testbed:test`, or a list.
+        prompts: text file with one prompt per line; .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `caption` or
+            `text` in each row; `testbed:test`; or a list.
         out: folder for the samples and their list.
         prompt: further single prompts, after those.
         lora: LoRA to put on the model: file, folder, training run or Hub id.

@@ -32,7 +32,8 @@ LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
+    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
+    "train.batch_size", "train.accumulate",
 )  # fmt: skip
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
