@@ -137,7 +137,7 @@ def test_imagereward_sees_image_and_prompt_and_cuts_at_its_length(scorers: dict[
 def test_prompts_that_are_cut_are_noted_once(
     name: str, fits: str, longer: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the encoder's length with its two marks they are whole, with one token more not. Ratings of images read none."""
+    """Of the encoder's length, with its two marks, they are whole. Ratings of images read none."""
     scorer, image = small_scorers(folder)[name], noise((64, 64))
     scorer.score_images([image, image], [fits, "cat"])
     assert not scorer.cut
