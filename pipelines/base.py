@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -53,7 +54,7 @@ class Family:
     conditioning_dtype: ClassVar[torch.dtype] = torch.float16  # in which a cache keeps the floats of the conditioning
     # Names of the conditioning's right-padded sequences, whose length differs between prompts -> those of their masks
     # [B, length]. A cache keeps them without padding; a batch has them as long as its longest.
-    conditioning_masks: ClassVar[Mapping[str, str]] = {}
+    conditioning_masks: Mapping[str, str] = {}
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
     # The denoiser
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
@@ -72,6 +73,7 @@ class Family:
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
+        self.long_prompts: Callable[[Sequence[str]], Conditioning] | None = None  # in place of `encode_texts`
         if self.flow:
             self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), self.span)
         else:
@@ -148,12 +150,17 @@ class Family:
             return self.t5_tokens
         return min(self.t5_tokens, int(tokenizer.model_max_length))
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to batch-first tensors [B, ...] that `predict` understands and nothing else opens.
 
-        Their names are those of the diffusers pipeline's arguments, so that `generate` can pass them on.
+        Their names are those of the diffusers pipeline's arguments, so that `generate` can pass them on. A family whose
+        encoder cuts prompts off can be given another way to encode them, `long_prompts`.
         """
+        return (self.long_prompts or self.encode_texts)(prompts)
+
+    @torch.no_grad()
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
+        """The same by the diffusers pipeline's own `encode_prompt`, which cuts off what its encoders cannot read."""
         length = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
         outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options, **length)
         return {name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name}
@@ -177,6 +184,11 @@ class Family:
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         """The denoiser's output in the shape of `noisy_latents`."""
         return output
+
+    @contextmanager
+    def sampling_inputs(self, inputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """What the diffusers pipeline is given of the conditioning, and what else it needs while it samples."""
+        yield inputs
 
     @property
     def feature_block(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,15 +124,31 @@ def load_pipeline(
     model: str | Path | ModelConfig, precision: str = "fp32", device: str | None = None, *, encoders: bool = True
 ) -> TrainablePipeline:
     """A model on `device` (default: the GPU if there is one) with its weights in `precision`."""
-    import pipelines
-
     check_options(precision)
     place = pick_device(device)
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
-    options: dict[str, Any] = {**asdict(config), "path": resolve_model(config.path), "encoders": encoders}
     # Large text encoders overflow half precision.
     large = torch.bfloat16 if precision == "fp16" else None
-    return pipelines.load(**options, dtype=PRECISIONS[precision], large_encoder_dtype=large).to(place)
+    return open_model(config, dtype=PRECISIONS[precision], large_encoder_dtype=large, encoders=encoders).to(place)
+
+
+def open_model(config: ModelConfig, **options: Any) -> TrainablePipeline:
+    """The model of a configuration, with its way to encode prompts. options: more of `pipelines.load`."""
+    import pipelines
+
+    pipeline = pipelines.load(**checkpoint_options(config), **options)
+    if config.segments:
+        from t2i_align.conditioning import segments
+
+        segments.install(pipeline, config.segments)
+    return pipeline
+
+
+def checkpoint_options(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `pipelines.load` that say which checkpoint."""
+    return {key: value for key, value in vars(config).items() if key != "segments"} | {
+        "path": resolve_model(config.path)
+    }
 
 
 @contextmanager

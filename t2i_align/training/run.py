@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
-from t2i_align.inference.models import resolve_model
+from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.training.loop import Loop, make_optimizer
 from t2i_align.training.output import check_same_run, open_run, write_settings
@@ -122,8 +122,8 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
         PipelineError: the model cannot take the size that is trained. UserError: an option of clips for images, or
             of images for clips.
     """
-    pipeline = pipelines.load(
-        **{**asdict(config.model), "path": resolve_model(config.model.path)},
+    pipeline = open_model(
+        config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
@@ -166,9 +166,11 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
-    model = asdict(config.model)
+    model = checkpoint_options(config.model)
     del model["expert"]  # experts share their encoders
-    parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
+    parts = [pipelines.encoder_fingerprint(**model)]
+    if config.model.segments:
+        parts.append(f"segments {config.model.segments}")
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)
