@@ -13,18 +13,16 @@ does not depend on its neighbours. Of SDXL's two encoders both are read, and the
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import sentencex
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from reward_scorers.sentences import split
 from t2i_align.config import SegmentsConfig
 from t2i_align.errors import UserError
 
@@ -100,31 +98,3 @@ def _kept(segments: Sequence[tuple[int, int]], options: SegmentsConfig) -> tuple
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Number of a text's tokens, without BOS and EOS."""
     return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-
-def split(prompt: str, length: Callable[[str], int], limit: int) -> Iterator[str]:
-    """A prompt's segments: lines, in these sentences and what semicolons divide; halved at words where beyond `limit`.
-
-    An empty prompt is one empty segment. No text is lost but blanks.
-    """
-    found = False
-    for line in prompt.splitlines():
-        for sentence in sentencex.segment("en", line):
-            for clause in re.split(r"(?<=[;；])\s*", sentence):
-                if clause.strip():
-                    found = True
-                    yield from _halved(clause.strip(), length, limit)
-    if not found:
-        yield ""
-
-
-def _halved(text: str, length: Callable[[str], int], limit: int) -> Iterator[str]:
-    """A text in parts of at most `limit` tokens, divided at the blank nearest to the middle, or within a long word."""
-    if length(text) <= limit or len(text) < 2:
-        yield text
-        return
-    middle = len(text) // 2
-    blanks = [found.start() for found in re.finditer(r"\s", text)]
-    at = min(blanks, key=lambda place: abs(place - middle), default=middle)
-    for half in (text[:at].strip(), text[at:].strip()):
-        yield from _halved(half, length, limit)

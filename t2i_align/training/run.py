@@ -17,12 +17,14 @@ from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.training.loop import Loop, make_optimizer
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.files import atomic_folder
@@ -74,6 +76,8 @@ def align(
 
 def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], progress: bool) -> RunResult:
     validate = Validation(config, accelerator) if config.validation.every else None
+    spec = getattr(config.objective, "scorer", None)
+    scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
@@ -81,14 +85,16 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
-    if config.validation.every:
+    if config.validation.every or scorer:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream:
         pipeline.drop_encoders()
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
+    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    task = Alignment(config, accelerator, reference, source, validate, rewarder)
+    loop = Loop(task, accelerator, config, progress)
     if accelerator.is_main_process:
         write_settings(output, settings)
         print(describe(config, pipeline, source))
@@ -145,6 +151,9 @@ def load_data(
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
+    if config.objective.needs.scorer:
+        shape = (*size, *([frames] if frames else []))
+        return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
     # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
     return open_dataset(
         config.data,
