@@ -99,7 +99,8 @@ def resolve_adapter(path: str | Path) -> Aligned:
 def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **version: str | None) -> ModelConfig:
     """The base model and its version; what is None is taken from the training run of `aligned`.
 
-    A run's revision, variant, single-file configuration and expert apply where `model` is that run's or None.
+    A run's revision, variant, single-file configuration and expert apply where `model` is that run's or None; its
+    segments always.
 
     Raises:
         UserError: no such model, or None and `aligned` is not a training run's.
@@ -114,7 +115,8 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
-        run = ModelConfig(path=str(model))
+        # Another model; what the LoRA was trained to read stays.
+        run = ModelConfig(path=str(model), segments=run.segments if run else None)
     resolve_model(run.path)
     given: dict[str, Any] = {key: value for key, value in version.items() if value is not None}
     return replace(run, **given)

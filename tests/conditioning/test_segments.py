@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import TrainablePipeline
 from t2i_align import align
 from t2i_align.conditioning import segments
 from t2i_align.config import ModelConfig, SegmentsConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.generate import generate
+from t2i_align.inference.generate import generate, sample_seed
 from t2i_align.inference.models import open_model
 from tests.runs import image, run_values
 
@@ -114,10 +116,14 @@ def test_a_run_trains_on_whole_prompts_and_its_lora_generates_with_them(sd_path:
         values["train"] |= {"caption_dropout": 0.5, "steps": 3}
         runs.append(align(values, progress=False))
     assert runs[0].metrics["loss"] == pytest.approx(runs[1].metrics["loss"], rel=1e-2)  # the cache is float16
-    samples = generate(
-        sd_path, [str(rows[1]["prompt"])], tmp_path / "images", lora=runs[0].weights, steps=2, progress=False
-    )
-    assert samples.is_file()
+    prompts = [str(rows[1]["prompt"]) + end for end in ("", " a red dog.")]
+    generate(sd_path, prompts, tmp_path / "images", lora=runs[0].weights, steps=2, progress=False)
+    first, second = (np.asarray(Image.open(tmp_path / "images" / f"0000{i}.png")).astype(int) for i in (0, 1))
+    pipeline = open_model(ModelConfig(path=str(sd_path), segments=SegmentsConfig(tokens=24)))
+    pipeline.load_lora(runs[0].weights)
+    expected = pipeline.generate(prompts, [sample_seed(0, i, 0) for i in (0, 1)], steps=2)
+    for image_, pixels in ((first, expected[0]), (second, expected[1])):
+        assert np.abs(image_ - pixels.permute(1, 2, 0).numpy() * 255).max() < 1
 
 
 def test_what_cannot_be_encoded_in_segments_is_refused(path: PathOf) -> None:
