@@ -23,6 +23,8 @@ class LTXVideo(VideoPipeline):
     text_outputs = ("prompt_embeds", "prompt_attention_mask")
     flow = True
     resolution_shift = True
+    lora_base = ("ltxv", "lightricks-ltx-video")
+    comfyui_names = {r"(transformer_blocks\..*|proj_out)": r"\1", "proj_in": "patchify_proj"}
     attention_backends = ("native", "xformers")  # FlashAttention takes no mask, and its prompts are masked
     dispatches = True
     required_multiple = 32
@@ -45,11 +47,6 @@ class LTXVideo(VideoPipeline):
     @property
     def _patches(self) -> tuple[int, int]:
         return self.denoiser.config.patch_size, self.denoiser.config.patch_size_t
-
-    def normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.pipe.vae  # mean and std are among its weights
-        mean, std = (values.view(1, -1, 1, 1, 1).to(latents) for values in (vae.latents_mean, vae.latents_std))
-        return mean, vae.config.scaling_factor / std
 
     def run_decoder(self, latents: Tensor) -> Tensor:
         # Some of these decoders take a time for a last step of denoising; the pipeline adds no noise, so t = 0.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -50,6 +50,7 @@ class ModelConfig:
     """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one.
 
     expert: the denoiser to train where a model has one for `high` and one for `low` noise (null: high).
+    prediction_type: what the denoiser predicts, where its files do not say it (single files) or are wrong.
     segments: encode prompts in segments, so that none is cut off (null: as the model's own pipeline does).
     """
 
@@ -58,6 +59,7 @@ class ModelConfig:
     variant: str | None = None
     single_file_config: str | None = None
     expert: Literal["high", "low"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
     segments: SegmentsConfig | None = None
 
 
@@ -71,7 +73,7 @@ class DataConfig:
     once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
     limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
     (`false`: to a square). stream: for what does not fit on disk: hold so many rows of a shard in memory, shuffle
-    among these, and encode on the fly (null: no).
+    among these, and encode on the fly (null: no). encode_batch: images or texts that are encoded at once for the cache.
     """
 
     path: UserPath = "testbed:pairs"
@@ -88,6 +90,7 @@ class DataConfig:
     buckets: Bool = False
     stream: Count | None = None
     workers: Whole = 0
+    encode_batch: Count = 8
 
     def __post_init__(self) -> None:
         if self.buckets and not self.cache:
@@ -105,7 +108,10 @@ class DataConfig:
 
 @settings
 class LoraConfig:
-    """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings."""
+    """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings.
+
+    init: a saved LoRA of that rank and those modules to start from, as after SFT; its weights are then the reference.
+    """
 
     rank: Count = 16
     alpha: Positive = 16.0
@@ -114,6 +120,7 @@ class LoraConfig:
         Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)],
         Field(description="a preset's name or a list of at least one module-name ending"),
     ] = "attention"
+    init: UserPath | None = None
 
 
 @settings
@@ -164,6 +171,7 @@ class ReferenceUpdateConfig:
 class TrainConfig:
     """The loop. Batch sizes count groups: one optimiser step sees batch_size x accumulate x processes groups.
 
+    precision: `tf32` is float32 with matrix products that NVIDIA GPUs since Ampere round to TF32, several times faster.
     reference: `auto` is the adapter switched off for LoRA and a frozen copy for full fine-tuning.
     reference_update: null keeps the model before training as the reference.
     timestep_shift: of a flow model's training times (arXiv 2403.03206, eq. 23): `model` takes the checkpoint's own,
@@ -193,8 +201,8 @@ class TrainConfig:
 class ValidationConfig:
     """Images and held-out scores during training, every so many steps (0: never).
 
-    prompts: a text file with one prompt per line, or `testbed:dev`. count: how many of them. batch_size: samples at a
-    time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    prompts: a file of prompts, or `testbed:dev`. count: how many of them. batch_size: samples at a time (null: 8 images
+    or 1 clip). guidance: null is that of the model's diffusers pipeline.
     """
 
     every: Whole = 0
@@ -261,6 +269,8 @@ class RunConfig:
             raise UserError(
                 f"train.reference {reference!r} with train.reference_update: under a LoRA use 'auto', which is free"
             )
+        if self.lora and self.lora.init and needs.reference and reference != "auto":
+            raise UserError(f"train.reference {reference!r} with lora.init: use 'auto', a copy of that LoRA")
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:

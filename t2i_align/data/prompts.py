@@ -12,9 +12,9 @@ import torch
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE
-from t2i_align.data.encode import widened
 from t2i_align.data.loader import Item, PreferenceDataset, steps
 from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.data.texts import widened
 from t2i_align.errors import UserError
 from t2i_align.inference.options import resolve_prompts
 

@@ -33,7 +33,7 @@ class Alignment(Task):
         rewarder: for objectives with a scorer.
     """
 
-    advice = "A smaller optim.lr or objective.beta, or train.precision=bf16 instead of fp16, usually helps."
+    advice = "A smaller optim.lr, a larger objective.beta, or train.precision=bf16 instead of fp16, usually helps."
 
     def __init__(
         self,
