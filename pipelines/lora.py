@@ -38,7 +38,7 @@ class LoRAMixin(Family):
     lora_namings: ClassVar[tuple[str, ...]] = ("diffusers", "comfyui")
     # In ComfyUI's names, where diffusers' are not among them: patterns of module names and their replacements.
     comfyui_names: ClassVar[Mapping[str, str]] = {}
-    lora_base: ClassVar[tuple[str, str]]  # see `lora_version`
+    lora_base: ClassVar[tuple[str, str] | None] = None  # see `lora_version`; None is the family's name
 
     def add_lora(
         self,
@@ -205,7 +205,7 @@ class LoRAMixin(Family):
 
     def lora_version(self) -> tuple[str, str]:
         """What a LoRA's header calls its base: ss_base_model_version (of sd-scripts) and modelspec.architecture."""
-        return self.lora_base
+        return self.lora_base or (self.family, self.family)
 
     def _lora_header(self, ranks: Sequence[int]) -> dict[str, str]:
         """By which A1111, ComfyUI's managers and others know what a LoRA is for."""

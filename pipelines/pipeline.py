@@ -88,7 +88,8 @@ class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
                     if negative:
                         repeated = {key: row.expand(len(generators), *row.shape[1:]) for key, row in negative.items()}
                         inputs |= {f"negative_{key}": value for key, value in self.call_inputs(repeated).items()}
-                    output = self.pipe(**inputs, **options, generator=generators)
+                    with self.sampling_inputs(inputs) as arguments:
+                        output = self.pipe(**arguments, **options, generator=generators)
                     pixels = (output.frames if self.video else output.images).float().cpu()
                     self._check_finite(pixels, names[rows], seeds[rows])
                     samples.append(pixels.clamp(0, 1))

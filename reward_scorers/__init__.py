@@ -2,7 +2,7 @@
 
 from reward_scorers.base import Judgement, Scorer
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import build, check_spec, names, register
+from reward_scorers.registry import build, build_all, check_spec, names, register
 from reward_scorers.towers import Preprocess, TwoTowers, unit
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ScorerError",
     "TwoTowers",
     "build",
+    "build_all",
     "check_spec",
     "names",
     "register",

@@ -13,8 +13,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-class UserError(ValueError):
-    """Input that cannot be used. The command line prints its message alone and exits with status 2."""
+class PrintableError(ValueError):
+    """An error whose message, in which there may be names and values from anywhere, suits a terminal."""
 
     def __init__(self, message: str) -> None:
         text = printable(message)
@@ -22,6 +22,10 @@ class UserError(ValueError):
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]  # all that IPython and Jupyter show
+
+
+class UserError(PrintableError):
+    """Input that cannot be used. The command line prints its message alone and exits with status 2."""
 
 
 def printable(text: str) -> str:

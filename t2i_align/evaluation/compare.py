@@ -182,6 +182,7 @@ def evaluate(
             "aligned_kind": other.kind,
             "adapter_sha256": None if other.kind == "model" else digest(Path(other.path)),
             "prompts": len(texts),
+            "prompts_cut": {judge.name: len(judge.cut & {*texts}) for judge in judges},
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,

@@ -55,6 +55,7 @@ CLASSES: dict[str, Any] = {
     "softrepa": "softrepa:SoftREPA",
     "inpo": "inpo:InPO",
     "smpo": "smpo:SmPO",
+    "reward": "reward:RewardTuning",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path
+from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.inference.models import resolve_model
+from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
 from t2i_align.training.loop import Loop, make_optimizer
@@ -31,6 +32,7 @@ from t2i_align.training.monitor import Callbacks
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.result import RunResult
+from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.training.weights import DTYPES
@@ -104,6 +106,8 @@ def _align(
     progress: bool,
 ) -> RunResult:
     validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
+    spec = getattr(config.objective, "scorer", None)
+    scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device, loaded)
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
@@ -111,7 +115,7 @@ def _align(
     output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
-    if config.validation.every:
+    if config.validation.every or scorer:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream and loaded is None:
         pipeline.drop_encoders()
@@ -119,7 +123,9 @@ def _align(
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress, callbacks)
+    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    task = Alignment(config, accelerator, reference, source, validate, rewarder)
+    loop = Loop(task, accelerator, config, progress, callbacks)
     if accelerator.is_main_process:
         write_settings(output, settings)
         if progress:
@@ -163,8 +169,8 @@ def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipelin
     load_installed()
     if loaded is not None and any(adapter.installed(loaded) for adapter in ADAPTERS.values()):
         raise UserError(f"model {loaded.source}: it carries an adapter already; remove it, or load the model anew")
-    pipeline = loaded or pipelines.load(
-        **{**asdict(config.model), "path": resolve_model(config.model.path)},
+    pipeline = loaded or open_model(
+        config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
@@ -195,6 +201,9 @@ def load_data(
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
+    if config.objective.needs.scorer:
+        shape = (*size, *([frames] if frames else []))
+        return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
     return open_dataset(
         config.data,
         config.model,
@@ -215,9 +224,11 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
-    model = asdict(config.model)
+    model = checkpoint_options(config.model)
     del model["expert"], model["prediction_type"]  # experts share their encoders
-    parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
+    parts = [pipelines.encoder_fingerprint(**model)]
+    if config.model.segments:
+        parts.append(f"segments {config.model.segments}")
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)

@@ -183,7 +183,7 @@ def test_sources_of_which_nothing_can_be_scored_are_refused(
     class Silent(Red):
         name = "silent"
 
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
             return torch.full((len(inputs),), float("nan"))
 
     urls = listed(tmp_path, *({"image": f"http://x/{i}.png", "prompt": "x"} for i in range(3)), name="urls.jsonl")
