@@ -317,19 +317,15 @@ class Batch(WithColumns):
     """
 
     keys: tuple[str, ...]
-    latents: Tensor
+    latents: Tensor = field(repr=False)
     scores: Tensor
-    conditioning: Conditioning
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    conditioning: Conditioning = field(repr=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sizes: Tensor | None = None
     empty: Conditioning | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     rewarder: Rewarder | None = None
-
-    def __repr__(self) -> str:
-        groups, k, *shape = self.latents.shape
-        return f"Batch({groups} groups of {k}, latents {shape}, columns {list(self.columns)})"
 
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""
