@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving, scheduler_shift
+from pipelines.process import ForwardProcess, process_of
 
 Conditioning = dict[str, Tensor]
 
@@ -60,8 +60,6 @@ class Family:
     dispatches: ClassVar[bool] = False  # the denoiser's attention goes through diffusers' dispatcher
     feature_output: ClassVar[int] = 0  # of a feature block with several outputs, the image's
 
-    process: ForwardProcess
-
     def __init__(self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
         missing = [name for name in (self.denoiser_name, "scheduler") if getattr(pipe, name, None) is None]
         if missing:
@@ -70,10 +68,11 @@ class Family:
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
-        if self.flow:
-            self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), self.span)
-        else:
-            self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type)
+        self._process: ForwardProcess | PipelineError
+        try:
+            self._process = process_of(pipe.scheduler, flow=self.flow, span=self.span)
+        except ValueError as error:  # raised where training needs it: such a model can still be sampled
+            self._process = PipelineError(f"{source}: the checkpoint's scheduler cannot be trained with: {error}")
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.modules().values():
             module.requires_grad_(False)
@@ -84,6 +83,17 @@ class Family:
     def denoiser(self) -> Any:
         """The network that is trained: an nn.Module with diffusers' adapters, checkpointing and configuration."""
         return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def process(self) -> ForwardProcess:
+        """The forward process of training; raises PipelineError if the checkpoint's scheduler is of another kind."""
+        if isinstance(self._process, PipelineError):
+            raise self._process
+        return self._process
+
+    @process.setter
+    def process(self, process: ForwardProcess) -> None:
+        self._process = process
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +145,8 @@ class Family:
         if not self.has_encoders:
             raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
         self.pipe.save_pretrained(str(directory), safe_serialization=True)
+        for file in Path(directory).rglob("*.safetensors"):  # which are written for their owner alone
+            file.chmod((Path(directory) / "model_index.json").stat().st_mode)
 
     # Text and prediction ------------------------------------------------------------------------------------------
 

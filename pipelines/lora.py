@@ -196,7 +196,7 @@ class LoRAMixin(Family):
     def _lora_header(self, ranks: Sequence[int]) -> dict[str, str]:
         """By which A1111, ComfyUI's managers and others know what a LoRA is for."""
         version, architecture = self.lora_version()
-        kind = self.process.prediction_type
+        kind = "flow" if self.flow else self.pipe.scheduler.config.get("prediction_type")
         rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
         return {
             "format": "pt", "ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2")),

@@ -32,7 +32,7 @@ class StableDiffusion(TrainablePipeline):
     feature_block = "mid_block"
 
     def lora_version(self) -> tuple[str, str]:
-        v = self.process.prediction_type == "v_prediction"
+        v = self.pipe.scheduler.config.get("prediction_type") == "v_prediction"
         if self.denoiser.config.cross_attention_dim == 1024:
             return f"sd_v2{'_v' * v}", f"stable-diffusion-v2-{'768-v' if v else '512'}"
         return "sd_v1", "stable-diffusion-v1"

@@ -35,6 +35,7 @@ class ModelConfig:
     """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one.
 
     expert: the denoiser to train where a model has one for `high` and one for `low` noise (null: high).
+    prediction_type: what the denoiser predicts, where its files do not say it (single files) or are wrong.
     """
 
     path: str = "testbed:sd"
@@ -42,6 +43,7 @@ class ModelConfig:
     variant: str | None = None
     single_file_config: str | None = None
     expert: Literal["high", "low"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
 
 
 @settings

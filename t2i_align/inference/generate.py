@@ -100,6 +100,7 @@ def generate(
     variant: str | None = None,
     single_file_config: str | None = None,
     expert: str | None = None,
+    prediction_type: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -128,10 +129,11 @@ def generate(
         fps: frame rate of the clips (default: the model's own).
         batch_size: samples at a time (default: 8 images, or 1 clip).
         revision: branch, tag or commit of the model on the Hub (default: that of the training run `lora` is from, if
-            any; the same for the next three).
+            any; the same for the next four).
         variant: variant of the weight files, such as fp16.
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
+        prediction_type: `epsilon` or `v_prediction`, where the model's files do not say it or are wrong.
         precision: of the weights: `fp32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
@@ -148,7 +150,8 @@ def generate(
     folder, autocast = Path(out).expanduser(), None
     _earlier_run(folder, force, len(texts) * per_prompt)
     if isinstance(model, str | Path):
-        version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
+        version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+        version |= {"expert": expert, "prediction_type": prediction_type}
         base = resolve_base(model, adapter, **version)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}

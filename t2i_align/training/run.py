@@ -176,7 +176,7 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
     model = asdict(config.model)
-    del model["expert"]  # experts share their encoders
+    del model["expert"], model["prediction_type"]  # experts share their encoders
     parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
