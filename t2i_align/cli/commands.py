@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from t2i_align.errors import UserError, printable
+from t2i_align.cli.streams import safe_streams
+from t2i_align.errors import UserError
 from t2i_align.plugins import load as load_plugin
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class Command:
 
     def run(self, options: dict[str, Any], *, plugins: Sequence[str] = (), debug: bool = False) -> int:
         """Call the command's function with the options that were given; returns the exit status."""
+        with safe_streams(sys.stdout, sys.stderr):
+            return self._run(options, plugins, debug)
+
+    def _run(self, options: dict[str, Any], plugins: Sequence[str], debug: bool) -> int:
         try:
             for place in plugins:
                 load_plugin(place)
@@ -65,15 +70,12 @@ class Command:
             after = f": {interrupt}" if str(interrupt) else "."
             print(f"\ninterrupted{after}\n{self.interrupted}", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # `t2i-align objectives | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except Exception as error:
             expected = is_user_error(error)
             if debug or not expected:
                 traceback.print_exc()
             else:
-                print(f"error: {printable(str(error))}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr)
             return 2 if expected else 1
 
     def print_report(self, result: Any, options: dict[str, Any]) -> None:

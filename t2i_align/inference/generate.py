@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,9 @@ def sample(
     batch_size: int | None = None,
     **options: Any,
 ) -> list[Any]:
-    """A `Sample` per prompt and seed, 8 bits as it would be saved; `options`: of `TrainablePipeline.generate`.
+    """A `Sample` per prompt and seed, 8 bits as it would be saved; a clip of one frame is an image.
+
+    `options` are those of `TrainablePipeline.generate`.
 
     Raises:
         UserError: the batch does not fit into the GPU's memory.
@@ -52,7 +56,9 @@ def sample(
     batch_size = batch_size or pipeline.sampling()[2]
     with memory_for(batch_size):
         samples = to_bytes(pipeline.generate(prompts, seeds, batch_size=batch_size, **options))
-    return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
+    if samples.ndim == 5 and samples.shape[1] > 1:
+        return list(samples)
+    return [to_pil_image(image) for image in samples.flatten(0, -4)]
 
 
 def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> Iterator[tuple[int, dict[str, float]]]:
@@ -140,7 +146,8 @@ def generate(
     texts = [*(resolve_prompts(prompts) if prompts is not None else ()), *(resolve_prompts(prompt) if prompt else ())]
     if not texts:
         raise UserError("no prompts: give a prompt file or single prompts")
-    check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
+    counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    check_options(precision, fps, per_prompt=per_prompt, **counts)
     adapter = None if lora is None else resolve_adapter(lora)
     folder, autocast = None if out is None else Path(out).expanduser(), None
     if folder is not None:
@@ -161,36 +168,61 @@ def generate(
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
-    with adapter_on(pipeline, adapter, lora_scale):
-        samples = _samples(pipeline, rows, batch_size, progress, options)
-        if folder is None:
-            return list(samples)
-        with output_lock(folder):
-            earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
-            for index, ((text, number), item) in enumerate(zip(rows, samples, strict=True)):
-                if index == 0:  # with which nothing is wrong that the sampling could show
-                    for file in earlier:
-                        file.unlink()
-                    (folder / LIST).write_bytes(b"")
-                file = folder / f"{index:05d}.{'mp4' if pipeline.video else 'png'}"
+    drawn = _drawn(pipeline, rows, batch_size, progress, options)
+    if folder is None:
+        with adapter_on(pipeline, adapter, lora_scale):
+            return [item for _, _, samples in drawn for item in samples]
+    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
+        earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
+
+        def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
+            for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
+                file = folder / f"{index:05d}.{'mp4' if isinstance(item, Tensor) else 'png'}"
                 if isinstance(item, Tensor):
                     save_clip(item, file, fps or pipeline.fps)
                 else:
                     save_image(item, file)
                 append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
+
+        with in_background() as run:
+            for start, batch, samples in drawn:
+                if start == 0:  # with which nothing is wrong that the sampling could show
+                    for file in earlier:
+                        file.unlink()
+                    (folder / LIST).write_bytes(b"")
+                run(save, start, batch, samples)
     return folder / LIST
 
 
-def _samples(
+def _drawn(
     pipeline: TrainablePipeline, rows: Sequence[tuple[str, int]], batch_size: int, progress: bool, options: Any
-) -> Iterator[Sample]:
-    """A sample for each prompt and seed, drawn batch by batch."""
+) -> Iterator[tuple[int, Sequence[tuple[str, int]], list[Sample]]]:
+    """Batch by batch: the number of its first row, its prompts and seeds, and their samples."""
     with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
-            texts, seeds = map(list, zip(*rows[start : start + batch_size], strict=True))
-            for item in sample(pipeline, texts, seeds, batch_size=batch_size, **options):
-                yield item
-                bar.update()
+            batch = rows[start : start + batch_size]
+            texts, seeds = map(list, zip(*batch, strict=True))
+            yield start, batch, sample(pipeline, texts, seeds, batch_size=batch_size, **options)
+            bar.update(len(batch))
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[..., None]]:
+    """Yield `run(function, *arguments)`: calls it in a thread, so that the device does not wait for files.
+
+    A call is awaited before the next one or the end of the block, which raises its error.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        pending: list[Future[Any]] = []
+
+        def run(function: Callable[..., Any], *arguments: Any) -> None:
+            if pending:
+                pending.pop().result()
+            pending.append(thread.submit(function, *arguments))
+
+        yield run
+        if pending:
+            pending.pop().result()
 
 
 def save_image(image: Image.Image, file: Path) -> None:
