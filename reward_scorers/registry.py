@@ -22,6 +22,7 @@ FACTORIES: dict[str, str | Callable[..., Scorer]] = {
     "clip": "reward_scorers.clip:clip",
     "combine": "reward_scorers.combine:from_file",
     "consistency": "reward_scorers.video:consistency",
+    "denscore": "reward_scorers.denscore:denscore",
     "hf-clip": "reward_scorers.hf_clip:hf_clip",
     "hpsv2.0": "reward_scorers.clip:hpsv2_0",
     "hpsv2.1": "reward_scorers.clip:hpsv2_1",
