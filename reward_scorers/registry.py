@@ -97,13 +97,16 @@ def build(spec: str) -> Scorer:
     factory = FACTORIES[name]
     if isinstance(factory, str):
         factory = pkgutil.resolve_name(factory)
-    if inspect.signature(factory).parameters:
-        return checked(
-            factory(re.sub("(^|:)~/", rf"\1{Path.home()}/", argument)), name
-        )  # no shell expands ~ after a colon
-    if argument:
+    takes_argument = bool(inspect.signature(factory).parameters)
+    if argument and not takes_argument:
         raise ScorerError(f"{name}: takes no argument, found {argument!r}")
-    return checked(factory(), name)
+    argument = re.sub("(^|:)~/", rf"\1{Path.home()}/", argument)  # shells expand no ~ after a colon
+    try:
+        return checked(factory(argument) if takes_argument else factory(), name)
+    except RecursionError:
+        raise ScorerError(f"{name}: {argument}: it is among its own scorers, or nested too deeply") from None
+    except OSError as error:  # such as a name that no file can have
+        raise ScorerError(f"{name}: {error.strerror or error}: {argument:.200}") from error
 
 
 def checked(scorer: Scorer, shown: str = "scorers") -> Scorer:
