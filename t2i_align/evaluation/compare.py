@@ -23,7 +23,7 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import sample, sample_seed, score_inputs
+from t2i_align.inference.generate import TOTAL, judge, sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
 from t2i_align.inference.options import (
     PRECISIONS,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 TEMPORARY = ".images-"
-TOTAL = ""  # the key of the score itself, beside the names of its parts
 Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
 Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not applicable
 
@@ -225,13 +224,12 @@ def _measure(
         samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
         for row, one in enumerate(samples, start):
             keep(one, store, side, row, fps)
-        for indices, media in score_inputs(samples):
-            for scorer in scorers:
-                with memory_for(batch_size), torch.no_grad():
-                    total, parts = scorer.judge(media, [texts[index] for index in indices])
-                for name, values in {TOTAL: total, **parts}.items():
-                    column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
-                    column[start + np.array(indices)] = values.double().cpu().numpy()
+        for scorer in scorers:
+            with memory_for(batch_size):
+                judged = judge(scorer, samples, texts)
+            for row, parts in enumerate(judged, start):
+                for name, value in parts.items():
+                    scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))[row] = value
         bar.update(len(part))
     return scores
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -20,8 +21,10 @@ from t2i_align.utils.files import append_line, atomic_file, output_lock
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from reward_scorers import Scorer
 
 LIST = "samples.jsonl"
+TOTAL = ""  # the key of a score itself, beside the names of its parts
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -49,14 +52,34 @@ def sample(
     return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
 
 
-def score_inputs(samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Image.Image] | Tensor]]:
-    """Samples as `Scorer.judge` takes them, with their indices: all images at once, then each clip in [0, 1] alone."""
+@torch.no_grad()
+def judge(
+    scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str], names: Sequence[str] = ()
+) -> list[dict[str, float]]:
+    """The score of each sample, under `TOTAL`, and its parts by name; all images at once, each clip alone.
+
+    Raises:
+        ScorerError: samples that cannot be scored; with their `names`, a UserError that names them.
+    """
+    from reward_scorers import ScorerError
+
     stills = {index: item for index, item in enumerate(samples) if not isinstance(item, Tensor)}
-    if stills:
-        yield list(stills), list(stills.values())
+    batches: list[tuple[list[int], Any]] = [(list(stills), list(stills.values()))] if stills else []
     for index, item in enumerate(samples):
         if isinstance(item, Tensor):
-            yield [index], item.unsqueeze(0).float() / 255
+            batches.append(([index], item.unsqueeze(0).float() / 255))
+    judged: list[dict[str, float]] = [{} for _ in samples]
+    for indices, media in batches:
+        try:
+            total, parts = scorer.judge(media, [prompts[index] for index in indices])
+        except ScorerError as error:
+            if not names:
+                raise
+            raise UserError(f"{names[indices[0]]} ... {names[indices[-1]]}: {error}") from error
+        for name, values in {TOTAL: total, **parts}.items():
+            for index, value in zip(indices, values.tolist(), strict=True):
+                judged[index][name] = value
+    return judged
 
 
 def generate(

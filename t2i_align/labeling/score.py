@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.encode import Undecoded
 from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
@@ -28,7 +27,7 @@ from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST, score_inputs
+from t2i_align.inference.generate import LIST, TOTAL, judge
 from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
@@ -175,17 +174,13 @@ def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Im
         error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
         rows.append({"error": error} if error else {})
     usable = {i: one for i, one in enumerate(media) if not rows[i] and not isinstance(one, str)}
-    for places, inputs in score_inputs(list(usable.values())):
-        part = [list(usable)[place] for place in places]
-        try:
-            with memory_for(len(part)):
-                total, parts = scorer.judge(inputs, [batch[i].prompt for i in part])
-        except ScorerError as error:
-            raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
-        for place, i in enumerate(part):
-            rows[i]["score"] = number(total[place].item())
-            if parts:
-                rows[i]["parts"] = {name: number(values[place].item()) for name, values in parts.items()}
+    prompts, names = [batch[i].prompt for i in usable], [batch[i].image for i in usable]
+    with memory_for(len(usable)):
+        judged = judge(scorer, [*usable.values()], prompts, names)
+    for i, parts in zip(usable, judged, strict=True):
+        rows[i]["score"] = number(parts.pop(TOTAL))
+        if parts:
+            rows[i]["parts"] = {name: number(value) for name, value in parts.items()}
     return rows
 
 

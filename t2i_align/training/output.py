@@ -30,7 +30,6 @@ def open_run(
     *,
     free: Collection[str],
     extra: tuple[str, ...] = (),
-    trackers: Collection[str] = (),
 ) -> Iterator[Accelerator]:
     """Hold `config.output_dir` while a run works in it; yields the run's accelerator.
 
@@ -47,7 +46,7 @@ def open_run(
         # By default, accelerate takes each of several CPU processes for a separate run.
         cpu=not torch.accelerator.is_available(),
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        log_with=list(trackers) or None,
+        log_with=list(config.log.trackers) or None,
         project_dir=output,
     )
     # The main process holds the folder for all; they wait until it has checked that it may.

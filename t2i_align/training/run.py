@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 
 import pipelines
 from pipelines import TrainablePipeline
@@ -20,7 +19,7 @@ from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
 from t2i_align.inference.options import PRECISIONS
-from t2i_align.training.loop import Loop, make_optimizer
+from t2i_align.training.loop import Loop, check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.trainer import Alignment
@@ -68,7 +67,7 @@ def align(
     settings = configuration.to_mapping(config)
     free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
     unset = [f"objective.{key}" for key, value in settings["objective"].items() if value is None]
-    with open_run(config, settings, free=[*free, *unset], trackers=config.log.trackers) as accelerator:
+    with open_run(config, settings, free=[*free, *unset]) as accelerator:
         return _align(config, accelerator, free, progress)
 
 
@@ -92,8 +91,6 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     if accelerator.is_main_process:
         write_settings(output, settings)
         print(describe(config, pipeline, source))
-    if config.log.trackers:
-        accelerator.init_trackers(config.log.project)
     metrics = loop.run()
     weights = output / config.trains
     if accelerator.is_main_process:
@@ -102,17 +99,6 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
         weights /= written.relative_to(temporary)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
-
-
-def check_machine(config: RunConfig) -> None:
-    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:
-        if tracker not in installed:
-            raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
-    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:

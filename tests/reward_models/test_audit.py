@@ -17,7 +17,7 @@ from torch import Tensor
 from reward_scorers import Scorer
 from t2i_align.errors import UserError
 from t2i_align.reward_models.audit import agreement, audit, calibrate
-from t2i_align.reward_models.optimise import ascent_curve, best_of_n, best_of_n_curve, draw_pool
+from t2i_align.reward_models.optimise import ascent_curve, best_of_n, best_of_n_curve, draw_pool, score_pool
 from t2i_align.testbed.world import prompts
 
 
@@ -70,11 +70,12 @@ def test_agreement_leaves_out_draws() -> None:
 def test_a_blind_proxy_gains_while_the_truth_does_not() -> None:
     pool = draw_pool(prompts("dev")[:6], size=16, seed=1)
     assert pool.rewards.std() > 0.1 and pool.rewards.max() > 0.95
-    curve = best_of_n_curve(Contrast(), pool, 64)
+    scores = score_pool(Contrast(), pool, 64)
+    curve = best_of_n_curve(scores, pool)
     assert curve.x == [1, 2, 4, 8, 16] and curve.proxy == sorted(curve.proxy) and curve.kl is not None
     assert curve.kl[0] == 0 and curve.gap[-1] > 0.3
     assert all(low <= mean <= high for low, mean, high in zip(curve.low, curve.oracle, curve.high, strict=True))
-    climbed = ascent_curve(Contrast(), pool, 64)
+    climbed = ascent_curve(Contrast(), scores, pool, 64)
     assert climbed.proxy[-1] > climbed.proxy[0] and climbed.oracle[-1] < climbed.oracle[0] - 0.1
 
 
