@@ -116,7 +116,7 @@ def _flat(*names: Names | None) -> list[str]:
     return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
 
 
-def read(path: Path, maps: Sequence[Columns], *, images: bool = True) -> Items:
+def read(path: Path, maps: Sequence[Columns], images: bool = True) -> Items:
     """The groups of a table, each row read by the first map whose columns it has.
 
     Raises:

@@ -37,7 +37,7 @@ def detects(path: Path) -> bool:
     return all(all(_named(folder)) for folder in _sets(path))
 
 
-def read_folders(path: Path) -> Items:
+def read(path: Path) -> Items:
     """Pairs of images with the same stem, by name; what has no counterpart or no caption is skipped.
 
     Raises:

@@ -260,8 +260,9 @@ def open_dataset(
         return open_stream(data, needs, pipeline, wanted, selection, annotations, cache_root)
     path = readers.resolve(data.path)
     format = readers.detect(path, data.format)
+    survey = readers.survey(path, format, annotations, selection)
     fingerprint = {
-        **source_fingerprint(path, format, selection, data.annotations),
+        **source_fingerprint(survey, format, data.annotations),
         **wanted._asdict(),
         "buckets": data.buckets,
         "crop": CROP,
@@ -270,7 +271,6 @@ def open_dataset(
     }
     folder = cache_root / digest(fingerprint)
     if not is_complete(folder):
-        survey = readers.survey(path, format, annotations, selection)
         needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
         encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
@@ -299,15 +299,13 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
 
 
-def source_fingerprint(
-    path: Path, format: str, selection: Selection, annotations: Sequence[str] = ()
-) -> dict[str, Any]:
+def source_fingerprint(survey: Survey, format: str, annotations: Sequence[str] = ()) -> dict[str, Any]:
     """What decides which groups are read."""
     return {
-        "source": readers.identity(path, format, selection),
+        "source": survey.identity,
         "annotations": sidecar_identity(annotations) if annotations else [],
         "reader": format,
-        "selection": None if selection.limit is None else vars(selection),
+        "selection": None if survey.selection.limit is None else vars(survey.selection),
         "layout": LAYOUT,
     }
 

@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from t2i_align.data import columns, folders, hub, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns, exists
 from t2i_align.data.layouts import KINDS, PUBLISHED
-from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
+from t2i_align.data.media import frame_files
 from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
 from t2i_align.errors import UserError, unknown
 
@@ -37,38 +36,26 @@ CONTENT_HASHED_UP_TO = 256 << 20  # bytes
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def _all_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """A format.
 
-    read: its groups and skipped rows, in a stable order. detects: whether a path looks like this format.
-    outline: the same items with images left out, where reading them is costly. files: the files that hold the rows,
-    where these are not the path or the files below it.
+    read: a path's groups and skipped rows, in a stable order; without `images`, those that are costly to read are left
+    out. detects: whether a path looks like this format. files: the files that hold the rows.
     """
 
-    read: Read
+    read: Callable[[Path, bool], Items]
     detects: Callable[[Path], bool] = lambda path: False
-    outline: Read | None = None
-    files: Callable[[Path], Iterable[Path]] | None = None
-
-    def items(self, path: Path, images: bool = True) -> Items:
-        """The items of a source."""
-        return (self.read if images or self.outline is None else self.outline)(path)
-
-    def files_of(self, path: Path) -> list[Path]:
-        """The files that hold the rows of a source."""
-        if self.files is not None:
-            return list(self.files(path))
-        return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files: Callable[[Path], Iterable[Path]] = _all_files
 
 
-def _table(maps: Callable[[Path], Sequence[Columns]], **options: Any) -> Reader:
+def _table(maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False) -> Reader:
     """The format of tables with column maps."""
-
-    def read(path: Path, *, images: bool = True) -> Items:
-        return columns.read(path, maps(path), images=images)
-
-    return Reader(read=read, outline=partial(read, images=False), files=tables.files, **options)
+    return Reader(read=lambda path, images: columns.read(path, maps(path), images), detects=detects, files=tables.files)
 
 
 def _recognised(name: str, path: Path) -> bool:
@@ -96,39 +83,46 @@ def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     return description, source, READERS[detect(source, description.format)]
 
 
-def _read_described(path: Path, *, images: bool = True) -> Items:
+def _read_described(path: Path, images: bool) -> Items:
     description, source, reader = _described(path)
-    return description.select(reader.items(source, images))
+    return description.select(reader.read(source, images))
 
 
 def _files_described(path: Path) -> list[Path]:
     _, source, reader = _described(path)
-    return [path, *reader.files_of(source)]
+    return [path, *reader.files(source)]
 
 
 READERS: dict[str, Reader] = {
     "described": Reader(
         read=_read_described,
-        outline=partial(_read_described, images=False),
-        files=_files_described,
         detects=lambda path: path.suffix in spec.SUFFIXES and path.is_file(),
+        files=_files_described,
     ),
     "folders": Reader(
-        read=folders.read_folders,
-        files=lambda path: (),
+        read=lambda path, images: folders.read(path),
         detects=lambda path: path.is_dir() and folders.detects(path),
+        files=lambda path: (),
     ),
-    **{name: _table(partial(_maps, name), detects=partial(_recognised, name)) for name in PUBLISHED},
+    **{name: _table(partial(_maps, name), partial(_recognised, name)) for name in PUBLISHED},
 }
 
 
-def register(name: str, **options: Any) -> Callable[[Read], Read]:
-    """Make a reading function known under `name`; see `Reader` for the options."""
+def register(
+    name: str, *, detects: Callable[[Path], bool] = lambda path: False, outline: Read | None = None
+) -> Callable[[Read], Read]:
+    """Make a reading function known under `name`.
+
+    detects: whether a path looks like this format. outline: gives the same items with images left out, where reading
+    them is costly.
+    """
 
     def add(function: Read) -> Read:
         if name in READERS or name == "auto":
             raise ValueError(f"there is a reader named {name!r} already")
-        READERS[name] = Reader(read=function, **options)
+        READERS[name] = Reader(
+            read=lambda path, images: (function if images else outline or function)(path), detects=detects
+        )
         return function
 
     return add
@@ -159,7 +153,7 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = selection.first(_checked(reader.items(file, images), file, annotations))
+    items = selection.first(_checked(reader.read(file, images), file, annotations))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -246,53 +240,53 @@ def has_lone_surrogate(text: str) -> bool:
 def survey(
     path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
 ) -> Survey:
-    """What a source holds, without opening its images. Raises UserError as `read` does.
+    """What a source holds, as far as the limit lets it be read, without decoding its images.
 
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
+
+    Raises:
+        UserError: as `read` does.
     """
+    source = resolve(path)
+    format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
-    result = Survey(selection)
-    for item in read(path, format, annotations, images=False, selection=selection):
+    result, contents = Survey(selection), _Contents()
+    for item in read(source, format, annotations, best_first=False, images=False, selection=selection):
         unmatched.pop(item.id, None)
         result.add(item)
+        if isinstance(item, Group):
+            contents.add(item)
+    for file in sorted(READERS[format].files(source)) if contents.embedded else ():
+        contents.add_file(file)
+        result.embedded_bytes += file.stat().st_size
+    result.identity = contents.digest.hexdigest()[:16]
     if unmatched and selection.limit is None:
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return result
 
 
-def identity(path: Path, format: str, selection: Selection = EVERYTHING) -> str:
-    """A hash of a source's groups and images, as far as the limit lets them be read.
+class _Contents:
+    """A hash of groups and their images; beyond CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
 
-    Images that lie in the source's own files count by these files. Beyond CONTENT_HASHED_UP_TO, sizes and times of
-    files stand for their content.
+    embedded: whether images lie in the source's own files, which then count instead.
     """
-    digest, hashed = hashlib.sha256(), 0
 
-    def add(file: Path) -> None:
-        nonlocal hashed
+    def __init__(self) -> None:
+        self.digest, self.hashed, self.embedded = hashlib.sha256(), 0, False
+
+    def add(self, group: Group) -> None:
+        paths = [media for media in group.candidates if isinstance(media, Path)]
+        self.embedded |= len(paths) < len(group.candidates)
+        names = [os.fsencode(media.name).hex() for media in paths]
+        row = [group.id, group.prompt, group.scores, dict(group.columns), names]
+        self.digest.update(json.dumps(row, sort_keys=True).encode())
+        for media in paths:
+            for file in frame_files(media) if media.is_dir() else [media]:
+                self.add_file(file)
+
+    def add_file(self, file: Path) -> None:
         stat = file.stat()
-        hashed += stat.st_size
+        self.hashed += stat.st_size
         large = f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-        digest.update(large if hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())
-
-    own_files = False
-    for item in read(path, format, best_first=False, images=False, selection=selection):
-        if isinstance(item, Group):
-            paths = [media for media in item.candidates if isinstance(media, Path)]
-            own_files = own_files or len(paths) < len(item.candidates)
-            names = [os.fsencode(media.name).hex() for media in paths]
-            row = [item.id, item.prompt, item.scores, dict(item.columns), names]
-            digest.update(json.dumps(row, sort_keys=True).encode())
-            for media in paths:
-                for file in frame_files(media) if media.is_dir() else [media]:
-                    add(file)
-    for file in sorted(READERS[detect(path, format)].files_of(path)) if own_files else []:
-        add(file)
-    return digest.hexdigest()[:16]
-
-
-def embedded_bytes(path: Path, format: str) -> int:
-    """An upper bound for media that a source holds inside its own files: the size of those that are no media."""
-    files = READERS[detect(path, format)].files_of(path)
-    return sum(file.stat().st_size for file in files if exists(file) and file.suffix.lower() not in MEDIA_SUFFIXES)
+        self.digest.update(large if self.hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())

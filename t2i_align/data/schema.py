@@ -210,7 +210,8 @@ class Survey:
     candidates: number of groups by their k. ties: those of them whose best and worst score are equal. disliked: single
     samples that were not liked. texts: prompts and captions. columns: how many groups have each column (see
     `Group.present`). skips: rows that cannot be used by their reasons. reasons: the first of these with their origin.
-    accepted, score_range: number of groups that the selection accepts, and their least and greatest score.
+    accepted, score_range: number of groups that the selection accepts, and their least and greatest score. identity: a
+    hash of all groups and their images. embedded_bytes: an upper bound for images inside the source's own files.
     """
 
     selection: Selection = EVERYTHING
@@ -223,6 +224,8 @@ class Survey:
     reasons: list[str] = field(default_factory=list)
     accepted: int = 0
     score_range: tuple[float, float] = (math.inf, -math.inf)
+    identity: str = ""
+    embedded_bytes: int = 0
 
     @property
     def groups(self) -> int:

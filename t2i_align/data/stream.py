@@ -59,7 +59,7 @@ def open_stream(
     if unusable:
         logger.warning("%s: %d rows cannot be used, such as %s", data.path, unusable, "; ".join(survey.reasons))
     fingerprint = {
-        "source": shards.identity(selection),
+        "source": shards.identity(selection) if data.stream else survey.identity,
         "annotations": sidecar_identity(data.annotations),
         "reader": shards.format,
         "window": data.stream,
@@ -97,7 +97,7 @@ class Shards:
         """A fingerprint of the source, as far as a limit lets it be read."""
         if self.remote is not None:
             return " ".join([self.remote, *self.names])
-        return readers.identity(self.folder, self.format, selection)
+        return readers.survey(self.folder, self.format, selection=selection).identity
 
     def items(self, number: int, *, images: bool = True) -> Items:
         """The groups and skipped rows of a shard, with the ids that they have in the whole source."""

@@ -243,7 +243,7 @@ class _Job:
         self.path = readers.resolve(source).absolute()
         self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
         survey = readers.survey(self.path, self.format, self.annotations)
-        self.total = survey.rows
+        self.total, self.identity = survey.rows, survey.identity
         survey.check_usable(source)
         if pairs and survey.candidates.get(2, 0) == survey.ties.get(2, 0):
             counts = dict(survey.candidates)
@@ -252,7 +252,7 @@ class _Job:
     def run(self, annotate: Annotate, settings: Row, *, images: bool = True, progress: bool) -> Summary:
         """Fill the table; `images` says whether they are read. Raises UserError if no group could be annotated."""
         table = self.table
-        with table.begun({"source": readers.identity(self.path, self.format), **settings}, force=self.force):
+        with table.begun({"source": self.identity, **settings}, force=self.force):
             items = readers.read(self.path, self.format, self.annotations, best_first=False, images=images)
             fill(table, items, annotate, total=self.total, batch=self.batch_size, progress=progress)
             why = table.skipped_file if table.skipped else None

@@ -90,10 +90,10 @@ def open_preferences(
     survey = readers.survey(file, kind, added, selection)
     if not any(k >= 2 for k in survey.candidates):
         raise UserError(f"{path}: preferences need groups of two candidates or more, found {dict(survey.candidates)}")
-    parts = {"root": str(file.resolve()), **source_fingerprint(file, kind, selection, annotations)}
+    parts = {"root": str(file.resolve()), **source_fingerprint(survey, kind, annotations)}
     folder = root / f"images-{digest(parts)}"
     if not is_complete(folder):
-        check_space(folder, readers.embedded_bytes(file, kind))
+        check_space(folder, survey.embedded_bytes)
         write(readers.read(file, kind, added), Undecoded(), folder, fingerprint=parts, total=survey.rows,
               selection=selection, progress=progress)  # fmt: skip
     store = Store(folder)

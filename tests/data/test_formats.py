@@ -183,7 +183,7 @@ def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -
 
 def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
     source = formats.write(tmp_path, "vote_counts")
-    seen = {readers.identity(source, "described")}
+    seen = {readers.survey(source, "described").identity}
     changes = [
         (source, b"[for_left, for_right]", b"[for_right, for_left]"),
         (tmp_path / "vote_counts" / "votes.tsv", b"\t7", b"\t8"),
@@ -191,7 +191,7 @@ def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
     ]
     for file, old, new in changes:
         file.write_bytes(file.read_bytes().replace(old, new))
-        seen.add(readers.identity(source, "described"))
+        seen.add(readers.survey(source, "described").identity)
     assert len(seen) == 4
 
 
@@ -253,9 +253,9 @@ def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
     entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
     source = lines(tmp_path / "clips.jsonl", [entry])
     assert groups(source)[0].candidates[0] == tmp_path / "chosen" / "running"
-    before = readers.identity(source, "jsonl")
+    before = readers.survey(source, "jsonl").identity
     (tmp_path / "chosen" / "running" / "1.png").write_bytes(b"another frame")
-    assert readers.identity(source, "jsonl") != before
+    assert readers.survey(source, "jsonl").identity != before
 
 
 def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

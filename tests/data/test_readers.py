@@ -265,9 +265,8 @@ def test_folders_that_are_unclear(tmp_path: Path) -> None:
         write_images(tmp_path / name, ["a.jpg"])
     with pytest.raises(UserError, match=r"expected one winner folder .* found good, winner"):
         list(read(tmp_path))
-    for function in (read, readers.identity):
-        with pytest.raises(UserError, match=r"expected a folder .* found a file"):
-            list(function(tmp_path / "good" / "a.jpg", "folders"))
+    with pytest.raises(UserError, match=r"expected a folder .* found a file"):
+        list(read(tmp_path / "good" / "a.jpg", "folders"))
 
 
 def test_folder_links_stay_inside(tmp_path: Path) -> None:
@@ -325,11 +324,11 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
     write_images(tmp_path / "one", ["a.jpg", "b.jpg"])
     entry = {"prompt": "x", "chosen": "a.jpg", "rejected": "b.jpg"}
     file = write_jsonl(tmp_path / "one" / "d.jsonl", [entry])
-    before = readers.identity(file, "jsonl")
+    before = readers.survey(file, "jsonl").identity
     write_images(tmp_path / "two", ["a.jpg", "b.jpg"])
-    assert readers.identity(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl") == before
+    assert readers.survey(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl").identity == before
     (tmp_path / "one" / "b.jpg").write_bytes(jpeg(9))
-    assert readers.identity(file, "jsonl") != before
+    assert readers.survey(file, "jsonl").identity != before
 
 
 def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> None:
@@ -337,22 +336,22 @@ def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> No
     write_images(tmp_path / "chosen", ["fox.png"])
     write_images(tmp_path / "rejected", ["fox.png"])
     (tmp_path / "captions").mkdir()
-    before, size = readers.identity(tmp_path, "folders"), readers.embedded_bytes(tmp_path, "folders")
+    before = readers.survey(tmp_path, "folders").identity
     write_images(tmp_path / "run" / "validation", ["step_000100.png"])
     for name in ("run.yaml", ".DS_Store", "chosen/.DS_Store", "chosen/._fox.png", "chosen/._fox.txt", "rejected/a.log"):
         (tmp_path / name).write_text("?")
-    assert readers.identity(tmp_path, "folders") == before
-    assert readers.embedded_bytes(tmp_path, "folders") == size == 0
+    survey = readers.survey(tmp_path, "folders")
+    assert (survey.identity, survey.embedded_bytes) == (before, 0)
     seen = {before}
     for name in ("metadata.jsonl", "chosen/metadata.jsonl", "captions/fox.txt", "chosen/fox.txt", "rejected/fox.png"):
         write_jsonl(tmp_path / name, [{"file_name": "fox.png", "text": name}])
-        seen.add(readers.identity(tmp_path, "folders"))
+        seen.add(readers.survey(tmp_path, "folders").identity)
     assert len(seen) == 6
 
 
 def test_identity_of_large_sources_uses_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_parquet(tmp_path / "a.parquet", pick_rows(2))
     monkeypatch.setattr(readers, "CONTENT_HASHED_UP_TO", 10)
-    before = readers.identity(file, "pickapic")
+    before = readers.survey(file, "pickapic").identity
     os.utime(file, ns=(1, 1))
-    assert readers.identity(file, "pickapic") != before
+    assert readers.survey(file, "pickapic").identity != before
