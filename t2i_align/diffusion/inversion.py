@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
-from t2i_align.diffusion.noising import Noised, NoiseSharing, candidates_conditioning
+from t2i_align.diffusion.noising import Noised, NoiseSharing, candidates_conditioning, normal_noise, per_row
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 
@@ -39,7 +39,7 @@ def inverted_noise(
 
     Args:
         model: its predictions drive the ODE.
-        levels: number of levels in the grid; the deepest in the batch sets the number of steps.
+        levels: number of levels in the grid; each sample takes as many steps as its own needs.
         guidance: classifier-free guidance scale (arXiv 2207.12598); 1 is none, and costs no second call.
         eta: share of fresh noise in [0, 1] (see `advance`): 0 is deterministic, 1 is `random_noise`.
         renoise: corrections of each step (ReNoise, arXiv 2403.14602), with one more call each: the prediction is
@@ -51,31 +51,34 @@ def inverted_noise(
     """
     process, clean, conditioning = rng.process, batch.latents.flatten(0, 1), candidates_conditioning(batch)
     groups, k = batch.latents.shape[:2]
-    predict = guided(model, conditioning, batch.empty, guidance)
     grid = level_grid(rng, levels)
-    level = (rng.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
-    latents, now = clean, torch.zeros_like(grid[level])
+    level = (rng.on_cpu.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
+    latents, now = clean, torch.zeros_like(grid[:1])
     for i in range(int(level.max()) + 1):
-        to = grid[i].repeat(len(clean))
-        fresh = fresh_noise(batch, rng, f"inversion noise {i}", sharing) if eta else None
+        rows = rng.moved((level >= i).nonzero().flatten())  # the others have reached their level
+        there = {name: tensor[rows] for name, tensor in conditioning.items()}
+        predict, at = guided(model, there, batch.empty, guidance), latents[rows]
+        now, to = now.expand(len(rows)), grid[i : i + 1].expand(len(rows))
+        fresh = normal_noise(batch, rng, f"inversion noise {i}", sharing)[rows] if eta else None
         # The network knows no cleaner level than timestep 0, but the first latents are clean beyond any table.
-        known = clean if i == 0 else None
-        first = predict(latents, now)
-        moved = advance(rng, first, latents, now, to, known, fresh, eta)
+        known = at if i == 0 else None
+        first = predict(at, now)
+        moved = advance(rng, first, at, now, to, known, fresh, eta)
         for _ in range(renoise):
             again = predict(moved, to)
             # Targets of two levels differ even where both see the same image and noise: average them at one.
-            there = process.to_clean(again, moved, to), process.to_noise(again, moved, to)
-            moved = advance(rng, (first + process.target(*there, now)) / 2, latents, now, to, known, fresh, eta)
-        latents = torch.where(_like(level >= i, clean), moved, latents)  # samples at their level stay
-        now = to
+            again = process.target(process.to_clean(again, moved, to), process.to_noise(again, moved, to), now)
+            moved = advance(rng, (first + again) / 2, at, now, to, known, fresh, eta)
+        latents, now = latents.index_copy(0, rows, moved), grid[i : i + 1]
     # Autocast caches cast weights, here without their gradient: the policy's own step would train nothing.
     torch.clear_autocast_cache()
-    timesteps = grid[level]
+    timesteps = grid[rng.moved(level)]
+    alpha, sigma = (per_row(value, clean).to(clean.dtype) for value in process.alpha_sigma(timesteps))
+    noise = (latents - alpha * clean) / sigma.clamp_min(torch.finfo(clean.dtype).tiny)  # 0 where sigma is 0
     return Noised(
         latents=latents,
         timesteps=timesteps,
-        target=process.target(clean, implied_noise(rng, latents, clean, timesteps), timesteps),
+        target=process.target(clean, noise, timesteps),
         conditioning=conditioning,
         groups=groups,
     )
@@ -116,8 +119,8 @@ def level_grid(rng: SampleRNG, levels: int) -> Tensor:
 
     A table with fewer entries than `levels` gives each of them once.
     """
-    middles = (torch.arange(levels, device=rng.device) + 0.5) / levels
-    return rng.process.timesteps(middles, rng.timestep_sampling).unique()
+    middles = (torch.arange(levels) + 0.5) / levels
+    return rng.moved(rng.process.timesteps(middles, rng.timestep_sampling).unique())
 
 
 def advance(
@@ -148,24 +151,6 @@ def advance(
             (alpha, sigma), (alpha_to, sigma_to) = process.alpha_sigma(now), process.alpha_sigma(to)
             kept = (alpha_to * sigma / (alpha * sigma_to)).square()  # SNR_to / SNR_now; 0 where alpha_to is 0
             share = share * (1 - kept).clamp_min(0).sqrt().to(latents.dtype)
-        share = _like(share, latents)
+        share = per_row(share, latents)
         noise = (1 - share.square()).sqrt() * noise + share * fresh
     return process.add_noise(process.to_clean(model_pred, latents, now) if clean is None else clean, noise, to)
-
-
-def implied_noise(rng: SampleRNG, latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
-    """noise* = (x_tau - alpha x) / sigma, [B, ...]; 0 where sigma is 0 and nothing is implied. timesteps: [B]."""
-    alpha, sigma = (_like(value, clean).to(clean.dtype) for value in rng.process.alpha_sigma(timesteps))
-    return (latents - alpha * clean) / sigma.clamp_min(torch.finfo(clean.dtype).tiny)
-
-
-def fresh_noise(batch: Batch, rng: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
-    """Standard normal numbers for each candidate, [B * k, ...]; `shared` gives those of a group the same."""
-    _, k, *shape = batch.latents.shape
-    noise = rng.normal(name, (1 if sharing == "shared" else k, *shape))
-    return noise.expand_as(batch.latents).flatten(0, 1)
-
-
-def _like(values: Tensor, other: Tensor) -> Tensor:
-    """[B] to [B, 1, ...] with as many dimensions as `other`."""
-    return values.view(-1, *([1] * (other.ndim - 1)))

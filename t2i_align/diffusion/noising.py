@@ -80,11 +80,21 @@ def random_noise(batch: Batch, rng: SampleRNG, sharing: NoiseSharing = "shared")
     `shared`: the candidates of a group get the same noise, as all released code does (Diffusion-DPO, arXiv
     2311.12908, algorithm in appendix); `independent`: each its own, which the objective's derivation permits.
     """
-    groups, k, *shape = batch.latents.shape
-    noise = rng.normal("noise", (1 if sharing == "shared" else k, *shape)).expand_as(batch.latents)
-    timesteps = rng.timesteps().repeat_interleave(k)
-    clean = batch.latents.flatten(0, 1)
-    return Noised.at(rng.process, clean, noise.flatten(0, 1), timesteps, candidates_conditioning(batch), groups)
+    groups, k = batch.latents.shape[:2]
+    timesteps, noise = rng.timesteps().repeat_interleave(k), normal_noise(batch, rng, "noise", sharing)
+    conditioning = candidates_conditioning(batch)
+    return Noised.at(rng.process, batch.latents.flatten(0, 1), noise, timesteps, conditioning, groups)
+
+
+def normal_noise(batch: Batch, rng: SampleRNG, name: str, sharing: NoiseSharing) -> Tensor:
+    """Standard normal numbers for each candidate, [B * k, ...]; `shared` gives those of a group the same."""
+    _, k, *shape = batch.latents.shape
+    return rng.normal(name, (1 if sharing == "shared" else k, *shape)).expand_as(batch.latents).flatten(0, 1)
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """One value per row, [B], to [B, 1, ...] with as many dimensions as `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def candidates_conditioning(batch: Batch) -> Conditioning:
@@ -115,7 +125,7 @@ def drop_captions(batch: Batch, empty: Conditioning, rng: SampleRNG, share: floa
         out = {}
         for name, tensor in conditioning.items():
             blank, tensor = _padded_alike(empty[name].to(tensor.dtype), tensor)
-            out[name] = torch.where(dropped.view(-1, *([1] * (tensor.ndim - 1))), blank, tensor)
+            out[name] = torch.where(per_row(dropped, tensor), blank, tensor)
         return out
 
     return replace(

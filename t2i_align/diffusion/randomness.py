@@ -53,6 +53,17 @@ class SampleRNG:
         self.timestep_sampling = timestep_sampling
         self.device = torch.device(device)
 
+    @property
+    def on_cpu(self) -> SampleRNG:
+        """The same numbers on the CPU, for what decides the course of a step: reading them waits for no device."""
+        return SampleRNG(self.seed, self.keys, self.process, self.timestep_sampling)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor on the device, which the host does not wait for."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers [B, *shape], float32."""
         return self._rows(torch.randn, name, shape)
@@ -71,6 +82,4 @@ class SampleRNG:
         for row, key in zip(out, self.keys, strict=True):
             generator.manual_seed(stable_seed(self.seed, key, name))
             sample(tuple(shape), generator=generator, out=row)  # type: ignore[operator]
-        if self.device.type == "cuda":
-            return out.pin_memory().to(self.device, non_blocking=True)
-        return out.to(self.device)
+        return self.moved(out)

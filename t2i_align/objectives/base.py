@@ -80,14 +80,12 @@ class Requirements:
             )
         for name in self.columns:
             self._check_column(name, survey.columns[name], survey.groups, path)
-        disliked = survey.disliked if self.likes_only else 0
+        ties, disliked, few = self.left_out(survey).values()
         usable = survey.candidates - (Counter() if self.ties else survey.ties) - Counter({1: disliked})
         enough = {k: count for k, count in usable.items() if k >= self.candidates}
         if not enough:
-            few = sum(count for k, count in survey.candidates.items() if k < self.candidates)
             raise UserError(
-                f"{path}: no group is left: of {survey.groups}, "
-                f"{survey.ties.total()} are ties, {disliked} are disliked, "
+                f"{path}: no group is left: of {survey.groups}, {ties} are ties, {disliked} are disliked, "
                 f"{few} have fewer than {self.candidates} candidates"
             )
         if alike:

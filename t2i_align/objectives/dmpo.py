@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch
-from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Float, settings
@@ -37,11 +36,7 @@ class DMPO(DiffusionDPO):
     name = "dmpo"
     paper = "arXiv 2511.03317"
     config = "sd15_dmpo.yaml"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.link != "sigmoid" or self.label_smoothing:
-            raise UserError("objective.link and objective.label_smoothing have no meaning for dmpo; leave them out")
+    links = False
 
     def pair_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         return dmpo_loss(h, alpha=self.alpha), {}

@@ -15,14 +15,14 @@ share: the same formula serves all three.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise, squared_error
+from t2i_align.diffusion.noising import NoiseSharing, random_noise, squared_error
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
 from t2i_align.objectives.diffusion_dpo import dpo_logit
@@ -47,7 +47,7 @@ class DSPO(Objective):
 
     beta: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.001
     logit_beta: Positive | None = None
-    noise: Literal["shared", "independent"] = "shared"
+    noise: NoiseSharing = "shared"
     guard: Share | None = None
 
     name = "dspo"
@@ -58,10 +58,11 @@ class DSPO(Objective):
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         noised = random_noise(batch, rng, self.noise)
         with torch.no_grad():
-            ref_residual_w, ref_residual_l = noised.residuals(reference)[:, [0, -1]].unbind(1)
-        residual_w, residual_l = noised.residuals(policy)[:, [0, -1]].unbind(1)
+            ref_residuals = noised.residuals(reference)
+        residuals = noised.residuals(policy)
+        (residual_w, residual_l), ref_residual_w = (residuals[:, 0], residuals[:, -1]), ref_residuals[:, 0]
         err_w, err_l = squared_error(residual_w), squared_error(residual_l)
-        ref_err_w, ref_err_l = squared_error(ref_residual_w), squared_error(ref_residual_l)
+        ref_err_w, ref_err_l = squared_error(ref_residual_w), squared_error(ref_residuals[:, -1])
         if self.guard is not None:
             err_l = scale_gradient(err_l, safeguard(residual_w, residual_l, self.guard))
         logit_beta = self.beta if self.logit_beta is None else self.logit_beta

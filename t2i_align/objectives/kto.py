@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise
+from t2i_align.diffusion.noising import NoiseSharing, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics, Objective, Requirements
@@ -58,7 +58,7 @@ class DiffusionKTO(Objective):
     utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky"
     desirable: NonNegative = 1.0
     undesirable: NonNegative = 1.0
-    noise: Literal["shared", "independent"] = "independent"
+    noise: NoiseSharing = "independent"
 
     name = "kto"
     paper = "arXiv 2404.04465"
@@ -75,16 +75,11 @@ class DiffusionKTO(Objective):
         z = mean_over_processes(g).clamp_min(0)
         liked = liked_candidates(batch.scores)
         loss = kto_loss(g, liked, z, utility=self.utility, desirable=self.desirable, undesirable=self.undesirable)
-        rewards, rise = g.detach(), (err - ref_err).detach()
-        metrics = {
-            "rewards/chosen": mean_where(rewards, liked),
-            "rewards/rejected": mean_where(rewards, ~liked),
-            "error/chosen": mean_where(err.detach(), liked),
-            "error/rejected": mean_where(err.detach(), ~liked),
-            "error/chosen_minus_reference": mean_where(rise, liked),
-            "error/rejected_minus_reference": mean_where(rise, ~liked),
-            "kto/z": z.expand(len(g)),
-        }
+        metrics = {"kto/z": z.expand(len(g))}
+        for side, mask in (("chosen", liked), ("rejected", ~liked)):
+            metrics[f"rewards/{side}"] = mean_where(g.detach(), mask)
+            metrics[f"error/{side}"] = mean_where(err.detach(), mask)
+            metrics[f"error/{side}_minus_reference"] = mean_where((err - ref_err).detach(), mask)
         return loss.mean(1), metrics
 
 

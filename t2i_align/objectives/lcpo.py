@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch
-from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.utils.settings import Float, Share, settings
@@ -45,11 +44,7 @@ class LCPO(DiffusionDPO):
     name = "lcpo"
     paper = "arXiv 2509.24159"
     config = "sd15_lcpo.yaml"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.link != "sigmoid" or self.label_smoothing:
-            raise UserError("objective.link and objective.label_smoothing have no meaning for lcpo; leave them out")
+    links = False
 
     def pair_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         w = trust(h, batch.state["eta"].to(h.dtype))

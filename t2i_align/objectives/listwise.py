@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
 
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise
+from t2i_align.diffusion.noising import NoiseSharing, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
-from t2i_align.objectives.pairwise import preference_metrics
+from t2i_align.objectives.pairwise import preference_metrics, wins
 from t2i_align.utils.settings import Positive, settings
 
 
@@ -24,7 +23,7 @@ class Listwise(Objective):
     """
 
     beta: Positive = 2000.0
-    noise: Literal["shared", "independent"] = "shared"
+    noise: NoiseSharing = "shared"
 
     needs = Requirements(candidates=2, ties=False, reference=True, lists=True)
 
@@ -45,7 +44,6 @@ def list_metrics(err: Tensor, ref_err: Tensor, scores: Tensor, *, beta: float) -
     """
     s = err - ref_err
     ordered = scores.unsqueeze(2) > scores.unsqueeze(1)
-    margins = s.unsqueeze(1) - s.unsqueeze(2)  # positive where the better one's error fell more
-    agree = (margins > 0).to(err.dtype) + 0.5 * (margins == 0).to(err.dtype)
+    agree = wins(s.unsqueeze(1) - s.unsqueeze(2))  # positive where the better one's error fell more
     metrics = preference_metrics(err[:, 0], err[:, -1], ref_err[:, 0], ref_err[:, -1], beta=beta)
     return metrics | {"rewards/pair_accuracies": (agree * ordered).sum((1, 2)) / ordered.sum((1, 2))}

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise, squared_error
+from t2i_align.diffusion.noising import NoiseSharing, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
+from t2i_align.objectives.pairwise import wins
 from t2i_align.utils.settings import NonNegative, Positive, settings
 
 SERIES_BELOW = 1e-3
@@ -56,7 +57,7 @@ class MaPO(Objective):
     weight: NonNegative = 0.1
     scale: Positive = 1000.0
     s: Positive = 0.5
-    noise: Literal["shared", "independent"] = "shared"
+    noise: NoiseSharing = "shared"
 
     name = "mapo"
     paper = "arXiv 2406.06424"
@@ -64,13 +65,14 @@ class MaPO(Objective):
     needs = Requirements(candidates=2, ties=False)
 
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
-        err_w, err_l = squared_error(random_noise(batch, rng, self.noise).residuals(policy))[:, [0, -1]].unbind(1)
+        errors = random_noise(batch, rng, self.noise).errors(policy)
+        err_w, err_l = errors[:, 0], errors[:, -1]
         loss, margin = mapo_loss(
             err_w, err_l, variant=self.variant, beta=self.beta, weight=self.weight, scale=self.scale, s=self.s
         )
         metrics = {
             "rewards/margins": margin,
-            "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "rewards/accuracies": wins(margin),
             "error/chosen": err_w,
             "error/rejected": err_l,
         }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Conditioning, Model
-from t2i_align.diffusion.noising import Noised, random_noise
+from t2i_align.diffusion.noising import Noised, normal_noise, per_row, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
@@ -49,12 +49,9 @@ def posterior_step(
     kept = alpha_t / alpha_s
     share = ((sigma_s / sigma_t) ** 2).nan_to_num()  # sigma_t = 0 is the flow's t = 0: nothing moves there
     added = 1 - kept**2 * share  # of sigma_t^2, what came between s and t
-    of_clean, of_noisy, of_noise = alpha_s * added, kept * share, sigma_s * added.clamp_min(0).sqrt()
-
-    def like(coefficient: Tensor) -> Tensor:
-        return coefficient.to(clean.dtype).view(-1, *([1] * (clean.ndim - 1)))
-
-    return like(of_clean) * clean + like(of_noisy) * noisy_latents + like(of_noise) * noise
+    coefficients = alpha_s * added, kept * share, sigma_s * added.clamp_min(0).sqrt()
+    of_clean, of_noisy, of_noise = (per_row(value, clean).to(clean.dtype) for value in coefficients)
+    return of_clean * clean + of_noisy * noisy_latents + of_noise * noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +92,12 @@ class NCPDPO(DiffusionDPO):
 
     def noised(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> Noised:
         noised = random_noise(batch, rng, self.noise)
-        k, shape = batch.latents.shape[1], batch.latents.shape[2:]
         if self.renoise == "uniform":
-            earlier, noise = rng.process.timesteps(rng.uniform("renoise")).repeat_interleave(k), None
+            earlier = rng.process.timesteps(rng.uniform("renoise")).repeat_interleave(batch.latents.shape[1])
+            noise = None
         else:
-            copies = 1 if self.noise == "shared" else k
-            noise = rng.normal("posterior", (copies, *shape)).expand_as(batch.latents).flatten(0, 1)
             earlier = (noised.timesteps - 1).clamp_min(0)
+            noise = normal_noise(batch, rng, "posterior", self.noise)
         perceive = cast(Perceiving, reference).features
         perceived = Perceived(**vars(noised), process=rng.process, earlier=earlier, noise=noise, perceive=perceive)
         with torch.no_grad():

@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2i_align.diffusion.noising import NoiseSharing
 from t2i_align.errors import UserError
 from t2i_align.objectives.listwise import Listwise
+from t2i_align.objectives.pairwise import wins
 from t2i_align.utils.settings import Bool, settings
 
 
 def win_rates(scores: Tensor) -> Tensor:
     """Share of the other candidates that each beats, [B, k] in [0, 1]; ties count half."""
-    difference = scores.unsqueeze(2) - scores.unsqueeze(1)
-    wins = (difference > 0).float() + 0.5 * (difference == 0).float()
-    return (wins.sum(2) - 0.5) / (scores.shape[1] - 1)  # less the half win over itself
+    beaten = wins(scores.unsqueeze(2) - scores.unsqueeze(1)).sum(2) - 0.5  # less the half win over itself
+    return beaten / (scores.shape[1] - 1)
 
 
 def dcg_weights(scores: Tensor, phi: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class RankDPO(Listwise):
 
     gain: Literal["wins", "scores"] = "wins"
     normalise: Bool = True
-    noise: Literal["shared", "independent"] = "independent"
+    noise: NoiseSharing = "independent"
 
     name = "rankdpo"
     paper = "arXiv 2410.18013"

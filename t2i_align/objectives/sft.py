@@ -7,12 +7,10 @@ The baseline of every preference method, and the first stage of some.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import random_noise
+from t2i_align.diffusion.noising import Reduction, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Objective, Requirements
 from t2i_align.utils.settings import settings
@@ -22,7 +20,7 @@ from t2i_align.utils.settings import settings
 class SFT(Objective):
     """Denoising on the preferred candidate alone; asks no reference. Ties and disliked samples are left out."""
 
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Reduction = "mean"
 
     name = "sft"
     paper = "arXiv 2006.11239"

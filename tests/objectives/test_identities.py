@@ -16,8 +16,8 @@ import torch
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES, get
 from t2i_align.objectives.base import DataStats, Objective
+from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.dmpo import dmpo_loss
-from t2i_align.objectives.pairwise import Pairwise
 from tests.objectives.toy import DEPENDS_ON_THE_BATCH, KINDS, as_required, loss_and_gradient, rich_batch, rows_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -83,7 +83,7 @@ def test_loss_where_policy_equals_reference(name: str, options: dict[str, Any], 
 
 @KINDS
 @pytest.mark.parametrize(
-    ("name", "options"), [c for c in CASES if issubclass(get(c[0]), Pairwise) and c[0] != "tdpo"], ids=case_id
+    ("name", "options"), [c for c in CASES if issubclass(get(c[0]), DiffusionDPO) and c[0] != "tdpo"], ids=case_id
 )
 def test_exchanging_winner_and_loser_negates_margins(name: str, options: dict[str, Any], kind: str) -> None:
     objective = build(name, {**options, **({"noise": "shared"} if "noise" in options else {})})
