@@ -203,7 +203,7 @@ def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path
 
 @pytest.mark.parametrize("tune", ["linear", "lora"])
 def test_sources_that_differ_in_images_alone_are_told_apart(tune: str, clip: str, source: Path, tmp_path: Path) -> None:
-    """File names, prompts and labels of `swapped` are those of `data`; its red images are blue and its blue ones red."""
+    """File names, prompts and labels of `swapped` are those of `data`; its red images are blue."""
     data, swapped = tmp_path / "data", tmp_path / "swapped"
     shutil.copytree(source, data)
     shutil.copytree(source, swapped)
