@@ -1,13 +1,13 @@
 """How bases are trained: tokenizers, parse targets, latents' bases, captions, students, resuming, the commands."""
 
 import copy
-import dataclasses
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
@@ -17,7 +17,6 @@ from t2i_align.testbed.captions import parse
 from t2i_align.testbed.scenes import sample_scene
 from t2i_align.testbed.world import split_of
 from tools.testbed.__main__ import COMMANDS, main
-from tools.testbed.base import VAERecipe
 from tools.testbed.denoiser import Pool, draw_captions, train_denoiser, warm_up
 from tools.testbed.distill import distillation
 from tools.testbed.loop import orthogonal
@@ -27,7 +26,10 @@ from tools.testbed.students import STUDENTS
 from tools.testbed.vae import draw_crops, encode, render_samples, round_trip
 from tools.testbed.wan import Wan
 
-TINY = "--vae-steps 3 --vae-clips 6 --clips 8 --text-steps 2 --steps 2 --batch 2 --every 2 --evaluated 1 --threads 1"
+TINY = """
+    vae.number=6 vae.compile=false clean.number=8 faulty.number=4
+    text_steps=2 denoiser.steps=2 denoiser.batch=2 every=2 evaluated=1 --threads 1
+"""
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +97,15 @@ def test_parse_targets_do_not_depend_on_the_phrasing(kind, texts, expected):
 
 
 def test_training_captions_leave_dev_and_test_out(sd, scenes):
-    texts, _ = draw_captions(scenes * 20, sd, np.random.default_rng(1), sd.recipe, True)
+    texts, _ = draw_captions(scenes * 20, sd, np.random.default_rng(1), True)
     stated = [parse(caption) for caption in texts if caption]
     assert len(stated) > 400 and all(split_of(statement) == "train" for statement in stated)
 
 
-def test_planted_faults_occur_at_their_rate(sd, scenes):
+def test_planted_faults_occur_at_their_rate(scenes):
     """With only the background's fault at rate 0.3, that share of stated backgrounds is wrong (4 standard errors)."""
-    recipe = dataclasses.replace(sd.recipe, fault_rates={"background": 0.3}, caption_dropout=0.0)
-    _, statements = draw_captions(scenes * 100, sd, np.random.default_rng(2), recipe, True)
+    base = SD(["denoiser.fault_rates={background: 0.3}", "denoiser.caption_dropout=0"])
+    _, statements = draw_captions(scenes * 100, base, np.random.default_rng(2), True)
     wrong = [
         s.background != scene.background for s, scene in zip(statements, scenes * 100, strict=True) if s.background
     ]
@@ -116,10 +118,10 @@ def test_planted_faults_occur_at_their_rate(sd, scenes):
 @pytest.mark.parametrize(("kind", "number"), [(SD, 24), (Wan, 8)])
 def test_finishing_keeps_the_samples_and_spreads_the_latents(kind, number):
     """Images' latents get the standard deviations of BALANCE, uncorrelated; clips' are standardised by the pipeline."""
-    base = kind()
+    base = kind([f"vae.number={number}"])
     torch.manual_seed(0)
     vae = base.build_vae()
-    samples, _ = render_samples(base, dataclasses.replace(base.vae_recipe, number=number))
+    samples, _ = render_samples(base)
     base.bf16 = False
     before = round_trip(base, vae, samples)
     base.finish(vae, samples)
@@ -141,14 +143,6 @@ def test_crops_lie_inside_and_hold_the_first_frames():
     crops = draw_crops(samples, np.array([[0, 63], [63, 0]]), np.random.default_rng(0), 8, 5, 32)
     assert crops.shape == (8, 3, 5, 32, 32) and crops.max() <= 63 / 127.5 - 1 + 1e-6
     torch.testing.assert_close(crops.diff(dim=-1), torch.full_like(crops[..., 1:], 1 / 127.5), atol=1e-6, rtol=0)
-
-
-def test_a_recipe_scales_to_a_number_of_steps():
-    recipe = VAERecipe(
-        phases=((1600, 4, 1, 32), (700, 2, 1, 64)), lr=1.0, muon=False, number=1, faulty=0.0, degraded=0.0
-    )
-    assert [phase[0] for phase in recipe.scaled(23).phases] == [16, 7]
-    assert [phase[0] for phase in recipe.scaled(23, 3).phases] == [3, 20]
 
 
 # Denoisers ----------------------------------------------------------------------------------------------------------
@@ -182,8 +176,7 @@ def test_a_student_that_knows_what_the_teacher_knows_has_no_error(sd, scenes, ki
 
         student = SimpleNamespace(process=process, predict=predict)
         teacher = SimpleNamespace(process=sd.process, predict=teach, encode_prompts=list)
-        recipe = dataclasses.replace(sd.recipe, batch=16)
-        return distillation(sd, teacher, student, (pool, pool), recipe)(0)["error"].item()
+        return distillation(SD(["denoiser.batch=16"]), teacher, student, (pool, pool))(0)["error"].item()
 
     assert loss(truth) < 1e-4
     assert loss(-truth) > 0.1
@@ -216,21 +209,22 @@ def test_every_student_learns_and_becomes_a_pipeline(sd, name):
 
 
 @pytest.mark.parametrize("muon", [False, True])
-def test_resuming_a_denoiser_equals_training_through(tmp_path, sd, scenes, muon):
+def test_resuming_a_denoiser_equals_training_through(tmp_path, scenes, muon):
     """Two steps, then two more from the checkpoint, give the weights of four steps; all weights learn."""
     pool = Pool(scenes, torch.randn(len(scenes), 4, 16, 16, generator=torch.manual_seed(0)))
-    recipe = dataclasses.replace(sd.recipe, steps=4, batch=4, muon=muon)
     first = {}
 
     def train(name, every, stop=None):
+        recipe = f"text_steps=1 every={every} denoiser.steps=4 denoiser.batch=4 denoiser.muon={muon}"
+        base = SD(recipe.split())
+
         def on_checkpoint(average, step):
             first.setdefault(step, {key: value.clone() for key, value in average.state_dict().items()})
             if step == stop:
                 raise KeyboardInterrupt
 
-        text = warm_up(sd, scenes, steps=1, seed=0, state_file=None)
         file = tmp_path / f"{name}.pt"
-        return train_denoiser(sd, text, (pool, pool), recipe, file, on_checkpoint, every).state_dict()
+        return train_denoiser(base, warm_up(base, scenes), (pool, pool), file, on_checkpoint).state_dict()
 
     through = train("a", 4)
     with pytest.raises(KeyboardInterrupt):
@@ -259,22 +253,33 @@ def test_every_command_has_help(command, capsys):
     assert stop.value.code == 0 and f"tools.testbed {command}" in capsys.readouterr().out
 
 
-def test_unknown_commands_are_named():
+def test_unknown_commands_and_keys_of_recipes_are_named(tmp_path):
     with pytest.raises(SystemExit, match="'train'; the commands are pretrain, clip"):
         main(["train"])
+    with pytest.raises(SystemExit, match=r"denoiser\.step: unknown key\. Did you mean 'steps'"):
+        main(["pretrain", "--out", str(tmp_path / "base"), "denoiser.step=10"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("video", ["", "-video"])
 def test_commands_make_a_base_and_pairs(tmp_path, capsys, video):
     base, pairs = tmp_path / "base", tmp_path / ("pairs" if video else "pairs.parquet")
-    command = [f"pretrain{video}", "--out", str(base), "--work", str(tmp_path / "work"), "--no-compile", *TINY.split()]
+    phases = f"vae.phases=[[2,2,{5 if video else 1},32],[1,1,{9 if video else 1},64]]"
+    command = [f"pretrain{video}", "--out", str(base), "--work", str(tmp_path / "work"), phases, *TINY.split()]
     main(command)
     assert "dev at step 2" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="exists; pass --force"):
         main(command)
     main([*command, "--force"])  # every stage is skipped
-    options = "--prompts 2 --candidates 2 --steps 2 --margin 0 --threads 1"
+    further = [*command, "--start", str(base), "denoiser.lr=1e-6"]
+    for option, folder in (("--out", tmp_path / "further"), ("--work", tmp_path / "more")):
+        further[further.index(option) + 1] = str(folder)
+    main(further)
+    for part in ("vae", "text_encoder", "transformer" if video else "unet"):
+        old, new = (next((folder / part).glob("*.safetensors")) for folder in (base, tmp_path / "further"))
+        for name, value in load_file(old).items():
+            torch.testing.assert_close(load_file(new)[name], value, atol=1e-3, rtol=1e-3, msg=f"{part}: {name}")
+    options = "--prompts 2 candidates=2 steps=2 margin=0 --threads 1"
     main([f"pairs{video}", str(base), "--out", str(pairs), *options.split()])
     groups = list(read(pairs / "pairs.jsonl" if video else pairs))
     assert [group.prompt for group in groups] == prompts("video-train" if video else "train")[:2]

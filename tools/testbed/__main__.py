@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from t2i_align.errors import UserError
 from t2i_align.utils.logging import silence_libraries
 
 # Each is the module of its name, or of its name without "-video", which has `options(parser, video)` and `run(args)`.
@@ -36,14 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     module, video = importlib.import_module(f"tools.testbed.{command.removesuffix('-video')}"), "-video" in command
     parser = argparse.ArgumentParser(prog=f"python -m tools.testbed {command}", description=module.__doc__)
     module.options(parser, video)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.set_defaults(video=video, out=None, force=False)
-    args = parser.parse_args(rest)
+    args = parser.parse_intermixed_args(rest)
     if args.out and args.out.exists() and not args.force:
         raise SystemExit(f"{args.out} exists; pass --force to replace it")
     torch.set_num_threads(args.threads)
-    module.run(args)
+    try:
+        module.run(args)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,46 +14,36 @@ from torch.nn import functional as F
 
 from pipelines import ForwardProcess
 from t2i_align.testbed.world import World
+from t2i_align.utils import settings as typed
+from t2i_align.utils.settings import Bool, Count, Float, NonNegative, Positive, Share, Whole, settings
 from tools.testbed.networks import BASES, build
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class VAERecipe:
     """How an autoencoder is trained. phases: (steps, samples a step, frames, side of the crops in pixels)."""
 
-    phases: tuple[tuple[int, int, int, int], ...]
-    lr: float
-    muon: bool
-    number: int  # drawn samples to learn from
-    faulty: float
-    degraded: float
-    kl_weight: float = 1e-6
-    seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        return sum(phase[0] for phase in self.phases)
-
-    def scaled(self, steps: int, first: int | None = None) -> VAERecipe:
-        """The same recipe in so many steps, rounded up in each phase; `first` of them in the first phase."""
-        start, *rest = self.phases
-        number = math.ceil(start[0] * steps / self.steps) if first is None else first
-        share = (steps - number) / (self.steps - start[0])
-        phases = ((number, *start[1:]), *((math.ceil(phase[0] * share), *phase[1:]) for phase in rest))
-        return dataclasses.replace(self, phases=phases)
+    phases: tuple[tuple[Count, Count, Count, Count], ...]
+    lr: Positive
+    muon: Bool
+    number: Count  # drawn samples to learn from
+    faulty: Share
+    degraded: Share
+    kl_weight: NonNegative = 1e-6
+    compile: Bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolConfig:
+@settings
+class PoolRecipe:
     """How many images or clips a denoiser learns from, and the shares of them with drawn faults and degraded."""
 
-    number: int
-    faulty: float = 0.0
-    degraded: float = 0.0
-    seed: int = 0
+    number: Count
+    faulty: Share = 0.0
+    degraded: Share = 0.0
+    seed: Whole
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class DenoiserRecipe:
     """How a denoiser is trained with its text encoder, in two phases under one cosine.
 
@@ -64,24 +52,40 @@ class DenoiserRecipe:
     is what preference alignment can sharpen.
     """
 
-    steps: int
-    clean_fraction: float
-    lr: float
-    muon: bool = False
-    batch: int = 64
-    caption_dropout: float = 0.1
-    parse_weight: float = 0.1
-    faulty_images: tuple[float, float]  # share of the batch, in each phase
-    fault_rates: Mapping[str, float]  # each is planted on its own with this probability wherever it applies
+    steps: Whole
+    clean_fraction: Share
+    lr: Positive
+    muon: Bool = False
+    batch: Count = 64
+    caption_dropout: Share = 0.1
+    parse_weight: NonNegative = 0.1
+    faulty_images: tuple[Share, Share]  # share of the batch, in each phase
+    fault_rates: dict[str, Share]  # each is planted on its own with this probability wherever it applies
     # Shapes are decided between noise and image, where the loss is small against the noisy steps' irreducible one:
     # this share of the times is logit-normal around `middle`, the rest uniform.
-    middle_share: float = 0.7
-    middle: tuple[float, float]
-    noisiest_share: float = 0.0  # of the times in the noisiest twentieth, where backgrounds are decided
+    middle_share: Share = 0.7
+    middle: tuple[Float, Positive]
+    noisiest_share: Share = 0.0  # of the times in the noisiest twentieth, where backgrounds are decided
     # Images of large objects only are drawn so many times as often: a shape's word is learned from them first, since a
     # small shape is three latent pixels wide.
-    large_weight: float = 3.0
-    seed: int = 0
+    large_weight: Positive = 3.0
+
+
+@settings
+class Recipe:
+    """How a base is trained; `text_steps` of its text encoder's warm-up.
+
+    A denoiser's checkpoints lie `every` steps apart, and each is evaluated on the first `evaluated` dev prompts.
+    """
+
+    vae: VAERecipe
+    clean: PoolRecipe
+    faulty: PoolRecipe
+    text_steps: Whole
+    denoiser: DenoiserRecipe
+    every: Count
+    evaluated: Count = 64
+    seed: Whole = 0
 
 
 class Base(ABC):
@@ -91,7 +95,6 @@ class Base(ABC):
         name: of its networks and recipes in `bases.yaml`.
         world: what it draws, its captions and its oracle.
         corrupt: a statement with one attribute wrong, or None where the fault does not apply.
-        text_steps: steps of the text encoder's warm-up.
         continuous: whether times between the 1000 timesteps are drawn.
         bf16: whether autoencoder and denoiser are trained in bf16 where the CPU has it.
         parse_sizes: classes that are read off each of the P tokens of `encode_text`.
@@ -101,17 +104,19 @@ class Base(ABC):
     name: str
     world: World
     corrupt: Callable[..., Any]
-    text_steps: int
     continuous: bool
     bf16: bool
     parse_sizes: Sequence[tuple[int, ...]]
     tokenizer: Any
     process: ForwardProcess
 
-    def __init__(self) -> None:
-        recipes = BASES[self.name]["recipes"]
-        self.vae_recipe, self.recipe = VAERecipe(**recipes["vae"]), DenoiserRecipe(**recipes["denoiser"])
-        self.clean, self.faulty = PoolConfig(**recipes["clean"]), PoolConfig(**recipes["faulty"])
+    def __init__(self, overrides: Sequence[str] = (), recipe: str | None = None) -> None:
+        """With the recipe of its own or another name in `bases.yaml`, changed by `key=value` overrides.
+
+        Raises:
+            UserError: an override that cannot be used.
+        """
+        self.recipe = typed.build(Recipe, typed.with_overrides(BASES[recipe or self.name]["recipe"], overrides))
 
     # What it learns from ----------------------------------------------------------------------------------------
 

@@ -117,6 +117,7 @@ def options(p: argparse.ArgumentParser, video: bool) -> None:
     p.add_argument("--steps", type=int, default=800)
     p.add_argument("--batch", type=int, default=64, help="captions per step; twice as many images")
     p.add_argument("--lr", type=float, default=2.5e-3)
+    p.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
-from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolConfig
+from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolRecipe
 from tools.testbed.loop import LoopConfig, fit, mixed
 from tools.testbed.networks import WIDTH
 from tools.testbed.vae import encode
@@ -39,7 +39,7 @@ class Pool:
         return np.searchsorted(weights, rng.random(count) * weights[-1], side="right")
 
 
-def make_pool(base: Base, config: PoolConfig, vae: nn.Module, cache: Path) -> Pool:
+def make_pool(base: Base, config: PoolRecipe, vae: nn.Module, cache: Path) -> Pool:
     """Draw a pool, and encode it unless `cache` (a .pt file) holds its latents.
 
     Raises:
@@ -53,7 +53,7 @@ def make_pool(base: Base, config: PoolConfig, vae: nn.Module, cache: Path) -> Po
     if cache.exists():
         saved = torch.load(cache, weights_only=True)
         if saved["key"] != digest.hexdigest():
-            raise ValueError(f"{cache} was made by another autoencoder or PoolConfig; delete it to make it anew")
+            raise ValueError(f"{cache} was made by another autoencoder or recipe; delete it to make it anew")
         return Pool(drawn, saved["latents"])
     rng, parts = np.random.default_rng((config.seed, 1)), []
     for start in range(0, len(drawn), 500):
@@ -65,24 +65,20 @@ def make_pool(base: Base, config: PoolConfig, vae: nn.Module, cache: Path) -> Po
     return Pool(drawn, torch.cat(parts))
 
 
-def make_pools(base: Base, vae: nn.Module, work: Path, samples: int) -> tuple[Pool, Pool]:
-    """Clean and faulty pools, cached in `work`; `samples` clean images or clips, faulty ones in proportion."""
-    share = samples / base.clean.number
-    clean, faulty = (
-        make_pool(base, dataclasses.replace(config, number=max(1, round(config.number * share))), vae, work / file)
-        for config, file in ((base.clean, "latents_clean.pt"), (base.faulty, "latents_faulty.pt"))
-    )
-    return clean, faulty
+def make_pools(base: Base, vae: nn.Module, work: Path) -> tuple[Pool, Pool]:
+    """Clean and faulty images or clips, cached in `work`."""
+    clean = make_pool(base, base.recipe.clean, vae, work / "latents_clean.pt")
+    return clean, make_pool(base, base.recipe.faulty, vae, work / "latents_faulty.pt")
 
 
 def draw_captions(
-    drawn: Sequence[Any], base: Base, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
+    drawn: Sequence[Any], base: Base, rng: np.random.Generator, faulty: bool
 ) -> tuple[list[str], list[Any]]:
     """A caption for each scene or clip, "" where dropped, and its statement, with planted faults where `faulty`.
 
     Statements of dev and test prompts never occur.
     """
-    captions, statements = [], []
+    recipe, captions, statements = base.recipe.denoiser, [], []
     for item in drawn:
         statement = base.world.language.describe(item, rng)
         if faulty:
@@ -99,16 +95,17 @@ def draw_captions(
 
 
 def draw_batch(
-    pools: tuple[Pool, Pool], base: Base, rng: np.random.Generator, recipe: DenoiserRecipe, faulty: bool
+    pools: tuple[Pool, Pool], base: Base, rng: np.random.Generator, faulty: bool
 ) -> tuple[Tensor, list[str], list[Any]]:
     """Latents [B, ...], captions and statements of clean and faulty images in their phase's shares."""
+    recipe = base.recipe.denoiser
     number = round(recipe.faulty_images[int(faulty)] * recipe.batch)
     latents, drawn = [], []
     for pool, count in zip(pools, (recipe.batch - number, number), strict=True):
         index = pool.draw(rng, count, recipe.large_weight)
         latents.append(pool.latents[torch.from_numpy(index)].float())
         drawn += [pool.drawn[i] for i in index]
-    return torch.cat(latents), *draw_captions(drawn, base, rng, recipe, faulty)
+    return torch.cat(latents), *draw_captions(drawn, base, rng, faulty)
 
 
 def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
@@ -121,16 +118,19 @@ def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
     return torch.from_numpy((times * 1000).astype(np.int64)).clamp(max=999)
 
 
-def warm_up(base: Base, drawn: Sequence[Any], *, steps: int, seed: int, state_file: Path | None) -> nn.ModuleDict:
+def warm_up(
+    base: Base, drawn: Sequence[Any], state_file: Path | None = None, encoder: nn.Module | None = None
+) -> nn.ModuleDict:
     """A text encoder that reads true captions of what is drawn, and its parse heads.
 
     The text encoders of real models know language from their own pretraining. This gives the tiny ones the same start:
     throw-away heads on a few tokens must tell what the caption states. Each step sees up to 128 captions; statements of
-    dev and test prompts are left out.
+    dev and test prompts are left out. Where `encoder` is already trained, only the heads learn.
     """
-    language = base.world.language
+    language, steps, seed = base.world.language, base.recipe.text_steps, base.recipe.seed
     torch.manual_seed(seed)
-    model = nn.ModuleDict({"text_encoder": base.build_text_encoder(), "heads": ClassHeads(base.parse_sizes, WIDTH)})
+    trained = (encoder or base.build_text_encoder()).requires_grad_(encoder is None)
+    model = nn.ModuleDict({"text_encoder": trained, "heads": ClassHeads(base.parse_sizes, WIDTH)})
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 7, step))
@@ -148,26 +148,29 @@ def train_denoiser(
     base: Base,
     text: nn.ModuleDict,
     pools: tuple[Pool, Pool],
-    recipe: DenoiserRecipe,
     state_file: Path,
     on_checkpoint: Callable[[nn.ModuleDict, int], None] | None = None,
-    every: int = 760,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> nn.ModuleDict:
     """Train denoiser and text encoder and return their exponential average, continuing from `state_file`.
 
     Args:
         text: from `warm_up`.
         pools: clean and faulty images or clips.
-        on_checkpoint: called with the average and the step after each checkpoint (`every` steps).
+        on_checkpoint: called with the average and the step after each checkpoint.
+        weights: of a trained denoiser to start from.
     """
-    torch.manual_seed(recipe.seed)
-    model = nn.ModuleDict({**text, "denoiser": base.build_denoiser()})
+    recipe, seed = base.recipe.denoiser, base.recipe.seed
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({**text, "denoiser": base.build_denoiser()}).requires_grad_(True)
+    if weights is not None:
+        model["denoiser"].load_state_dict(weights)
     process, heads = base.process, cast(ClassHeads, model["heads"])
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((recipe.seed, 11, step))
+        rng = np.random.default_rng((seed, 11, step))
         faulty = step >= recipe.clean_fraction * recipe.steps
-        latents, captions, statements = draw_batch(pools, base, rng, recipe, faulty)
+        latents, captions, statements = draw_batch(pools, base, rng, faulty)
         timesteps = draw_timesteps(rng, recipe)
         if base.continuous:
             timesteps = timesteps + torch.from_numpy(rng.random(len(latents), np.float32))
@@ -181,5 +184,5 @@ def train_denoiser(
         error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean()
         return {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
 
-    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, every=every, muon=recipe.muon)
+    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, every=base.recipe.every, muon=recipe.muon)
     return fit(model, losses, loop, state_file, on_checkpoint)

@@ -9,7 +9,6 @@ matched: the teacher is given fractional timesteps.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 import pipelines
 from pipelines import ForwardProcess
 from t2i_align.testbed import base_path
-from tools.testbed.base import Base, DenoiserRecipe
+from tools.testbed.base import Base
 from tools.testbed.denoiser import Pool, draw_batch, draw_timesteps, make_pools
 from tools.testbed.evaluate import report_on
 from tools.testbed.loop import LoopConfig, fit, mixed
-from tools.testbed.sampling import model_folder, output_options, save, training_options
+from tools.testbed.sampling import model_folder, output_options, recipe_options, save
 from tools.testbed.sd import SD
 from tools.testbed.students import STUDENTS, Student
 
@@ -57,15 +56,15 @@ def teacher_target(
 
 
 def distillation(
-    base: Base, teacher: Any, student: Student, pools: tuple[Pool, Pool], recipe: DenoiserRecipe
+    base: Base, teacher: Any, student: Student, pools: tuple[Pool, Pool]
 ) -> Callable[[int], dict[str, Tensor]]:
     """The loss of a step: the student's mean squared error against what follows from the teacher's prediction."""
     process = student.process
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((recipe.seed, 13, step))
-        latents, captions, _ = draw_batch(pools, base, rng, recipe, faulty=True)
-        timesteps = draw_timesteps(rng, recipe)
+        rng = np.random.default_rng((base.recipe.seed, 13, step))
+        latents, captions, _ = draw_batch(pools, base, rng, faulty=True)
+        timesteps = draw_timesteps(rng, base.recipe.denoiser)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = process.add_noise(latents, noise, timesteps)
         with mixed():
@@ -80,12 +79,10 @@ def distillation(
 
 
 def options(p: argparse.ArgumentParser, video: bool) -> None:
-    """The defaults are the epsilon base's recipe."""
     p.add_argument("--student", choices=list(STUDENTS), default="sd-eps", help="which base to make")
     output_options(p, "folder of the finished pipeline, e.g. tiny-sd-eps")
-    training_options(p, work="distill", every=300, samples=SD().clean.number, steps=1500, batch=64, lr=2e-3)
+    recipe_options(p, work="distill")
     p.add_argument("--teacher", type=model_folder, default=base_path("sd"), help="a v base; testbed:sd by default")
-    p.add_argument("--noisiest-share", type=float, default=0.15, help="share of the times in the noisiest twentieth")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,19 +92,19 @@ def run(args: argparse.Namespace) -> None:
         kind = teacher.process.prediction_type
         raise SystemExit(f"{args.teacher} predicts {kind}; the teacher must be a v base, e.g. testbed:sd")
     args.work.mkdir(parents=True, exist_ok=True)
-    base = SD()
-    pools = make_pools(base, teacher.pipe.vae, args.work, args.samples)
-    torch.manual_seed(args.seed)
+    base = SD(args.overrides, recipe=args.student)
+    recipe = base.recipe
+    pools = make_pools(base, teacher.pipe.vae, args.work)
+    torch.manual_seed(recipe.seed)
     student = STUDENTS[args.student](teacher.pipe)
     # Plain matrix products: at these sizes the fused kernel takes longer on a CPU.
     teacher.denoiser.set_attn_processor(AttnProcessor())
 
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
-        report_on(student.assemble(average), step, args.evaluated, args.work / f"{args.student}_{step}.png")
+        report_on(student.assemble(average), step, recipe.evaluated, args.work / f"{args.student}_{step}.png")
 
-    recipe = dataclasses.replace(base.recipe, batch=args.batch, seed=args.seed, noisiest_share=args.noisiest_share)
-    loop = LoopConfig(steps=args.steps, lr=args.lr, every=args.every)
-    losses = distillation(base, teacher, student, pools, recipe)
+    loop = LoopConfig(steps=recipe.denoiser.steps, lr=recipe.denoiser.lr, every=recipe.every)
+    losses = distillation(base, teacher, student, pools)
     average = fit(student.trained, losses, loop, args.work / f"distilled_{args.student}.pt", on_checkpoint)
     save(student.assemble(average), args.out)
     print(f"saved {args.out}")

@@ -64,6 +64,7 @@ def options(p: argparse.ArgumentParser, video: bool) -> None:
     p.add_argument("--number", type=int, help="the first so many prompts of the split; all by default")
     p.add_argument("--steps", type=int, default=STEPS)
     p.add_argument("--guidance", type=float, default=GUIDANCE)
+    p.add_argument("--seed", type=int, default=0, help="of the first image")
     p.add_argument("--image", type=Path, help="save a grid of the samples here")
 
 

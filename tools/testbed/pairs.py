@@ -32,6 +32,7 @@ from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.scenes import SIDE
 from t2i_align.testbed.world import CLIPS, prompts
 from t2i_align.utils.files import atomic_file, atomic_folder
+from t2i_align.utils.settings import Count, NonNegative, Share, Whole, build, settings, with_overrides
 from tools.testbed.annotators import Annotator, biased
 from tools.testbed.sampling import GUIDANCE, model_folder, output_options, sample
 
@@ -55,7 +56,7 @@ FPS = 8
 LINES, FOLDER = "pairs.jsonl", "clips"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class PairsConfig:
     """How pairs are sampled and chosen.
 
@@ -65,14 +66,14 @@ class PairsConfig:
     faithfulness and would drown it.
     """
 
-    candidates: int = 4
-    per_prompt: int = 1
-    margin: float = 0.1
-    quality_only: float = 1.0
-    steps: int = 12
-    guidance: float = GUIDANCE
-    prompts_per_batch: int = 32
-    seed: int = 0
+    candidates: Count = 4
+    per_prompt: Count = 1
+    margin: NonNegative = 0.1
+    quality_only: Share = 1.0
+    steps: Count = 12
+    guidance: NonNegative = GUIDANCE
+    prompts_per_batch: Count = 32
+    seed: Whole = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,12 +228,7 @@ def options(p: argparse.ArgumentParser, video: bool) -> None:
     p.add_argument("--prompts", type=int, default=1000 if video else 2400, help="how many train prompts to sample")
     p.add_argument("--first", type=int, default=0, help="the first train prompt")
     p.add_argument("--limit", type=int, help="stop after so many pairs")
-    p.add_argument("--candidates", type=int, default=PairsConfig.candidates)
-    p.add_argument("--per-prompt", type=int, default=PairsConfig.per_prompt, help="most pairs of one prompt")
-    p.add_argument("--steps", type=int, default=PairsConfig.steps, help="of the sampler")
-    p.add_argument("--margin", type=float, default=PairsConfig.margin, help="smallest difference of reward")
-    p.add_argument("--guidance", type=float, default=PairsConfig.guidance)
-    p.add_argument("--quality-only", type=float, default=PairsConfig.quality_only, help="share kept of such pairs")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="such as margin=0.05, see PairsConfig")
     if not video:
         p.add_argument("--annotator", choices=["expert", "noisy", "biased"], default="expert")
         p.add_argument("--flip", type=float, default=0.2, help="of the noisy annotator")
@@ -241,8 +237,7 @@ def options(p: argparse.ArgumentParser, video: bool) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sample train prompts from a base and write the pairs."""
-    fields = (field.name for field in dataclasses.fields(PairsConfig))
-    config = PairsConfig(**{name: getattr(args, name) for name in fields if hasattr(args, name)})
+    config = build(PairsConfig, with_overrides({}, args.overrides))
     captions = prompts("video-train" if args.video else "train")[args.first : args.first + args.prompts]
     family = pipelines.load(args.model)
     if args.video:

@@ -7,15 +7,15 @@ killed and run again. `distill` makes the other bases from the image base.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
+import pipelines
 from tools.testbed.base import Base
 from tools.testbed.denoiser import make_pools, train_denoiser, warm_up
 from tools.testbed.evaluate import report_on
-from tools.testbed.sampling import output_options, save, training_options
+from tools.testbed.sampling import model_folder, output_options, recipe_options, save
 from tools.testbed.sd import SD
 from tools.testbed.vae import train_vae
 from tools.testbed.wan import Wan
@@ -23,36 +23,19 @@ from tools.testbed.wan import Wan
 
 def options(p: argparse.ArgumentParser, video: bool) -> None:
     """The defaults are the shipped base's recipe."""
-    base: Base = Wan() if video else SD()
-    vae, recipe = base.vae_recipe, base.recipe
     output_options(p, "folder of the finished pipeline, e.g. tiny-sd")
-    training_options(
-        p,
-        work="pretrain-video" if video else "pretrain",
-        every=700,
-        samples=base.clean.number,
-        steps=recipe.steps,
-        batch=recipe.batch,
-        lr=recipe.lr,
-    )
-    p.add_argument("--vae-steps", type=int, default=vae.steps, help="the phases' steps are scaled to this sum")
-    p.add_argument("--vae-mosaic-steps", type=int, help="of these, steps of the first phase, which sees small crops")
-    p.add_argument("--vae-samples", "--vae-clips", type=int, default=vae.number, help="drawn for the autoencoder")
-    p.add_argument("--vae-lr", type=float, default=vae.lr)
-    p.add_argument("--text-steps", type=int, default=base.text_steps)
-    p.add_argument("--clean-fraction", type=float, default=recipe.clean_fraction, help="share of steps without faults")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=base.bf16, help="the autoencoder's step")
+    recipe_options(p, work="pretrain-video" if video else "pretrain")
+    p.add_argument("--start", type=model_folder, help="a base to train further; its autoencoder stays as it is")
 
 
 def run(args: argparse.Namespace) -> None:
     """Train what is missing, evaluate on dev prompts at every checkpoint, and save the pipeline."""
-    base: Base = Wan() if args.video else SD()
+    base: Base = Wan(args.overrides) if args.video else SD(args.overrides)
     args.work.mkdir(parents=True, exist_ok=True)
-    vae_recipe = dataclasses.replace(base.vae_recipe, lr=args.vae_lr, number=args.vae_samples, seed=args.seed)
-    vae_recipe = vae_recipe.scaled(args.vae_steps, args.vae_mosaic_steps)
-    vae = train_vae(base, vae_recipe, args.work / "vae.pt", compiled=args.compile)
-    pools = make_pools(base, vae, args.work, args.samples)
-    text = warm_up(base, pools[0].drawn, steps=args.text_steps, seed=args.seed, state_file=args.work / "text.pt")
+    start = pipelines.load(args.start) if args.start else None
+    vae = start.pipe.vae if start else train_vae(base, args.work / "vae.pt")
+    pools = make_pools(base, vae, args.work)
+    text = warm_up(base, pools[0].drawn, args.work / "text.pt", start.pipe.text_encoder if start else None)
 
     def assemble(trained: nn.ModuleDict) -> DiffusionPipeline:
         return base.assemble(vae, trained["text_encoder"], trained["denoiser"])
@@ -60,10 +43,9 @@ def run(args: argparse.Namespace) -> None:
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
         pipeline = assemble(average)
         save(pipeline, args.work / "latest")
-        report_on(pipeline, step, args.evaluated, args.work / f"{step}.png")
+        report_on(pipeline, step, base.recipe.evaluated, args.work / f"{step}.png")
 
-    names = ("steps", "batch", "clean_fraction", "lr", "seed")
-    recipe = dataclasses.replace(base.recipe, **{name: getattr(args, name) for name in names})
-    average = train_denoiser(base, text, pools, recipe, args.work / "denoiser.pt", on_checkpoint, every=args.every)
+    weights = start.denoiser.state_dict() if start else None
+    average = train_denoiser(base, text, pools, args.work / "denoiser.pt", on_checkpoint, weights)
     save(assemble(average), args.out)
     print(f"saved {args.out}")

@@ -28,17 +28,10 @@ def output_options(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument("--force", action="store_true", help="replace --out where it exists")
 
 
-def training_options(
-    p: argparse.ArgumentParser, *, work: str, every: int, samples: int, steps: int, batch: int, lr: float
-) -> None:
-    """What pretraining and distilling have in common, with the command's own defaults."""
+def recipe_options(p: argparse.ArgumentParser, work: str) -> None:
+    """--work, with the command's own default, and changes to the recipe."""
     p.add_argument("--work", type=Path, default=Path(work), help="folder of checkpoints and latents")
-    p.add_argument("--every", type=int, default=every, help="steps between checkpoints, each of which is evaluated")
-    p.add_argument("--evaluated", type=int, default=64, help="dev prompts sampled at each checkpoint")
-    p.add_argument("--samples", "--clips", type=int, default=samples, help="clean; faulty ones in proportion")
-    p.add_argument("--steps", type=int, default=steps)
-    p.add_argument("--batch", type=int, default=batch)
-    p.add_argument("--lr", type=float, default=lr)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="such as denoiser.steps=100, see bases.yaml")
 
 
 def model_folder(text: str) -> Path:

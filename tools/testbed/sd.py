@@ -32,15 +32,14 @@ class SD(Base):
     name = "sd"
     world = IMAGES
     corrupt = staticmethod(corrupt)
-    text_steps = 120
     continuous = False
     bf16 = True
     # The last four tokens are always padding. Each of three holds one object, "first" being the left or the upper one
     # whatever the phrasing, so that cross-attention can bind them to places; the fourth holds the rest.
     parse_sizes = [tuple(len(choices) + 1 for choices in CHOICES.values())] * SLOTS + [(3, SLOTS, len(BACKGROUNDS) + 1)]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, overrides: Sequence[str] = (), recipe: str | None = None) -> None:
+        super().__init__(overrides, recipe)
         self.tokenizer: CLIPTokenizer = build_tokenizer()
         self.process = VariancePreserving(build("sd", "scheduler").alphas_cumprod, "v_prediction")
 

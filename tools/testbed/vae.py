@@ -11,13 +11,13 @@ from torch import Tensor
 
 import pipelines
 from t2i_align.testbed.scenes import SIDE
-from tools.testbed.base import Base, VAERecipe, to_pixels
+from tools.testbed.base import Base, to_pixels
 from tools.testbed.loop import LoopConfig, fit, mixed
 
 
-def render_samples(base: Base, recipe: VAERecipe) -> tuple[np.ndarray, np.ndarray]:
+def render_samples(base: Base) -> tuple[np.ndarray, np.ndarray]:
     """Samples [N, F, 64, 64, 3] uint8 with faults, and the place [N, 2] (x, y in pixels) that crops should show."""
-    rng = np.random.default_rng((recipe.seed, 5))
+    recipe, rng = base.recipe.vae, np.random.default_rng((base.recipe.seed, 5))
     samples, centres = [], []
     for _ in range(recipe.number):
         drawn = base.draw(rng, recipe.faulty)
@@ -50,30 +50,31 @@ def vae_losses(base: Base, vae: Any, pixels: Tensor, progress: float, kl_weight:
     return {**terms, "kl": kl_weight * kl}
 
 
-def train_vae(base: Base, recipe: VAERecipe, state_file: Path, *, compiled: bool = False) -> Any:
+def train_vae(base: Base, state_file: Path) -> Any:
     """Train and finish the autoencoder, continuing from `state_file`; returns the exponential average.
 
     A step's data depend on (seed, step) only.
     """
-    torch.manual_seed(recipe.seed)
+    recipe, seed = base.recipe.vae, base.recipe.seed
+    torch.manual_seed(seed)
     vae = base.build_vae()
-    samples, centres = render_samples(base, recipe)
-    starts = np.cumsum([0, *(phase[0] for phase in recipe.phases)])
-    step_losses = torch.compile(vae_losses) if compiled else vae_losses
+    samples, centres = render_samples(base)
+    *starts, steps = np.cumsum([0, *(phase[0] for phase in recipe.phases)]).tolist()
+    step_losses = torch.compile(vae_losses) if recipe.compile else vae_losses
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((recipe.seed, 3, step))
+        rng = np.random.default_rng((seed, 3, step))
         _, batch, frames, side = recipe.phases[int(np.searchsorted(starts, step, side="right")) - 1]
         pixels = draw_crops(samples, centres, rng, batch, frames, side)
         torch.manual_seed(int(rng.integers(2**31)))  # of the posterior's sample
-        return step_losses(base, vae, pixels, step / recipe.steps, recipe.kl_weight)
+        return step_losses(base, vae, pixels, step / steps, recipe.kl_weight)
 
     def report(average: Any, step: int) -> None:
         pixels = torch.from_numpy(samples[:24]).movedim(-1, -3) / 255
         errors = (round_trip(base, average, samples[:24]).view_as(pixels) - pixels).square().flatten(1).mean(1)
         print(f"vae step {step}: {-10 * errors.clamp_min(1e-8).log10().mean():.2f} dB", flush=True)  # mean PSNR
 
-    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, ema=0.998, every=400, muon=recipe.muon)
+    loop = LoopConfig(steps=steps, lr=recipe.lr, ema=0.998, every=400, muon=recipe.muon)
     average = fit(vae, losses, loop, state_file, report)
     base.finish(average, samples[:400])
     return average

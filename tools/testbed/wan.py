@@ -34,14 +34,13 @@ class Wan(Base):
     name = "wan"
     world = CLIPS
     corrupt = staticmethod(corrupt)
-    text_steps = 200
     continuous = True
     bf16 = False
     choices = (*CHOICES.values(), tuple(PATHS), tuple(SPEEDS))
     parse_sizes = [(*[len(names) + 1 for names in choices] * 2, len(BACKGROUNDS) + 1)]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, overrides: Sequence[str] = (), recipe: str | None = None) -> None:
+        super().__init__(overrides, recipe)
         self.tokenizer = build_word_tokenizer(clip_words())
         self.process = RectifiedFlow()
 
