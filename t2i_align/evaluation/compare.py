@@ -5,32 +5,29 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from t2i_align.config import ModelConfig
+from t2i_align.data.loader import digest as digest_of
+from t2i_align.data.spec import normalise
 from t2i_align.errors import UserError, unknown
-from t2i_align.evaluation.report import keep, render
+from t2i_align.evaluation.report import render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
+from t2i_align.evaluation.sides import RESULT, WORK, Row, check_folder, columns, measure
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import TOTAL, judge, sample, sample_seed
+from t2i_align.inference.generate import TOTAL, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
 from t2i_align.inference.options import (
     PRECISIONS,
     build_scorers,
-    check_free,
     check_options,
-    memory_for,
     resolve_prompts,
 )
 from t2i_align.utils.files import output_lock, write_json, write_text
@@ -39,10 +36,7 @@ if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
-RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
-TEMPORARY = ".images-"
-Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
-Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not applicable
+PAIRS, REPORT = "pairs.jsonl", "report.html"
 
 
 def evaluate(
@@ -77,8 +71,8 @@ def evaluate(
     """Compare `aligned` with `base` and write `result.json`, `pairs.jsonl` and `report.html` to the folder `out`.
 
     Both sides draw each sample from the same seed, `sample_seed(seed, prompt index, k)`, whatever the batch size, and
-    are scored as the 8-bit images that would be saved; clips as their 8-bit frames, before any video codec. The files
-    are written at the very end, each whole or not at all.
+    are scored as the 8-bit images that would be saved; clips as their 8-bit frames, before any video codec. The same
+    call continues where an earlier one was stopped; the files are written at the very end.
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
@@ -112,7 +106,7 @@ def evaluate(
             generated then.
     """
     import pipelines  # with diffusers, whose import takes seconds
-    from reward_scorers.weights import digest
+    from reward_scorers.weights import digest, digest_of_tensors
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
@@ -124,7 +118,7 @@ def evaluate(
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    check_free(folder, force, "evaluation", RESULT)
+    check_folder(folder, force)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
@@ -159,12 +153,19 @@ def evaluate(
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
     origin = asdict(model) if model else {"path": pipeline.source, **version}
-    with _workplace(folder, force) as store, tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
-        what = (rows, judges, store, bar, batch_size, fps)
-        before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
-        if other.kind != "model":
+    decisive = [origin, str(aligned), rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
+    adapter = None if other.kind == "model" else digest(Path(other.path))
+    with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
+        check_folder(folder, force)  # another run may have come and gone since the first check
+        work = folder / f"{WORK}{digest_of(decisive)}"
+        work.mkdir(exist_ok=True)
+        what: Any = {"rows": rows, "scorers": judges, "work": work, "bar": bar, "batch_size": batch_size, "fps": fps}
+        what |= sampling
+        weights = digest_of_tensors(pipeline.denoiser.state_dict())
+        before = measure("base", pipeline, weights, **what, autocast=autocast)
+        if adapter:
             with adapter_on(pipeline, other):
-                after = _measure("aligned", pipeline, *what, autocast=autocast, **sampling)
+                after = measure("aligned", pipeline, f"{weights}-{adapter}", **what, autocast=autocast)
         else:
             del pipeline
             gc.collect()
@@ -172,15 +173,17 @@ def evaluate(
             whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
             pipeline = load_pipeline(whole, precision, device)
             _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
-            after = _measure("aligned", pipeline, *what, **sampling)
+            after = measure("aligned", pipeline, digest_of_tensors(pipeline.denoiser.state_dict()), **what)
         bar.close()
         recorded = {
             "base": origin.pop("path"),
             **origin,
             "aligned": str(aligned),
             "aligned_kind": other.kind,
-            "adapter_sha256": None if other.kind == "model" else digest(Path(other.path)),
+            "adapter_sha256": adapter,
             "prompts": len(texts),
+            "different_prompts": len({normalise(text) for text in texts}),
+            "identical_pairs": sum(old["sha256"] == new["sha256"] for old, new in zip(before, after, strict=True)),
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,
@@ -193,53 +196,25 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),
         }
-        scores = {
-            judge.name: _compared(judge, rows, before[judge.name], after[judge.name], margins[judge.name], ties)
-            for judge in judges
-        }
+        scores = {judge.name: _compared(judge, rows, before, after, margins[judge.name], ties) for judge in judges}
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        write_text(folder / REPORT, render(result.to_json(), rows, store, images))
+        write_text(folder / REPORT, render(result.to_json(), rows, work, images))
         write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_json(folder / RESULT, result.to_json())
+        for unfinished in folder.glob(f"{WORK}*"):
+            shutil.rmtree(unfinished)
+    if not any(scores.total.n for scores in result.scorers.values()):
+        raise UserError(f"{folder}: no pair could be scored: {', '.join(result.scorers)} gave no finite number")
     return result
 
 
-def _measure(
-    side: str,
-    pipeline: TrainablePipeline,
-    rows: Sequence[Row],
-    scorers: Sequence[Scorer],
-    store: Path,
-    bar: tqdm,
-    batch_size: int,
-    fps: float,
-    **sampling: Any,
-) -> dict[str, Columns]:
-    """Scores of one side by scorer, generated batch by batch, so that memory does not grow with their number."""
-    scores: dict[str, Columns] = {scorer.name: {} for scorer in scorers}
-    bar.set_description(side)
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        texts = [row["prompt"] for row in part]
-        samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
-        for row, one in enumerate(samples, start):
-            keep(one, store, side, row, fps)
-        for scorer in scorers:
-            with memory_for(batch_size):
-                judged = judge(scorer, samples, texts)
-            for row, parts in enumerate(judged, start):
-                for name, value in parts.items():
-                    scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))[row] = value
-        bar.update(len(part))
-    return scores
-
-
 def _compared(
-    scorer: Scorer, rows: Sequence[Row], before: Columns, after: Columns, margin: float, ties: Ties
+    scorer: Scorer, rows: Sequence[Row], before: Sequence[Row], after: Sequence[Row], margin: float, ties: Ties
 ) -> ScorerResult:
     """One scorer's comparison of both sides; its numbers of each pair are added to `rows`."""
-    both = {part: (old, after[part]) for part, old in before.items() if part in after}
-    prompts = np.array([row["prompt_index"] for row in rows])
+    old_parts, new_parts = columns(before, scorer.name), columns(after, scorer.name)
+    both = {part: (old, new_parts[part]) for part, old in old_parts.items() if part in new_parts}
+    prompts = [normalise(row["prompt"]) for row in rows]
     comparisons = {part: compare(*sides, prompts, margin=margin, ties=ties) for part, sides in both.items()}
     outcome = outcomes(*both[TOTAL], margin=margin)
     for i, row in enumerate(rows):
@@ -267,14 +242,3 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
-
-
-@contextmanager
-def _workplace(folder: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder in `folder`, which no other run may write to meanwhile."""
-    with output_lock(folder):
-        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since the first check
-        for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
-            yield Path(temporary)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i_align.evaluation.stats import Comparison
+from t2i_align.evaluation.stats import Comparison, Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,26 @@ class Evaluation:
         lines = []
         for name, result in self.scorers.items():
             for label, c in [(name, result.total), *((f"  {part}", c) for part, c in result.parts.items())]:
-                low, high = c.win_rate_ci
-                lines.append(
-                    f"{label:<24} win rate {c.win_rate:6.1%} [{low:.1%}, {high:.1%}]  "
-                    f"mean {c.mean_before:.3f} -> {c.mean_after:.3f}  n {c.n}"
-                )
+                if c.n:
+                    rate, means = shown(c.win_rate, c.win_rate_ci), f"{c.mean_before:.3f} -> {c.mean_after:.3f}"
+                    lines.append(f"{label:<24} win rate {rate}  mean {means}  n {c.n}")
+                else:
+                    lines.append(f"{label:<24} no pair could be scored")
+        prompts, different = self.settings["prompts"], self.settings["different_prompts"]
+        if different < prompts:
+            lines.append(f"{different} of the {prompts} prompts are different; the intervals are over these")
+        if same := self.settings["identical_pairs"]:
+            count = f"all {same}" if same == self.settings["samples"] else f"{same} of {self.settings['samples']}"
+            lines.append(f"{count} pairs are byte-identical: the aligned model changes nothing there")
         return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
+
+
+def shown(rate: float, interval: Interval) -> str:
+    """A rate with its interval, where there are any."""
+    if math.isnan(rate):
+        return "unknown (nothing but ties)"
+    low, high = interval
+    return f"{rate:6.1%} " + ("(too few prompts for an interval)" if math.isnan(low) else f"[{low:.1%}, {high:.1%}]")
 
 
 def plain(value: Any) -> Any:

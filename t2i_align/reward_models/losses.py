@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from t2i_align.data.spec import normalise
+from t2i_align.evaluation.result import shown
 from t2i_align.evaluation.stats import compare
 
 THETA = 5.0  # of BTT: how many times as likely a win has to be before it is no tie (arXiv 2501.13918)
@@ -93,16 +95,15 @@ class Accuracy:
     interval: tuple[float, float]
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.pairs} pairs"
+        return f"{shown(self.accuracy, self.interval).strip()} of {self.pairs} pairs"
 
 
 def measure(scores: Sequence[Tensor], labels: Sequence[Tensor], prompts: Sequence[str]) -> Accuracy:
     """Pair accuracy of groups: scores [k], labels [k] and the prompt of each."""
     gaps = [winner_gaps(r.double(), label) for r, label in zip(scores, labels, strict=True)]
-    _, prompt = np.unique(np.array(prompts, dtype=str), return_inverse=True)
     won = torch.cat(gaps).cpu().numpy()
-    result = compare(np.zeros(len(won)), won, np.repeat(prompt, [len(gap) for gap in gaps]))
+    clusters = np.repeat([normalise(prompt) for prompt in prompts], [len(gap) for gap in gaps])
+    result = compare(np.zeros(len(won)), won, clusters)
     return Accuracy(
         pairs=result.n, prompts=result.prompts_compared, accuracy=result.win_rate, interval=result.win_rate_ci
     )

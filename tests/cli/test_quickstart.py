@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from t2i_align.errors import UserError
-from t2i_align.evaluation import compare
+from t2i_align.evaluation import sides
 from t2i_align.inference.options import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
 from t2i_align.utils.files import WRITING
@@ -81,13 +81,13 @@ def test_wrong_override_leaves_the_earlier_result(override: str, says: str, tmp_
 
 def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = resolve_prompts("testbed:test")[:4]
-    folder, sizes, sample = tmp_path / "q", [], compare.sample
+    folder, sizes, sample = tmp_path / "q", [], sides.sample
 
     def recorded(*arguments, batch_size, **options):
         sizes.append(batch_size)
         return sample(*arguments, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(compare, "sample", recorded)
+    monkeypatch.setattr(sides, "sample", recorded)
     for _ in range(2):
         result = quickstart(SMALL, output=folder, prompts=prompts, progress=False)
     values = json.loads((folder / "result.json").read_text())

@@ -1,0 +1,100 @@
+"""The two sides of an evaluation: their samples and scores, batch by batch, which continue after a kill.
+
+FOLDER/.writing_evaluation-SETTINGS/SIDE-WEIGHTS.jsonl    a line per sample: its sha256 and each scorer's numbers
+                                    SIDE-ROW.png          what the report may show of it
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i_align.errors import UserError
+from t2i_align.evaluation.report import keep
+from t2i_align.evaluation.result import number
+from t2i_align.inference.generate import Sample, judge, sample
+from t2i_align.inference.options import check_free, memory_for
+from t2i_align.utils.files import WRITING, append_line, read_json, whole_lines
+
+if TYPE_CHECKING:
+    from pipelines import TrainablePipeline
+    from reward_scorers import Scorer
+
+RESULT = "result.json"  # written last: with it, an evaluation is finished
+WORK = f"{WRITING}evaluation-"
+Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
+Columns = dict[str, NDArray[np.float64]]  # a score (`TOTAL`) and its parts by name -> [N], NaN where not applicable
+
+
+def check_folder(folder: Path, force: bool) -> None:
+    """Raise UserError unless an evaluation may be written, continued, or with `force` replaced, in `folder`."""
+    result = folder / RESULT
+    if result.is_file() and not {"win_rate", "scorers"} <= read_json(result).keys():
+        raise UserError(f"{result}: was not written by t2i-align evaluate; choose another folder")
+    if result.is_file() or not any(folder.glob(f"{WORK}*")):
+        check_free(folder, force, "evaluation", RESULT)
+
+
+def measure(
+    side: str,
+    pipeline: TrainablePipeline,
+    weights: str,
+    rows: Sequence[Row],
+    scorers: Sequence[Scorer],
+    work: Path,
+    bar: tqdm,
+    *,
+    batch_size: int,
+    fps: float,
+    **options: Any,
+) -> list[Row]:
+    """The sha256 of each row's sample and its scores; what an earlier attempt has done is taken from its file.
+
+    Args:
+        side: "base" or "aligned". weights: what identifies its weights.
+        work: folder for these numbers and the report's images.
+        options: of `sample`.
+    """
+    file = work / f"{side}-{weights}.jsonl"
+    for other in {*work.glob(f"{side}-*.jsonl")} - {file}:  # the weights have changed meanwhile
+        other.unlink()
+    done = whole_lines(file)
+    bar.set_description(side)
+    bar.update(len(done))
+    for start in range(len(done), len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        prompts, seeds = [row["prompt"] for row in part], [row["seed"] for row in part]
+        samples = sample(pipeline, prompts, seeds, batch_size=batch_size, **options)
+        with ThreadPoolExecutor() as pool:  # images are compressed while the scorers run
+            kept = [pool.submit(keep, one, work, side, row, fps) for row, one in enumerate(samples, start)]
+            new: list[Row] = [{"sha256": _sha256(one), "scores": {}} for one in samples]
+            for scorer in scorers:
+                with memory_for(batch_size):
+                    judged = judge(scorer, samples, prompts)
+                for record, parts in zip(new, judged, strict=True):
+                    record["scores"][scorer.name] = {name: number(value) for name, value in parts.items()}
+        for writing in kept:
+            writing.result()  # raises what went wrong
+        append_line(file, *new)
+        done += new
+        bar.update(len(part))
+    return done
+
+
+def _sha256(sample: Sample) -> str:
+    return hashlib.sha256(sample.cpu().numpy().tobytes() if isinstance(sample, Tensor) else sample.tobytes()).hexdigest()
+
+
+def columns(records: Sequence[Row], scorer: str) -> Columns:
+    """A scorer's numbers of one side by name, as arrays."""
+    numbers = [record["scores"][scorer] for record in records]
+    names = dict.fromkeys(name for parts in numbers for name in parts)
+    return {name: np.array([parts.get(name) for parts in numbers], dtype=np.float64) for name in names}
