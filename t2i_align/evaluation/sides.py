@@ -90,7 +90,8 @@ def measure(
 
 
 def _sha256(sample: Sample) -> str:
-    return hashlib.sha256(sample.cpu().numpy().tobytes() if isinstance(sample, Tensor) else sample.tobytes()).hexdigest()
+    content = sample.cpu().numpy().tobytes() if isinstance(sample, Tensor) else sample.tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def columns(records: Sequence[Row], scorer: str) -> Columns:
