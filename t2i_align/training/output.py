@@ -16,6 +16,7 @@ from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
 from t2i_align.utils.files import WRITING, differences, output_lock, write_text
+from t2i_align.utils.settings import read_yaml
 
 if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
@@ -64,8 +65,17 @@ def check_same_run(output: Path, settings: Mapping[str, Any], free: Collection[s
     """Raise UserError where the folder holds a run with other settings, naming each key."""
     if not (file := output / RUN_FILE).is_file():
         return
-    if keys := differences(yaml.safe_load(file.read_text(encoding="utf-8")), settings, {"output_dir", *free}):
+    if keys := differences(read_settings(file), settings, {"output_dir", *free}):
         raise UserError(f"output_dir {output}: this folder holds another run: {'; '.join(keys)}")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a run.yaml; raises UserError for anything else."""
+    settings = read_yaml(file)
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict | str):
+        found = "an empty file" if settings is None else type(settings).__name__
+        raise UserError(f"{file}: damaged: expected a run's settings with the key 'model', found {found}")
+    return settings
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:

@@ -51,12 +51,19 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder, renamed to `path` on success and removed on failure; replaces what is there.
 
-    Its files are flushed to disk before the renaming. Missing parent folders are created.
+    Its files are flushed to disk before the renaming. Missing parent folders are created. Where a kill fell between the
+    two renames of a replacement, the next use brings the folder back first.
     """
     final, temporary = _names(path)
     old = temporary.with_name(f"{temporary.name}.old")
-    for left_over in (temporary, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+
+    def clear() -> None:
+        if old.exists() and not final.exists():  # stopped between the two renames
+            old.rename(final)
+        for left_over in (temporary, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    clear()
     temporary.mkdir()
     try:
         yield temporary
@@ -67,8 +74,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             final.rename(old)
         temporary.rename(final)
     finally:
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        clear()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -226,6 +226,26 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
         assert f"revision {revision}" in (tmp_path / str(number) / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"run.yaml: damaged: .* found an empty file"),
+        (b"- model", r"run.yaml: damaged: .* found list"),
+        (b"lora: 3", r"run.yaml: damaged: expected a run's settings with the key 'model'"),
+        (b"model: [", r"run.yaml: not valid YAML"),
+        (b"model: \xff", r"run.yaml: not valid YAML: 'utf-8' codec"),
+        (b"model: {path: 3}", r"run.yaml: model.path must be a string, found 3"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(
+    content: bytes, message: str, run: Run, lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(lora, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run(base=None, aligned=tmp_path / "run")
+
+
 def test_further_settings_are_written_and_reported(run: Run, tmp_path: Path) -> None:
     settings = {"aligned": "another name", "training_steps": 7}
     run(prompts=["cat"], settings=settings)
