@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,23 +19,18 @@ from t2i_align.data.spec import normalise
 from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
-from t2i_align.evaluation.sides import RESULT, WORK, Row, check_folder, columns, measure
+from t2i_align.evaluation.sides import WORK, Row, columns, measure
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.inference.generate import TOTAL, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import (
-    PRECISIONS,
-    build_scorers,
-    check_options,
-    resolve_prompts,
-)
-from t2i_align.utils.files import output_lock, write_json, write_text
+from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, resolve_prompts
+from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
-PAIRS, REPORT = "pairs.jsonl", "report.html"
+RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 
 
 def evaluate(
@@ -77,29 +71,20 @@ def evaluate(
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
         aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
-        prompts: text file with one prompt per line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
         seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
         seed: first seed.
-        steps: denoising steps (default: those of the base's diffusers pipeline).
-        guidance: guidance scale (default: that of the base's diffusers pipeline).
-        height, width: in pixels (default: the base's own).
-        frames: frames of a clip, for models that make clips (default: the base's own).
         fps: frames a second at which the report shows clips (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
-        batch_size: samples at a time (default: 8 images, or 1 clip).
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
-            any; the same for the next three).
-        variant: variant of the base's weight files, such as fp16.
-        single_file_config: folder or Hub id with the configuration of a single file, also of an aligned one.
-        expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
-        precision: of the weights ("fp32", "bf16", "fp16"); a loaded pipeline runs under autocast instead.
-        device: such as cpu or cuda:1 (default: the GPU if there is one).
+            any; the same for variant, single_file_config and expert).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
+
+    Others as in `t2i_align.inference.generate.generate`, of the base and of an aligned model.
 
     Raises:
         UserError, PipelineError: anything above that cannot be used, or an `out` that holds something; nothing was
@@ -118,12 +103,12 @@ def evaluate(
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    check_folder(folder, force)
+    _check_free(folder, force)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
-        for judge in judges:
-            judge.check_prompts(texts)
+        for scorer in judges:
+            scorer.check_prompts(texts)
     except ValueError as error:
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline
@@ -135,8 +120,8 @@ def evaluate(
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
         with adapter_on(pipeline, other):
             pass
-    for judge in judges:
-        judge.to(pipeline.device)
+    for scorer in judges:
+        scorer.to(pipeline.device)
 
     # Of the base, for both: two models that each took their own size would not share their noise.
     default_height, default_width = pipeline.default_size
@@ -156,7 +141,7 @@ def evaluate(
     decisive = [origin, str(aligned), rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     adapter = None if other.kind == "model" else digest(Path(other.path))
     with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
-        check_folder(folder, force)  # another run may have come and gone since the first check
+        _check_free(folder, force)  # another run may have come and gone since the first check
         work = folder / f"{WORK}{digest_of(decisive)}"
         work.mkdir(exist_ok=True)
         what: Any = {"rows": rows, "scorers": judges, "work": work, "bar": bar, "batch_size": batch_size, "fps": fps}
@@ -196,11 +181,10 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),
         }
-        scores = {judge.name: _compared(judge, rows, before, after, margins[judge.name], ties) for judge in judges}
+        scores = {scorer.name: _compared(scorer, rows, before, after, margins[scorer.name], ties) for scorer in judges}
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        write_text(folder / REPORT, render(result.to_json(), rows, work, images))
-        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / RESULT, result.to_json())
+        report = render(result.to_json(), rows, work, images)
+        write_files(folder, {REPORT: report, PAIRS: json_lines(rows), RESULT: json_text(result.to_json())})
         for unfinished in folder.glob(f"{WORK}*"):
             shutil.rmtree(unfinished)
     if not any(scores.total.n for scores in result.scorers.values()):
@@ -242,3 +226,11 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     for margin in margins.values():
         check_policy(margin, ties)
     return margins
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    """Raise UserError unless the folder has no finished evaluation yet, or one to be replaced."""
+    if holds(folder, "evaluation", REPORT):
+        check_own("evaluate", *(folder / name for name in (REPORT, PAIRS, RESULT)))
+        if (folder / RESULT).is_file() and not force:  # else it was killed
+            raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")

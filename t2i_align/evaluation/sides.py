@@ -17,30 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_align.errors import UserError
 from t2i_align.evaluation.report import keep
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import Sample, judge, sample
-from t2i_align.inference.options import check_free, memory_for
-from t2i_align.utils.files import WRITING, append_line, read_json, whole_lines
+from t2i_align.inference.options import memory_for
+from t2i_align.utils.files import WRITING, append_line, whole_lines
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
-RESULT = "result.json"  # written last: with it, an evaluation is finished
 WORK = f"{WRITING}evaluation-"
 Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
 Columns = dict[str, NDArray[np.float64]]  # a score (`TOTAL`) and its parts by name -> [N], NaN where not applicable
-
-
-def check_folder(folder: Path, force: bool) -> None:
-    """Raise UserError unless an evaluation may be written, continued, or with `force` replaced, in `folder`."""
-    result = folder / RESULT
-    if result.is_file() and not {"win_rate", "scorers"} <= read_json(result).keys():
-        raise UserError(f"{result}: was not written by t2i-align evaluate; choose another folder")
-    if result.is_file() or not any(folder.glob(f"{WORK}*")):
-        check_free(folder, force, "evaluation", RESULT)
 
 
 def measure(
@@ -78,9 +67,9 @@ def measure(
             new: list[Row] = [{"sha256": _sha256(one), "scores": {}} for one in samples]
             for scorer in scorers:
                 with memory_for(batch_size):
-                    judged = judge(scorer, samples, prompts)
-                for record, parts in zip(new, judged, strict=True):
-                    record["scores"][scorer.name] = {name: number(value) for name, value in parts.items()}
+                    for place, parts in judge(scorer, samples, prompts):
+                        numbers = {name: number(value) for name, value in parts.items()}
+                        new[place]["scores"][scorer.name] = numbers
         for writing in kept:
             writing.result()  # raises what went wrong
         append_line(file, *new)

@@ -5,7 +5,6 @@ The checks open as little as they can, so that a wrong name fails before anythin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
-from t2i_align.training.output import RUN_FILE
+from t2i_align.training.output import RUN_FILE, read_settings
+from t2i_align.utils.files import read_json
 from t2i_align.utils.settings import build
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
         folder = weights.parent if weights.is_file() else weights
         file = folder.absolute().parent / RUN_FILE
         if folder.name in TRAINED and file.is_file():
-            run = build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
+            run = build(ModelConfig, read_settings(file)["model"], where=f"{file}: model")
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
@@ -175,11 +174,7 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
 
 def _check_whole(folder: Path) -> None:
     """Refuse a half-copied model now rather than after the base has been sampled."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / 'model_index.json'}: not JSON: {error}") from error
-    for name, part in index.items():
+    for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list) and part and part[0] and not (folder / name).is_dir():
             raise UserError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
 

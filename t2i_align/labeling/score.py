@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.encode import Undecoded
 from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
@@ -170,17 +171,22 @@ def _score_batch(
 def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Image | Tensor | str]) -> list[Row]:
     """The score and parts of each candidate, or the error."""
     rows: list[Row] = []
-    for candidate, one in zip(batch, media, strict=True):
+    usable: dict[int, Image.Image | Tensor] = {}
+    for i, (candidate, one) in enumerate(zip(batch, media, strict=True)):
         error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
         rows.append({"error": error} if error else {})
-    usable = {i: one for i, one in enumerate(media) if not rows[i] and not isinstance(one, str)}
-    prompts, names = [batch[i].prompt for i in usable], [batch[i].image for i in usable]
-    with memory_for(len(usable)):
-        judged = judge(scorer, [*usable.values()], prompts, names)
-    for i, parts in zip(usable, judged, strict=True):
-        rows[i]["score"] = number(parts.pop(TOTAL))
-        if parts:
-            rows[i]["parts"] = {name: number(value) for name, value in parts.items()}
+        if not error and not isinstance(one, str):
+            usable[i] = one
+    places = list(usable)
+    try:
+        with memory_for(len(usable)):
+            for place, values in judge(scorer, list(usable.values()), [batch[i].prompt for i in places]):
+                row = rows[places[place]]
+                row["score"] = number(values.pop(TOTAL))
+                if values:
+                    row["parts"] = {name: number(value) for name, value in values.items()}
+    except ScorerError as error:
+        raise UserError(f"{batch[places[0]].image} ... {batch[places[-1]].image}: {error}") from error
     return rows
 
 

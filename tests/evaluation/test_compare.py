@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -185,15 +186,9 @@ def test_only_an_evaluation_is_replaced_and_only_when_forced(
     listing = generate(sd_path, ["cat"], tmp_path / "images", **FAST)
     before = listing.read_bytes()
     for force in (False, True):
-        with pytest.raises(UserError, match="not empty, and holds no evaluation"):
+        with pytest.raises(UserError, match="not empty and holds no evaluation"):
             run("images", force=force)
     assert listing.read_bytes() == before
-
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "result.json").write_text('{"accuracy": 0.9}')
-    with pytest.raises(UserError, match="was not written by t2i-align evaluate"):
-        run("theirs", force=True)
-    assert (tmp_path / "theirs" / "result.json").read_text() == '{"accuracy": 0.9}'
 
     out = tmp_path / "out"
     run(prompts=["cat"])
@@ -201,6 +196,8 @@ def test_only_an_evaluation_is_replaced_and_only_when_forced(
         patch.setattr(sides, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
         with pytest.raises(UserError, match=r"holds an evaluation; .*--force"):
             run(prompts=["cat"])
+    (out / "result.json").unlink()  # killed before it was written, last of all
+    run(prompts=["cat"])
     run(prompts=["cat", "dog"], force=True)
     assert [line["prompt"] for line in samples(out)] == ["cat", "dog"]
     generate(sd_path, ["cat"], out, force=True, **FAST)
@@ -224,6 +221,26 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
         result = run(str(number), aligned=tmp_path / "run", prompts=["cat"], **change)
         assert (result.settings["base"], result.settings["revision"], seen[-1]) == (str(sd_path), revision, revision)
         assert f"revision {revision}" in (tmp_path / str(number) / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "run.yaml: expected a run's settings, found NoneType"),
+        (b"- model", "run.yaml: expected a run's settings, found list"),
+        (b"lora: 3", "run.yaml: expected a run's settings, found no 'model'"),
+        (b"model: [", r"run.yaml: not valid YAML"),
+        (b"model: \xff", r"run.yaml: not valid YAML: 'utf-8' codec"),
+        (b"model: {path: 3}", r"run.yaml: model.path must be a string, found 3"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(
+    content: bytes, message: str, run: Run, lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(lora, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run(base=None, aligned=tmp_path / "run")
 
 
 def test_further_settings_are_written_and_reported(run: Run, tmp_path: Path) -> None:
@@ -298,9 +315,14 @@ def test_bad_input_is_named_before_anything_is_generated(
     assert not (tmp_path / "out").exists()
 
 
-STOPS = {"second batch of the base": (sides, "sample", 2), "first of the aligned": (sides, "sample", 4),
-         "scores": (sides, "judge", 2), "report": (module, "write_text", 1), "pairs": (module, "write_text", 2),
-         "result": (module, "write_json", 1)}  # fmt: skip
+STOPS: dict[str, tuple[Any, str, int]] = {
+    "second batch of the base": (sides, "sample", 2),
+    "first of the aligned": (sides, "sample", 4),
+    "scores": (sides, "judge", 2),
+    "report": (os, "replace", 1),
+    "pairs": (os, "replace", 2),
+    "result": (os, "replace", 3),
+}
 
 
 @pytest.mark.parametrize("stop", STOPS)
