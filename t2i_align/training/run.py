@@ -33,6 +33,7 @@ LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as
 FREE_ON_RESUME = (
     "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
 )  # fmt: skip
+MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
@@ -91,7 +92,7 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
     if accelerator.is_main_process:
         write_settings(output, settings)
-        print(describe(config, pipeline, source))
+        print(describe(config, pipeline, source, accelerator.num_processes))
     metrics = loop.run()
     weights = output / config.trains
     if accelerator.is_main_process:
@@ -177,17 +178,20 @@ def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
     pipeline.denoiser.train()
 
 
-def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
-    """What is about to run, in a few lines, with the objective's constants spelled out."""
+def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset, processes: int = 1) -> str:
+    """What is about to run, in a few lines, with the objective's constants and the passes over the data spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
-    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    passes = train.steps * train.batch_size * train.accumulate * processes / source.counts["groups"]
+    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups ({passes:.3g} passes over the data)"
+    warning = "fewer train.steps or more data; `validation` on other prompts shows when samples get worse"
+    note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if passes > MANY_PASSES else ""
     return f"""\
 model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
 data       {config.data.path}: {counts}
 objective  {config.objective.name} ({config.objective.paper}) {constants}
 training   {trained:,} parameters, {steps}, {train.precision}, seed {train.seed}
-output     {config.output_dir}"""
+output     {config.output_dir}{note}"""
