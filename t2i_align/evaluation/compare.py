@@ -6,7 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ def evaluate(
     variant: str | None = None,
     single_file_config: str | None = None,
     expert: str | None = None,
+    prediction_type: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -80,7 +81,7 @@ def evaluate(
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
-            any; the same for variant, single_file_config and expert).
+            any; the same for variant, single_file_config, expert and prediction_type).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -99,7 +100,8 @@ def evaluate(
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
     other = resolve_aligned(aligned)
-    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+    version |= {"expert": expert, "prediction_type": prediction_type}
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
@@ -137,7 +139,7 @@ def evaluate(
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
-    origin = asdict(model) if model else {"path": pipeline.source, **version}
+    origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     decisive = [origin, str(aligned), rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     adapter = None if other.kind == "model" else digest(Path(other.path))
     with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
@@ -156,6 +158,8 @@ def evaluate(
             gc.collect()
             torch.cuda.empty_cache()
             whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
+            if Path(other.path).is_file():  # which may not say it either
+                whole = replace(whole, prediction_type=origin["prediction_type"])
             pipeline = load_pipeline(whole, precision, device)
             _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
             after = measure("aligned", pipeline, digest_of_tensors(pipeline.denoiser.state_dict()), **what)

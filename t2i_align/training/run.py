@@ -31,8 +31,10 @@ LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
+    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
+    "train.batch_size", "train.accumulate",
 )  # fmt: skip
+MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
@@ -91,7 +93,7 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
     if accelerator.is_main_process:
         write_settings(output, settings)
-        print(describe(config, pipeline, source))
+        print(describe(config, pipeline, source, accelerator.num_processes))
     metrics = loop.run()
     weights = output / config.trains
     if accelerator.is_main_process:
@@ -161,7 +163,7 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
     model = asdict(config.model)
-    del model["expert"]  # experts share their encoders
+    del model["expert"], model["prediction_type"]  # experts share their encoders
     parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
@@ -177,17 +179,20 @@ def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
     pipeline.denoiser.train()
 
 
-def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
-    """What is about to run, in a few lines, with the objective's constants spelled out."""
+def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset, processes: int = 1) -> str:
+    """What is about to run, in a few lines, with the objective's constants and the passes over the data spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
-    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    passes = train.steps * train.batch_size * train.accumulate * processes / source.counts["groups"]
+    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups ({passes:.3g} passes over the data)"
+    warning = "fewer train.steps or more data; `validation` on other prompts shows when samples get worse"
+    note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if passes > MANY_PASSES else ""
     return f"""\
 model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
 data       {config.data.path}: {counts}
 objective  {config.objective.name} ({config.objective.paper}) {constants}
 training   {trained:,} parameters, {steps}, {train.precision}, seed {train.seed}
-output     {config.output_dir}"""
+output     {config.output_dir}{note}"""

@@ -231,7 +231,7 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
         (b"lora: 3", "run.yaml: expected a run's settings, found no 'model'"),
         (b"model: [", r"run.yaml: not valid YAML"),
         (b"model: \xff", r"run.yaml: not valid YAML: 'utf-8' codec"),
-        (b"model: {path: 3}", r"run.yaml: model.path must be a string, found 3"),
+        (b"model: {path: 3}", r"run.yaml of .*: model.path must be a string, found 3"),
     ],
 )
 def test_damaged_settings_of_a_run_are_named(

@@ -313,6 +313,19 @@ def test_epsilon_without_signal_at_the_last_timestep_is_refused(
         assert align(values, progress=False).steps == 1
 
 
+def test_passes_over_the_data_are_printed_and_many_are_warned_of(
+    sd_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 step of 32 groups from 2 is 16 passes, 2 steps are 32."""
+    data = jsonl_pairs(tmp_path / "data", 2)
+    for steps in (1, 2):
+        changes = {"train__steps": steps, "train__batch_size": 32, "data__cache_dir": str(tmp_path / "cache")}
+        align(run_values(sd_path, data, tmp_path / f"run{steps}", **changes), progress=False)
+        out = capsys.readouterr().out
+        assert f"({16 * steps} passes over the data)" in out
+        assert ("32 passes learn the groups by heart: fewer train.steps or more data" in out) == (steps == 2)
+
+
 def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
