@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`, renamed to it on success and removed on failure.
 
-    Missing parent folders are created. `sync` flushes to disk before renaming, so that the content survives a power
-    loss: not needed for files that are many and cheap to make again.
+    Missing parent folders are created. Without `sync`, for files that are cheap to make again, a power loss may undo it.
     """
     final, temporary = _names(path)
     try:
@@ -51,14 +50,13 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder, renamed to `path` on success and removed on failure; replaces what is there.
 
-    Its files are flushed to disk before the renaming. Missing parent folders are created. Where a kill fell between the
-    two renames of a replacement, the next use brings the folder back first.
+    Its files are flushed to disk before the renaming. Missing parent folders are created.
     """
     final, temporary = _names(path)
     old = temporary.with_name(f"{temporary.name}.old")
 
     def clear() -> None:
-        if old.exists() and not final.exists():  # stopped between the two renames
+        if old.exists() and not final.exists():  # an earlier use was killed between its two renames
             old.rename(final)
         for left_over in (temporary, old):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -67,9 +65,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _sync(file)
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)
         temporary.rename(final)
