@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`, renamed to it on success and removed on failure.
 
-    Missing parent folders are created. Without `sync`, for files that are cheap to make again, a power loss may undo it.
+    Missing parent folders are created. Without `sync`, for files that are cheap to make again, power loss may undo it.
     """
     final, temporary = _names(path)
     try:
