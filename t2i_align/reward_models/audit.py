@@ -56,6 +56,11 @@ class Calibration:
     error: float
     loss: float
 
+    def __str__(self) -> str:
+        if not self.bins:
+            return f"calibration unknown (fewer than {FEWEST} pairs in a half)"
+        return f"calibration error {self.error:.3f}, log loss {self.loss:.3f}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
@@ -74,10 +79,7 @@ class Audit:
         """A few lines for the terminal."""
         lines = []
         for name, accuracy in self.accuracy.items():
-            calibrated = self.calibration[name]
-            lines.append(
-                f"{name}: {accuracy}; calibration error {calibrated.error:.3f}, log loss {calibrated.loss:.3f}"
-            )
+            lines.append(f"{name}: {accuracy}; {self.calibration[name]}")
             for curve in self.curves.get(name, []):
                 oracle = f"oracle {curve.oracle[0]:.3f} -> {curve.oracle[-1]:.3f}, best {max(curve.oracle):.3f}"
                 gained = curve.proxy[-1] - curve.proxy[0]

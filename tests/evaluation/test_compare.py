@@ -230,7 +230,7 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
         (b"- model", "run.yaml: expected a run's settings, found list"),
         (b"lora: 3", "run.yaml: expected a run's settings, found no 'model'"),
         (b"model: [", r"run.yaml: not valid YAML"),
-        (b"model: \xff", r"run.yaml: not valid YAML: 'utf-8' codec"),
+        (b"model: \xff", r"run.yaml: not UTF-8"),
         (b"model: {path: 3}", r"run.yaml of .*: model.path must be a string, found 3"),
     ],
 )
