@@ -145,6 +145,8 @@ class Family:
         if not self.has_encoders:
             raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
         self.pipe.save_pretrained(str(directory), safe_serialization=True)
+        for file in Path(directory).rglob("*.safetensors"):  # which are written for their owner alone
+            file.chmod((Path(directory) / "model_index.json").stat().st_mode)
 
     # Text and prediction ------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64 << 20
-MAX_CLIP_PIXELS = 4 * MAX_PIXELS  # of all frames of a clip that is held in memory as a whole
+MAX_CLIP_PIXELS = 8 * MAX_PIXELS  # of a clip that is held in memory as a whole: ten seconds of 1920 x 1080
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)

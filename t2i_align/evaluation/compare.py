@@ -164,6 +164,7 @@ def evaluate(
             _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
             after = measure("aligned", pipeline, digest_of_tensors(pipeline.denoiser.state_dict()), **what)
         bar.close()
+        cut = {(name, row["prompt"]) for row, one in zip(rows, before, strict=True) for name in one["cut"]}
         recorded = {
             "base": origin.pop("path"),
             **origin,
@@ -173,6 +174,7 @@ def evaluate(
             "prompts": len(texts),
             "different_prompts": len({normalise(text) for text in texts}),
             "identical_pairs": sum(old["sha256"] == new["sha256"] for old, new in zip(before, after, strict=True)),
+            "prompts_cut": {judge.name: sum(name == judge.name for name, _ in cut) for judge in judges},
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,

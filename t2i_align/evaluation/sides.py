@@ -70,6 +70,8 @@ def measure(
                     for place, parts in judge(scorer, samples, prompts):
                         numbers = {name: number(value) for name, value in parts.items()}
                         new[place]["scores"][scorer.name] = numbers
+        for record, prompt in zip(new, prompts, strict=True):
+            record["cut"] = [scorer.name for scorer in scorers if prompt in scorer.cut]
         for writing in kept:
             writing.result()  # raises what went wrong
         append_line(file, *new)

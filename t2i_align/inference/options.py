@@ -153,16 +153,9 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     if not given:
         raise UserError(f"scorers: none given. Choices: {', '.join(reward_scorers.names())}.")
     try:
-        for spec in given:
-            if not isinstance(spec, reward_scorers.Scorer):
-                reward_scorers.check_spec(spec)
-        built = [spec if isinstance(spec, reward_scorers.Scorer) else reward_scorers.build(spec) for spec in given]
+        return reward_scorers.build_all(given)
     except reward_scorers.ScorerError as error:
         raise UserError(str(error)) from error
-    names = [scorer.name for scorer in built]
-    if len(set(names)) < len(names):
-        raise UserError(f"scorers: two of the same name among {', '.join(names)}")
-    return built
 
 
 def unscorable(scorers: Sequence[Scorer], prompt: str) -> str:
