@@ -174,7 +174,7 @@ class LoRAMixin(Family):
                     raise ValueError(f"{taken} of its {wanted} {name} tensors fit")
         except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
             self.pipe.delete_adapters(LOADED)
-            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:1000]
+            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:1000] or type(error).__name__
             raise PipelineError(f"{path}: this LoRA does not fit {self.family} ({self.source}): {reason}") from error
         for part in self.modules().values():
             for layer in lora_layers(part, LOADED).values():  # the strength is in the weights, whatever peft guessed

@@ -47,7 +47,8 @@ def read_lora(path: str | Path, component: str, modules: Collection[str]) -> dic
     lost = [k for k in state if k not in pairs and not KEPT.fullmatch(k) and k.removesuffix(".alpha") not in owners]
     if lost:
         kinds = "DoRA of other tools, LoHa, LoKr, differences of norms and biases are not read"
-        raise ValueError(f"{len(lost)} of its {len(state)} tensors are not a LoRA's, such as {lost[0]!r} ({kinds})")
+        example = min(lost, key=lambda key: key.endswith(".alpha"))
+        raise ValueError(f"{len(lost)} of its {len(state)} tensors are not a LoRA's, such as {example!r} ({kinds})")
     if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{len(bad)} of its {len(state)} tensors hold NaN or infinite values, such as {bad[0]!r}")
     scales = _scales(file, header)

@@ -71,10 +71,7 @@ def from_file(argument: str) -> Combined:
         raise ScorerError(f"combine: {file}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ScorerError(f"combine: {file}: expected a mapping of keys, found {type(values).__name__}")
-    try:
-        return from_mapping({"name": file.stem, **values}, root=file.parent)
-    except RecursionError:
-        raise ScorerError(f"combine: {file}: it is among its own scorers") from None
+    return from_mapping({"name": file.stem, **values}, root=file.parent)
 
 
 def from_mapping(values: Mapping[str, Any], root: Path = Path()) -> Combined:

@@ -22,6 +22,7 @@ FACTORIES: dict[str, str | Callable[..., Scorer]] = {
     "clip": "reward_scorers.clip:clip",
     "combine": "reward_scorers.combine:from_file",
     "consistency": "reward_scorers.video:consistency",
+    "denscore": "reward_scorers.denscore:denscore",
     "hf-clip": "reward_scorers.hf_clip:hf_clip",
     "hpsv2.0": "reward_scorers.clip:hpsv2_0",
     "hpsv2.1": "reward_scorers.clip:hpsv2_1",
@@ -88,8 +89,13 @@ def build(spec: str) -> Scorer:
     factory = FACTORIES[name]
     if isinstance(factory, str):
         factory = pkgutil.resolve_name(factory)
-    if inspect.signature(factory).parameters:
-        return factory(re.sub("(^|:)~/", rf"\1{Path.home()}/", argument))  # shells expand no ~ after a colon
-    if argument:
+    takes_argument = bool(inspect.signature(factory).parameters)
+    if argument and not takes_argument:
         raise ScorerError(f"{name}: takes no argument, found {argument!r}")
-    return factory()
+    argument = re.sub("(^|:)~/", rf"\1{Path.home()}/", argument)  # shells expand no ~ after a colon
+    try:
+        return factory(argument) if takes_argument else factory()
+    except RecursionError:
+        raise ScorerError(f"{name}: {argument}: it is among its own scorers, or nested too deeply") from None
+    except OSError as error:  # such as a name that no file can have
+        raise ScorerError(f"{name}: {error.strerror or error}: {argument:.200}") from error

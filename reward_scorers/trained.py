@@ -14,7 +14,7 @@ from reward_scorers.heads import PAL, HeadScorer, LinearHead
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.registry import build
 from reward_scorers.towers import TwoTowers
-from reward_scorers.weights import load_checkpoint
+from reward_scorers.weights import load_checkpoint, loading
 
 METADATA, HEAD, CLIP = "scorer.json", "head.safetensors", "clip"
 HEADS = {"name", "base", "base_weights", "width"}
@@ -83,5 +83,6 @@ def make_head(metadata: dict[str, Any]) -> nn.Module:
 
 def load_head(folder: Path, metadata: dict[str, Any]) -> tuple[nn.Module, str]:
     """The head with its weights, and what identifies these."""
-    head = make_head(metadata)
+    with loading(f"trained: {folder / METADATA}"):
+        head = make_head(metadata)
     return head, load_checkpoint(head, str(folder / HEAD), "trained", target="its metadata")

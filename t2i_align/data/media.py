@@ -27,6 +27,7 @@ from torch import Tensor
 
 from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
+from t2i_align.errors import PrintableError
 from t2i_align.utils.files import atomic_file
 
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
@@ -47,7 +48,7 @@ TOO_SLOW = "{:.3g} frames a second, too few for {:g}"
 ROUNDING = 1e-4  # seconds
 
 
-class ImageError(ValueError):
+class ImageError(PrintableError):
     """An image or clip that cannot be used; the message is the reason."""
 
 
@@ -238,9 +239,8 @@ def _open(media: Media) -> Image.Image:
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(f"{size[0]} x {size[1]} is more than {MAX_PIXELS} pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:

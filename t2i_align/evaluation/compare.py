@@ -96,7 +96,8 @@ def evaluate(
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
-    check_options(precision, seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    check_options(precision, fps, seeds_per_prompt=seeds_per_prompt, **counts)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
     other = resolve_aligned(aligned)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from t2i_align.evaluation.report import keep
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import Sample, judge, sample
+from t2i_align.inference.generate import Sample, in_background, judge, sample
 from t2i_align.inference.options import memory_for
 from t2i_align.utils.files import WRITING, append_line, whole_lines
 
@@ -58,25 +57,26 @@ def measure(
     done = whole_lines(file)
     bar.set_description(side)
     bar.update(len(done))
-    for start in range(len(done), len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        prompts, seeds = [row["prompt"] for row in part], [row["seed"] for row in part]
-        samples = sample(pipeline, prompts, seeds, batch_size=batch_size, **options)
-        with ThreadPoolExecutor() as pool:  # images are compressed while the scorers run
-            kept = [pool.submit(keep, one, work, side, row, fps) for row, one in enumerate(samples, start)]
+
+    def store(start: int, samples: Sequence[Sample], records: Sequence[Row]) -> None:
+        for row, one in enumerate(samples, start):
+            keep(one, work, side, row, fps)
+        append_line(file, *records)  # after its images
+
+    with in_background() as run, memory_for(batch_size):
+        for start in range(len(done), len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            prompts, seeds = [row["prompt"] for row in part], [row["seed"] for row in part]
+            samples = sample(pipeline, prompts, seeds, batch_size=batch_size, **options)
             new: list[Row] = [{"sha256": _sha256(one), "scores": {}} for one in samples]
             for scorer in scorers:
-                with memory_for(batch_size):
-                    for place, parts in judge(scorer, samples, prompts):
-                        numbers = {name: number(value) for name, value in parts.items()}
-                        new[place]["scores"][scorer.name] = numbers
-        for record, prompt in zip(new, prompts, strict=True):
-            record["cut"] = [scorer.name for scorer in scorers if prompt in scorer.cut]
-        for writing in kept:
-            writing.result()  # raises what went wrong
-        append_line(file, *new)
-        done += new
-        bar.update(len(part))
+                for place, parts in judge(scorer, samples, prompts):
+                    new[place]["scores"][scorer.name] = {name: number(value) for name, value in parts.items()}
+            for record, prompt in zip(new, prompts, strict=True):
+                record["cut"] = [scorer.name for scorer in scorers if prompt in scorer.cut]
+            run(store, start, samples, new)
+            done += new
+            bar.update(len(part))
     return done
 
 

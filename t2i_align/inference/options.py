@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -170,10 +171,12 @@ def unscorable(scorers: Sequence[Scorer], prompt: str) -> str:
     return ""
 
 
-def check_options(precision: str = "fp32", **counts: int | None) -> None:
-    """Raise UserError for an unknown precision, or a number of steps, images or a batch below 1; None is a default."""
+def check_options(precision: str = "fp32", fps: float | None = None, **counts: int | None) -> None:
+    """Raise UserError for an unknown precision, an impossible rate, or a number below 1; None is a default."""
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"fps must be a number of frames a second above 0, found {fps!r}")
     for key, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")

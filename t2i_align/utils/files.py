@@ -36,6 +36,7 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     Missing parent folders are created. Without `sync`, for files that are cheap to make again, power loss may undo it.
     """
     final, temporary = _names(path)
+    temporary.unlink(missing_ok=True)  # what a kill left, which some would append to
     try:
         with _named_in_errors(path):
             yield temporary
@@ -119,7 +120,6 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     """The objects of a JSONL file (none if it is missing) without a half-written last line.
 
     Args:
-        path: JSONL file.
         repair: cut that line off in the file as well, or end it where only its end is missing; False where another
             process may be writing it, or it may be of something else.
 

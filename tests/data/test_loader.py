@@ -140,6 +140,19 @@ def test_a_second_run_encodes_nothing(tmp_path: Path, pairs: Path) -> None:
     assert keys(batches(second, 5)) == keys(batches(first, 5))
 
 
+def test_how_many_images_are_encoded_at_once_is_no_part_of_the_cache(tmp_path: Path, pairs: Path) -> None:
+    sizes: list[int] = []
+
+    class Counting(StandIn):
+        def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(pixels))
+            return super().encode_pixels(pixels)
+
+    first = opened(tmp_path, pairs, pipeline=Counting, encode_batch=3)
+    assert max(sizes) == 3
+    assert opened(tmp_path, pairs, pipeline=never, encode_batch=5).fingerprint == first.fingerprint
+
+
 def test_what_changes_the_latents_makes_another_cache(tmp_path: Path, pairs: Path) -> None:
     for change in ({"encoders": "e2"}, {"size": (16, 16)}, {"limit": 3}):
         opened(tmp_path, pairs)

@@ -18,6 +18,7 @@ from torch import Tensor
 import reward_scorers
 from reward_scorers import Scorer, ScorerError
 from reward_scorers.combine import Combined, from_mapping, read_reference
+from reward_scorers.trained import load_head
 
 
 class Channel(Scorer):
@@ -170,8 +171,22 @@ def test_a_file_gives_the_scorer_its_name(tmp_path: Path) -> None:
         reward_scorers.build("combine")
 
 
-def test_a_combination_of_itself_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text(f"rule: min\nscorers: ['combine:{file}']\n")
-    with pytest.raises(ScorerError, match=r"a\.yaml: it is among its own scorers"):
-        reward_scorers.build(f"combine:{file}")
+def test_files_that_never_end_are_refused(tmp_path: Path) -> None:
+    """An ensemble and a trained scorer of themselves, values nested too deeply, and names that no file can have."""
+    heads = {"layout": 1, "kind": "linear", "name": "x", "base": f"trained:{tmp_path}", "base_weights": "?", "width": 4}
+    (tmp_path / "scorer.json").write_text(json.dumps(heads))
+    cases = {
+        "self.yaml": f"rule: min\nscorers: ['combine:{tmp_path}/self.yaml']\n",
+        "deep.yaml": f"rule: min\nscorers: {'[' * 5000}{']' * 5000}",
+    }
+    for name, text in cases.items():
+        (tmp_path / name).write_text(text)
+    specs = [*(f"combine:{tmp_path / name}" for name in cases), f"trained:{tmp_path}"]
+    for spec in specs:
+        with pytest.raises(ScorerError, match="it is among its own scorers, or nested too deeply"):
+            reward_scorers.build(spec)
+    for name in ("combine", "trained", "hpsv2.1", "clip:ViT-B-32"):
+        with pytest.raises(ScorerError, match="File name too long"):
+            reward_scorers.build(f"{name}:{'x' * 5000}")
+    with pytest.raises(ScorerError, match=r"scorer\.json: .*memory"):
+        load_head(tmp_path, {**heads, "width": 10**13})
