@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.config import ModelConfig
 from t2i_align.data.loader import digest as digest_of
@@ -22,7 +22,14 @@ from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.sides import WORK, Row, columns, measure
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.inference.generate import TOTAL, sample_seed
-from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
+from t2i_align.inference.models import (
+    Aligned,
+    adapter_on,
+    load_pipeline,
+    resolve_aligned,
+    resolve_base,
+    resolve_model,
+)
 from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, resolve_prompts
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
@@ -36,7 +43,7 @@ RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 def evaluate(
     *,
     base: str | Path | TrainablePipeline | None = None,
-    aligned: str | Path,
+    aligned: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str],
     scorers: str | Sequence[str | Scorer],
     out: str | Path,
@@ -71,7 +78,8 @@ def evaluate(
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
-        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
+        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model, which
+            may be a loaded pipeline.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
         seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
@@ -100,7 +108,9 @@ def evaluate(
     check_options(precision, fps, seeds_per_prompt=seeds_per_prompt, **counts)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
-    other = resolve_aligned(aligned)
+    other = resolve_aligned(aligned) if isinstance(aligned, str | Path) else Aligned("model", aligned.source)
+    if base is None and not isinstance(aligned, str | Path):
+        raise UserError("base: none given, and a loaded pipeline does not tell which model it was aligned from")
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
     version |= {"expert": expert, "prediction_type": prediction_type}
     loaded = not isinstance(base, str | Path | None)
@@ -116,7 +126,9 @@ def evaluate(
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline
     pipeline = load_pipeline(model, precision, device) if model else base  # type: ignore[assignment]
-    if other.kind == "model":
+    if not isinstance(aligned, str | Path):
+        _check_media(pipeline.video, aligned.video, aligned.source)
+    elif other.kind == "model":
         if (family := pipelines.family_of(resolve_model(other.path))) is not None:
             _check_media(pipeline.video, family.video, other.path)
     else:
@@ -141,7 +153,7 @@ def evaluate(
     sampling["frames"] = frames
     autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
-    decisive = [origin, str(aligned), rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
+    decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     adapter = None if other.kind == "model" else digest(Path(other.path))
     with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
         _check_free(folder, force)  # another run may have come and gone since the first check
@@ -154,6 +166,9 @@ def evaluate(
         if adapter:
             with adapter_on(pipeline, other):
                 after = measure("aligned", pipeline, f"{weights}-{adapter}", **what, autocast=autocast)
+        elif not isinstance(aligned, str | Path):
+            weights = digest_of_tensors(aligned.denoiser.state_dict())
+            after = measure("aligned", aligned, weights, **what, autocast=autocast)
         else:
             del pipeline
             gc.collect()
@@ -169,7 +184,7 @@ def evaluate(
         recorded = {
             "base": origin.pop("path"),
             **origin,
-            "aligned": str(aligned),
+            "aligned": str(aligned) if isinstance(aligned, str | Path) else aligned.source,
             "aligned_kind": other.kind,
             "adapter_sha256": adapter,
             "prompts": len(texts),

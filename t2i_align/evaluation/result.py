@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.evaluation.stats import Comparison, Interval
+from t2i_align.utils import html
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,40 @@ class Evaluation:
             scorers[name] = {**values.pop("total"), **values}
         return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": scorers}
 
+    def __repr__(self) -> str:
+        name, result = next(iter(self.scorers.items()))
+        rate = shown(self.win_rate, self.win_rate_ci).strip()
+        return f"Evaluation(win rate {rate} by {name}, n {result.total.n}, {self.out})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and the report with its images."""
+        rows = [
+            (label, shown(c.win_rate, c.win_rate_ci), f"{c.mean_before:.3f}", f"{c.mean_after:.3f}", str(c.n))
+            if c.n
+            else (label, "no pair could be scored", "", "", "0")
+            for label, c in self._comparisons()
+        ]
+        report = self.out / "report.html"
+        page = html.page(report.read_text(encoding="utf-8")) if report.is_file() else ""
+        return html.table(["scorer", "win rate [95 % interval]", "base", "aligned", "n"], rows) + page
+
+    def _comparisons(self) -> list[tuple[str, Comparison]]:
+        """Each scorer's comparison, followed by its parts'."""
+        return [
+            each
+            for name, result in self.scorers.items()
+            for each in [(name, result.total), *((f"  {part}", c) for part, c in result.parts.items())]
+        ]
+
     def summary(self) -> str:
         """A few lines for the terminal."""
         lines = []
-        for name, result in self.scorers.items():
-            for label, c in [(name, result.total), *((f"  {part}", c) for part, c in result.parts.items())]:
-                if c.n:
-                    rate, means = shown(c.win_rate, c.win_rate_ci), f"{c.mean_before:.3f} -> {c.mean_after:.3f}"
-                    lines.append(f"{label:<24} win rate {rate}  mean {means}  n {c.n}")
-                else:
-                    lines.append(f"{label:<24} no pair could be scored")
+        for label, c in self._comparisons():
+            if c.n:
+                rate, means = shown(c.win_rate, c.win_rate_ci), f"{c.mean_before:.3f} -> {c.mean_after:.3f}"
+                lines.append(f"{label:<24} win rate {rate}  mean {means}  n {c.n}")
+            else:
+                lines.append(f"{label:<24} no pair could be scored")
         prompts, different = self.settings["prompts"], self.settings["different_prompts"]
         if different < prompts:
             lines.append(f"{different} of the {prompts} prompts are different; the intervals are over these")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables

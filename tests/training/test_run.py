@@ -198,7 +198,7 @@ def test_hyper_parameters_fitted_to_the_data_are_printed_kept_and_resumed(
 ) -> None:
     config = configuration.from_mapping(run_values(sd_path, pairs, tmp_path / "run"))
     config = dataclasses.replace(config, objective=Fitted(beta=100.0))
-    align(config, progress=False)
+    align(config)
     assert "smoothing=0.25" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["objective"]["smoothing"] == 0.25
     again = dataclasses.replace(config, resume=True)
@@ -320,7 +320,7 @@ def test_passes_over_the_data_are_printed_and_many_are_warned_of(
     data = jsonl_pairs(tmp_path / "data", 2)
     for steps in (1, 2):
         changes = {"train__steps": steps, "train__batch_size": 32, "data__cache_dir": str(tmp_path / "cache")}
-        align(run_values(sd_path, data, tmp_path / f"run{steps}", **changes), progress=False)
+        align(run_values(sd_path, data, tmp_path / f"run{steps}", **changes), progress=True)
         out = capsys.readouterr().out
         assert f"({16 * steps} passes over the data)" in out
         assert ("32 passes learn the groups by heart: fewer train.steps or more data" in out) == (steps == 2)
