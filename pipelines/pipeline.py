@@ -88,8 +88,13 @@ class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
                     if negative:
                         repeated = {key: row.expand(len(generators), *row.shape[1:]) for key, row in negative.items()}
                         inputs |= {f"negative_{key}": value for key, value in self.call_inputs(repeated).items()}
-                    with self.sampling_inputs(inputs) as arguments:
-                        output = self.pipe(**arguments, **options, generator=generators)
+                    try:
+                        with self.sampling_inputs(inputs) as arguments:
+                            output = self.pipe(**arguments, **options, generator=generators)
+                    except (AttributeError, TypeError, ValueError) as error:
+                        if not isinstance(self._process, PipelineError):
+                            raise
+                        raise PipelineError(f"{self._process}; diffusers cannot sample with it: {error}") from error
                     pixels = (output.frames if self.video else output.images).float().cpu()
                     self._check_finite(pixels, names[rows], seeds[rows])
                     samples.append(pixels.clamp(0, 1))

@@ -396,3 +396,11 @@ def test_images_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: P
     run(listed(tmp_path, {"image": "a.tif", "prompt": "x"}), Red(), tmp_path / "out.jsonl")
     (row,) = whole_lines(tmp_path / "out.jsonl")
     assert "score" in row and "error" not in row
+
+
+def test_prompts_that_are_cut_are_counted(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of letters, 75 fit between the two marks of 77 tokens."""
+    rows = [{"image": "0.png", "prompt": "x" * count} for count in (75, 76, 90)]
+    scorer = f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"
+    score(listed(tmp_path, *rows, name="long.jsonl"), scorer, progress=False)
+    assert "over 3 images; 2 prompts were longer than its text encoder reads, and cut" in capsys.readouterr().out
