@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`, renamed to it on success and removed on failure.
 
-    Missing parent folders are created. `sync` flushes to disk before renaming, so that the content survives a power
-    loss: not needed for files that are many and cheap to make again.
+    Missing parent folders are created. Without `sync`, for files that are cheap to make again, power loss may undo it.
     """
     final, temporary = _names(path)
     temporary.unlink(missing_ok=True)  # what a kill left, which some would append to
@@ -56,20 +55,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     final, temporary = _names(path)
     old = temporary.with_name(f"{temporary.name}.old")
-    for left_over in (temporary, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+
+    def clear() -> None:
+        if old.exists() and not final.exists():  # an earlier use was killed between its two renames
+            old.rename(final)
+        for left_over in (temporary, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    clear()
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _sync(file)
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)
         temporary.rename(final)
     finally:
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        clear()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -117,7 +120,6 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     """The objects of a JSONL file (none if it is missing) without a half-written last line.
 
     Args:
-        path: JSONL file.
         repair: cut that line off in the file as well, or end it where only its end is missing; False where another
             process may be writing it, or it may be of something else.
 
