@@ -146,7 +146,8 @@ class LoRAMixin(Family):
         header = {**self._lora_header([layer.r[adapter] for layer in layers.values()]), **(metadata or {})}
         if naming == "diffusers":  # peft's own description, in which alpha is now the rank, and sets have an order
             described = {**config.to_dict(), "lora_alpha": config.r, "alpha_pattern": config.rank_pattern}
-            described |= {"use_rslora": False, "target_modules": _sorted(config.target_modules)}
+            listed = {name: _sorted(getattr(config, name)) for name in ("target_modules", "exclude_modules")}
+            described |= {"use_rslora": False, **listed}
             described = {f"{component}.{key}": value for key, value in described.items()}
             header[LORA_ADAPTER_METADATA_KEY] = json.dumps(described, indent=2, sort_keys=True)
         file = Path(directory) / LORA_FILE
@@ -239,4 +240,4 @@ def _serialised(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> byt
 
 
 def _sorted(targets: Any) -> Any:
-    return targets if isinstance(targets, str) else sorted(targets)
+    return targets if targets is None or isinstance(targets, str) else sorted(targets)

@@ -35,21 +35,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    tables: list[dict[str, Any]] = [
-        objectives.CLASSES, pipelines.FAMILIES, reward_scorers.registry.FACTORIES, readers.READERS, plugins.FILES,
-    ]  # fmt: skip
-    before = [dict(table) for table in tables]
-    yield
-    for name in {*plugins.FILES, "margin_helper"} & set(sys.modules):
-        del sys.modules[name]
-    for table, content in zip(tables, before, strict=True):
-        for name in set(table) - set(content):
-            del table[name]
-
-
 @pytest.fixture(scope="session")
 def zimage_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_zimage(tmp_path_factory.mktemp("outside") / "zimage")
