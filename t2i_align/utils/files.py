@@ -63,6 +63,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors writes for its owner alone
                 _sync(file)
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)
