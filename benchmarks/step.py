@@ -67,7 +67,7 @@ class Bare:
         abar = self.abar[t].float().view(-1, 1, 1, 1)
         noisy = abar.sqrt() * x + (1 - abar).sqrt() * noise
         target = abar.sqrt() * noise - (1 - abar).sqrt() * x if self.v_prediction else noise
-        with torch.no_grad(), adapters_off(self.unet):
+        with torch.no_grad(), adapters_off(self.unet).using():
             reference = self.unet(noisy, t, embeds).sample
         prediction = self.unet(noisy, t, embeds).sample
         error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1).view(-1, 2)

@@ -46,11 +46,6 @@ class LTXVideo(VideoPipeline):
     def _patches(self) -> tuple[int, int]:
         return self.denoiser.config.patch_size, self.denoiser.config.patch_size_t
 
-    def normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.pipe.vae  # mean and std are among its weights
-        mean, std = (values.view(1, -1, 1, 1, 1).to(latents) for values in (vae.latents_mean, vae.latents_std))
-        return mean, vae.config.scaling_factor / std
-
     def run_decoder(self, latents: Tensor) -> Tensor:
         # Some of these decoders take a time for a last step of denoising; the pipeline adds no noise, so t = 0.
         time = latents.new_zeros(len(latents)) if self.vae_config["timestep_conditioning"] else None

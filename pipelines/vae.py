@@ -57,8 +57,10 @@ class VAEMixin(Family):
 
     def normalisation(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """(shift, scale), each a number or shaped to multiply with `latents`."""
-        config = self.vae_config
-        scale, mean, std = config.get("scaling_factor", 1.0), config.get("latents_mean"), config.get("latents_std")
+        vae, config = self.pipe.vae, self.vae_config
+        # Some keep them among their weights.
+        mean, std = (config[n] if n in config else getattr(vae, n, None) for n in ("latents_mean", "latents_std"))
+        scale = config.get("scaling_factor", 1.0)
         if mean is None or std is None:
             return config.get("shift_factor") or 0.0, scale
         shape = (1, -1, *([1] * (latents.ndim - 2)))

@@ -13,7 +13,10 @@ rounding to 8 bits after the resize: at most 0.08 of a score that reaches from -
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +25,21 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import functional as F
+from transformers import dynamic_module_utils
 
 from reward_scorers.errors import ScorerError
 from reward_scorers.images import to_pixels
 from reward_scorers.towers import BICUBIC, Preprocess, TwoTowers, unit
-from reward_scorers.weights import digest, digest_of_tensors, fit, from_hub, listed, loading, read_state
+from reward_scorers.weights import digest_of_tensors, from_hub, load_checkpoint, loading
 
+logger = logging.getLogger(__name__)
 DEFAULT = "ViT-L-14-quickgelu:openai"  # the model of torchmetrics' CLIPScore
-SCHEMES = ("hf-hub:", "local-dir:")
+SCHEMES, CONFIG = ("hf-hub:", "local-dir:"), "open_clip_config.json"
+QUICK = "-quickgelu"  # open_clip's ending of architectures with the activation of OpenAI's weights
 HPSV2_FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
@@ -42,6 +49,12 @@ def clip(argument: str) -> ClipScorer:
     if argument.startswith(SCHEMES):
         return ClipScorer(argument)
     model, _, pretrained = argument.partition(":")
+    if Path(pretrained).is_file() and (other := _twin(model)):
+        quick, plain = sorted((model, other), key=len, reverse=True)
+        logger.warning(
+            "clip: %s does not record its activation; as %r it is scored with %s. OpenAI's weights and those trained "
+            "from them need %r, others %r", pretrained, model, "QuickGELU" if model == quick else "GELU", quick, plain,
+        )  # fmt: skip
     return ClipScorer(model, pretrained or None)
 
 
@@ -59,10 +72,10 @@ class ClipScorer(TwoTowers):
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
         self.model, weights = _load(model, pretrained)
-        self.model.eval().requires_grad_(False)
         self.name = ":".join(["clip", model, *([Path(pretrained).name] if pretrained else [])])
-        self.version = f"open_clip {open_clip.__version__}, {weights}"
-        with loading(f"clip: the tokenizer of {model!r} could not be loaded"):
+        activation = "QuickGELU, " if any(isinstance(part, QuickGELU) for part in self.model.modules()) else ""
+        self.version = f"open_clip {open_clip.__version__}, {activation}{weights}"
+        with loading(f"clip: the tokenizer of {model!r} could not be loaded"), _no_remote_code():
             self.tokenizer = open_clip.get_tokenizer(model)
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
         *steps, normalize = image_transform_v2(config, is_train=False).transforms
@@ -125,50 +138,70 @@ def padded(image: Image.Image | Tensor, side: int) -> Tensor:
 
 
 def _load(model: str, pretrained: str | None) -> tuple[Any, str]:
-    """The model with its weights, and what identifies the weights."""
+    """The frozen model with its weights, and what identifies the weights."""
     if model.startswith(SCHEMES):
+        scheme, _, place = model.partition(":")
+        file = Path(place, CONFIG) if scheme == "local-dir" else from_hub(place, CONFIG, "clip")
+        with loading(f"clip: {file}"):
+            if file.is_file() and "trust_remote_code" in str(json.loads(file.read_text(encoding="utf-8"))):
+                raise ScorerError(f"clip: {file}: asks for trust_remote_code; code of others is never run")
         network = _create(model, require_pretrained=True)
         # A folder's or repository's name stays when its weights change.
         return network, f"weights {model}, sha256 {digest_of_tensors(network.state_dict())}"
-    known = open_clip.list_models()
-    model = model.replace("/", "-")
+    known, model = open_clip.list_models(), model.replace("/", "-")
     if model not in known:
         near = ", ".join(difflib.get_close_matches(model, known, n=5, cutoff=0.4))
         raise ScorerError(f"clip: unknown model {model!r}. Nearest: {near}. All: open_clip.list_models()")
     tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained == "random":
-        return _create(model, pretrained_text=False), "weights random"
+    choices = f"Tags: {', '.join(tags) or 'none'}"
     if pretrained is None:
-        raise ScorerError(
-            f"clip: {model!r} needs weights: clip:{model}:TAG or clip:{model}:/path. Tags: {listed(tags)}"
-        )
-    if Path(pretrained).is_file():
-        return _load_file(model, Path(pretrained), tags)
+        raise ScorerError(f"clip: {model!r} needs weights: clip:{model}:TAG or clip:{model}:/path. {choices}")
+    if pretrained == "random" or Path(pretrained).is_file():
+        return _load_file(model, pretrained, tags)
     if pretrained not in tags:
-        raise ScorerError(f"clip: {pretrained!r} is no weights file and no tag of {model!r}. Tags: {listed(tags)}")
+        raise ScorerError(f"clip: {pretrained!r} is no weights file and no tag of {model!r}. {choices}")
     gelu = bool(open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu"))
     if gelu != bool(open_clip.get_model_config(model).get("quick_gelu")):  # open_clip warns and scores wrongly
-        other = f"{model}-quickgelu" if gelu else model.removesuffix("-quickgelu")
-        raise ScorerError(f"clip: the weights {pretrained!r} belong to {other!r}, not to {model!r} (activation)")
+        if not (other := _twin(model)):
+            raise ScorerError(f"clip: the weights {pretrained!r} have another activation than {model!r}")
+        logger.warning("clip: the weights %r belong to %r, which is used instead of %r", pretrained, other, model)
+        model = other
     return _create(model, pretrained=pretrained, require_pretrained=True), f"weights {pretrained}"
 
 
 def _create(model: str, **options: Any) -> nn.Module:
-    with loading(f"clip: {model!r} could not be loaded"):
-        return open_clip.create_model(model, **options)
+    with loading(f"clip: {model!r} could not be loaded"), _no_remote_code():
+        return open_clip.create_model(model, **options).eval().requires_grad_(False)
 
 
-def _load_file(model: str, path: Path, tags: Sequence[str]) -> tuple[nn.Module, str]:
+@contextmanager
+def _no_remote_code() -> Iterator[None]:
+    """Where open_clip calls transformers without trust_remote_code=False, refuse to run code rather than ask."""
+    asked_for, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = asked_for
+
+
+def _twin(model: str) -> str | None:
+    """The same architecture with the other activation (GELU or QuickGELU), if open_clip has it."""
+    other = model.removesuffix(QUICK) if model.endswith(QUICK) else f"{model}{QUICK}"
+    return other if other in open_clip.list_models() else None
+
+
+def _load_file(model: str, path: str, tags: Sequence[str]) -> tuple[nn.Module, str]:
     """A local checkpoint: every key and shape has to fit (open_clip itself resizes position embeddings unasked)."""
     # A file does not record how its images were normalised; where all published weights of the model agree, it is so.
     known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     keys = ("mean", "std", "interpolation", "resize_mode")
     settings = [{key: cfg[key] for key in keys if cfg.get(key) is not None} for cfg in known]
     agreed = settings[0] if settings and all(other == settings[0] for other in settings) else {}
-    state = read_state(path, "clip")
     network = _create(model, pretrained_text=False, force_preprocess_cfg=agreed)
-    state = convert_state_dict(network, state)  # some publishers name their tensors differently
-    if "positional_embedding" in state and not hasattr(network, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
-    fit(network, state, f"clip: {path} does not fit {model!r}")
-    return network, f"weights sha256 {digest(path)}"
+
+    def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = convert_state_dict(network, state)  # some publishers name their tensors differently
+        custom = "positional_embedding" in state and not hasattr(network, "positional_embedding")
+        return convert_to_custom_text_state_dict(state) if custom else state
+
+    return network, f"weights {load_checkpoint(network, path, 'clip', target=repr(model), rename=rename)}"

@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,10 +40,8 @@ from reward_scorers.images import DECODER
 from reward_scorers.registry import build
 
 
-class Member(BaseModel):
+class Member(BaseModel, extra="forbid", arbitrary_types_allowed=True):
     """A scorer and how its scores reach the common scale: v = (score - centre) / spread."""
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     scorer: str | Scorer
     weight: FiniteFloat = 1.0
@@ -52,10 +50,8 @@ class Member(BaseModel):
     reference: Path | None = None
 
 
-class Combination(BaseModel):
+class Combination(BaseModel, extra="forbid"):
     """The file's keys. strength: lambda of `mean_minus_std`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str | None = None
     rule: str
@@ -155,11 +151,8 @@ class Combined(Scorer):
 
     def centres(self, index: int, prompts: Sequence[str]) -> list[float]:
         """A member's centre for each prompt; raises ScorerError if its reference lacks a prompt or this precision."""
-        reference, name, version = (
-            self.references[index],
-            self.scorers[index].name,
-            self.scorers[index].recorded_version,
-        )
+        reference, scorer = self.references[index], self.scorers[index]
+        name, version = scorer.name, scorer.recorded_version
         if reference is None:
             return [self.members[index].centre] * len(prompts)
         if version not in reference:
@@ -175,26 +168,20 @@ class Combined(Scorer):
         device = next(iter(parts.values())).device
         scores = torch.stack([part.to(device) for part in parts.values()])
         centres = torch.tensor([self.centres(index, prompts) for index in range(len(parts))]).to(scores)
-        values = (scores - centres) / self.column([m.spread for m in self.members], scores)
-        return RULES[self.config.rule](values, self), parts
-
-    def column(self, values: Sequence[float], like: Tensor) -> Tensor:
-        """One number per member as [members, 1] beside `like`."""
-        return torch.tensor(values).to(like)[:, None]
+        members = zip(self.members, self.scorers, strict=True)
+        columns = torch.tensor([[m.spread, m.weight, scorer.tie_margin / m.spread] for m, scorer in members])
+        spreads, weights, margins = columns.to(scores).T[..., None]
+        return RULES[self.config.rule]((scores - centres) / spreads, weights, margins, self.config.strength), parts
 
 
-def _majority(values: Tensor, combined: Combined) -> Tensor:
-    margins = [s.tie_margin / m.spread for s, m in zip(combined.scorers, combined.members, strict=True)]
-    return torch.where(values.abs() <= combined.column(margins, values), 0.5, (values > 0).float()).mean(0)
-
-
-RULES: dict[str, Callable[[Tensor, Combined], Tensor]] = {
-    "weighted_sum": lambda v, c: (c.column([m.weight for m in c.members], v) * v).sum(0),
+# Of values [members, B], weights and tie margins [members, 1], and the strength.
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "weighted_sum": lambda v, weights, *_: (weights * v).sum(0),
     # The square root has no gradient where all agree.
-    "mean_minus_std": lambda v, c: v.mean(0) - c.config.strength * (v.var(0, correction=0) + 1e-12).sqrt(),
-    "min": lambda v, c: v.amin(0),
-    "majority": _majority,
-    "conjunction": lambda v, c: F.logsigmoid(v).sum(0),
+    "mean_minus_std": lambda v, w, m, strength: v.mean(0) - strength * (v.var(0, correction=0) + 1e-12).sqrt(),
+    "min": lambda v, *_: v.amin(0),
+    "majority": lambda v, w, margins, _: torch.where(v.abs() <= margins, 0.5, (v > 0).float()).mean(0),
+    "conjunction": lambda v, *_: F.logsigmoid(v).sum(0),
 }
 
 

@@ -22,7 +22,8 @@ from reward_scorers.errors import ScorerError
 from reward_scorers.weights import identity, load_pretrained, loading
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # the paper's
-SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " No")}
+SPELLINGS = {word: [space + case for space in ("", " ") for case in (word, word.title(), word.upper())]
+             for word in ("yes", "no")}  # fmt: skip
 
 
 def inputs_of(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -92,7 +93,7 @@ class VLMScorer(Scorer):
         # Not strict: some carry heads that only their training used.
         self.model: Any = load_pretrained(load, path, "vlm", strict=False, dtype=dtype)
         with loading(f"vlm: {path!r} has no processor for images and questions"):
-            self.processor: Any = AutoProcessor.from_pretrained(path)
+            self.processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
             self.tokenizer = self.processor.tokenizer
         pad_left(self.tokenizer)
         self.yes, self.no = self._answers()

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reward_scorers.errors import ScorerError
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+# Plain values of numpy, which training scripts save beside the tensors, under numpy 1's and 2's names.
+NUMPY: list[Any] = [
+    np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
+    *((made.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+      for made, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct")) for core in ("core", "_core")),
+]  # fmt: skip
 State = Mapping[str, Tensor]
 
 
@@ -26,7 +35,9 @@ def loading(what: str) -> Iterator[None]:
     except ScorerError:
         raise
     except pickle.UnpicklingError as error:  # torch's own message advises to open it all the same
-        raise ScorerError(f"{what}: damaged, or more than tensors and plain values in it") from error
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        more = f", such as {named[1]}" if named else ""
+        raise ScorerError(f"{what}: damaged, or more than tensors and plain values in it{more}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ScorerError(f"{what}: {reason}") from error
@@ -35,10 +46,11 @@ def loading(what: str) -> Iterator[None]:
 def read_state(path: str | Path, scorer: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, unwrapped from a `state_dict` entry and DataParallel's `module.`.
 
-    Pickles are opened with `weights_only`: a file that holds more than tensors and plain values is refused.
+    Pickles are opened with `weights_only`: a file that holds more than tensors and plain values, those of numpy
+    included, is refused.
 
     Raises:
-        ScorerError: no such file, another ending, damaged, or no named tensors in it.
+        ScorerError: no such file, another ending, damaged, TorchScript, or no named tensors in it.
     """
     file, where = Path(path), f"{scorer}: {path}"
     if not file.is_file():
@@ -51,7 +63,12 @@ def read_state(path: str | Path, scorer: str) -> dict[str, Tensor]:
 
             state: Any = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            inside = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+            if any(name.endswith("/constants.pkl") for name in inside):
+                openai = "OpenAI's own CLIP files are tags of open_clip, such as clip:ViT-B-32-quickgelu:openai"
+                raise ScorerError(f"{where}: a TorchScript program, not tensors; {openai}")
+            with torch.serialization.safe_globals(NUMPY):
+                state = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
@@ -70,20 +87,15 @@ def fit(network: nn.Module, state: State, where: str) -> None:
     for key in ("logit_scale", "logit_bias"):  # a scalar or [1], depending on the writer of the file
         if key in state and key in own and state[key].numel() == 1:
             state[key] = state[key].reshape(own[key].shape)
+    shared = [(key, value, state[key]) for key, value in own.items() if key in state]
     _refuse(where, {
         "keys missing": [key for key in own if key not in state],
         "unknown": [key for key in state if key not in own and not key.endswith("position_ids")],
         "of another shape": [
-            f"{key} is {list(state[key].shape)}, not {list(value.shape)}"
-            for key, value in own.items()
-            if key in state and value.shape != state[key].shape
+            f"{key} is {list(b.shape)}, not {list(a.shape)}" for key, a, b in shared if a.shape != b.shape
         ],
-    })  # fmt: skip
-    _refuse(where, {
         "not floating-point": [
-            f"{key} is of {state[key].dtype}"
-            for key, value in own.items()
-            if value.is_floating_point() and not state[key].is_floating_point()
+            f"{key} is of {b.dtype}" for key, a, b in shared if a.is_floating_point() and not b.is_floating_point()
         ],
         "with NaN or infinite values": not_finite(state),
     })  # fmt: skip
@@ -97,7 +109,7 @@ def not_finite(state: State) -> list[str]:
 
 def _refuse(where: str, problems: Mapping[str, Sequence[str]]) -> None:
     """Raise ScorerError for names of tensors by their problem, if there are any."""
-    counts = [f"{len(names)} {what} ({listed(names[:3])})" for what, names in problems.items() if names]
+    counts = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]
     if counts:
         raise ScorerError(f"{where}: {', '.join(counts)}")
 
@@ -152,9 +164,10 @@ def load_pretrained(
         raise ScorerError(f"{scorer}: {path}: no such folder")
     where = f"{scorer}: {path!r}"
     with loading(f"{where} could not be loaded"):
-        if kind and (other := AutoConfig.from_pretrained(path).model_type) != kind:
+        # With trust_remote_code=None transformers would ask whether to run code that comes with the model.
+        if kind and (other := AutoConfig.from_pretrained(path, trust_remote_code=False).model_type) != kind:
             raise ScorerError(f"{where} is a model of type {other!r}, expected {kind!r}")
-        network, info = load(path, output_loading_info=True, **options)
+        network, info = load(path, output_loading_info=True, trust_remote_code=False, **options)
     extra = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
     _refuse(where, {
         "weights missing": sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])),
@@ -169,7 +182,7 @@ def load_tokenizer(path: str, scorer: str) -> Any:
     from transformers import AutoTokenizer
 
     with loading(f"{scorer}: the tokenizer of {path!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer("a").input_ids == tokenizer("b").input_ids:
         raise ScorerError(f"{scorer}: the tokenizer of {path!r}: no vocabulary there")
     return tokenizer
@@ -193,8 +206,3 @@ def digest_of_tensors(state: State) -> str:
     for name, tensor in sorted(state.items()):
         total.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:12]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names for a message."""
-    return ", ".join(names) or "none"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
-from t2i_align.utils.files import atomic_folder, output_lock, write_json
+from t2i_align.utils.files import atomic_folder, holds, output_lock, write_json
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
@@ -98,10 +98,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` holds something that no quickstart wrote, cannot be replaced, or is being written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: this is a file; the quickstart needs a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise UserError(f"{folder}: this folder holds something that no quickstart wrote; choose another --output")
+    holds(folder, "quickstart", MARKER, ignored=())  # it is replaced as a whole
     if os.path.ismount(folder.resolve()):
         raise UserError(f"{folder}: this is a mount point, which cannot be replaced; choose a folder in it as --output")
     with output_lock(folder, file=True), atomic_folder(folder) as temporary:

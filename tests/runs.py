@@ -104,16 +104,22 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def launch(
-    values: dict[str, Any], folder: Path, *, processes: int = 1, module: Sequence[str] = ("t2i_align.train",)
+    values: dict[str, Any],
+    folder: Path,
+    *,
+    processes: int = 1,
+    module: Sequence[str] = ("t2i_align.train",),
+    **how: Any,
 ) -> subprocess.Popen[str]:
-    """`t2i-align train`, or another module with a command, in processes of its own."""
+    """`t2i-align train`, or another module with a command, in processes of its own; how: see Popen."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     # Standalone: at a free port, so that tests may run side by side.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", *module, str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **streams, **how)
 
 
 def run_in_two_processes(values: dict[str, Any], folder: Path, **options: Any) -> None:

@@ -36,7 +36,7 @@ class Parameter:
 def parameters(function: str) -> list[Parameter]:
     """The parameters of `package.module:function`."""
     module, node = _function(function)
-    described = _descriptions(node)
+    described = _descriptions(module, node)
     return [
         Parameter(
             name=argument.arg,
@@ -124,10 +124,15 @@ def _type(module: str, node: ast.AST | None) -> Any:
     return None
 
 
-def _descriptions(node: ast.FunctionDef) -> dict[str, str]:
-    """The `Args:` section of a docstring by parameter; names that share an entry share its text."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(ast.get_docstring(node) or ""), re.M | re.S)
-    out: dict[str, str] = {}
+def _descriptions(module: str, node: ast.FunctionDef) -> dict[str, str]:
+    """The `Args:` section of a docstring by parameter; names that share an entry share its text.
+
+    The rest are described where a line such as "Others as in `package.module.function`." says.
+    """
+    doc = inspect.cleandoc(ast.get_docstring(node) or "")
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.M | re.S)
+    other = re.search(r"Others as in `(?:([\w.]+)\.)?(\w+)`", doc)
+    out = _descriptions(*_function(f"{other[1] or module}:{other[2]}")) if other else {}
     for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*?)(?=^ {4}\w|\Z)", section[1] if section else "", re.M | re.S):
         out |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return out

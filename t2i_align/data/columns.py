@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,14 @@ def _flat(*names: Names | None) -> list[str]:
     return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
 
 
-def read(path: Path, maps: Sequence[Columns], images: bool = True) -> Items:
-    """The groups of a table, each row read by the first map whose columns it has.
+def read(path: Path, maps: Sequence[Columns], images: bool = True, part: Path | None = None) -> Items:
+    """The groups of a table, or of one of its files, each row read by the first map whose columns it has.
 
     Raises:
         UserError: at once, where a file with a fixed schema lacks a column; while reading, a file that is broken as a
             whole, or a path that leads out of the folder.
     """
-    for file in tables.files(path):
+    for file in [part] if part else tables.files(path):
         names = tables.columns(file)
         if file.suffix in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
             missing = min((columns.missing(names) for columns in maps), key=len)
@@ -132,12 +133,12 @@ def read(path: Path, maps: Sequence[Columns], images: bool = True) -> Items:
                 "spec can say which column holds what (docs/data.md)."
             )
     maps = [replace(columns, id=None) if not _has_ids(path, columns) else columns for columns in maps]
-    return _groups(path, maps, images)
+    return _groups(path, maps, images, part)
 
 
-def _groups(path: Path, maps: Sequence[Columns], images: bool) -> Items:
+def _groups(path: Path, maps: Sequence[Columns], images: bool, part: Path | None) -> Items:
     names = [*dict.fromkeys(name for columns in maps for name in columns.names)]
-    rows = tables.rows(path, names, images=images)
+    rows = tables.rows(path, names, images=images, part=part)
     folder = path if path.is_dir() else path.parent
     if maps[0].group:
         yield from _gathered(rows, maps[0], folder / maps[0].folder)
@@ -180,10 +181,14 @@ def _has_ids(path: Path, columns: Columns) -> bool:
     """Whether a table's ids can be used as they are."""
     if not columns.id or not columns.id_if_unique:
         return True
-    files = tables.files(path)
-    if not all(file.suffix == ".parquet" and columns.id in tables.columns(file) for file in files):
+    return _unique(columns.id, *((file, file.stat().st_mtime_ns) for file in tables.files(path)))
+
+
+@lru_cache(maxsize=4)  # asked again for each file of a stream
+def _unique(name: str, *files: tuple[Path, int]) -> bool:
+    if not all(file.suffix == ".parquet" and name in tables.columns(file) for file, _ in files):
         return False
-    parts = [tables.parquet_column(file, columns.id).cast(pa.string()) for file in files]
+    parts = [tables.parquet_column(file, name).cast(pa.string()) for file, _ in files]
     ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
     return ids.null_count == 0 and pc.count_distinct(ids).as_py() == len(ids)
 

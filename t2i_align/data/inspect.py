@@ -24,6 +24,7 @@ from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection,
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
+from t2i_align.utils.files import check_own, write_text
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
 BINS = 24
@@ -156,6 +157,7 @@ def inspect(
     target = Path(out).expanduser()
     if target.suffix not in (".html", ".htm"):
         raise UserError(f"{out}: expected the name of an .html file to write")
+    check_own("data inspect", target)
     path = readers.resolve(source)
     name = readers.detect(path, format)
     names = next(map(tables.columns, tables.files(path)), [])
@@ -174,8 +176,7 @@ def inspect(
             findings.examples = shown[:examples]
     findings.check_usable(source)
     _measure_prompts(findings, model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(findings), encoding="utf-8")
+    write_text(target, render(findings))
     return findings
 
 
@@ -241,7 +242,7 @@ def _measure_prompts(findings: Findings, model: str | None) -> None:
     if not folders:
         raise UserError(f"{model}: no tokenizer in it; name the folder of a diffusers model")
     for folder in folders:
-        tokenizer, name = AutoTokenizer.from_pretrained(folder), f"tokens of {folder.name}"
+        tokenizer, name = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), f"tokens of {folder.name}"
         findings.lengths[name] = [len(ids) for ids in tokenizer(prompts, truncation=False)["input_ids"]]
         findings.limits[name] = tokenizer.model_max_length
 

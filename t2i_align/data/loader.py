@@ -77,7 +77,7 @@ class PreferenceDataset(Dataset[Item]):
             batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
             collate_fn=identity_collate,
             num_workers=workers,
-            worker_init_fn=_ignore_sigint,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader would draw from the global one
         )
@@ -320,9 +320,10 @@ def identity_collate(item: Any) -> Any:
     return item
 
 
-def _ignore_sigint(worker: int) -> None:
-    # Ctrl-C reaches the workers too; the run saves a checkpoint first, for which it still needs them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_run(worker: int) -> None:
+    # They reach the workers too; the run saves a checkpoint first, for which it still needs them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _counted(k: np.ndarray) -> Counter[int]:

@@ -45,17 +45,22 @@ class Reader:
     """A format.
 
     read: a path's groups and skipped rows, in a stable order; without `images`, those that are costly to read are left
-    out. detects: whether a path looks like this format. files: the files that hold the rows.
+    out; of a table, with a third argument, only those of this file. detects: whether a path looks like this format.
+    files: the files that hold the rows.
     """
 
-    read: Callable[[Path, bool], Items]
+    read: Callable[..., Items]
     detects: Callable[[Path], bool] = lambda path: False
     files: Callable[[Path], Iterable[Path]] = _all_files
 
 
 def _table(maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False) -> Reader:
     """The format of tables with column maps."""
-    return Reader(read=lambda path, images: columns.read(path, maps(path), images), detects=detects, files=tables.files)
+
+    def read(path: Path, images: bool, part: Path | None = None) -> Items:
+        return columns.read(path, maps(path), images, part)
+
+    return Reader(read=read, detects=detects, files=tables.files)
 
 
 def _recognised(name: str, path: Path) -> bool:
@@ -136,6 +141,7 @@ def read(
     best_first: bool = True,
     images: bool = True,
     selection: Selection = EVERYTHING,
+    part: Path | None = None,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -146,6 +152,7 @@ def read(
         best_first: false leaves candidates in the source's order, which is what annotations are written in.
         images: false leaves them out where reading them is costly.
         selection: its limit is where to stop; no row beyond is read.
+        part: one file of a table; only its groups, with the ids and paths that they have in the whole.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -153,7 +160,8 @@ def read(
     """
     file = resolve(path)
     reader = READERS[detect(file, format)]
-    items = selection.first(_checked(reader.read(file, images), file, annotations))
+    items = reader.read(file, images, part) if part else reader.read(file, images)
+    items = selection.first(_checked(items, part or file, annotations))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -238,9 +246,13 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def survey(
-    path: str | Path, format: str = "auto", annotations: Annotations = NONE, selection: Selection = EVERYTHING
+    path: str | Path,
+    format: str = "auto",
+    annotations: Annotations = NONE,
+    selection: Selection = EVERYTHING,
+    part: Path | None = None,
 ) -> Survey:
-    """What a source holds, as far as the limit lets it be read, without decoding its images.
+    """What a source, or a part of it, holds, as far as the limit lets it be read, without decoding its images.
 
     Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
 
@@ -251,12 +263,12 @@ def survey(
     format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
     result, contents = Survey(selection), _Contents()
-    for item in read(source, format, annotations, best_first=False, images=False, selection=selection):
+    for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part):
         unmatched.pop(item.id, None)
         result.add(item)
         if isinstance(item, Group):
             contents.add(item)
-    for file in sorted(READERS[format].files(source)) if contents.embedded else ():
+    for file in ([part] if part else sorted(READERS[format].files(source))) if contents.embedded else ():
         contents.add_file(file)
         result.embedded_bytes += file.stat().st_size
     result.identity = contents.digest.hexdigest()[:16]

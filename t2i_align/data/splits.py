@@ -12,7 +12,11 @@ from t2i_align.data import hub, readers, spec
 from t2i_align.data.schema import Skipped, Survey
 from t2i_align.data.spec import By, Part
 from t2i_align.errors import UserError
+from t2i_align.utils.files import check_own, mark, write_files
 from t2i_align.utils.settings import read_yaml
+
+COMMAND = "data split"
+SIDES, PROMPTS = ("train", "held_out"), "held_out_prompts.txt"
 
 
 def split(
@@ -37,8 +41,11 @@ def split(
         format: format of the source; `auto` detects it.
 
     Raises:
-        UserError: a source that cannot be read, is a part already, or leaves one side empty.
+        UserError: a source that cannot be read, is a part already, or leaves one side empty; or files with these names
+            that this did not write.
     """
+    folder = Path(out).expanduser()
+    check_own(COMMAND, *(folder / f"{name}.yaml" for name in SIDES), folder / PROMPTS)
     path = readers.resolve(source).absolute()
     values: dict[str, Any] = {"path": str(path), "format": readers.detect(path, format)}
     if spec.is_spec(path):
@@ -49,7 +56,7 @@ def split(
         if not described.path.startswith(hub.PREFIX):
             values["path"] = str(file)
     part = {"held_out": held_out, "by": list(by), "seed": seed}
-    sides = {name: Part(of=name, **part) for name in ("train", "held_out")}  # type: ignore[arg-type]
+    sides = {name: Part(of=name, **part) for name in SIDES}  # type: ignore[arg-type]
     counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)
     survey = Survey()
     prompts: dict[str, None] = {}
@@ -67,10 +74,9 @@ def split(
         choice = f"held_out={held_out:g} and seed={seed}"
         skipped = f" Skipped rows: {counts['skipped']}, such as {survey.reasons[0]}" if survey.reasons else ""
         raise UserError(f"{source}: with {choice}, {empty[0]} is empty; choose others.{skipped}")
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    texts = {}
     for name in sides:
         text = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)
-        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    (folder / "held_out_prompts.txt").write_text("".join(f"{text}\n" for text in prompts), encoding="utf-8")
+        texts[f"{name}.yaml"] = f"# {mark(COMMAND)}\n{text}"
+    write_files(folder, {**texts, PROMPTS: "".join(f"{text}\n" for text in prompts)})
     return {**counts, "held_out_prompts": len(prompts)}

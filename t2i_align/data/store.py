@@ -82,9 +82,7 @@ def write(
     except OSError as error:
         raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
     with FileLock(out / LOCK):
-        if not (out / FINGERPRINT).exists() and not all(entry.name.startswith(WRITING) for entry in out.iterdir()):
-            raise UserError(f"{out}: the folder is not empty and holds no prepared data; choose another")
-        claim(out / FINGERPRINT, fingerprint, advice="choose another folder")
+        claim(out / FINGERPRINT, fingerprint, content="prepared data", advice="choose another folder")
     # A limit counts groups from the first row on: then one process writes, and the others wait.
     limited = selection.limit is not None
     with FileLock(out / LOCK) if limited else nullcontext():

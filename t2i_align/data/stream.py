@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 
 from t2i_align.config import DataConfig
 from t2i_align.data import hub, layouts, readers, tables
-from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
+from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.encode import encode_fields, widened
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -48,18 +48,14 @@ def open_stream(
     cache_root: Path,
 ) -> PreferenceDataset:
     """The configured data, encoded on the fly; see `loader.open_dataset`."""
-    shards = Shards.of(data.path, data.format, cache_root / "stream-shards", annotations)
-    # Of what does not fit on disk, only shards up to the first with a usable group are looked through beforehand.
-    for file in map(shards.file, range(len(shards.names))) if data.stream else [data.path]:
-        survey = readers.survey(file, shards.format, annotations, selection)
-        if survey.accepted:
-            break
+    downloads = cache_root / "stream-shards" if data.stream and data.path.startswith(hub.PREFIX) else None
+    shards = Shards.of(data.path, data.format, annotations, downloads)
+    survey = shards.survey(selection)
     needs.check(survey, data.path, alike=data.limit is None)
-    unusable = survey.rows - survey.groups
-    if unusable:
+    if unusable := survey.skips.total():
         logger.warning("%s: %d rows cannot be used, such as %s", data.path, unusable, "; ".join(survey.reasons))
     fingerprint = {
-        "source": shards.identity(selection) if data.stream else survey.identity,
+        "source": survey.identity,
         "annotations": sidecar_identity(data.annotations),
         "reader": shards.format,
         "window": data.stream,
@@ -68,7 +64,7 @@ def open_stream(
         "fps": size.fps,
     }
     counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
-    if data.stream:
+    if shards.remote:
         counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
     return Stream(shards, size, selection, data.stream, pipeline(), needs, counts=counts,
                   score_range=survey.score_range, fingerprint=fingerprint)  # fmt: skip
@@ -76,55 +72,63 @@ def open_stream(
 
 @dataclass(frozen=True)
 class Shards:
-    """The files that make up a source, read one at a time. remote: their data set, if they are on the Hub."""
+    """The files that make up a source, read one at a time.
 
-    names: tuple[str, ...]
+    names: of the files below `root`; the only one of a source that is read whole is "".
+    remote: the data set on the Hub; each of its files is downloaded to a folder of its own below `root`.
+    """
+
+    root: Path
+    names: Sequence[str]
     format: str
-    folder: Path
+    annotations: Annotations
     remote: str | None = None
-    annotations: Annotations = NONE
 
     @classmethod
-    def of(cls, path: str, format: str, downloads: Path, annotations: Annotations = NONE) -> Shards:
-        """The shards of a source. downloads: the folder for those of the Hub."""
-        if path.startswith(hub.PREFIX):
-            names, remote = hub.pieces(path, tables.SHARDED)
-            return cls(tuple(names), readers.detect(hub.piece(remote, names[0], downloads), format), downloads, remote)
-        local = readers.resolve(path)
-        return cls(("",), readers.detect(local, format), local, annotations=annotations)._split()
+    def of(cls, path: str, format: str, annotations: Annotations, downloads: Path | None) -> Shards:
+        """The shards of a source: its files, where rows do not depend on those of other files.
 
-    def identity(self, selection: Selection) -> str:
-        """A fingerprint of the source, as far as a limit lets it be read."""
-        if self.remote is not None:
-            return " ".join([self.remote, *self.names])
-        return readers.survey(self.folder, self.format, selection=selection).identity
+        downloads: the folder for those of a source on the Hub that are not downloaded together.
+        """
+        if downloads:
+            names, remote = hub.pieces(path, tables.SHARDED)
+            format = readers.detect(hub.piece(remote, names[0], downloads / "0"), format)
+            return cls(downloads, names, format, annotations, remote)
+        root = readers.resolve(path)
+        format = readers.detect(root, format)
+        layout = layouts.PUBLISHED.get(format, ())
+        apart = root.is_dir() and layout and not any(columns.group for columns in layout)
+        names = [file.relative_to(root).as_posix() for file in tables.files(root)] if apart else []
+        return cls(root, names or [""], format, annotations)
+
+    def survey(self, selection: Selection) -> Survey:
+        """What the source holds; on the Hub, what its shards up to the first with a usable group hold."""
+        if self.remote is None:
+            return readers.survey(self.root, self.format, self.annotations, selection)
+        for number in range(len(self.names)):
+            path, part = self.located(number)
+            survey = readers.survey(path, self.format, selection=selection, part=part)
+            if survey.accepted:
+                break
+        return replace(survey, identity=" ".join([self.remote, *self.names]))
 
     def items(self, number: int, *, images: bool = True) -> Items:
         """The groups and skipped rows of a shard, with the ids that they have in the whole source."""
-        name = Path(self.names[number])
-        for item in readers.read(self.file(number), self.format, self.annotations, images=images):
-            nested = len(name.parts) > 1 and item.id.startswith(f"{name.name}:")
-            yield replace(item, id=(name.parent / item.id).as_posix()) if nested else item
+        root, part = self.located(number)
+        return readers.read(root, self.format, self.annotations, images=images, part=part)
 
-    def file(self, number: int) -> Path:
-        """A shard, downloaded where it is not there."""
-        file = self.folder / self.names[number]
-        return file if self.remote is None or file.exists() else hub.piece(self.remote, self.names[number], self.folder)
+    def located(self, number: int) -> tuple[Path, Path | None]:
+        """The path of the source and the shard below it, downloaded where it is not there; None for the whole."""
+        name = self.names[number]
+        if self.remote is None:
+            return self.root, self.root / name if name else None
+        root = self.root / str(number)
+        return root, root / name if (root / name).exists() else hub.piece(self.remote, name, root)
 
     def discard(self, number: int) -> None:
         """Delete what was downloaded of a shard."""
         if self.remote is not None:
-            (self.folder / self.names[number]).unlink(missing_ok=True)
-
-    def _split(self) -> Shards:
-        """One shard per file where rows do not depend on those of other files."""
-        files = tables.files(self.folder) if self.folder.is_dir() else []
-        layout = layouts.PUBLISHED.get(self.format, ())
-        apart = bool(layout) and not any(columns.group for columns in layout)
-        names = tuple(file.relative_to(self.folder).as_posix() for file in files)
-        if not apart or not names or (self.annotations.entries and any("/" in name for name in names)):
-            return self
-        return replace(self, names=names)
+            (self.root / str(number) / self.names[number]).unlink(missing_ok=True)
 
 
 class Stream(PreferenceDataset):
@@ -153,17 +157,15 @@ class Stream(PreferenceDataset):
         pipeline.check_size(size.height, size.width, size.frames)
         self.shards, self.size, self.selection, self.window = shards, size, selection, window or sys.maxsize
         self.pipeline, self.size_conditioned = pipeline, pipeline.size_conditioned
-        self.used = range(len(shards.names))
         self._rows: dict[int, np.ndarray] = {}  # of each shard, when it has been looked through
         self._windows: dict[tuple[int, int], list[Group | Skipped]] = {}
-        self._reading: tuple[int, int, Items] | None = None  # shard, the window that comes next, its items
-        left = selection.limit
-        for shard in self.used:
-            if left is None or left == 0:
-                break
-            self._rows[shard] = self._usable(shard, left)
-            left -= len(self._rows[shard])
-            self.used = range(shard + 1)
+        self._open: dict[tuple[int, int], Items] = {}  # at the beginning of which window a shard's items are
+        self.used = len(shards.names)
+        if (left := selection.limit) is not None:
+            self.used = 0
+            while left and self.used < len(shards.names):
+                rows = self._rows[self.used] = self._usable(self.used, left)
+                left, self.used = left - len(rows), self.used + 1
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Position]]:
         """`size` consecutive positions of the stream for each optimiser step."""
@@ -211,8 +213,7 @@ class Stream(PreferenceDataset):
         """The stream from a position on. Whole shards before it are passed over by their number of usable groups."""
         recent: list[int] = []
         for epoch in count():
-            for place in permutation(len(self.used), seed, "shards", epoch).tolist():
-                shard = self.used[place]
+            for shard in permutation(self.used, seed, "shards", epoch).tolist():
                 if shard not in self._rows:
                     self._rows[shard] = self._usable(shard)
                 rows = self._rows[shard]
@@ -223,7 +224,7 @@ class Stream(PreferenceDataset):
                 for window in np.unique(rows // self.window).tolist():
                     own = rows[rows // self.window == window]
                     # A source that is one window has the order of prepared data.
-                    whole = len(self.used) == 1 and len(own) == len(rows)
+                    whole = self.used == 1 and len(own) == len(rows)
                     order = permutation(len(own), seed, "order", epoch, *(() if whole else (shard, window))).tolist()
                     yield from ((epoch, shard, int(own[n])) for n in order[start:])
                     start = max(0, start - len(own))
@@ -231,16 +232,16 @@ class Stream(PreferenceDataset):
                 if len(recent) > KEPT and (old := recent.pop(0)) not in recent:
                     self.shards.discard(old)
             if not any(map(len, self._rows.values())):
-                raise UserError(f"{self.shards.folder}: no group in the source serves this objective")
+                raise UserError(f"{self.shards.root}: no group in the source serves this objective")
 
     def _usable(self, shard: int, limit: int | None = None) -> np.ndarray:
         """The rows of a shard that hold groups which the objective can use, the first so many of them."""
-        rows = (
-            row
-            for row, item in enumerate(self.shards.items(shard, images=False))
-            if isinstance(item, Group) and self.selection.accepts(item)
-        )
+        items = enumerate(self.shards.items(shard, images=False))
+        rows = (row for row, item in items if self._accepts(item))
         return np.fromiter(islice(rows, limit), np.int64)
+
+    def _accepts(self, item: Group | Skipped) -> TypeGuard[Group]:
+        return isinstance(item, Group) and self.selection.accepts(item)
 
     def _decoded(self, shard: int, row: int) -> tuple[Group, list[Loaded]]:
         """The group at a position, and its candidates; if these are damaged, the next group of its window.
@@ -249,28 +250,26 @@ class Stream(PreferenceDataset):
         """
         window = self._window(shard, row // self.window)
         at = row % self.window
-        for item in (*window[at:], *window[:at]):
-            if isinstance(item, Group) and self.selection.accepts(item):
-                group = item.take(self.needs.places(len(item.candidates)))
-                try:
-                    return group, [load(media, self.size) for media in group.candidates]
-                except ImageError as error:
-                    logger.warning("%s: %s; the next group stands in for it", item.origin, error)
-        raise UserError(f"{self.shards.folder / self.shards.names[shard]}: no image around row {row} can be decoded")
+        for group in filter(self._accepts, (*window[at:], *window[:at])):
+            group = group.take(self.needs.places(len(group.candidates)))
+            try:
+                return group, [load(media, self.size) for media in group.candidates]
+            except ImageError as error:
+                logger.warning("%s: %s; the next group stands in for it", group.origin, error)
+        raise UserError(f"{self.shards.root / self.shards.names[shard]}: no image around row {row} can be decoded")
 
     def _window(self, shard: int, window: int) -> list[Group | Skipped]:
         """A window's rows; shards are mostly read in sequence, so that the next window continues where one ended."""
         if (shard, window) not in self._windows:
-            if self._reading is None or self._reading[:2] != (shard, window):
-                self._reading = shard, window, islice(self.shards.items(shard), window and window * self.window, None)
-            items = self._reading[2]
-            self._reading = shard, window + 1, items
-            for old in list(self._windows)[:-1]:  # a micro-batch may straddle two
-                del self._windows[old]
-            self.shards.file(shard)  # some readers open it once more, and it may have been deleted meanwhile
-            self._windows[shard, window] = list(islice(items, self.window))
+            items = self._open.get((shard, window)) or islice(
+                self.shards.items(shard), window and window * self.window, None
+            )
+            self._open = {(shard, window + 1): items}
+            self.shards.located(shard)  # some readers open it once more, and it may have been deleted meanwhile
+            before = dict(list(self._windows.items())[-1:])  # a micro-batch may straddle two
+            self._windows = {**before, (shard, window): list(islice(items, self.window))}
         return self._windows[shard, window]
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers decode; the pipeline stays here.
-        return {**vars(self), "pipeline": None, "_reading": None, "_windows": {}}
+        return {**vars(self), "pipeline": None, "_open": {}, "_windows": {}}

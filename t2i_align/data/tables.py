@@ -88,20 +88,22 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
     return tuple(first.values) if first else ()
 
 
-def rows(path: Path, names: Sequence[str] | None = None, *, images: bool = True) -> Iterator[Row | Skipped]:
+def rows(
+    path: Path, names: Sequence[str] | None = None, *, images: bool = True, part: Path | None = None
+) -> Iterator[Row | Skipped]:
     """The rows of a table, streamed, with the columns `names` (default: all) of those that there are.
 
     Ids are `<file>:<row>`: the line of JSON Lines, else the number from 0, or the key of a sample. Without `images`,
-    those that lie in the table itself are LEFT_OUT.
+    those that lie in the table itself are LEFT_OUT. With `part`, only the rows of this one of its files.
 
     Raises:
         UserError: no file of a known kind, or one that is broken as a whole.
     """
-    parts = files(path)
+    parts = [part] if part else files(path)
     if not parts:
         raise UserError(f"{path}: no table in this folder (files ending in {' or '.join(SHARDED)})")
     root = path if path.is_dir() else path.parent
-    missing = _missing_shards(parts)
+    missing = {} if part else _missing_shards(parts)
     for file in parts:
         yield from missing.get(file, [])
         yield from _rows(file, file.relative_to(root).as_posix(), names, images)

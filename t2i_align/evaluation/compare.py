@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import tempfile
 import time
@@ -23,17 +22,10 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import sample, sample_seed, score_inputs
+from t2i_align.inference.generate import TOTAL, judge, sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import (
-    PRECISIONS,
-    build_scorers,
-    check_free,
-    check_options,
-    memory_for,
-    resolve_prompts,
-)
-from t2i_align.utils.files import output_lock, write_json, write_text
+from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, resolve_prompts
+from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -41,7 +33,6 @@ if TYPE_CHECKING:
 
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 TEMPORARY = ".images-"
-TOTAL = ""  # the key of the score itself, beside the names of its parts
 Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
 Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not applicable
 
@@ -84,29 +75,20 @@ def evaluate(
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
         aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
-        prompts: text file with one prompt per line, `testbed:test`, or a list.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
         seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
         seed: first seed.
-        steps: denoising steps (default: those of the base's diffusers pipeline).
-        guidance: guidance scale (default: that of the base's diffusers pipeline).
-        height, width: in pixels (default: the base's own).
-        frames: frames of a clip, for models that make clips (default: the base's own).
         fps: frames a second at which the report shows clips (default: the base's own).
         tie_margin: differences up to this are ties: one number, or one by scorer name (default: the scorer's own).
         ties: "half" counts a tie as half a win, "drop" leaves it out.
-        batch_size: samples at a time (default: 8 images, or 1 clip).
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
-            any; the same for the next three).
-        variant: variant of the base's weight files, such as fp16.
-        single_file_config: folder or Hub id with the configuration of a single file, also of an aligned one.
-        expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
-        precision: of the weights ("fp32", "bf16", "fp16"); a loaded pipeline runs under autocast instead.
-        device: such as cpu or cuda:1 (default: the GPU if there is one).
+            any; the same for variant, single_file_config and expert).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
+
+    Others as in `t2i_align.inference.generate.generate`, of the base and of an aligned model.
 
     Raises:
         UserError, PipelineError: anything above that cannot be used, or an `out` that holds something; nothing was
@@ -125,12 +107,12 @@ def evaluate(
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    check_free(folder, force, "evaluation", RESULT)
+    _check_free(folder, force)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
-        for judge in judges:
-            judge.check_prompts(texts)
+        for scorer in judges:
+            scorer.check_prompts(texts)
     except ValueError as error:
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline
@@ -142,8 +124,8 @@ def evaluate(
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
         with adapter_on(pipeline, other):
             pass
-    for judge in judges:
-        judge.to(pipeline.device)
+    for scorer in judges:
+        scorer.to(pipeline.device)
 
     # Of the base, for both: two models that each took their own size would not share their noise.
     default_height, default_width = pipeline.default_size
@@ -195,13 +177,12 @@ def evaluate(
             **(settings or {}),
         }
         scores = {
-            judge.name: _compared(judge, rows, before[judge.name], after[judge.name], margins[judge.name], ties)
-            for judge in judges
+            scorer.name: _compared(scorer, rows, before[scorer.name], after[scorer.name], margins[scorer.name], ties)
+            for scorer in judges
         }
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        write_text(folder / REPORT, render(result.to_json(), rows, store, images))
-        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / RESULT, result.to_json())
+        report = render(result.to_json(), rows, store, images)
+        write_files(folder, {REPORT: report, PAIRS: json_lines(rows), RESULT: json_text(result.to_json())})
     return result
 
 
@@ -225,13 +206,11 @@ def _measure(
         samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
         for row, one in enumerate(samples, start):
             keep(one, store, side, row, fps)
-        for indices, media in score_inputs(samples):
+        with memory_for(batch_size):
             for scorer in scorers:
-                with memory_for(batch_size), torch.no_grad():
-                    total, parts = scorer.judge(media, [texts[index] for index in indices])
-                for name, values in {TOTAL: total, **parts}.items():
-                    column = scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))
-                    column[start + np.array(indices)] = values.double().cpu().numpy()
+                for index, values in judge(scorer, samples, texts):
+                    for name, value in values.items():
+                        scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))[start + index] = value
         bar.update(len(part))
     return scores
 
@@ -271,11 +250,19 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     return margins
 
 
+def _check_free(folder: Path, force: bool) -> None:
+    """Raise UserError unless the folder has no evaluation yet, or one to be replaced."""
+    if holds(folder, "evaluation", REPORT):
+        check_own("evaluate", *(folder / name for name in (REPORT, PAIRS, RESULT)))
+        if (folder / RESULT).is_file() and not force:  # else it was killed
+            raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")
+
+
 @contextmanager
 def _workplace(folder: Path, force: bool) -> Iterator[Path]:
     """A temporary folder in `folder`, which no other run may write to meanwhile."""
     with output_lock(folder):
-        check_free(folder, force, "evaluation", RESULT)  # another run may have come and gone since the first check
+        _check_free(folder, force)  # another run may have come and gone since the first check
         for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
             shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:

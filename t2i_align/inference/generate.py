@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -15,13 +17,17 @@ from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
-from t2i_align.inference.options import PRECISIONS, check_free, check_options, memory_for, resolve_prompts
-from t2i_align.utils.files import append_line, atomic_file, output_lock
+from t2i_align.inference.options import PRECISIONS, check_options, memory_for, resolve_prompts
+from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from reward_scorers import Scorer
 
+TOTAL = ""  # the key of a score itself, beside the names of its parts
 LIST = "samples.jsonl"
+ENDINGS = (".png", ".mp4")
+NAME = re.compile(r"\d{5,}\.(png|mp4)")
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -49,14 +55,21 @@ def sample(
     return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
 
 
-def score_inputs(samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Image.Image] | Tensor]]:
-    """Samples as `Scorer.judge` takes them, with their indices: all images at once, then each clip in [0, 1] alone."""
-    stills = {index: item for index, item in enumerate(samples) if not isinstance(item, Tensor)}
-    if stills:
-        yield list(stills), list(stills.values())
-    for index, item in enumerate(samples):
-        if isinstance(item, Tensor):
-            yield [index], item.unsqueeze(0).float() / 255
+def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The index of each sample, with its score under TOTAL and the parts of that under their names.
+
+    All images are judged together, and each clip alone.
+    """
+    stills = [index for index, item in enumerate(samples) if not isinstance(item, Tensor)]
+    clips = [[index] for index, item in enumerate(samples) if isinstance(item, Tensor)]
+    for indices in [stills, *clips] if stills else clips:
+        part: list[Any] = [samples[index] for index in indices]
+        media = part[0].unsqueeze(0).float() / 255 if isinstance(part[0], Tensor) else part
+        with torch.no_grad():
+            total, parts = scorer.judge(media, [prompts[index] for index in indices])
+        columns = {name: values.tolist() for name, values in {TOTAL: total, **parts}.items()}
+        for place, index in enumerate(indices):
+            yield index, {name: values[place] for name, values in columns.items()}
 
 
 def generate(
@@ -93,7 +106,7 @@ def generate(
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
-        prompts: text file with one prompt per line (blank lines are skipped), `testbed:dev`, or a list.
+        prompts: text file with one prompt per line (blank lines are skipped), `testbed:test`, or a list.
         out: folder for the samples and their list.
         prompt: further single prompts, after those.
         lora: LoRA to put on the model: file, folder, training run or Hub id.
@@ -112,7 +125,7 @@ def generate(
         variant: variant of the weight files, such as fp16.
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: of the weights: `fp32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
 
@@ -125,7 +138,7 @@ def generate(
     check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
     adapter = None if lora is None else resolve_adapter(lora)
     folder, autocast = Path(out).expanduser(), None
-    check_free(folder, force, "images")
+    _earlier_run(folder, force, len(texts) * per_prompt)
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
         base = resolve_base(model, adapter, **version)
@@ -142,13 +155,16 @@ def generate(
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
-        check_free(folder, force, "images")  # another run may have come and gone meanwhile
-        _clear(folder)
+        earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
         with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 texts, seeds = map(list, zip(*batch, strict=True))
                 samples = sample(pipeline, texts, seeds, batch_size=batch_size, **options)
+                if start == 0:  # with which nothing is wrong that the sampling could show
+                    for file in earlier:
+                        file.unlink()
+                    (folder / LIST).write_bytes(b"")
                 for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
                     file = folder / f"{index:05d}.{'mp4' if pipeline.video else 'png'}"
                     if isinstance(item, Tensor):
@@ -166,10 +182,26 @@ def save_image(image: Image.Image, file: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else."""
-    if (folder / LIST).is_file():
-        for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.*"):
-            if file.suffix in (".png", ".mp4"):
-                file.unlink()
-        (folder / LIST).unlink()
+def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
+    """The files that an earlier run listed, and one that a kill kept out of its list.
+
+    Raises:
+        UserError: the folder is not empty and `force` is not set, or one of the `new` samples would replace a file that
+            is not of such a run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected a folder")
+    names = {file.name for file in folder.iterdir() if file.name[0] != "."} if folder.is_dir() else set()
+    if names and not force:
+        raise UserError(f"{folder}: not empty; choose another folder, or force (--force) to replace its images")
+    own: set[str] = set()
+    if LIST in names:
+        rows = whole_lines(folder / LIST, repair=False)
+        if any(not row.keys() >= {"prompt", "seed", "file", "model", "lora"} for row in rows):
+            raise UserError(f"{folder / LIST}: is not the list of an earlier run; choose another folder")
+        listed = {str(row["file"]) for row in rows if NAME.fullmatch(str(row["file"]))}
+        own = names & {*listed, *(f"{len(rows):05d}{ending}" for ending in ENDINGS)}
+    wanted = {f"{index:05d}{ending}" for index in range(new) for ending in ENDINGS}
+    if foreign := sorted(names & wanted - own):
+        raise UserError(f"{folder / foreign[0]}: is not of an earlier run; choose another folder")
+    return [folder / name for name in own]

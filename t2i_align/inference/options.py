@@ -121,25 +121,6 @@ def check_options(precision: str = "fp32", **counts: int | None) -> None:
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")
 
 
-def check_free(folder: Path, force: bool, content: str, marker: str | None = None) -> None:
-    """Raise UserError unless `folder` may be written: it is missing, empty but for hidden files, or to be replaced.
-
-    Args:
-        force: replace the content of an earlier run.
-        content: what a run leaves, in the message.
-        marker: the file that an earlier run's folder holds; without it even `force` does not replace a folder.
-    """
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; expected a folder to write to")
-    if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
-        return
-    if marker and not (folder / marker).is_file():
-        raise UserError(f"{folder}: not empty, and holds no {content}; choose another folder")
-    if not force:
-        state = f"holds an {content}" if marker else "not empty"
-        raise UserError(f"{folder}: {state}; choose another folder, or force (--force) to replace its {content}")
-
-
 def pick_device(name: str | None) -> str:
     """The device of this name, or for None the GPU if there is one.
 

@@ -28,7 +28,7 @@ from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST, score_inputs
+from t2i_align.inference.generate import LIST, TOTAL, judge
 from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
@@ -171,21 +171,22 @@ def _score_batch(
 def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Image | Tensor | str]) -> list[Row]:
     """The score and parts of each candidate, or the error."""
     rows: list[Row] = []
-    for candidate, one in zip(batch, media, strict=True):
+    usable: dict[int, Image.Image | Tensor] = {}
+    for i, (candidate, one) in enumerate(zip(batch, media, strict=True)):
         error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
         rows.append({"error": error} if error else {})
-    usable = {i: one for i, one in enumerate(media) if not rows[i] and not isinstance(one, str)}
-    for places, inputs in score_inputs(list(usable.values())):
-        part = [list(usable)[place] for place in places]
-        try:
-            with memory_for(len(part)):
-                total, parts = scorer.judge(inputs, [batch[i].prompt for i in part])
-        except ScorerError as error:
-            raise UserError(f"{batch[part[0]].image} ... {batch[part[-1]].image}: {error}") from error
-        for place, i in enumerate(part):
-            rows[i]["score"] = number(total[place].item())
-            if parts:
-                rows[i]["parts"] = {name: number(values[place].item()) for name, values in parts.items()}
+        if not error and not isinstance(one, str):
+            usable[i] = one
+    places = list(usable)
+    try:
+        with memory_for(len(usable)):
+            for place, values in judge(scorer, list(usable.values()), [batch[i].prompt for i in places]):
+                row = rows[places[place]]
+                row["score"] = number(values.pop(TOTAL))
+                if values:
+                    row["parts"] = {name: number(value) for name, value in values.items()}
+    except ScorerError as error:
+        raise UserError(f"{batch[places[0]].image} ... {batch[places[-1]].image}: {error}") from error
     return rows
 
 

@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from filelock import FileLock
-from torch import nn
 from tqdm import tqdm
 
 from t2i_align.data.schema import Group, Skipped
@@ -35,6 +33,7 @@ from t2i_align.inference.generate import sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
+from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, claim, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
@@ -74,23 +73,14 @@ def synthesize(
     (phi of arXiv 2410.18013; a difference within a scorer's tie margin is half a win).
 
     Args:
-        prompts: Text file with one prompt per line, `testbed:dev`, or a list; each distinct one is used once.
-        models: Paths, Hub ids, training runs or LoRAs, `testbed:sd`.
-        scorers: Specs of scorers, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
-        out: Folder for images, scores and `groups.jsonl`.
-        per_prompt: Images of each prompt by each model.
+        models: paths, Hub ids, training runs or LoRAs, `testbed:sd`.
+        scorers: specs of scorers, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
+        out: folder for images, scores and `groups.jsonl`.
+        per_prompt: images of each prompt by each model.
         pairs: `best_worst` or `all` pairs instead of groups of all candidates.
-        agree: Share of the scorers that must prefer the better one of a pair, or a group's best to its worst.
-        seed: Seed of the images.
-        steps: Sampling steps (default: the model's own).
-        guidance: Guidance scale (default: the model's own).
-        negative_prompt: What guidance leads away from.
-        height: Height in pixels (default: the model's own).
-        width: Width in pixels (default: the model's own).
-        batch_size: Images at a time (default: the model's own; 8 for scorers).
-        precision: The models' weights: fp32, bf16 or fp16.
-        device: Device of models and scorers (default: the GPU if there is one).
-        progress: Show progress bars.
+        agree: share of the scorers that must prefer the better one of a pair, or a group's best to its worst.
+
+    Others as in `t2i_align.inference.generate.generate`; each distinct prompt is used once.
 
     Raises:
         UserError: an argument that cannot be used, or a folder begun with other settings.
@@ -152,9 +142,7 @@ class _Work:
         }
         self.out.mkdir(parents=True, exist_ok=True)
         with FileLock(self.out / ".lock"):
-            if not (self.out / SETTINGS).exists() and any(file.name[0] != "." for file in self.out.iterdir()):
-                raise UserError(f"{self.out}: the folder is not empty and holds no synthesis; choose another")
-            claim(self.out / SETTINGS, settings, advice="choose another folder")
+            claim(self.out / SETTINGS, settings, content="synthesis", advice="choose another folder")
 
     def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
         """This process's images by one model, which is loaded only where some are missing."""
@@ -174,7 +162,7 @@ class _Work:
             tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
         ):
             with FileLock(self.out / ".lock"):  # refuses other weights under the same name
-                claim(self._identity(model), {"model": name, "sha256": weights_hash(pipeline.denoiser)})
+                claim(self._identity(model), {"model": name, "sha256": tensors_hash(pipeline.denoiser.state_dict())})
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, i, k) for i, k in part]
@@ -260,12 +248,3 @@ class _Work:
 
     def _identity(self, model: int) -> Path:
         return self.out / f"model-{model}.json"
-
-
-def weights_hash(module: nn.Module) -> str:
-    """A hash of a module's parameters, an adapter's with them: names, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -30,11 +30,12 @@ from t2i_align.reward_models.losses import Accuracy, measure, winner_gaps
 from t2i_align.reward_models.optimise import Curve, curves, draw_pool
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
 from t2i_align.testbed.captions import CaptionError, parse
-from t2i_align.utils.files import output_lock, write_json, write_text
+from t2i_align.utils.files import check_own, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
+REPORT, AUDIT = "report.html", "audit.json"
 BINS = 8  # of calibration
 FEWEST = 20  # pairs; a smaller slice is not shown
 MOST_USERS = 12  # annotators shown, those with the most pairs
@@ -80,7 +81,7 @@ class Audit:
                 oracle = f"oracle {curve.oracle[0]:.3f} -> {curve.oracle[-1]:.3f}, best {max(curve.oracle):.3f}"
                 gained = curve.proxy[-1] - curve.proxy[0]
                 lines.append(f"  {curve.kind}: {oracle}; proxy {gained:+.2f} spreads, gap {curve.gap[-1]:.2f}")
-        return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
+        return "\n".join([*lines, f"report: {self.out / REPORT}"])
 
 
 def audit(
@@ -124,6 +125,7 @@ def audit(
         _kind(prompt, strict=True)
     if folder.is_file():
         raise UserError(f"{out}: is a file; expected a folder")
+    check_own("audit-scorer", folder / REPORT, folder / AUDIT)
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
     with output_lock(folder):
         data = open_preferences(str(source), folder, format=format, limit=limit, progress=progress)
@@ -154,10 +156,9 @@ def audit(
             agreement=agreement([*scores.values(), data.labels]),
             curves={scorer.name: curves(scorer, pool, batch_size) for scorer in built} if pool else {},
         )
-        write_json(folder / "audit.json", plain(result))
         template = ENVIRONMENT.get_template("audit.html.jinja")
         page = template.render(result=result, source=str(source), groups=len(data), enumerate=enumerate)
-        write_text(folder / "report.html", page)
+        write_files(folder, {REPORT: page, AUDIT: json_text(plain(result))})
         return result
 
 

@@ -1,48 +1,67 @@
-"""Crash-safe checkpoints: written under a temporary name, then renamed.
+"""Crash-safe checkpoints: written under a temporary name, then renamed, and never written again.
 
 checkpoints/step_000500/weights.safetensors    the trained parameters, and other weights that change (`ema.NAME`)
                         state.pt               optimiser, schedule, scaler, logged sums: plain tensors and numbers
+                        sha256.json            of both files: a damaged or exchanged one is refused
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_align.errors import UserError
-from t2i_align.utils.files import atomic_folder, whole_lines, write_text
+from t2i_align.utils.files import WRITING, atomic_folder, read_json, whole_lines, write_json, write_text
 
 FOLDER = "checkpoints"
-LAYOUT = 3  # raised when the state gets other entries
+WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256.json"
+LAYOUT = 4  # raised when the state gets other entries
+
+
+@contextmanager
+def writing(folder: Path, what: str) -> Iterator[Path]:
+    """`atomic_folder`, with one message for all the ways in which libraries say that the disk is full."""
+    try:
+        with atomic_folder(folder) as temporary:
+            yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: {what} ({error})") from error
 
 
 def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep`; returns its folder."""
     folder = run / FOLDER / f"step_{step:06d}"
-    try:
-        with atomic_folder(folder) as temporary:
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            save_file(plain, temporary / "weights.safetensors")
-            torch.save({"layout": LAYOUT, "step": step, **state}, temporary / "state.pt")
-    except OSError as error:
-        message = f"{folder}: the checkpoint could not be written ({error}); earlier ones are untouched"
-        raise UserError(message) from error
+    with writing(folder, "the checkpoint could not be written; earlier ones are untouched") as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
+        torch.save({"layout": LAYOUT, "step": step, **state}, temporary / STATE)
+        write_json(temporary / SUMS, _sums(temporary))
     for old in all_steps(run)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return folder
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; under another name, so that one that is half deleted counts as none."""
+    gone = folder.with_name(f"{WRITING}{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
 
 
 def all_steps(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     complete = [path for path in (run / FOLDER).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(complete, key=_step)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,25 +71,34 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: it is damaged, or was written by another version.
     """
     try:
-        weights = load_file(folder / "weights.safetensors")
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        if current := state["layout"] == LAYOUT:
+            _check_unchanged(folder, state["step"])
+        weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors, pickle and the file system each raise their own
         raise UserError(
             f"{folder}: damaged checkpoint ({error}). Remove this folder to resume from the one before it."
         ) from error
-    if state.get("layout") != LAYOUT:
+    if not current:
         raise UserError(f"{folder}: written by another version of t2i-align; resume it with that version")
     return weights, state
 
 
-def check_continues(folder: Path, state: dict[str, Any], data: str, groups_per_step: int, steps: int) -> None:
-    """Raise UserError where a run with this data, groups per step and number of steps cannot continue a checkpoint."""
+def check_continues(
+    folder: Path, state: dict[str, Any], same: Mapping[str, str], groups_per_step: int, steps: int
+) -> None:
+    """Raise UserError where a run cannot continue a checkpoint.
+
+    Args:
+        same: fingerprints of what must be as it was, such as the data. steps: the run's last step.
+    """
     run, name = folder.parent.parent, folder.name
-    if state["data"] != data:
-        raise UserError(
-            f"{run}: the data has changed since {name} was saved; "
-            "resume needs the same data, or choose another output_dir"
-        )
+    for what, fingerprint in same.items():
+        if state["same"][what] != fingerprint:
+            raise UserError(
+                f"{run}: the {what} has changed since {name} was saved; "
+                f"resume needs the same {what}, or choose another output_dir"
+            )
     if state["groups_per_step"] != groups_per_step:
         raise UserError(
             f"{run}: a step of this run takes {state['groups_per_step']} groups; train.batch_size x train.accumulate x "
@@ -82,8 +110,35 @@ def check_continues(folder: Path, state: dict[str, Any], data: str, groups_per_s
 
 
 def truncate_lines(file: Path, step: int) -> list[dict[str, Any]]:
-    """Drop JSON lines after `step`, so that a resumed run's file equals an uninterrupted one's; returns the rest."""
-    records = [record for record in whole_lines(file) if record["step"] <= step]
+    """Drop JSON lines after `step`, so that a resumed run's file equals an uninterrupted one's; returns the rest.
+
+    Lines of rollbacks are kept: the step that they name is where the run went back to.
+    """
+    records = whole_lines(file)
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("step"), int):
+            raise UserError(f"{file}, line {number}: 'step' must be a whole number, found {record.get('step')!r}")
+    kept = [record for record in records if record["step"] <= step or "rollback" in record]
     if file.exists():
-        write_text(file, "".join(json.dumps(record) + "\n" for record in records))
-    return records
+        write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _check_unchanged(folder: Path, step: int) -> None:
+    if step != _step(folder):
+        raise ValueError(f"it is of step {step}")
+    written = read_json(folder / SUMS)
+    if changed := [name for name, sha256 in _sums(folder).items() if written.get(name) != sha256]:
+        raise ValueError(f"{' and '.join(changed)} changed after being written")
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for name in (WEIGHTS, STATE):
+        with open(folder / name, "rb") as stream:
+            sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return sums

@@ -5,7 +5,6 @@ It knows no method, model family or data; these are a `Task`. Users: `trainer` a
 
 from __future__ import annotations
 
-import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from t2i_align.config import HealthConfig, OptimConfig, RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.training.monitor import Diverged, MetricAverager, check_finite, check_winners
+from t2i_align.training.monitor import Diverged, MetricAverager, arriving, check_finite, check_winners
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -103,8 +102,9 @@ class Loop:
         self.ema: EMAModel | None = None
         if config.optim.ema is not None:
             self.weights.variants["ema"] = average = older_policy(self.weights)
-            self.ema = EMAModel(self.parameters, decay=config.optim.ema)
+            self.ema = EMAModel(self.parameters, decay=config.optim.ema, foreach=True)
             self.ema.shadow_params = list(average.tensors.values())
+        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash()}
         self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
         self.step = self.rollbacks = 0
         self.went_back = False  # whether a rollback has led here
@@ -121,42 +121,38 @@ class Loop:
         """
         hidden = not (self.progress and self.accelerator.is_main_process)
         bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
-        try:
-            if not self.resumed:
-                for act in self.task.due(0, False):
-                    self._record(act())
-                self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
-            with bar, graceful_shutdown() as stop:
-                while self.step < self.train.steps:
-                    try:
-                        self._train(bar, stop)
-                    except Diverged as divergence:
-                        self._roll_back(divergence)
-                        bar.n = self.step
-        finally:
-            # Drop DDP's wrapper while the process group still exists: as the last holder of the group it would join
-            # gloo's threads with the GIL locked, for which these may wait.
-            del self.network
-            self.accelerator.free_memory()
+        if not self.resumed:
+            for act in self.task.due(0, False):
+                self._record(act())
+            self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
+        with bar, graceful_shutdown() as stop:
+            while self.step < self.train.steps:
+                try:
+                    self._train(bar, stop)
+                except Diverged as divergence:
+                    self._roll_back(divergence)
+                    bar.n = self.step
         return self.last_logged
 
     def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""
         batches = self.task.batches(self.step)
-        previous: Tensor | None = None
+        self.network.train()  # not in each step: a walk over a large network takes milliseconds
+        before: Callable[[], list[float]] | None = None
         while self.step < self.train.steps:
             last = self.step + 1 == self.train.steps
             report = (self.step + 1) % self.log.every == 0 or last
-            numbers = self._one_step(batches, report)
-            # The step before is checked, not this one: its numbers are ready, so nothing waits for the device.
-            check_finite(previous, self.step - 1)
-            previous = numbers
+            numbers = self._one_step(batches, report, stop)
+            # Those of the step before have arrived, so that the host goes on while the device is at this one.
+            stopping = bool(before and self._check(before(), self.step - 1))
+            if self.accelerator.num_processes == 1:
+                stopping = stop.is_set()
+            before = numbers
             bar.update()
-            stopping = self._agreed(stop.is_set(), report)
             save = self.step % self.log.checkpoint_every == 0 or last or stopping
             due = self.task.due(self.step, last)
             if report or save or due:
-                check_finite(numbers, self.step)
+                self._check(numbers(), self.step)
             if report or save:
                 means = self.window.numbers(self.accelerator)
                 check_winners(means, self.step, self.task.health.max_error_rise)
@@ -173,11 +169,10 @@ class Loop:
             if stopping and not last:
                 raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
 
-    def _one_step(self, batches: Iterator[Any], report: bool) -> Tensor:
-        """Train one step; the loss and the gradient's norm, [2], for the check that both are finite."""
+    def _one_step(self, batches: Iterator[Any], report: bool, stop: threading.Event) -> Callable[[], list[float]]:
+        """Train one step; what `_check` takes, on its way from the device."""
         # Reseeded each step (for LoRA dropout), so that a resumed run does not depend on what ran before.
         torch.manual_seed(stable_seed(self.train.seed, "step", self.step, self.accelerator.process_index))
-        self.network.train()
         metrics, total = MetricAverager(), torch.zeros((), device=self.accelerator.device)
         for micro in range(self.task.accumulate):
             batch = next(batches)
@@ -205,20 +200,20 @@ class Loop:
         metrics.add({"grad_norm": norm.view(1)})
         self.window.merge(metrics)
         self.step += 1
-        # Of all processes, so that all stop where one has met a bad number.
-        return self.accelerator.reduce(torch.stack([total, norm.to(total.dtype)]), reduction="mean")
+        # Of all processes, so that all stop where one has met a bad number or a signal.
+        stopped = torch.full_like(total, stop.is_set())
+        return arriving(self.accelerator.reduce(torch.stack([total, norm.to(total.dtype), stopped]), reduction="mean"))
+
+    def _check(self, numbers: list[float], step: int) -> bool:
+        """Raise Diverged where loss or gradient norm of a step are not finite; whether a process was told to stop."""
+        loss, norm, stopped = numbers
+        check_finite(loss, norm, step)
+        return stopped > 0
 
     def _record(self, metrics: dict[str, float]) -> None:
         if metrics and self.accelerator.is_main_process:
             self.accelerator.log(metrics, step=self.step)
             append_line(self.output / METRICS_FILE, {"step": self.step, **metrics})
-
-    def _agreed(self, stop: bool, report: bool) -> bool:
-        """Whether to stop now. Several processes get a signal at different steps, so they agree when they log."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor(float(stop), device=self.accelerator.device)
-        return report and bool(self.accelerator.reduce(flag, reduction="sum"))
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -226,7 +221,7 @@ class Loop:
         """Continue from the newest complete checkpoint; whether there is one."""
         if saved := checkpoint.all_steps(self.output):
             weights, state = checkpoint.load(saved[-1])
-            checkpoint.check_continues(saved[-1], state, self.task.fingerprint, self.groups_per_step, self.train.steps)
+            checkpoint.check_continues(saved[-1], state, self.same, self.groups_per_step, self.train.steps)
             self._restore(weights, state)
         if self.accelerator.is_main_process:
             lines = checkpoint.truncate_lines(self.output / METRICS_FILE, self.step if saved else -1)
@@ -236,7 +231,10 @@ class Loop:
         return bool(saved)
 
     def _roll_back(self, divergence: Diverged) -> None:
-        """Back to the last good checkpoint with half the learning rate; an error when that has been done enough."""
+        """Back to the last good checkpoint with half the learning rate; an error when that has been done enough.
+
+        Nothing is saved: a run that is killed before the next checkpoint diverges and rolls back in the same way again.
+        """
         limit, saved = self.task.health.rollbacks, checkpoint.all_steps(self.output)
         if self.rollbacks >= limit:
             again = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
@@ -245,27 +243,26 @@ class Loop:
                 f"{self.task.advice}"
             )
         # Where the newest has led to divergence once more, it was spoilt before anything showed.
-        good = saved[-2] if self.went_back and len(saved) > 1 else saved[-1]
+        spoilt = saved.pop() if self.went_back and len(saved) > 1 else None
         rollbacks = self.rollbacks + 1
-        self._restore(*checkpoint.load(good))
+        self._restore(*checkpoint.load(saved[-1]))
         factor = 0.5 ** (rollbacks - self.rollbacks)  # from here on: schedule and optimiser keep it in their state
         self.schedule.base_lrs = [rate * factor for rate in self.schedule.base_lrs]
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
         self.rollbacks, self.went_back = rollbacks, True
-        self.accelerator.wait_for_everyone()  # all have read what is now written anew
+        self.accelerator.wait_for_everyone()  # all have listed and read the checkpoints
         if self.accelerator.is_main_process:
+            if spoilt:
+                checkpoint.remove(spoilt)
             record = {"step": self.step, "rollback": rollbacks, "diverged_at": divergence.step}
             # It is there already if the run was killed before the next checkpoint.
             if record not in checkpoint.truncate_lines(self.output / METRICS_FILE, self.step):
                 append_line(self.output / METRICS_FILE, record)
             tqdm.write(
-                f"{divergence}. The run goes back to {good} and on with {0.5**rollbacks:g} times the learning rate "
-                f"(rollback {rollbacks} of at most {limit})."
+                f"{divergence}. The run goes back to {saved[-1]} and on with {0.5**rollbacks:g} times the learning "
+                f"rate (rollback {rollbacks} of at most {limit})."
             )
-        self._save()
-        if self.accelerator.is_main_process and good != saved[-1]:
-            shutil.rmtree(saved[-1])
         self.accelerator.wait_for_everyone()
 
     @property
@@ -280,10 +277,9 @@ class Loop:
             state: dict[str, Any] = {
                 **{name: part.state_dict() for name, part in self._parts.items()},
                 "rollbacks": self.rollbacks,
-                "went_back": self.went_back,
                 "window": window,
                 "task": self.task.state(),
-                "data": self.task.fingerprint,
+                "same": self.same,
                 "groups_per_step": self.groups_per_step,
             }
             checkpoint.save(self.output, self.step, self.weights.state(), state, self.log.keep_checkpoints)
@@ -296,7 +292,7 @@ class Loop:
         device = self.accelerator.device
         self.window = MetricAverager({name: value.to(device) for name, value in state["window"].items()})
         self.task.load_state(state["task"])
-        self.step, self.rollbacks, self.went_back = state["step"], state["rollbacks"], state["went_back"]
+        self.step, self.rollbacks = state["step"], state["rollbacks"]
         if self.ema:
             self.ema.optimization_step = self.step
 

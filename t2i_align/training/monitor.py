@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +47,20 @@ class MetricAverager:
         return {name: value for name, value in zip(means, values, strict=True) if value == value}
 
 
+def arriving(numbers: Tensor) -> Callable[[], list[float]]:
+    """Start to copy numbers to the host; the call waits for these, but for nothing that the device does after them."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    host, copied = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
 class Diverged(Exception):
     """What was seen, and after which step."""
 
@@ -54,10 +69,9 @@ class Diverged(Exception):
         self.step = step
 
 
-def check_finite(numbers: Tensor | None, step: int) -> None:
-    """Raise Diverged unless a step's loss and gradient norm, [2], are finite. Waits for the device."""
-    if numbers is not None and not bool(torch.isfinite(numbers).all()):
-        loss, norm = numbers.tolist()
+def check_finite(loss: float, norm: float, step: int) -> None:
+    """Raise Diverged unless a step's loss and gradient norm are finite."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise Diverged(step, f"is not finite (loss {loss}, gradient norm {norm})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from accelerate.state import AcceleratorState
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.utils.files import WRITING, differences, output_lock, write_text
+from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
+from t2i_align.utils.settings import read_yaml
 
 if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
@@ -57,7 +59,13 @@ def open_run(
                 _check_output(output, settings, config.resume, free, extra)
             accelerator.wait_for_everyone()
             yield accelerator
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # which hold the run's objects
+            raise
         finally:
+            # Drop DDP's wrapper while the process group still exists: as the last holder of the group it would join
+            # gloo's threads with the GIL locked, for which these may wait.
+            accelerator.free_memory()
             accelerator.end_training()
 
 
@@ -65,7 +73,9 @@ def check_same_run(output: Path, settings: Mapping[str, Any], free: Collection[s
     """Raise UserError where the folder holds a run with other settings, naming each key."""
     if not (file := output / RUN_FILE).is_file():
         return
-    if keys := differences(yaml.safe_load(file.read_text(encoding="utf-8")), settings, {"output_dir", *free}):
+    if not isinstance(stored := read_yaml(file), dict):
+        raise UserError(f"{file}: expected a run's settings, found {type(stored).__name__}")
+    if keys := differences(stored, settings, {"output_dir", *free}):
         raise UserError(f"output_dir {output}: this folder holds another run: {'; '.join(keys)}")
 
 
@@ -77,10 +87,8 @@ def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
 def _check_output(
     output: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str], extra: tuple[str, ...]
 ) -> None:
-    if not output.is_dir() or all(entry.name.startswith((WRITING, *extra)) for entry in output.iterdir()):
+    if not holds(output, "run", RUN_FILE, ignored=(WRITING, *extra)):
         return
-    if not (output / RUN_FILE).is_file():
-        raise UserError(f"output_dir {output}: the folder is not empty and holds no run; choose another")
     if not resume:
         steps = checkpoint.all_steps(output)
         state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no checkpoint yet"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,9 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.training.weights import Variant, Weights, adapters_off, dropout_off, frozen_copy, older_policy
+from t2i_align.inference.options import PRECISIONS
+from t2i_align.objectives.kto import liked_candidates
+from t2i_align.training.weights import Weights, adapters_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -61,19 +63,15 @@ def build_reference(train: TrainConfig, pipeline: TrainablePipeline, *, needed: 
 
     needed: False for objectives without one, so that no second denoiser is kept.
     """
-    denoiser, updated = pipeline.denoiser, train.reference_update is not None
+    reference, denoiser, updated = Reference(pipeline), pipeline.denoiser, train.reference_update is not None
     lora = bool(getattr(denoiser, "peft_config", None))
-    reference = Reference(pipeline)
-    if not needed:
-        return reference
-    if train.reference in ("copy", "offloaded_copy") or not lora:
-        offload = train.reference == "offloaded_copy"
-        variant = frozen_copy(denoiser, offload=offload, compile=train.compile, updated=updated)
-    elif updated:
-        variant = older_policy(reference.weights)
-    else:
-        variant = Variant(partial(adapters_off, denoiser))
-    reference.weights.variants["reference"] = variant
+    if needed and (train.reference in ("copy", "offloaded_copy") or not lora):
+        options = {"offload": train.reference == "offloaded_copy", "compile": train.compile, "updated": updated}
+        variant = frozen_copy(denoiser, dtype=PRECISIONS[train.precision], **options)
+        reference.weights.variants["reference"] = variant
+    elif needed:
+        older = older_policy(reference.weights) if updated else adapters_off(denoiser)
+        reference.weights.variants["reference"] = older
     return reference
 
 
@@ -112,7 +110,7 @@ class ReferenceUpdate:
     def errors(self) -> Tensor:
         """The policy's error on each winner, without its LoRA's dropout; NaN for a disliked single sample."""
         pipeline = self.reference.pipeline
-        with dropout_off(pipeline.denoiser), self.accelerator.autocast():
+        with dropout_off(pipeline.denoiser).using(), self.accelerator.autocast():
             errors = torch.cat([noised.errors(pipeline.predict)[:, 0] for noised, _ in self._winners])
         return torch.where(torch.cat([liked for _, liked in self._winners]), errors, math.nan)
 
@@ -145,5 +143,5 @@ class ReferenceUpdate:
         noise = rng.normal("reference drift", latents.shape[1:])
         sized = with_sizes(batch.conditioning, batch.take([0]))
         conditioning = {name: tensor[:count] for name, tensor in sized.items()}
-        liked = batch.scores[:count, 0] > 0 if batch.scores.shape[1] == 1 else torch.ones(count, dtype=torch.bool)
-        return Noised.at(process, latents, noise, timesteps, conditioning, count), liked.to(latents.device)
+        liked = liked_candidates(batch.scores)[:count, 0]
+        return Noised.at(process, latents, noise, timesteps, conditioning, count), liked

@@ -1,4 +1,4 @@
-"""Finish the current step and save on SIGINT and SIGTERM."""
+"""Finish the current step and save on SIGINT, SIGTERM and SIGHUP."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from typing import Any
 
 @contextmanager
 def graceful_shutdown() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt."""
+    """Yield an event that these signals set; a second Ctrl-C raises KeyboardInterrupt.
+
+    The others often come twice, as from `timeout` or a service manager, and one that is ignored (`nohup`) stays so.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach the main thread only; a notebook's worker thread runs without
         return
 
     def handle(number: int, frame: Any) -> None:
-        if event.is_set():
+        if event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         event.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield event
     finally:

@@ -11,10 +11,10 @@ ema          the moving average of the policy
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +24,33 @@ from torch import Tensor, nn
 
 from t2i_align.errors import UserError
 
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # autocast rounds their weights at each call
+
 
 @dataclass(frozen=True)
 class Variant:
     """One set of weights.
 
-    using: gives the network under them. tensors: those that change during training, and so belong in a checkpoint, by
-    the names of the trained parameters.
+    network: that has them, with `changes`: (owner, attribute, value), collected once, as a walk over the modules of a
+    large network takes as long as many of its kernels. tensors: those that change during training, and so belong in a
+    checkpoint, by the names of the trained parameters.
     """
 
-    using: Callable[[], AbstractContextManager[nn.Module]]
+    network: nn.Module
+    changes: Sequence[tuple[object, str, Any]] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """The network with these weights; afterwards everything is as it was, also after an exception."""
+        before = [getattr(owner, name) for owner, name, _ in self.changes]
+        try:
+            for owner, name, value in self.changes:
+                setattr(owner, name, value)
+            yield self.network
+        finally:
+            for (owner, name, _), value in zip(self.changes, before, strict=True):
+                setattr(owner, name, value)
 
 
 class Weights:
@@ -43,7 +59,7 @@ class Weights:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.policy = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.variants: dict[str, Variant] = {}
+        self.variants = {"policy": Variant(network)}
 
     @property
     def result(self) -> str:
@@ -55,8 +71,6 @@ class Weights:
 
         The policy's parameters are never written, so this is safe between its forward pass and its backward pass.
         """
-        if name == "policy":
-            return nullcontext(self.network)
         if name not in self.variants:
             raise RuntimeError(f"no {name} weights are kept: does the objective declare in its `needs` what it uses?")
         return self.variants[name].using()
@@ -66,6 +80,12 @@ class Weights:
         """Copy these tensors into a variant that has its own."""
         for key, tensor in self.variants[name].tensors.items():
             tensor.copy_(tensors[key])
+
+    def base_hash(self) -> str:
+        """Of what the training starts from: the frozen parameters, or all where none is frozen."""
+        parameters = dict(self.network.named_parameters())
+        frozen = {name: parameter for name, parameter in parameters.items() if name not in self.policy}
+        return tensors_hash(frozen or parameters)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: the policy's under their own names, the others' as `ema.NAME`."""
@@ -83,68 +103,65 @@ class Weights:
 
 
 def older_policy(weights: Weights) -> Variant:
-    """The network with other tensors in place of the trained parameters, at first copies of these."""
+    """The network without dropout and with other tensors in place of the trained ones, at first copies of these."""
+    network = weights.network
     tensors = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in weights.policy.items()}
-    return Variant(partial(swapped, weights.network, tensors), tensors)
+    places = [(*name.rpartition("."), parameter) for name, parameter in tensors.items()]
+    swapped = [(network.get_submodule(path), leaf, parameter) for path, _, leaf, parameter in places]
+    return Variant(network, [*swapped, *dropout_off(network).changes], tensors)
 
 
-def frozen_copy(network: nn.Module, *, offload: bool, compile: bool, updated: bool) -> Variant:
-    """A copy of the network without its adapters, on its device or in CPU memory and streamed there layer by layer.
-
-    compile: the policy is compiled, so the copy has to be: equal weights must give equal predictions. updated: it will
-    be overwritten.
-    """
-    device = next(network.parameters()).device
-    # In the policy's own mode and precision, so that equal weights give equal predictions to the last bit.
-    twin = copy.deepcopy(network).requires_grad_(False)
-    for module in twin.modules():
-        if isinstance(module, BaseTunerLayer):
-            module._disable_adapters = True
-    tensors = {name: parameter.detach() for name, parameter in twin.named_parameters()}
-    if offload:
-        # What is streamed is read from here, so that it can be overwritten, too.
-        state = {name: tensor.cpu() for name, tensor in twin.state_dict().items()}
-        tensors = {name: state[name] for name in tensors}
-        cpu_offload(twin, execution_device=device, state_dict=state)
-    if compile:
-        twin.compile()
-    return Variant(lambda: nullcontext(twin), tensors if updated else {})
-
-
-@contextmanager
-def adapters_off(network: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the network is its base model.
+def adapters_off(network: nn.Module) -> Variant:
+    """The network as its base model.
 
     Only the layers' private flag is flipped: peft's public toggle also changes `requires_grad`, which silently
     loses gradients when it runs between a forward and its backward pass.
     """
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    with changed((layer, "_disable_adapters", True) for layer in layers):
-        yield network
+    return Variant(network, [(layer, "_disable_adapters", True) for layer in layers])
 
 
-@contextmanager
-def swapped(network: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """Inside, the network has these parameters and no dropout."""
-    places = [(*name.rpartition("."), parameter) for name, parameter in parameters.items()]
-    with changed((network.get_submodule(path), leaf, p) for path, _, leaf, p in places), dropout_off(network):
-        yield network
+def dropout_off(network: nn.Module) -> Variant:
+    """The network with nothing dropped at random; all else stays in training mode."""
+    return Variant(network, [(m, "training", False) for m in network.modules() if isinstance(m, nn.Dropout)])
 
 
-def dropout_off(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside, nothing is dropped at random; all else stays in training mode."""
-    return changed((module, "training", False) for module in network.modules() if isinstance(module, nn.Dropout))
+def frozen_copy(
+    network: nn.Module, *, offload: bool = False, compile: bool = False, updated: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Variant:  # fmt: skip
+    """A copy of the network without its adapters, on its device or in CPU memory and streamed there layer by layer.
+
+    Args:
+        compile: the policy is compiled, so the copy has to be: equal weights must give equal predictions.
+        updated: it will be overwritten.
+        dtype: that of autocast: what it would round to this at each call is kept so, in half the memory.
+    """
+    device = next(network.parameters()).device
+    # In the policy's own mode, so that equal weights give equal predictions to the last bit.
+    twin = copy.deepcopy(network).requires_grad_(False)
+    for module in twin.modules():
+        if isinstance(module, BaseTunerLayer):
+            module._disable_adapters = True
+        elif isinstance(module, CAST) and dtype != torch.float32:
+            module.to(dtype)
+    tensors = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+    if offload:
+        # What is streamed is read from here, so that it can be overwritten, too.
+        state = {name: tensor.cpu() for name, tensor in twin.state_dict().items()}
+        if device.type == "cuda":
+            state = {name: tensor.pin_memory() for name, tensor in state.items()}  # several times faster to stream
+        tensors = {name: state[name] for name in tensors}
+        cpu_offload(twin, execution_device=device, state_dict=state)
+    if compile:
+        twin.compile()
+    return Variant(twin, (), tensors if updated else {})
 
 
-@contextmanager
-def changed(attributes: Iterable[tuple[object, str, Any]]) -> Iterator[None]:
-    """Inside, (owner, name, value) are set; afterwards everything is as it was, also after an exception."""
-    attributes = list(attributes)
-    before = [getattr(owner, name) for owner, name, _ in attributes]
-    try:
-        for owner, name, value in attributes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(attributes, before, strict=True):
-            setattr(owner, name, value)
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors by their names: types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

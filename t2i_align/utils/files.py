@@ -2,6 +2,9 @@
 
 Temporary names are fixed (`.writing_NAME` beside NAME), so that the next attempt overwrites what a killed one left. A
 path that is a link stays one: what it leads to is written.
+
+Only what a command itself wrote is replaced: it knows its folder by a file in it (`holds`), and its files by a mark in
+their first lines (`check_own`).
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from t2i_align.errors import UserError
 
 WRITING = ".writing_"
 LOCK = f"{WRITING}lock"
+MARKED = 4096  # bytes at the beginning of a file, in which its mark is
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
 logger = logging.getLogger(__name__)
 
@@ -79,15 +83,37 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write or replace an indented JSON file atomically."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as indented JSON."""
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """A line of JSON for each record."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write or replace files that belong together: a kill leaves no old one beside a new one.
+
+    All are complete under temporary names first. The first gets its name before the others, so that its mark (see
+    `check_own`) tells whose they are; the last one's says that all are there.
+    """
+    with ExitStack() as stack:
+        for name, text in [*texts.items()][::-1]:
+            stack.enter_context(atomic_file(folder / name)).write_bytes(_encode(text))
+        for name in [*texts][:0:-1]:
+            (folder / name).resolve().unlink(missing_ok=True)
 
 
 def append_line(path: str | Path, *records: Mapping[str, Any]) -> None:
     """Append each record as a line of JSON, all in one write."""
     if records:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with open(path, "ab") as stream:
-            stream.write(_encode(lines))
+            stream.write(_encode(json_lines(records)))
 
 
 def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]]:
@@ -103,7 +129,7 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     path = Path(path)
     if not path.exists():
         return []
-    text = path.read_bytes()
+    text = read_bytes(path)
     end = text.rfind(b"\n") + 1
     if repair and end < len(text):
         os.truncate(path, end)
@@ -111,18 +137,62 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
-def claim(file: str | Path, settings: Mapping[str, Any], *, advice: str = "choose another output") -> None:
+def holds(folder: Path, content: str, marker: str, *, ignored: tuple[str, ...] = (".",)) -> bool:
+    """Whether the folder to write holds this content already; False for one that is missing or empty.
+
+    Args:
+        content: what a command leaves there, a noun for the message.
+        marker: the file in it by which that is known.
+        ignored: beginnings of the names that do not count.
+
+    Raises:
+        UserError: a file, or a folder that holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected a folder")
+    if not folder.is_dir() or all(entry.name.startswith(ignored) for entry in folder.iterdir()):
+        return False
+    if not (folder / marker).is_file():
+        raise UserError(f"{folder}: the folder is not empty and holds no {content}; choose another")
+    return True
+
+
+def check_own(command: str, *files: Path) -> None:
+    """Raise UserError where one of the files is there and `command` did not write it.
+
+    The first of them tells for all: it is written first (`write_files`) and has `mark(command)` in its first lines.
+    """
+    if files[0].is_file():
+        with open(files[0], "rb") as stream:
+            if mark(command).encode() in stream.read(MARKED):
+                return
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file}: exists, and was not written by t2i-align {command}; choose another place")
+
+
+def mark(command: str) -> str:
+    """What the first lines of a file say of the command that wrote it."""
+    return f"generated by t2i-align {command}"
+
+
+def claim(
+    file: str | Path, settings: Mapping[str, Any], *, content: str = "", advice: str = "choose another output"
+) -> None:
     """Write the settings that an output is made with, or compare them with those it was begun with.
 
     Args:
         file: JSON file of settings.
         settings: values that JSON can hold.
+        content: what the file's folder is to hold, and nothing else (see `holds`).
         advice: how to go on, the end of the message.
 
     Raises:
         UserError: settings differ, names each key; or the file is not a JSON object.
     """
     file = Path(file)
+    if content:
+        holds(file.parent, content, file.name)
     if not file.exists():
         write_json(file, settings)
     elif keys := differences(read_json(file), json.loads(json.dumps(settings))):
@@ -147,7 +217,15 @@ def differences(
 
 def read_json(file: str | Path) -> dict[str, Any]:
     """The JSON object in a file; raises UserError for anything else."""
-    return _object(Path(file).read_bytes(), str(file))
+    return _object(read_bytes(file), str(file))
+
+
+def read_bytes(file: str | Path) -> bytes:
+    """The content of a file; raises UserError where the system refuses it, as for a folder."""
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def parse_json(text: bytes, origin: str) -> Any:

@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from t2i_align.errors import UserError, nearest
+from t2i_align.utils.files import read_bytes
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 def read_yaml(file: str | Path) -> Any:
     """What a YAML file holds; raises UserError naming it."""
     try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        return yaml.safe_load(read_bytes(file).decode())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
 

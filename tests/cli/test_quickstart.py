@@ -49,9 +49,9 @@ def test_unfinished_job_leaves_the_earlier_result_and_nothing_else(stop: type[Ba
 
 def test_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something that no quickstart wrote"):
+    with pytest.raises(UserError, match="not empty and holds no quickstart"):
         quickstart(output=tmp_path)
-    with pytest.raises(UserError, match="this is a file"):
+    with pytest.raises(UserError, match=r"mine.txt: is a file; expected a folder"):
         quickstart(output=tmp_path / "mine.txt")
     assert written(tmp_path) == {"mine.txt"}
     monkeypatch.setattr("os.path.ismount", lambda path: True)

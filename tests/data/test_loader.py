@@ -44,7 +44,7 @@ def never() -> Any:
 
 def opened(
     tmp_path: Path,
-    path: Path,
+    path: str | Path,
     *,
     needs: Requirements = PAIRS,
     pipeline: Callable[[], Any] = StandIn,

@@ -17,7 +17,7 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from tests.data import test_loader
-from tests.data.test_examples import colour, jpeg
+from tests.data.test_examples import colour, jpeg, pick_rows, write_images, write_parquet
 from tests.formats import lines, shard
 
 GROUPS = 18
@@ -43,8 +43,8 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def opened(shards: Path, **data: Any) -> PreferenceDataset:
-    return test_loader.opened(shards.parent, shards, **{"stream": 5, **data})
+def opened(shards: Path, *, path: str | None = None, **data: Any) -> PreferenceDataset:
+    return test_loader.opened(shards.parent, path or shards, **{"stream": 5, **data})
 
 
 def batches(source: PreferenceDataset, batch_size: int = 2, step: int = 0, **options: Any) -> Iterator[Batch]:
@@ -109,58 +109,75 @@ def test_processes_and_accumulation_cut_the_same_stream(shards: Path) -> None:
 def test_without_a_cache_the_source_is_a_stream_of_its_shards(shards: Path) -> None:
     """The same mechanism, without windows; annotations and a limit, which a stream refuses, are possible."""
     source = opened(shards, stream=None, cache=False)
-    assert source.counts == {"groups": GROUPS, "skipped": 0, "ties_left_out": 2}
+    assert source.counts == opened(shards).counts == {"groups": GROUPS, "skipped": 0, "ties_left_out": 2}
     assert len({*keys(batches(source), GROUPS // 2)}) == GROUPS - 1
     limited = opened(shards, stream=None, cache=False, limit=8)  # the tie of row 3 does not count
     assert limited.counts["groups"] == 8
     assert {key.rsplit(":", 1)[1] for key in keys(batches(limited), 4)} == {f"{n:04d}" for n in range(9)} - {"0003"}
 
 
-def test_first_shard_may_hold_no_usable_group(tmp_path: Path) -> None:
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for number, scores in enumerate(([1, 1], [1, 0])):
-        entry = json.dumps({"prompt": "a fox", "scores": scores}).encode()
-        images = {f"{number}.{place}.jpg": jpeg(place) for place in (0, 1)}
-        shard(folder / f"{number:06d}.tar", {**images, f"{number}.json": entry})
-    stream = opened(folder)
-    assert stream.counts == {"groups in the first shard": 1, "shards": 2}
-
-
-def test_ids_are_those_of_the_whole_source(shards: Path) -> None:
-    """Files of one name in two folders do not share ids, which random numbers are keyed by."""
-    for folder in ("a", "b"):
-        (shards / folder).mkdir()
-        shutil.copy(shards / "000000.tar", shards / folder)
-    cached, live = (
-        opened(shards, stream=None, cache=cache).loader(seed=0, start_step=0, batch_size=10) for cache in (True, False)
+@pytest.mark.parametrize("kind", ["samples", "paths", "ids"])
+def test_ids_and_paths_are_those_of_the_whole_source(tmp_path: Path, shards: Path, kind: str) -> None:
+    """Shards of one name in two folders: paths are relative to the source, and ids, which random numbers are keyed by,
+    differ, even where the files number their rows alike."""
+    source = tmp_path / "nested"
+    write_images(source / "images", [f"{n}.jpg" for n in range(4)])
+    for place, folder in enumerate(("a", "b")):
+        (source / folder).mkdir()
+        names = [f"images/{2 * place + n}.jpg" for n in (0, 1)]
+        if kind == "samples":
+            shutil.copy(shards / "000000.tar", source / folder)
+        elif kind == "paths":
+            rows = {"prompt": ["a fox"], "chosen": names[:1], "rejected": names[1:]}
+            write_parquet(source / folder / "0.parquet", rows)
+        else:
+            write_parquet(source / folder / "0.parquet", {**pick_rows(1), "caption": [f"a fox {folder}"]})
+    cached, live, stream = (
+        opened(source, **data) for data in ({"stream": None}, {"stream": None, "cache": False}, {"stream": 5})
     )
-    assert {*next(cached)["keys"]} <= {key for _ in range(4) for key in next(live)["keys"]}
+    whole = {
+        key: row for batch in islice(batches(cached, 1), 12) for key, row in zip(batch.keys, batch.latents, strict=True)
+    }
+    assert len({key for key in whole if key.startswith("0/")}) == (12 if kind == "samples" else 2)
+    for source in (live, stream):
+        for batch in islice(batches(source, 1), 2):
+            torch.testing.assert_close(batch.latents[0], whole[batch.keys[0]], rtol=2**-11, atol=1e-6)
 
 
-def test_shards_of_the_hub_are_downloaded_one_by_one_and_deleted(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most three are there at a time: the one that is read, and two that other processes may still read."""
-    downloads: list[str] = []
+@pytest.fixture
+def held(shards: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards as a data set on the Hub; how many were there after each request of one, downloaded or not."""
     held: list[int] = []
 
     def piece(spec: str, name: str, folder: Path) -> Path:
         assert spec == "hub:owner/name@abc"
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            downloads.append(name)
-            shutil.copy(shards / name, folder / name)
-        held.append(len(list(folder.iterdir())))
+        shutil.copy(shards / name, folder / name)
+        held.append(len(list(folder.parent.glob("*/*"))))
         return folder / name
 
+    def pieces(spec: str, endings: tuple[str, ...]) -> tuple[list[str], str]:
+        return sorted(file.name for file in shards.iterdir()), "hub:owner/name@abc"
+
+    monkeypatch.setattr(hub, "pieces", pieces)
+    monkeypatch.setattr(hub, "piece", piece)
+    return held
+
+
+def test_shards_of_the_hub_are_downloaded_one_by_one_and_deleted(shards: Path, held: list[int]) -> None:
+    """At most three are there at a time: the one that is read, and two that other processes may still read."""
     for number in range(3, 7):
         shutil.copy(shards / "000001.tar", shards / f"{number:06d}.tar")
-    names = [f"{number:06d}.tar" for number in range(7)]
-    monkeypatch.setattr(hub, "pieces", lambda spec, endings: (names, "hub:owner/name@abc"))
-    monkeypatch.setattr(hub, "piece", piece)
-    source = test_loader.opened(shards.parent, Path("hub:owner/name"), stream=5)
+    source = opened(shards, path="hub:owner/name")
     whole = keys(batches(source), 30)
-    assert max(held) <= 4 and len(downloads) > 7  # again in each epoch
+    assert max(held) <= 4 and len(held) > 7  # again in each epoch
     assert keys(batches(source, step=13), 3) == whole[26:32]
+
+
+def test_first_shard_of_the_hub_may_hold_no_usable_group(shards: Path, held: list[int]) -> None:
+    tie = {"0.0.jpg": jpeg(0), "0.1.jpg": jpeg(1), "0.json": b'{"prompt": "a fox", "scores": [1, 1]}'}
+    shard(shards / "000000.tar", tie)
+    assert opened(shards, path="hub:owner/name").counts == {"groups in the first shard": 1, "shards": 3}
 
 
 def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:

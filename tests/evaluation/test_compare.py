@@ -160,7 +160,7 @@ def test_only_an_evaluation_is_replaced_and_only_when_forced(
     listing = generate(sd_path, ["cat"], tmp_path / "images", **FAST)
     before = listing.read_bytes()
     for force in (False, True):
-        with pytest.raises(UserError, match="not empty, and holds no evaluation"):
+        with pytest.raises(UserError, match="not empty and holds no evaluation"):
             run("images", force=force)
     assert listing.read_bytes() == before
 
@@ -172,6 +172,8 @@ def test_only_an_evaluation_is_replaced_and_only_when_forced(
         patch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
         with pytest.raises(UserError, match=r"holds an evaluation; .*--force"):
             run(prompts=["cat"])
+    (out / "result.json").unlink()  # killed before it was written, last of all
+    run(prompts=["cat"])
     run(prompts=["cat", "dog"], force=True)
     assert [line["prompt"] for line in samples(out)] == ["cat", "dog"]
     generate(sd_path, ["cat"], out, force=True, **FAST)

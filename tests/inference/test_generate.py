@@ -55,14 +55,12 @@ def test_an_existing_folder_is_kept_unless_forced(sd_path: Path, tmp_path: Path)
     with pytest.raises(UserError, match="does not fit"):
         generate(sd_path, ["sun"], out, lora=tmp_path / "misfit.safetensors", force=True, **FAST)
     assert (out / "samples.jsonl").read_bytes() == before and (out / "00001.png").is_file()
+    for name in ("20240101.png", "12345_holiday.png"):
+        (out / name).write_bytes(b"a photograph")
+    (out / "00001.png").rename(out / "00002.png")  # as if a kill had kept it out of the list
     generate(sd_path, ["sun"], out, force=True, **FAST)
-    assert sorted(file.name for file in out.iterdir()) == ["00000.png", "notes.txt", "samples.jsonl"]
-
-
-def test_force_keeps_files_that_it_did_not_write(sd_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "12345.png").write_bytes(b"a photograph")
-    generate(sd_path, ["sun"], tmp_path, force=True, **FAST)
-    assert (tmp_path / "12345.png").read_bytes() == b"a photograph"
+    kept = ["12345_holiday.png", "20240101.png", "notes.txt"]
+    assert sorted(file.name for file in out.iterdir()) == ["00000.png", *kept, "samples.jsonl"]
 
 
 def test_lora_scale_lies_between_base_and_lora(sd_path: Path, tmp_path: Path) -> None:

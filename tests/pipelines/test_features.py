@@ -94,7 +94,7 @@ def test_every_reference_predicts_and_has_features_as_the_base_also_in_the_backw
     torch.testing.assert_close(features, of_base)
     torch.testing.assert_close(gradient_of(features, latents), expected, rtol=1e-4, atol=1e-5)
     # The toggle between a forward pass and its backward pass must not lose the gradient.
-    with pytest.raises(RuntimeError, match="boom"), adapters_off(pipeline.denoiser):
+    with pytest.raises(RuntimeError, match="boom"), adapters_off(pipeline.denoiser).using():
         raise RuntimeError("boom")
     policy.sum().backward()
     assert all(parameter.grad is not None for parameter in pipeline.trainable_parameters())

@@ -44,9 +44,10 @@ def hundred() -> tuple[list[Image.Image], list[str]]:
 
 
 def write_open_clip(folder: Path) -> Path:
-    """Make TINY known to open_clip; its weights as HPSv2 is published: a pickle with the tensors under state_dict."""
-    (folder / f"{NAME}.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / f"{NAME}.json")
+    """Make TINY known to open_clip, with either activation; its weights as HPSv2 is published: under state_dict."""
+    for name, activation in ((NAME, {}), (f"{NAME}-quickgelu", {"quick_gelu": True})):
+        (folder / f"{name}.json").write_text(json.dumps({**TINY, **activation}))
+        open_clip.add_model_config(folder / f"{name}.json")
     torch.manual_seed(0)
     file = folder / "weights.pt"
     torch.save({"state_dict": open_clip.create_model(NAME).state_dict(), "epoch": 1}, file)

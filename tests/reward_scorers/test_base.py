@@ -34,13 +34,16 @@ class Red(Scorer):
 
 
 def test_a_clip_gets_the_mean_over_its_frames_and_a_part_over_the_frames_it_applies_to() -> None:
-    """Red of the frames 0.2 and 0.6 gives 0.4; green is 0 (not applicable) and 0.5, so its mean is 0.5."""
+    """Red of the frames 0.2 and 0.6 gives 0.4; green is 0 (not applicable) and 0.5, so its mean is 0.5.
+
+    Each of the red values of 2 frames of 4 x 4 pixels has the gradient 1 / 32.
+    """
     clip = torch.zeros(1, 2, 3, 4, 4)
     clip[0, 0, 0], clip[0, 1, 0], clip[0, 1, 1] = 0.2, 0.6, 0.5
-    score, parts = Red().judge(clip, ["x"])
-    assert score.item() == pytest.approx(0.4)
-    assert Red().score(clip, ["x"]).item() == pytest.approx(0.4)
-    assert parts["green"].item() == 0.5
+    score, parts = Red().judge(clip.requires_grad_(), ["x"])
+    (gradient,) = torch.autograd.grad(score, clip)
+    assert score.item() == pytest.approx(0.4) == Red().score(clip, ["x"]).item()
+    assert parts["green"].item() == 0.5 and (gradient[0, :, 0] == 1 / 32).all()
 
 
 def test_images_of_mixed_sizes_and_modes_keep_their_order() -> None:
@@ -156,20 +159,16 @@ def test_scores_of_another_shape_are_refused() -> None:
         Flat().score(PIXELS, ["a", "b"])
 
 
-def test_registry_builds_by_name_and_names_the_choices() -> None:
-    reward_scorers.register("red-for-test")(lambda argument: Red())
-    assert isinstance(reward_scorers.build("red-for-test:whatever:else"), Red)
+def test_registry_builds_by_name_and_names_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home folder is found behind a colon too."""
+    given: list[str] = []
+    reward_scorers.register("red-for-test")(lambda argument: given.append(argument) or Red())
+    monkeypatch.setenv("HOME", "/home/me")
+    for argument in ("whatever:else", "~/a.pt", "b:~/a.pt", "a~/b"):
+        assert isinstance(reward_scorers.build(f"red-for-test:{argument}"), Red)
+    assert given == ["whatever:else", "/home/me/a.pt", "b:/home/me/a.pt", "a~/b"]
     with pytest.raises(ScorerError, match=r"Did you mean 'red-for-test'.*Choices: aesthetic, clip,"):
         reward_scorers.build("red-for-tes")
-
-
-def test_home_is_found_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[str] = []
-    reward_scorers.register("path-for-test")(lambda argument: given.append(argument) or Red())
-    monkeypatch.setenv("HOME", "/home/me")
-    for argument in ("~/a.pt", "b:~/a.pt", "a~/b"):
-        reward_scorers.build(f"path-for-test:{argument}")
-    assert given == ["/home/me/a.pt", "b:/home/me/a.pt", "a~/b"]
 
 
 def test_the_package_stands_alone() -> None:

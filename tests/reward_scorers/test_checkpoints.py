@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +19,10 @@ from safetensors.torch import load_file, save_file
 import reward_scorers
 from reward_scorers import Scorer, ScorerError, build
 from reward_scorers.clip import HPSv2Scorer
+from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.imagereward import ImageRewardScorer
-from tests.reward_scorers.small import NAME, TEXT, TINY, VISION, write_hf_clip
+from reward_scorers.weights import read_state
+from tests.reward_scorers.small import NAME, TEXT, TINY, VISION, hundred, write_hf_clip
 
 
 @pytest.fixture
@@ -57,6 +64,46 @@ def test_pickles_of_anything_but_tensors_are_refused(state: dict[str, Any], tmp_
         torch.save(content, tmp_path / name)
         with pytest.raises(ScorerError, match=match):
             HPSv2Scorer("2.0", str(tmp_path / name), model=NAME)
+
+
+def test_training_checkpoints_and_torchscript(state: dict[str, Any], tmp_path: Path) -> None:
+    """Numbers of numpy beside the tensors do no harm, under numpy 1's names either; a program is named as one."""
+    extra = {"best": np.float64(0.5), "epoch": np.int64(3), "losses": np.zeros(3, np.float32), "done": np.bool_(True)}
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in state.items()}, **extra}, tmp_path / "epoch_3.pt"
+    )
+    with zipfile.ZipFile(tmp_path / "epoch_3.pt") as new, zipfile.ZipFile(tmp_path / "older.pt", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    for file in ("epoch_3.pt", "older.pt"):
+        assert read_state(tmp_path / file, "clip").keys() == state.keys()
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
+    named = r"TorchScript program.*clip:ViT-B-32-quickgelu:openai"
+    with warnings.catch_warnings(), pytest.raises(ScorerError, match=named):
+        warnings.simplefilter("error")
+        build(f"clip:{NAME}:{tmp_path}/ViT-B-32.pt")
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ScorerError, match=r"tokenizer.*custom code"):
+        HFClipScorer(str(write_hf_clip(tmp_path / "hf")), processor=str(tmp_path))
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": str(tmp_path)}
+    for options, match in (
+        ({}, "execute custom code|contains custom code"),
+        ({"trust_remote_code": True}, "asks for trust_remote_code"),
+    ):
+        config = {"model_cfg": {**TINY, "text_cfg": {**text, "tokenizer_kwargs": options}}, "preprocess_cfg": {}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(ScorerError, match=match):
+            build(f"clip:local-dir:{tmp_path}")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_heads_and_imagerewards_checkpoints_that_do_not_fit_are_refused(
@@ -118,7 +165,7 @@ def test_transformers_never_fills_a_tower_at_random(tmp_path: Path) -> None:
         ("clip:ViT-B-23:random", "Nearest: .*ViT-B-32"),
         ("clip:ViT-B-32", "needs weights.*laion400m_e32"),
         ("clip:ViT-B-32:/no/such/file.pt", "no weights file and no tag"),
-        ("clip:ViT-B-32:openai", "belong to 'ViT-B-32-quickgelu'"),
+        ("clip:roberta-ViT-B-32:laion2b_s12b_b32k", "another activation than 'roberta-ViT-B-32'"),
         ("clip:local-dir:/no/such/folder", "could not be loaded"),
         ("hpsv2.1:/no/such/none.pt", r"hpsv2.1: .*none.pt: no such file"),
         ("imagereward:/no/such/none.pt", r"imagereward: .*none.pt: no such file"),
@@ -137,6 +184,24 @@ def test_names_and_versions_identify_scorer_and_weights(folder: Path, scorers: d
     digest = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()[:12]
     assert all(f"weights sha256 {digest}" in scorers[name].version for name in ("clip", "hpsv2", "aesthetic"))
     assert "sha256 " in scorers["pickscore"].version and "random" in build(f"clip:{NAME}:random").version
+
+
+def test_weights_get_the_architecture_with_their_activation(
+    folder: Path, scorers: dict[str, Scorer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A published tag has its own, with a notice; a file does not record it, so the notice names the other name."""
+    weights, quick = str(folder / "weights.pt"), f"{NAME}-quickgelu"
+    tags = {"tag": {"file": weights, "quick_gelu": True}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, tags)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, quick, tags)
+    built = {spec: build(f"clip:{spec}") for spec in (f"{NAME}:tag", f"{quick}:tag", f"{NAME}:{weights}")}
+    images, prompts = hundred()
+    of_tag, same, plain = (scorer.score_images(images[:5], prompts[:5]) for scorer in built.values())
+    assert torch.equal(of_tag, same) and (of_tag - plain).abs().max() > 1e-3
+    assert ["QuickGELU" in scorer.version for scorer in built.values()] == [True, True, False]
+    used, file = (record.getMessage() for record in caplog.records if record.name == "reward_scorers.clip")
+    assert used == f"clip: the weights 'tag' belong to {quick!r}, which is used instead of {NAME!r}"
+    assert f"weights.pt does not record its activation; as {NAME!r} it is scored with GELU" in file
 
 
 def test_a_folders_weights_are_identified_by_their_content(state: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from reward_scorers.video import Consistency
 
 
 class Colours(TwoTowers):
-    """Features are an image's mean colour."""
+    """Features are an image's mean colour, and the colour that a prompt names."""
 
     name = "colours"
     version = "1"
@@ -23,15 +25,11 @@ class Colours(TwoTowers):
     def __init__(self) -> None:
         self.model = torch.nn.Linear(1, 1)
 
-    def preprocess(self, image: Image.Image | Tensor) -> Tensor:
-        assert isinstance(image, Tensor)
-        return image
-
     def encode_images(self, inputs: Tensor) -> Tensor:
         return F.normalize(inputs.mean((2, 3)), dim=-1)
 
-    def encode_texts(self, prompts: object) -> Tensor:
-        raise NotImplementedError
+    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.eye(3)[[["red", "green", "blue"].index(prompt) for prompt in prompts]]
 
 
 def clip(*values: float) -> Tensor:
@@ -50,28 +48,31 @@ def test_motion_and_smoothness_by_hand() -> None:
 
 
 def test_consistency_by_hand() -> None:
-    """Red, red, green: frame 2 is like both, frame 3 like neither; the mean of 1 and 0 is ½."""
+    """Red, red, green: frame 2 is like both, frame 3 like neither; the mean of 1 and 0 is ½, whatever the prompt.
+
+    The towers themselves score 100 cos: of frames that are 2/3 red and 1/3 green, 66.7 and 33.3.
+    """
     frames = torch.zeros(1, 3, 3, 4, 4)
     frames[0, :2, 0], frames[0, 2, 1] = 1, 1
-    assert Consistency(Colours()).score(frames, ["x"]).item() == pytest.approx(0.5)
+    for prompt, cosine in (("red", 2 / 3), ("green", 1 / 3), ("blue", 0)):
+        assert Consistency(Colours()).score(frames, [prompt]).item() == pytest.approx(0.5)
+        assert Colours().score(frames, [prompt]).item() == pytest.approx(100 * cosine)
 
 
 def test_gradients_reach_the_frames() -> None:
     frames = torch.rand(2, 4, 3, 8, 8, requires_grad=True)
     for scorer in (reward_scorers.build("motion"), reward_scorers.build("smoothness"), Consistency(Colours())):
-        frames.grad = None
-        scorer.score(frames, ["a", "b"]).sum().backward()
-        assert frames.grad is not None and frames.grad.abs().sum() > 0, scorer.name
+        (gradient,) = torch.autograd.grad(scorer.score(frames, ["a", "b"]).sum(), frames)
+        assert gradient.abs().sum() > 0, scorer.name
 
 
 def test_images_and_short_clips_are_refused() -> None:
-    with pytest.raises(
-        ScorerError, match=r"motion: expected clips \[B, F, 3, H, W\] of 2 frames or more, found \[2, 3, 4, 4\]"
-    ):
-        reward_scorers.build("motion").score(torch.rand(2, 3, 4, 4), ["a", "b"])
+    motion, found = reward_scorers.build("motion"), r"\[B, F, 3, H, W\] of 2 frames or more, found \[2, 3, 4, 4\]"
+    with pytest.raises(ScorerError, match=f"motion: expected clips {found}"):
+        motion.score(torch.rand(2, 3, 4, 4), ["a", "b"])
     with pytest.raises(ScorerError, match="of 3 frames or more"):
         reward_scorers.build("smoothness").judge(clip(0.1, 0.2), ["a"])
     with pytest.raises(ScorerError, match="judges clips, found single images"):
-        reward_scorers.build("motion").score_images([Image.new("RGB", (4, 4))], ["a"])
+        motion.score_images([Image.new("RGB", (4, 4))], ["a"])
     with pytest.raises(ScorerError, match="takes no argument, found '3'"):
         reward_scorers.build("motion:3")

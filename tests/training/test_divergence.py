@@ -19,9 +19,10 @@ from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint
+from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Diverged, check_finite, check_winners
 from t2i_align.utils.settings import settings
-from tests.runs import align_killed, metrics, run_in_two_processes, run_values, same
+from tests.runs import Killed, align_killed, metrics, run_in_two_processes, run_values, same
 
 DIVERGING = (
     0.1  # a learning rate at which all the tiny model's weights are soon useless, and half or a quarter of it is not
@@ -59,11 +60,10 @@ def test_winners_may_get_worse_by_the_allowed_share() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_and_gradient_must_be_finite(bad: float) -> None:
-    check_finite(None, 0)
-    check_finite(torch.tensor([1.0, 2.0]), 1)
+    check_finite(1.0, 2.0, 1)
     for numbers in ([bad, 1.0], [1.0, bad]):
         with pytest.raises(Diverged, match="step 3 is not finite"):
-            check_finite(torch.tensor(numbers), 3)
+            check_finite(*numbers, 3)
 
 
 def test_update_norm_is_that_of_the_logged_step_and_not_computed_otherwise(
@@ -104,18 +104,30 @@ def test_divergent_run_rolls_back_and_finishes(
     assert result.steps == 16 and (result.weights / "unet").is_dir()
 
 
-@pytest.mark.parametrize("when", ["before the checkpoint is written anew", "after that", "at the next checkpoint"])
+@pytest.mark.parametrize("when", ["after the rollback", "before the next checkpoint", "after the next checkpoint"])
 def test_run_killed_around_a_rollback_resumes_bit_for_bit(
-    when: str, sd_path: Path, pairs: Path, tmp_path: Path
+    when: str, sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The checkpoint that the run goes back to is not touched."""
     align(diverging(sd_path, pairs, tmp_path / "whole"), progress=False)
     assert any("rollback" in line for line in metrics(tmp_path / "whole"))
     values = diverging(sd_path, pairs, tmp_path / "killed")
-    align_killed(
-        values,
-        before=lambda step, state: state["rollbacks"] > 0 and when == "before the checkpoint is written anew",
-        after=lambda step, state: state["rollbacks"] > 0 and (when == "after that" or step > 0),
-    )
+    real, start = Loop._roll_back, tmp_path / "killed" / "checkpoints" / "step_000000"
+
+    def roll_back(loop: Loop, divergence: Diverged) -> None:
+        before = [(file.name, file.stat().st_mtime_ns) for file in start.iterdir()]
+        real(loop, divergence)
+        assert [(file.name, file.stat().st_mtime_ns) for file in start.iterdir()] == before
+        if when == "after the rollback":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_roll_back", roll_back)
+        align_killed(
+            values,
+            before=lambda step, state: state["rollbacks"] > 0 and when == "before the next checkpoint",
+            after=lambda step, state: state["rollbacks"] > 0,
+        )
     align({**values, "resume": True}, progress=False)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     (name, weights, state), (name_2, weights_2, state_2) = map(last_state, (tmp_path / "whole", tmp_path / "killed"))
@@ -167,8 +179,9 @@ def test_checkpoint_that_diverges_again_is_replaced_by_the_one_before(
         align(config, progress=False)
     output = [line for line in capsys.readouterr().out.splitlines() if "goes back" in line]
     assert "step_000002 and on with 0.5 times" in output[0] and "step_000000 and on with 0.25 times" in output[1]
-    assert [line["rollback"] for line in metrics(tmp_path / "run") if "rollback" in line] == [2]
-    _, _, state = last_state(tmp_path / "run")
+    assert [line["rollback"] for line in metrics(tmp_path / "run") if "rollback" in line] == [1, 2]
+    name, _, state = last_state(tmp_path / "run")
+    assert (name, state["rollbacks"]) == ("step_000002", 2), "written anew from step 0 on"
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.25 * 1e-3)
 
 

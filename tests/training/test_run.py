@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +27,7 @@ from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.sft import SFT
 from t2i_align.training import checkpoint, run
 from t2i_align.utils.settings import settings
-from tests.runs import jsonl_pairs, launch, metrics, run_in_two_processes, run_values, same, winner_loser_folders
+from tests.runs import jsonl_pairs, metrics, run_in_two_processes, run_values, same, winner_loser_folders
 
 
 def lora_of(output: Path) -> dict[str, torch.Tensor]:
@@ -145,42 +142,6 @@ def test_options_that_save_memory_do_not_change_the_result(sd_path: Path, pairs:
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3, abs=1e-6)
 
 
-def wait_for_checkpoint(output: Path, process: subprocess.Popen, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (steps := checkpoint.all_steps(output)) or int(steps[-1].name[5:]) < step:
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize(
-    ("number", "objective"), [(signal.SIGKILL, STATEFUL["automatic_beta"]), (signal.SIGINT, STATEFUL["lcpo"])]
-)
-def test_killed_run_resumes_bit_for_bit(
-    number: signal.Signals, objective: dict, sd_path: Path, pairs: Path, tmp_path: Path
-) -> None:
-    """LoRA dropout, averaging, the objective's state, log windows that straddle checkpoints: all are restored."""
-    options = {
-        "objective": objective,
-        "train__steps": 60, "log__every": 4, "log__checkpoint_every": 5, "lora__dropout": 0.1, "optim__ema": 0.9,
-        "optim__schedule": "cosine", "data__cache_dir": str(tmp_path / "cache"),
-    }  # fmt: skip
-    uninterrupted = align(run_values(sd_path, pairs, tmp_path / "whole", **options), progress=False)
-    values = run_values(sd_path, pairs, tmp_path / "killed", **options)
-    process = launch(values, tmp_path)
-    wait_for_checkpoint(tmp_path / "killed", process, 10)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    stopped_at = int(checkpoint.all_steps(tmp_path / "killed")[-1].name[5:])
-    assert 10 <= stopped_at < 60, "the run had ended before it was killed"
-    if number == signal.SIGINT:
-        assert "Traceback" not in output and "resume=true" in output
-    resumed = align({**values, "resume": True}, progress=False)
-    assert resumed.steps == 60
-    assert same(lora_of(resumed.output_dir), lora_of(uninterrupted.output_dir))
-    assert metrics(resumed.output_dir) == metrics(uninterrupted.output_dir)
-
-
 def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run")
     first = lora_of(align(values, progress=False).output_dir)
@@ -256,19 +217,6 @@ def test_run_killed_before_its_first_file_can_start_again(sd_path: Path, pairs: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".writing_run.yaml").write_text("output_d")
     assert align(run_values(sd_path, pairs, tmp_path / "run"), progress=False).steps == 4
-
-
-def test_damaged_checkpoint_is_named(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
-    values = run_values(sd_path, pairs, tmp_path / "run")
-    align(values, progress=False)
-    newest = checkpoint.all_steps(tmp_path / "run")[-1]
-    state = torch.load(newest / "state.pt", weights_only=True)
-    torch.save({**state, "layout": 1}, newest / "state.pt")
-    with pytest.raises(UserError, match=f"{newest.name}: written by another version"):
-        align({**values, "resume": True}, progress=False)
-    (newest / "state.pt").write_bytes(b"half")
-    with pytest.raises(UserError, match=f"{newest.name}: damaged checkpoint.*Remove this folder"):
-        align({**values, "resume": True}, progress=False)
 
 
 def test_output_folder_with_another_run_is_left_alone(sd_path: Path, pairs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from t2i_align.data.inspect import inspect
+from t2i_align.data.splits import split
 from t2i_align.errors import UserError
 from t2i_align.evaluation.compare import evaluate
 from t2i_align.inference.generate import generate
@@ -23,7 +26,20 @@ from t2i_align.reward_models.audit import audit
 from t2i_align.reward_models.config import ScorerRun
 from t2i_align.reward_models.train import train_scorer
 from t2i_align.training.run import align
-from t2i_align.utils.files import append_line, atomic_file, atomic_folder, claim, output_lock, whole_lines, write_json
+from t2i_align.utils.files import (
+    WRITING,
+    append_line,
+    atomic_file,
+    atomic_folder,
+    check_own,
+    claim,
+    holds,
+    mark,
+    output_lock,
+    whole_lines,
+    write_files,
+    write_json,
+)
 from tests.runs import jsonl_pairs, run_values
 from tests.tiny import tiny_sd
 
@@ -111,6 +127,60 @@ def test_each_differing_setting_is_named(tmp_path: Path) -> None:
         claim(file, {})
 
 
+def test_files_that_belong_together_are_never_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any of its renames and removals: some of the new ones, or the old first one alone."""
+
+    class Kill(BaseException):
+        pass
+
+    old, new = ({name: f"{time} {name}" for name in ("a", "b", "c")} for time in ("old", "new"))
+    states = []
+    for instant in range(5):
+        write_files(tmp_path, old)
+        actions = itertools.count()
+
+        def interrupted(action: Callable[..., Any], instant: int = instant, actions: Any = actions) -> Any:
+            def step(*paths: Any, **options: Any) -> Any:  # os.replace(temporary, final) or Path.unlink(final)
+                if Path(paths[-1]).name in old and next(actions) == instant:
+                    raise Kill
+                return action(*paths, **options)
+
+            return step
+
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr(os, "replace", interrupted(os.replace))
+            patch.setattr(Path, "unlink", interrupted(Path.unlink))
+            write_files(tmp_path, new)
+        states.append([(tmp_path / name).read_text() for name in old if (tmp_path / name).exists()])
+    assert states == [["old a", "old b", "old c"], ["old a", "old b"], ["old a"], ["new a"], ["new a", "new b"]]
+    write_files(tmp_path, new)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == new
+
+
+def test_only_a_commands_own_files_are_replaced(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.html", tmp_path / "b.json"
+    check_own("evaluate", first, second)
+    second.write_text("{}")
+    with pytest.raises(UserError, match=r"b.json: exists, and was not written by t2i-align evaluate; choose another"):
+        check_own("evaluate", first, second)
+    first.write_text(f"<!doctype html><!-- {mark('evaluate')} -->")
+    check_own("evaluate", first, second)
+    with pytest.raises(UserError, match=r"a.html: exists, and was not written by t2i-align data inspect"):
+        check_own("data inspect", first)
+
+
+def test_only_folders_without_foreign_content_are_written(tmp_path: Path) -> None:
+    assert not holds(tmp_path / "new", "run", "run.yaml") and not holds(tmp_path, "run", "run.yaml")
+    (tmp_path / ".hidden").touch()
+    assert not holds(tmp_path, "run", "run.yaml")
+    with pytest.raises(UserError, match="the folder is not empty and holds no run; choose another"):
+        holds(tmp_path, "run", "run.yaml", ignored=(WRITING,))
+    with pytest.raises(UserError, match=r"hidden: is a file; expected a folder"):
+        holds(tmp_path / ".hidden", "run", "run.yaml")
+    (tmp_path / "run.yaml").touch()
+    assert holds(tmp_path, "run", "run.yaml", ignored=())
+
+
 @contextmanager
 def another_run(output: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
     holder = subprocess.Popen(
@@ -127,8 +197,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jsonl_pairs(tmp_path_factory.mktemp("data"), 4)
 
 
-def write_images(model: Path, data: Path, out: Path) -> Any:
-    return generate(model, ["cat"], out, **FAST)
+def write_images(model: Path, data: Path, out: Path, **options: Any) -> Any:
+    return generate(model, ["cat"], out, **options, **FAST)
+
+
+def write_evaluation(model: Path, data: Path, out: Path, **options: Any) -> Any:
+    return evaluate(base=model, aligned=model, prompts=["cat"], scorers="motion", out=out, **options, **FAST)
 
 
 def write_scorer(model: Path, data: Path, out: Path) -> Any:
@@ -140,8 +214,7 @@ WRITERS: list[tuple[str, Callable[[Path, Path, Path], Any]]] = [
     ("run", lambda model, data, out: align(run_values(model, data, out, train__steps=1), progress=False)),
     ("run", write_scorer),
     ("images", write_images),
-    ("evaluation", lambda model, data, out: evaluate(base=model, aligned=model, prompts=["cat"], scorers="motion",
-                                                     out=out, **FAST)),
+    ("evaluation", write_evaluation),
     ("scores.jsonl", lambda model, data, out: score(data, "oracle", out, progress=False)),
     ("scores.parquet", lambda model, data, out: score(data, "oracle", out, progress=False)),
     ("scores.jsonl", lambda model, data, out: relabel(data, "oracle", out, progress=False)),
@@ -159,6 +232,33 @@ def test_second_run_is_refused_while_the_first_lives(
         with pytest.raises(UserError, match=f"{name}: another run is writing there"):
             write(sd_path, data, out)
         assert sorted(tmp_path.rglob("*")) == before
+
+
+FOREIGN: list[tuple[str, str, Callable[[Path, Path, Path], Any]]] = [
+    ("out/00000.png", "00000.png: is not of an earlier run", lambda m, d, out: write_images(m, d, out, force=True)),
+    ("out/samples.jsonl", "samples.jsonl: is not the list of", lambda m, d, out: write_images(m, d, out, force=True)),
+    ("out/result.json", "holds no evaluation", lambda m, d, out: write_evaluation(m, d, out, force=True)),
+    ("out/report.html", "html: exists, and was not written", lambda m, d, out: write_evaluation(m, d, out, force=True)),
+    ("out/audit.json", "json: exists, and was not written", lambda m, d, out: audit(d, "motion", out, progress=False)),
+    ("out/report.html", "html: exists, and was not written", lambda m, d, out: audit(d, "motion", out, progress=False)),
+    ("out/train.yaml", "yaml: exists, and was not written", lambda m, d, out: split(d, out, held_out=0.5)),
+    ("out/held_out.yaml", "yaml: exists, and was not written", lambda m, d, out: split(d, out, held_out=0.5)),
+    ("out/held_out_prompts.txt", "txt: exists, and was not wr", lambda m, d, out: split(d, out, held_out=0.5)),
+    ("out/a.html", "a.html: exists, and was not written", lambda m, d, out: inspect(d, out / "a.html")),
+]
+
+
+@pytest.mark.parametrize(("name", "says", "write"), FOREIGN)
+def test_files_of_something_else_are_not_replaced(
+    write: Callable[[Path, Path, Path], Any], says: str, name: str, sd_path: Path, data: Path, tmp_path: Path
+) -> None:
+    """Not even where it is forced: that replaces what the same command left."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / name).write_text('{"my": "notes"}\n')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=says):
+        write(sd_path, data, tmp_path / "out")
+    assert (tmp_path / name).read_text() == '{"my": "notes"}\n' and sorted(tmp_path.rglob("*")) == before
 
 
 def test_lock_of_a_killed_run_is_ignored(tmp_path: Path) -> None:
