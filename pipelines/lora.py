@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
@@ -24,10 +25,35 @@ TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
 class LoRAMixin(Family):
-    def add_lora(self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:
-        """Put a fresh trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet."""
+    def add_lora(
+        self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], init: str | None = None
+    ) -> None:
+        """Put a trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet.
+
+        init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
+        """
         modules: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
         self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **modules))
+        if init is not None:
+            self._start_lora(init)
+
+    def _start_lora(self, path: str) -> None:
+        ours = next(iter(self.denoiser.peft_config))
+        self.load_lora(path)
+        layers: dict[str, Any] = {n: m for n, m in self.denoiser.named_modules() if isinstance(m, LoraLayer)}
+        own, given = ({n: m.r[name] for n, m in layers.items() if name in m.r} for name in (ours, LOADED))
+        if own != given:
+            found, expected = (" and ".join(map(str, sorted({*ranks.values()}))) for ranks in (given, own))
+            raise PipelineError(
+                f"{path}: a LoRA of rank {found} on {len(given)} modules, expected rank {expected} (lora.rank) on the "
+                f"{len(own)} of lora.targets"
+            )
+        for layer in layers.values():
+            layer.lora_A[ours].weight.data.copy_(layer.lora_A[LOADED].weight)
+            layer.lora_B[ours].weight.data.copy_(layer.lora_B[LOADED].weight)
+            layer.lora_B[ours].weight.data *= layer.scaling[LOADED] / layer.scaling[ours]
+        self.denoiser.set_adapter(ours)
+        self.denoiser.delete_adapters(LOADED)
 
     def lora_targets(self, targets: str | Sequence[str]) -> tuple[str, ...]:
         """Module-name endings for a preset's name or a list of endings, each checked against the denoiser."""

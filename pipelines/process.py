@@ -158,11 +158,13 @@ def scheduler_shift(config: Mapping[str, Any]) -> float:
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
     """The shift by which a sampler with dynamic shifting treats samples of so many tokens: e^mu, mu linear in tokens.
 
+    Under `time_shift_type: linear` it is mu itself.
     FLUX's rule; the line goes through `base_shift` at `base_image_seq_len` and `max_shift` at `max_image_seq_len`.
     """
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return math.exp(low + (high - low) * (tokens - short) / (long - short))
+    mu = low + (high - low) * (tokens - short) / (long - short)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def _precise(values: Tensor, device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -88,7 +88,10 @@ class DataConfig:
 
 @settings
 class LoraConfig:
-    """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings."""
+    """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings.
+
+    init: a saved LoRA of that rank and those modules to start from, as after SFT; its weights are then the reference.
+    """
 
     rank: Count = 16
     alpha: Positive = 16.0
@@ -97,6 +100,7 @@ class LoraConfig:
         Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)],
         Field(description="a preset's name or a list of at least one module-name ending"),
     ] = "attention"
+    init: UserPath | None = None
 
 
 @settings
@@ -147,6 +151,7 @@ class ReferenceUpdateConfig:
 class TrainConfig:
     """The loop. Batch sizes count groups: one optimiser step sees batch_size x accumulate x processes groups.
 
+    precision: `tf32` is float32 with matrix products that NVIDIA GPUs since Ampere round to TF32, several times faster.
     reference: `auto` is the adapter switched off for LoRA and a frozen copy for full fine-tuning.
     reference_update: null keeps the model before training as the reference.
     timestep_shift: of a flow model's training times (arXiv 2403.03206, eq. 23): `model` takes the checkpoint's own,
@@ -244,6 +249,8 @@ class RunConfig:
             raise UserError(
                 f"train.reference {reference!r} with train.reference_update: under a LoRA use 'auto', which is free"
             )
+        if self.lora and self.lora.init and needs.reference and reference != "auto":
+            raise UserError(f"train.reference {reference!r} with lora.init: use 'auto', a copy of that LoRA")
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:

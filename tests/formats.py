@@ -21,28 +21,27 @@ from PIL import Image
 
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
-from tests.data.test_examples import colour
+from tests.data.test_examples import colour, write_jsonl
 
 EXAMPLES = Path(__file__).parent / "data"
 PAIRS = [("a red fox", 0, 1), ("a blue owl, « à l'aube »", 2, 3)]  # prompt, better, worse
 RANKINGS = [("a red fox", [0, 1, 2], [1, 2, 2]), ("a blue owl", [5, 4, 3], [1, 2, 3])]  # prompt, images, ranks
 
 
-def png(number: int) -> bytes:
+def encoded(number: int, format: str) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (8, 8), colour(number)).save(stream, "PNG")
+    Image.new("RGB", (8, 8), colour(number)).save(stream, format)
     return stream.getvalue()
+
+
+def png(number: int) -> bytes:
+    return encoded(number, "PNG")
 
 
 def images(folder: Path, count: int = 6) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (folder / f"{number}.png").write_bytes(png(number))
-
-
-def lines(file: Path, entries: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return file
 
 
 def sheet(file: Path, entries: list[dict[str, Any]]) -> Path:
@@ -61,7 +60,7 @@ def table(file: Path, entries: list[dict[str, Any]]) -> Path:
     if file.suffix == ".json":
         file.write_text(json.dumps(entries))
         return file
-    return (lines if file.suffix == ".jsonl" else sheet)(file, entries)
+    return (write_jsonl if file.suffix == ".jsonl" else sheet)(file, entries)
 
 
 def shard(file: Path, members: dict[str, bytes]) -> Path:
@@ -178,12 +177,12 @@ def ranked_webdataset(folder: Path) -> Path:
     return folder
 
 
-def groups(path: Path, format: str = "auto") -> list[Group]:
+def groups(path: str | Path, format: str = "auto") -> list[Group]:
     """The groups of a source."""
     return [item for item in read(path, format) if isinstance(item, Group)]
 
 
-def skips(path: Path, format: str = "auto") -> dict[str, str]:
+def skips(path: str | Path, format: str = "auto") -> dict[str, str]:
     """The reasons of a source's rows that cannot be used, by id."""
     return {item.id: item.reason for item in read(path, format) if isinstance(item, Skipped)}
 

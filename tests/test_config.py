@@ -42,9 +42,9 @@ def test_overrides_reach_inside_and_read_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(VALUES))
     overrides = ["train.steps=7", "optim.lr=1e-5", "lora=null", "data.path=a=b", "objective.link=hinge", "resume=true"]
-    run = config.load(file, overrides)
+    run = config.load(file, [*overrides, "output_dir=2026-11-29"])
     assert (run.train.steps, run.optim.lr, run.lora, run.data.path, run.resume) == (7, 1e-5, None, "a=b", True)
-    assert run.objective.link == "hinge" and run.objective.beta == 500.0
+    assert run.objective.link == "hinge" and run.objective.beta == 500.0 and run.output_dir == "2026-11-29"
 
 
 def test_override_inside_an_objective_keeps_its_bare_name(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ TARGETS = "a preset's name or a list of at least one module-name ending"
         ("train.steps=true", f"{COUNT}, found True"),
         ("train.steps=null", f"{COUNT}, found null"),
         ("train.steps=0", f"{COUNT}, found 0"),
-        ("train.precision=bf61", "'fp32', 'bf16' or 'fp16', found 'bf61'. Did you mean 'bf16'?"),
+        ("train.precision=bf61", "'fp32', 'tf32', 'bf16' or 'fp16', found 'bf61'. Did you mean 'bf16'?"),
         ("train.caption_dropout=2", "a number in [0, 1], found 2"),
         ("train.timestep_shift=none", f"{SHIFTS}, found 'none'"),
         ("train.timestep_shift=0", f"{SHIFTS}, found 0"),
@@ -177,6 +177,7 @@ SOFT = {"soft_tokens": {"count": 2}}
             "'constant' takes no warm-up, found optim.warmup_steps=2",
         ),
         ({"lora": None, "train": {"reference": "adapter_off"}}, "train.reference 'adapter_off' needs a LoRA"),
+        ({"lora": {"init": "x"}, "train": {"reference": "copy"}}, "'copy' with lora.init: use 'auto'"),
         ({**SOFT, "objective": "softrepa"}, "alternatives: with soft_tokens, set lora=null"),
         ({**SOFT, "lora": None}, "objectives without a reference; diffusion_dpo has one"),
         ({**UPDATE, "objective": "ncp_dpo"}, "ncp_dpo compares in the features of the model before training"),

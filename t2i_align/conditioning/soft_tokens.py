@@ -5,9 +5,10 @@
                                           with its own tokens, which are removed from its output
 
 q is one vector for each of 100 bins of t. For UNets that read CLIP's hidden states (SD1.x, SD2.x, SDXL) and for SD3's
-joint transformer, where tokens have the transformer's width. They live on the denoiser as a module and work through
-hooks, so that the genuine diffusers pipeline generates with them. As in the released code all prompts get them, also
-guidance's empty one. (There only some of a UNet's blocks do; here every block.)
+joint transformer, where tokens have the transformer's width, as the released ones do (the released code now trains 4096
+wide ones before `context_embedder`: another start and effective rate). They live on the denoiser as a module and work
+through hooks, so that the genuine diffusers pipeline generates with them. As in the released code all prompts get them,
+also guidance's empty one. (There only some of a UNet's blocks do; here every block.)
 
 Tokens cannot be inserted without effect: attention divides among them. In UNets copies of the BOS token, the authors'
 start for SD1.5, change least: they only give it more weight. Remove soft tokens before a pipeline is saved as a whole.

@@ -9,7 +9,6 @@ What makes a row unusable becomes a recorded skip here and nowhere else.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import lru_cache
@@ -20,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from t2i_align.data import tables
-from t2i_align.data.schema import COLUMNS, ID, Group, Items, Media, Skipped, finite
-from t2i_align.data.tables import Row
+from t2i_align.data import shards, tables
+from t2i_align.data.paths import media_of
+from t2i_align.data.schema import COLUMNS, ID, Group, Items, Row, Skipped, finite
+from t2i_align.data.shards import TRAIN
 from t2i_align.data.votes import majority
-from t2i_align.errors import UserError, unknown
+from t2i_align.errors import UserError, shown, unknown
 from t2i_align.utils.settings import Bool, settings
 
 ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
@@ -117,29 +117,31 @@ def _flat(*names: Names | None) -> list[str]:
     return [one for name in names if name for one in (name if isinstance(name, list) else [name])]
 
 
-def read(path: Path, maps: Sequence[Columns], images: bool = True, part: Path | None = None) -> Items:
+def read(
+    path: Path, maps: Sequence[Columns], images: bool = True, part: Path | None = None, split: str = TRAIN
+) -> Items:
     """The groups of a table, or of one of its files, each row read by the first map whose columns it has.
 
     Raises:
         UserError: at once, where a file with a fixed schema lacks a column; while reading, a file that is broken as a
             whole, or a path that leads out of the folder.
     """
-    for file in [part] if part else tables.files(path):
+    files = shards.files(path, split)
+    for file in [part] if part else files:
         names = tables.columns(file)
-        if file.suffix in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
+        if tables.kind(file) in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
             missing = min((columns.missing(names) for columns in maps), key=len)
             raise UserError(
                 f"{file}: column {missing[0]!r} is missing. Columns found: {', '.join(names) or 'none'}. A dataset "
                 "spec can say which column holds what (docs/data.md)."
             )
-    maps = [replace(columns, id=None) if not _has_ids(path, columns) else columns for columns in maps]
-    return _groups(path, maps, images, part)
+    maps = [replace(columns, id=None) if not _has_ids(files, columns) else columns for columns in maps]
+    needed = [*dict.fromkeys(name for columns in maps for name in columns.names)]
+    rows = tables.rows(path, needed, images=images, part=part, split=split)
+    return _groups(rows, maps, path if path.is_dir() else path.parent)
 
 
-def _groups(path: Path, maps: Sequence[Columns], images: bool, part: Path | None) -> Items:
-    names = [*dict.fromkeys(name for columns in maps for name in columns.names)]
-    rows = tables.rows(path, names, images=images, part=part)
-    folder = path if path.is_dir() else path.parent
+def _groups(rows: Iterator[Row | Skipped], maps: Sequence[Columns], folder: Path) -> Items:
     if maps[0].group:
         yield from _gathered(rows, maps[0], folder / maps[0].folder)
         return
@@ -177,16 +179,16 @@ def _gathered(rows: Iterator[Row | Skipped], columns: Columns, root: Path) -> It
             yield group_of(row, members, columns, root)
 
 
-def _has_ids(path: Path, columns: Columns) -> bool:
+def _has_ids(files: Sequence[Path], columns: Columns) -> bool:
     """Whether a table's ids can be used as they are."""
     if not columns.id or not columns.id_if_unique:
         return True
-    return _unique(columns.id, *((file, file.stat().st_mtime_ns) for file in tables.files(path)))
+    return _unique(columns.id, *((file, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=4)  # asked again for each file of a stream
 def _unique(name: str, *files: tuple[Path, int]) -> bool:
-    if not all(file.suffix == ".parquet" and name in tables.columns(file) for file, _ in files):
+    if not all(tables.kind(file) == ".parquet" and name in tables.columns(file) for file, _ in files):
         return False
     parts = [tables.parquet_column(file, name).cast(pa.string()) for file, _ in files]
     ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
@@ -211,7 +213,7 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
             id=row.id,
             prompt=_prompt(row, columns, scores, optional.get("captions")),
             candidates=tuple(
-                _media(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
+                media_of(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
             ),
             scores=scores,
             origin=row.origin,
@@ -255,7 +257,7 @@ def _scores(members: Sequence[Row], columns: Columns, candidates: list[Any]) -> 
         numbers = majority(-np.array([numbers])).tolist()
     elif columns.order == "votes":
         if min(numbers) < 0 or sum(numbers) == 0:
-            raise ValueError(f"votes must not be negative, nor all of them 0; found {values}")
+            raise ValueError(f"votes must not be negative, nor all of them 0; found {shown(values)}")
         numbers = [number / sum(numbers) for number in numbers]
     elif columns.order == "shares" and (min(numbers) < 0 or abs(sum(numbers) - 1) > SHARES_TOLERANCE):
         keys = " and ".join(_key(names, place) for place in range(k))
@@ -264,16 +266,29 @@ def _scores(members: Sequence[Row], columns: Columns, candidates: list[Any]) -> 
 
 
 def _won(row: Row, name: str, names: Names, candidates: list[Any]) -> tuple[float, ...]:
-    winner = str(row.values.get(name)).strip()
+    """The winner is 1, the others 0.
+
+    Raises:
+        ValueError: none of them.
+        UserError: a place that only counting from 1 gives, which would turn all other rows round.
+    """
+    value = row.values.get(name)
+    winner = str(value).strip()
     if winner.lower() in TIE:
         return (0.5,) * len(candidates)
     columns = names if isinstance(names, list) else []
+    number = None if isinstance(value, bool) else finite(value)
     for place, candidate in enumerate(candidates):
         own_path = isinstance(candidate, str) and winner == candidate
-        if own_path or winner in (*columns[place : place + 1], str(place)):
+        if own_path or winner in columns[place : place + 1] or number == place:
             return tuple(float(other == place) for other in range(len(candidates)))
+    if number == len(candidates):
+        raise UserError(
+            f"{row.origin}: {name!r} is {winner}, but places count from 0 to {len(candidates) - 1}. If this source "
+            "counts from 1, subtract 1, or name columns or paths."
+        )
     expected = " or ".join([*columns, f"0 to {len(candidates) - 1}", TIE[0]])
-    raise ValueError(f"{name!r} must be {expected}, found {row.values.get(name)!r}")
+    raise ValueError(f"{name!r} must be {expected}, found {shown(value)}")
 
 
 def _optional(members: Sequence[Row], columns: Columns) -> Iterator[tuple[str, Any]]:
@@ -296,52 +311,16 @@ def _prompt(row: Row, columns: Columns, scores: Sequence[float], captions: Seque
     if value is None:
         raise ValueError(f"no {columns.prompt or 'captions'!r}")
     if not isinstance(value, str):
-        raise ValueError(f"{columns.prompt!r} must be text, found {value!r}")
+        raise ValueError(f"{columns.prompt!r} must be text, found {shown(value)}")
     return value
 
 
 def _number(value: Any, key: str) -> float:
     if (number := finite(value)) is None:
-        raise ValueError(f"{key} must be a finite number, found {value!r}")
+        raise ValueError(f"{key} must be a finite number, found {shown(value)}")
     return number
 
 
 def _key(names: Names, place: int) -> str:
     """How messages name a candidate's value."""
     return repr(names[place]) if isinstance(names, list) else f"{names!r} [{place}]"
-
-
-def _media(value: Any, key: str, root: Path, origin: str) -> Media:
-    if isinstance(value, dict) and {"bytes", "path"} >= value.keys():  # the Image feature of `datasets`
-        value = value.get("bytes") or value.get("path")
-    if not value:
-        raise ValueError(f"{key}: an image is missing")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"{key}: expected an image or its path, found {value!r}")
-    path = inside(root, value, origin)
-    if not exists(path):
-        raise ValueError(f"no such image: {value}")
-    return path
-
-
-def exists(path: Path) -> bool:
-    """Whether something is there; `Path.exists` raises where a name is too long to be one."""
-    return os.path.exists(path)
-
-
-def inside(root: Path, name: str, origin: str) -> Path:
-    """The image or clip `name`, relative to `root`, as an absolute path.
-
-    Raises:
-        UserError: the path leaves `root` (absolute, through `..`, or through a symbolic link), or is no path at all.
-    """
-    try:
-        base = root.resolve()
-        path = (base / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a symlink loop, a null byte
-        raise UserError(f"{origin}: {name!r} is not a usable path: {error}") from error
-    if not path.is_relative_to(base):
-        raise UserError(f"{origin}: {name!r} leads outside {base}; images must lie in that folder")
-    return path

@@ -6,21 +6,24 @@ A clip is a video file, or a folder with its frames. The two folders lie in the 
 have them, in each of several folders below it (`1_foxes/w`, `1_foxes/l`; kohya's repeat
 count is ignored).
 
-The caption is `<name>.txt` or `.caption` beside the winner, or in `captions/`, or an entry of `metadata.jsonl` (keys
-`file_name` and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There, the entry of the
-winner (`chosen/fox.png`) comes before one without a folder (`fox.png`), and that before the loser's.
+The caption is `<name>.txt` or `.caption` beside the winner, or in `captions/`, or an entry of `metadata.jsonl`, `.csv`
+or `.parquet` (columns `file_name` and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There,
+the entry of the winner (`chosen/fox.png`) comes before one without a folder (`fox.png`), and that before the loser's.
 """
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_align.data.columns import exists, inside
+from t2i_align.data import tables
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.schema import Group, Items, Skipped
-from t2i_align.data.tables import json_entries
+from t2i_align.data.paths import exists, inside, spellings
+from t2i_align.data.schema import Group, Items, Row, Skipped
+from t2i_align.data.shards import of_split
 from t2i_align.errors import UserError
 
 SIDES = {
@@ -28,7 +31,7 @@ SIDES = {
     "loser": ("loser", "losers", "rejected", "bad", "l"),
 }
 CAPTIONS, CAPTION_SUFFIXES = "captions", (".txt", ".caption")
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_KEYS = ("prompt", "caption", "text")
 
 
@@ -44,15 +47,20 @@ def read(path: Path) -> Items:
         UserError: no winner or loser folder, or several; a link that leads outside; broken captions.
     """
     others: list[Path] = []
-    for folder in _sets(path):
+    sets = {folder.name: folder for folder in _sets(path)}
+    kept = of_split([*sets])
+    for folder in (sets[name] for name in sets if name in kept):
         winner_folder, loser_folder = _sides(folder)
         captions = _listed(folder, winner_folder, loser_folder)
         winners, losers = _by_stem(winner_folder, others), _by_stem(loser_folder, others)
         for stem in sorted(winners.keys() | losers.keys()):
             files = winners.get(stem, []), losers.get(stem, [])
-            item = _pair(folder, winner_folder, stem, *files, captions.get(stem))
+            item = _pair(folder, winner_folder, stem, *files, captions)
             yield item if folder == path else replace(item, id=f"{folder.name}/{stem}")
     # Last, because the source's identity ignores them: one more must not shift the pairs of an interrupted prepare.
+    for name in sets.keys() - {*kept}:
+        reason = "it belongs to another split than `train`; to read it, give this folder itself"
+        yield Skipped(id=name, origin=str(path / name), reason=reason)
     for file in others:
         kind = "a folder without frames" if file.is_dir() else "no image or clip"
         reason = f"{kind} (known endings: {' '.join(MEDIA_SUFFIXES)})"
@@ -60,31 +68,35 @@ def read(path: Path) -> Items:
 
 
 def _pair(
-    root: Path, winner_folder: Path, stem: str, winners: list[Path], losers: list[Path], listed: str | None
+    root: Path, winner_folder: Path, stem: str, winners: list[Path], losers: list[Path], listed: Mapping[str, str]
 ) -> Group | Skipped:
     origin = f"{root}, {stem}"
-    for side, files in (("winner", winners), ("loser", losers)):
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files)
-            reason = f"several {side} images: {names}" if files else f"no {side} image of this name"
-            return Skipped(id=stem, origin=origin, reason=reason)
-    candidates = tuple(inside(root, str(file.relative_to(root)), origin) for file in (*winners, *losers))
-    caption = _caption(root, winner_folder, stem) or listed
-    if caption is None:
-        reason = f"no caption: neither {stem}.txt beside the winner or in captions/, nor in metadata.jsonl"
-        return Skipped(id=stem, origin=origin, reason=reason)
+    try:
+        for side, files in (("winner", winners), ("loser", losers)):
+            if len(files) != 1:
+                names = ", ".join(file.name for file in files)
+                raise ValueError(f"several {side} images: {names}" if files else f"no {side} image of this name")
+        candidates = tuple(inside(root, str(file.relative_to(root)), origin) for file in (*winners, *losers))
+        caption = _caption(root, winner_folder, stem) or listed.get(stem)
+        if caption is None:
+            raise ValueError(f"no caption: neither {stem}.txt beside the winner or in captions/, nor in {METADATA[0]}")
+    except UserError:
+        raise
+    except ValueError as error:
+        return Skipped(id=stem, origin=origin, reason=str(error))
     return Group(id=stem, prompt=caption, candidates=candidates, scores=(1.0, 0.0), origin=origin)
 
 
 def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
-    for place, suffix in product((winner_folder, root / CAPTIONS), CAPTION_SUFFIXES):
-        file = place / f"{stem}{suffix}"
+    """The text beside the winner or in captions/. Raises ValueError where it is not UTF-8."""
+    for place, suffix, name in product((winner_folder, root / CAPTIONS), CAPTION_SUFFIXES, spellings(stem)):
+        file = place / f"{name}{suffix}"
         if exists(file) and file.is_file():
-            file = inside(root, str(file.relative_to(root)), str(file))
             try:
-                return file.read_text(encoding="utf-8-sig").strip()
+                text = inside(root, str(file.relative_to(root)), str(file)).read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as error:
-                raise UserError(f"{file}: captions must be UTF-8 text: {error}") from error
+                raise ValueError(f"{file.name} must be UTF-8 text: {error}") from error
+            return text.strip()
     return None
 
 
@@ -93,21 +105,20 @@ def _listed(root: Path, winner_folder: Path, loser_folder: Path) -> dict[str, st
     captions: dict[str, str] = {}
     entries = _metadata(root)
     for folder in (loser_folder.name, "", winner_folder.name):  # the later wins
-        captions |= {name.stem: text for name, text in entries if name.parent.name.lower() == folder.lower()}
-    return captions | {name.stem: text for name, text in _metadata(winner_folder)}
+        captions |= {_nfc(name.stem): text for name, text in entries if name.parent.name.lower() == folder.lower()}
+    return captions | {_nfc(name.stem): text for name, text in _metadata(winner_folder)}
 
 
 def _metadata(folder: Path) -> list[tuple[Path, str]]:
-    """The entries of a folder's metadata.jsonl: file name and caption."""
-    file = folder / METADATA
-    if not file.is_file():
-        return []
+    """The entries of a folder's metadata: file name and caption."""
     captions = []
-    for _, origin, entry in json_entries(file):
-        texts = [entry[key] for key in CAPTION_KEYS if isinstance(entry.get(key), str)]
-        if not texts or not isinstance(entry.get("file_name"), str):
-            raise UserError(f"{origin}: expected an object with 'file_name' and one of {', '.join(CAPTION_KEYS)}")
-        captions.append((Path(entry["file_name"]), texts[0]))
+    for file in filter(Path.is_file, (folder / name for name in METADATA)):
+        for row in tables.rows(file, ["file_name", *CAPTION_KEYS]):
+            texts = [row.values[key] for key in CAPTION_KEYS if isinstance(row, Row) and row.values.get(key)]
+            name = row.values.get("file_name") if isinstance(row, Row) else None
+            if not (texts and isinstance(texts[0], str) and isinstance(name, str)):
+                raise UserError(f"{row.origin}: expected 'file_name' and one of {', '.join(CAPTION_KEYS)}")
+            captions.append((Path(name.replace("\\", "/")), texts[0]))
     return captions
 
 
@@ -117,11 +128,16 @@ def _by_stem(folder: Path, others: list[Path]) -> dict[str, list[Path]]:
     for file in sorted(folder.iterdir()):
         if file.name.startswith("."):
             continue
-        if frame_files(file) if file.is_dir() else file.suffix.lower() in MEDIA_SUFFIXES:
-            media.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
-        elif file.name != METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
+        if frame_files(file) if file.is_dir() else file.is_file() and file.suffix.lower() in MEDIA_SUFFIXES:
+            media.setdefault(_nfc(file.name if file.is_dir() else file.stem), []).append(file)
+        elif file.name not in METADATA and file.suffix.lower() not in CAPTION_SUFFIXES:
             others.append(file)
     return media
+
+
+def _nfc(name: str) -> str:
+    """A name with accents in one of the ways that Unicode has for them."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _sets(path: Path) -> list[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from t2i_align.errors import UserError
+from t2i_align.utils.files import atomic_folder
 
 PREFIX = "hub:"
 
@@ -14,17 +16,29 @@ PREFIX = "hub:"
 def folder(spec: str) -> Path:
     """The local folder of `hub:owner/name` (or `hub:owner/name@revision`), downloaded where it is not there yet.
 
+    Without a connection, one that is in the Hub's own cache is copied from there.
+
     Raises:
         UserError: not such a name, no such data set, no connection.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HOME
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name, revision = _parts(spec)
     # As plain files: the Hub's own cache has links that lead out of the folder, which readers refuse to follow.
     target = Path(HF_HOME) / "t2i-align" / spec.removeprefix(PREFIX).replace("/", "--")
     with _download_errors(spec):
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_dir=target))
+        try:
+            snapshot_download(name, repo_type="dataset", revision=revision, local_dir=target)
+        except Exception:
+            with suppress(LocalEntryNotFoundError):
+                cached = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+                with atomic_folder(target) as copy:
+                    shutil.copytree(cached, copy, dirs_exist_ok=True)
+                return target
+            raise
+    return target
 
 
 def pieces(spec: str, endings: tuple[str, ...]) -> tuple[list[str], str]:

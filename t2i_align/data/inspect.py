@@ -17,12 +17,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from t2i_align.data import readers, tables
+from t2i_align.data import readers, shards, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection, Skipped, Survey
 from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.errors import UserError
+from t2i_align.errors import UserError, printable
 from t2i_align.inference.models import resolve_model
 from t2i_align.utils.files import check_own, write_text
 
@@ -160,8 +160,8 @@ def inspect(
     check_own("data inspect", target)
     path = readers.resolve(source)
     name = readers.detect(path, format)
-    names = next(map(tables.columns, tables.files(path)), [])
-    findings = Findings(source=str(source), format=name, names=names)
+    names = [printable(column) for column in next(map(tables.columns, shards.files(path)), [])]
+    findings = Findings(source=printable(str(source)), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):
         findings.add(item)
@@ -224,7 +224,7 @@ def _items(read: Callable[..., Items], images: int) -> Items:
 
 def _by_scorer(file: Path) -> Iterator[tuple[str, dict[str, Sequence[float]]]]:
     """What `relabel` and `synthesize` wrote beside the scores that decide, by group id."""
-    if file.suffix == ".jsonl" and file.is_file():
+    if tables.kind(file) == ".jsonl" and file.is_file():
         for number, _, entry in tables.json_entries(file):
             if isinstance(scores := entry.get("by_scorer"), dict):
                 yield str(entry.get("id", f"{file.name}:{number}")), {key: scores[key]["scores"] for key in scores}

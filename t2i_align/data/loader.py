@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import signal
 from abc import abstractmethod
@@ -34,6 +35,7 @@ from t2i_align.utils.files import differences
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
+logger = logging.getLogger(__name__)
 ENCODE_BATCH = 8
 Position = tuple[int, ...]  # epoch first; then what names a group: its number in a store, or its shard and row
 Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over
@@ -114,7 +116,13 @@ class PreparedDataset(PreferenceDataset):
         self.store, self.numbers = store, numbers
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
-        return steps(self.numbers, self.store.bucket[self.numbers], seed=seed, size=size, start=start)
+        buckets = self.store.bucket[self.numbers]
+        for bucket, groups in zip(*np.unique(buckets, return_counts=True), strict=True):
+            if groups < min(size, len(buckets)):
+                height, width = self.store.manifest["buckets"][bucket]["size"]
+                few = "bucket %d x %d: %d groups, fewer than a step's %d; they wait for some epochs, then come together"
+                logger.warning(few, height, width, groups, size)
+        return steps(self.numbers, buckets, seed=seed, size=size, start=start)
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:
         """The fields of a `Batch`, on the CPU and in the dtypes that are stored; its groups are of one bucket."""

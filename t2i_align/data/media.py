@@ -1,9 +1,9 @@
 """The one decoder of images and clips, for training, labeling and scoring; and writing clips.
 
-Images are decoded whole or refused with a reason. Whatever comes out is upright, RGB and 8 bits: EXIF orientation is
-applied, transparency laid on white, 16-bit gray scaled, CMYK and palettes converted. Frames of clips (videos,
-animations, folders of images) follow the same rules and are decoded only as far as they are needed; videos by the
-ffmpeg that comes with imageio.
+Images are decoded whole or refused with a reason. Whatever comes out is upright, sRGB and 8 bits: EXIF orientation and
+colour profile are applied, transparency laid on white, 16-bit gray scaled, CMYK and palettes converted. Frames of clips
+(videos, animations, folders of images) follow the same rules and are decoded only as far as they are needed; videos by
+the ffmpeg that comes with imageio.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
 
+from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
 from t2i_align.utils.files import atomic_file
 
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64 << 20
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_CLIP_PIXELS = 4 * MAX_PIXELS  # of all frames of a clip that is held in memory as a whole
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values that swap height and width
@@ -41,6 +43,7 @@ INPUT = ["-format_whitelist", "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "-protoco
 INPUT += ["-xerror", "-err_detect", "explode"]  # no damaged frame, patched up from its neighbours
 INPUT += ["-max_pixels", str(MAX_PIXELS), "-threads", "1"]  # several clips are decoded at a time
 MAX_REPEAT = 1.25  # how far a wanted frame rate may exceed a clip's own before repeated frames would be its motion
+TOO_SLOW = "{:.3g} frames a second, too few for {:g}"
 ROUNDING = 1e-4  # seconds
 
 
@@ -105,7 +108,8 @@ def measure(media: Media) -> tuple[int, int] | None:
     try:
         with _decoding(media), _open(media) as image:
             width, height = image.size
-            rotated = image.getexif().get(ORIENTATION) in ROTATED
+            # A TIFF's size is that of the upright image already.
+            rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION) in ROTATED
     except ImageError:  # decoding it later gives the reason
         return None
     return ((width, height) if rotated else (height, width)) if width and height else None
@@ -152,6 +156,8 @@ def frames_of(media: Media, count: int | None = None, fps: float | None = None) 
             if size not in (None, frame.size):
                 raise ImageError(f"frame {frames + 1} has {frame.size} pixels, the first has {size}")
             size, frames = frame.size, frames + 1
+            if count is None and frames * frame.width * frame.height > MAX_CLIP_PIXELS:
+                raise ImageError(f"its frames have more than {MAX_CLIP_PIXELS} pixels")
             yield frame
     if frames < (count or 2):
         rate = "" if fps is None else f" at {fps:g} a second"
@@ -192,10 +198,9 @@ def is_clip(path: Path) -> bool:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The images in a folder of frames, in natural order: 2.png comes before 10.png."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
-    parts = {file: re.split(r"(\d+)", file.name) for file in files}  # numbers are at odd places
-    return sorted(files, key=lambda file: [int(p) if n % 2 else p for n, p in enumerate(parts[file])])
+    """The images in a folder of frames, in natural order."""
+    images = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    return sorted(filter(Path.is_file, images), key=lambda file: natural(file.name))
 
 
 @contextmanager
@@ -204,6 +209,8 @@ def _decoding(media: Media) -> Iterator[None]:
     try:
         if isinstance(media, bytes) and not media:
             raise ImageError("empty")
+        if isinstance(media, Path) and media.exists() and not (media.is_file() or media.is_dir()):
+            raise ImageError("not a regular file")  # a pipe would be waited for, a device read without end
         yield
     except ImageError:
         raise
@@ -244,10 +251,27 @@ def _upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    image = _to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours of sRGB, where its profile is another; one that does not fit the image is ignored."""
+    if not (content := image.info.get("icc_profile")):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        if image.mode == "P" or image.has_transparency_data:
+            image = image.convert(mode)
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):
+        return image
 
 
 def _to_uint8(image: Image.Image) -> Tensor:
@@ -286,7 +310,7 @@ def _at_rate(animation: Image.Image, fps: float) -> Iterator[Image.Image]:
             raise ImageError("a frame without a duration: no known frame rate to take others by")
         end += seconds
         if fps * end > MAX_REPEAT * own + 1:
-            raise _too_slow(own / end, fps)
+            raise ImageError(TOO_SLOW.format(own / end, fps))
         while taken / fps < end - ROUNDING:
             yield image
             taken += 1
@@ -301,13 +325,9 @@ def _video(file: Path, fps: float | None) -> Iterator[Image.Image]:
             raise ImageError(_reason(str(error))) from error
         _check_pixels(meta["size"])
         if fps is not None and fps > MAX_REPEAT * meta["fps"]:
-            raise _too_slow(meta["fps"], fps)
+            raise ImageError(TOO_SLOW.format(meta["fps"], fps))
         for frame in stream:
             yield Image.frombytes("RGB", meta["size"], frame)
-
-
-def _too_slow(own: float, wanted: float) -> ImageError:
-    return ImageError(f"{own:.3g} frames a second, too few for {wanted:g}")
 
 
 def _reason(log: str) -> str:

@@ -22,17 +22,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i_align.data import columns, folders, hub, spec, tables
+from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.columns import Columns, exists
+from t2i_align.data.columns import Columns
 from t2i_align.data.layouts import KINDS, PUBLISHED
 from t2i_align.data.media import frame_files
+from t2i_align.data.paths import exists
 from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.shards import TRAIN
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
 CONTENT_HASHED_UP_TO = 256 << 20  # bytes
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -54,21 +57,23 @@ class Reader:
     files: Callable[[Path], Iterable[Path]] = _all_files
 
 
-def _table(maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False) -> Reader:
+def _table(
+    maps: Callable[[Path], Sequence[Columns]], detects: Callable[[Path], bool] = lambda path: False, split: str = TRAIN
+) -> Reader:
     """The format of tables with column maps."""
 
     def read(path: Path, images: bool, part: Path | None = None) -> Items:
-        return columns.read(path, maps(path), images, part)
+        return columns.read(path, maps(path), images, part, split)
 
-    return Reader(read=read, detects=detects, files=tables.files)
+    return Reader(read=read, detects=detects, files=partial(shards.files, split=split))
 
 
 def _recognised(name: str, path: Path) -> bool:
     """Whether a table looks like the layout `name`."""
-    file = next(iter(tables.files(path)), None)
+    file = next(iter(shards.files(path)), None)
     if file is None or name in KINDS:
-        return file is not None and file.suffix in KINDS[name]
-    if file.suffix == ".tar" or (name == "pairs" and file.suffix in tables.JSON):
+        return file is not None and tables.kind(file) in KINDS[name]
+    if tables.kind(file) == ".tar" or (name == "pairs" and tables.kind(file) in tables.JSON):
         return False
     names = tables.columns(file)
     return any(not maps.missing(names) for maps in PUBLISHED[name])
@@ -84,8 +89,19 @@ def _maps(name: str, path: Path) -> Sequence[Columns]:
 def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
     if (own := description.columns) is not None:
-        return description, source, _table(lambda path: [own])
-    return description, source, READERS[detect(source, description.format)]
+        return description, source, _table(lambda path: [own], split=description.split)
+    code, _, name = description.format.rpartition(".py:")
+    if code and name not in READERS:
+        raise UserError(
+            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use {code}.py, name "
+            "the source itself and give its format on the command line or in the configuration."
+        )
+    name = detect(source, name)
+    if name in PUBLISHED:
+        return description, source, _table(partial(_maps, name), split=description.split)
+    if description.split != TRAIN:
+        raise UserError(f"{path}: split: {source} is no table in several files, of which one could be chosen")
+    return description, source, READERS[name]
 
 
 def _read_described(path: Path, images: bool) -> Items:
@@ -142,6 +158,7 @@ def read(
     images: bool = True,
     selection: Selection = EVERYTHING,
     part: Path | None = None,
+    seen: Callable[[Group], None] = lambda group: None,
 ) -> Items:
     """The groups of a source, best first, and its rows that cannot be used.
 
@@ -153,6 +170,7 @@ def read(
         images: false leaves them out where reading them is costly.
         selection: its limit is where to stop; no row beyond is read.
         part: one file of a table; only its groups, with the ids and paths that they have in the whole.
+        seen: called with each group that can be used as the source has it, without annotations.
 
     Raises:
         UserError: nothing there, an unknown or undetectable format, a source that is broken as a whole, annotations
@@ -161,7 +179,7 @@ def read(
     file = resolve(path)
     reader = READERS[detect(file, format)]
     items = reader.read(file, images, part) if part else reader.read(file, images)
-    items = selection.first(_checked(items, part or file, annotations))
+    items = selection.first(_checked(items, part or file, annotations, seen))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
 
 
@@ -175,7 +193,7 @@ def resolve(path: str | Path) -> Path:
         return Path(pairs_path())
     if str(path).startswith(hub.PREFIX):
         return hub.folder(str(path))
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not exists(file):
         raise UserError(f"{path}: no such file or folder")
     return file
@@ -197,41 +215,47 @@ def detect(path: Path, format: str = "auto") -> str:
     for name, reader in READERS.items():
         if reader.detects(path):
             return name
-    names = [name for file in tables.files(path)[:1] for name in tables.columns(file)]
-    spec_hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
+    names = [name for file in shards.files(path)[:1] for name in tables.columns(file)]
+    hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)." if names else ""
+    if path.suffix.lower() in COMPRESSED:
+        hint = " It is compressed: unpack it first."
+    elif path.is_dir() and any(path.rglob("dataset_info.json")) and any(path.rglob("*.arrow")):
+        hint = " It was written by save_to_disk of `datasets`: load it there and write it with to_parquet."
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}.{spec_hint if names else ''}"
+        f"there are: {', '.join(sorted(READERS))}.{hint}"
     )
 
 
 @lru_cache
 def _run_once(file: str) -> None:
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise UserError(f"data.format: {file}: no such file with a format of your own")
     runpy.run_path(file)
 
 
-def _checked(items: Items, source: Path, annotations: Annotations) -> Items:
-    seen: set[str] = set()
+def _checked(items: Items, source: Path, annotations: Annotations, seen: Callable[[Group], None]) -> Items:
+    ids: set[str] = set()
     empty = True
     for item in items:
         empty = False
-        if annotations.entries and isinstance(item, Group) and item.id not in seen:
+        if isinstance(item, Group) and not _unusable(item, ids):
+            seen(item)
+        if annotations.entries and isinstance(item, Group) and item.id not in ids:
             item = annotations.annotated(item)
         if isinstance(item, Skipped):
             yield item
-        elif reason := _unusable(item, seen):
+        elif reason := _unusable(item, ids):
             yield item.skipped(reason)
         else:
-            seen.add(item.id)
+            ids.add(item.id)
             yield item
     if empty:
         raise UserError(f"{source}: no rows in it")
 
 
-def _unusable(group: Group, seen: set[str]) -> str | None:
-    if group.id in seen:
+def _unusable(group: Group, ids: set[str]) -> str | None:
+    if group.id in ids:
         return f"duplicate id {group.id!r}; the first group with it was kept"
     if any(has_lone_surrogate(text) for text in (group.id, group.user or "", *group.texts)):
         return "its id, prompt or captions are not valid Unicode text"
@@ -263,11 +287,10 @@ def survey(
     format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
     result, contents = Survey(selection), _Contents()
-    for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part):
+    for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part,
+                     seen=contents.add):  # fmt: skip
         unmatched.pop(item.id, None)
         result.add(item)
-        if isinstance(item, Group):
-            contents.add(item)
     for file in ([part] if part else sorted(READERS[format].files(source))) if contents.embedded else ():
         contents.add_file(file)
         result.embedded_bytes += file.stat().st_size

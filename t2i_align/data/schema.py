@@ -11,16 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from t2i_align.errors import UserError
+from t2i_align.errors import UserError, printable, shown
 
 Media = bytes | Path
+Values = dict[str, Any]
+LEFT_OUT = b"left out"  # stands for an image where images are not wanted
 Conditioning = dict[str, Tensor]
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
 REASONS_SHOWN = 3  # rows that cannot be used, in a message
+MAX_REASON = 300  # characters
+FLOAT32_MAX = 3.4028234663852886e38  # scores are trained on in this precision
 PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
 
 
@@ -44,11 +50,12 @@ class Column:
             ValueError: another type or a number that is not finite; names the key, what is expected and the value.
         """
         if self.per_candidate and not isinstance(value, list | tuple):
-            raise ValueError(f"{key!r} must be a list, found {value!r}")
+            raise ValueError(f"{key!r} must be a list, found {shown(value)}")
         parsed = tuple(map(self._parsed, value if self.per_candidate else [value]))
         if None in parsed:
             kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
-            raise ValueError(f"{key!r} must be {f'a list of {kind}s' if self.per_candidate else kind}, found {value!r}")
+            expected = f"a list of {kind}s" if self.per_candidate else kind
+            raise ValueError(f"{key!r} must be {expected}, found {shown(value)}")
         return parsed if self.per_candidate else parsed[0]
 
     def texts(self, value: Any) -> Sequence[str]:
@@ -69,12 +76,12 @@ class Column:
 
 
 def finite(value: Any) -> float | None:
-    """A number, or a text that is one, as a float; None for anything else. JSON's integers may exceed floats."""
+    """A number, or a text that is one, as a float; None for anything else and for what exceeds single precision."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= FLOAT32_MAX else None
 
 
 ID = Column("id")
@@ -124,8 +131,12 @@ class Group(WithColumns):
         for name, value in {"scores": self.scores, **self.columns}.items():
             if (name == "scores" or COLUMNS[name].per_candidate) and len(value) != k:
                 raise ValueError(f"{self.origin}: {k} candidates, but {len(value)} {name}")
-        if not all(math.isfinite(score) for score in self.scores):
-            raise ValueError(f"{self.origin}: scores must be finite numbers, found {list(self.scores)}")
+        if not all(abs(score) <= FLOAT32_MAX for score in self.scores):
+            raise ValueError(f"{self.origin}: scores must be finite numbers, found {shown(list(self.scores))}")
+        single = tuple(np.array(self.scores, np.float32).tolist())
+        if len({*single}) < len({*self.scores}) or single.count(0) > self.scores.count(0):
+            object.__setattr__(self, "scores", single)  # scores that training cannot tell apart are equal
+        object.__setattr__(self, "origin", printable(self.origin))  # it has names of files and keys from anywhere
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -173,6 +184,24 @@ class Skipped:
     id: str
     origin: str
     reason: str
+
+    def __post_init__(self) -> None:
+        reason = printable(self.reason)
+        reason = reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 2]} …"
+        object.__setattr__(self, "origin", printable(self.origin))
+        object.__setattr__(self, "reason", reason)
+
+
+class Row(NamedTuple):
+    """A row of a table: its place as an id, what to call it in messages, its values by column."""
+
+    id: str
+    origin: str
+    values: Values
+
+    def skipped(self, reason: str) -> Skipped:
+        """The record of a row that cannot be used."""
+        return Skipped(id=self.id, origin=self.origin, reason=reason)
 
 
 Items = Iterator[Group | Skipped]
@@ -293,17 +322,20 @@ class Batch(WithColumns):
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""
 
+        def chosen(tensor: Tensor) -> Tensor:  # an index made from a list would have the host wait for the device
+            return torch.stack([tensor[:, place] for place in places], dim=1)
+
         def taken(name: str, value: Any) -> Any:
             if not COLUMNS[name].per_candidate:
                 return value
             if COLUMNS[name].text:
-                return {key: tensor[:, places] for key, tensor in value.items()}
+                return {key: chosen(tensor) for key, tensor in value.items()}
             return tuple(COLUMNS[name].take(row, places) for row in value)
 
         return replace(
             self,
-            latents=self.latents[:, places],
-            scores=self.scores[:, places],
+            latents=chosen(self.latents),
+            scores=chosen(self.scores),
             columns={name: taken(name, value) for name, value in self.columns.items()},
-            sizes=None if self.sizes is None else self.sizes[:, places],
+            sizes=None if self.sizes is None else chosen(self.sizes),
         )

@@ -5,6 +5,7 @@
     columns: {candidates: [left, right], votes: [votes_left, votes_right], prompt: text}
     pairs: all                       # every pair of a ranking is a group of its own
     ties: false                      # groups without a preference are skipped
+    split: test                      # of a folder with several; default: train
     part: {of: train, held_out: 0.1, by: [prompt], seed: 0}
 
 The file's name stands for the source everywhere: in `data.path`, and for every command that takes a source.
@@ -16,6 +17,7 @@ data are added, reordered or read from another format, and whoever splits by the
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import field, fields, replace
@@ -26,10 +28,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from t2i_align.data import hub
-from t2i_align.data.columns import Columns, exists
+from t2i_align.data.columns import Columns
+from t2i_align.data.paths import exists
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
+from t2i_align.data.shards import TRAIN
 from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.errors import UserError, unknown
+from t2i_align.errors import UserError, shown, unknown
 from t2i_align.utils.settings import Bool, Float, Int, build, read_yaml, settings
 
 # What `columns` of a file may name beside optional columns. Other fields of Columns are for readers of fixed layouts.
@@ -80,6 +84,7 @@ class DatasetSpec:
 
     pairs: `all` makes every two candidates of a group a pair; `best_worst` keeps only these two; null leaves groups as
     they are, from which an objective on pairs takes the best and the worst.
+    split: of a folder with files of several (see `shards`), or `all`.
     """
 
     path: str
@@ -87,6 +92,7 @@ class DatasetSpec:
     columns: Columns | None = None
     pairs: Literal["all", "best_worst"] | None = None
     ties: Bool = True
+    split: str = TRAIN
     part: Part | None = None
 
     def select(self, items: Items) -> Items:
@@ -139,7 +145,10 @@ def load(file: Path) -> tuple[DatasetSpec, Path]:
         raise UserError(f"{file}: {error}") from error
     if spec.path.startswith(hub.PREFIX):
         return spec, hub.folder(spec.path)
-    source = (file.parent / Path(spec.path).expanduser()).resolve()
+    try:
+        source = (file.parent / os.path.expanduser(spec.path)).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+        raise UserError(f"{file}: path: {shown(spec.path)} is not a usable path: {error}") from error
     if not exists(source):
         raise UserError(f"{file}: path: no such file or folder: {source}")
     if source == file.resolve() or is_spec(source):

@@ -42,7 +42,7 @@ def split(
 
     Raises:
         UserError: a source that cannot be read, is a part already, or leaves one side empty; or files with these names
-            that this did not write.
+            that this did not write, or wrote with other settings: a run may be using them.
     """
     folder = Path(out).expanduser()
     check_own(COMMAND, *(folder / f"{name}.yaml" for name in SIDES), folder / PROMPTS)
@@ -57,6 +57,13 @@ def split(
             values["path"] = str(file)
     part = {"held_out": held_out, "by": list(by), "seed": seed}
     sides = {name: Part(of=name, **part) for name in SIDES}  # type: ignore[arg-type]
+    texts = {}
+    for name in sides:
+        text = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)
+        texts[f"{name}.yaml"] = f"# {mark(COMMAND)}\n{text}"
+        there = folder / f"{name}.yaml"
+        if there.exists() and there.read_text(encoding="utf-8") != texts[there.name]:
+            raise UserError(f"{there}: this split was made with other settings; choose another folder for `out`")
     counts = dict.fromkeys([*sides, "on_neither_side", "skipped"], 0)
     survey = Survey()
     prompts: dict[str, None] = {}
@@ -74,9 +81,5 @@ def split(
         choice = f"held_out={held_out:g} and seed={seed}"
         skipped = f" Skipped rows: {counts['skipped']}, such as {survey.reasons[0]}" if survey.reasons else ""
         raise UserError(f"{source}: with {choice}, {empty[0]} is empty; choose others.{skipped}")
-    texts = {}
-    for name in sides:
-        text = yaml.safe_dump({**values, "part": {"of": name, **part}}, sort_keys=False, allow_unicode=True)
-        texts[f"{name}.yaml"] = f"# {mark(COMMAND)}\n{text}"
     write_files(folder, {**texts, PROMPTS: "".join(f"{text}\n" for text in prompts)})
     return {**counts, "held_out_prompts": len(prompts)}

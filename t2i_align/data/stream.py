@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from t2i_align.config import DataConfig
-from t2i_align.data import hub, layouts, readers, tables
+from t2i_align.data import hub, layouts, readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.encode import encode_fields, widened
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.shards import SHARDED, files, of_split
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -91,14 +92,15 @@ class Shards:
         downloads: the folder for those of a source on the Hub that are not downloaded together.
         """
         if downloads:
-            names, remote = hub.pieces(path, tables.SHARDED)
+            names, remote = hub.pieces(path, SHARDED)
+            names = of_split(names)
             format = readers.detect(hub.piece(remote, names[0], downloads / "0"), format)
             return cls(downloads, names, format, annotations, remote)
         root = readers.resolve(path)
         format = readers.detect(root, format)
         layout = layouts.PUBLISHED.get(format, ())
         apart = root.is_dir() and layout and not any(columns.group for columns in layout)
-        names = [file.relative_to(root).as_posix() for file in tables.files(root)] if apart else []
+        names = [file.relative_to(root).as_posix() for file in files(root)] if apart else []
         return cls(root, names or [""], format, annotations)
 
     def survey(self, selection: Selection) -> Survey:

@@ -11,7 +11,7 @@ the sum of D.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from t2i_align.diffusion.noising import NoiseSharing
 from t2i_align.errors import UserError
+from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.listwise import Listwise
 from t2i_align.objectives.pairwise import wins
 from t2i_align.utils.settings import Bool, settings
@@ -60,12 +61,14 @@ class RankDPO(Listwise):
     config = "sd15_rankdpo.yaml"
 
     def list_loss(self, s: Tensor, scores: Tensor) -> Tensor:
-        weights = dcg_weights(scores, self._phi(scores)).to(s.dtype)
+        weights = dcg_weights(scores, win_rates(scores) if self.gain == "wins" else scores).to(s.dtype)
         return rankdpo_loss(s, weights, beta=self.beta, normalise=self.normalise)
 
-    def _phi(self, scores: Tensor) -> Tensor:
-        if self.gain == "wins":
-            return win_rates(scores)
-        if bool(((scores < 0) | (scores > 1)).any()):
-            raise UserError("objective.gain 'scores' needs scores in [0, 1] (average win rates); use gain 'wins'")
-        return scores
+    def fit_to_data(self, facts: DataStats) -> Self:
+        least, greatest = facts.score_range
+        if self.gain == "scores" and not 0 <= least <= greatest <= 1:
+            raise UserError(
+                "objective.gain 'scores' needs scores in [0, 1] (average win rates), "
+                f"found {least:g} to {greatest:g}; use gain 'wins'"
+            )
+        return self

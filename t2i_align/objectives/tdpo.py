@@ -30,7 +30,7 @@ def one_image_two_texts(batch: Batch) -> Batch:
     negative = batch.negative_caption
     return replace(
         batch.take([0, 0]),
-        scores=torch.tensor([1.0, 0.0], device=batch.scores.device).expand(len(batch.keys), 2),
+        scores=torch.stack([torch.ones_like(batch.scores[:, 0]), torch.zeros_like(batch.scores[:, 0])], dim=1),
         columns={
             "captions": {
                 name: torch.stack([tensor, negative[name]], dim=1) for name, tensor in batch.conditioning.items()

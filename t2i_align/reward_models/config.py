@@ -95,6 +95,8 @@ class ScorerRun:
             raise UserError(
                 f"tune: {self.tune} trains a transformers CLIP: model must be hf-clip:..., not {self.model!r}"
             )
+        if self.lora.init is not None:
+            raise UserError("lora.init: scorers start from `model`; leave it null")
         if self.optim.ema is not None:
             raise UserError("optim.ema: scorers are trained without averaged weights; leave it null")
 

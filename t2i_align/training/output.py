@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 from t2i_align.config import RunConfig
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
 
 RUN_FILE = "run.yaml"
+# These replace the parameters that optimiser, reference and checkpoints hold.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @contextmanager
@@ -48,10 +50,13 @@ def open_run(
     accelerator = Accelerator(
         # By default, accelerate takes each of several CPU processes for a separate run.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        mixed_precision=config.train.precision if config.train.precision in ("bf16", "fp16") else "no",
         log_with=list(trackers) or None,
         project_dir=output,
     )
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(f"launched as {accelerator.distributed_type.value}, expected one process or several under DDP")
+    torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     # The main process holds the folder for all; they wait until it has checked that it may.
     with output_lock(output, first=accelerator.is_main_process):
         try:

@@ -31,9 +31,8 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.kto import liked_candidates
-from t2i_align.training.weights import Weights, adapters_off, dropout_off, frozen_copy, older_policy
+from t2i_align.training.weights import DTYPES, Weights, adapters_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -58,19 +57,22 @@ class Reference:
             return self.pipeline.features(noisy_latents, timesteps, conditioning, denoiser=denoiser)
 
 
-def build_reference(train: TrainConfig, pipeline: TrainablePipeline, *, needed: bool = True) -> Reference:
+def build_reference(
+    train: TrainConfig, pipeline: TrainablePipeline, *, needed: bool = True, adapted: bool = False
+) -> Reference:
     """The reference, of the base weights: build it before a checkpoint is loaded into the policy.
 
-    needed: False for objectives without one, so that no second denoiser is kept.
+    needed: False for objectives without one, so that no second denoiser is kept. adapted: the model before training is
+    the base with the LoRA as it is now.
     """
     reference, denoiser, updated = Reference(pipeline), pipeline.denoiser, train.reference_update is not None
     lora = bool(getattr(denoiser, "peft_config", None))
     if needed and (train.reference in ("copy", "offloaded_copy") or not lora):
         options = {"offload": train.reference == "offloaded_copy", "compile": train.compile, "updated": updated}
-        variant = frozen_copy(denoiser, dtype=PRECISIONS[train.precision], **options)
+        variant = frozen_copy(denoiser, dtype=DTYPES[train.precision], **options)
         reference.weights.variants["reference"] = variant
     elif needed:
-        older = older_policy(reference.weights) if updated else adapters_off(denoiser)
+        older = older_policy(reference.weights) if updated or adapted else adapters_off(denoiser)
         reference.weights.variants["reference"] = older
     return reference
 

@@ -12,23 +12,23 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 import pipelines
-from pipelines import TrainablePipeline
+from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
-from t2i_align.inference.options import PRECISIONS
 from t2i_align.training.loop import Loop, make_optimizer
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
+from t2i_align.training.weights import DTYPES
 from t2i_align.utils.files import atomic_folder
 from t2i_align.utils.settings import with_overrides
 
-LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
+LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
@@ -85,7 +85,8 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream:
         pipeline.drop_encoders()
-    reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference)
+    adapted = config.lora is not None and config.lora.init is not None
+    reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
@@ -119,13 +120,14 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
     """The pipeline on its device, without VAE and text encoders.
 
     Raises:
-        PipelineError: the model cannot take the size that is trained. UserError: an option of clips for images, or
+        PipelineError: the model cannot take the size that is trained, or its predictions imply no image at the last
+            timestep. UserError: an option of clips for images, or
             of images for clips.
     """
     pipeline = pipelines.load(
         **{**asdict(config.model), "path": resolve_model(config.model.path)},
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
-        denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
+        denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
     )
@@ -137,6 +139,13 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
     if config.data.buckets and frames is not None:
         raise UserError(f"data.buckets is for images, and {pipeline.family} makes clips")
     pipeline.shift_timesteps(config.train.timestep_shift, *size, frames)
+    process = pipeline.process
+    alpha, _ = process.alpha_sigma(process.timesteps(torch.tensor([1 - 2**-24])))
+    if process.prediction_type == "epsilon" and alpha < 1e-3:
+        raise PipelineError(
+            f"{config.model.path}: its scheduler has no signal at the last timestep (rescale_betas_zero_snr) and "
+            "prediction type 'epsilon', which then implies no image; expected 'v_prediction'"
+        )
     return pipeline.to(device)
 
 
@@ -145,7 +154,6 @@ def load_data(
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
-    # Of several processes one prepares; the others wait at a file lock, which unlike a barrier has no time limit.
     return open_dataset(
         config.data,
         config.model,

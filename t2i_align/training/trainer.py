@@ -32,7 +32,7 @@ class Alignment(Task):
         validate: called with pipeline and step on the main process; its numbers are logged.
     """
 
-    advice = "A smaller optim.lr or objective.beta, or train.precision=bf16 instead of fp16, usually helps."
+    advice = "A smaller optim.lr, a larger objective.beta, or train.precision=bf16 instead of fp16, usually helps."
 
     def __init__(
         self,

@@ -79,10 +79,19 @@ def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return build(cls, with_overrides(values, overrides))
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without dates: `output_dir=2026-11-29` is a name."""
+
+    yaml_implicit_resolvers = {
+        start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def read_yaml(file: str | Path) -> Any:
     """What a YAML file holds; raises UserError naming it."""
     try:
-        return yaml.safe_load(read_bytes(file).decode())
+        return yaml.load(read_bytes(file).decode(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
 
@@ -102,7 +111,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 node[parent] = {"name": node[parent]} if bare_name else {}
             node = node[parent]
         try:
-            node[last] = yaml.safe_load(text)
+            node[last] = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
     return out

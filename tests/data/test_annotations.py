@@ -180,26 +180,20 @@ def test_captions_and_scores_stay_with_their_candidate(tmp_path_factory: pytest.
     assert [item.scores for item in unsorted if isinstance(item, Group)] == [tuple(row) for row in rows]
 
 
-def test_the_source_order_of_pickapic_is_that_of_its_columns(tmp_path: Path) -> None:
-    """Row 1 prefers jpg_1, so its captions change places; ids are ranking ids, integers there and here."""
-    path = write_parquet(tmp_path / "a.parquet", pick_rows(2))
-    sidecar = write_jsonl(tmp_path / "s.jsonl", [{"id": 1000 + row, "captions": ["0", "1"]} for row in (0, 1)])
-    result = groups_of(path, sidecar)
-    assert [item.captions for item in result.values() if isinstance(item, Group)] == [("0", "1"), ("1", "0")]
+def test_the_bundled_pairs_take_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the columns: row 1 prefers jpg_1, so its captions change places. Ids are integers in both."""
+    import t2i_align.testbed
 
-
-def test_jsonl_holds_negative_captions_itself(tmp_path: Path) -> None:
-    path = source_of(tmp_path, [[0, 1]], negative_caption="a red owl", captions=["a", "b"])
-    group = groups_of(path)["g0"]
-    assert isinstance(group, Group) and (group.negative_caption, group.captions) == ("a red owl", ("b", "a"))
-    for key, value, reason in (
-        ("negative_caption", 5, "'negative_caption' must be text, found 5"),
-        ("negative_caption", " ", "a caption is empty"),
-        ("captions", ["a", ""], "a caption is empty"),
-        ("negative_caption", "\ud800", "not valid Unicode"),
-    ):
-        skipped = groups_of(source_of(tmp_path, [[0, 1]], **{key: value}))["g0"]
-        assert isinstance(skipped, Skipped) and reason in skipped.reason
+    path = write_parquet(tmp_path / "a.parquet", pick_rows(3))
+    monkeypatch.setattr(t2i_align.testbed, "pairs_path", lambda: path)
+    rows = [{"id": 1000 + row, "captions": ["0", "1"], "negative_caption": "n"} for row in range(3)]
+    sidecar = write_jsonl(tmp_path / "s.jsonl", rows)
+    result = groups_of(Path("testbed:pairs"), sidecar)
+    assert [getattr(item, "captions", None) for item in result.values()] == [("0", "1"), ("1", "0"), ("0", "1")]
+    source = opened(tmp_path, Path("testbed:pairs"), needs=NEGATIVE, annotations=[str(sidecar)])
+    batch = batches(source, 1, 3)[0]
+    assert batch.negative_caption is not None
+    assert torch.equal(batch.negative_caption["embeds"], StandIn().encode_prompts(["n"] * 3)["embeds"])
 
 
 def test_a_group_without_an_entry(tmp_path: Path) -> None:
@@ -385,18 +379,6 @@ def test_annotated_scores_decide_order_and_ties(tmp_path: Path) -> None:
             "0/g1": pytest.approx([0.25, 0.1]),
         }
         assert source.stats.score_range == (0.1, 0.3)
-
-
-def test_the_bundled_pairs_take_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import t2i_align.testbed
-
-    path = write_parquet(tmp_path / "a.parquet", pick_rows(3))
-    monkeypatch.setattr(t2i_align.testbed, "pairs_path", lambda: path)
-    sidecar = write_jsonl(tmp_path / "s.jsonl", [{"id": 1000 + row, "negative_caption": "n"} for row in range(3)])
-    source = opened(tmp_path, Path("testbed:pairs"), needs=NEGATIVE, annotations=[str(sidecar)])
-    batch = batches(source, 1, 3)[0]
-    assert batch.negative_caption is not None
-    assert torch.equal(batch.negative_caption["embeds"], StandIn().encode_prompts(["n"] * 3)["embeds"])
 
 
 @pytest.mark.parametrize("cache", [True, False])

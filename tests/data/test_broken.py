@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from t2i_align.data import readers
+from t2i_align.data.columns import SHARES_TOLERANCE
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
@@ -116,29 +117,36 @@ def test_any_source_file(folder: Path, columns: dict[str, Any], others: dict[str
     outcome(folder / "s.yaml")
 
 
-numbers = st.one_of(st.none(), st.floats(), st.integers(-3, 9).map(float))
+numbers = st.one_of(st.none(), st.floats(), st.floats(0, 1), st.integers(-3, 9).map(float))
+rows_of_shares = st.tuples(st.one_of(st.none(), texts), st.one_of(st.none(), st.binary(max_size=9)), numbers, numbers,
+                           st.one_of(st.none(), st.booleans()))  # fmt: skip
 
 
-@given(rows=st.lists(st.tuples(st.one_of(st.none(), texts), st.one_of(st.none(), st.binary(max_size=9)), numbers,
-                               numbers), min_size=1, max_size=8))  # fmt: skip
+@pytest.mark.parametrize("names", ["jpg_0 jpg_1 caption label_0 label_1 has_label",
+                                   "image1 image2 prompt votes_image1 votes_image2 ignored"])  # fmt: skip
+@given(rows=st.lists(rows_of_shares, min_size=1, max_size=8), complement=st.booleans())
 @quick
-def test_any_shares_of_votes(folder: Path, rows: list[tuple[Any, ...]]) -> None:
-    prompts, images, first, second = zip(*rows, strict=True)
+def test_any_shares_of_votes(folder: Path, names: str, rows: list[Any], complement: bool) -> None:
+    """Pick-a-Pic's labels, which add up to 1, and Rapidata's votes: every row is a group or a skip, as it should be."""
+    prompts, images, first, second, judged = zip(*rows, strict=True)
+    if complement:
+        second = tuple(None if one is None else 1 - one for one in first)
     clean = [prompt if prompt is None else prompt.encode(errors="replace").decode() for prompt in prompts]
-    arrow = pa.table({
-        "prompt": pa.array(clean, pa.string()),
-        "image1": pa.array(images, pa.binary()),
-        "image2": pa.array([png(0)] * len(rows), pa.binary()),
-        "weighted_results_image1_preference": pa.array(first, pa.float64()),
-        "weighted_results_image2_preference": pa.array(second, pa.float64()),
-    })  # fmt: skip
+    types = [pa.binary(), pa.binary(), pa.string(), pa.float64(), pa.float64(), pa.bool_()]
+    columns = [images, [b"x"] * len(rows), clean, first, second, judged]
+    table = {name: pa.array(values, type) for name, values, type in zip(names.split(), columns, types, strict=True)}
     source = folder / "a.parquet"
-    pq.write_table(arrow, source)
-    result = outcome(source)
-    assert isinstance(result, list) and len(result) == len(rows)
-    for item, (prompt, image, one, two) in zip(result, rows, strict=True):
+    pq.write_table(pa.table(table), source)
+    items = outcome(source)
+    assert isinstance(items, list) and [item.id for item in items] == [f"a.parquet:{row}" for row in range(len(rows))]
+    for item, prompt, image, one, two, known in zip(items, clean, images, first, second, judged, strict=True):
         fine = all(share is not None and 0 <= share < float("inf") for share in (one, two)) and one + two > 0
+        if "has_label" in names:
+            fine = fine and abs(one + two - 1) <= SHARES_TOLERANCE and known is not False
         assert isinstance(item, Group) == bool(fine and image and prompt and prompt.strip())
+        if isinstance(item, Group):
+            assert item.scores[0] >= item.scores[1]
+            assert item.candidates == ((image, b"x") if one >= two else (b"x", image))
 
 
 @pytest.mark.parametrize("name", [*OF_PAIRS, *OF_RANKINGS])
@@ -248,7 +256,7 @@ def test_a_shard_that_is_a_loop(tmp_path: Path) -> None:
     (tmp_path / "000001.tar").unlink()
     (tmp_path / "000001.tar").symlink_to(tmp_path / "000001.tar")
     (tmp_path / "up").symlink_to(tmp_path)
-    assert "000001.tar: cannot be read as a tar file" in outcome(tmp_path)
+    assert "000001.tar: not a regular file" in outcome(tmp_path)
 
 
 def test_decompression_bomb_is_refused() -> None:

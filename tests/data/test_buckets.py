@@ -138,3 +138,16 @@ def test_an_interrupted_prepare_of_buckets_continues(
     assert contents(part) == contents(whole)
     with pytest.raises(UserError, match="false without data"):
         opened(source, tmp_path, cache=False)
+
+
+def test_buckets_that_are_smaller_than_a_step_are_reported(
+    tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = opened(source, tmp_path)
+    found.loader(seed=0, start_step=0, batch_size=2)
+    assert not caplog.messages
+    found.loader(seed=0, start_step=0, batch_size=2, accumulate=2)  # two buckets have lost one of four groups
+    assert sorted(message.partition(": ")[2].partition(";")[0] for message in caplog.messages) == [
+        "3 groups, fewer than a step's 4",
+        "3 groups, fewer than a step's 4",
+    ]

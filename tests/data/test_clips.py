@@ -22,6 +22,7 @@ from t2i_align.data.media import (
     frames_of,
     load,
     save_clip,
+    whole_clip,
 )
 from t2i_align.data.schema import Media
 
@@ -170,6 +171,14 @@ def test_bombs_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(media, "MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(ImageError, match="48 x 32 is more than 1535 pixels"):
         load_clip(tmp_path / name, 2, 32, 48)
+
+
+def test_a_clip_that_is_held_as_a_whole_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "clip.gif")
+    assert whole_clip(file).shape == (8, 3, 32, 48)
+    monkeypatch.setattr(media, "MAX_CLIP_PIXELS", 8 * 32 * 48 - 1)
+    with pytest.raises(ImageError, match="its frames have more than 12287 pixels"):
+        whole_clip(file)
 
 
 def test_images_and_clips_are_distinguished(tmp_path: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from t2i_align.data import readers
 from t2i_align.data.media import decode
 from t2i_align.data.readers import read
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
 from tests import formats
-from tests.data.test_examples import colour
-from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, lines, shard, sheet, skips
+from tests.data.test_examples import colour, write_images, write_jsonl
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, shard, sheet, skips, table
 
 
 def seen(group: Group) -> list[int]:
@@ -62,6 +63,17 @@ def test_captions_users_and_vote_shares_of_formats(tmp_path: Path) -> None:
     }
 
 
+def test_candidates_listed_best_first_have_evenly_spread_scores(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    lists = ["b.jpg", "a.jpg", "c.jpg"], ["a.jpg"]
+    write_jsonl(tmp_path / "lists.jsonl", [{"text": "p", "files": files} for files in lists])
+    columns = "{prompt: text, candidates: files, best_first: true}"
+    (tmp_path / "source.yaml").write_text(f"path: lists.jsonl\ncolumns: {columns}\n")
+    ranking, single = groups(tmp_path / "source.yaml")
+    assert (ranking.scores, single.scores) == ((1.0, 0.5, 0.0), (1.0,))
+    assert [path.name for path in ranking.candidates] == ["b.jpg", "a.jpg", "c.jpg"]
+
+
 def test_ties_and_pairs_by_choice(tmp_path: Path) -> None:
     source = formats.write(tmp_path, "hpdv2_test")
     described = tmp_path / "source.yaml"
@@ -77,11 +89,22 @@ def test_a_vote_names_its_winner(tmp_path: Path) -> None:
     images(tmp_path / "p")
     choices = ["left", "right", "tie", "0", "1", "p/1.png", "p/5.png", None, "both"]
     entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote, "user": 3} for vote in choices]
-    source = lines(tmp_path / "votes.jsonl", entries)
+    source = write_jsonl(tmp_path / "votes.jsonl", entries)
     scores = {group.id: (seen(group)[0], group.scores[0]) for group in groups(source)}
     expected = [(0, 1.0), (1, 1.0), (0, 0.5), (0, 1.0), (1, 1.0), (1, 1.0), None, None, (0, 0.5)]
     assert scores == {f"votes.jsonl:{n}": want for n, want in enumerate(expected, 1) if want}
     assert "'vote' must be left or right or 0 to 1 or tie, found 'p/5.png'" in skips(source)["votes.jsonl:7"]
+
+
+@pytest.mark.parametrize("votes", [(1, 2), ("1", "2"), (1.0, 2.0), ("0", "2"), ("left", " 2 ")])
+def test_places_that_count_from_one_are_an_error(tmp_path: Path, votes: tuple[Any, Any]) -> None:
+    """A 2 among two proves that a 1 means the first: every other row would be turned round."""
+    images(tmp_path / "p")
+    entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote} for vote in votes]
+    for name in ("votes.jsonl", "votes.csv"):
+        source = table(tmp_path / name, entries)
+        with pytest.raises(UserError, match=r"(line 2|row 1): 'vote' is 2(\.0)?, but places count from 0 to 1"):
+            readers.survey(source, "demo")
 
 
 def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
@@ -147,7 +170,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         {"prompt": "x", "image_path": "3.png", "rank": 1, "prompt_id": None},
         {"prompt": "x", "image_path": "4.png", "rank": 1, "prompt_id": "b"},
     ]
-    source = lines(tmp_path / "a.jsonl", rows)
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
     assert [(group.id, seen(group), group.scores) for group in groups(source)] == [("b", [4, 1], (1.0, 0.0))]
     assert skips(source) == {"a.jsonl:4": "no 'prompt_id'", "a": "its 2 rows have different prompts"}
 
@@ -169,6 +192,9 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ),
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a dataset spec itself"),
+        ("path: loop", "'loop' is not a usable path"),
+        ('path: "a\\0b"', r"'a\\x00b' is not a usable path"),
+        ("path: ~unheard-of/x", "no such file or folder"),
         ("{", "not valid YAML"),
         ("[" * 3000, "not valid YAML"),
         ("path: hub:nobody", "expected hub:owner/name"),
@@ -177,6 +203,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
 def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -> None:
     sheet(tmp_path / "a.csv", [{"text": "x", "left": "0.png", "right": "1.png"}])
     (tmp_path / "s.yaml").write_text(text)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=expected):
         list(read(tmp_path / "s.yaml"))
 
@@ -193,22 +220,6 @@ def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes().replace(old, new))
         seen.add(readers.survey(source, "described").identity)
     assert len(seen) == 4
-
-
-# Shards -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_shard_that_is_missing_is_written_down(tmp_path: Path) -> None:
-    for number in (1, 4):  # the sixth may not have been written yet, the others are known to be
-        formats.example(tmp_path, "pickapic").rename(tmp_path / f"train-{number:05d}-of-00006.parquet")
-    result = [item.id if isinstance(item, Skipped) else "" for item in read(tmp_path)]
-    names = [f"train-{number:05d}-of-00006.parquet" for number in (0, 2, 3)]
-    assert result[0] == names[0] and result[3:5] == names[1:]
-    tars = tmp_path / "tars"
-    tars.mkdir()
-    for name in ("000003", "000005"):
-        formats.example(tars, "webdataset_roles").rename(tars / f"{name}.tar")
-    assert list(skips(tars)) == ["000004.tar"]
 
 
 def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
@@ -232,7 +243,7 @@ def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
     whole = source.read_bytes()
     for length in (1536, 3000, 4096):  # between two members, within one, and at a boundary again
         source.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"a\.tar: cannot be read as a tar file after sample"):
+        with pytest.raises(UserError, match=r"a\.tar: cannot be read as a tar file"):
             list(read(source))
     source.write_bytes(b"no tar")
     with pytest.raises(UserError, match="cannot be read as a tar file"):
@@ -251,11 +262,47 @@ def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
     assert result["jumping"].candidates[0] == tmp_path / "chosen" / "jumping.mp4"
     assert skips(tmp_path)["chosen/empty"].startswith("a folder without frames")
     entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
-    source = lines(tmp_path / "clips.jsonl", [entry])
+    source = write_jsonl(tmp_path / "clips.jsonl", [entry])
     assert groups(source)[0].candidates[0] == tmp_path / "chosen" / "running"
     before = readers.survey(source, "jsonl").identity
     (tmp_path / "chosen" / "running" / "1.png").write_bytes(b"another frame")
     assert readers.survey(source, "jsonl").identity != before
+
+
+def test_a_dataset_spec_runs_no_code(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "chosen": "0.png", "rejected": "1.png"}])
+    images(tmp_path)
+    spec = tmp_path / "s.yaml"
+    for format in ("mine.py:votes", f"{tmp_path}/mine.py:votes"):
+        spec.write_text(f"path: {source.name}\nformat: {format}\n")
+        with pytest.raises(UserError, match=r"s\.yaml: format: a dataset spec may come with data from anywhere"):
+            groups(spec)
+    spec.write_text("path: a.jsonl\nformat: mine.py:jsonl\n")  # a reader that is known needs no file
+    assert len(groups(spec)) == 1 and not (tmp_path / "ran").exists()
+
+
+def test_a_data_set_in_the_hubs_cache_is_read_without_a_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `huggingface_hub` keeps it: links from the snapshot to the files, which lie outside of it."""
+    for name, value in {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": True,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    cached = tmp_path / "hub" / "datasets--someone--pairs"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    source = formats.write(cached / "blobs", "folders")
+    for file in filter(Path.is_file, source.rglob("*")):
+        link = cached / "snapshots" / ("0" * 40) / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    assert [seen(group) for group in groups("hub:someone/pairs")] == [[won, lost] for _, won, lost in PAIRS]
+    with pytest.raises(UserError, match="hub:someone/others: cannot be downloaded"):
+        groups("hub:someone/others")
 
 
 def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +333,7 @@ def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
         for n in range(60)
         for text in (f"A fox  {n % 30}", f"a fox {n % 30} ")
     ]
-    lines(tmp_path / "d.jsonl", entries)
+    write_jsonl(tmp_path / "d.jsonl", entries)
     parts = {}
     for of in ("train", "held_out"):
         (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.3}}\n")
@@ -298,7 +345,7 @@ def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
     assert not texts[0] & texts[1] and 3 <= len(texts[1]) <= 16 and len(texts[0] | texts[1]) == 30
     # More data and another order leave each prompt where it was.
     more = [{"prompt": f"new {n}", "chosen": "0.png", "rejected": "1.png"} for n in range(20)]
-    lines(tmp_path / "d.jsonl", more + entries[::-1])
+    write_jsonl(tmp_path / "d.jsonl", more + entries[::-1])
     again = {" ".join(group.prompt.lower().split()) for group in groups(tmp_path / "held_out.yaml")}
     assert {text for text in again if text.startswith("a fox")} == texts[1]
 
@@ -309,7 +356,7 @@ def test_by_prompt_and_user_nothing_is_shared(tmp_path: Path) -> None:
         {"prompt": f"fox {n % 12}", "chosen": "0.png", "rejected": "1.png", "user": n // 12, "id": str(n)}
         for n in range(144)
     ]
-    lines(tmp_path / "d.jsonl", entries)
+    write_jsonl(tmp_path / "d.jsonl", entries)
     parts, neither = {}, {}
     for of in ("train", "held_out"):
         (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.4, by: [prompt, user]}}\n")

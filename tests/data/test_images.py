@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from t2i_align.data import media
-from t2i_align.data.media import ImageError, decode, to_pixels
+from t2i_align.data.media import ImageError, decode, measure, to_pixels
 from tests.data.test_examples import noise_jpeg
 
 
@@ -23,15 +24,38 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
     return stream.getvalue()
 
 
-def test_rotated_jpeg_is_upright() -> None:
-    """Orientation 6: the stored image must be turned by 90 degrees clockwise, so its left edge becomes the top."""
-    stored = Image.new("RGB", (4, 2), "black")
-    stored.putpixel((0, 0), (255, 255, 255))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_upright(format: str, orientation: int) -> None:
+    """A white corner at the top left is shown at the EXIF orientation's; the header tells the size that comes out."""
+    stored = Image.new("RGB", (64, 32))
+    stored.paste((255, 255, 255), (0, 0, 8, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6
-    upright = decode(encoded(stored, exif=exif))
-    assert upright.size == (2, 4)
-    assert upright.getpixel((1, 0)) == (255, 255, 255)
+    exif[0x0112] = orientation
+    content = encoded(stored, format, exif=exif)
+    upright = decode(content)
+    assert upright.size == ((64, 32) if orientation < 5 else (32, 64)) and measure(content) == upright.size[::-1]
+    left, right, top, bottom = 2, upright.width - 3, 2, upright.height - 3
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)] * 2
+    expected = corners[orientation - 1 if orientation < 5 else orientation - 5]
+    assert {corner for corner in corners if upright.getpixel(corner)[0] > 128} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("RGB", "AVIF"), ("RGBA", "PNG"), ("P", "PNG")],
+)
+def test_colours_are_those_of_srgb(mode: str, format: str) -> None:
+    """A profile whose red is sRGB's blue, and the other way round. A broken one and sRGB's own change nothing."""
+    stored = Image.new("RGB", (16, 16), (200, 60, 90))
+    stored = stored.quantize() if mode == "P" else stored.convert(mode)
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100} if format in ("JPEG", "AVIF") else {}
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"xXYZ").replace(b"bXYZ", b"rXYZ").replace(b"xXYZ", b"bXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    for profile, expected in ((swapped, (90, 60, 200)), (srgb, (200, 60, 90)), (b"broken", (200, 60, 90))):
+        image = decode(encoded(stored, format, icc_profile=profile, **options))
+        assert np.abs(np.subtract(image.getpixel((8, 8)), expected)).max() <= 4
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -91,6 +115,16 @@ def test_pillows_own_bomb_check_is_an_image_error(monkeypatch: pytest.MonkeyPatc
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"no such file: .*gone\.png"):
         decode(tmp_path / "gone.png")
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A pipe would be waited for, and a device read until memory ends."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for file in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="not a regular file"):
+            decode(file)
+        with pytest.raises(ImageError, match="not a regular file"):
+            next(media.frames_of(file))
 
 
 @given(cut=st.integers(0, 2000), flips=st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 255)), max_size=4))

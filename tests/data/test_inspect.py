@@ -19,8 +19,8 @@ from t2i_align.data.schema import Group
 from t2i_align.data.splits import split
 from t2i_align.errors import UserError
 from tests import formats
-from tests.data.test_examples import noise_jpeg
-from tests.formats import images, lines
+from tests.data.test_examples import contents, noise_jpeg, write_jsonl
+from tests.formats import images
 
 
 def test_a_fingerprint_survives_scaling_and_saving(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_counts_of_a_source(tmp_path: Path) -> None:
         {"prompt": "a tie", "images": ["5.png", "5.png"], "scores": [0.5, 0.5]},
         {"prompt": "gone", "images": ["9.png"], "scores": [1]},
     ]
-    result = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "report.html")
+    result = inspect(write_jsonl(tmp_path / "d.jsonl", entries), tmp_path / "report.html")
     assert (result.groups, result.ties.total(), dict(result.candidates)) == (6, 1, {2: 5, 3: 1})
     assert dict(result.skips) == {"no such image: 9.png": 1} and dict(result.users) == {"anna": 1, "ben": 2, "carl": 1}
     assert result.disagreement == (1, 0.5) and result.twins == 1
@@ -91,7 +91,7 @@ def test_images_beyond_the_opened_groups_are_not_read(tmp_path: Path, monkeypatc
 def test_prompts_are_held_against_a_models_limit(tmp_path: Path, sd_path: Path) -> None:
     images(tmp_path)
     entries = [{"prompt": text, "chosen": "0.png", "rejected": "1.png"} for text in ("a", "a " * 200)]
-    result = inspect(lines(tmp_path / "d.jsonl", entries), tmp_path / "r.html", model=str(sd_path))
+    result = inspect(write_jsonl(tmp_path / "d.jsonl", entries), tmp_path / "r.html", model=str(sd_path))
     (lengths,) = result.lengths.values()
     assert lengths[0] < next(iter(result.limits.values())) < lengths[1]
     assert f"1 prompts exceed {next(iter(result.limits.values()))} tokens" in result.summary()
@@ -101,7 +101,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     """Split, then each part inspected by its file's name; the parts together are the whole."""
     images(tmp_path)
     entries = [{"prompt": f"fox {n // 2}", "chosen": "0.png", "rejected": "1.png"} for n in range(40)]
-    source = lines(tmp_path / "d.jsonl", entries)
+    source = write_jsonl(tmp_path / "d.jsonl", entries)
     out = tmp_path / "split"
     assert main(["data", "split", str(source), "--out", str(out), "--held-out", "0.3", "--seed", "1"]) == 0
     printed = capsys.readouterr().out
@@ -124,6 +124,14 @@ def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
     assert counts["train"] + counts["held_out"] == 30 and counts["held_out"] == counts["held_out_prompts"]
     written = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
     assert written["columns"]["prompt"] == "text" and Path(written["path"]).is_absolute()
+    files = contents(tmp_path / "out")
+    for other in ({"held_out": 0.3, "seed": 1}, {"held_out": 0.4}, {"held_out": 0.3, "by": ["prompt", "user"]}):
+        with pytest.raises(UserError, match=r"train\.yaml: this split was made with other settings"):
+            split(tmp_path / "v.yaml", tmp_path / "out", **other)
+    (tmp_path / "out" / "held_out.yaml").unlink()  # as a kill between the files leaves it
+    with pytest.raises(UserError, match="made with other settings"):
+        split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3, seed=1)
+    assert split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3) == counts and contents(tmp_path / "out") == files
     with pytest.raises(UserError, match="one part of a split already"):
         split(tmp_path / "out" / "train.yaml", tmp_path / "again")
     with pytest.raises(UserError, match="held_out is empty"):

@@ -17,8 +17,8 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from tests.data import test_loader
-from tests.data.test_examples import colour, jpeg, pick_rows, write_images, write_parquet
-from tests.formats import lines, shard
+from tests.data.test_examples import colour, jpeg, pick_rows, write_images, write_jsonl, write_parquet
+from tests.formats import shard
 
 GROUPS = 18
 
@@ -189,4 +189,4 @@ def test_what_a_stream_cannot_do(shards: Path, tmp_path: Path) -> None:
     ties = [{"prompt": "x", "images": ["a.jpg", "a.jpg"], "scores": [1, 1]}] * 3
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     with pytest.raises(UserError, match="no group is left: of 3, 3 are ties"):
-        opened(lines(tmp_path / "d.jsonl", ties))
+        opened(write_jsonl(tmp_path / "d.jsonl", ties))

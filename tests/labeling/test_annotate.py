@@ -21,7 +21,7 @@ from t2i_align.testbed.captions import corrupt, describe, draw_for, parse, write
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
 from t2i_align.utils.files import append_line, whole_lines
-from tests.formats import lines
+from tests.data.test_examples import write_jsonl
 from tests.labeling.test_models import blip, t5
 
 GROUPS = 11
@@ -114,7 +114,7 @@ def test_variant_h_perturbs_the_losers_description(source: Path, tmp_path: Path)
 
 
 def test_scores_from_annotations_decide_the_winner(source: Path, tmp_path: Path) -> None:
-    scores = lines(tmp_path / "scores.jsonl", [{"id": f"g{i}", "scores": [0, 1]} for i in range(GROUPS)])
+    scores = write_jsonl(tmp_path / "scores.jsonl", [{"id": f"g{i}", "scores": [0, 1]} for i in range(GROUPS)])
     out = tmp_path / "p.jsonl"
     assert caption(source, "p", out, annotations=[scores], **QUIET).skipped == 0
     assert all(row["captions"][1] == prompts(source)[key] != row["captions"][0] for key, row in rows(out).items())
@@ -129,7 +129,7 @@ def test_negative_caption_depends_only_on_seed_and_id(source: Path, tmp_path: Pa
     assert first == again != other and len(first) == GROUPS
     for key, row in first.items():
         assert parse(row["negative_caption"]).canonical() != parse(prompts(source)[key]).canonical()
-    lines(source, [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()])
+    write_jsonl(source, [row | {"prompt": "a red circle above a blue square"} for row in rows(source).values()])
     perturb(source, tmp_path / "alike.jsonl", **QUIET)
     assert len({row["negative_caption"] for row in rows(tmp_path / "alike.jsonl").values()}) > 3
 
@@ -175,7 +175,7 @@ def grey_images(folder: Path, *values: int) -> Path:
     for value in values:
         Image.new("L", (8, 8), value).save(folder / f"{value}.png")
     row = {"id": "a", "prompt": "x", "images": [f"{v}.png" for v in values], "scores": [0] * len(values)}
-    return lines(folder / "data.jsonl", [row])
+    return write_jsonl(folder / "data.jsonl", [row])
 
 
 def test_several_scorers_vote(tmp_path: Path) -> None:
@@ -353,10 +353,10 @@ def test_bad_input_is_named_before_anything_is_written(call: Any, says: str, sou
 
 def test_source_without_usable_groups_is_named(source: Path, tmp_path: Path) -> None:
     ties = [row | {"scores": [1, 1]} for row in rows(source).values()]
-    lines(source, ties)
+    write_jsonl(source, ties)
     with pytest.raises(UserError, match=r"no pair with a winner in it; its groups by candidates: \{2: 11\}"):
         caption(source, "p", tmp_path / "p.jsonl", **QUIET)
-    lines(source, [row | {"prompt": " "} for row in ties])
+    write_jsonl(source, [row | {"prompt": " "} for row in ties])
     with pytest.raises(UserError, match=r"no usable group among 11 rows.*the prompt is empty"):
         perturb(source, tmp_path / "n.jsonl", **QUIET)
 

@@ -15,7 +15,9 @@ from t2i_align.objectives import (
     DiffusionKTO,
     RankDPO,
 )
+from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.kto import kto_loss, liked_candidates
+from t2i_align.objectives.listwise import list_metrics
 from t2i_align.objectives.lpo import plackett_luce_loss
 from t2i_align.objectives.rankdpo import dcg_weights, rankdpo_loss, win_rates
 from tests.objectives.toy import (
@@ -56,8 +58,8 @@ def test_rankdpo_sums_weighted_pairs() -> None:
 def test_gains_from_scores_must_be_win_rates() -> None:
     batch = random_batch(4, 4)
     batch = replace(batch, scores=torch.arange(3.0, -1, -1).expand(4, 4))
-    with pytest.raises(UserError, match=r"needs scores in \[0, 1\]"):
-        loss_and_gradient(RankDPO(gain="scores"), batch, "flow")
+    with pytest.raises(UserError, match=r"needs scores in \[0, 1\] .*found 0 to 3"):
+        RankDPO(gain="scores").fit_to_data(DataStats(score_range=(0.0, 3.0)))
     as_rates = replace(batch, scores=batch.scores / 3)
     by_scores, _, _ = loss_and_gradient(RankDPO(gain="scores"), as_rates, "flow")
     by_wins, _, _ = loss_and_gradient(RankDPO(gain="wins"), batch, "flow")
@@ -83,6 +85,16 @@ def test_ties_in_a_list_have_no_gradient() -> None:
     rankdpo_loss(s, dcg_weights(tied, win_rates(tied)), beta=9, normalise=True).sum().backward()
     assert s.grad.abs().sum() == 0
     assert plackett_luce_loss(torch.tensor([[1.0, 2.0]]), tied).item() == 0
+
+
+def test_ordered_pairs_that_agree_are_counted_and_equal_margins_half() -> None:
+    """s = (0.1, 0.1, 0.3). Scores 2 > 1 > 0: margins 0, 0.2, 0.2, so (1/2 + 1 + 1) / 3.
+
+    Scores 1 > 0 = 0: (1/2 + 1) / 2. Scores 0 = 0 < 1: the third, whose error rose most, is best: margins -0.2, so 0.
+    """
+    err, scores = torch.tensor([[0.1, 0.1, 0.3]] * 3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    metrics = list_metrics(err, torch.zeros_like(err), scores, beta=2.0)
+    torch.testing.assert_close(metrics["rewards/pair_accuracies"], torch.tensor([2.5 / 3, 0.75, 0.0]))
 
 
 # Likes ----------------------------------------------------------------------------------------------------------------

@@ -165,6 +165,14 @@ def test_beta_follows_the_gradient_factor() -> None:
     assert_equal_objectives(objective, DiffusionDPO(beta=raised["beta"].item()), batch, "epsilon")
 
 
+def test_drift_is_the_mean_squared_difference_of_the_predictions() -> None:
+    batch, (policy, _), (reference, _) = random_batch(), linear_model(0), linear_model(1)
+    noised = random_noise(batch, rng_for(batch, "flow"))
+    ours, theirs = (model(noised.latents, noised.timesteps, noised.conditioning) for model in (policy, reference))
+    _, metrics = DiffusionDPO().step(policy, reference, batch, rng_for(batch, "flow"))
+    torch.testing.assert_close(metrics["drift"], (ours - theirs).detach().square().reshape(4, -1).mean(1))
+
+
 def test_margins_are_split_by_time_and_add_up() -> None:
     batch = random_batch(64)
     _, _, metrics = loss_and_gradient(DiffusionDPO(beta=3.0), batch, "flow")

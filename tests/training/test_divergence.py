@@ -139,7 +139,10 @@ def test_run_stops_after_the_allowed_rollbacks_and_names_the_last_good_checkpoin
     sd_path: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = diverging(sd_path, pairs, tmp_path / "run", HOPELESS)
-    with pytest.raises(UserError, match=r"after 2 rollbacks, so the run has stopped.*step_000000\. A smaller optim.lr"):
+    with pytest.raises(
+        UserError,
+        match=r"after 2 rollbacks, so the run has stopped.*step_000000\. A smaller optim.lr, a larger objective.beta",
+    ):
         align(values, progress=False)
     assert capsys.readouterr().out.count("goes back") == 2
     # With more rollbacks allowed, the same run continues from there.

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 
 import pipelines
-from pipelines import TrainablePipeline
+from pipelines import PipelineError, TrainablePipeline
 from t2i_align import align
 from t2i_align.config import ReferenceUpdateConfig, TrainConfig
 from t2i_align.data.schema import Batch
@@ -179,6 +180,31 @@ def test_killed_run_resumes_with_its_reference(
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     for one, two in zip(*(checkpoint.all_steps(tmp_path / name) for name in ("whole", "killed")), strict=True):
         assert same(checkpoint.load(one)[0], checkpoint.load(two)[0]), one.name
+
+
+def test_run_starts_from_a_lora_which_is_then_its_reference(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """First SFT, then Diffusion-DPO on top of it: the loss starts at log 2, also at another alpha."""
+    cache = {"data__cache_dir": str(tmp_path / "cache")}
+    tuned = align(run_values(sd_path, pairs, tmp_path / "sft", objective={"name": "sft"}, **cache), progress=False)
+    for alpha in (4.0, 8.0):
+        lora = {"rank": 2, "alpha": alpha, "init": str(tuned.weights)}
+        values = run_values(sd_path, pairs, tmp_path / f"dpo{alpha}", lora=lora, train__steps=2, **cache)
+        align(values, progress=False)
+        start, end = (checkpoint.load(folder)[0] for folder in checkpoint.all_steps(tmp_path / f"dpo{alpha}"))
+        policy, _ = policy_and_reference(checkpoint.all_steps(tmp_path / f"dpo{alpha}")[0])
+        assert metrics(tmp_path / f"dpo{alpha}")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        for name, tensor in load_file(tuned.weights).items():
+            ours = policy[name.removeprefix("unet.").replace(".weight", ".default.weight")]
+            torch.testing.assert_close(ours, tensor / (alpha / 4 if "lora_B" in name else 1))
+        assert all(torch.equal(start[f"reference.{name}"], tensor) for name, tensor in policy.items())
+        assert all(torch.equal(end[f"reference.{name}"], tensor) for name, tensor in policy.items())
+        assert not same(policy, {name: end[name] for name in policy})
+    resumed = align({**values, "resume": True, "train": {**values["train"], "steps": 3}}, progress=False)
+    through = run_values(sd_path, pairs, tmp_path / "through", lora=lora, train__steps=3, **cache)
+    assert same(load_file(align(through, progress=False).weights), load_file(resumed.weights))
+    other = run_values(sd_path, pairs, tmp_path / "other", lora={**lora, "rank": 4}, **cache)
+    with pytest.raises(PipelineError, match=r"a LoRA of rank 2 on \d+ modules, expected rank 4 \(lora.rank\)"):
+        align(other, progress=False)
 
 
 def test_without_the_option_the_reference_stays(sd_path: Path, pairs: Path, tmp_path: Path) -> None:

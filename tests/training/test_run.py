@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +295,22 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         align(run_values(sd_path, pairs, tmp_path / "run", **changes), progress=False)
     assert not list(tmp_path.iterdir()), "neither the run nor the cache, which takes hours, was begun"
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd-v"])
+def test_epsilon_without_signal_at_the_last_timestep_is_refused(
+    kind: str, path: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    """There it implies no image; v-prediction does."""
+    model = shutil.copytree(path(kind), tmp_path / "model")
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_betas_zero_snr": True}))
+    values = run_values(model, pairs, tmp_path / "run", train__steps=1)
+    if kind == "sd":
+        with pytest.raises(PipelineError, match=r"no signal at the last timestep .*expected 'v_prediction'"):
+            align(values, progress=False)
+    else:
+        assert align(values, progress=False).steps == 1
 
 
 def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
