@@ -1,7 +1,7 @@
 """Kill every command that writes, fill its disk, damage its files; then run it again, as a user would.
 
     python benchmarks/survival.py                              # writes benchmarks/results/survival.md
-    python benchmarks/survival.py --commands train score --moments 10
+    python benchmarks/survival.py --commands train score --kills 20
 
 Each command line runs in a process of its own on a tiny model, first twice undisturbed. Its faults then come
 
@@ -88,8 +88,8 @@ def command_line(command: str, folder: Path, log: Path, fault: str, moment: int)
 
 COMMANDS = {  # in words, and what is added when it runs again after a fault
     "prepare": ("prepare inputs/run.yaml output_dir=out/made data.cache_dir=out/cache", ""),
-    "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache", "resume=true"),
-    "train-scorer": ("train-scorer inputs/scorer.yaml output_dir=out/made", "resume=true"),
+    "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache resume=true", ""),
+    "train-scorer": ("train-scorer inputs/scorer.yaml output_dir=out/made resume=true", ""),
     "export-lora": ("export-lora inputs/run --format kohya --out out/lora.safetensors", "--force"),
     "generate": ("generate inputs/model --prompts inputs/prompts.txt --out out/made --steps 2", "--force"),
     "evaluate": ("evaluate --base inputs/model --aligned inputs/run --prompts inputs/prompts.txt --scorers oracle "
@@ -193,9 +193,9 @@ class Trials:
                 yield self.check(what)
 
     def damage(self, number: int) -> Iterator[str]:
-        """With a small file damaged that a kill at the last change has left; it is named, or made again."""
+        """With a small file damaged that a kill has left after three quarters; it is named, or made again."""
         self.place.clear()
-        self.place.run(self.command, "kill", self.changes)
+        self.place.run(self.command, "kill", self.changes * 3 // 4)
         kept = self.place.folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(self.place.out, kept)
@@ -255,7 +255,7 @@ def make_inputs(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
-FAULTS = {"kills": 6, "random": 2, "full": 3, "damage": 4}  # how many of each by default
+FAULTS = ("kills", "random", "full", "damage")
 
 
 def survive(names: Sequence[str], numbers: dict[str, int]) -> Iterator[tuple[str, str, list[str]]]:
@@ -271,8 +271,10 @@ def survive(names: Sequence[str], numbers: dict[str, int]) -> Iterator[tuple[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS), metavar="NAME")
-    for fault, number in FAULTS.items():
-        parser.add_argument(f"--{fault}", type=int, default=number, help=getattr(Trials, fault).__doc__)
+    parser.add_argument("--kills", type=int, default=6, help="at chosen changes of files")
+    parser.add_argument("--random", type=int, default=2, help="kills at random times")
+    parser.add_argument("--full", type=int, default=3, help="full disks, from a chosen change on")
+    parser.add_argument("--damage", type=int, default=4, help="small files, each cut in half and emptied")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     table: dict[str, dict[str, str]] = {}
