@@ -56,8 +56,6 @@ class Family:
     conditioning_masks: ClassVar[Mapping[str, str]] = {}
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
     # The denoiser
-    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
-    lora_namings: ClassVar[tuple[str, ...]] = ("diffusers",)  # and "kohya" where diffusers can convert to its names
     attention_backends: ClassVar[tuple[str, ...]] = ("native",)
     dispatches: ClassVar[bool] = False  # the denoiser's attention goes through diffusers' dispatcher
     feature_output: ClassVar[int] = 0  # of a feature block with several outputs, the image's
