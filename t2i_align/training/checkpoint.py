@@ -76,8 +76,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             _check_unchanged(folder, state["step"])
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors, pickle and the file system each raise their own
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"{folder}: damaged checkpoint ({error}). Remove this folder to resume from the one before it."
+            f"{folder}: damaged checkpoint ({reason}). Remove this folder to resume from the one before it."
         ) from error
     if not current:
         raise UserError(f"{folder}: written by another version of t2i-align; resume it with that version")
