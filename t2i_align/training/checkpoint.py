@@ -30,7 +30,7 @@ LAYOUT = 4  # raised when the state gets other entries
 
 
 @contextmanager
-def writing(folder: Path, what: str) -> Iterator[Path]:
+def writing(folder: Path, what: str = "could not be written; resume=true writes it anew") -> Iterator[Path]:
     """`atomic_folder`, with one message for all the ways in which libraries say that the disk is full."""
     try:
         with atomic_folder(folder) as temporary:

@@ -19,13 +19,13 @@ from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
 from t2i_align.errors import UserError
 from t2i_align.inference.models import resolve_model
+from t2i_align.training.checkpoint import writing
 from t2i_align.training.loop import Loop, make_optimizer
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.training.weights import DTYPES
-from t2i_align.utils.files import atomic_folder
 from t2i_align.utils.settings import with_overrides
 
 LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
@@ -98,7 +98,7 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     metrics = loop.run()
     weights = output / config.trains
     if accelerator.is_main_process:
-        with loop.weights.using(loop.weights.result), atomic_folder(weights) as temporary:
+        with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks

@@ -243,6 +243,16 @@ def test_full_disk_under_a_checkpoint_leaves_nothing_half_written(weights: int, 
     assert checkpoint.load(folder)[0]["a"].tolist() == [1, 1]
 
 
+def test_full_disk_under_the_final_weights_is_named(finished: Path, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """Of a resumed run that has nothing left to train."""
+    cache = {"data__cache_dir": str(finished.parent / "cache")}
+    values = run_values(sd_path, pairs, shutil.copytree(finished, tmp_path / "run"), resume=True, **cache)
+    before = lora_of(tmp_path / "run")
+    with full_disk(6000), pytest.raises(UserError, match=r"run/lora: could not be written; resume=true writes it anew"):
+        align(values, progress=False)
+    assert same(lora_of(tmp_path / "run"), before)
+
+
 def test_half_deleted_checkpoint_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [checkpoint.save(tmp_path, step, {"a": torch.ones(2)}, {}, keep=2) for step in (1, 2)]
     real = os.unlink
