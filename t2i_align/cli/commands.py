@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
-from t2i_align.errors import UserError
+from t2i_align.errors import UserError, printable
 
 TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
 # System errors whose message says it all; a traceback adds nothing.
-SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+                 errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
 
 
@@ -63,7 +64,7 @@ class Command:
             if debug or not expected:
                 traceback.print_exc()
             else:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2 if expected else 1
 
     def print_report(self, result: Any, options: dict[str, Any]) -> None:

@@ -193,7 +193,7 @@ def resolve(path: str | Path) -> Path:
         return Path(pairs_path())
     if str(path).startswith(hub.PREFIX):
         return hub.folder(str(path))
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not exists(file):
         raise UserError(f"{path}: no such file or folder")
     return file

@@ -17,6 +17,7 @@ data are added, reordered or read from another format, and whoever splits by the
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import field, fields, replace
@@ -32,7 +33,7 @@ from t2i_align.data.paths import exists
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
 from t2i_align.diffusion.randomness import stable_seed
-from t2i_align.errors import UserError, unknown
+from t2i_align.errors import UserError, shown, unknown
 from t2i_align.utils.settings import Bool, Float, Int, build, read_yaml, settings
 
 # What `columns` of a file may name beside optional columns. Other fields of Columns are for readers of fixed layouts.
@@ -144,7 +145,10 @@ def load(file: Path) -> tuple[DatasetSpec, Path]:
         raise UserError(f"{file}: {error}") from error
     if spec.path.startswith(hub.PREFIX):
         return spec, hub.folder(spec.path)
-    source = (file.parent / Path(spec.path).expanduser()).resolve()
+    try:
+        source = (file.parent / os.path.expanduser(spec.path)).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+        raise UserError(f"{file}: path: {shown(spec.path)} is not a usable path: {error}") from error
     if not exists(source):
         raise UserError(f"{file}: path: no such file or folder: {source}")
     if source == file.resolve() or is_spec(source):

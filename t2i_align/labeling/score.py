@@ -146,6 +146,8 @@ def _sha256(media: Media) -> str | None:
     try:
         if isinstance(media, Path) and media.is_dir():
             return _sha256(json.dumps([(file.name, _sha256(file)) for file in frame_files(media)]).encode())
+        if isinstance(media, Path) and not media.is_file():  # a pipe would be waited for
+            return None
         return hashlib.sha256(media if isinstance(media, bytes) else media.read_bytes()).hexdigest()
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None

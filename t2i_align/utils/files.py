@@ -258,7 +258,7 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
     if not first:
         yield
         return
-    real = output.resolve()
+    real = Path(os.path.realpath(output))
     lock = real.with_name(f".{real.name}.lock") if file else real / LOCK
     new = not file and not real.exists()
     try:
@@ -285,7 +285,7 @@ def output_lock(output: Path, *, file: bool = False, first: bool = True) -> Iter
 
 
 def _names(path: str | Path) -> tuple[Path, Path]:
-    final = Path(path).resolve()
+    final = Path(os.path.realpath(path))  # a loop of links is the system's error when it is opened
     final.parent.mkdir(parents=True, exist_ok=True)
     return final, final.with_name(f"{WRITING}{final.name}")
 

@@ -8,6 +8,7 @@ FILE.settings.json    what the rows are made with, and whether all are there
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
@@ -41,7 +42,7 @@ class ResumableTable:
     def __init__(
         self, out: str | Path, key: Sequence[str] = ("id",), *, schema: pa.Schema | None = None, rank: int = 0
     ) -> None:
-        self.out = Path(out).expanduser().resolve()  # a link stays one
+        self.out = Path(os.path.realpath(Path(out).expanduser()))  # a link stays one
         endings = (JSONL, PARQUET) if schema else (JSONL,)
         if self.out.suffix not in endings or self.out.is_dir():
             raise UserError(f"{out}: expected a file that ends in {' or '.join(endings)}")

@@ -207,9 +207,9 @@ def test_commands_in_code_spans_and_their_options_exist() -> None:
 
 @pytest.mark.parametrize("kind", [UserError, PipelineError, ScorerError])
 def test_bad_input_prints_a_message_and_exits_with_2(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
-    error = kind("row 3: expected a number, found 'x'")
+    error = kind("row 3: expected a number, found \x1b[2J")
     assert failing(error) == 2
-    assert capsys.readouterr().err == "error: row 3: expected a number, found 'x'\n"
+    assert capsys.readouterr().err == "error: row 3: expected a number, found \\x1b[2J\n"  # a terminal would obey it
     assert failing(error, debug=True) == 2
     assert "Traceback" in capsys.readouterr().err
 
@@ -217,6 +217,8 @@ def test_bad_input_prints_a_message_and_exits_with_2(kind: type[Exception], caps
 def test_full_disk_prints_a_message_and_a_bug_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'runs/a'\n"
+    for kind in (errno.ENAMETOOLONG, errno.ELOOP):
+        assert failing(OSError(kind, os.strerror(kind), "runs/a")) == 2
     assert failing(ValueError("a bug")) == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -192,6 +192,9 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ),
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a dataset spec itself"),
+        ("path: loop", "'loop' is not a usable path"),
+        ('path: "a\\0b"', r"'a\\x00b' is not a usable path"),
+        ("path: ~unheard-of/x", "no such file or folder"),
         ("{", "not valid YAML"),
         ("[" * 3000, "not valid YAML"),
         ("path: hub:nobody", "expected hub:owner/name"),
@@ -200,6 +203,7 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
 def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -> None:
     sheet(tmp_path / "a.csv", [{"text": "x", "left": "0.png", "right": "1.png"}])
     (tmp_path / "s.yaml").write_text(text)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=expected):
         list(read(tmp_path / "s.yaml"))
 
