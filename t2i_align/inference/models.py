@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
+from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
 from t2i_align.training.output import RUN_FILE
 from t2i_align.utils.settings import build
 
@@ -132,7 +132,8 @@ def load_pipeline(
     options: dict[str, Any] = {**asdict(config), "path": resolve_model(config.path), "encoders": encoders}
     # Large text encoders overflow half precision.
     large = torch.bfloat16 if precision == "fp16" else None
-    return pipelines.load(**options, dtype=PRECISIONS[precision], large_encoder_dtype=large).to(place)
+    dtype = use_precision(precision) or torch.float32
+    return pipelines.load(**options, dtype=dtype, large_encoder_dtype=large).to(place)
 
 
 @contextmanager
