@@ -43,12 +43,13 @@ def open_stream(
     data: DataConfig,
     needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
+    encoders: str,
     size: MediaSize,
     selection: Selection,
     annotations: Annotations,
     cache_root: Path,
 ) -> PreferenceDataset:
-    """The configured data, encoded on the fly; see `loader.open_dataset`."""
+    """The configured data, encoded on the fly; see `loader.open_dataset`. encoders: their fingerprint."""
     downloads = cache_root / "stream-shards" if data.stream and data.path.startswith(hub.PREFIX) else None
     shards = Shards.of(data.path, data.format, annotations, downloads)
     survey = shards.survey(selection)
@@ -63,6 +64,7 @@ def open_stream(
         "selection": vars(selection),
         "frames": size.frames,
         "fps": size.fps,
+        "encoders": encoders,
     }
     counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
     if shards.remote:

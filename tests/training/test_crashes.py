@@ -223,6 +223,17 @@ def test_run_does_not_continue_on_other_base_weights(sd_path: Path, pairs: Path,
             align({**again, "train": {**again["train"], "steps": 6}}, progress=False)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_run_does_not_continue_with_other_encoders(cache: bool, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(sd_path, tmp_path / "model")
+    values = run_values(model, pairs, tmp_path / "run", data__cache=cache, train__steps=1)
+    align(values, progress=False)
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"the data has changed since step_000001 was saved"):
+        align({**values, "resume": True}, progress=False)
+
+
 @contextmanager
 def full_disk(free: int) -> Iterator[None]:
     """No file may become larger than this, which each library reports as it reports a full disk."""
