@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving, scheduler_shift
+from pipelines.process import ForwardProcess, process_of
 
 Conditioning = dict[str, Tensor]
 
@@ -56,13 +56,9 @@ class Family:
     conditioning_masks: ClassVar[Mapping[str, str]] = {}
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
     # The denoiser
-    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
-    lora_namings: ClassVar[tuple[str, ...]] = ("diffusers",)  # and "kohya" where diffusers can convert to its names
     attention_backends: ClassVar[tuple[str, ...]] = ("native",)
     dispatches: ClassVar[bool] = False  # the denoiser's attention goes through diffusers' dispatcher
     feature_output: ClassVar[int] = 0  # of a feature block with several outputs, the image's
-
-    process: ForwardProcess
 
     def __init__(self, pipe: Any, source: str, vae_config: Mapping[str, Any] | None = None) -> None:
         missing = [name for name in (self.denoiser_name, "scheduler") if getattr(pipe, name, None) is None]
@@ -72,10 +68,11 @@ class Family:
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
-        if self.flow:
-            self.process = RectifiedFlow(scheduler_shift(pipe.scheduler.config), self.span)
-        else:
-            self.process = VariancePreserving(pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type)
+        self._process: ForwardProcess | PipelineError
+        try:
+            self._process = process_of(pipe.scheduler, flow=self.flow, span=self.span)
+        except ValueError as error:  # raised where training needs it: such a model can still be sampled
+            self._process = PipelineError(f"{source}: the checkpoint's scheduler cannot be trained with: {error}")
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.modules().values():
             module.requires_grad_(False)
@@ -86,6 +83,17 @@ class Family:
     def denoiser(self) -> Any:
         """The network that is trained: an nn.Module with diffusers' adapters, checkpointing and configuration."""
         return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def process(self) -> ForwardProcess:
+        """The forward process of training; raises PipelineError if the checkpoint's scheduler is of another kind."""
+        if isinstance(self._process, PipelineError):
+            raise self._process
+        return self._process
+
+    @process.setter
+    def process(self, process: ForwardProcess) -> None:
+        self._process = process
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +155,25 @@ class Family:
         if self.t5_tokens is None or tokenizer is None:
             return self.t5_tokens
         return min(self.t5_tokens, int(tokenizer.model_max_length))
+
+    def tokenize(self, texts: Sequence[str]) -> dict[tuple[str, int], list[list[int]]]:
+        """All tokens of each text by tokenizer and by how many of them its encoder reads at most."""
+        names = [name for name in self.encoder_names if name.startswith("tokenizer") and getattr(self.pipe, name, None)]
+        tokens = {}
+        for name in names:
+            tokenizer = getattr(self.pipe, name)
+            limit = self.text_tokens if name == self.t5_tokenizer else None
+            tokens[name, limit or int(tokenizer.model_max_length)] = tokenizer(list(texts), verbose=False)["input_ids"]
+        return tokens
+
+    def tokens_read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+        """What the text encoders see of each text; equal for texts that differ only in case or beyond the limits."""
+        # The last token marks the end, also of a text that is cut.
+        read = [
+            [(*ids[: limit - 1], *ids[limit - 1 :][-1:]) for ids in all]
+            for (_, limit), all in self.tokenize(texts).items()
+        ]
+        return list(zip(*read, strict=True))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

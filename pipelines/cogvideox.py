@@ -27,6 +27,8 @@ class CogVideoX(VideoPipeline):
     fps = 8.0
     pipeline_classes = ("CogVideoXPipeline",)
     required_multiple = 8
+    lora_namings = ("diffusers",)
+    lora_base = ("cogvideox", "cogvideox")
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         latents = super().encode_pixels(pixels)

@@ -36,9 +36,13 @@ class Flux(TrainablePipeline):
         "attention": JOINT_ATTENTION,
         "all": (*JOINT_ATTENTION, *FEED_FORWARD, *TEXT_FEED_FORWARD, "proj_mlp", "proj_out"),
     }
+    lora_excluded = "proj_out"  # the last layer, after the blocks
     attention_backends = DISPATCHED_BACKENDS
     dispatches = True
     feature_output = 1  # (text's, image's)
+
+    def lora_version(self) -> tuple[str, str]:
+        return "flux1", f"flux-1-{'dev' if self.denoiser.config.guidance_embeds else 'schnell'}"
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         batch, channels, height, width = noisy_latents.shape

@@ -20,7 +20,6 @@ from diffusers.loaders.single_file_utils import (
     load_single_file_checkpoint,
 )
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
 from pipelines.base import PipelineError
 from pipelines.cogvideox import CogVideoX
@@ -51,6 +50,7 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None,
 ) -> TrainablePipeline:
     """Load a diffusers folder, a Hub id or a single-file checkpoint; its own files say which family it is.
 
@@ -64,15 +64,18 @@ def load(
         revision, variant: as in diffusers' `from_pretrained`.
         single_file_config: for single files, a folder or Hub id with the matching diffusers configuration, and with
             the weights that the file lacks; without it diffusers asks the Hub.
+        prediction_type: what the denoiser predicts, where the checkpoint's scheduler does not know. A single file's own
+            marks (`v_pred`, and `ztsnr` for a schedule that ends without signal) are followed.
 
     Raises:
-        PipelineError: nothing there, not a pipeline, an unknown family, a component missing.
+        PipelineError: nothing there, not a pipeline, an unknown family, a component missing, a prediction type that
+            contradicts a mark or the family, a single file of SD2 without any.
     """
     denoiser_dtype, large_encoder_dtype = denoiser_dtype or dtype, large_encoder_dtype or dtype
     if Path(path).is_file():
         if expert is not None:
             raise PipelineError(f"{path}: expert {expert!r} was asked for, but a single file has one denoiser")
-        pipeline = _load_single_file(Path(path), dtype, single_file_config)
+        pipeline = _load_single_file(Path(path), dtype, single_file_config, prediction_type)
         pipeline.denoiser.to(dtype=denoiser_dtype)
         for name in pipeline.modules().keys() & pipeline.large_encoders:
             pipeline.modules()[name].to(dtype=large_encoder_dtype)
@@ -89,6 +92,13 @@ def load(
         reason = "model_index.json has none" if name not in present else "there is no such folder"
         if name not in present or (Path(path).is_dir() and not (Path(path) / name).is_dir()):
             raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: {reason}")
+        files = [file for file in (Path(path) / name).glob("*") if file.is_file()] if name not in left_out else []
+        variants = {_variant(file) for file in files if file.suffix in WEIGHT_ENDINGS}
+        if variants and not variants & {"", variant}:
+            only = " and ".join(sorted(variants))
+            raise PipelineError(f"{path}: the weights of {name!r} are of the variant {only}; give it as model.variant")
+    if prediction_type and family.flow:
+        raise PipelineError(f"{path}: {family.family} is of rectified flow, found prediction_type {prediction_type!r}")
     dtypes = {
         "default": dtype,
         **dict.fromkeys((denoiser, *others), denoiser_dtype),
@@ -99,11 +109,13 @@ def load(
         options = {**family.load_options, **dict.fromkeys(absent), **components}
         options |= {"dtype": dtypes, "revision": revision, "variant": variant}
         with _readable(path):
-            return getattr(diffusers, index["_class_name"]).from_pretrained(str(path), **options)
+            pipe = getattr(diffusers, index["_class_name"]).from_pretrained(str(path), **options)
+        return _with_scheduler(pipe, {"prediction_type": prediction_type} if prediction_type else {})
 
     vae_config = None
     if not encoders:  # with its class's defaults for what the file leaves out
-        vae = getattr(diffusers, present["vae"][1])
+        if (vae := getattr(diffusers, str(present["vae"][1]), None)) is None:
+            raise PipelineError(f"{path}: model_index.json: the vae is of an unknown class {present['vae'][1]!r}")
         defaults = {name: parameter.default for name, parameter in inspect.signature(vae.__init__).parameters.items()}
         vae_config = {**defaults, **vae.load_config(str(path), subfolder="vae", revision=revision)}
     choice: dict[str, Any] = {"expert": expert} if family.experts else {}
@@ -133,7 +145,13 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
         index = local / "model_index.json"
         if not index.is_file():
             raise PipelineError(f"{path}: no model_index.json in this folder, so it is not a diffusers pipeline")
-        return json.loads(index.read_text())
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PipelineError(f"{index}: not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise PipelineError(f"{index}: expected a mapping of components, found {type(content).__name__}")
+        return content
     if local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
         raise PipelineError(f"{path}: no such file or folder (a Hub id has the form owner/name)")
     try:
@@ -173,16 +191,52 @@ def _readable(path: str | Path) -> Iterator[None]:
         yield
     except PipelineError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # diffusers, transformers, torch and safetensors each raise their own for damage
         raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
 
 
-def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> TrainablePipeline:
+def _with_scheduler(pipe: Any, changes: dict[str, Any]) -> Any:
+    """The pipeline with these entries in its scheduler's configuration."""
+    if changes and any(pipe.scheduler.config.get(key) != value for key, value in changes.items()):
+        kind = type(pipe.scheduler)
+        if not changes.keys() <= inspect.signature(kind.__init__).parameters.keys():
+            kind = diffusers.DDIMScheduler  # which has them all
+        pipe.register_modules(scheduler=kind.from_config(pipe.scheduler.config, **changes))
+    return pipe
+
+
+def _scheduler_of_file(
+    path: Path, keys: Collection[str], layout: str, given: str | None, config: str | None
+) -> dict[str, Any]:
+    """What a single file's marks, or else the user, say of its scheduler."""
+    changes: dict[str, Any] = {"prediction_type": given} if given else {}
+    if "v_pred" in keys:
+        if given == "epsilon":
+            raise PipelineError(f"{path}: marked as v_pred, but prediction_type is 'epsilon'")
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if layout == "v2" and config is None and "prediction_type" not in changes:
+        raise PipelineError(
+            f"{path}: a single file of SD2 does not say what it predicts; give prediction_type 'epsilon' (base, 512 "
+            "pixels) or 'v_prediction' (768 pixels), or a single_file_config"
+        )
+    return changes
+
+
+def _load_single_file(
+    path: Path, dtype: torch.dtype, config: str | None, prediction_type: str | None
+) -> TrainablePipeline:
     try:
-        layout = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
+        state = load_single_file_checkpoint(str(path))
+        keys, layout = set(state), infer_diffusers_model_type(state)
+        del state
     except Exception as error:  # diffusers, safetensors and torch each raise their own for a damaged file
         raise PipelineError(f"{path}: not a readable checkpoint (.safetensors, .ckpt, .pt, .bin): {error}") from error
     family = _family(layout, path, "single_file_layouts")
+    changes = _scheduler_of_file(path, keys, layout, prediction_type, config)
+    if changes and family.flow:
+        raise PipelineError(f"{path}: {family.family} is of rectified flow, found {changes}")
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     options = {"dtype": dtype, **family.load_options, **({"config": config} if config else {})}
     with _readable(path):
@@ -199,7 +253,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Tra
             denoiser_class = getattr(diffusers, model_index(config)[name][1])
             denoiser = denoiser_class.from_single_file(str(path), config=config, subfolder=name, dtype=dtype)
             pipe = pipeline_class.from_pretrained(config, dtype=dtype, **{name: denoiser})
-    return family(pipe, str(path))
+    return family(_with_scheduler(pipe, changes), str(path))
 
 
 def encoder_fingerprint(
@@ -248,14 +302,16 @@ def _encoder_files(
     return {f"{file.parent.name}/{file.name}": file for file in files}
 
 
-def _weights(files: list[Path], variant: str | None) -> list[Path]:
-    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default.
+def _variant(file: Path) -> str:
+    """model.safetensors is of no variant; model.fp16.safetensors and model.fp16-00001-of-00002.safetensors of fp16."""
+    return file.stem.partition(".")[2].partition("-")[0]
 
-    Named model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors.
-    """
+
+def _weights(files: list[Path], variant: str | None) -> list[Path]:
+    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default."""
     by_variant: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if file.suffix in WEIGHT_ENDINGS:
-            by_variant[file.stem.partition(".")[2].partition("-")[0]].append(file)
+            by_variant[_variant(file)].append(file)
     weights = by_variant.get(variant or "") or by_variant[""]
     return [file for file in weights if file.suffix == WEIGHT_ENDINGS[0]] or weights

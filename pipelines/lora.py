@@ -1,21 +1,28 @@
-"""LoRA on the denoiser: added by peft, saved and loaded by diffusers."""
+"""LoRA on the denoiser: added by peft, loaded by diffusers; files are written and read here, `lora_files.py` helping.
+
+Every file that is written has the strength of training in its tensors alone (B is multiplied by alpha / rank, or
+kohya's `.alpha` stands beside it), since most tools read nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers.utils import convert_state_dict_to_kohya
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from pipelines.base import Family, PipelineError
+from pipelines.lora_files import LORA_FILE, read_lora
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 LOADED = "lora"  # the name of a loaded adapter; one that was trained here has peft's "default"
 # Module-name endings that families share in their presets.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -25,6 +32,14 @@ TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
 class LoRAMixin(Family):
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    lora_excluded: ClassVar[str | None] = None  # a module that a preset's endings match by accident
+    # "diffusers" names are read by diffusers; "kohya" and "comfyui" by those tools, if they know the family.
+    lora_namings: ClassVar[tuple[str, ...]] = ("diffusers", "comfyui")
+    # In ComfyUI's names, where diffusers' are not among them: patterns of module names and their replacements.
+    comfyui_names: ClassVar[Mapping[str, str]] = {}
+    lora_base: ClassVar[tuple[str, str]]  # see `lora_version`
+
     def add_lora(
         self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], init: str | None = None
     ) -> None:
@@ -33,6 +48,8 @@ class LoRAMixin(Family):
         init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
         """
         modules: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
+        if isinstance(targets, str) and self.lora_excluded in modules["target_modules"]:
+            modules["exclude_modules"] = self.lora_excluded
         self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **modules))
         if init is not None:
             self._start_lora(init)
@@ -40,15 +57,14 @@ class LoRAMixin(Family):
     def _start_lora(self, path: str) -> None:
         ours = next(iter(self.denoiser.peft_config))
         self.load_lora(path)
-        layers: dict[str, Any] = {n: m for n, m in self.denoiser.named_modules() if isinstance(m, LoraLayer)}
-        own, given = ({n: m.r[name] for n, m in layers.items() if name in m.r} for name in (ours, LOADED))
+        own, given = ({n: m.r[name] for n, m in lora_layers(self.denoiser, name).items()} for name in (ours, LOADED))
         if own != given:
             found, expected = (" and ".join(map(str, sorted({*ranks.values()}))) for ranks in (given, own))
             raise PipelineError(
                 f"{path}: a LoRA of rank {found} on {len(given)} modules, expected rank {expected} (lora.rank) on the "
                 f"{len(own)} of lora.targets"
             )
-        for layer in layers.values():
+        for layer in lora_layers(self.denoiser, ours).values():
             layer.lora_A[ours].weight.data.copy_(layer.lora_A[LOADED].weight)
             layer.lora_B[ours].weight.data.copy_(layer.lora_B[LOADED].weight)
             layer.lora_B[ours].weight.data *= layer.scaling[LOADED] / layer.scaling[ours]
@@ -70,52 +86,143 @@ class LoRAMixin(Family):
                 raise PipelineError(f"LoRA target {ending!r} matches no module of the {self.family} denoiser")
         return tuple(targets)
 
-    def save_lora(self, directory: str | Path, naming: str = "diffusers") -> Path:
-        """Write the LoRA as safetensors, with rank and alpha; returns the file.
+    def save_lora(
+        self,
+        directory: str | Path,
+        naming: str = "diffusers",
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the LoRA as safetensors; returns the file.
 
-        naming: of its keys. "diffusers" works for all families; "kohya", which other tools read, for those with a UNet.
+        Args:
+            naming: of its keys, one of `lora_namings`. dtype: of its tensors (default: as trained).
+            metadata: more entries of the file's header.
+
+        Raises:
+            PipelineError: a naming without names for this family or one of its modules, or another dtype's overflow.
         """
         if naming not in self.lora_namings:
             choices = ", ".join(self.lora_namings)
             raise PipelineError(f"a LoRA of {self.family} cannot be written with {naming!r} names. Choices: {choices}.")
         component = type(self).denoiser_name  # also of a second expert, whose files have the first's name in diffusers
-        adapter, lora = next(iter(self.denoiser.peft_config.items()))
+        adapter, config = next(iter(self.denoiser.peft_config.items()))
+        layers = lora_layers(self.denoiser, adapter)
         weights = get_peft_model_state_dict(self.denoiser, adapter_name=adapter)
+        kohya = naming == "kohya" or (naming == "comfyui" and "kohya" in self.lora_namings)
+        tensors: dict[str, Tensor] = {}
+        for key, weight in weights.items():
+            module, _, kind = key.rpartition(".lora_")
+            scale = float(layers[module].scaling[adapter])
+            if naming == "diffusers":
+                name = f"{component}.{key}"
+            elif kind not in ("A.weight", "B.weight"):
+                raise PipelineError(f"the LoRA's {key!r} (DoRA or a bias) has no place in a file with {naming} names")
+            elif kohya:
+                stem = f"lora_{component}_{module.replace('.', '_')}"
+                name = f"{stem}.lora_{'down' if kind[0] == 'A' else 'up'}.weight"
+                tensors[f"{stem}.alpha"] = torch.tensor(scale * layers[module].r[adapter])
+            else:
+                name = f"{self._comfyui_name(module)}.lora_{kind}"
+            folded = weight * scale if kind.startswith("B.") and not kohya else weight
+            tensors[name] = folded.to(dtype).contiguous()
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise PipelineError(f"{len(bad)} tensors of the LoRA are not finite in {dtype}, such as {bad[0]}")
+        header = {**self._lora_header([layer.r[adapter] for layer in layers.values()]), **(metadata or {})}
+        if naming == "diffusers":  # peft's own description, in which alpha is now the rank, and sets have an order
+            described = {**config.to_dict(), "lora_alpha": config.r, "alpha_pattern": config.rank_pattern}
+            described |= {"use_rslora": False, "target_modules": _sorted(config.target_modules)}
+            described = {f"{component}.{key}": value for key, value in described.items()}
+            header[LORA_ADAPTER_METADATA_KEY] = json.dumps(described, indent=2, sort_keys=True)
         file = Path(directory) / LORA_FILE
-        if naming == "diffusers":
-            layers, metadata = f"{component}_lora_layers", f"{component}_lora_adapter_metadata"
-            type(self.pipe).save_lora_weights(str(directory), **{layers: weights, metadata: lora.to_dict()})
-            return file
-        named = convert_state_dict_to_kohya({f"{component}.{key}": value for key, value in weights.items()})
-        # diffusers writes alpha = rank whatever alpha is, so that the LoRA would come back at another strength.
-        named |= {key: torch.tensor(float(lora.lora_alpha)) for key in named if key.endswith(".alpha")}
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in named.items()}, file)
+        file.write_bytes(_serialised(tensors, header))  # safetensors' own files are readable by their owner alone
         return file
 
     def load_lora(self, path: str | Path, *, scale: float = 1.0) -> None:
         """Load a LoRA (folder, file or Hub id) through diffusers and make it active at `scale`.
 
+        The names of diffusers, peft, kohya and what else diffusers converts; each module at its own alpha / rank.
+
         Raises:
-            PipelineError: nothing there, a damaged file, or weights that do not all belong to this denoiser.
+            PipelineError: nothing there, a damaged file, or weights that do not all belong to what is loaded.
         """
-        local, component = Path(path), type(self).denoiser_name
-        if local.is_dir() and not list(local.glob("*.safetensors")):
-            raise PipelineError(f"{path}: no .safetensors file with LoRA weights in this folder")
         if LOADED in getattr(self.denoiser, "peft_config", {}):
             raise PipelineError(f"{path}: {self.source} already carries a LoRA that was loaded; unload it first")
+        component = type(self).denoiser_name
         try:
-            read = self.pipe.lora_state_dict(str(path))
-            self.pipe.load_lora_weights(str(path), adapter_name=LOADED, **self.lora_options)
-            # diffusers only logs a warning for keys that do not fit.
-            keys = read[0] if isinstance(read, tuple) else read
-            given = sum(key.startswith(f"{component}.") for key in keys)
-            on = LOADED in getattr(self.denoiser, "peft_config", {})
-            taken = len(get_peft_model_state_dict(self.denoiser, adapter_name=LOADED)) if on else 0
-            if not given or taken != given:
-                raise ValueError(f"{taken} of its {given} {component} tensors fit")
+            state = read_lora(path, component, {name for name, _ in self.denoiser.named_modules()})
+            options = {"unet_config": self.denoiser.config} if component == "unet" else {}
+            read = self.pipe.lora_state_dict(dict(state), **options)
+            given, named = (
+                [key for key in keys if not key.endswith(".alpha")]
+                for keys in (state, read[0] if isinstance(read, tuple) else read)  # in diffusers' names
+            )
+            parts = {name: part for name, part in self.modules().items() if name.startswith("text_encoder")}
+            parts[component] = self.denoiser
+            if lost := [key for key in named if key.partition(".")[0] not in parts]:
+                raise ValueError(f"{len(lost)} of its tensors are for what is not loaded here, such as {lost[0]!r}")
+            if len(named) < len(given):
+                raise ValueError(f"{len(given) - len(named)} of its {len(given)} tensors are of unknown modules")
+            self.pipe.load_lora_weights(dict(state), adapter_name=LOADED, **self.lora_options)
+            for name, part in parts.items():  # diffusers only logs tensors that do not fit
+                wanted = sum(key.startswith(f"{name}.") for key in named)
+                on = LOADED in getattr(part, "peft_config", {})
+                taken = len(get_peft_model_state_dict(part, adapter_name=LOADED)) if on else 0
+                if taken != wanted or (part is self.denoiser and not wanted):
+                    raise ValueError(f"{taken} of its {wanted} {name} tensors fit")
         except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
-            self.denoiser.delete_adapters(LOADED)
-            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:300]
+            self.pipe.delete_adapters(LOADED)
+            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:1000]
             raise PipelineError(f"{path}: this LoRA does not fit {self.family} ({self.source}): {reason}") from error
+        for part in self.modules().values():
+            for layer in lora_layers(part, LOADED).values():  # the strength is in the weights, whatever peft guessed
+                layer.lora_alpha[LOADED], layer.scaling[LOADED] = layer.r[LOADED], 1.0
         self.pipe.set_adapters([LOADED], adapter_weights=[scale])
+
+    def _comfyui_name(self, module: str) -> str:
+        if not self.comfyui_names:
+            return f"{type(self).denoiser_name}.{module}"  # which it reads for this family
+        for pattern, replacement in self.comfyui_names.items():
+            if re.fullmatch(pattern, module):
+                return "diffusion_model." + re.sub(pattern, replacement, module)
+        raise PipelineError(f"the LoRA's module {module!r} has no comfyui name")
+
+    def lora_version(self) -> tuple[str, str]:
+        """What a LoRA's header calls its base: ss_base_model_version (of sd-scripts) and modelspec.architecture."""
+        return self.lora_base
+
+    def _lora_header(self, ranks: Sequence[int]) -> dict[str, str]:
+        """By which A1111, ComfyUI's managers and others know what a LoRA is for."""
+        version, architecture = self.lora_version()
+        kind = "flow" if self.flow else self.pipe.scheduler.config.get("prediction_type")
+        rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+        return {
+            "format": "pt", "ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2")),
+            "ss_sd_model_name": Path(self.source).name, "ss_network_module": "networks.lora",
+            "ss_network_dim": rank, "ss_network_alpha": rank,
+            "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.implementation": "diffusers", "modelspec.title": f"LoRA for {Path(self.source).name}",
+            **({} if kind == "flow" else {"modelspec.prediction_type": "v" if kind == "v_prediction" else "epsilon"}),
+        }  # fmt: skip
+
+
+def lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """The modules of a network that carry a LoRA of this name."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    return {name: layer for name, layer in layers if adapter in layer.lora_A}
+
+
+def _serialised(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """A safetensors file with an ordered header (safetensors' own is random), so that equal LoRAs are equal files."""
+    content = save(dict(tensors))
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries = {"__metadata__": dict(sorted(header.items())), **json.loads(content[8:start])}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
+def _sorted(targets: Any) -> Any:
+    return targets if isinstance(targets, str) else sorted(targets)

@@ -23,6 +23,8 @@ class LTXVideo(VideoPipeline):
     text_outputs = ("prompt_embeds", "prompt_attention_mask")
     flow = True
     resolution_shift = True
+    lora_base = ("ltxv", "lightricks-ltx-video")
+    comfyui_names = {r"(transformer_blocks\..*|proj_out)": r"\1", "proj_in": "patchify_proj"}
     attention_backends = ("native", "xformers")  # FlashAttention takes no mask, and its prompts are masked
     dispatches = True
     required_multiple = 32

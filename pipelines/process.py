@@ -145,6 +145,30 @@ class RectifiedFlow(ForwardProcess):
         return 1 - sigma, sigma
 
 
+def process_of(scheduler: Any, *, flow: bool, span: tuple[float, float] = (0.0, 1.0)) -> ForwardProcess:
+    """The forward process whose noise a scheduler removes, for a family of rectified flow or a variance-preserving one.
+
+    Raises:
+        ValueError: a scheduler of another kind, such as EDM's, continuous sigmas, or a prediction of the image itself.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    prediction, flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
+    if flow:
+        matching = name.startswith(("FlowMatch", "LTXEulerAncestralRF")) and not config.get("invert_sigmas")
+        if not matching and not (flow_sigmas and prediction == "flow_prediction"):
+            raise ValueError(f"expected a scheduler of flow matching, found {name} (prediction_type {prediction!r})")
+        if config.num_train_timesteps != 1000:
+            raise ValueError(f"expected times of 0 to 1000, found {name} with {config.num_train_timesteps}")
+        return RectifiedFlow(scheduler_shift(config), span)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None or flow_sigmas or config.get("timestep_type", "discrete") != "discrete":
+        kind = "continuous sigmas" if table is not None and not flow_sigmas else f"prediction_type {prediction!r}"
+        raise ValueError(f"expected a scheduler with a table of noise levels (as DDIMScheduler), found {name} ({kind})")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"expected the prediction type epsilon or v_prediction, found {name} with {prediction!r}")
+    return VariancePreserving(table, prediction)
+
+
 def scheduler_shift(config: Mapping[str, Any]) -> float:
     """The shift of training times that a flow scheduler's configuration asks for.
 

@@ -27,9 +27,15 @@ class StableDiffusion(TrainablePipeline):
         "attention": ATTENTION,
         "all": (*ATTENTION, "proj_in", "proj_out", *FEED_FORWARD, "conv1", "conv2", "conv_shortcut"),
     }
-    lora_namings = ("diffusers", "kohya")
+    lora_namings = ("diffusers", "kohya", "comfyui")
     attention_backends = ("native", "xformers")
     feature_block = "mid_block"
+
+    def lora_version(self) -> tuple[str, str]:
+        v = self.pipe.scheduler.config.get("prediction_type") == "v_prediction"
+        if self.denoiser.config.cross_attention_dim == 1024:
+            return f"sd_v2{'_v' * v}", f"stable-diffusion-v2-{'768-v' if v else '512'}"
+        return "sd_v1", "stable-diffusion-v1"
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         embeddings = conditioning["prompt_embeds"]

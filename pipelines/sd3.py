@@ -31,6 +31,7 @@ class StableDiffusion3(TrainablePipeline):
         "attention": tuple(f"attn.{name}" for name in JOINT_ATTENTION),
         "all": (*JOINT_ATTENTION, *FEED_FORWARD, *TEXT_FEED_FORWARD),
     }
+    lora_base = ("sd3", "stable-diffusion-3")
     attention_backends = ("native", "xformers")
     feature_output = 1  # (text's, image's)
 

@@ -27,6 +27,9 @@ class StableDiffusionXL(StableDiffusion):
     text_outputs = ("prompt_embeds", "", "pooled_prompt_embeds")
     size_conditioned = True
 
+    def lora_version(self) -> tuple[str, str]:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         conditioning = super().encode_prompts(prompts)
         if self.pipe.config.force_zeros_for_empty_prompt:

@@ -25,6 +25,16 @@ class Wan(VideoPipeline):
     flow = True
     experts = {"high": "transformer", "low": "transformer_2"}
     lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")}
+    lora_base = ("wan", "wan-2.1")
+    comfyui_names = {
+        r"blocks\.(\d+)\.attn1\.to_([qkv])": r"blocks.\1.self_attn.\2",
+        r"blocks\.(\d+)\.attn1\.to_out\.0": r"blocks.\1.self_attn.o",
+        r"blocks\.(\d+)\.attn2\.to_([qkv])": r"blocks.\1.cross_attn.\2",
+        r"blocks\.(\d+)\.attn2\.to_out\.0": r"blocks.\1.cross_attn.o",
+        r"blocks\.(\d+)\.attn2\.add_([kv])_proj": r"blocks.\1.cross_attn.\2_img",
+        r"blocks\.(\d+)\.ffn\.net\.0\.proj": r"blocks.\1.ffn.0",
+        r"blocks\.(\d+)\.ffn\.net\.2": r"blocks.\1.ffn.2",
+    }
     attention_backends = DISPATCHED_BACKENDS
     dispatches = True
     required_multiple = 16

@@ -35,6 +35,7 @@ class ModelConfig:
     """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one.
 
     expert: the denoiser to train where a model has one for `high` and one for `low` noise (null: high).
+    prediction_type: what the denoiser predicts, where its files do not say it (single files) or are wrong.
     """
 
     path: str = "testbed:sd"
@@ -42,6 +43,7 @@ class ModelConfig:
     variant: str | None = None
     single_file_config: str | None = None
     expert: Literal["high", "low"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
 
 
 @settings
@@ -54,7 +56,7 @@ class DataConfig:
     once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
     limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
     (`false`: to a square). stream: for what does not fit on disk: hold so many rows of a shard in memory, shuffle
-    among these, and encode on the fly (null: no).
+    among these, and encode on the fly (null: no). encode_batch: images or texts that are encoded at once for the cache.
     """
 
     path: UserPath = "testbed:pairs"
@@ -71,6 +73,7 @@ class DataConfig:
     buckets: Bool = False
     stream: Count | None = None
     workers: Whole = 0
+    encode_batch: Count = 8
 
     def __post_init__(self) -> None:
         if self.buckets and not self.cache:
@@ -181,8 +184,8 @@ class TrainConfig:
 class ValidationConfig:
     """Images and held-out scores during training, every so many steps (0: never).
 
-    prompts: a text file with one prompt per line, or `testbed:dev`. count: how many of them. batch_size: samples at a
-    time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    prompts: a file of prompts, or `testbed:dev`. count: how many of them. batch_size: samples at a time (null: 8 images
+    or 1 clip). guidance: null is that of the model's diffusers pipeline.
     """
 
     every: Whole = 0

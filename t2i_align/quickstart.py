@@ -36,7 +36,7 @@ def quickstart(
     Args:
         overrides: `key=value` changes to the bundled configuration.
         output: folder to write to; what an earlier quickstart left there is replaced when this one is complete.
-        prompts: what to compare on: a text file with one prompt per line, `testbed:test`, or a list.
+        prompts: what to compare on: a file of prompts, `testbed:test`, or a list.
         count: compare on the first so many prompts.
 
     Returns:

@@ -142,7 +142,8 @@ def test_wrong_value_error_names_key_expected_and_found(override: str, expected:
         ("objective.name=[kto]", "unknown objective ['kto']."),
         ("train={1: 2}", "train.1: unknown key. Choices: accumulate, "),
         ("steps", "has the form key=value"),
-        ("train.steps=[1", "not valid YAML"),
+        ("train.steps=[1", "'train.steps=[1': not valid YAML"),
+        ("train.steps=" + "[" * 5000, "not valid YAML: maximum recursion depth"),
     ],
 )
 def test_wrong_key_error_names_the_nearest_and_all_choices(override: str, message: str) -> None:
@@ -225,13 +226,50 @@ def test_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.from_mapping(VALUES).data.path == "testbed:pairs"
 
 
-def test_files_that_are_not_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such configuration file"):
-        config.load(tmp_path / "no.yaml")
-    for text, message in (("a: [", "not valid YAML"), ("- a", "a mapping of keys"), ("resume: true", "missing key")):
-        (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(UserError, match=message):
-            config.load(tmp_path / "bad.yaml")
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such configuration file"),
+        (b"a: [", "not valid YAML"),
+        (b"- a", "a mapping of keys"),
+        (b"", "a mapping of keys"),
+        (b"resume: true", "missing key"),
+        ("output_dir: café".encode("cp1252"), r"not UTF-8 text \(byte 15\)"),
+        (b"output_dir: \0", "not valid YAML"),
+        (b"train: " + b"[" * 5000, "not valid YAML: maximum recursion depth"),
+        (b"train: &a [*a]", "not valid YAML: maximum recursion depth"),
+        (b"train: !!int x", "not valid YAML"),
+        (b"train: !!timestamp x", "not valid YAML"),
+        (BOMB.encode(), "more than 100000 values, counting those of each alias"),
+    ],
+)
+def test_files_that_are_not_a_configuration(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        config.load(file)
+    assert str(file) in str(error.value) or message == "missing key"
+
+
+def test_aliases_and_dates_are_values(tmp_path: Path) -> None:
+    """A date may name a folder; no setting is one."""
+    file = tmp_path / "run.yaml"
+    file.write_text("objective: lcpo\noutput_dir: 2026-11-29\ntrain: {seed: &seed 3}\nvalidation: {seed: *seed}\n")
+    run = config.load(file)
+    assert (run.output_dir, run.train.seed, run.validation.seed) == ("2026-11-29", 3, 3)
+    assert config.load(file, ["output_dir=2026-11-29"]) == run
+    assert config.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping(run)))) == run
+
+
+def test_values_in_messages_are_short(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^train\.steps must be a whole number of at least 1, found 'x+… \(100002 char"
+    ):
+        config.from_mapping(with_overrides(VALUES, [f"train.steps={'x' * 100_000}"]))
 
 
 def test_timestep_samplings_match_the_forward_process() -> None:

@@ -55,7 +55,7 @@ class LoRA:
         return pipeline.save_lora(folder)
 
     def recognises(self, keys: Set[str]) -> bool:
-        return any("lora" in key.lower() for key in keys)
+        return any(part in key.lower() for key in keys for part in ("lora", "lycoris", "hada_w1", "lokr_w1"))
 
     def installed(self, pipeline: TrainablePipeline) -> bool:
         return bool(getattr(pipeline.denoiser, "peft_config", None))

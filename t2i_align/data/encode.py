@@ -6,21 +6,20 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import COLUMNS, Conditioning, Group, Media, Survey
+from t2i_align.data.schema import Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -55,6 +54,10 @@ class Encoder(ABC):
     def encode_texts(self, texts: Sequence[str]) -> list[Row | None]:
         """A row of `text_columns` for each text; None where its encoding is not finite."""
         return [{"text": text} for text in texts]
+
+    def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
+        """A key for each text; equal where the encoder cannot tell two of them apart."""
+        return texts
 
 
 class Latents(Encoder):
@@ -127,6 +130,9 @@ class Latents(Encoder):
         """The stored bytes of each text's conditioning by column; None where it is not finite in its dtype."""
         parts = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
         return [row for part in parts for row in self._text_rows(part)]
+
+    def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
+        return self.pipeline.tokens_read(texts)
 
     def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str]) -> Row | str:
         if reasons := _reasons(results):
@@ -225,60 +231,6 @@ class Undecoded(Encoder):
         """A stored group's images or clips, best first."""
         stored = zip(columns["paths"][row].as_py(), columns["bytes"][row].as_py(), strict=True)
         return [content if path is None else Path(os.fsdecode(path)) for path, content in stored]
-
-
-class Texts:
-    """Encodes each text when it is met for the first time.
-
-    known: those met before, which this or another process stores. unusable: those whose encoding is not finite.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.known, self.unusable = set[str](), set[str]()
-
-    def encode_new(self, texts: Sequence[str]) -> list[Row]:
-        """Rows of the texts that are new and can be encoded."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known and text not in self.unusable]
-        rows = dict(zip(new, self.encoder.encode_texts(new), strict=True))
-        self.unusable.update(text for text, row in rows.items() if row is None)
-        self.known.update(rows.keys() - self.unusable)
-        return [row for row in rows.values() if row is not None]
-
-    def checked(self, group: Group, row: Row | str) -> Row | str:
-        """The row of a group, or all reasons why it cannot be used."""
-        bad = [text for text in group.texts if text in self.unusable]
-        reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
-        return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
-
-
-def encode_fields(
-    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
-
-    All are encoded together, so that their sequences are padded alike.
-    """
-    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
-    if not texts:
-        return {"conditioning": encode(prompts), "columns": columns}
-    shapes = [np.shape(values) for values in (prompts, *texts.values())]
-    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
-    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
-    fields = [
-        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
-    ]
-    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
-
-
-def widened(value: Any, device: torch.device) -> Any:
-    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
-    if isinstance(value, dict):
-        return {name: widened(one, device) for name, one in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    moved = value.to(device, non_blocking=True)
-    return moved.float() if moved.is_floating_point() else moved
 
 
 def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.encode import Latents, bucket_sizes, encode_fields, widened
+from t2i_align.data.encode import Latents, bucket_sizes
 from t2i_align.data.media import CROP, MediaSize, time_ids
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
+from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
 
 logger = logging.getLogger(__name__)
-ENCODE_BATCH = 8
 Position = tuple[int, ...]  # epoch first; then what names a group: its number in a store, or its shard and row
 Item = dict[str, Any]  # a micro-batch as the loader's workers hand it over
 
@@ -46,7 +46,7 @@ class PreferenceDataset(Dataset[Item]):
 
     Args:
         counts: groups, skipped, and where there are any, ties_left_out, disliked_left_out, too_few_candidates,
-            beyond_the_limit.
+            texts_alike_left_out, beyond_the_limit.
         score_range: the least and the greatest score.
         fingerprint: decides which samples come at which positions.
         needs: what the objective wants of batches.
@@ -281,7 +281,8 @@ def open_dataset(
     if not is_complete(folder):
         needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
-        encoder = Latents(pipeline(), sizes, frames, data.fps, ENCODE_BATCH, survey.texts_per_group)
+        encoder = Latents(pipeline(), sizes, frames, data.fps, data.encode_batch, survey.texts_per_group)
+        warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
         write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
               selection=selection, progress=progress)  # fmt: skip
@@ -299,10 +300,14 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     )
     needs.check(survey, data.path, alike=False)
     fitting = (store.k >= needs.candidates) & (needs.ties | ~store.tie) & ~(disliked & needs.likes_only)
-    usable = np.flatnonzero(fitting)
+    alike = fitting & texts_alike(store, needs.compared_texts)
+    usable = np.flatnonzero(fitting & ~alike)
+    if not len(usable):
+        raise UserError(f"{data.path}: no group is left: the encoder reads the same tokens of both texts of each group")
     chosen = usable[: data.limit]
     needs.check_alike(_counted(store.k[chosen]), data.path)
-    left_out = {**needs.left_out(survey), "beyond_the_limit": len(usable) - len(chosen)}
+    left_out = {**needs.left_out(survey), "texts_alike_left_out": int(alike.sum())}
+    left_out["beyond_the_limit"] = len(usable) - len(chosen)
     counts = {"groups": len(chosen), "skipped": store.manifest["counts"]["skipped"], **left_out}
     return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
 

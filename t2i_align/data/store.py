@@ -24,7 +24,7 @@ import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
@@ -36,10 +36,12 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from t2i_align.data.encode import Encoder, Row, Texts
+from t2i_align.data.encode import Encoder, Row
 from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
+from t2i_align.data.texts import Texts
 from t2i_align.errors import UserError
-from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, read_json, write_json, write_text
+from t2i_align.utils.arrow import intact, read_table, sha256, write_table
+from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, locked, write_json, write_text
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
@@ -81,28 +83,33 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
-    with FileLock(out / LOCK):
-        claim(out / FINGERPRINT, fingerprint, content="prepared data", advice="choose another folder")
-    # A limit counts groups from the first row on: then one process writes, and the others wait.
-    limited = selection.limit is not None
-    with FileLock(out / LOCK) if limited else nullcontext():
-        if is_complete(out):
-            return
-        (out / MANIFEST).unlink(missing_ok=True)  # a shard was lost
-        with tqdm(total=total, desc="encode", unit="row", disable=not progress) as bar:
-            try:
-                for lock in _Writer(encoder, Texts(encoder), out, selection, bar).walk(iter(items)):
-                    with lock:  # held while its shard is being written
-                        pass
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise UserError(f"{out}: the disk is full. What is complete stays; run again to continue.") from error
-        with nullcontext() if limited else FileLock(out / LOCK):
-            if not is_complete(out):
-                _finish(out, fingerprint, encoder)
-            for left_over in out.glob(f"{WRITING}shard-*"):
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    lock = FileLock(out / LOCK)
+    with tqdm(total=total, desc="encode", unit="row", disable=not progress) as bar, _full_disk_reported(out):
+        with locked(lock):
+            claim(out / FINGERPRINT, fingerprint, content="prepared data", advice="choose another folder")
+        # A limit counts groups from the first row on: then one process writes, and the others wait.
+        with locked(lock) if selection.limit is not None else nullcontext():
+            if is_complete(out):
+                return
+            (out / MANIFEST).unlink(missing_ok=True)  # a shard was lost
+            for busy in _Writer(encoder, Texts(encoder), out, selection, bar).walk(iter(items)):
+                with locked(busy):  # held while its shard is being written
+                    pass
+            with locked(lock):
+                if not is_complete(out):
+                    _finish(out, fingerprint, encoder)
+                for left_over in out.glob(f"{WRITING}shard-*"):
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+
+
+@contextmanager
+def _full_disk_reported(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{out}: the disk is full. What is complete stays; run again to continue.") from error
 
 
 @dataclass
@@ -124,20 +131,19 @@ class _Writer:
         busy: list[FileLock] = []
         number, last = 0, False
         while not last:
-            lock = FileLock(self.out / f"{WRITING}{shard_name(number)}.lock")
+            lock = FileLock(self.out / f"{WRITING}{shard_name(number)}.lock", blocking=False)
             try:
-                with lock.acquire(blocking=False):
+                with locked(lock):
                     complete = (self.out / shard_name(number)).is_dir()
                     last = (self._resume if complete else self._write)(stream, number)
             except Timeout:
-                busy.append(lock)
+                busy.append(FileLock(lock.lock_file))
                 last = self._pass_over(stream)
             number += 1
         return busy
 
     def _resume(self, stream: Iterator[Group | Skipped], number: int) -> bool:
-        shard = self.out / shard_name(number)
-        state = read_json(shard / STATE)
+        state = _state(shard := self.out / shard_name(number))
         if sum(1 for _ in islice(stream, state["rows"])) < state["rows"]:
             raise UserError(f"{self.out}: the source has become shorter than what was prepared; delete the folder")
         self.texts.known.update(read_table(shard / TEXTS)["text"].to_pylist())
@@ -178,6 +184,7 @@ class _Writer:
             write_table(folder / GROUPS, pa.Table.from_pylist(rows, pa.schema(types | self.encoder.columns)))
             write_table(folder / TEXTS, pa.Table.from_pylist(texts, pa.schema(self.encoder.text_columns)))
             state["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+            state["sha256"] = {name: sha256(folder / name) for name in state["files"]}
             # In ASCII: an id or a file's name may hold what is not valid Unicode, and that is why its row was skipped.
             (folder / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped))
             (folder / STATE).write_text(json.dumps(state, indent=1))
@@ -195,7 +202,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
         shard = out / shard_name(len(states))
         if not shard.is_dir():
             raise UserError(f"{out}: another process was stopped while it wrote {shard.name}; run again to continue")
-        states.append(read_json(shard / STATE))
+        states.append(_state(shard))
     folders = [out / shard_name(number) for number in range(len(states))]
     skipped = "".join((folder / SKIPPED).read_text() for folder in folders)
     sums = {name: sum(state[name] for state in states) for name in ("groups", "skipped", "texts")}
@@ -205,27 +212,30 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
         shown = "; ".join(f"{row['origin']}: {row['reason']}" for row in first)
         raise UserError(f"no usable group among {sums['skipped']} rows. The first reasons: {shown}")
     write_text(out / SKIPPED, skipped)
-    buckets, counts = _write_index(out, folders)
+    buckets, counts = _write_index(out, folders, encoder)
     manifest = {
         "layout": LAYOUT,
         "fingerprint": dict(fingerprint),
         "counts": {**sums, **counts},
         **encoder.description,
         "buckets": buckets,
-        "shards": [{name: state[name] for name in ("groups", "texts", "files")} for state in states],
+        "sha256": sha256(out / INDEX),
+        "shards": [{name: state[name] for name in ("groups", "texts", "files", "sha256")} for state in states],
     }
     write_json(out / MANIFEST, manifest)
 
 
-def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _write_index(out: Path, folders: Sequence[Path], encoder: Encoder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Write a small row per group, its texts as numbers over all shards, -1 for none; returns the buckets and counts.
 
-    Buckets are in the order of their aspect ratios. Counts are of ties, of groups by their number of candidates, and
-    of groups that have each column (see `Group.present`).
+    Texts that the encoder cannot tell apart have one number. Buckets are in the order of their aspect ratios. Counts
+    are of ties, of groups by their number of candidates, and of groups with each column (see `Group.present`).
     """
     groups = pa.Table.from_batches([read_table(folder / GROUPS) for folder in folders])
     texts = [text for folder in folders for text in read_table(folder / TEXTS)["text"].to_pylist()]
-    places = {text: place for place, text in reversed([*enumerate(texts)])}
+    keys = encoder.text_keys(texts)
+    first = {key: place for place, key in reversed([*enumerate(keys)])}
+    places = {text: first[key] for text, key in zip(texts, keys, strict=True)}
 
     def number(text: str | None) -> int:
         # A text's first shard stores it; where it cannot, the process of that shard skips the groups that it has.
@@ -260,23 +270,6 @@ def _write_index(out: Path, folders: Sequence[Path]) -> tuple[list[dict[str, Any
     return buckets if encoded else [], counts
 
 
-def write_table(file: Path, table: pa.Table) -> None:
-    """Write an Arrow file of one record batch, so that mapped columns are contiguous."""
-    batches = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_batch(batches[0])
-
-
-def read_table(file: Path) -> pa.RecordBatch:
-    """The record batch of an Arrow file, memory-mapped; the file descriptor is closed, the mapping stays.
-
-    Such a file is a stream behind 8 bytes. Read as one it opens in a fraction of the time, as no other thread is asked
-    for the index at its end.
-    """
-    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source.read_buffer().slice(8)) as stream:
-        return stream.read_next_batch()
-
-
 def is_store(path: Path) -> bool:
     """Whether a folder holds prepared data, finished or not."""
     return (path / MANIFEST).is_file() or (path / FINGERPRINT).is_file()
@@ -285,11 +278,20 @@ def is_store(path: Path) -> bool:
 def is_complete(path: Path) -> bool:
     """Whether prepared data is finished and none of its shards is lost."""
     file = path / MANIFEST
-    return file.is_file() and all((path / shard_name(n)).is_dir() for n in range(len(read_json(file)["shards"])))
+    with intact(file):
+        shards = json.loads(file.read_bytes())["shards"] if file.is_file() else None
+    return shards is not None and all((path / shard_name(number)).is_dir() for number in range(len(shards)))
 
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
+
+
+def _state(shard: Path) -> dict[str, Any]:
+    with intact(file := shard / STATE):
+        names = ("rows", "last", "groups", "skipped", "texts", "usable", "files", "sha256")
+        state = {"sha256": {}, **json.loads(file.read_bytes())}
+        return {name: state[name] for name in names}
 
 
 class Store:
@@ -304,12 +306,14 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = _read_manifest(path)
-        index = read_table(path / INDEX)
+        with intact(path / MANIFEST):
+            self.manifest = _read_manifest(path)
+            self._shards = self.manifest["shards"]
+            counts = {name: [shard[name] for shard in self._shards] for name in ("groups", "texts")}
+        index = read_table(path / INDEX, self.manifest.get("sha256"))
         self.index = dict(zip(index.schema.names, index.columns, strict=True))
         self.k, self.best, self.worst, self.bucket = (np.from_dlpack(self.index[name]) for name in INDEX_TYPES)
         self.tie: np.ndarray = (self.k > 1) & (self.best == self.worst)
-        counts = {name: [shard[name] for shard in self.manifest["shards"]] for name in ("groups", "texts")}
         self._starts = {GROUPS: [0, *accumulate(counts["groups"])], TEXTS: [0, *accumulate(counts["texts"])]}
         self._columns: dict[tuple[str, int], dict[str, pa.Array]] = {}
 
@@ -323,7 +327,7 @@ class Store:
         """The columns of the shard that has a group, and its row there; with TEXTS, a text's, of which 0 is empty."""
         shard = bisect_right(self._starts[file], number) - 1
         if (file, shard) not in self._columns:
-            table = read_table(self.path / shard_name(shard) / file)
+            table = read_table(self.path / shard_name(shard) / file, self._shards[shard].get("sha256", {}).get(file))
             self._columns[file, shard] = dict(zip(table.schema.names, table.columns, strict=True))
         return self._columns[file, shard], number - self._starts[file][shard]
 
@@ -334,15 +338,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if is_store(path):
             raise UserError(f"{path}: this prepared data is unfinished; run the same prepare again to continue it")
         raise UserError(f"{path}: no prepared data in this folder ({MANIFEST} is missing)")
-    manifest = read_json(file)
+    manifest: dict[str, Any] = json.loads(file.read_bytes())
     if (layout := manifest.get("layout")) != LAYOUT:
         raise UserError(f"{path}: prepared with layout {layout!r}, this version reads {LAYOUT}; prepare it again")
     for number, shard in enumerate(manifest["shards"]):
-        for file, size in ((path / shard_name(number) / name, size) for name, size in shard["files"].items()):
-            own = file.stat().st_size if file.is_file() else None
-            if own != size:
+        for name, size in shard["files"].items():
+            part = path / shard_name(number) / name
+            if (own := part.stat().st_size if part.is_file() else None) != size:
                 state = "is missing" if own is None else f"has {own} bytes instead of {size}"
-                raise UserError(
-                    f"{file}: this part of the prepared data {state}; delete the folder and prepare it again"
-                )
+                raise UserError(f"{part}: this part of the prepared data {state}; delete the folder and prepare again")
     return manifest

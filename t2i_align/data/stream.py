@@ -22,11 +22,11 @@ import torch
 from t2i_align.config import DataConfig
 from t2i_align.data import hub, layouts, readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.encode import encode_fields, widened
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
 from t2i_align.data.shards import SHARDED, files, of_split
+from t2i_align.data.texts import encode_fields, warn_of_cut_texts, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -43,13 +43,13 @@ def open_stream(
     data: DataConfig,
     needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
-    encoders: str,
+    encoder_fingerprint: str,
     size: MediaSize,
     selection: Selection,
     annotations: Annotations,
     cache_root: Path,
 ) -> PreferenceDataset:
-    """The configured data, encoded on the fly; see `loader.open_dataset`. encoders: their fingerprint."""
+    """The configured data, encoded on the fly; see `loader.open_dataset`."""
     downloads = cache_root / "stream-shards" if data.stream and data.path.startswith(hub.PREFIX) else None
     shards = Shards.of(data.path, data.format, annotations, downloads)
     survey = shards.survey(selection)
@@ -64,12 +64,14 @@ def open_stream(
         "selection": vars(selection),
         "frames": size.frames,
         "fps": size.fps,
-        "encoders": encoders,
+        "encoders": encoder_fingerprint,
     }
     counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
     if shards.remote:
         counts = {"groups in the first shard": survey.accepted, "shards": len(shards.names)}
-    return Stream(shards, size, selection, data.stream, pipeline(), needs, counts=counts,
+    encoders = pipeline()
+    warn_of_cut_texts(encoders, [*survey.texts])
+    return Stream(shards, size, selection, data.stream, encoders, needs, counts=counts,
                   score_range=survey.score_range, fingerprint=fingerprint)  # fmt: skip
 
 
@@ -241,8 +243,21 @@ class Stream(PreferenceDataset):
     def _usable(self, shard: int, limit: int | None = None) -> np.ndarray:
         """The rows of a shard that hold groups which the objective can use, the first so many of them."""
         items = enumerate(self.shards.items(shard, images=False))
-        rows = (row for row, item in items if self._accepts(item))
+        rows = (row for row, item in items if self._accepts(item) and not self._texts_alike(item))
         return np.fromiter(islice(rows, limit), np.int64)
+
+    def _texts_alike(self, group: Group) -> bool:
+        """Whether the encoder cannot tell texts apart that the objective compares."""
+        for column in self.needs.compared_texts:
+            one, *_, other = [
+                *([] if column.per_candidate else [group.prompt]),
+                *column.texts(group.columns[column.name]),
+            ]
+            shared = column.per_candidate and one == other  # candidates may share a text
+            if not shared and len({*self.pipeline.tokens_read([one, other])}) == 1:
+                logger.warning("%s: left out: the encoder reads the same tokens of both texts", group.origin)
+                return True
+        return False
 
     def _accepts(self, item: Group | Skipped) -> TypeGuard[Group]:
         return isinstance(item, Group) and self.selection.accepts(item)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ def evaluate(
     variant: str | None = None,
     single_file_config: str | None = None,
     expert: str | None = None,
+    prediction_type: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -84,7 +85,7 @@ def evaluate(
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
-            any; the same for variant, single_file_config and expert).
+            any; the same for variant, single_file_config, expert and prediction_type).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -103,7 +104,8 @@ def evaluate(
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
     other = resolve_aligned(aligned)
-    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
+    version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+    version |= {"expert": expert, "prediction_type": prediction_type}
     loaded = not isinstance(base, str | Path | None)
     model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
@@ -141,7 +143,7 @@ def evaluate(
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
     autocast = use_precision(precision) if loaded else None
-    origin = asdict(model) if model else {"path": pipeline.source, **version}
+    origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     with _workplace(folder, force) as store, tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
         what = (rows, judges, store, bar, batch_size, fps)
         before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
@@ -153,6 +155,8 @@ def evaluate(
             gc.collect()
             torch.cuda.empty_cache()
             whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
+            if Path(other.path).is_file():  # which may not say it either
+                whole = replace(whole, prediction_type=origin["prediction_type"])
             pipeline = load_pipeline(whole, precision, device)
             _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
             after = _measure("aligned", pipeline, *what, **sampling)

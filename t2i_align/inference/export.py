@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from t2i_align import __version__
 from t2i_align.errors import UserError
-from t2i_align.inference.models import LORA_ENDING, adapter_on, load_pipeline, resolve_adapter, resolve_base
+from t2i_align.inference.models import LORA_ENDING, adapter_on, load_pipeline, resolve_adapter, resolve_base, run_of
+from t2i_align.inference.options import PRECISIONS
 
 
 def export_lora(
     lora: str | Path,
     out: str | Path,
     *,
-    format: Literal["kohya", "diffusers"] = "kohya",
+    format: Literal["comfyui", "kohya", "diffusers"] = "comfyui",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     model: str | Path | None = None,
 ) -> Path:
     """Write a LoRA to the file `out`; returns that.
@@ -23,11 +26,13 @@ def export_lora(
     Args:
         lora: training run, or a LoRA's file, folder or Hub id.
         out: file to write, ending in `.safetensors`.
-        format: naming of its tensors, `kohya` or `diffusers`; see `TrainablePipeline.save_lora`.
+        format: naming of its tensors: `comfyui` (of SD and SDXL kohya's), `kohya` or `diffusers`.
+        precision: of its tensors; fp16 and bf16 halve the file.
         model: what the LoRA is for (default: the training run's).
 
     Raises:
-        UserError, PipelineError: soft tokens, a file that exists, no model known, a family that kohya has no names for.
+        UserError, PipelineError: soft tokens, a file that exists, no model known, a family or module that this naming
+            lacks, weights of a text encoder.
     """
     adapter = resolve_adapter(lora)
     if adapter.kind != "lora":
@@ -36,8 +41,13 @@ def export_lora(
     if file.suffix != LORA_ENDING or file.exists():
         problem = "exists already" if file.exists() else f"does not end in {LORA_ENDING}"
         raise UserError(f"{out}: {problem}; choose another file to write")
-    pipeline = load_pipeline(resolve_base(model, adapter), device="cpu", encoders=False)
+    base = resolve_base(model, adapter)
+    pipeline = load_pipeline(base, device="cpu", encoders=False)
+    origin = {"t2i_align.base": base.path, "t2i_align.version": __version__}
+    if run := run_of(adapter):
+        origin["t2i_align.objective"] = run["objective"]["name"]
     file.parent.mkdir(parents=True, exist_ok=True)
     with adapter_on(pipeline, adapter), tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        os.replace(pipeline.save_lora(folder, naming=format), file)
+        options: dict[str, Any] = {"dtype": PRECISIONS[precision], "metadata": origin}
+        os.replace(pipeline.save_lora(folder, naming=format, **options), file)
     return file

@@ -94,6 +94,7 @@ def generate(
     variant: str | None = None,
     single_file_config: str | None = None,
     expert: str | None = None,
+    prediction_type: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -106,7 +107,8 @@ def generate(
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
-        prompts: text file with one prompt per line (blank lines are skipped), `testbed:test`, or a list.
+        prompts: text file with one prompt per line; .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `caption` or
+            `text` in each row; `testbed:test`; or a list.
         out: folder for the samples and their list.
         prompt: further single prompts, after those.
         lora: LoRA to put on the model: file, folder, training run or Hub id.
@@ -121,10 +123,11 @@ def generate(
         fps: frame rate of the clips (default: the model's own).
         batch_size: samples at a time (default: 8 images, or 1 clip).
         revision: branch, tag or commit of the model on the Hub (default: that of the training run `lora` is from, if
-            any; the same for the next three).
+            any; the same for the next four).
         variant: variant of the weight files, such as fp16.
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
+        prediction_type: `epsilon` or `v_prediction`, where the model's files do not say it or are wrong.
         precision: of the weights: `fp32`, `tf32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
@@ -140,7 +143,8 @@ def generate(
     folder, autocast = Path(out).expanduser(), None
     _earlier_run(folder, force, len(texts) * per_prompt)
     if isinstance(model, str | Path):
-        version = {"revision": revision, "variant": variant, "single_file_config": single_file_config, "expert": expert}
+        version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
+        version |= {"expert": expert, "prediction_type": prediction_type}
         base = resolve_base(model, adapter, **version)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}

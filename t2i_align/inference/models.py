@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind
+from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind, LoRA
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
@@ -26,7 +26,8 @@ from t2i_align.utils.settings import build
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
-LORA_ENDING = ".safetensors"
+LORA_ENDING, LORA_FILE = ".safetensors", "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,8 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
         UserError: no such model, or None and `aligned` is not a training run's.
     """
     run = None
-    if aligned:
-        weights = Path(aligned.path)
-        folder = weights.parent if weights.is_file() else weights
-        file = folder.absolute().parent / RUN_FILE
-        if folder.name in TRAINED and file.is_file():
-            run = build(ModelConfig, yaml.safe_load(file.read_text())["model"], where=f"{file}: model")
+    if aligned and (values := run_of(aligned)):
+        run = build(ModelConfig, values["model"], where=f"{RUN_FILE} of {aligned.path}: model")
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
@@ -118,6 +115,14 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
     resolve_model(run.path)
     given: dict[str, Any] = {key: value for key, value in version.items() if value is not None}
     return replace(run, **given)
+
+
+def run_of(aligned: Aligned) -> dict[str, Any] | None:
+    """The configuration of the training run that left these weights, if one did."""
+    weights = Path(aligned.path)
+    folder = weights.parent if weights.is_file() else weights
+    file = folder.absolute().parent / RUN_FILE
+    return yaml.safe_load(file.read_text()) if folder.name in TRAINED and file.is_file() else None
 
 
 def load_pipeline(
@@ -163,10 +168,12 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
     """A Hub repository by the first file that identifies it; a LoRA is fetched, of a model only its index."""
     from transformers.utils import cached_file
 
-    kinds: dict[str, Kind] = {"model_index.json": "model", "pytorch_lora_weights.safetensors": "lora"}
+    kinds: dict[str, Kind] = {"model_index.json": "model", LORA_FILE: "lora", PEFT_CONFIG: "lora"}
     for name, kind in kinds.items():
         try:
             file = cached_file(repository, name)
+            if name == PEFT_CONFIG:
+                file = cached_file(repository, PEFT_FILE)
         except OSError as error:  # not there, no access, or no connection
             reason = first_line(error)
         else:
@@ -188,6 +195,12 @@ def _check_whole(folder: Path) -> None:
 def _kind_of_file(file: Path) -> Kind:
     """Adapters are recognised by their keys; any other file is a single-file checkpoint."""
     if file.suffix != LORA_ENDING:
+        try:
+            pickled = set(torch.load(file, map_location="meta", mmap=True, weights_only=True))
+        except Exception:  # of no format that torch maps, or with more than tensors: `pipelines.load` has the words
+            return "model"
+        if LoRA().recognises({key for key in pickled if isinstance(key, str)}):
+            raise UserError(f"{file}: a LoRA in a pickle; only LoRAs in {LORA_ENDING} are loaded: convert it")
         return "model"
     try:
         with safe_open(file, framework="pt") as weights:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from t2i_align.data import tables
 from t2i_align.errors import UserError, unknown
+from t2i_align.utils.files import parse_json
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 TESTBED = "testbed:"
 HPSV2 = "hpsv2:"
+PROMPT_KEYS = ("prompt", "caption", "text")
+NO_PROMPTS = (".yaml", ".yml", ".toml", ".xml", ".html")  # endings of text files whose lines are no prompts
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark, 800 prompts each (arXiv 2306.09341)
 # Of frozen weights. `tf32` is float32 whose matrix products NVIDIA GPUs since Ampere round, several times faster.
 PRECISIONS: dict[str, torch.dtype] = {
@@ -25,10 +31,13 @@ PRECISIONS: dict[str, torch.dtype] = {
 
 
 def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompts from a text file (UTF-8, one per line, blank lines skipped), `testbed:dev`, `hpsv2:photo`, or a list.
+    """Prompts from a file, `testbed:dev`, `hpsv2:photo`, or a list.
+
+    A file is UTF-8 text with one prompt per line (blank lines are skipped); or JSON Lines, a .json list, a .csv, a .tsv
+    or a parquet file: of its objects or columns the first of PROMPT_KEYS, in any case.
 
     Raises:
-        UserError: no such file, split or style, not text, no prompt in it, or an empty one in a list.
+        UserError: no such file, split or style, of another kind, no prompt in it, or an empty one.
     """
     if not isinstance(source, str | Path):
         prompts = list(source)
@@ -47,14 +56,70 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
             raise UserError(
                 f"{source}: no such prompt file (one prompt per line; to give prompts directly, use a list)"
             )
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")  # other separators are part of a prompt
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from error
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = [_prompt(entry, origin) for origin, entry in _entries(file)]
     if not prompts:
         raise UserError(f"{source if isinstance(source, str | Path) else 'prompts'}: no prompt in it")
     return prompts
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    """What a prompt file holds: texts, or mappings with a prompt among their values; and how messages name each."""
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        yield from ((row.origin, row.values) for row in tables.rows(file) if isinstance(row, tables.Row))
+        return
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    if kind in tables.CSV:
+        header, *rows = _csv_rows(file, text, "\t" if kind == ".tsv" else ",") or [[]]
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                raise UserError(f"{file}, row {number}: {len(row)} fields, but {len(header)} columns")
+            yield f"{file}, row {number}", dict(zip(header, row, strict=True))
+        return
+    if kind in NO_PROMPTS:
+        raise UserError(f"{file}: expected a text file, .jsonl, .json, .csv, .tsv or .parquet with prompts")
+    if kind == ".json":
+        with suppress(ValueError, RecursionError):  # JSON Lines, as `Dataset.to_json` writes it
+            value = json.loads(text)
+            entries = value if isinstance(value, list) else [value]
+            yield from ((f"{file}, entry {number}", entry) for number, entry in enumerate(entries))
+            return
+    lines = text.split("\n")  # other separators are part of a prompt
+    as_json = kind in (".json", ".jsonl", ".ndjson") or lines[0].lstrip().startswith('{"')
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            origin = f"{file}, line {number}"
+            yield origin, parse_json(line, origin) if as_json else line
+
+
+def _csv_rows(file: Path, text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> list[list[str]]:
+    """The rows of a table, its header first; of a .tsv also where quotation marks are mere text, as in PartiPrompts."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        return [row for row in reader if row]
+    except csv.Error as error:
+        if delimiter == "\t" and quoting != csv.QUOTE_NONE:
+            return _csv_rows(file, text, delimiter, csv.QUOTE_NONE)
+        raise UserError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from error
+
+
+def _prompt(entry: Any, origin: str) -> str:
+    if isinstance(entry, Mapping):
+        names = {str(name).strip().lower(): name for name in entry}
+        if not (known := [names[key] for key in PROMPT_KEYS if key in names]):
+            raise UserError(f"{origin}: expected one of {', '.join(map(repr, PROMPT_KEYS))}, found {_found(entry)}")
+        entry = entry[known[0]]
+    if not isinstance(entry, str) or not entry.strip():
+        raise UserError(f"{origin}: expected a prompt, found {_found(entry)}")
+    return entry.strip()
+
+
+def _found(value: Any) -> str:
+    """How messages show what stands where prompts were expected."""
+    return f"the keys {', '.join(map(repr, value))}" if isinstance(value, Mapping) else repr(value)
 
 
 def _hpsv2_prompts(style: str) -> list[str]:

@@ -242,6 +242,7 @@ class _Job:
             self.table.check_unfinished()
         self.path = readers.resolve(source).absolute()
         self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
+        self.table.check_not_read([self.path, *annotations, *readers.READERS[self.format].files(self.path)])
         survey = readers.survey(self.path, self.format, self.annotations)
         self.total, self.identity = survey.rows, survey.identity
         survey.check_usable(source)

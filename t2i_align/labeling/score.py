@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -77,7 +77,7 @@ def score(
         progress: Show a progress bar.
 
     Raises:
-        UserError: a list, row, scorer or device that cannot be used.
+        UserError: a list, row, scorer or device that cannot be used; or not one image can be scored.
     """
     check_options(precision, batch_size=batch_size)
     processes = Distributed()
@@ -87,33 +87,41 @@ def score(
     with table.begun() if table else nullcontext():
         written = {table.key_of(row): row for row in table.rows()} if table else {}
         built = [scorer.to(place) for scorer in build_scorers(scorers)]
-        totals = {scorer.name: np.zeros(3) for scorer in built}  # sum, scored, not scored
+        totals, why = {scorer.name: np.zeros(3) for scorer in built}, ""  # sum, scored, not scored; a reason for that
+        batches = enumerate(iter(lambda: list(islice(candidates, batch_size)), []))
+        own = (batch for index, batch in batches if index % processes.world == processes.rank)
         dtype = use_precision(precision)
         with (
             torch.no_grad(),
             torch.autocast(torch.device(place).type, dtype, enabled=dtype is not None),
-            tqdm(total=total, unit="img", disable=not progress or processes.rank > 0) as bar,
+            tqdm(total=total // processes.world, unit="img", disable=not progress or processes.rank > 0) as bar,
             ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
         ):
-            for index, batch in enumerate(iter(lambda: list(islice(candidates, batch_size)), [])):
-                if index % processes.world == processes.rank:
-                    rows = _score_batch(built, batch, written, pool)
-                    if table:
-                        table.add(rows)
-                    for row in rows:
-                        scored = row.get("score") is not None  # not so where a scorer gives NaN
-                        totals[row["scorer"]] += (row["score"] if scored else 0, scored, "error" in row)
+            versions = [(scorer.name, scorer.recorded_version) for scorer in built]
+            for batch in _read_ahead(own, written, versions, pool):
+                rows = [row for scorer in built for row in _rows(scorer, batch, written)]
+                if table:
+                    table.add(rows)
+                for row in rows:
+                    scored = row.get("score") is not None  # not so where a scorer gives NaN
+                    totals[row["scorer"]] += (row["score"] if scored else 0, scored, not scored)
+                    why = why or row.get("error", "")
                 bar.update(len(batch))
-        everywhere = processes.gather(totals)  # waits for all of them
+        everywhere = processes.gather((totals, why))  # waits for all of them
         if table and processes.rank == 0:
             table.merge()
     means = {}
     for name in totals:
-        value, scored, failed = sum(part[name] for part in everywhere)
-        means[name] = float(value / scored) if scored else float("nan")
+        value, scored, failed = sum(part[name] for part, _ in everywhere)
+        note = f"; {failed:.0f} could not be scored" if failed else ""
+        if scored:
+            means[name] = float(value / scored)
         if processes.rank == 0:
-            note = f"; {failed:.0f} could not be scored" if failed else ""
-            print(f"{name}: mean {means[name]:.4f} over {scored:.0f} images{note}")
+            mean = f"mean {means[name]:.4f} over {scored:.0f} images{note}" if scored else "no image could be scored"
+            print(f"{name}: {mean}")
+    if not means:
+        reasons = [reason for _, reason in everywhere if reason] or ["the scorers give no finite number"]
+        raise UserError(f"{images}: none of its {total} images could be scored, such as: {reasons[0]}")
     return means
 
 
@@ -138,8 +146,36 @@ class _Candidate:
         try:
             clip = isinstance(self.media, Path) and is_clip(self.media)
             return self.error or (whole_clip(self.media) if clip else decode(self.media))
-        except ImageError as error:
+        except (ImageError, OSError) as error:  # OSError: a name that is too long
             return str(error)
+
+
+class _Read(NamedTuple):
+    """A candidate with its key, and the image, the clip, or why there is none; "" where all its scores are known."""
+
+    candidate: _Candidate
+    key: tuple[str, str | None, str]
+    media: Image.Image | Tensor | str
+
+
+def _read_ahead(
+    batches: Iterator[list[_Candidate]], written: Mapping[Any, Row], versions: Sequence[Any], pool: ThreadPoolExecutor
+) -> Iterator[list[_Read]]:
+    """The batches; while one is scored, the next is read. What every scorer has scored is not opened."""
+
+    def read(candidate: _Candidate) -> _Read:
+        key = candidate.key()
+        known = all((*key, *version) in written for version in versions)
+        return _Read(candidate, key, "" if known else candidate.load())
+
+    reading = None
+    for batch in batches:
+        following = pool.map(read, batch)  # begins at once
+        if reading:
+            yield list(reading)
+        reading = following
+    if reading:
+        yield list(reading)
 
 
 def _sha256(media: Media) -> str | None:
@@ -154,42 +190,29 @@ def _sha256(media: Media) -> str | None:
         return None
 
 
-def _score_batch(
-    scorers: Sequence[Scorer], batch: Sequence[_Candidate], written: Mapping[Any, Row], pool: ThreadPoolExecutor
-) -> list[Row]:
-    """A row for each scorer and image: what an earlier run wrote, or a new one."""
-    images = [*pool.map(_Candidate.key, batch)]  # hashes the files
-    keys = {scorer: [(*image, scorer.name, scorer.recorded_version) for image in images] for scorer in scorers}
-    new = {scorer: [i for i, key in enumerate(own) if key not in written] for scorer, own in keys.items()}
-    unread = sorted({i for indices in new.values() for i in indices})  # the others are not opened
-    media = dict(zip(unread, pool.map(_Candidate.load, [batch[i] for i in unread]), strict=True))
-    rows = []
-    for scorer, own in keys.items():
-        judged = iter(_judge(scorer, [batch[i] for i in new[scorer]], [media[i] for i in new[scorer]]))
-        for key in own:
-            rows.append(written[key] if key in written else dict(zip(KEY, key, strict=True)) | next(judged))
-    return rows
-
-
-def _judge(scorer: Scorer, batch: Sequence[_Candidate], media: Sequence[Image.Image | Tensor | str]) -> list[Row]:
-    """The score and parts of each candidate, or the error."""
+def _rows(scorer: Scorer, batch: Sequence[_Read], written: Mapping[Any, Row]) -> list[Row]:
+    """A row for each candidate: what an earlier run wrote, or its score and parts, or the error."""
     rows: list[Row] = []
-    usable: dict[int, Image.Image | Tensor] = {}
-    for i, (candidate, one) in enumerate(zip(batch, media, strict=True)):
-        error = one if isinstance(one, str) else unscorable([scorer], candidate.prompt)
-        rows.append({"error": error} if error else {})
-        if not error and not isinstance(one, str):
-            usable[i] = one
-    places = list(usable)
+    new: dict[int, Image.Image | Tensor] = {}
+    for place, (candidate, image, media) in enumerate(batch):
+        key = (*image, scorer.name, scorer.recorded_version)
+        rows.append(written.get(key) or dict(zip(KEY, key, strict=True)))
+        if key in written:
+            continue
+        if error := media if isinstance(media, str) else unscorable([scorer], candidate.prompt):
+            rows[place]["error"] = error
+        elif not isinstance(media, str):
+            new[place] = media
+    places = list(new)
     try:
-        with memory_for(len(usable)):
-            for place, values in judge(scorer, list(usable.values()), [batch[i].prompt for i in places]):
-                row = rows[places[place]]
-                row["score"] = number(values.pop(TOTAL))
+        with memory_for(len(new)):
+            for index, values in judge(scorer, list(new.values()), [batch[i].candidate.prompt for i in places]):
+                rows[places[index]]["score"] = number(values.pop(TOTAL))
                 if values:
-                    row["parts"] = {name: number(value) for name, value in values.items()}
+                    rows[places[index]]["parts"] = {name: number(value) for name, value in values.items()}
     except ScorerError as error:
-        raise UserError(f"{batch[places[0]].image} ... {batch[places[-1]].image}: {error}") from error
+        names = [batch[place].candidate.image for place in places]
+        raise UserError(f"{names[0]} ... {names[-1]}: {error}") from error
     return rows
 
 

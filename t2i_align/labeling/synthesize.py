@@ -35,7 +35,7 @@ from t2i_align.inference.options import build_scorers, check_options, pick_devic
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.files import append_line, atomic_file, claim, read_json
+from t2i_align.utils.files import append_line, atomic_file, claim, locked, read_json
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class _Work:
     progress: bool
 
     def __post_init__(self) -> None:
+        self.lock = FileLock(self.out / ".lock")
         self.table = ResumableTable(self.out / SCORES, rank=self.processes.rank)
         self.margins = [scorer.tie_margin for scorer in self.scorers]
         self.groups = [self._group(number) for number in range(len(self.prompts))]
@@ -141,7 +142,7 @@ class _Work:
             "scorers": {scorer.name: scorer.version for scorer in self.scorers},
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.out / ".lock"):
+        with locked(self.lock):
             claim(self.out / SETTINGS, settings, content="synthesis", advice="choose another folder")
 
     def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
@@ -161,7 +162,7 @@ class _Work:
             nullcontext() if whole else adapter_on(pipeline, aligned),
             tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
         ):
-            with FileLock(self.out / ".lock"):  # refuses other weights under the same name
+            with locked(self.lock):  # refuses other weights under the same name
                 claim(self._identity(model), {"model": name, "sha256": tensors_hash(pipeline.denoiser.state_dict())})
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
@@ -214,7 +215,7 @@ class _Work:
                 }
                 rows.append(row)
         for file, lines in ((SKIPPED, skipped), (GROUPS, rows)):
-            with FileLock(self.out / ".lock"), atomic_file(self.out / file) as temporary:
+            with locked(self.lock), atomic_file(self.out / file) as temporary:
                 temporary.touch()
                 append_line(temporary, *lines)
         if not rows:

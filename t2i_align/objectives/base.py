@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model, Survey
+from t2i_align.data.schema import COLUMNS, Batch, Column, Model, Survey
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 
@@ -113,6 +113,12 @@ class Requirements:
     def pairs(self) -> bool:
         """Whether groups of any size give their best and their worst candidate."""
         return self.candidates == 2 and not self.lists
+
+    @property
+    def compared_texts(self) -> list[Column]:
+        """The columns whose texts are compared: of pairs, both candidates' own; else one with the prompt."""
+        columns = [COLUMNS[name] for name in self.columns if name in COLUMNS]
+        return [column for column in columns if column.text and (self.pairs or not column.per_candidate)]
 
     def _check_column(self, name: str, having: int, groups: int, path: str) -> None:
         if having == groups or (name == "scores" and having):  # a scorer's numbers may happen to be 0 and 1 in some

@@ -109,7 +109,7 @@ def audit(
         limit: use only the first so many groups.
         optimise: on the testbed, optimise each scorer over drawn images of `prompt_count` of the `prompts`, and by its
             gradient where it has one, and let the oracle judge the results.
-        prompts, prompt_count: what `optimise` draws images of: a text file or `testbed:dev`, and how many of its
+        prompts, prompt_count: what `optimise` draws images of: a file or `testbed:dev`, and how many of its
             prompts.
         seed: seed of the drawn images.
         batch_size: images at a time.

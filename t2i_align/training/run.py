@@ -32,7 +32,8 @@ LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders suc
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "train.batch_size", "train.accumulate",
+    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
+    "train.batch_size", "train.accumulate",
 )  # fmt: skip
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
@@ -175,7 +176,7 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
     model = asdict(config.model)
-    del model["expert"]  # experts share their encoders
+    del model["expert"], model["prediction_type"]  # experts share their encoders
     parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")

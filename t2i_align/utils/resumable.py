@@ -9,7 +9,7 @@ FILE.settings.json    what the rows are made with, and whether all are there
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -56,8 +56,15 @@ class ResumableTable:
         """Raise UserError for a file that is finished, or was written by something else; asked before long work."""
         if self.out.exists() and not self.settings_file.exists():
             raise UserError(f"{self.out}: exists, and was not made by this command; choose another file, or --force")
-        if self.settings_file.exists() and read_json(self.settings_file).get("finished"):
+        if self.out.exists() and read_json(self.settings_file).get("finished"):
             raise UserError(f"{self.out}: exists and is finished; {ADVICE}")
+
+    def check_not_read(self, inputs: Iterable[str | Path]) -> None:
+        """Raise UserError where one of the files to write is one of the inputs, which --force would remove."""
+        own = [file for file in (self.out, self.skipped_file, self.settings_file) if file.exists()]
+        for file in map(Path, inputs):
+            if file.exists() and any(file.samefile(one) for one in own):
+                raise UserError(f"{file}: is read to make {self.out}; choose another file to write")
 
     @contextmanager
     def begun(self, settings: Row | None = None, *, force: bool = False) -> Iterator[None]:
@@ -72,13 +79,16 @@ class ResumableTable:
                 writes it.
         """
         with output_lock(self.out if self.rank == 0 else self.file, file=True):
-            if force:
+            claimed = self.settings_file.exists() and "settings" in read_json(self.settings_file)
+            if force or (claimed and not self.out.exists()):
                 for file in (self.out, self.skipped_file, self.settings_file):
                     file.unlink(missing_ok=True)
             if settings is not None:
                 claim(self.settings_file, {"finished": False, "settings": settings}, advice=ADVICE)
             self.keys = {self.key_of(row) for row in self.rows()}
             self.skipped = {(row["id"], row["origin"]) for row in self.skips()}
+            self._repair(self.file, self.key[0])
+            self._repair(self.skipped_file, "id")
             yield
 
     def key_of(self, row: Row) -> tuple[Any, ...]:
@@ -89,9 +99,7 @@ class ResumableTable:
         """The rows that all processes have written, each once."""
         seen = set()
         for file in (self.out, *self._parts()):
-            for number, row in enumerate(self._read(file), 1):
-                if missing := [name for name in self.key if name not in row]:
-                    raise UserError(f"{file}, row {number}: has no {missing[0]!r}; choose another output file")
+            for row in _with(self.key, self._read(file), file):
                 if (key := self.key_of(row)) not in seen:
                     seen.add(key)
                     yield row
@@ -100,7 +108,7 @@ class ResumableTable:
         """What all processes have skipped: id, origin and reason."""
         others = self.out.parent.glob(f".{escape(self.out.name)}.*{SKIPPED}")
         for file in (Path(f"{self.out}{SKIPPED}"), *sorted(others)):
-            yield from whole_lines(file, repair=file == self.skipped_file)
+            yield from _with(("id", "origin", "reason"), whole_lines(file, repair=False), file)
 
     def add(self, rows: Sequence[Row], skipped: Sequence[Row] = ()) -> None:
         """Append the rows and skips that are not there yet."""
@@ -133,9 +141,26 @@ class ResumableTable:
 
     def _read(self, file: Path) -> list[Row]:
         if file.suffix == JSONL or not file.is_file():
-            return whole_lines(file, repair=file == self.file)
+            return whole_lines(file, repair=False)
         try:
             rows = pq.read_table(file).to_pylist(maps_as_pydicts="strict")
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable parquet file: {error}") from error
         return [{name: v for name, v in row.items() if v is not None or name in self.key} for row in rows]
+
+    def _repair(self, file: Path, first: str) -> None:
+        """Cut off or end a half-written last line, if it begins with the column `first` as all of ours do."""
+        if not file.exists():
+            return
+        begin, tail = f'{{"{first}": '.encode(), file.read_bytes().rpartition(b"\n")[2]
+        if not (tail.startswith(begin) or begin.startswith(tail)):
+            raise UserError(f"{file}: its last line has no end and is none of this table's; choose another output file")
+        whole_lines(file)
+
+
+def _with(names: Sequence[str], rows: Iterable[Row], file: Path) -> Iterator[Row]:
+    """The rows; raises UserError where one lacks one of these columns."""
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in names if name not in row]:
+            raise UserError(f"{file}, row {number}: has no {missing[0]!r}; choose another output file")
+        yield row

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import field, fields
 from functools import reduce, wraps
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin
@@ -23,10 +24,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from t2i_align.errors import UserError, nearest
+from t2i_align.errors import UserError, nearest, shorten
 from t2i_align.utils.files import read_bytes
 
 T = TypeVar("T")
+MAX_VALUES = 100_000  # of a YAML file; a few lines of aliases of aliases stand for billions
 
 
 def _no_bool(value: Any) -> Any:
@@ -91,9 +93,31 @@ class Loader(yaml.SafeLoader):
 def read_yaml(file: str | Path) -> Any:
     """What a YAML file holds; raises UserError naming it."""
     try:
-        return yaml.load(read_bytes(file).decode(), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+        return parse_yaml(read_bytes(file).decode(), str(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value in a text; raises UserError, which names `origin`, for what is no YAML or too large."""
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        small = node is None or _size(node, {}) <= MAX_VALUES
+        value = loader.construct_document(node) if node is not None and small else None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{origin}: not valid YAML: {error}") from error
+    if not small:
+        raise UserError(f"{origin}: more than {MAX_VALUES} values, counting those of each alias")
+    return value
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """The number of values below a node, counted again for each alias."""
+    if id(node) not in known:
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_size(part, known) for part in parts))
+    return known[id(node)]
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -110,10 +134,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 bare_name = parents == ["objective"] and isinstance(node.get(parent), str)
                 node[parent] = {"name": node[parent]} if bare_name else {}
             node = node[parent]
-        try:
-            node[last] = yaml.load(text, Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
+        node[last] = parse_yaml(text, shorten(repr(override)))
     return out
 
 
@@ -158,7 +179,7 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
     if first["type"] == "missing" and len(first["loc"]) == len(key):
         return f"{name}: missing key"
     given = reduce(getitem, key, values)
-    shown = "null" if given is None else repr(given)
+    shown = "null" if given is None else shorten(repr(given))
     description = _described(section, last)
     if not description and not first["msg"].startswith("Input should be"):
         return f"{name}: {first['msg']}, found {shown}"

@@ -42,6 +42,12 @@ class StandIn:
 
             raise PipelineError(f"{height} x {width}: both sides must be multiples of 2")
 
+    def tokenize(self, texts: Sequence[str]) -> dict[tuple[str, int], list[list[int]]]:
+        return {("tokenizer", 77): [[*text.encode()] for text in texts]}
+
+    def tokens_read(self, texts: Sequence[str]) -> list[str]:
+        return [text[:77] for text in texts]
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         time.sleep(self.delay)
         self.images += len(pixels)

@@ -359,6 +359,44 @@ def test_a_size_the_vae_cannot_take(tmp_path: Path, pairs: Path, sd_path: Path, 
     assert not (tmp_path / "cache").exists()
 
 
+LONG = "a long description " * 40
+NEGATIVE = Requirements(likes_only=True, columns=("negative_caption",))
+CAPTIONS = Requirements(candidates=2, ties=False, columns=("captions",))
+
+
+@pytest.mark.parametrize("data", [{"cache": True}, {"cache": False}, {"stream": 5}])
+@pytest.mark.parametrize(
+    ("needs", "kept", "alike"),
+    [
+        (
+            NEGATIVE,
+            {"negative_caption": "an owl"},
+            [{"negative_caption": f"{LONG} an owl"}, {"negative_caption": LONG.upper()}],
+        ),
+        (CAPTIONS, {"captions": [LONG, LONG]}, [{"captions": [f"{LONG} a fox", f"{LONG} an owl"]}]),
+    ],
+)
+def test_texts_that_the_encoder_reads_alike_are_left_out(
+    tmp_path: Path, sd_path: Path, caplog: pytest.LogCaptureFixture, needs: Requirements, kept: Any, alike: Any,
+    data: dict[str, Any],
+) -> None:  # fmt: skip
+    """Texts that differ beyond the encoder's limit or in case alone teach nothing; candidates may share a caption."""
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    group = {"prompt": LONG, "images": ["0.jpg", "1.jpg"], "scores": [1, 0]}
+    groups = [{**group, **columns} for columns in (*alike, kept)]
+    opening: dict[str, Any] = {"needs": needs, "pipeline": lambda: pipelines.load(sd_path), "size": (32, 32), **data}
+    source = opened(tmp_path, write_jsonl(tmp_path / "d.jsonl", groups), **opening)
+    assert set(keys(batches(source, 3, 1))) == {f"{epoch}/d.jsonl:{len(groups)}" for epoch in range(3)}
+    texts = {LONG, *(text for entry in groups for text in entry.get("captions", [entry.get("negative_caption")]))}
+    longer = sum(LONG in text or LONG.upper() == text for text in texts)
+    assert f"{longer} of {len(texts)} texts are longer than 16 tokens (tokenizer)" in caplog.text
+    if data.get("cache"):
+        assert source.counts["texts_alike_left_out"] == len(alike)
+    with pytest.raises(UserError, match="no group"):
+        only = opened(tmp_path, write_jsonl(tmp_path / "alike.jsonl", groups[:-1]), **opening)
+        batches(only, 1, 1)
+
+
 # On the fly ---------------------------------------------------------------------------------------------------------
 
 

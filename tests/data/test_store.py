@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -319,17 +320,75 @@ def test_a_full_disk_is_an_error_that_one_continues_from(tmp_path: Path, monkeyp
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_missing_and_cut_parts_are_named(tmp_path: Path) -> None:
+def flipped(content: bytes) -> bytes:
+    """One bit in the middle is another."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+def zeroed(content: bytes) -> bytes:
+    """A quarter is zero, as after a power cut."""
+    return content[: len(content) * 3 // 4].ljust(len(content), b"\0")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("shard-00001/groups.arrow", lambda content: content[:-1], r"has \d+ bytes instead of \d+"),
+        ("shard-00001/groups.arrow", None, "is missing"),
+        ("shard-00001/groups.arrow", flipped, "its checksum is another"),
+        ("shard-00001/groups.arrow", zeroed, "its checksum is another"),
+        ("shard-00000/texts.arrow", flipped, "its checksum is another"),
+        ("index.arrow", zeroed, "its checksum is another"),
+        ("index.arrow", lambda content: b"", "damaged"),
+        ("index.arrow", None, "damaged .*No such file"),
+        ("manifest.json", lambda content: b"[]", "damaged"),
+        ("manifest.json", lambda content: b"", "damaged"),
+        ("manifest.json", lambda content: b'{"layout": 4}', "damaged"),
+        ("manifest.json", lambda content: b"\xff", "damaged"),
+        ("fingerprint.json", lambda content: b"", "not valid JSON"),
+        ("fingerprint.json", lambda content: b"[]", "expected an object"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, file: str, damage: Any, message: str) -> None:
+    source, out = write_parquet(tmp_path / "a.parquet", pick_rows(12)), tmp_path / "out"
+    store = make(source, out)
+    everything = fetched(store, *range(12))
+    damaged = out / file
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if damage:
+        damaged.write_bytes(damage(content))
+    with pytest.raises(UserError, match=rf"{file}: .*{message}"):
+        fetched(make(source, out), *range(12))
+    damaged.write_bytes(content)
+    assert torch.equal(fetched(make(source, out), *range(12)).latents, everything.latents)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
+def test_damaged_state_is_named_when_it_continues(tmp_path: Path, content: bytes) -> None:
+    source, out = write_parquet(tmp_path / "a.parquet", pick_rows(12)), tmp_path / "out"
+    make(source, out)
+    (out / "manifest.json").unlink()
+    (out / "shard-00001" / "state.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001/state\.json: damaged .*; delete the folder of this cache"):
+        make(source, out)
+
+
+def test_caches_without_checksums_are_read(tmp_path: Path) -> None:
+    """Those of earlier versions."""
     out = tmp_path / "out"
-    make(write_parquet(tmp_path / "a.parquet", pick_rows(12)), out)
-    file = out / "shard-00001" / "groups.arrow"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"shard-00001/groups\.arrow: .* has \d+ bytes instead of \d+"):
-        Store(out)
-    file.unlink()
-    with pytest.raises(UserError, match=r"shard-00001/groups\.arrow: .* is missing"):
-        Store(out)
+    whole = make(write_parquet(tmp_path / "a.parquet", pick_rows(6)), out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for part in (manifest, *manifest["shards"]):
+        del part["sha256"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert torch.equal(fetched(Store(out), *range(6)).latents, fetched(whole, *range(6)).latents)
+
+
+def test_other_folders_are_no_prepared_data(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(write_parquet(tmp_path / "a.parquet", pick_rows(2)), out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "layout": 99}))
     with pytest.raises(UserError, match="prepared with layout 99"):
@@ -387,6 +446,23 @@ def test_several_writers_make_the_same_cache(tmp_path: Path) -> None:
         writer.join(timeout=120)
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert sum(pipeline.images > 3 for pipeline in pipelines) > 1  # one image is a trial of the size
+
+
+def test_a_file_system_without_locks_takes_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    source = write_parquet(tmp_path / "a.parquet", pick_rows(10))
+    make(source, tmp_path / "locked")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "locked")
+    assert caplog.text.count("this file system has no locks") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="no locks; write there with a single process"):
+        make(source, tmp_path / "several")
 
 
 def test_a_shard_whose_writer_was_stopped_is_written_again(tmp_path: Path) -> None:

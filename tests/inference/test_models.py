@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -79,6 +81,59 @@ def test_prompts_keep_unusual_characters_within_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a\u2028b\x0bc\n猫 🐈\n", encoding="utf-8")
     assert resolve_prompts(file) == ["a\u2028b\x0bc", "猫 🐈"]
+
+
+PROMPT_FILES: list[tuple[str, str, list[str]]] = [
+    ("geneval.jsonl", '{"tag": "single_object", "prompt": "a bench"}\n\n{"tag": "two", "prompt": " two, cows"}', []),
+    ("parti.tsv", "Prompt\tCategory\na bench\tAbstract\ntwo, cows\tAnimals\n", []),
+    ("quotes.tsv", 'Prompt\tNote\n"Go" on a sign\t\n', ['"Go" on a sign']),  # as in PartiPrompts itself
+    ("quoted.tsv", 'prompt\tnote\n"a\tb ""c"""\tx\n', ['a\tb "c"']),
+    ("a.csv", 'id,Caption\n1,a bench\n2,"two, cows"\n', []),
+    ("b.CSV", '\ufefftext\r\na bench\r\n"two, cows"\r\n', []),
+    ("a.json", '["a bench", "two, cows"]', []),
+    ("b.json", '[{"text": "a bench", "caption": "x", "prompt": "a bench"}, {"text": "two, cows"}]', []),
+    ("lines.json", '{"text": "a bench"}\n{"text": "two, cows"}\n', []),
+    ("strings.jsonl", '"a bench"\n"two, cows"\n', []),
+    ("lines.txt", '{"prompt": "a bench"}\n{"prompt": "two, cows"}\n', []),
+    ("plain.txt", "a bench\n{two, cows}\n", ["a bench", "{two, cows}"]),
+    ("plain", "a bench\n\n two, cows \r\n", []),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), PROMPT_FILES)
+def test_prompts_of_benchmarks_own_files(name: str, text: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert resolve_prompts(tmp_path / name) == (expected or ["a bench", "two, cows"])
+
+
+def test_prompts_of_a_parquet_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1, 2], "caption": ["a bench", "two, cows"]}), tmp_path / "a.parquet")
+    assert resolve_prompts(tmp_path / "a.parquet") == ["a bench", "two, cows"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.jsonl", '{"prompt_en": "x", "id": 1}', r"line 1: expected one of 'prompt', .* the keys 'prompt_en', 'id'"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": null}', r"line 2: expected a prompt, found None"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt"', r"line 2: not valid JSON"),
+        ("a.jsonl", "a prompt", r"line 1: not valid JSON"),
+        ("a.json", '{"prompts":\n ["x"]}', r"entry 0: expected one of .*, found the keys 'prompts'"),
+        ("a.json", '["x", 5]', r"entry 1: expected a prompt, found 5"),
+        ("a.csv", "a red circle\na blue square\n", r"row 1: expected one of .*, found the keys 'a red circle'"),
+        ("a.csv", "prompt,category\na red circle, big,shapes\n", r"row 1: 3 fields, but 2 columns"),
+        ("a.csv", "prompt,category\n ,shapes\n", r"row 1: expected a prompt, found ' '"),
+        ("a.csv", 'prompt\n"never closed\n', r"line 2: not valid CSV"),
+        ("a.csv", "prompt\n", r"no prompt in it"),
+        ("a.tsv", "", r"no prompt in it"),
+        ("a.yaml", "prompts: [x]\n", r"expected a text file, .jsonl"),
+        ("a.txt", "caf\xe9", r"not UTF-8 text \(byte 3\)"),
+    ],
+)  # fmt: skip
+def test_prompt_files_of_another_kind_are_refused(name: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=f"{name}.*{says}"):
+        resolve_prompts(tmp_path / name)
 
 
 def test_hpsv2_benchmark_prompts_are_fetched_by_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,6 +317,28 @@ def test_finished_and_foreign_files_are_refused(source: Path, tmp_path: Path) ->
     assert foreign.read_bytes() == out.read_bytes()
 
 
+def test_inputs_are_never_written(source: Path, tmp_path: Path) -> None:
+    """Under its own name, a link's, or as one of the files that the source leads to; not even where it is forced."""
+    scores = write_jsonl(tmp_path / "scores.jsonl", [{"id": f"g{i}", "scores": [0, 1]} for i in range(GROUPS)])
+    (tmp_path / "link.jsonl").symlink_to(source)
+    (tmp_path / "hard.jsonl").hardlink_to(source)
+    (tmp_path / "spec.yaml").write_text(f"path: {source}\n")
+    before = source.read_bytes(), scores.read_bytes()
+    for given, out in ((source, source), (source, "link.jsonl"), (source, "hard.jsonl"), ("spec.yaml", source)):
+        with pytest.raises(UserError, match="is read to make"):
+            perturb(tmp_path / given, tmp_path / out, force=True, **QUIET)
+    with pytest.raises(UserError, match=r"scores.jsonl: is read to make"):
+        caption(source, "p", scores, annotations=[scores], force=True, **QUIET)
+    assert (source.read_bytes(), scores.read_bytes()) == before
+
+
+def test_a_finished_file_that_was_removed_is_made_again(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "n.jsonl"
+    for strength in (1, 2):
+        assert perturb(source, out, strength=strength, **QUIET).groups == GROUPS
+        out.unlink()
+
+
 # What is refused before anything is written ---------------------------------------------------------------------
 
 

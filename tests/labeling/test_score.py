@@ -162,6 +162,40 @@ def test_unreadable_images_get_a_row_with_the_error(
     assert "over 1 images; 4 could not be scored" in capsys.readouterr().out
 
 
+def test_what_never_ends_or_has_no_usable_name_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "clip").mkdir()
+    os.mkfifo(tmp_path / "clip" / "0.png")
+    Image.new("RGB", (8, 8), (51, 0, 0)).save(tmp_path / "good.png")
+    names = ["pipe.png", "zero.png", "clip", "x" * 300, "x" * 300 + ".mp4", "good.png"]
+    source = listed(tmp_path, *({"image": name, "prompt": "x"} for name in names))
+    assert run(source, Red(), tmp_path / "out.jsonl") == pytest.approx(0.2)
+    errors = {row["image"]: row.get("error", "") for row in whole_lines(tmp_path / "out.jsonl")}
+    assert errors["good.png"] == "" and all("not a regular file" in errors[name] for name in names[:2])
+    assert errors["clip"] == "no frames, expected a clip of 2 frames"
+    assert all("name too long" in errors[name] for name in names[3:5])
+
+
+def test_sources_of_which_nothing_can_be_scored_are_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Silent(Red):
+        name = "silent"
+
+        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+            return torch.full((len(inputs),), float("nan"))
+
+    urls = listed(tmp_path, *({"image": f"http://x/{i}.png", "prompt": "x"} for i in range(3)), name="urls.jsonl")
+    with pytest.raises(UserError, match=r"urls.jsonl: none of its 3 images could be scored, such as: no such file: "):
+        run(urls, Red())
+    with pytest.raises(UserError, match=r"none of its 5 images .*: the scorers give no finite number"):
+        run(images, Silent(), tmp_path / "out.jsonl")
+    assert score(images, [Red(), Silent()], progress=False) == pytest.approx({"red": 0.4})
+    printed = capsys.readouterr().out
+    assert "nan" not in printed and printed.endswith("silent: no image could be scored\n")
+
+
 def test_score_hands_over_the_pixels_that_training_decodes(tmp_path: Path) -> None:
     """EXIF orientation, transparency, 16-bit gray and CMYK."""
 
@@ -191,7 +225,7 @@ def test_bad_input_is_named_before_images_are_opened(tmp_path: Path) -> None:
     file = tmp_path / "list.jsonl"
     cases = [
         ('{"image": "a.png", "prompt": "x"}\n{"image": ', "line 2: not valid JSON"),
-        ("[1]", "line 1: expected an object .*, found list"),
+        ("[1]", "entry 0: expected an object .*, found int"),
         ('{"photo": 1, "prompt": "x"}', "found 'photo', 'prompt'. Or give a folder .* JSONL or parquet with 'image'"),
         ('{"image": null, "prompt": "x"}', r"expected a path under 'image', found \{'image': None\}"),
         ('{"image": "a.png", "prompt": " "}', "expected text under 'prompt', found ' '"),
@@ -224,7 +258,7 @@ def test_images_refused_by_a_scorer_are_named(images: Path) -> None:
         score(images, ["motion"], batch_size=2, progress=False)
 
 
-def test_clips_from_generate_are_scored(tmp_path: Path) -> None:
+def test_clips_from_generate_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reds of 0.2 and 0.6 in turn: 0.4 on average, and 0.4 / 3 of all three channels change from frame to frame."""
     clip = torch.zeros(6, 3, 16, 16)
     clip[::2, 0], clip[1::2, 0] = 0.2, 0.6
@@ -238,6 +272,9 @@ def test_clips_from_generate_are_scored(tmp_path: Path) -> None:
     rows = whole_lines(tmp_path / "scores.jsonl")
     assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
     assert "a single image, expected a clip of 2 frames" in rows[2]["error"]
+    monkeypatch.setattr("t2i_align.data.media.MAX_CLIP_PIXELS", 6 * 16 * 16 - 1)
+    with pytest.raises(UserError, match=r"its frames have more than 1535 pixels"):
+        score(tmp_path, Red(), progress=False)
 
 
 def test_all_sources_of_the_same_images_give_the_same_scores(images: Path, tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from diffusers.pipelines import pipeline_utils
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import pipelines
-from pipelines import FAMILIES, PipelineError
+from pipelines import FAMILIES, PipelineError, VariancePreserving
+from t2i_align import align
 from t2i_align.config import TrainConfig
 from t2i_align.training.reference import build_reference
 from tests.pipelines.conftest import Load, PathOf
+from tests.runs import jsonl_pairs, run_values
 from tests.single_file import write_single_file
 from tests.tiny import example
 
@@ -40,6 +43,56 @@ def test_single_file_checkpoint_loads_as_its_folder_does(sd_path: Path, tmp_path
     loaded = pipelines.load(file, single_file_config=str(sd_path))
     expected = pipelines.load(sd_path).generate(["x"], [1], steps=3)
     torch.testing.assert_close(loaded.generate(["x"], [1], steps=3), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_files_marks_decide_what_it_predicts(sd_path: Path, path: PathOf, tmp_path: Path) -> None:
+    """Trainers mark files with empty tensors v_pred and ztsnr; the configuration is usually SD's or SDXL's, epsilon."""
+    file, config = write_single_file(sd_path, tmp_path / "plain.safetensors"), str(sd_path)
+    whole = load_file(file)
+
+    def loaded(*marks: str, **options: Any) -> pipelines.TrainablePipeline:
+        save_file({**whole, **{mark: torch.zeros(0) for mark in marks}}, tmp_path / "marked.safetensors")
+        return pipelines.load(tmp_path / "marked.safetensors", single_file_config=config, **options)
+
+    process = loaded("v_pred").process
+    assert isinstance(process, VariancePreserving) and process.prediction_type == "v_prediction"
+    assert process.alphas_cumprod[-1] > 1e-3
+    pipeline = loaded("v_pred", "ztsnr")
+    assert isinstance(pipeline.process, VariancePreserving) and pipeline.process.alphas_cumprod[-1] < 1e-7
+    assert pipeline.pipe.scheduler.config.timestep_spacing == "trailing"
+    assert not torch.allclose(pipeline.generate(["x"], [1], steps=3), loaded().generate(["x"], [1], steps=3))
+    assert loaded().process.prediction_type == "epsilon"
+    assert loaded(prediction_type="v_prediction").process.prediction_type == "v_prediction"
+    with pytest.raises(PipelineError, match="marked as v_pred, but prediction_type is 'epsilon'"):
+        loaded("v_pred", prediction_type="epsilon")
+    folder = pipelines.load(sd_path, prediction_type="v_prediction", encoders=False)
+    assert folder.process.prediction_type == folder.load_encoders().pipe.scheduler.config.prediction_type
+    with pytest.raises(PipelineError, match="sd3 is of rectified flow, found prediction_type 'epsilon'"):
+        pipelines.load(path("sd3"), prediction_type="epsilon")
+    sd2 = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({**whole, sd2: torch.zeros(1, 1024)}, file)
+    with pytest.raises(
+        PipelineError, match=r"SD2 does not say what it predicts; give prediction_type 'epsilon' \(base"
+    ):
+        pipelines.load(file)
+
+
+def test_a_scheduler_of_another_kind_samples_but_does_not_train(path: PathOf, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(path("sdxl"), tmp_path / "edm"))
+    EDMEulerScheduler(sigma_data=0.5).save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    pipeline = pipelines.load(copy)
+    assert pipeline.generate(["x"], [1], steps=2).isfinite().all()
+    with pytest.raises(PipelineError, match=r"edm: the checkpoint's scheduler .*found EDMEulerScheduler"):
+        align(run_values(copy, jsonl_pairs(tmp_path / "data", count=2), tmp_path / "run"), progress=False)
+
+
+def test_weights_of_a_variant_alone_name_it(sd_path: Path, tmp_path: Path) -> None:
+    pipelines.load(sd_path).pipe.save_pretrained(str(tmp_path), variant="fp16")
+    with pytest.raises(PipelineError, match=r"weights of 'unet' are of the variant fp16; give it as model\.variant"):
+        pipelines.load(tmp_path)
+    assert pipelines.load(tmp_path, variant="fp16").has_encoders
 
 
 def test_fingerprint_is_of_the_encoders_not_of_the_denoiser(sd_path: Path, tmp_path: Path) -> None:
@@ -112,6 +165,10 @@ def test_a_checkpoint_that_cannot_be_used_says_why(sd_path: Path, tmp_path: Path
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"KandinskyPipeline"'))
     with pytest.raises(PipelineError, match=r"'KandinskyPipeline' is not supported.*StableDiffusionPipeline"):
         pipelines.load(folder)
+    for content, message in (("{", "not JSON"), ("[]", "expected a mapping of components, found list")):
+        index.write_text(content)
+        with pytest.raises(PipelineError, match=rf"model_index\.json: {message}"):
+            pipelines.load(folder)
     index.unlink()
     for path, message in (
         (folder, "no model_index.json"), (tmp_path / "nothing", "no such file or folder"),

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from pipelines import RectifiedFlow, VariancePreserving
+from pipelines.process import process_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = {"use_flow_sigmas": True}
 ABAR = DDPMScheduler(**BETAS).alphas_cumprod
 
 
@@ -112,6 +124,65 @@ def test_geometric_times_stay_in_the_table() -> None:
     assert process("epsilon").timesteps(edges, "geometric").tolist() == [0, 999]
     flow = RectifiedFlow().timesteps(edges, "geometric")
     assert flow[0].item() == pytest.approx(0, abs=1e-4) and flow[0] >= 0 and 999.9 < flow[1] < 1000
+
+
+def schedulers() -> list[type[Any]]:
+    """Every scheduler of diffusers, but for those of tokens and proteins, and of a table of its own."""
+    named = [getattr(diffusers.schedulers, name) for name in dir(diffusers.schedulers)]  # imported when asked for
+    found = [cls for cls in named if isinstance(cls, type) and issubclass(cls, SchedulerMixin)]
+    others = ("AmusedScheduler", "RFD4ProteinaScheduler", "UnCLIPScheduler", "VQDiffusionScheduler")
+    return [cls for cls in found if hasattr(cls, "from_config") and cls.__name__ not in others]
+
+
+def test_every_scheduler_has_a_process_or_is_named() -> None:
+    """Those with a table of noise levels have it, those of flow matching have their shift; the others are refused."""
+    kinds: dict[str, set[str]] = {"table": set(), "flow": set(), "neither": set()}
+    for cls in schedulers():
+        name, found = cls.__name__, set()
+        scheduler = cls.from_config({**BETAS, "num_train_timesteps": 1000})
+        for flow in (False, True):
+            try:
+                process = process_of(scheduler, flow=flow)
+            except ValueError as error:
+                assert f"found {name}" in str(error)
+                continue
+            found.add("flow" if flow else "table")
+            if isinstance(process, VariancePreserving):
+                torch.testing.assert_close(process.alphas_cumprod, scheduler.alphas_cumprod.double())
+                assert process.prediction_type == scheduler.config.prediction_type
+            else:
+                assert isinstance(process, RectifiedFlow) and process.shift == (scheduler.config.get("shift") or 1)
+        assert len(found) <= 1
+        kinds[next(iter(found), "neither")].add(name)
+    assert {"DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler"} <= kinds[
+        "table"
+    ]
+    assert {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"} <= kinds["flow"]
+    assert {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"} <= kinds["neither"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "flow", "message"),
+    [
+        (EulerDiscreteScheduler, {"timestep_type": "continuous", "sigma_max": 120.0}, False, r"\(continuous sigmas\)"),
+        (DDIMScheduler, {"prediction_type": "sample"}, False, "DDIMScheduler with 'sample'"),
+        (
+            UniPCMultistepScheduler,
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+            False,
+            "found UniPC",
+        ),
+        (DDIMScheduler, {}, True, "expected a scheduler of flow matching, found DDIMScheduler"),
+        (UniPCMultistepScheduler, {}, True, "expected a scheduler of flow matching, found UniPC"),
+        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, True, "found FlowMatchEuler"),
+        (FlowMatchEulerDiscreteScheduler, {"num_train_timesteps": 500}, True, "times of 0 to 1000, found .* with 500"),
+    ],
+)
+def test_schedulers_set_to_another_kind_are_named(
+    cls: type[Any], options: dict[str, Any], flow: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        process_of(cls(**options), flow=flow)
 
 
 def test_unknown_names_are_refused_with_the_choices() -> None:
