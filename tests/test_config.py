@@ -112,6 +112,8 @@ TARGETS = "a preset's name or a list of at least one module-name ending"
         ("data.fps=0", "a positive number or null, found 0"),
         ("data.workers=-1", "a whole number of 0 or more, found -1"),
         ("data.path=7", "a string, found 7"),
+        ("output_dir=''", "a path, found ''"),
+        ('data.cache_dir="a\\0b"', "a path, found 'a\\x00b'"),
         ("log.trackers=[mlflow]", "'tensorboard' or 'wandb', found 'mlflow'"),
         ("validation.every=-1", "a whole number of 0 or more, found -1"),
         ("validation.batch_size=0", f"{COUNT} or null, found 0"),
@@ -243,6 +245,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for 
         (b"train: &a [*a]", "not valid YAML: maximum recursion depth"),
         (b"train: !!int x", "not valid YAML"),
         (b"train: !!timestamp x", "not valid YAML"),
+        (b"output_dir: x\ntrain: {steps: 2}\ntrain: {seed: 3}", "the key 'train' is there twice"),
         (BOMB.encode(), "more than 100000 values, counting those of each alias"),
     ],
 )
@@ -258,7 +261,8 @@ def test_files_that_are_not_a_configuration(tmp_path: Path, content: bytes | Non
 def test_aliases_and_dates_are_values(tmp_path: Path) -> None:
     """A date may name a folder; no setting is one."""
     file = tmp_path / "run.yaml"
-    file.write_text("objective: lcpo\noutput_dir: 2026-11-29\ntrain: {seed: &seed 3}\nvalidation: {seed: *seed}\n")
+    file.write_text("objective: lcpo\noutput_dir: 2026-11-29\ntrain: &a {seed: &seed 3}\n"
+                    "validation: {<<: *a, seed: *seed}\n")  # fmt: skip
     run = config.load(file)
     assert (run.output_dir, run.train.seed, run.validation.seed) == ("2026-11-29", 3, 3)
     assert config.load(file, ["output_dir=2026-11-29"]) == run

@@ -204,7 +204,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
             raise UserError(f"{out}: another process was stopped while it wrote {shard.name}; run again to continue")
         states.append(_state(shard))
     folders = [out / shard_name(number) for number in range(len(states))]
-    skipped = "".join((folder / SKIPPED).read_text() for folder in folders)
+    skipped = "".join((folder / SKIPPED).read_text(errors="replace") for folder in folders)
     sums = {name: sum(state[name] for state in states) for name in ("groups", "skipped", "texts")}
     if not sums["groups"]:
         shutil.rmtree(out)

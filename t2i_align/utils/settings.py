@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import field, fields
@@ -37,6 +37,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _path(value: str) -> str:
+    if not value or "\0" in value:
+        raise PydanticCustomError("path", "Input should be a path")
+    return os.path.expanduser(value)  # in YAML and in `key=~/value` no shell does it
+
+
 Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
@@ -47,7 +53,7 @@ NonNegative = Annotated[Float, Field(ge=0, allow_inf_nan=False, description="a n
 Limit = Annotated[Float, Field(gt=0, description="a positive number")]  # infinity is no limit
 Share = Annotated[Float, Field(ge=0, le=1, description="a number in [0, 1]")]
 Decay = Annotated[Float, Field(ge=0, lt=1, description="a number in [0, 1)")]
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # in YAML and in `key=~/value` no shell expands `~`
+UserPath = Annotated[str, AfterValidator(_path)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field, Field))
@@ -82,12 +88,19 @@ def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without dates: `output_dir=2026-11-29` is a name."""
+    """YAML without dates, as `output_dir=2026-11-29` is a name, and without keys that replace an earlier one."""
 
     yaml_implicit_resolvers = {
         start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises ConstructorError where a key is there twice."""
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(file: str | Path) -> Any:

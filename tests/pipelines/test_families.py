@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -30,6 +31,23 @@ def unpacked(family: str, tensor: Tensor, latent_size: tuple[int, ...]) -> Tenso
     if family == "ltx":
         return tensor.transpose(1, 2).unflatten(2, latent_size)
     return tensor
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_texts_are_read_alike_exactly_where_their_conditioning_is_equal(name: str, shared: Load) -> None:
+    """They may differ beyond what the encoders read, or beyond a CLIP's 77 tokens where a T5 reads on."""
+    pipeline = shared(name)
+    words, longest = "a red fox ", max(limit for _, limit in pipeline.tokenize([""]))
+    texts = [text for count in (1, 10, longest) for text in (words * count, f"{words * count} and an owl")]
+    read = pipeline.tokens_read(texts)
+    assert read[-2] == read[-1]
+    rows = [pipeline.encode_prompts([text]) for text in texts]
+    for one, other in combinations(range(len(texts)), 2):
+        same = [
+            value.shape == rows[other][key].shape and torch.equal(value, rows[other][key])
+            for key, value in rows[one].items()
+        ]
+        assert all(same) == (read[one] == read[other]), (texts[one][-20:], texts[other][-20:])
 
 
 @pytest.mark.parametrize("name", TINY)
