@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -53,7 +55,7 @@ class Family:
     conditioning_dtype: ClassVar[torch.dtype] = torch.float16  # in which a cache keeps the floats of the conditioning
     # Names of the conditioning's right-padded sequences, whose length differs between prompts -> those of their masks
     # [B, length]. A cache keeps them without padding; a batch has them as long as its longest.
-    conditioning_masks: ClassVar[Mapping[str, str]] = {}
+    conditioning_masks: Mapping[str, str] = {}
     size_conditioned: ClassVar[bool] = False  # `predict` reads each image's size and crop, as "time_ids" [B, 6]
     # The denoiser
     attention_backends: ClassVar[tuple[str, ...]] = ("native",)
@@ -68,6 +70,7 @@ class Family:
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
+        self.long_prompts: Callable[[Sequence[str]], Conditioning] | None = None  # in place of `encode_texts`
         self._process: ForwardProcess | PipelineError
         try:
             self._process = process_of(pipe.scheduler, flow=self.flow, span=self.span)
@@ -145,6 +148,8 @@ class Family:
         if not self.has_encoders:
             raise PipelineError("this pipeline was loaded without its encoders and cannot be saved as a whole")
         self.pipe.save_pretrained(str(directory), safe_serialization=True)
+        for file in Path(directory).rglob("*.safetensors"):  # which are written for their owner alone
+            file.chmod((Path(directory) / "model_index.json").stat().st_mode)
 
     # Text and prediction ------------------------------------------------------------------------------------------
 
@@ -157,13 +162,17 @@ class Family:
         return min(self.t5_tokens, int(tokenizer.model_max_length))
 
     def tokenize(self, texts: Sequence[str]) -> dict[tuple[str, int], list[list[int]]]:
-        """All tokens of each text by tokenizer and by how many of them its encoder reads at most."""
+        """All tokens of each text by tokenizer and by how many of them its encoder reads at most.
+
+        With `long_prompts` all are read.
+        """
         names = [name for name in self.encoder_names if name.startswith("tokenizer") and getattr(self.pipe, name, None)]
         tokens = {}
         for name in names:
             tokenizer = getattr(self.pipe, name)
             limit = self.text_tokens if name == self.t5_tokenizer else None
-            tokens[name, limit or int(tokenizer.model_max_length)] = tokenizer(list(texts), verbose=False)["input_ids"]
+            limit = sys.maxsize if self.long_prompts else limit or int(tokenizer.model_max_length)
+            tokens[name, limit] = tokenizer(list(texts), verbose=False)["input_ids"]
         return tokens
 
     def tokens_read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
@@ -175,12 +184,17 @@ class Family:
         ]
         return list(zip(*read, strict=True))
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to batch-first tensors [B, ...] that `predict` understands and nothing else opens.
 
-        Their names are those of the diffusers pipeline's arguments, so that `generate` can pass them on.
+        Their names are those of the diffusers pipeline's arguments, so that `generate` can pass them on. A family whose
+        encoder cuts prompts off can be given another way to encode them, `long_prompts`.
         """
+        return (self.long_prompts or self.encode_texts)(prompts)
+
+    @torch.no_grad()
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
+        """The same by the diffusers pipeline's own `encode_prompt`, which cuts off what its encoders cannot read."""
         length = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
         outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options, **length)
         return {name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name}
@@ -204,6 +218,11 @@ class Family:
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         """The denoiser's output in the shape of `noisy_latents`."""
         return output
+
+    @contextmanager
+    def sampling_inputs(self, inputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """What the diffusers pipeline is given of the conditioning, and what else it needs while it samples."""
+        yield inputs
 
     @property
     def feature_block(self) -> str:

@@ -84,7 +84,8 @@ class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
                         inputs = self.encode_prompts(prompts[rows])
                     for key, row in negative.items():
                         inputs[f"negative_{key}"] = row.expand(len(generators), *row.shape[1:])
-                    output = self.pipe(**inputs, **options, generator=generators)
+                    with self.sampling_inputs(inputs) as arguments:
+                        output = self.pipe(**arguments, **options, generator=generators)
                     pixels = (output.frames if self.video else output.images).float().cpu()
                     self._check_finite(pixels, names[rows], seeds[rows])
                     samples.append(pixels.clamp(0, 1))

@@ -38,6 +38,10 @@ class ForwardProcess(ABC):
         """Quantiles u in [0, 1), [B], to timesteps, [B], under a named distribution of training times."""
 
     @abstractmethod
+    def sampling_times(self, steps: int) -> Tensor:
+        """The timesteps of a sampler of so many steps, [steps], from noise on; evenly spaced, the last above 0."""
+
+    @abstractmethod
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients at `timesteps`, float64 where the device has it, [B] each."""
 
@@ -109,6 +113,10 @@ class VariancePreserving(ForwardProcess):
         count = len(self.alphas_cumprod)
         return (_quantile(u, sampling) * count).long().clamp_(0, count - 1)
 
+    def sampling_times(self, steps: int) -> Tensor:
+        count = len(self.alphas_cumprod)  # diffusers' "trailing" spacing
+        return (count - count / steps * torch.arange(steps, dtype=torch.float64)).round().long() - 1
+
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         device = timesteps.device
         if device not in self._tables:
@@ -139,6 +147,9 @@ class RectifiedFlow(ForwardProcess):
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         low, high = self.span
         return 1000 * (low + (high - low) * sigma)
+
+    def sampling_times(self, steps: int) -> Tensor:
+        return self.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         sigma = _precise(timesteps, timesteps.device) / 1000

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pipelines.base import Conditioning
 from pipelines.lora import ATTENTION, FEED_FORWARD
@@ -38,5 +41,31 @@ class StableDiffusion(TrainablePipeline):
         return "sd_v1", "stable-diffusion-v1"
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
-        embeddings = conditioning["prompt_embeds"]
-        return {"sample": noisy_latents, "timestep": timesteps, "encoder_hidden_states": embeddings}
+        """The denoiser's arguments, with "prompt_mask" [B, L] (1 where a prompt is read) if the conditioning has it."""
+        inputs = {"sample": noisy_latents, "timestep": timesteps}
+        inputs |= {"encoder_hidden_states": conditioning["prompt_embeds"]}
+        mask = conditioning.get("prompt_mask")
+        return inputs if mask is None else {**inputs, "encoder_attention_mask": mask}
+
+    @contextmanager
+    def sampling_inputs(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The pipeline has no argument for the prompts' masks, so the denoiser is given them while it samples."""
+        inputs = dict(inputs)
+        names = [name for name in ("negative_prompt_embeds", "prompt_embeds") if name in inputs]  # guidance's order
+        if "prompt_mask" not in inputs:
+            yield inputs
+            return
+        masks = [inputs.pop(name.replace("embeds", "mask")) for name in names]
+        longest = max(mask.shape[1] for mask in masks)
+        for name, mask in zip(names, masks, strict=True):
+            inputs[name] = pad(inputs[name], (0, 0, 0, longest - mask.shape[1]))
+        mask = torch.cat([pad(mask, (0, longest - mask.shape[1])) for mask in masks])
+
+        def masked(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "encoder_attention_mask": mask}
+
+        handle = self.denoiser.register_forward_pre_hook(masked, with_kwargs=True)
+        try:
+            yield inputs
+        finally:
+            handle.remove()

@@ -33,8 +33,8 @@ class StableDiffusionXL(StableDiffusion):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         conditioning = super().encode_prompts(prompts)
         if self.pipe.config.force_zeros_for_empty_prompt:
-            for tensor in conditioning.values():
-                tensor[[not prompt for prompt in prompts]] = 0
+            for name in ("prompt_embeds", "pooled_prompt_embeds"):
+                conditioning[name][[not prompt for prompt in prompts]] = 0
         return conditioning
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:

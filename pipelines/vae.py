@@ -44,11 +44,15 @@ class VAEMixin(Family):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents to pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W]."""
+        return self.decode(latents).clamp(0, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The same with gradients, and not cut off at 0 and 1."""
         vae = self.pipe.vae
         shift, scale = self.normalisation(latents)
         latents = (latents / scale + shift).to(vae.device, vae.dtype)
         pixels = torch.cat([self.run_decoder(part) for part in (latents.split(1) if self.video else (latents,))])
-        return ((pixels.transpose(1, 2) if self.video else pixels).float() / 2 + 0.5).clamp(0, 1)
+        return (pixels.transpose(1, 2) if self.video else pixels).float() / 2 + 0.5
 
     def run_decoder(self, latents: Tensor) -> Tensor:
         """The VAE's output for latents that are no longer normalised."""

@@ -2,6 +2,6 @@
 
 from reward_scorers.base import Scorer
 from reward_scorers.errors import ScorerError
-from reward_scorers.registry import build, check_spec, names, register
+from reward_scorers.registry import build, build_all, check_spec, names, register
 
-__all__ = ["Scorer", "ScorerError", "build", "check_spec", "names", "register"]
+__all__ = ["Scorer", "ScorerError", "build", "build_all", "check_spec", "names", "register"]

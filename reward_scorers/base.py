@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from reward_scorers.errors import ScorerError
 from reward_scorers.images import DECODER, in_threads, to_pixels, to_rgb
 
+logger = logging.getLogger(__name__)
 Judgement = tuple[Tensor, dict[str, Tensor]]  # scores [B], and their parts by name, [B] each
 Media = Tensor | Sequence[Image.Image]  # pixels [B, 3, H, W], clips [B, F, 3, H, W], or PIL images
 AnyScorer = TypeVar("AnyScorer", bound="Scorer")
@@ -31,6 +34,7 @@ class Scorer(ABC):
         version: changes whenever the numbers do (weights, code, preprocessing); see `recorded_version`.
         differentiable: whether gradients of `score` reach the pixels.
         tie_margin: differences up to this size are no preference (in units of the score).
+        token_limit: to which prompts are cut, if they are.
         takes: what `_score` gets at once: images (of a clip each frame, and the clip's score is their mean), whole
             clips of at least `min_frames`, or, where other scorers do the work, the media as given.
         preprocess: to the input of `_score`: an RGB image to [C, h, w], or pixels [B, 3, H, W] to [B, C, h, w]
@@ -41,6 +45,7 @@ class Scorer(ABC):
     version: str
     differentiable: bool = False
     tie_margin: float = 0.0
+    token_limit: int | None = None
     takes: ClassVar[Literal["images", "clips", "media"]] = "images"
     min_frames: ClassVar[int] = 1
     preprocess: Callable[[Any], Tensor] = staticmethod(to_pixels)
@@ -58,6 +63,10 @@ class Scorer(ABC):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027  (most scorers take any text)
         """Raise ScorerError for a prompt that this scorer cannot judge; called before images are generated for it."""
+
+    def is_cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts are longer than `token_limit`."""
+        return [False] * len(prompts)
 
     @property
     def networks(self) -> list[nn.Module | Scorer]:
@@ -83,10 +92,29 @@ class Scorer(ABC):
         """Scores and their parts of pixels, clips or PIL images; gradients flow to pixels and clips."""
         if isinstance(media, Tensor):
             check_pixels(media, prompts)
+            self._note_cut(prompts)
             return self._judge_pixels(media, prompts)
         images = rgb_images(media, prompts)
+        self._note_cut(prompts)
         with torch.no_grad():
             return self._judge_images(images, prompts)
+
+    @cached_property
+    def cut(self) -> set[str]:
+        """The prompts so far that were longer than `token_limit`, so that their ends did not count."""
+        return set()
+
+    def _note_cut(self, prompts: Sequence[str]) -> None:
+        if self.token_limit is None:
+            return
+        # A token is a byte at least, and two mark beginning and end.
+        long = [p for p in dict.fromkeys(prompts) if len(p.encode()) + 2 > self.token_limit and p not in self.cut]
+        new = [prompt for prompt, cut in zip(long, self.is_cut(long) if long else [], strict=True) if cut]
+        if new and not self.cut:
+            logger.warning(
+                "%s: prompts of more than %d tokens are cut, such as %.60r", self.name, self.token_limit, new[0]
+            )
+        self.cut.update(new)
 
     @property
     def recorded_version(self) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -77,6 +78,7 @@ class ClipScorer(TwoTowers):
         self.version = f"open_clip {open_clip.__version__}, {activation}{weights}"
         with loading(f"clip: the tokenizer of {model!r} could not be loaded"), _no_remote_code():
             self.tokenizer = open_clip.get_tokenizer(model)
+        self.token_limit = self.tokenizer.context_length
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
         *steps, normalize = image_transform_v2(config, is_train=False).transforms
         self.preprocess = Preprocess(*steps, mean=normalize.mean, std=normalize.std)
@@ -86,6 +88,11 @@ class ClipScorer(TwoTowers):
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         return unit(self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=False))
+
+    def is_cut(self, prompts: Sequence[str]) -> list[bool]:
+        limit: int = self.tokenizer.context_length
+        whole, longer = (self.tokenizer(list(prompts), context_length=limit + more) for more in (0, 1))
+        return [not torch.equal(*rows) for rows in zip(whole, longer[:, :limit], strict=True)]
 
 
 class HPSv2Scorer(ClipScorer):

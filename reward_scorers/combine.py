@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from reward_scorers.base import Judgement, Media, Scorer
 from reward_scorers.errors import ScorerError
 from reward_scorers.images import DECODER
-from reward_scorers.registry import build
+from reward_scorers.registry import build_all
 
 
 class Member(BaseModel, extra="forbid", arbitrary_types_allowed=True):
@@ -125,10 +125,8 @@ class Combined(Scorer):
         if config.rule not in RULES:
             raise ScorerError(f"combine: unknown rule {config.rule!r}. Choices: {', '.join(RULES)}.")
         self.config, self.members = config, config.scorers
-        self.scorers = [m.scorer if isinstance(m.scorer, Scorer) else build(m.scorer) for m in self.members]
+        self.scorers = build_all([m.scorer for m in self.members])
         names = [scorer.name for scorer in self.scorers]
-        if len(set(names)) < len(names):
-            raise ScorerError(f"combine: two scorers of the same name among {', '.join(names)}")
         self.references = [
             read_reference(root / m.reference.expanduser(), scorer, config.quantile) if m.reference else None
             for m, scorer in zip(self.members, self.scorers, strict=True)
@@ -142,6 +140,11 @@ class Combined(Scorer):
         settings = json.dumps([config.rule, config.strength, identities], sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
         self.version = f"{config.rule} of {', '.join(names)}, sha256 {digest}"
+
+    @property
+    def cut(self) -> set[str]:
+        """Of any of the members."""
+        return set().union(*(scorer.cut for scorer in self.scorers))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ScorerError for a prompt that a member cannot judge, or that a reference lacks."""

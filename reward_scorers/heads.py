@@ -33,7 +33,11 @@ class HeadScorer(Scorer):
     ) -> None:
         self.towers, self.head, self.preprocess = towers, head, towers.preprocess
         self.reads_prompts, self.user = reads_prompts, user
+        self.token_limit = towers.token_limit if reads_prompts else None
         self.name, self.version = name, f"{version}, {towers.name}, {towers.version}"
+
+    def is_cut(self, prompts: Sequence[str]) -> list[bool]:
+        return self.towers.is_cut(prompts)
 
     def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         images = self.towers.encode_images(inputs)

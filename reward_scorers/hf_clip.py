@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 
 from reward_scorers.errors import ScorerError
 from reward_scorers.towers import Preprocess, TwoTowers, shortest_side, unit
-from reward_scorers.weights import identity, load_pretrained, load_tokenizer, loading
+from reward_scorers.weights import identity, load_pretrained, load_tokenizer, loading, longer_than
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and preprocessing, as published
@@ -58,7 +58,7 @@ class HFClipScorer(TwoTowers):
         self.version = f"transformers {transformers.__version__}, {identity(self.model)}"
         self.scale = float(self.model.logit_scale.exp())
         self.tokenizer = load_tokenizer(processor or path, self.name)
-        self.length = self.model.config.text_config.max_position_embeddings
+        self.token_limit = self.model.config.text_config.max_position_embeddings
         side = self.model.config.vision_config.image_size
         self.processor = _processor(processor or path, side, self.name)
         resize, crop = shortest_side(self.processor.size.shortest_edge), partial(centre, side=side)
@@ -74,9 +74,12 @@ class HFClipScorer(TwoTowers):
     def tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, L] of prompts, cut where they are too long."""
         tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+            list(prompts), padding=True, truncation=True, max_length=self.token_limit, return_tensors="pt"
         )
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def is_cut(self, prompts: Sequence[str]) -> list[bool]:
+        return longer_than(self.model.config.text_config.max_position_embeddings, self.tokenizer, prompts)
 
     def save_processor(self, folder: Path) -> None:
         """Write the tokenizer and the preprocessing beside a model that was trained from this one."""

@@ -20,7 +20,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from reward_scorers.base import Scorer
 from reward_scorers.heads import RatingHead, rated
 from reward_scorers.towers import Preprocess, shortest_side
-from reward_scorers.weights import load_checkpoint, load_tokenizer
+from reward_scorers.weights import load_checkpoint, load_tokenizer, longer_than
 
 HUB = ("THUDM/ImageReward", "ImageReward.pt")
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -66,7 +66,7 @@ class ImageRewardScorer(Scorer):
         ScorerError: a checkpoint that does not fit or is damaged, or no tokenizer there.
     """
 
-    name = "imagereward"
+    name, token_limit = "imagereward", LENGTH
     differentiable = True
 
     def __init__(
@@ -83,6 +83,9 @@ class ImageRewardScorer(Scorer):
         side = vision["image_size"]
         self.preprocess = Preprocess(shortest_side(side), CenterCrop(side))
         self.version = f"transformers {transformers.__version__}, weights {weights}"
+
+    def is_cut(self, prompts: Sequence[str]) -> list[bool]:
+        return longer_than(LENGTH, self.tokenizer, prompts)
 
     def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(

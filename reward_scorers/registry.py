@@ -6,7 +6,8 @@ import difflib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ FACTORIES: dict[str, str | Callable[..., Scorer]] = {
     "clip": "reward_scorers.clip:clip",
     "combine": "reward_scorers.combine:from_file",
     "consistency": "reward_scorers.video:consistency",
+    "denscore": "reward_scorers.denscore:denscore",
     "hf-clip": "reward_scorers.hf_clip:hf_clip",
     "hpsv2.0": "reward_scorers.clip:hpsv2_0",
     "hpsv2.1": "reward_scorers.clip:hpsv2_1",
@@ -55,6 +57,25 @@ def check_spec(spec: str) -> None:
         near = difflib.get_close_matches(str(name), names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ScorerError(f"unknown scorer {name!r}.{hint} Choices: {', '.join(names())}.")
+
+
+def build_all(specs: Sequence[str | Scorer]) -> list[Scorer]:
+    """Scorers of which no two have one name; of checkpoints with one file name, the specs are the names.
+
+    Raises:
+        ScorerError: what `build` raises; two scorers of the same name.
+    """
+    for spec in specs:
+        if not isinstance(spec, Scorer):
+            check_spec(spec)  # before the first is loaded
+    built = [spec if isinstance(spec, Scorer) else build(spec) for spec in specs]
+    counts = Counter(scorer.name for scorer in built)
+    for spec, scorer in zip(specs, built, strict=True):
+        if isinstance(spec, str) and counts[scorer.name] > 1:
+            scorer.name = spec
+    if len({scorer.name for scorer in built}) < len(built):
+        raise ScorerError(f"two scorers of the same name among {', '.join(scorer.name for scorer in built)}")
+    return built
 
 
 def build(spec: str) -> Scorer:

@@ -188,6 +188,11 @@ def load_tokenizer(path: str, scorer: str) -> Any:
     return tokenizer
 
 
+def longer_than(limit: int, tokenizer: Any, prompts: Sequence[str]) -> list[bool]:
+    """Which prompts have more tokens."""
+    return [len(tokens) > limit for tokens in tokenizer(list(prompts), verbose=False).input_ids]
+
+
 def identity(network: Any) -> str:
     """What identifies a transformers model's weights: the Hub's commit, or a digest of them where they are local."""
     commit = getattr(network.config, "_commit_hash", None)

@@ -31,11 +31,27 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 
 
 @settings
+class SegmentsConfig:
+    """Prompts of any length, encoded in segments (LongAlign, arXiv 2410.11817; see `conditioning.segments`).
+
+    tokens: a prompt's sequence is padded to a multiple of it. bos, eos: the start and end tokens that are kept, of
+    `each` segment, of the `first` or `last`, or of `none`. pooled: SDXL's pooled vector, the segments' `mean` or the
+    `first` one's.
+    """
+
+    tokens: Count = 240
+    bos: Literal["each", "first", "none"] = "each"
+    eos: Literal["each", "last", "none"] = "none"
+    pooled: Literal["mean", "first"] = "mean"
+
+
+@settings
 class ModelConfig:
     """The base model. `path`: diffusers folder, single file, Hub id, or `testbed:sd` for a bundled one.
 
     expert: the denoiser to train where a model has one for `high` and one for `low` noise (null: high).
     prediction_type: what the denoiser predicts, where its files do not say it (single files) or are wrong.
+    segments: encode prompts in segments, so that none is cut off (null: as the model's own pipeline does).
     """
 
     path: str = "testbed:sd"
@@ -44,6 +60,7 @@ class ModelConfig:
     single_file_config: str | None = None
     expert: Literal["high", "low"] | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    segments: SegmentsConfig | None = None
 
 
 @settings

@@ -13,12 +13,16 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-class UserError(ValueError):
-    """Input that cannot be used. The command line prints its message alone and exits with status 2."""
+class PrintableError(ValueError):
+    """An error whose message, in which there may be names and values from anywhere, suits a terminal."""
 
     def __init__(self, message: str) -> None:
         text = printable(message)
         super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} …")
+
+
+class UserError(PrintableError):
+    """Input that cannot be used. The command line prints its message alone and exits with status 2."""
 
 
 def printable(text: str) -> str:

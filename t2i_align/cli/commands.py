@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from t2i_align.errors import UserError, printable
+from t2i_align.cli.streams import safe_streams
+from t2i_align.errors import UserError
 
 TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
 # System errors whose message says it all; a traceback adds nothing.
@@ -40,6 +41,10 @@ class Command:
 
     def run(self, options: dict[str, Any], *, debug: bool = False) -> int:
         """Call the command's function with the options that were given; returns the exit status."""
+        with safe_streams(sys.stdout, sys.stderr):
+            return self._run(options, debug)
+
+    def _run(self, options: dict[str, Any], debug: bool) -> int:
         try:
             if isinstance(options.get("scorers"), list):
                 options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
@@ -56,15 +61,12 @@ class Command:
             after = f": {interrupt}" if str(interrupt) else "."
             print(f"\ninterrupted{after}\n{self.interrupted}", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # `t2i-align objectives | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except Exception as error:
             expected = is_user_error(error)
             if debug or not expected:
                 traceback.print_exc()
             else:
-                print(f"error: {printable(str(error))}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr)
             return 2 if expected else 1
 
     def print_report(self, result: Any, options: dict[str, Any]) -> None:

@@ -128,8 +128,10 @@ def read(
     """
     files = shards.files(path, split)
     for file in [part] if part else files:
+        if tables.kind(file) not in (*tables.CSV, ".parquet"):
+            continue
         names = tables.columns(file)
-        if tables.kind(file) in (*tables.CSV, ".parquet") and all(columns.missing(names) for columns in maps):
+        if all(columns.missing(names) for columns in maps):
             missing = min((columns.missing(names) for columns in maps), key=len)
             raise UserError(
                 f"{file}: column {missing[0]!r} is missing. Columns found: {', '.join(names) or 'none'}. A dataset "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from t2i_align.data.shards import declared, of_split
 from t2i_align.errors import UserError
 from t2i_align.utils.files import atomic_folder
 
@@ -42,13 +43,17 @@ def folder(spec: str) -> Path:
 
 
 def pieces(spec: str, endings: tuple[str, ...]) -> tuple[list[str], str]:
-    """The names of a data set's files with one of these endings, and the data set at the commit it has now."""
+    """The names of a data set's files with one of these endings, and the data set at the commit it has now.
+
+    Of several splits, the files of `train`.
+    """
     from huggingface_hub import HfApi
 
     name, revision = _parts(spec)
     with _download_errors(spec):
         info = HfApi().dataset_info(name, revision=revision)
-        names = sorted(file.rfilename for file in info.siblings or [] if file.rfilename.endswith(endings))
+        names = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(endings)]
+        names = of_split(names, declared=declared(info.card_data and info.card_data.to_dict()))
     if not names:
         raise UserError(f"{spec}: no files that end in {' or '.join(endings)}, which a stream is made of")
     return names, f"{PREFIX}{name}@{info.sha}"

@@ -27,13 +27,14 @@ from torch import Tensor
 
 from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
+from t2i_align.errors import PrintableError
 from t2i_align.utils.files import atomic_file
 
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64 << 20
-MAX_CLIP_PIXELS = 4 * MAX_PIXELS  # of all frames of a clip that is held in memory as a whole
+MAX_CLIP_PIXELS = 8 * MAX_PIXELS  # of a clip that is held in memory as a whole: ten seconds of 1920 x 1080
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".apng")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -47,7 +48,7 @@ TOO_SLOW = "{:.3g} frames a second, too few for {:g}"
 ROUNDING = 1e-4  # seconds
 
 
-class ImageError(ValueError):
+class ImageError(PrintableError):
     """An image or clip that cannot be used; the message is the reason."""
 
 
@@ -238,9 +239,8 @@ def _open(media: Media) -> Image.Image:
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(f"{size[0]} x {size[1]} is more than {MAX_PIXELS} pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -215,16 +215,29 @@ def detect(path: Path, format: str = "auto") -> str:
     for name, reader in READERS.items():
         if reader.detects(path):
             return name
-    names = [name for file in shards.files(path)[:1] for name in tables.columns(file)]
-    hint = f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)." if names else ""
-    if path.suffix.lower() in COMPRESSED:
-        hint = " It is compressed: unpack it first."
-    elif path.is_dir() and any(path.rglob("dataset_info.json")) and any(path.rglob("*.arrow")):
-        hint = " It was written by save_to_disk of `datasets`: load it there and write it with to_parquet."
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
-        f"there are: {', '.join(sorted(READERS))}.{hint}"
+        f"there are: {', '.join(sorted(READERS))}.{_hint(path)}"
     )
+
+
+def _hint(path: Path) -> str:
+    """How a source that no reader recognises could be read."""
+    if path.is_file() and _is_compressed(path):
+        return " It is compressed: unpack it first."
+    if names := [name for file in shards.files(path)[:1] for name in tables.columns(file)]:
+        return f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
+    below = [*path.rglob("*")] if path.is_dir() else []
+    if any(file.name == "dataset_info.json" for file in below) and any(file.suffix == ".arrow" for file in below):
+        return " It was written by save_to_disk of `datasets`: load it there and write it with to_parquet."
+    listed = sorted(file.name for file in below if file.parent == path and tables.kind(file) in tables.SUFFIXES)
+    if listed:
+        return f" It holds {', '.join(listed[:3])}: name that file."
+    return " Its files are compressed: unpack them first." if any(map(_is_compressed, below)) else ""
+
+
+def _is_compressed(file: Path) -> bool:
+    return file.suffix.lower() in COMPRESSED
 
 
 @lru_cache

@@ -23,6 +23,7 @@ Media = bytes | Path
 Values = dict[str, Any]
 LEFT_OUT = b"left out"  # stands for an image where images are not wanted
 Conditioning = dict[str, Tensor]
+Rewarder = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]  # clean latents, prompts -> [B], parts
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
 REASONS_SHOWN = 3  # rows that cannot be used, in a message
 MAX_REASON = 300  # characters
@@ -308,6 +309,7 @@ class Batch(WithColumns):
         [B, k, ...], `batch.negative_caption` [B, ...]; of others a tuple of values, [B] or [B, k].
     empty: the empty prompt's conditioning, [1, ...], for objectives that guide.
     state: the objective's, scalars (see `Objective.update_state`).
+    prompts, rewarder: for objectives with a scorer, the prompts' texts, and what scores clean latents for them.
     """
 
     keys: tuple[str, ...]
@@ -318,6 +320,8 @@ class Batch(WithColumns):
     sizes: Tensor | None = None
     empty: Conditioning | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    rewarder: Rewarder | None = None
 
     def take(self, places: list[int]) -> Batch:
         """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""

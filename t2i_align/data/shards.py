@@ -69,9 +69,10 @@ def of_split(names: Sequence[str], split: str = TRAIN, declared: Sequence[tuple[
 def _names(folder: Path) -> list[str]:
     """The shards below a folder, of the first kind of which there are any, by their names in it."""
     # Some programs write a folder named like a file, with the files in it.
-    below = [file for file in folder.rglob("*") if file.name[0] != "." and not file.is_dir()]
-    kinds = ([file for file in below if file.suffix.lower() == suffix] for suffix in SHARDED)
-    return [file.relative_to(folder).as_posix() for file in next(filter(None, kinds), [])]
+    below = [file.relative_to(folder) for file in folder.rglob("*") if not file.is_dir()]
+    shown = [file for file in below if not any(part[0] == "." for part in file.parts)]
+    kinds = ([file.as_posix() for file in shown if file.suffix.lower() == suffix] for suffix in SHARDED)
+    return next(filter(None, kinds), [])
 
 
 def _splits(name: str, declared: Sequence[tuple[str, str]]) -> set[str]:
@@ -83,16 +84,22 @@ def _splits(name: str, declared: Sequence[tuple[str, str]]) -> set[str]:
     return set() if word is None else {word, full[1] if full else word}
 
 
+def declared(header: Any) -> list[tuple[str, str]]:
+    """The patterns of files and their splits in the header of a data set's README; none where it has another form."""
+    try:
+        pairs = [(pattern, entry["split"]) for entry in _entries(header) for pattern in _list(entry["path"])]
+    except (LookupError, TypeError, AttributeError):
+        return []
+    return [(str(pattern), str(split)) for pattern, split in pairs]
+
+
 def _declared(folder: Path) -> list[tuple[str, str]]:
-    """The patterns of files and their splits in the header of a data set's README."""
     file = folder / "README.md"
     header = re.match(rb"---\n(.*?)\n---", file.read_bytes(), re.DOTALL) if file.is_file() else None
     try:
-        values = yaml.safe_load(header[1]) if header else None
-        pairs = [(pattern, entry["split"]) for entry in _entries(values) for pattern in _list(entry["path"])]
-        return [(str(pattern), str(split)) for pattern, split in pairs]
-    except (yaml.YAMLError, RecursionError, UnicodeError, LookupError, TypeError, AttributeError):
-        return []  # written for people: the files' own names decide
+        return declared(yaml.safe_load(header[1])) if header else []
+    except (yaml.YAMLError, RecursionError, UnicodeError):
+        return []  # it is written for people
 
 
 def _entries(values: Any) -> Iterator[dict[str, Any]]:

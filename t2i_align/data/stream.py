@@ -25,7 +25,7 @@ from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
-from t2i_align.data.shards import SHARDED, files, of_split
+from t2i_align.data.shards import SHARDED, files
 from t2i_align.data.texts import encode_fields, warn_of_cut_texts, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
@@ -97,7 +97,6 @@ class Shards:
         """
         if downloads:
             names, remote = hub.pieces(path, SHARDED)
-            names = of_split(names)
             format = readers.detect(hub.piece(remote, names[0], downloads / "0"), format)
             return cls(downloads, names, format, annotations, remote)
         root = readers.resolve(path)

@@ -22,7 +22,7 @@ from typing import Any
 
 from t2i_align.data.media import MEDIA_SUFFIXES
 from t2i_align.data.paths import natural
-from t2i_align.data.schema import LEFT_OUT, Row, Skipped, Values
+from t2i_align.data.schema import LEFT_OUT, Row, Skipped, Values, finite
 from t2i_align.errors import UserError
 from t2i_align.utils.files import as_object, parse_json
 
@@ -60,7 +60,7 @@ def samples(file: Path, name: str, images: bool) -> Iterator[Row | Skipped]:
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{file}: cannot be read as a tar file (damaged or cut short?): {error}") from error
+        raise UserError(f"{file}: cannot be read as a tar file (damaged, cut short or compressed?): {error}") from error
 
 
 def _members(archive: tarfile.TarFile) -> Members:
@@ -78,15 +78,16 @@ def _sample(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]]
     """The columns of a sample. Raises UserError with the reason where it cannot be used."""
     values: Values = {}
     media: dict[str, Any] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, bool]] = set()
     for column, member in members:
         stem, _, ending = column.rpartition(".")
         ending = ending.lower()
-        name = stem if f".{ending}" in MEDIA_SUFFIXES or (ending in TEXTS and stem) else column
+        is_media = f".{ending}" in MEDIA_SUFFIXES
+        name = stem if is_media or (ending in TEXTS and stem) else column
         name = name.lower() if name.lower() in NAMES else name
-        if name in seen:
+        if (name, is_media) in seen:
             raise UserError(f"two members named {name!r}")
-        seen.add(name)
+        seen.add((name, is_media))
         if not member.isfile():
             raise UserError(f"{column!r} is a link, not a file")
         if member.size > MAX_MEMBER:
@@ -98,7 +99,7 @@ def _sample(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]]
                 values[name] = _content(archive, member).decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 raise UserError(f"{column!r} is not UTF-8 text: {error}") from error
-        elif f".{ending}" in MEDIA_SUFFIXES:
+        elif is_media:
             media[name] = _content(archive, member) if images else LEFT_OUT
     names = sorted(media, key=natural)
     if not names:
@@ -121,7 +122,9 @@ def _by_number(values: Values, names: list[str]) -> Values:
             if own.keys() != {*numbers}:
                 raise UserError(f"{prefix}_{{{', '.join(map(str, sorted(own)))}}} do not fit images {', '.join(names)}")
             ordered[column] = [own[number] for number in numbers]
-    winner = str(values.get("winner")).strip()
+    value = values.get("winner")
+    number = None if isinstance(value, bool) else finite(value)
+    winner = str(value).strip() if number is None or number % 1 else str(int(number))
     places = {name: place for place, name in enumerate(names)}
     if numbers is ends:
         places = {str(number): place for place, number in enumerate(numbers)} | places

@@ -145,3 +145,12 @@ def _padded_alike(blank: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
     missing = tensor.shape[1 - blank.ndim] - blank.shape[1]
     padding = [0, 0] * (blank.ndim - 2) + [0, abs(missing)]
     return (pad(blank, padding), tensor) if missing > 0 else (blank, pad(tensor, padding))
+
+
+def repeated(conditioning: Conditioning, empty: Conditioning, count: int) -> tuple[Conditioning, Conditioning]:
+    """Prompts' conditioning [B, ...] and the empty prompt's [1, ...] repeated, with sequences equally long."""
+    pairs = {name: _padded_alike(empty[name].to(value.dtype), value) for name, value in conditioning.items()}
+    return (
+        {name: value for name, (_, value) in pairs.items()},
+        {name: blank.expand(count, *blank.shape[1:]) for name, (blank, _) in pairs.items()},
+    )

@@ -22,7 +22,7 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import TOTAL, judge, sample, sample_seed
+from t2i_align.inference.generate import TOTAL, Sample, in_background, judge, sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
 from t2i_align.inference.options import build_scorers, check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
@@ -100,7 +100,8 @@ def evaluate(
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
-    check_options(precision, seeds_per_prompt=seeds_per_prompt, steps=steps, batch_size=batch_size)
+    counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    check_options(precision, fps, seeds_per_prompt=seeds_per_prompt, **counts)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
     other = resolve_aligned(aligned)
@@ -168,6 +169,7 @@ def evaluate(
             "aligned_kind": other.kind,
             "adapter_sha256": None if other.kind == "model" else digest(Path(other.path)),
             "prompts": len(texts),
+            "prompts_cut": {judge.name: len(judge.cut & {*texts}) for judge in judges},
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,
@@ -204,18 +206,22 @@ def _measure(
     """Scores of one side by scorer, generated batch by batch, so that memory does not grow with their number."""
     scores: dict[str, Columns] = {scorer.name: {} for scorer in scorers}
     bar.set_description(side)
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        texts = [row["prompt"] for row in part]
-        samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
+
+    def keep_all(start: int, samples: Sequence[Sample]) -> None:
         for row, one in enumerate(samples, start):
             keep(one, store, side, row, fps)
-        with memory_for(batch_size):
+
+    with in_background() as run, memory_for(batch_size):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            texts = [row["prompt"] for row in part]
+            samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
+            run(keep_all, start, samples)
             for scorer in scorers:
                 for index, values in judge(scorer, samples, texts):
                     for name, value in values.items():
                         scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))[start + index] = value
-        bar.update(len(part))
+            bar.update(len(part))
     return scores
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,9 @@ def sample(
     batch_size: int | None = None,
     **options: Any,
 ) -> list[Any]:
-    """A `Sample` per prompt and seed, 8 bits as it would be saved; `options`: of `TrainablePipeline.generate`.
+    """A `Sample` per prompt and seed, 8 bits as it would be saved; a clip of one frame is an image.
+
+    `options` are those of `TrainablePipeline.generate`.
 
     Raises:
         UserError: the batch does not fit into the GPU's memory.
@@ -52,7 +56,9 @@ def sample(
     batch_size = batch_size or pipeline.sampling()[2]
     with memory_for(batch_size):
         samples = to_bytes(pipeline.generate(prompts, seeds, batch_size=batch_size, **options))
-    return list(samples) if samples.ndim == 5 else [to_pil_image(image) for image in samples]
+    if samples.ndim == 5 and samples.shape[1] > 1:
+        return list(samples)
+    return [to_pil_image(image) for image in samples.flatten(0, -4)]
 
 
 def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> Iterator[tuple[int, dict[str, float]]]:
@@ -138,7 +144,8 @@ def generate(
     texts = [*(resolve_prompts(prompts) if prompts is not None else ()), *(resolve_prompts(prompt) if prompt else ())]
     if not texts:
         raise UserError("no prompts: give a prompt file or single prompts")
-    check_options(precision, steps=steps, batch_size=batch_size, per_prompt=per_prompt)
+    counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    check_options(precision, fps, per_prompt=per_prompt, **counts)
     adapter = None if lora is None else resolve_adapter(lora)
     folder, autocast = Path(out).expanduser(), None
     _earlier_run(folder, force, len(texts) * per_prompt)
@@ -160,7 +167,17 @@ def generate(
         columns["fps"] = fps = fps or pipeline.fps
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
         earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
-        with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+
+        def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
+            for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
+                file = folder / f"{index:05d}.{'mp4' if isinstance(item, Tensor) else 'png'}"
+                if isinstance(item, Tensor):
+                    save_clip(item, file, fps or pipeline.fps)
+                else:
+                    save_image(item, file)
+                append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
+
+        with tqdm(total=len(rows), unit="img", disable=not progress) as bar, in_background() as run:
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 texts, seeds = map(list, zip(*batch, strict=True))
@@ -169,15 +186,28 @@ def generate(
                     for file in earlier:
                         file.unlink()
                     (folder / LIST).write_bytes(b"")
-                for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
-                    file = folder / f"{index:05d}.{'mp4' if pipeline.video else 'png'}"
-                    if isinstance(item, Tensor):
-                        save_clip(item, file, fps or pipeline.fps)
-                    else:
-                        save_image(item, file)
-                    append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
+                run(save, start, batch, samples)
                 bar.update(len(batch))
     return folder / LIST
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[..., None]]:
+    """Yield `run(function, *arguments)`: calls it in a thread, so that the device does not wait for files.
+
+    A call is awaited before the next one or the end of the block, which raises its error.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        pending: list[Future[Any]] = []
+
+        def run(function: Callable[..., Any], *arguments: Any) -> None:
+            if pending:
+                pending.pop().result()
+            pending.append(thread.submit(function, *arguments))
+
+        yield run
+        if pending:
+            pending.pop().result()
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,8 @@ def resolve_adapter(path: str | Path) -> Aligned:
 def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **version: str | None) -> ModelConfig:
     """The base model and its version; what is None is taken from the training run of `aligned`.
 
-    A run's revision, variant, single-file configuration and expert apply where `model` is that run's or None.
+    A run's revision, variant, single-file configuration and expert apply where `model` is that run's or None; its
+    segments always.
 
     Raises:
         UserError: no such model, or None and `aligned` is not a training run's.
@@ -111,7 +112,8 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
-        run = ModelConfig(path=str(model))
+        # Another model; what the LoRA was trained to read stays.
+        run = ModelConfig(path=str(model), segments=run.segments if run else None)
     resolve_model(run.path)
     given: dict[str, Any] = {key: value for key, value in version.items() if value is not None}
     return replace(run, **given)
@@ -129,16 +131,32 @@ def load_pipeline(
     model: str | Path | ModelConfig, precision: str = "fp32", device: str | None = None, *, encoders: bool = True
 ) -> TrainablePipeline:
     """A model on `device` (default: the GPU if there is one) with its weights in `precision`."""
-    import pipelines
-
     check_options(precision)
     place = pick_device(device)
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
-    options: dict[str, Any] = {**asdict(config), "path": resolve_model(config.path), "encoders": encoders}
     # Large text encoders overflow half precision.
     large = torch.bfloat16 if precision == "fp16" else None
     dtype = use_precision(precision) or torch.float32
-    return pipelines.load(**options, dtype=dtype, large_encoder_dtype=large).to(place)
+    return open_model(config, dtype=dtype, large_encoder_dtype=large, encoders=encoders).to(place)
+
+
+def open_model(config: ModelConfig, **options: Any) -> TrainablePipeline:
+    """The model of a configuration, with its way to encode prompts. options: more of `pipelines.load`."""
+    import pipelines
+
+    pipeline = pipelines.load(**checkpoint_options(config), **options)
+    if config.segments:
+        from t2i_align.conditioning import segments
+
+        segments.install(pipeline, config.segments)
+    return pipeline
+
+
+def checkpoint_options(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `pipelines.load` that say which checkpoint."""
+    return {key: value for key, value in vars(config).items() if key != "segments"} | {
+        "path": resolve_model(config.path)
+    }
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,16 +157,9 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     if not given:
         raise UserError(f"scorers: none given. Choices: {', '.join(reward_scorers.names())}.")
     try:
-        for spec in given:
-            if not isinstance(spec, reward_scorers.Scorer):
-                reward_scorers.check_spec(spec)
-        built = [spec if isinstance(spec, reward_scorers.Scorer) else reward_scorers.build(spec) for spec in given]
+        return reward_scorers.build_all(given)
     except reward_scorers.ScorerError as error:
         raise UserError(str(error)) from error
-    names = [scorer.name for scorer in built]
-    if len(set(names)) < len(names):
-        raise UserError(f"scorers: two of the same name among {', '.join(names)}")
-    return built
 
 
 def unscorable(scorers: Sequence[Scorer], prompt: str) -> str:
@@ -186,10 +180,12 @@ def use_precision(precision: str) -> torch.dtype | None:
     return None if PRECISIONS[precision] == torch.float32 else PRECISIONS[precision]
 
 
-def check_options(precision: str = "fp32", **counts: int | None) -> None:
-    """Raise UserError for an unknown precision, or a number of steps, images or a batch below 1; None is a default."""
+def check_options(precision: str = "fp32", fps: float | None = None, **counts: int | None) -> None:
+    """Raise UserError for an unknown precision, an impossible rate, or a number below 1; None is a default."""
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"fps must be a number of frames a second above 0, found {fps!r}")
     for key, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"{key} must be a whole number of at least 1, found {value!r}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,18 +23,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
+from PIL import Image
 from tqdm import tqdm
 
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import sample, sample_seed, save_image
+from t2i_align.inference.generate import in_background, sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.files import append_line, atomic_file, claim, locked, read_json
+from t2i_align.utils.files import claim, json_lines, locked, read_json, write_text
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def synthesize(
         UserError: an argument that cannot be used, or a folder begun with other settings.
     """
     texts = list(dict.fromkeys(resolve_prompts(prompts)))
-    check_options(precision, per_prompt=per_prompt, steps=steps, batch_size=batch_size)
+    check_options(precision, per_prompt=per_prompt, steps=steps, height=height, width=width, batch_size=batch_size)
     if pairs is not None and pairs not in PAIRS:
         raise unknown("pairs", pairs, PAIRS)
     if not 0 <= agree <= 1:
@@ -159,8 +159,9 @@ class _Work:
             raise UserError(f"{name}: this model makes clips; preferences are made of images here")
         batch_size = sampling["batch_size"] or pipeline.sampling()[2]
         with (
-            nullcontext() if whole else adapter_on(pipeline, aligned),
+            adapter_on(pipeline, None if whole else aligned),
             tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
+            in_background() as run,
         ):
             with locked(self.lock):  # refuses other weights under the same name
                 claim(self._identity(model), {"model": name, "sha256": tensors_hash(pipeline.denoiser.state_dict())})
@@ -168,8 +169,7 @@ class _Work:
                 part = rows[start : start + batch_size]
                 seeds = [sample_seed(self.seed, i, k) for i, k in part]
                 images = sample(pipeline, [self.prompts[i] for i, _ in part], seeds, **sampling)
-                for (i, k), image in zip(part, images, strict=True):
-                    save_image(image, self._image(i, model, k))
+                run(self._save, model, part, images)
                 bar.update(len(part))
 
     def score(self, batch_size: int) -> None:
@@ -215,9 +215,8 @@ class _Work:
                 }
                 rows.append(row)
         for file, lines in ((SKIPPED, skipped), (GROUPS, rows)):
-            with locked(self.lock), atomic_file(self.out / file) as temporary:
-                temporary.touch()
-                append_line(temporary, *lines)
+            with locked(self.lock):
+                write_text(self.out / file, json_lines(lines))
         if not rows:
             raise UserError(f"{self.out}: no group is left of {len(self.prompts)} prompts; {SKIPPED} says why")
         why = self.out / SKIPPED if skipped else None
@@ -243,6 +242,10 @@ class _Work:
         media = [self._image(number, model, k) for model in range(len(self.models)) for k in range(self.per_prompt)]
         return Group(id=f"{number:06d}", prompt=self.prompts[number], candidates=tuple(media),
                      scores=(0.0,) * len(media), origin=f"{self.out}, prompt {number}")  # fmt: skip
+
+    def _save(self, model: int, places: Sequence[tuple[int, int]], images: Sequence[Image.Image]) -> None:
+        for (i, k), image in zip(places, images, strict=True):
+            save_image(image, self._image(i, model, k))
 
     def _image(self, prompt: int, model: int, k: int) -> Path:
         return self.out / "images" / f"{prompt:06d}" / f"{model}-{k}.png"

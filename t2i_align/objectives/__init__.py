@@ -28,6 +28,7 @@ CLASSES = {
     "softrepa": "softrepa:SoftREPA",
     "inpo": "inpo:InPO",
     "smpo": "smpo:SmPO",
+    "reward": "reward:RewardTuning",
 }
 
 

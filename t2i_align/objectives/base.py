@@ -39,6 +39,7 @@ class Requirements:
     likes_only: single samples with a negative score are left out.
     reference: the reference is called. features: `reference.features` is called.
     lists: whole groups are passed. columns: optional columns (`schema.COLUMNS`) that the batch must have.
+    scorer: the objective has a `scorer`, and learns from prompts alone.
     """
 
     candidates: int = 1
@@ -48,9 +49,12 @@ class Requirements:
     features: bool = False
     lists: bool = False
     columns: tuple[str, ...] = ()
+    scorer: bool = False
 
     def __str__(self) -> str:
         """One phrase for `t2i-align objectives`: the kind of data, its columns, the reference."""
+        if self.scorer:
+            return "prompts, with a scorer"
         if self.candidates > 1:
             data = "rankings" if self.lists else "pairs"
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.errors import UserError
-from t2i_align.inference.models import resolve_model
+from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.training.checkpoint import writing
 from t2i_align.training.loop import Loop, make_optimizer
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.settings import with_overrides
@@ -75,6 +77,8 @@ def align(
 
 def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], progress: bool) -> RunResult:
     validate = Validation(config, accelerator) if config.validation.every else None
+    spec = getattr(config.objective, "scorer", None)
+    scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device)
     prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress)
@@ -82,7 +86,7 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
-    if config.validation.every:
+    if config.validation.every or scorer:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream:
         pipeline.drop_encoders()
@@ -90,7 +94,9 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    loop = Loop(Alignment(config, accelerator, reference, source, validate), accelerator, config, progress)
+    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    task = Alignment(config, accelerator, reference, source, validate, rewarder)
+    loop = Loop(task, accelerator, config, progress)
     if accelerator.is_main_process:
         write_settings(output, settings)
         print(describe(config, pipeline, source))
@@ -125,8 +131,8 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
             timestep. UserError: an option of clips for images, or
             of images for clips.
     """
-    pipeline = pipelines.load(
-        **{**asdict(config.model), "path": resolve_model(config.model.path)},
+    pipeline = open_model(
+        config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
@@ -155,6 +161,9 @@ def load_data(
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
+    if config.objective.needs.scorer:
+        shape = (*size, *([frames] if frames else []))
+        return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
     return open_dataset(
         config.data,
         config.model,
@@ -175,9 +184,11 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
-    model = asdict(config.model)
+    model = checkpoint_options(config.model)
     del model["expert"], model["prediction_type"]  # experts share their encoders
-    parts = [pipelines.encoder_fingerprint(**{**model, "path": resolve_model(config.model.path)})]
+    parts = [pipelines.encoder_fingerprint(**model)]
+    if config.model.segments:
+        parts.append(f"segments {config.model.segments}")
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Rewarder
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics
@@ -30,6 +30,7 @@ class Alignment(Task):
     Args:
         reference: built from the base weights (see `build_reference`), of the pipeline that is trained.
         validate: called with pipeline and step on the main process; its numbers are logged.
+        rewarder: for objectives with a scorer.
     """
 
     advice = "A smaller optim.lr, a larger objective.beta, or train.precision=bf16 instead of fp16, usually helps."
@@ -41,9 +42,11 @@ class Alignment(Task):
         reference: Reference,
         source: PreferenceDataset,
         validate: Callable[[TrainablePipeline, int], dict[str, float]] | None = None,
+        rewarder: Rewarder | None = None,
     ) -> None:
         self.config, self.accelerator, self.source = config, accelerator, source
         self.reference, self.pipeline, self.validate = reference, reference.pipeline, validate
+        self.rewarder = rewarder
         self.weights, self.fingerprint = reference.weights, source.fingerprint
         self.accumulate, self.health = config.train.accumulate, config.health
         self.update: ReferenceUpdate | None = None
@@ -74,7 +77,7 @@ class Alignment(Task):
         batch = self.source.to_batch(item, device)
         rng = SampleRNG(train.seed, batch.keys, self.pipeline.process, train.timestep_sampling, device)
         batch = drop_captions(batch, self.empty, rng, train.caption_dropout)
-        return replace(batch, empty=self.empty, state=self.objective_state), rng
+        return replace(batch, empty=self.empty, state=self.objective_state, rewarder=self.rewarder), rng
 
     def losses(self, network: nn.Module, batch: tuple[Batch, SampleRNG]) -> tuple[Tensor, Metrics]:
         policy = partial(self.pipeline.predict, denoiser=network)

@@ -37,6 +37,7 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     loss: not needed for files that are many and cheap to make again.
     """
     final, temporary = _names(path)
+    temporary.unlink(missing_ok=True)  # what a kill left, which some would append to
     try:
         with _named_in_errors(path):
             yield temporary

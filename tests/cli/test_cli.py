@@ -49,6 +49,15 @@ def failing(error: BaseException, debug: bool = False) -> int:
     return command.run({}, debug=debug)
 
 
+def chat(out: str) -> str:
+    """Prints a line before and after its work, of which the first is "ahead"."""
+    print("ahead", flush=True)
+    print("\x1b]0;title\x07\x1b[2J", file=sys.stderr)
+    Path(out).write_text("done")
+    print("afterwards", flush=True)
+    return "\x9b2J \r\x1b[1mbold\x1b[0m\ttab"
+
+
 def function_of(name: str) -> Any:
     module, _, function = COMMANDS[name].function.partition(":")
     return getattr(importlib.import_module(module), function)
@@ -273,6 +282,26 @@ def test_reports_print_the_results(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setenv("RANK", "1")
     COMMANDS["train"].print_report(result, {})
     assert capsys.readouterr().out == ""
+
+
+CHAT = Command(function=f"{__name__}:chat", summary="", examples=(), report="{result}", silent=False)
+
+
+def test_work_goes_on_when_the_reader_of_its_output_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w", buffering=1) as broken, monkeypatch.context() as patch:
+            patch.setattr(sys, name, broken)
+            assert CHAT.run({"out": str(tmp_path / name)}) == 0
+        assert (tmp_path / name).read_text() == "done"
+
+
+def test_escape_sequences_are_printed_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert CHAT.run({"out": str(tmp_path / "a")}) == 0
+    out, err = capsys.readouterr()
+    assert out == "ahead\nafterwards\n\\x9b2J \r\x1b[1mbold\x1b[0m\ttab\n" and err == "\\x1b]0;title\\x07\\x1b[2J\n"
+    assert failing(ValueError("a \x1b[2J bug")) == 1 and "a \\x1b[2J bug" in capsys.readouterr().err
 
 
 # Commands of the command line alone ---------------------------------------------------------------------------------

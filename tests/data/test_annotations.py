@@ -110,6 +110,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     )
     for name, expected in {
         "gone.jsonl": "no such file",
+        "y" * 300: "no such file",  # too long to be one
         "": "no such file",  # a folder
         "a.csv": r"expected a \.jsonl, \.json or \.parquet file",
         "empty.jsonl": "the file is empty",

@@ -113,6 +113,8 @@ def test_pillows_own_bomb_check_is_an_image_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"^\\x1b\[2J\.mp4 is a video"):  # what a terminal would obey is escaped
+        decode(tmp_path / "\x1b[2J.mp4")
     with pytest.raises(ImageError, match=r"no such file: .*gone\.png"):
         decode(tmp_path / "gone.png")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_counts_of_a_source(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "a &lt;b&gt;owl" in page and "<svg" in page and page.count("<img") == 2 * 5 + 3
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_names_that_a_terminal_would_obey_or_cannot_print(tmp_path: Path) -> None:
+    images(tmp_path)
+    source = tmp_path / os.fsdecode(b"d\xff\x1b[2J.jsonl")
+    pair = {"id": "a", "prompt": "x", "chosen": "0.png", "rejected": "1.png", "\x1b]0;title\x07\ud800": 1}
+    result = inspect(write_jsonl(source, [pair]), tmp_path / "r.html")
+    name, columns = result.summary().splitlines()[0].split(": jsonl, columns ")
+    assert name.endswith(r"d\udcff\x1b[2J.jsonl") and columns.endswith(r"\x1b]0;title\x07\ud800")
+    assert name in (tmp_path / "r.html").read_text()
 
 
 def test_images_beyond_the_opened_groups_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

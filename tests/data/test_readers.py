@@ -322,6 +322,14 @@ def test_formats_are_found_or_listed(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"?")
         with pytest.raises(UserError, match="It is compressed: unpack it first"):
             read(tmp_path / name)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar.gz").write_bytes(b"?")
+    with pytest.raises(UserError, match="Its files are compressed: unpack them first"):
+        read(tmp_path / "shards")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "pairs.csv").write_text("prompt,chosen,rejected\n")
+    with pytest.raises(UserError, match=r"no reader recognises this folder.* It holds pairs\.csv: name that file"):
+        read(tmp_path / "sub")
     (tmp_path / "disk" / "train").mkdir(parents=True)
     (tmp_path / "disk" / "train" / "dataset_info.json").write_text("{}")
     (tmp_path / "disk" / "train" / "data-00000-of-00001.arrow").write_bytes(b"?")

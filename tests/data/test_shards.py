@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from huggingface_hub import DatasetInfo, HfApi
 
+from t2i_align.data import hub
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
@@ -49,6 +52,8 @@ def written(folder: Path, names: list[str], suffix: str = ".parquet") -> Path:
 )
 def test_missing_shards_are_named(tmp_path: Path, names: str, missing: str) -> None:
     written(tmp_path, names.split())
+    written(tmp_path / ".hidden", ["x-00000-of-00009"])  # as notebooks and file managers leave there
+    (tmp_path / "._copy.parquet").write_bytes(b"?")
     assert [group.id for group in groups(tmp_path)] == [f"{name}.parquet:0" for name in names.split()]
     assert [*skips(tmp_path)] == [f"{name}.parquet" for name in missing.split()]
     assert not skips(tmp_path / f"{names.split()[0]}.parquet")  # the file itself was asked for
@@ -96,6 +101,19 @@ def test_one_split_of_a_folder_is_read(tmp_path: Path, names: str, readme: str, 
         groups(spec)
 
 
+def test_a_stream_of_the_hub_has_the_files_of_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their names, or as the README declares them."""
+    for names, card, expected in (
+        (["test-00000-of-00001", "train-00010-of-00011", "train-00002-of-00011"], None, [2, 1]),
+        (["b", "a2", "a10"], yaml.safe_load(README.split("---")[1]), [1, 2]),
+    ):
+        files = [{"rfilename": f"{name}.parquet"} for name in names]
+        info = DatasetInfo(id="owner/name", sha="abc", siblings=files, card_data=card)
+        monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision, info=info: info)
+        result = [f"{names[place]}.parquet" for place in expected]
+        assert hub.pieces("hub:owner/name", (".parquet",)) == (result, "hub:owner/name@abc")
+
+
 def test_winner_and_loser_folders_of_one_split_are_read(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for side in ("w", "l"):
@@ -130,6 +148,8 @@ def label(best: int, numbers: range) -> dict[str, Any]:
         (TWELVE, {"winner": "jpg_2"}, "jpg_2"),
         (["1", "2"], {"winner": 1}, "1"),
         (["1", "2"], {"winner": "2"}, "2"),
+        (["1", "2"], {"winner": 1.0}, "1"),
+        (["01", "02"], {"winner": 1}, "01"),
         (["left", "right"], {"winner": 1}, "right"),
         (["CHOSEN", "REJECTED"], label(1, range(5)), "CHOSEN"),
     ],
@@ -182,7 +202,8 @@ def test_members_of_a_sample_may_be_apart(tmp_path: Path) -> None:
     keys = ["b", "a"]
     members = {f"{key}.chosen.png": formats.png(place) for place, key in enumerate(keys)}
     members |= {f"{key}.rejected.avif": formats.encoded(place + 2, "AVIF") for place, key in enumerate(keys)}
-    members |= {f"./{key}.txt": key.encode() for key in keys} | {"c.heic": b"?", "c.txt": b"x", "._b.txt": b"Mac"}
+    members |= {f"./{key}.txt": key.encode() for key in keys} | {f"{key}.chosen.txt": b"its own" for key in keys}
+    members |= {"c.heic": b"?", "c.txt": b"x", "._b.txt": b"Mac"}
     source = shard(tmp_path / "a.tar", members)
     result = groups(source)
     assert [(group.prompt, group.candidates[0]) for group in result] == [("b", formats.png(0)), ("a", formats.png(1))]

@@ -256,7 +256,7 @@ def test_bad_input_is_named_before_anything_is_generated(
         ({"prompts": []}, "no prompt in it"),
         ({"scorers": ["clib"]}, "Did you mean 'clip'"),
         ({"scorers": []}, "none given"),
-        ({"scorers": [Red(), Red()]}, "two of the same name"),
+        ({"scorers": [Red(), Red()]}, "two scorers of the same name"),
         ({"scorers": [Picky()]}, "not of my world"),
         ({"seeds_per_prompt": 0}, "seeds_per_prompt must be"),
         ({"tie_margin": -1.0}, "tie_margin must be"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +64,21 @@ def test_an_existing_folder_is_kept_unless_forced(sd_path: Path, tmp_path: Path)
     generate(sd_path, ["sun"], out, force=True, **FAST)
     kept = ["12345_holiday.png", "20240101.png", "notes.txt"]
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", *kept, "samples.jsonl"]
+
+
+def test_images_are_written_beside_the_sampling(sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+
+    def save(image: Image.Image, file: Path) -> None:
+        threads.append(threading.current_thread() is threading.main_thread())
+        if file.name == "00001.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        image.save(file)
+
+    monkeypatch.setattr("t2i_align.inference.generate.save_image", save)
+    with pytest.raises(OSError, match="No space left"):
+        generate(sd_path, ["cat", "dog", "sun"], tmp_path / "out", batch_size=1, **FAST)
+    assert threads == [False, False] and len(lines(tmp_path / "out" / "samples.jsonl")) == 1
 
 
 def test_lora_scale_lies_between_base_and_lora(sd_path: Path, tmp_path: Path) -> None:
@@ -129,6 +147,8 @@ def test_bad_input_is_named(sd_path: Path, tmp_path: Path) -> None:
         ({"device": "cdua"}, "device 'cdua' cannot be used: "),
         ({"per_prompt": 0}, "per_prompt must be"),
         ({"steps": 1.5}, "steps must be"),
+        ({"frames": 0}, "frames must be"),
+        *(({"fps": fps}, "fps must be a number of frames a second above 0") for fps in (0, -8, math.nan, math.inf)),
         ({"precision": "int4"}, "unknown precision"),
     ]
     for change, match in cases:

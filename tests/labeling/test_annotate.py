@@ -79,7 +79,7 @@ def test_variant_c_describes_every_image_in_source_order(source: Path, tmp_path:
     written = rows(out)
     assert list(written) == [f"g{i}" for i in range(GROUPS) if i != 5]
     assert (summary.groups, summary.skipped, str(summary.why_skipped)) == (10, 1, f"{out}.skipped.jsonl")
-    assert skipped(out) == {"g5": "candidate 1: not an image in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF)"}
+    assert skipped(out) == {"g5": "candidate 1: not an image in a known format (JPEG, PNG, WEBP, BMP, TIFF, GIF, AVIF)"}
     for key, row in written.items():
         stated = parse(prompts(source)[key]).canonical()
         shown = [parse(text).canonical() for text in row["captions"]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,32 @@ def test_existing_images_and_scores_are_kept(synthesis: Path, sd_path: Path, mon
     assert drawn == [1]
     with pytest.raises(UserError, match=r"begun with other settings: steps is 1 there, 2 here"):
         make(synthesis, sd_path, steps=2)
+
+
+@pytest.mark.parametrize("instant", [0, 1, 2, 6, 11, 12])
+def test_a_kill_at_any_file_leaves_a_folder_that_continues(
+    instant: int, tmp_path: Path, synthesis: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before settings.json (0), model-0.json (1), an image (2-10), skipped.jsonl (11) or groups.jsonl (12) is there."""
+
+    class Kill(BaseException):
+        pass
+
+    replaced, replace = itertools.count(), os.replace
+
+    def killed(*paths: Any) -> None:
+        if next(replaced) == instant:
+            raise Kill
+        replace(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda *args, **options: None)  # a kill cleans nothing up
+        make(tmp_path, sd_path)
+    assert any(file.name.startswith(".writing_") for file in tmp_path.rglob("*"))
+    assert make(tmp_path, sd_path).groups == 3
+    for alone, continued in zip(*(whole_lines(out / "groups.jsonl") for out in (synthesis, tmp_path)), strict=True):
+        assert alone["seeds"] == continued["seeds"] and alone["scores"] == continued["scores"]
 
 
 def test_processes_share_the_prompts(

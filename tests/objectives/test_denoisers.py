@@ -15,7 +15,7 @@ from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats
 from t2i_align.training.reference import build_reference
 from tests import tiny
-from tests.objectives.toy import DEPENDS_ON_THE_BATCH, as_required, rows_of
+from tests.objectives.toy import DEPENDS_ON_THE_BATCH, SHORT, as_required, rows_of
 
 BUILDERS = {"sdxl": tiny.tiny_sdxl, "sd3": tiny.tiny_sd3, "wan": tiny.tiny_wan}
 GROUPS, CANDIDATES = 2, 3
@@ -59,7 +59,7 @@ def test_step_on_the_genuine_denoiser(name: str, family: str, families: dict[str
     """One loss per group, finite, with a gradient for the LoRA and none for anything else; where a loss is a group's
     own, a batch is its groups one at a time."""
     pipeline = families[family]
-    objective = OBJECTIVES[name]().fit_to_data(DataStats(score_range=(0.1, 0.9)))
+    objective = OBJECTIVES[name](**SHORT.get(name, {})).fit_to_data(DataStats(score_range=(0.1, 0.9)))
     reference = build_reference(TrainConfig(), pipeline, needed=objective.needs.reference)
     batch = batch_for(pipeline)
 

@@ -18,7 +18,7 @@ from t2i_align.objectives import OBJECTIVES, get
 from t2i_align.objectives.base import DataStats, Objective
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.dmpo import dmpo_loss
-from tests.objectives.toy import DEPENDS_ON_THE_BATCH, KINDS, as_required, loss_and_gradient, rich_batch, rows_of
+from tests.objectives.toy import DEPENDS_ON_THE_BATCH, KINDS, SHORT, as_required, loss_and_gradient, rich_batch, rows_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -30,8 +30,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dspo", {"beta": 0.3, "logit_beta": 5.0, "guard": 0.5, "noise": "independent"}),
     ("ncp_dpo", {"renoise": "uniform", "noise": "independent", "guard": 0.5}),
     ("inpo", {"inversion_model": "policy", "eta": 0.3, "noise": "independent", "inversion_guidance": 2.0}),
+    *(
+        ("reward", {**SHORT["reward"], "schedule": name, "last": 2})
+        for name in ("refl", "draft", "draft_lv", "alignprop")
+    ),
+    ("reward", {**SHORT["reward"], "unconditional_gradient": False, "equalise": True, "target": 0.5}),
 ]
-CASES = [(name, {}) for name in OBJECTIVES] + VARIANTS
+CASES = [(name, SHORT.get(name, {})) for name in OBJECTIVES] + VARIANTS
 AT_THE_REFERENCE = {
     "lpo": math.log(24) / 3,  # all h are 0: term j is the log of how many remain, of 4 candidates
     "kto": 0.5,  # g = z = 0 and U(0) = 1/2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,9 @@ PROCESSES = {
 KINDS = pytest.mark.parametrize("kind", PROCESSES)
 # A group's loss depends on the other groups of its batch, by the papers' design (docs/objectives.md).
 DEPENDS_ON_THE_BATCH = ("kto", "tkto", "softrepa")
-ROWS = ("keys", "latents", "scores", "conditioning", "sizes")  # one entry per group
+ROWS = ("keys", "latents", "scores", "conditioning", "sizes", "prompts")  # one entry per group
+# Hyper-parameters of the shortest sampling that has steps with and without a gradient.
+SHORT: dict[str, dict[str, Any]] = {"reward": {"sampling_steps": 3, "every": 2, "guidance": 2.0}}
 
 
 def random_batch(groups: int = 4, k: int = 2) -> Batch:
@@ -78,7 +80,15 @@ def as_required(batch: Batch, objective: Objective) -> Batch:
         batch,
         columns={name: value for name, value in batch.columns.items() if name in needs.columns},
         state={name: torch.tensor(value) for name, value in objective.initial_state().items()},
+        prompts=tuple("x" * (row + 1) for row in range(len(batch.keys))) if needs.scorer else (),
+        rewarder=long_and_bright if needs.scorer else None,
     )
+
+
+def long_and_bright(latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A differentiable score of clean latents and prompts."""
+    bright = torch.tanh(latents.flatten(1)).mean(1)
+    return bright * torch.tensor([float(len(prompt)) for prompt in prompts]).to(bright), {"bright": bright}
 
 
 def linear_model(seed: int) -> tuple[Callable[..., Tensor], Tensor]:

@@ -23,6 +23,7 @@ from t2i_align import align, evaluate
 from t2i_align.data.media import MediaSize, load, save_clip
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
+from t2i_align.labeling.score import score
 from tests.data.test_examples import StandIn, write_jsonl
 from tests.pipelines.conftest import PathOf, first_batch, opened
 from tests.runs import image, jsonl_clips, jsonl_pairs, moving_clip, run_values
@@ -213,6 +214,9 @@ def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: P
         assert slower.shape[0] == 3
     generate(wan_path, ["sun"], tmp_path / "out", steps=1, guidance=1.0, force=True, progress=False)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.mp4", "samples.jsonl"]
+    generate(wan_path, ["sun"], tmp_path / "out", frames=1, steps=1, guidance=1.0, force=True, progress=False)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.png", "samples.jsonl"]
+    assert score(tmp_path / "out", [Brightness()], progress=False)["brightness"] > 0
     with pytest.raises(PipelineError, match="frames must be 4k"):
         generate(wan_path, ["cat"], tmp_path / "more", frames=4, progress=False)
 

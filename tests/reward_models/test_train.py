@@ -206,9 +206,9 @@ def test_no_prompt_and_no_user_is_on_both_sides(source: Path, tmp_path: Path) ->
 def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path, tmp_path: Path) -> None:
     data = open_preferences(str(source / "pairs.jsonl"), tmp_path / "index", progress=False)
     for seed in (0, 7):
-        data_split(source / "pairs.jsonl", tmp_path / "split", held_out=0.3, seed=seed)
+        data_split(source / "pairs.jsonl", tmp_path / f"split{seed}", held_out=0.3, seed=seed)
         parts = split(data, PreferenceConfig(holdout_prompts=0.3, holdout_seed=seed))
-        held_out = (tmp_path / "split" / "held_out_prompts.txt").read_text().splitlines()
+        held_out = (tmp_path / f"split{seed}" / "held_out_prompts.txt").read_text().splitlines()
         assert {data.prompts[row] for row in parts["new_prompts"]} == set(held_out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reward_scorers
-from reward_scorers import Scorer, ScorerError, build
+from reward_scorers import Scorer, ScorerError, build, build_all
 from reward_scorers.clip import HPSv2Scorer
+from reward_scorers.combine import from_mapping
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.imagereward import ImageRewardScorer
 from reward_scorers.weights import read_state
-from tests.reward_scorers.small import NAME, TEXT, TINY, VISION, hundred, write_hf_clip
+from tests.reward_scorers.small import NAME, TEXT, TINY, VISION, hundred, noise, write_hf_clip
 
 
 @pytest.fixture
@@ -202,6 +204,18 @@ def test_weights_get_the_architecture_with_their_activation(
     used, file = (record.getMessage() for record in caplog.records if record.name == "reward_scorers.clip")
     assert used == f"clip: the weights 'tag' belong to {quick!r}, which is used instead of {NAME!r}"
     assert f"weights.pt does not record its activation; as {NAME!r} it is scored with GELU" in file
+
+
+def test_checkpoints_of_one_file_name_have_their_specs_as_names(folder: Path, scorers: Any, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    other = shutil.copy(folder / "weights.pt", tmp_path / "b")
+    specs = [f"clip:{NAME}:{folder}/weights.pt", f"clip:{NAME}:{other}", "motion"]
+    assert [scorer.name for scorer in build_all(specs)] == specs
+    assert [scorer.name for scorer in build_all(specs[1:])] == [f"clip:{NAME}:weights.pt", "motion"]
+    both = from_mapping({"rule": "min", "scorers": specs[:2]}).score_images([noise((9, 9))], ["cat"])
+    assert both.isfinite().all()
+    with pytest.raises(ScorerError, match="two scorers of the same name among clip:"):
+        build_all([specs[0], specs[0]])
 
 
 def test_a_folders_weights_are_identified_by_their_content(state: dict[str, Any], tmp_path: Path) -> None:

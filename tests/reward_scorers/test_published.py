@@ -19,10 +19,11 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 import reward_scorers
 from reward_scorers import Scorer
+from reward_scorers.combine import Combination, Combined, Member
 from reward_scorers.imagereward import LENGTH, RENAMED, _Network, renamed
 from reward_scorers.images import to_rgb
 from reward_scorers.towers import CLIP_MEAN, CLIP_STD
-from tests.reward_scorers.small import NAME, SIZES, TEXT, VISION, hundred, noise
+from tests.reward_scorers.small import NAME, SIZES, TEXT, VISION, hundred, noise, small_scorers
 from tests.tiny import byte_tokenizer
 
 ALL = ["clip", "hpsv2", "pickscore", "aesthetic", "imagereward"]
@@ -127,6 +128,27 @@ def test_imagereward_sees_image_and_prompt_and_cuts_at_its_length(scorers: dict[
     assert (one[0] - one[1]).abs() > 1e-4 and (one[0] - other[0]).abs() > 1e-4 and one[1] == other[1]
     whole, cut = ([("b " * count)] * 2 for count in (100, LENGTH - 2))
     assert torch.equal(scorer.score_images(images, whole), scorer.score_images(images, cut))
+
+
+@pytest.mark.parametrize(("name", "fits", "longer"), [
+    ("clip", "cat " * 75, "cat " * 76), ("hpsv2", "cat " * 75, "cat " * 76), ("pickscore", "c" * 75, "c" * 76),
+    ("imagereward", "c " * (LENGTH - 2), "c " * (LENGTH - 1)), ("aesthetic", "cat " * 200, ""),
+])  # fmt: skip
+def test_prompts_that_are_cut_are_noted_once(
+    name: str, fits: str, longer: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the encoder's length, with its two marks, they are whole. Ratings of images read none."""
+    scorer, image = small_scorers(folder)[name], noise((64, 64))
+    scorer.score_images([image, image], [fits, "cat"])
+    assert not scorer.cut
+    if longer:
+        limit = LENGTH if name == "imagereward" else 77
+        both = Combined(Combination(rule="min", scorers=[Member(scorer=scorer)]))
+        for _ in range(2):
+            both.score_images([image] * 3, [longer, fits, longer + "dog"])
+        assert scorer.cut == both.cut == {longer, longer + "dog"} and scorer.token_limit == limit
+        (line,) = (r.getMessage() for r in caplog.records if r.name == "reward_scorers.base")
+        assert line.startswith(f"{scorer.name}: prompts of more than {limit} tokens are cut, such as '{longer[:20]}")
 
 
 @pytest.mark.parametrize("name", ALL)

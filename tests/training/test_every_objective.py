@@ -17,13 +17,17 @@ from t2i_align.errors import UserError
 from t2i_align.inference.generate import sample
 from t2i_align.inference.models import adapter_on, resolve_aligned
 from t2i_align.objectives import OBJECTIVES
+from tests.objectives.toy import SHORT
+from tests.reward_scorers.small import write_hf_clip
 from tests.runs import image, run_values
 
 
 @pytest.mark.parametrize("trained", ["lora", "model"])
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objective_trains_and_saves(name: str, trained: str, sd_path: Path, rankings: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"objective": {"name": name}, "train__steps": 2}
+    changes: dict[str, Any] = {"objective": {"name": name, **SHORT.get(name, {})}, "train__steps": 2}
+    if OBJECTIVES[name].needs.scorer:
+        changes["objective"]["scorer"] = f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"
     if trained == "model":
         changes |= {"lora": None, "optim__lr": 1e-5}
     result = align(run_values(sd_path, rankings, tmp_path / "run", **changes), progress=False)
