@@ -24,7 +24,7 @@ from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.inference.generate import TOTAL, Sample, in_background, judge, sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, resolve_prompts
+from t2i_align.inference.options import build_scorers, check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def evaluate(
     ]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
-    autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    autocast = use_precision(precision) if loaded else None
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     with _workplace(folder, force) as store, tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
         what = (rows, judges, store, bar, batch_size, fps)
