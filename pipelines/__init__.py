@@ -1,7 +1,8 @@
 """Model families under one contract. Imports nothing of `t2i_align`, so it can be used alone."""
 
 from pipelines.base import Conditioning, PipelineError
-from pipelines.load import FAMILIES, encoder_fingerprint, family_of, load, wrap
+from pipelines.check import check
+from pipelines.load import FAMILIES, encoder_fingerprint, family_of, load, register, wrap
 from pipelines.pipeline import TrainablePipeline
 from pipelines.process import ForwardProcess, RectifiedFlow, VariancePreserving
 
@@ -13,8 +14,10 @@ __all__ = [
     "RectifiedFlow",
     "TrainablePipeline",
     "VariancePreserving",
+    "check",
     "encoder_fingerprint",
     "family_of",
     "load",
+    "register",
     "wrap",
 ]

@@ -20,6 +20,9 @@ Conditioning = dict[str, Tensor]
 class PipelineError(ValueError):
     """A checkpoint, size or option that a family cannot use; the message says what was expected and found."""
 
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]  # all that IPython and Jupyter show
+
 
 class Family:
     """A genuine diffusers pipeline with the pieces that training needs. Families subclass `TrainablePipeline`.
@@ -42,6 +45,8 @@ class Family:
     span: tuple[float, float] = (0.0, 1.0)  # the sigmas that the denoiser serves
     resolution_shift: ClassVar[bool] = True  # its sampler may shift times by a sample's number of tokens
     distilled_guidance: ClassVar[bool] = False  # the guidance scale is an input; there is no negative prompt
+    unguided: ClassVar[float] = 1.0  # its pipeline's guidance scale without guidance; here that is 1 in every family
+    call_options: ClassVar[Mapping[str, Any]] = {}  # more arguments of its pipeline's call
     video: ClassVar[bool] = False  # clips [B, F, 3, H, W] instead of images [B, 3, H, W]
     fps: ClassVar[float] = 16.0  # frame rate of the clips, where it makes clips
     # Text and other conditioning
@@ -79,6 +84,9 @@ class Family:
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.modules().values():
             module.requires_grad_(False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r}, {self.process.prediction_type})"
 
     # Components ---------------------------------------------------------------------------------------------------
 
@@ -198,6 +206,10 @@ class Family:
         length = {} if self.text_tokens is None else {"max_sequence_length": self.text_tokens}
         outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options, **length)
         return {name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name}
+
+    def call_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
+        """Conditioning [B, ...] as the diffusers pipeline's call takes it; its negative has the same names."""
+        return dict(conditioning)
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

@@ -41,6 +41,23 @@ class DenoiserMixin(Family):
             handle.remove()
         raise PipelineError(f"the denoiser never ran its block {self.feature_block!r}")
 
+    def unreached(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> set[str]:
+        """Names of the denoiser's parameters on which `predict` does not depend, so that they get no gradient.
+
+        Such is the text stream of a last joint block. It costs one forward pass.
+        """
+        denoiser = self.denoiser
+        checkpointing = denoiser._supports_gradient_checkpointing and not denoiser.is_gradient_checkpointing
+        if checkpointing:  # what the backward pass would need is not kept
+            denoiser.enable_gradient_checkpointing()
+        try:
+            with all_trained(denoiser):
+                found = reached(self.predict(noisy_latents, timesteps, conditioning))
+        finally:
+            if checkpointing:
+                denoiser.disable_gradient_checkpointing()
+        return {name for name, parameter in denoiser.named_parameters() if parameter not in found}
+
     def set_attention(self, backend: str) -> None:
         """Choose the attention kernel by name; anything that would be silently ignored is refused.
 
@@ -63,6 +80,35 @@ class DenoiserMixin(Family):
                 raise PipelineError(f"attention backend {backend!r} cannot be used: {error}") from error
         elif backend == "xformers":
             self.denoiser.enable_xformers_memory_efficient_attention()
+
+
+@contextmanager
+def all_trained(network: nn.Module) -> Iterator[None]:
+    """Inside, every floating-point parameter takes part in autograd."""
+    frozen = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        with torch.enable_grad():
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def reached(output: Any) -> set[Tensor]:
+    """The leaves that the gradient of an output, a tensor or a list of them, reaches."""
+    nodes = [tensor.grad_fn for tensor in ([output] if isinstance(output, Tensor) else output)]
+    seen, found = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes += [parent for parent, _ in node.next_functions]
+    return found
 
 
 class _StopForward(Exception):

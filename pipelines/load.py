@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import diffusers
 import torch
@@ -35,8 +35,30 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {
     family.family: family
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
 }
+AnyFamily = TypeVar("AnyFamily", bound=type[TrainablePipeline])
 WEIGHT_ENDINGS = (".safetensors", ".bin")  # in order of preference
 CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
+
+
+def register(family: AnyFamily) -> AnyFamily:
+    """Class decorator: `load` and `wrap` know the family by its `pipeline_classes`.
+
+    Defined again, as when a notebook's cell runs again, a family replaces itself.
+
+    Raises:
+        PipelineError: another one has that name or serves that class, or it does not say which it serves.
+    """
+    where = f"{family.__module__}.{family.__qualname__}"
+    for key in ("family", "pipeline_classes", "encoder_names", "lora_presets"):
+        if not hasattr(family, key):
+            raise PipelineError(f"{where}: the family sets no {key}")
+    for known in FAMILIES.values():
+        if f"{known.__module__}.{known.__qualname__}" == where:
+            continue
+        if known.family == family.family or set(known.pipeline_classes) & set(family.pipeline_classes):
+            raise PipelineError(f"{where}: the family {known.family!r} has that name or serves that class already")
+    FAMILIES[family.family] = family
+    return family
 
 
 def load(
@@ -152,6 +174,8 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
         if not isinstance(content, dict):
             raise PipelineError(f"{index}: expected a mapping of components, found {type(content).__name__}")
         return content
+    if str(path).startswith("testbed:"):
+        raise PipelineError(f"{path}: a model bundled with t2i-align; write t2i_align.load_pipeline({str(path)!r})")
     if local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
         raise PipelineError(f"{path}: no such file or folder (a Hub id has the form owner/name)")
     try:

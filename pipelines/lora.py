@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,19 +38,33 @@ class LoRAMixin(Family):
     lora_namings: ClassVar[tuple[str, ...]] = ("diffusers", "comfyui")
     # In ComfyUI's names, where diffusers' are not among them: patterns of module names and their replacements.
     comfyui_names: ClassVar[Mapping[str, str]] = {}
-    lora_base: ClassVar[tuple[str, str]]  # see `lora_version`
+    lora_base: ClassVar[tuple[str, str] | None] = None  # see `lora_version`; None is the family's name
 
     def add_lora(
-        self, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], init: str | None = None
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: str | Sequence[str],
+        init: str | None = None,
+        without: Collection[str] = (),
     ) -> None:
         """Put a trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet.
 
         init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
+        without: names of parameters, as of `unreached`; the LoRA leaves out the modules whose weights these are.
         """
-        modules: Any = {"target_modules": list(self.lora_targets(targets)), "lora_alpha": alpha}
-        if isinstance(targets, str) and self.lora_excluded in modules["target_modules"]:
-            modules["exclude_modules"] = self.lora_excluded
-        self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **modules))
+        endings = self.lora_targets(targets)
+        options: Any = {"target_modules": list(endings), "lora_alpha": alpha}
+        weights = [f".{name}" for name in without if name.endswith(".weight")]
+        left_out = [name for name in weights if name.endswith(tuple(f".{ending}.weight" for ending in endings))]
+        excluded = sorted(name[1:].removesuffix(".weight") for name in left_out)
+        if isinstance(targets, str) and self.lora_excluded in endings:
+            excluded.append(self.lora_excluded)
+        if excluded:
+            options["exclude_modules"] = excluded
+        self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **options))
         if init is not None:
             self._start_lora(init)
 
@@ -191,7 +205,7 @@ class LoRAMixin(Family):
 
     def lora_version(self) -> tuple[str, str]:
         """What a LoRA's header calls its base: ss_base_model_version (of sd-scripts) and modelspec.architecture."""
-        return self.lora_base
+        return self.lora_base or (self.family, self.family)
 
     def _lora_header(self, ranks: Sequence[int]) -> dict[str, str]:
         """By which A1111, ComfyUI's managers and others know what a LoRA is for."""

@@ -24,7 +24,8 @@ class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
     ) -> tuple[int, float, int]:
         """Steps, guidance scale and batch size; None is the diffusers pipeline's default, and 8 images or 1 clip."""
         defaults = inspect.signature(type(self.pipe).__call__).parameters
-        guidance = float(defaults["guidance_scale"].default) if guidance is None else guidance
+        if guidance is None:
+            guidance = float(defaults["guidance_scale"].default) + 1 - self.unguided
         return steps or int(defaults["num_inference_steps"].default), guidance, batch_size or (1 if self.video else 8)
 
     @torch.no_grad()
@@ -67,7 +68,8 @@ class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
         self.check_size(height, width, frames)
         steps, guidance, batch_size = self.sampling(steps, guidance, batch_size)
         options: dict[str, Any] = {"height": height, "width": width, **({"num_frames": frames} if frames else {})}
-        options |= {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "pt"}
+        options |= {"guidance_scale": guidance - 1 + self.unguided, "num_inference_steps": steps, "output_type": "pt"}
+        options |= self.call_options
         samples = [torch.empty(0, *((frames,) if frames else ()), 3, height, width)]
         training = self.denoiser.training
         self.denoiser.eval()
@@ -79,13 +81,20 @@ class TrainablePipeline(LoRAMixin, DenoiserMixin, VAEMixin):
                     rows = slice(start, start + batch_size)
                     generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
                     if isinstance(prompts, Mapping):
-                        inputs = {key: value[rows].to(self.device) for key, value in prompts.items()}
+                        conditioning = {key: value[rows].to(self.device) for key, value in prompts.items()}
                     else:
-                        inputs = self.encode_prompts(prompts[rows])
-                    for key, row in negative.items():
-                        inputs[f"negative_{key}"] = row.expand(len(generators), *row.shape[1:])
-                    with self.sampling_inputs(inputs) as arguments:
-                        output = self.pipe(**arguments, **options, generator=generators)
+                        conditioning = self.encode_prompts(prompts[rows])
+                    inputs = self.call_inputs(conditioning)
+                    if negative:
+                        repeated = {key: row.expand(len(generators), *row.shape[1:]) for key, row in negative.items()}
+                        inputs |= {f"negative_{key}": value for key, value in self.call_inputs(repeated).items()}
+                    try:
+                        with self.sampling_inputs(inputs) as arguments:
+                            output = self.pipe(**arguments, **options, generator=generators)
+                    except (AttributeError, TypeError, ValueError) as error:
+                        if not isinstance(self._process, PipelineError):
+                            raise
+                        raise PipelineError(f"{self._process}; diffusers cannot sample with it: {error}") from error
                     pixels = (output.frames if self.video else output.images).float().cpu()
                     self._check_finite(pixels, names[rows], seeds[rows])
                     samples.append(pixels.clamp(0, 1))

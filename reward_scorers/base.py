@@ -27,7 +27,7 @@ RANGE_TOLERANCE = 1e-3
 
 
 class Scorer(ABC):
-    """Scores images or clips against prompts; a subclass fills in `_score`, everything else is derived.
+    """Scores images or clips against prompts; a subclass fills in `rate`, everything else is derived.
 
     Attributes:
         name: unique among scorers that are used together; recorded with every score.
@@ -35,9 +35,9 @@ class Scorer(ABC):
         differentiable: whether gradients of `score` reach the pixels.
         tie_margin: differences up to this size are no preference (in units of the score).
         token_limit: to which prompts are cut, if they are.
-        takes: what `_score` gets at once: images (of a clip each frame, and the clip's score is their mean), whole
+        takes: what `rate` gets at once: images (of a clip each frame, and the clip's score is their mean), whole
             clips of at least `min_frames`, or, where other scorers do the work, the media as given.
-        preprocess: to the input of `_score`: an RGB image to [C, h, w], or pixels [B, 3, H, W] to [B, C, h, w]
+        preprocess: to the input of `rate`: an RGB image to [C, h, w], or pixels [B, 3, H, W] to [B, C, h, w]
             differentiably. Default: 8 bits to [0, 1], without resizing.
     """
 
@@ -53,7 +53,7 @@ class Scorer(ABC):
     # What a scorer fills in -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _score(self, inputs: Any, prompts: Sequence[str]) -> Tensor | Judgement:
+    def rate(self, inputs: Any, prompts: Sequence[str]) -> Tensor | Judgement:
         """Scores [B], with parts where there are any (NaN where one does not apply).
 
         Args:
@@ -181,8 +181,13 @@ class Scorer(ABC):
         return torch.cat([total for total, _ in judged])[place], columns
 
     def _judgement(self, inputs: Any, prompts: Sequence[str]) -> Judgement:
-        """`_score`, with parts, in single precision at least, its shapes checked."""
-        scores = self._score(inputs, list(prompts))
+        """`rate`, with parts, in single precision at least, its shapes checked."""
+        scores = self.rate(inputs, list(prompts))
+        if not isinstance(scores, Tensor | tuple):
+            kind = type(scores).__name__
+            raise ScorerError(
+                f"{self.name}: `rate` must return a tensor [{len(prompts)}], or that and parts, found {kind}"
+            )
         total, parts = (scores, {}) if isinstance(scores, Tensor) else scores
         for name, values in {"the score": total, **parts}.items():
             if values.shape != (len(prompts),):

@@ -163,7 +163,7 @@ class Combined(Scorer):
                 raise ScorerError(f"combine: prompts[{row}]: the reference of {name} lacks {prompt!r}")
         return [reference[version][prompt] for prompt in prompts]
 
-    def _score(self, inputs: Media, prompts: Sequence[str]) -> Judgement:
+    def rate(self, inputs: Media, prompts: Sequence[str]) -> Judgement:
         parts = {scorer.name: scorer.judge(inputs, prompts)[0] for scorer in self.scorers}
         device = next(iter(parts.values())).device
         scores = torch.stack([part.to(device) for part in parts.values()])

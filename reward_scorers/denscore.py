@@ -98,7 +98,7 @@ class Denscore(Scorer):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         self.scorer.check_prompts(prompts)
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Judgement:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Judgement:
         image = self.scorer.encode_images(inputs)
         text = text_features(self.scorer, prompts)
         common = self._direction(text)

@@ -39,7 +39,7 @@ class HeadScorer(Scorer):
     def is_cut(self, prompts: Sequence[str]) -> list[bool]:
         return self.towers.is_cut(prompts)
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         images = self.towers.encode_images(inputs)
         if not self.reads_prompts:
             return rated(self.head, images)

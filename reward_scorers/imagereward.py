@@ -87,7 +87,7 @@ class ImageRewardScorer(Scorer):
     def is_cut(self, prompts: Sequence[str]) -> list[bool]:
         return longer_than(LENGTH, self.tokenizer, prompts)
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
         ).to(inputs.device)

@@ -73,7 +73,7 @@ class TwoTowers(Scorer):
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit features [B, D] of prompts; those that are too long are cut."""
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scale * (self.encode_images(inputs) * self.text_features(prompts)).sum(-1)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ class Motion(Scorer):
     differentiable = True
     takes, min_frames = "clips", 2
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         return inputs.diff(dim=1).abs().flatten(1).mean(1)
 
 
@@ -34,7 +34,7 @@ class Smoothness(Scorer):
     differentiable = True
     takes, min_frames = "clips", 3
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         middle = (inputs[:, :-2] + inputs[:, 2:]) / 2
         return 1 - (inputs[:, 1:-1] - middle).abs().flatten(1).mean(1)
 
@@ -53,7 +53,7 @@ class Consistency(Scorer):
         self.towers, self.preprocess = towers, towers.preprocess
         self.name, self.version = f"consistency:{towers.name}", f"1, {towers.version}"
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         features = self.towers.encode_images(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
         to_first = (features[:, 1:] * features[:, :1]).sum(-1)
         to_previous = (features[:, 1:] * features[:, :-1]).sum(-1)

@@ -101,7 +101,7 @@ class VLMScorer(Scorer):
         with loading(f"vlm: {path!r} cannot be asked"):  # what does not fit shows before the long work
             self.judge([Image.new("RGB", (64, 64), "gray")], ["a gray square"])
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Judgement:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Judgement:
         images = [F.to_pil_image(pixels) for pixels in (255 * inputs.detach().clamp(0, 1)).round().byte().cpu()]
         if is_chat(self.processor) or len(set(prompts)) == 1:
             total, log_odds = self._asked(images, prompts)

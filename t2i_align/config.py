@@ -11,14 +11,15 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import to_jsonable_python
 
-from t2i_align import objectives
+from t2i_align import objectives, plugins
 from t2i_align.errors import UserError
 
 from t2i_align.utils.settings import (  # isort: skip
-    Bool, Count, Decay, Float, Int, Limit, NonNegative, Positive, Share, UserPath, Whole, build, load_as, settings,
+    Bool, Count, Decay, Float, Int, Limit, NonNegative, Positive, Share, UserPath, Whole, build,
+    load_as, read_mapping, settings, with_overrides,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
+Spec = Annotated[str, AfterValidator(plugins.located)]  # a name, or the place of something from outside
+Plugin = Annotated[str, AfterValidator(plugins.required)]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
@@ -77,7 +80,7 @@ class DataConfig:
     """
 
     path: UserPath = "testbed:pairs"
-    format: str = "auto"
+    format: Spec = "auto"
     annotations: list[UserPath] = field(default_factory=list)
     resolution: Annotated[
         Count | tuple[Count, Count] | None, Field(description="a side or [height, width] of at least 1 pixel, or null")
@@ -209,7 +212,7 @@ class ValidationConfig:
     prompts: str = "testbed:dev"
     count: Count = 16
     batch_size: Count | None = None
-    scorers: list[str] = field(default_factory=list)
+    scorers: list[Spec] = field(default_factory=list)
     steps: Count = 20
     guidance: NonNegative | None = None
     seed: Int = 1000
@@ -221,7 +224,8 @@ class HealthConfig:
 
     A loss or gradient that is not finite is divergence. So are winners that the policy denoises worse and worse (their
     error rises together with the losers'): max_error_rise is how far their mean error since the last logged line may
-    exceed the reference's, as a share of it (null: not checked). rollbacks: after so many the run stops.
+    exceed the reference's (without a reference, the initial model's), as a share of it (null: not checked). rollbacks:
+    after so many the run stops.
     """
 
     max_error_rise: Limit | None = 0.5
@@ -241,8 +245,12 @@ class LogConfig:
 
 @settings
 class RunConfig:
-    """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` where these are given."""
+    """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` where these are given.
 
+    plugins: Python files and modules that run first; what they register is known by its name (see `plugins`).
+    """
+
+    plugins: list[Plugin] = field(default_factory=list)  # first: the other keys may name what these register
     objective: Objective
     output_dir: UserPath
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -291,6 +299,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_as(RunConfig, path, overrides)
 
 
+def changed(
+    config: RunConfig | Mapping[str, Any] | str | Path | None, given: Mapping[str, Any], overrides: Sequence[str]
+) -> RunConfig:
+    """A run from a file, a RunConfig or nested values, with these keys replaced and `key=value` overrides."""
+    if isinstance(config, RunConfig):
+        if not given and not overrides:
+            return config
+        values = {**to_mapping(config), "objective": config.objective}
+    else:
+        values = read_mapping(config) if isinstance(config, str | Path) else dict(config or {})
+    values |= given
+    objective = values.get("objective")
+    if hasattr(objective, "step") and any(override.startswith("objective.") for override in overrides):
+        cls = objective if isinstance(objective, type) else type(objective)
+        values["objective"] = {"name": cls, **({} if cls is objective else vars(objective))}
+    return from_mapping(with_overrides(values, overrides))
+
+
 def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     """Plain nested values to a RunConfig, each key and type checked."""
     return build(RunConfig, values)
@@ -298,17 +324,21 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The run as plain values, as YAML holds it; `from_mapping` gives the same run back."""
-    objective = {"name": config.objective.name, **vars(config.objective)}  # by field, also of a plain dataclass
+    cls = type(config.objective)
+    name = plugins.place_of(cls) or cls.name
+    objective = {"name": name, **vars(config.objective)}  # by field, also of a plain dataclass
     return to_jsonable_python({**vars(config), "objective": objective})
 
 
 def _named(objective: Any) -> Any:
     """`{name: ..., hyper-parameters ...}` of an objective that exists, from that or its bare name."""
-    values = {"name": objective} if isinstance(objective, str) else objective
+    values = {"name": objective} if isinstance(objective, str | type) else objective
     if isinstance(values, Mapping):
         if "name" not in values:
             raise UserError("objective.name: missing key")
         objectives.check(values["name"])
     elif not hasattr(values, "step"):
         raise UserError(f"objective must be a name or a mapping of keys, found {objective!r}")
+    else:
+        objectives.check(type(values))
     return values

@@ -20,6 +20,9 @@ class PrintableError(ValueError):
         text = printable(message)
         super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} …")
 
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]  # all that IPython and Jupyter show
+
 
 class UserError(PrintableError):
     """Input that cannot be used. The command line prints its message alone and exits with status 2."""

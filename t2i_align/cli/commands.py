@@ -11,12 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from t2i_align.cli.streams import safe_streams
 from t2i_align.errors import UserError
+from t2i_align.plugins import load as load_plugin
+
+if TYPE_CHECKING:
+    from pipelines.check import Report
+    from t2i_align.training.result import RunResult
 
 TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
 # System errors whose message says it all; a traceback adds nothing.
@@ -39,13 +44,17 @@ class Command:
     every_process: bool = False
     silent: bool = True
 
-    def run(self, options: dict[str, Any], *, debug: bool = False) -> int:
+    def run(self, options: dict[str, Any], *, plugins: Sequence[str] = (), debug: bool = False) -> int:
         """Call the command's function with the options that were given; returns the exit status."""
         with safe_streams(sys.stdout, sys.stderr):
-            return self._run(options, debug)
+            return self._run(options, plugins, debug)
 
-    def _run(self, options: dict[str, Any], debug: bool) -> int:
+    def _run(self, options: dict[str, Any], plugins: Sequence[str], debug: bool) -> int:
         try:
+            for place in plugins:
+                load_plugin(place)
+            if plugins and self.check:  # recorded with the run
+                options["overrides"] = [*options.get("overrides", ()), *(f"plugins+={place}" for place in plugins)]
             if isinstance(options.get("scorers"), list):
                 options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
             if self.check:  # a wrong key is answered before torch is imported
@@ -102,6 +111,49 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in SYSTEM_ERRORS
 
 
+def train(config: str | Path, overrides: Sequence[str] = ()) -> RunResult:
+    """Run a configuration.
+
+    Args:
+        config: path of a YAML file such as those under configs/.
+        overrides: `key=value` changes to the file: train.steps=200 objective.beta=500 lora=null ...
+    """
+    from t2i_align.training.run import align
+
+    return align(config, overrides)
+
+
+def check_model(
+    model: str | Path,
+    *,
+    expert: str | None = None,
+    precision: str = "fp32",
+    device: str | None = None,
+    quick: bool = False,
+) -> Report:
+    """Check a model's family against the genuine diffusers pipeline (`pipelines.check`).
+
+    Args:
+        model: diffusers folder, single file, Hub id, or `testbed:sd`.
+        expert: denoiser to check, `high` or `low`, where a model has two.
+        precision: `fp32`, `bf16` or `fp16`; differences are seen best in fp32.
+        device: such as cpu or cuda:1 (default: the GPU if there is one).
+        quick: do not write the whole model to a temporary folder and load it from there.
+
+    Raises:
+        UserError: a check failed; the message lists them all.
+    """
+    import pipelines
+    from t2i_align.config import ModelConfig
+    from t2i_align.inference.models import load_pipeline
+
+    config = ModelConfig(path=str(model), expert=expert)  # type: ignore[arg-type]
+    report = pipelines.check(load_pipeline(config, precision, device), whole=not quick)
+    if not report.ok:
+        raise UserError(str(report))
+    return report
+
+
 def prepare(config: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Encode a run's data into its cache; returns counts and places.
 
@@ -139,7 +191,7 @@ def objectives(name: str | None = None) -> str:
 
     if name:
         cls = registry.get(name)
-        needs = f"Needs {cls.needs}. A complete run: configs/{cls.config}"
+        needs = f"Needs {cls.needs}." + (f" A complete run: configs/{cls.config}" if cls.config else "")
         keys = [f"  objective.{f.name} = {f.default!r}  ({expected(cls, f.name)})" for f in fields(cls)]  # type: ignore[arg-type]
         texts = [inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), needs, "Hyper-parameters:"]
         return "\n\n".join([*map(str, texts), "\n".join(keys)])

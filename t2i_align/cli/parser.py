@@ -72,7 +72,7 @@ def build(name: str) -> Any:
     single = typer.Typer(add_completion=False, **PLAIN)
     single.command(
         name.split()[-1],
-        cls=type(name, (SpreadCommand,), {"single": command.single}),
+        cls=type(name, (SpreadCommand,), {"single": (*command.single, "plugin")}),
         help=f"{command.summary[0].upper()}{command.summary[1:]}.",
         short_help=command.summary,
         epilog="\b\nexamples:\n" + "\n".join(f"  {example}" for example in command.examples),
@@ -83,9 +83,9 @@ def build(name: str) -> Any:
 def _entry(command: Command) -> Callable[..., None]:
     """A function with the signature for typer. It passes on what was given, so that defaults are the library's own."""
 
-    def entry(debug: bool = False, **values: Any) -> None:
+    def entry(debug: bool = False, plugin: list[str] | None = None, **values: Any) -> None:
         given = {key: value for key, value in values.items() if not (value is None or value is False or value == [])}
-        raise typer.Exit(command.run(given, debug=debug))
+        raise typer.Exit(command.run(given, plugins=plugin or (), debug=debug))
 
     signature = []
     for p in parameters(command.function):
@@ -98,6 +98,9 @@ def _entry(command: Command) -> Callable[..., None]:
         default = Parameter.empty if p.required else None if optional else False
         kind = Annotated[p.type | None if optional else p.type, info]  # type: ignore[valid-type]
         signature.append(Parameter(p.name, Parameter.KEYWORD_ONLY, annotation=kind, default=default))
+    text = "Python file or module to run first; what it registers is known by its name (may be given several times)"
+    places = Annotated[list[str] | None, typer.Option("--plugin", help=text)]
+    signature.append(Parameter("plugin", Parameter.KEYWORD_ONLY, annotation=places, default=None))
     flag = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
     signature.append(Parameter("debug", Parameter.KEYWORD_ONLY, annotation=flag, default=False))
     entry.__signature__ = Signature(signature)  # type: ignore[attr-defined]

@@ -21,8 +21,12 @@ Kind = Literal["lora", "soft_tokens", "model"]
 class Trained(Protocol):
     """One choice of what is trained, listed in TRAINED under the name of the folder that a run leaves."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
-        """Put it on the denoiser with fresh weights in float32; only its parameters then require gradients."""
+    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+        """Put it on the denoiser with fresh weights in float32; only its parameters then require gradients.
+
+        unreached: names of the denoiser's parameters that get no gradient. They are not trained: several processes
+        would wait for their gradients.
+        """
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
         """Write it into a folder; returns the file or folder that loads it."""
@@ -47,8 +51,8 @@ class Adapter(Trained, Protocol):
 class LoRA:
     """Low-rank updates (arXiv 2106.09685) through peft, in diffusers' format."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
-        pipeline.add_lora(**vars(config.lora))
+    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+        pipeline.add_lora(**vars(config.lora), without=unreached)
         cast_training_params(pipeline.denoiser, dtype=torch.float32)
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
@@ -70,8 +74,9 @@ class LoRA:
 class WholeModel:
     """All of the denoiser's weights, saved as a whole pipeline."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
-        pipeline.denoiser.requires_grad_(True)
+    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+        for name, parameter in pipeline.denoiser.named_parameters():
+            parameter.requires_grad_(name not in unreached)
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
         pipeline.load_encoders().save(folder)

@@ -84,7 +84,7 @@ class SoftTokens(nn.Module):
 class SoftTokensAdapter:
     """Soft tokens as a run trains, saves and loads them."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig) -> None:
+    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
         assert config.soft_tokens is not None
         bos = None
         if config.soft_tokens.start == "bos":  # causal: the text after it has no influence

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import Group, Media, Survey
+from t2i_align.data.schema import Conditioning, Group, Media, Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -182,11 +182,14 @@ class Latents(Encoder):
 
     def _text_rows(self, texts: Sequence[str]) -> list[Row | None]:
         dtype, masks = self.pipeline.conditioning_dtype, self.pipeline.conditioning_masks
+        encoded = self.pipeline.encode_prompts(texts)
+        check_conditioning(encoded, texts, masks)
         conditioning = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu()
-            for name, tensor in self.pipeline.encode_prompts(texts).items()
+            for name, tensor in encoded.items()
         }
         stored = {name: tensor for name, tensor in sorted(conditioning.items()) if name not in masks.values()}
+        before = getattr(self, "layout", {})
         self.layout = {
             name: {
                 "shape": [-1, *tensor.shape[2:]] if name in masks else list(tensor.shape[1:]),
@@ -195,6 +198,13 @@ class Latents(Encoder):
             }
             for name, tensor in stored.items()
         }
+        for name, entry in before.items():
+            if (found := self.layout.get(name)) != entry:
+                raise UserError(
+                    f"the conditioning {name!r} of prompt {texts[0]!r} has shape {found and found['shape']}, that of "
+                    f"earlier ones {entry['shape']}: where lengths differ between prompts, a family names the mask in "
+                    "`conditioning_masks`"
+                )
         rows: list[Row | None] = []
         for number, text in enumerate(texts):
             own = {name: tensor[number] for name, tensor in stored.items()}
@@ -204,6 +214,27 @@ class Latents(Encoder):
             columns = {f"embedding:{name}": _to_bytes(tensor) for name, tensor in own.items()}
             rows.append({"text": text, **columns} if finite else None)
         return rows
+
+
+def check_conditioning(conditioning: Conditioning, texts: Sequence[str], masks: Mapping[str, str]) -> None:
+    """Raise UserError unless a family's conditioning of texts is tensors [B, ...], with the masks that it names."""
+    for name, tensor in conditioning.items():
+        if not isinstance(tensor, Tensor) or not tensor.ndim or len(tensor) != len(texts):
+            kind = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(
+                f"the conditioning {name!r} of {len(texts)} prompts, the first {texts[0]!r}, must be a tensor "
+                f"[{len(texts)}, ...], found {kind}"
+            )
+    for name, mask in masks.items():
+        if name not in conditioning:
+            continue
+        shape = list(conditioning[name].shape)
+        found = list(conditioning[mask].shape) if mask in conditioning else None
+        if found != shape[:2]:
+            raise UserError(
+                f"the mask {mask!r} of the conditioning {name!r} {shape} must be {shape[:2]}, found {found}, "
+                f"for prompt {texts[0]!r}"
+            )
 
 
 class Undecoded(Encoder):

@@ -16,12 +16,13 @@ import json
 import logging
 import os
 import re
-import runpy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from t2i_align import plugins
 from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns
@@ -49,12 +50,13 @@ class Reader:
 
     read: a path's groups and skipped rows, in a stable order; without `images`, those that are costly to read are left
     out; of a table, with a third argument, only those of this file. detects: whether a path looks like this format.
-    files: the files that hold the rows.
+    files: the files that hold the rows. function: of a format from outside, what it is made of.
     """
 
     read: Callable[..., Items]
     detects: Callable[[Path], bool] = lambda path: False
     files: Callable[[Path], Iterable[Path]] = _all_files
+    function: Read | None = None
 
 
 def _table(
@@ -90,18 +92,17 @@ def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
     if (own := description.columns) is not None:
         return description, source, _table(lambda path: [own], split=description.split)
-    code, _, name = description.format.rpartition(".py:")
-    if code and name not in READERS:
+    if not plugins.has_run(description.format):
         raise UserError(
-            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use {code}.py, name "
-            "the source itself and give its format on the command line or in the configuration."
+            f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use "
+            f"{description.format}, name its file among the plugins (plugins=[...], --plugin)."
         )
-    name = detect(source, name)
+    name = detect(source, description.format)
     if name in PUBLISHED:
         return description, source, _table(partial(_maps, name), split=description.split)
     if description.split != TRAIN:
         raise UserError(f"{path}: split: {source} is no table in several files, of which one could be chosen")
-    return description, source, READERS[name]
+    return description, source, reader_of(name)
 
 
 def _read_described(path: Path, images: bool) -> Items:
@@ -135,15 +136,13 @@ def register(
     """Make a reading function known under `name`.
 
     detects: whether a path looks like this format. outline: gives the same items with images left out, where reading
-    them is costly.
+    them is costly. Raises UserError where another one has that name.
     """
 
     def add(function: Read) -> Read:
-        if name in READERS or name == "auto":
-            raise ValueError(f"there is a reader named {name!r} already")
-        READERS[name] = Reader(
-            read=lambda path, images: (function if images else outline or function)(path), detects=detects
-        )
+        if name == "auto":
+            raise UserError("a data format cannot be named 'auto'")
+        plugins.register(READERS, name, _outside(function, outline, detects=detects), "data format")
         return function
 
     return add
@@ -177,7 +176,7 @@ def read(
             that do not fit it.
     """
     file = resolve(path)
-    reader = READERS[detect(file, format)]
+    reader = reader_of(detect(file, format))
     items = reader.read(file, images, part) if part else reader.read(file, images)
     items = selection.first(_checked(items, part or file, annotations, seen))
     return (item.best_first() if best_first and isinstance(item, Group) else item for item in items)
@@ -202,22 +201,34 @@ def resolve(path: str | Path) -> Path:
 def detect(path: Path, format: str = "auto") -> str:
     """The name of the reader for `path`; `format` unless that is `auto`.
 
-    `formats.py:votes` runs a Python file, in which a reader of that name is registered.
+    One from outside is named by its place, `formats.py:votes`.
     """
-    file, separator, name = format.rpartition(".py:")
-    if separator:
-        _run_once(f"{file}.py")
-        format = name
     if format != "auto":
-        if format not in READERS:
-            raise unknown("data format", format, [*READERS, "auto"])
-        return format
-    for name, reader in READERS.items():
-        if reader.detects(path):
-            return name
+        reader_of(format)
+        return plugins.located(format)
+    for _ in range(2):
+        for name, reader in READERS.items():
+            if reader.detects(path):
+                return (reader.function and plugins.place_of(reader.function)) or name
+        plugins.load_installed()
     raise UserError(
         f"{path}: no reader recognises this {'folder' if path.is_dir() else 'file'}. Name its format with data.format; "
         f"there are: {', '.join(sorted(READERS))}.{_hint(path)}"
+    )
+
+
+def reader_of(format: str) -> Reader:
+    """The reader of a format that is named, or lies at `formats.py:votes` or `package.module:votes`."""
+    found = plugins.find("data format", format, READERS)
+    if isinstance(found, Reader):
+        return found
+    return next((reader for reader in READERS.values() if reader.function is found), None) or _outside(found)
+
+
+def _outside(function: Read, outline: Read | None = None, **options: Any) -> Reader:
+    """The reader of a function from outside."""
+    return Reader(
+        read=lambda path, images: (function if images else outline or function)(path), function=function, **options
     )
 
 
@@ -238,13 +249,6 @@ def _hint(path: Path) -> str:
 
 def _is_compressed(file: Path) -> bool:
     return file.suffix.lower() in COMPRESSED
-
-
-@lru_cache
-def _run_once(file: str) -> None:
-    if not os.path.isfile(file):
-        raise UserError(f"data.format: {file}: no such file with a format of your own")
-    runpy.run_path(file)
 
 
 def _checked(items: Items, source: Path, annotations: Annotations, seen: Callable[[Group], None]) -> Items:
@@ -304,7 +308,7 @@ def survey(
                      seen=contents.add):  # fmt: skip
         unmatched.pop(item.id, None)
         result.add(item)
-    for file in ([part] if part else sorted(READERS[format].files(source))) if contents.embedded else ():
+    for file in ([part] if part else sorted(reader_of(format).files(source))) if contents.embedded else ():
         contents.add_file(file)
         result.embedded_bytes += file.stat().st_size
     result.identity = contents.digest.hexdigest()[:16]

@@ -139,6 +139,10 @@ class Group(WithColumns):
             object.__setattr__(self, "scores", single)  # scores that training cannot tell apart are equal
         object.__setattr__(self, "origin", printable(self.origin))  # it has names of files and keys from anywhere
 
+    def __repr__(self) -> str:
+        shown = [f"{len(media)} bytes" if isinstance(media, bytes) else str(media) for media in self.candidates]
+        return f"Group({self.id!r}, {self.prompt!r}, {', '.join(shown)}, scores={self.scores})"
+
     @property
     def texts(self) -> tuple[str, ...]:
         """All texts for the encoder: the prompt, then those of the columns."""
@@ -313,10 +317,10 @@ class Batch(WithColumns):
     """
 
     keys: tuple[str, ...]
-    latents: Tensor
+    latents: Tensor = field(repr=False)
     scores: Tensor
-    conditioning: Conditioning
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    conditioning: Conditioning = field(repr=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sizes: Tensor | None = None
     empty: Conditioning | None = None
     state: dict[str, Tensor] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError, unknown
@@ -23,8 +23,21 @@ from t2i_align.evaluation.report import keep, render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.inference.generate import TOTAL, Sample, in_background, judge, sample, sample_seed
-from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base, resolve_model
-from t2i_align.inference.options import build_scorers, check_options, memory_for, resolve_prompts, use_precision
+from t2i_align.inference.models import (
+    Aligned,
+    adapter_on,
+    load_pipeline,
+    resolve_aligned,
+    resolve_base,
+    resolve_model,
+)
+from t2i_align.inference.options import (
+    build_scorers,
+    check_options,
+    memory_for,
+    resolve_prompts,
+    use_precision,
+)
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
@@ -40,7 +53,7 @@ Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not 
 def evaluate(
     *,
     base: str | Path | TrainablePipeline | None = None,
-    aligned: str | Path,
+    aligned: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str],
     scorers: str | Sequence[str | Scorer],
     out: str | Path,
@@ -75,7 +88,8 @@ def evaluate(
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
-        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model.
+        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model, which
+            may be a loaded pipeline.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
         seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
@@ -104,7 +118,9 @@ def evaluate(
     check_options(precision, fps, seeds_per_prompt=seeds_per_prompt, **counts)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
-    other = resolve_aligned(aligned)
+    other = resolve_aligned(aligned) if isinstance(aligned, str | Path) else Aligned("model", aligned.source)
+    if base is None and not isinstance(aligned, str | Path):
+        raise UserError("base: none given, and a loaded pipeline does not tell which model it was aligned from")
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
     version |= {"expert": expert, "prediction_type": prediction_type}
     loaded = not isinstance(base, str | Path | None)
@@ -120,7 +136,9 @@ def evaluate(
         raise UserError(str(error)) from error
     pipeline: TrainablePipeline
     pipeline = load_pipeline(model, precision, device) if model else base  # type: ignore[assignment]
-    if other.kind == "model":
+    if not isinstance(aligned, str | Path):
+        _check_media(pipeline.video, aligned.video, aligned.source)
+    elif other.kind == "model":
         if (family := pipelines.family_of(resolve_model(other.path))) is not None:
             _check_media(pipeline.video, family.video, other.path)
     else:
@@ -151,6 +169,8 @@ def evaluate(
         if other.kind != "model":
             with adapter_on(pipeline, other):
                 after = _measure("aligned", pipeline, *what, autocast=autocast, **sampling)
+        elif not isinstance(aligned, str | Path):
+            after = _measure("aligned", aligned, *what, autocast=autocast, **sampling)
         else:
             del pipeline
             gc.collect()
@@ -165,7 +185,7 @@ def evaluate(
         recorded = {
             "base": origin.pop("path"),
             **origin,
-            "aligned": str(aligned),
+            "aligned": str(aligned) if isinstance(aligned, str | Path) else aligned.source,
             "aligned_kind": other.kind,
             "adapter_sha256": None if other.kind == "model" else digest(Path(other.path)),
             "prompts": len(texts),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.evaluation.stats import Comparison
+from t2i_align.utils import html
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,45 @@ class Evaluation:
             scorers[name] = {**values.pop("total"), **values}
         return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": scorers}
 
+    def __repr__(self) -> str:
+        (name, result), (low, high) = next(iter(self.scorers.items())), self.win_rate_ci
+        rate = f"win rate {self.win_rate:.1%} [{low:.1%}, {high:.1%}]"
+        return f"Evaluation({rate} by {name}, n {result.total.n}, {self.out})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and the report with its images."""
+        rows = [
+            (
+                label,
+                f"{c.win_rate:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{c.mean_before:.3f}",
+                f"{c.mean_after:.3f}",
+                str(c.n),
+            )
+            for label, c in self._comparisons()
+            for low, high in [c.win_rate_ci]
+        ]
+        report = self.out / "report.html"
+        shown = html.page(report.read_text(encoding="utf-8")) if report.is_file() else ""
+        return html.table(["scorer", "win rate", "95 % interval", "base", "aligned", "n"], rows) + shown
+
+    def _comparisons(self) -> list[tuple[str, Comparison]]:
+        """Each scorer's comparison, followed by its parts'."""
+        return [
+            each
+            for name, result in self.scorers.items()
+            for each in [(name, result.total), *((f"  {part}", c) for part, c in result.parts.items())]
+        ]
+
     def summary(self) -> str:
         """A few lines for the terminal."""
-        lines = []
-        for name, result in self.scorers.items():
-            for label, c in [(name, result.total), *((f"  {part}", c) for part, c in result.parts.items())]:
-                low, high = c.win_rate_ci
-                lines.append(
-                    f"{label:<24} win rate {c.win_rate:6.1%} [{low:.1%}, {high:.1%}]  "
-                    f"mean {c.mean_before:.3f} -> {c.mean_after:.3f}  n {c.n}"
-                )
+        lines = [
+            f"{label:<24} win rate {c.win_rate:6.1%} [{low:.1%}, {high:.1%}]  "
+            f"mean {c.mean_before:.3f} -> {c.mean_after:.3f}  n {c.n}"
+            for label, c in self._comparisons()
+            for low, high in [c.win_rate_ci]
+        ]
         return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
 
 

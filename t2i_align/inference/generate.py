@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
@@ -81,7 +81,7 @@ def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> 
 def generate(
     model: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str] | None = None,
-    out: str | Path = "images",
+    out: str | Path | None = "images",
     *,
     prompt: Sequence[str] = (),
     lora: str | Path | None = None,
@@ -105,8 +105,10 @@ def generate(
     device: str | None = None,
     force: bool = False,
     progress: bool = True,
-) -> Path:
+) -> Any:
     """Write `00000.png` … and `samples.jsonl` (one line per image) to the folder `out`; returns the list's path.
+
+    With `out=None` nothing is written, and the images are returned: PIL images, or clips [F, 3, H, W] of 8 bits.
 
     Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
     leaves a usable shorter list.
@@ -147,8 +149,9 @@ def generate(
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
     check_options(precision, fps, per_prompt=per_prompt, **counts)
     adapter = None if lora is None else resolve_adapter(lora)
-    folder, autocast = Path(out).expanduser(), None
-    _earlier_run(folder, force, len(texts) * per_prompt)
+    folder, autocast = None if out is None else Path(out).expanduser(), None
+    if folder is not None:
+        _earlier_run(folder, force, len(texts) * per_prompt)
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
@@ -165,6 +168,10 @@ def generate(
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
+    drawn = _drawn(pipeline, rows, batch_size, progress, options)
+    if folder is None:
+        with adapter_on(pipeline, adapter, lora_scale):
+            return [item for _, _, samples in drawn for item in samples]
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
         earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
 
@@ -177,18 +184,26 @@ def generate(
                     save_image(item, file)
                 append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
 
-        with tqdm(total=len(rows), unit="img", disable=not progress) as bar, in_background() as run:
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                texts, seeds = map(list, zip(*batch, strict=True))
-                samples = sample(pipeline, texts, seeds, batch_size=batch_size, **options)
+        with in_background() as run:
+            for start, batch, samples in drawn:
                 if start == 0:  # with which nothing is wrong that the sampling could show
                     for file in earlier:
                         file.unlink()
                     (folder / LIST).write_bytes(b"")
                 run(save, start, batch, samples)
-                bar.update(len(batch))
     return folder / LIST
+
+
+def _drawn(
+    pipeline: TrainablePipeline, rows: Sequence[tuple[str, int]], batch_size: int, progress: bool, options: Any
+) -> Iterator[tuple[int, Sequence[tuple[str, int]], list[Sample]]]:
+    """Batch by batch: the number of its first row, its prompts and seeds, and their samples."""
+    with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            texts, seeds = map(list, zip(*batch, strict=True))
+            yield start, batch, sample(pipeline, texts, seeds, batch_size=batch_size, **options)
+            bar.update(len(batch))
 
 
 @contextmanager

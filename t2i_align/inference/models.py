@@ -20,6 +20,8 @@ from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind, LoRA
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
+from t2i_align.plugins import load as load_plugin
+from t2i_align.plugins import load_installed
 from t2i_align.training.output import RUN_FILE
 from t2i_align.utils.settings import build
 
@@ -51,6 +53,8 @@ def resolve_model(path: str | Path, what: str = "model") -> str:
         return str(bundled(base_path, text))
     local = Path(text).expanduser()
     if local.exists():
+        if (file := local.absolute().parent / RUN_FILE).is_file():
+            _recorded(file)
         return str(local)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/"):
         raise UserError(f"{text}: no such {what}: no such file or folder, and a Hub id has the form owner/name")
@@ -120,17 +124,18 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
 
 
 def run_of(aligned: Aligned) -> dict[str, Any] | None:
-    """The configuration of the training run that left these weights, if one did."""
+    """The configuration of the training run that left these weights, if one did; its plugins are loaded."""
     weights = Path(aligned.path)
     folder = weights.parent if weights.is_file() else weights
     file = folder.absolute().parent / RUN_FILE
-    return yaml.safe_load(file.read_text()) if folder.name in TRAINED and file.is_file() else None
+    return _recorded(file) if folder.name in TRAINED and file.is_file() else None
 
 
 def load_pipeline(
     model: str | Path | ModelConfig, precision: str = "fp32", device: str | None = None, *, encoders: bool = True
 ) -> TrainablePipeline:
     """A model on `device` (default: the GPU if there is one) with its weights in `precision`."""
+    load_installed()
     check_options(precision)
     place = pick_device(device)
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
@@ -180,6 +185,20 @@ def adapter_on(pipeline: TrainablePipeline, adapter: Aligned | None, scale: floa
         yield
     finally:
         kind.remove(pipeline)
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """A run's settings from its run.yaml; the plugins that they name are loaded.
+
+    Raises:
+        UserError: a plugin lies in the run's own folder: a run from elsewhere must not bring code.
+    """
+    values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for place in values.get("plugins", ()):
+        if Path(place).resolve().is_relative_to(file.parent.resolve()):
+            raise UserError(f"{file}: plugins: {place} lies in the run's own folder; to run it, give it with --plugin")
+        load_plugin(place)
+    return values
 
 
 def _on_the_hub(repository: str, what: str) -> Aligned:

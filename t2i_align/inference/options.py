@@ -15,6 +15,7 @@ import torch
 
 from t2i_align.data import tables
 from t2i_align.errors import UserError, unknown
+from t2i_align.plugins import find_scorer
 from t2i_align.utils.files import parse_json
 
 if TYPE_CHECKING:
@@ -152,7 +153,10 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
     """
     import reward_scorers
     import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle` and `motion_oracle`)
+    from reward_scorers.registry import FINDERS
 
+    if find_scorer not in FINDERS:
+        FINDERS.append(find_scorer)
     given: list[Any] = [specs] if isinstance(specs, str | reward_scorers.Scorer) else list(specs)
     if not given:
         raise UserError(f"scorers: none given. Choices: {', '.join(reward_scorers.names())}.")

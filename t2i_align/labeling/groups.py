@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Skipped

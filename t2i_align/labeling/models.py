@@ -101,7 +101,7 @@ class LanguageModel(ABC):
         self.device, self.dtype = pick_device(device), use_precision(precision) or torch.float32
         self.name, self.template, self.max_new_tokens = path, template, max_new_tokens
         try:
-            self._load(resolve_model(path, self.role), revision=revision)
+            self._load(resolve_model(path, self.role), revision=revision, trust_remote_code=False)
             pad_left(self.tokenizer)
             self.network.to(self.device).eval().requires_grad_(False)
             self(*self.probe)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
@@ -107,20 +107,23 @@ def score(
                     totals[row["scorer"]] += (row["score"] if scored else 0, scored, not scored)
                     why = why or row.get("error", "")
                 bar.update(len(batch))
-        everywhere = processes.gather((totals, why))  # waits for all of them
+        long = {scorer.name: scorer.cut for scorer in built}  # prompts
+        everywhere = processes.gather((totals, why, long))  # waits for all of them
         if table and processes.rank == 0:
             table.merge()
     means = {}
     for name in totals:
-        value, scored, failed = sum(part[name] for part, _ in everywhere)
+        value, scored, failed = sum(part[name] for part, *_ in everywhere)
         note = f"; {failed:.0f} could not be scored" if failed else ""
+        if cut := set[str]().union(*(prompts[name] for *_, prompts in everywhere)):
+            note += f"; {len(cut)} prompts were longer than its text encoder reads, and cut"
         if scored:
             means[name] = float(value / scored)
         if processes.rank == 0:
             mean = f"mean {means[name]:.4f} over {scored:.0f} images{note}" if scored else "no image could be scored"
             print(f"{name}: {mean}")
     if not means:
-        reasons = [reason for _, reason in everywhere if reason] or ["the scorers give no finite number"]
+        reasons = [reason for _, reason, _ in everywhere if reason] or ["the scorers give no finite number"]
         raise UserError(f"{images}: none of its {total} images could be scored, such as: {reasons[0]}")
     return means
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.votes import majority, shares

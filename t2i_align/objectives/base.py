@@ -135,14 +135,15 @@ class Requirements:
 
 
 class Objective(ABC):
-    """A frozen dataclass of hyper-parameters with one method. Registered in `t2i_align.objectives`.
+    """A frozen dataclass of hyper-parameters with one method.
 
-    config: the file in `configs/` that shows a complete run.
+    Built-in ones are listed in `t2i_align.objectives.CLASSES`, others are named by their place, or by their name after
+    `@t2i_align.objectives.register`. config: the file in `configs/` that shows a complete run.
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
-    config: ClassVar[str]
+    paper: ClassVar[str] = ""
+    config: ClassVar[str] = ""
     needs: ClassVar[Requirements]
 
     @abstractmethod

@@ -18,7 +18,8 @@ margin h = tau * margin, because with mean-squared errors the margin is about 1e
 gradients below Adam's eps.
 
 A method on pairs is a subclass that changes one thing: how candidates become noisy (`noised`), under which captions
-(`paired`), how strongly a pair counts (`strength`, a factor of beta), the logit, or its loss (`pair_loss`).
+(`paired`), how strongly a pair counts (`strength`, a factor of beta), the logit, or its loss (`pair_loss`). One whose
+`needs` have no reference gets ref_err = 0, and keeps the links, the guard and the metrics.
 """
 
 from __future__ import annotations
@@ -99,10 +100,13 @@ class DiffusionDPO(Objective):
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         batch = self.paired(batch)
         noised = self.noised(policy, reference, batch, rng)
-        with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
-            ref_residuals = noised.residuals(reference)
+        ref_residuals = None
+        if self.needs.reference:
+            with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
+                ref_residuals = noised.residuals(reference)
         residuals = noised.residuals(policy)
-        err, ref_err = squared_error(residuals, self.reduction), squared_error(ref_residuals, self.reduction)
+        err = squared_error(residuals, self.reduction)
+        ref_err = torch.zeros_like(err) if ref_residuals is None else squared_error(ref_residuals, self.reduction)
         err_w, err_l, ref_err_w, ref_err_l = err[:, 0], err[:, -1], ref_err[:, 0], ref_err[:, -1]
         metrics: Metrics = {}
         if self.guard is not None:
@@ -118,7 +122,10 @@ class DiffusionDPO(Objective):
         h = self.logit(err_w, err_l, ref_err_w, ref_err_l, beta)
         metrics |= preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
         metrics |= by_time("rewards/margins", metrics["rewards/margins"], timesteps)
-        metrics["drift"] = (residuals.detach() - ref_residuals).square().mean((1, 2))
+        if ref_residuals is None:
+            metrics = {name: value for name, value in metrics.items() if not name.endswith("_minus_reference")}
+        else:
+            metrics["drift"] = (residuals.detach() - ref_residuals).square().mean((1, 2))
         metrics["rewards/gradient_factor"] = torch.sigmoid(-h.detach())
         loss, more = self.pair_loss(h, batch)
         return loss, metrics | more

@@ -31,6 +31,11 @@ def trust(h: Tensor, eta: Tensor | float) -> Tensor:
     return eta * p / (eta * p + (1 - eta) * (1 - p))
 
 
+def lcpo_loss(h: Tensor, w: Tensor) -> Tensor:
+    """Loss of each logit, shaped like h, with w its label's `trust`."""
+    return -(w * F.logsigmoid(h) + (1 - w) * F.logsigmoid(-h))
+
+
 @settings
 class LCPO(DiffusionDPO):
     """LCPO on pairs. eta: its first value, in (1/2, 1). rate: of its running mean, in [0, 1]; 0 keeps it.
@@ -48,7 +53,7 @@ class LCPO(DiffusionDPO):
 
     def pair_loss(self, h: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         w = trust(h, batch.state["eta"].to(h.dtype))
-        return -(w * F.logsigmoid(h) + (1 - w) * F.logsigmoid(-h)), {"lcpo/trust": w}
+        return lcpo_loss(h, w), {"lcpo/trust": w}
 
     def initial_state(self) -> dict[str, float]:
         return {**super().initial_state(), "eta": self.eta}

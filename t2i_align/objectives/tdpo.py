@@ -39,6 +39,13 @@ def one_image_two_texts(batch: Batch) -> Batch:
     )
 
 
+def tdpo_logit(
+    err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, *, beta: float | Tensor, limit: float
+) -> Tensor:
+    """h, [B], of errors under the prompt (w) and under the negative caption (l)."""
+    return dpo_logit(err_w, torch.minimum(err_l, ref_err_l + limit), ref_err_w, ref_err_l, beta=beta)
+
+
 @settings
 class TDPO(DiffusionDPO):
     """TDPO on single images. limit: how far the error under c- may rise above the reference's and still count."""
@@ -55,7 +62,7 @@ class TDPO(DiffusionDPO):
         return one_image_two_texts(batch)
 
     def logit(self, err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, beta: float | Tensor) -> Tensor:
-        return dpo_logit(err_w, torch.minimum(err_l, ref_err_l + self.limit), ref_err_w, ref_err_l, beta=beta)
+        return tdpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=beta, limit=self.limit)
 
 
 @settings

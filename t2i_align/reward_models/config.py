@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from t2i_align.config import LoraConfig, OptimConfig, Precision
+from t2i_align.config import LoraConfig, OptimConfig, Plugin, Precision, Spec
 from t2i_align.errors import UserError
 from t2i_align.utils.settings import Bool, Count, Decay, Int, UserPath, load_as, settings
 
@@ -24,7 +24,7 @@ class PreferenceConfig:
     """
 
     path: UserPath = "testbed:pairs"
-    format: str = "auto"
+    format: Spec = "auto"
     annotations: list[UserPath] = field(default_factory=list)
     test: UserPath | None = None
     holdout_prompts: Decay = 0.1
@@ -71,11 +71,13 @@ class ScorerRun:
     model: spec of a CLIP-style scorer to begin with, for `full` and `lora` an `hf-clip:` one; for `users` the folder of
     a trained PAL, to which it adds the users of this data, from their few pairs.
     tune: all weights, LoRA, a linear head or PAL on frozen features, or PAL's new users alone.
+    plugins: Python files and modules that run first, as those of a run.
     loss: pickscore, hpsv2, imagereward or btt, which alone learns how close tied images are.
     """
 
+    plugins: list[Plugin] = field(default_factory=list)
     output_dir: UserPath
-    model: str
+    model: Spec
     tune: Tune = "lora"
     loss: str = "pickscore"
     name: str | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations

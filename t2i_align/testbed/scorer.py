@@ -36,7 +36,7 @@ class OracleScorer(Scorer):
             except ValueError as error:
                 raise ScorerError(f"{self.name}: prompts[{row}]: {error}") from error
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         verdict = self._verdict(inputs, prompts)
         return _tensor(verdict.reward), {name: _tensor(values) for name, values in verdict.columns().items()}
 

@@ -23,7 +23,15 @@ from t2i_align.config import HealthConfig, OptimConfig, RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.training.monitor import Diverged, MetricAverager, arriving, check_finite, check_winners
+from t2i_align.training.monitor import (
+    Callbacks,
+    Diverged,
+    MetricAverager,
+    arriving,
+    check_finite,
+    check_reached,
+    check_winners,
+)
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -67,6 +75,10 @@ class Task(ABC):
         """What else is done after this step (0: before the first); the results are logged."""
         return ()
 
+    def watched(self) -> dict[str, float]:
+        """More metrics of a step that is logged or saved; costly ones that are not measured at each step."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimiser: tensors and plain values."""
         return {}
@@ -84,9 +96,15 @@ class Loop:
     """
 
     def __init__(
-        self, task: Task, accelerator: Accelerator, config: RunConfig | ScorerRun, progress: bool = True
+        self,
+        task: Task,
+        accelerator: Accelerator,
+        config: RunConfig | ScorerRun,
+        progress: bool = True,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.task, self.accelerator, self.progress = task, accelerator, progress
+        self.callbacks = callbacks or Callbacks()
         self.train, self.optim, self.log = config.train, config.optim, config.log
         self.output = Path(config.output_dir)
         self.groups_per_step = config.train.batch_size * task.accumulate * accelerator.num_processes
@@ -107,6 +125,7 @@ class Loop:
         self.same = {"data": task.fingerprint, "base model": task.weights.base_hash()}
         self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
         self.step = self.rollbacks = 0
+        self.checked = False  # whether a step's gradient is known to reach what is trained
         self.went_back = False  # whether a rollback has led here
         self.update_norm = torch.zeros(())  # of the last logged step
         self.window = MetricAverager()  # of the metrics since the last logged line
@@ -154,13 +173,15 @@ class Loop:
             if report or save or due:
                 self._check(numbers(), self.step)
             if report or save:
-                means = self.window.numbers(self.accelerator)
+                means = {**self.window.numbers(self.accelerator), **self.task.watched()}
                 check_winners(means, self.step, self.task.health.max_error_rise)
             if report:
                 now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
                 self.last_logged, self.window = {**means, **now}, MetricAverager()
                 self._record(self.last_logged)
                 bar.set_postfix(loss=f"{means['loss']:.4f}")
+            if self.callbacks.on_step and self.accelerator.is_main_process:
+                self.callbacks.on_step(self.step, self.last_logged if report else {})
             for act in due:
                 self._record(act())
             if save:
@@ -183,6 +204,9 @@ class Loop:
                 self.accelerator.backward(loss.mean() / self.task.accumulate)
             total += loss.detach().mean() / self.task.accumulate
             metrics.add({"loss": loss, **values})
+        if not self.checked:
+            check_reached(self.weights.policy, self.accelerator.num_processes)
+            self.checked = True
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
         before = [parameter.detach().clone() for parameter in self.parameters] if report else []
         self.optimizer.step()
@@ -282,7 +306,9 @@ class Loop:
                 "same": self.same,
                 "groups_per_step": self.groups_per_step,
             }
-            checkpoint.save(self.output, self.step, self.weights.state(), state, self.log.keep_checkpoints)
+            saved = checkpoint.save(self.output, self.step, self.weights.state(), state, self.log.keep_checkpoints)
+            if self.callbacks.on_save:
+                self.callbacks.on_save(self.step, saved)
         self.accelerator.wait_for_everyone()
 
     def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:

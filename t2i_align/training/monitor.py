@@ -1,13 +1,33 @@
-"""What is watched while training: means of metrics, and divergence."""
+"""What is watched while training: means of metrics, divergence, tensors without a gradient, and a user's callbacks."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from t2i_align.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """Called by the main process while a run trains.
+
+    on_step: after each optimiser step, with its number, and the metrics where it was logged. on_validate: with the
+    step, the scores and the samples [N, 3, H, W] or [N, F, 3, H, W]. on_save: with the step and the checkpoint folder.
+    """
+
+    on_step: Callable[[int, dict[str, float]], object] | None = None
+    on_validate: Callable[[int, dict[str, float], Tensor], object] | None = None
+    on_save: Callable[[int, Path], object] | None = None
 
 
 class MetricAverager:
@@ -76,19 +96,32 @@ def check_finite(loss: float, norm: float, step: int) -> None:
 
 
 def check_winners(means: Mapping[str, float], step: int, max_error_rise: float | None) -> None:
-    """Raise Diverged where the policy denoises the winners much worse than the reference does.
+    """Raise Diverged where the policy denoises the winners much worse than the reference or the initial model does.
 
-    The loss also falls when both errors rise, the loser's faster; samples degrade anyway. Without a reference there is
-    nothing to compare with, and nothing is checked.
+    The loss also falls when both errors rise, the loser's faster; samples degrade anyway.
     """
-    rise = means.get("error/chosen_minus_reference")
-    if rise is None or max_error_rise is None:
+    for name, difference, other in (
+        ("error/chosen", "error/chosen_minus_reference", "the reference"),
+        ("winners/error", "winners/rise", "the initial model"),
+    ):
+        error, rise = means.get(name), means.get(difference)
+        if error is None or rise is None or max_error_rise is None:
+            continue
+        reference = error - rise
+        if rise > max_error_rise * reference:
+            raise Diverged(
+                step,
+                f"has winners that are denoised much worse than by {other} (mean error {error:.4g}, against "
+                f"{reference:.4g}; health.max_error_rise allows {1 + max_error_rise:.4g} times as much)",
+            )
+
+
+def check_reached(trained: Mapping[str, Tensor], processes: int) -> None:
+    """Name the trained tensors that the first step's gradient did not reach; with several processes an error."""
+    names = [name for name, parameter in trained.items() if parameter.grad is None]
+    if not names:
         return
-    error = means["error/chosen"]
-    reference = error - rise
-    if rise > max_error_rise * reference:
-        raise Diverged(
-            step,
-            f"has winners that are denoised much worse than by the reference (mean error {error:.4g}, the reference's "
-            f"{reference:.4g}; health.max_error_rise allows {1 + max_error_rise:.4g} times as much)",
-        )
+    message = f"{len(names)} of {len(trained)} trained tensors get no gradient, as {', '.join(names[:3])}"
+    if processes > 1:  # each would wait for the others' gradients
+        raise UserError(f"{message}; with several processes each trained tensor needs one: leave these out")
+    logger.warning("%s; they stay as they are", message)

@@ -78,20 +78,78 @@ def build_reference(
     return reference
 
 
-class ReferenceUpdate:
-    """When the reference follows the policy.
+class Winners:
+    """The first winners in the run's order, each with its own noise and at one of evenly spread times, always the same.
 
-    frozen: whether it has stopped permanently. initial: the initial model's errors on the winners, [WINNERS].
+    initial: the initial model's errors on them, [count], when they have been measured.
     """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        source: PreferenceDataset,
+        pipeline: TrainablePipeline,
+        count: int = WINNERS,
+    ) -> None:
+        self.train, self.accelerator, self.source, self.pipeline = config.train, accelerator, source, pipeline
+        self.count = count
+        self.initial: Tensor | None = None
+
+    @torch.no_grad()
+    def errors(self) -> Tensor:
+        """The policy's error on each winner, without its LoRA's dropout; NaN for a disliked single sample."""
+        with dropout_off(self.pipeline.denoiser).using(), self.accelerator.autocast():
+            errors = torch.cat([noised.errors(self.pipeline.predict)[:, 0] for noised, _ in self._noised])
+        return torch.where(torch.cat([liked for _, liked in self._noised]), errors, math.nan)
+
+    def means(self) -> tuple[float, float]:
+        """The policy's mean error and its rise over the initial model's; all processes get the same."""
+        assert self.initial is not None
+        errors = self.errors()
+        means = torch.stack([errors.nanmean(), (errors - self.initial).nanmean()])
+        error, rise = self.accelerator.reduce(means, reduction="mean").tolist()
+        return error, rise
+
+    def load_state(self, initial: Tensor | None) -> None:
+        """Continue from a checkpoint."""
+        self.initial = None if initial is None else initial.to(self.accelerator.device)
+
+    @cached_property
+    def _noised(self) -> list[tuple[Noised, Tensor]]:
+        """In batches of the run's size, and whether they were liked; on every process the same."""
+        items: Iterator[Any] = self.source.loader(
+            seed=self.train.seed, start_step=0, batch_size=self.train.batch_size, accumulate=1, rank=0, world=1,
+            workers=0,
+        )  # fmt: skip
+        quantiles = (torch.arange(self.count, device=self.accelerator.device) + 0.5) / self.count
+        return [
+            self._at(self.source.to_batch(next(items), self.accelerator.device), part)
+            for part in quantiles.split(self.train.batch_size)
+        ]
+
+    def _at(self, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
+        """The best candidates of as many groups as there are quantiles of time, and whether they were liked."""
+        count, process = len(quantiles), self.pipeline.process
+        rng = SampleRNG(self.train.seed, batch.keys[:count], process, device=self.accelerator.device)
+        latents, timesteps = batch.latents[:count, 0], process.timesteps(quantiles)
+        noise = rng.normal("reference drift", latents.shape[1:])
+        sized = with_sizes(batch.conditioning, batch.take([0]))
+        conditioning = {name: tensor[:count] for name, tensor in sized.items()}
+        liked = liked_candidates(batch.scores)[:count, 0]
+        return Noised.at(process, latents, noise, timesteps, conditioning, count), liked
+
+
+class ReferenceUpdate:
+    """When the reference follows the policy. frozen: whether it has stopped permanently."""
 
     def __init__(
         self, config: RunConfig, accelerator: Accelerator, source: PreferenceDataset, reference: Reference
     ) -> None:
         assert config.train.reference_update is not None
-        self.config, self.update = config, config.train.reference_update
-        self.accelerator, self.source, self.reference = accelerator, source, reference
+        self.update, self.reference = config.train.reference_update, reference
+        self.winners = Winners(config, accelerator, source, reference.pipeline)
         self.frozen = False
-        self.initial: Tensor | None = None
 
     def due(self, step: int) -> bool:
         """Whether to call `follow` after this step; at step 0, that measures the initial model."""
@@ -99,52 +157,21 @@ class ReferenceUpdate:
 
     def follow(self) -> dict[str, float]:
         """Become the policy, unless that has drifted; returns what to log. All processes decide alike."""
-        if self.initial is None:
-            self.initial = self.errors()
+        if self.winners.initial is None:
+            self.winners.initial = self.winners.errors()
             return {}
-        drift = float(self.accelerator.reduce((self.errors() - self.initial).nanmean(), reduction="mean"))
+        _, drift = self.winners.means()
         if drift < self.update.max_drift:
             self.reference.weights.overwrite("reference", self.reference.weights.policy)
         else:
             self.frozen = True
         return {"reference/drift": drift, "reference/frozen": float(self.frozen)}
 
-    @torch.no_grad()
-    def errors(self) -> Tensor:
-        """The policy's error on each winner, without its LoRA's dropout; NaN for a disliked single sample."""
-        pipeline = self.reference.pipeline
-        with dropout_off(pipeline.denoiser).using(), self.accelerator.autocast():
-            errors = torch.cat([noised.errors(pipeline.predict)[:, 0] for noised, _ in self._winners])
-        return torch.where(torch.cat([liked for _, liked in self._winners]), errors, math.nan)
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the weights."""
-        return {"frozen": self.frozen, "initial": self.initial}
+        return {"frozen": self.frozen, "initial": self.winners.initial}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.frozen, self.initial = state["frozen"], state["initial"].to(self.accelerator.device)
-
-    @cached_property
-    def _winners(self) -> list[tuple[Noised, Tensor]]:
-        """The first winners in the run's order, in batches of its size; on every process the same."""
-        train = self.config.train
-        items: Iterator[Any] = self.source.loader(
-            seed=train.seed, start_step=0, batch_size=train.batch_size, accumulate=1, rank=0, world=1, workers=0
-        )
-        quantiles = (torch.arange(WINNERS, device=self.accelerator.device) + 0.5) / WINNERS
-        return [
-            self._noised(self.source.to_batch(next(items), self.accelerator.device), part)
-            for part in quantiles.split(train.batch_size)
-        ]
-
-    def _noised(self, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
-        """The best candidates of as many groups as there are quantiles of time, and whether they were liked."""
-        count, process = len(quantiles), self.reference.pipeline.process
-        rng = SampleRNG(self.config.train.seed, batch.keys[:count], process, device=self.accelerator.device)
-        latents, timesteps = batch.latents[:count, 0], process.timesteps(quantiles)
-        noise = rng.normal("reference drift", latents.shape[1:])
-        sized = with_sizes(batch.conditioning, batch.take([0]))
-        conditioning = {name: tensor[:count] for name, tensor in sized.items()}
-        liked = liked_candidates(batch.scores)[:count, 0]
-        return Noised.at(process, latents, noise, timesteps, conditioning, count), liked
+        self.frozen = state["frozen"]
+        self.winners.load_state(state["initial"])

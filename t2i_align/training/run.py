@@ -2,93 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
-from t2i_align.conditioning.adapter import TRAINED
+from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.memory import Data, encoders_digest, source_path
 from t2i_align.data.prompts import PromptDataset, open_prompts
+from t2i_align.diffusion.noising import random_noise
+from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
+from t2i_align.objectives.base import Objective
+from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
 from t2i_align.training.loop import Loop, make_optimizer
+from t2i_align.training.monitor import Callbacks
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
-from t2i_align.utils.settings import with_overrides
 
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
-    "resume", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
+    "resume", "plugins", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
     "train.batch_size", "train.accumulate",
 )  # fmt: skip
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """weights: the LoRA's or soft tokens' file, or the folder of the whole pipeline. metrics: the last logged ones."""
-
-    output_dir: Path
-    weights: Path
-    steps: int
-    metrics: dict[str, float]
-
-
 def align(
-    config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    objective: Objective | type[Objective] | str | None = None,
+    model: TrainablePipeline | DiffusionPipeline | str | Path | None = None,
+    data: Data | None = None,
+    output_dir: str | Path | None = None,
+    on_step: Callable[[int, dict[str, float]], object] | None = None,
+    on_validate: Callable[[int, dict[str, float], Tensor], object] | None = None,
+    on_save: Callable[[int, Path], object] | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Align a diffusion model with preferences.
 
+        align("configs/sd15_diffusion_dpo_lora.yaml", ["data.path=my_pairs.jsonl"])
+        align(objective=DiffusionDPO(beta=500), model=pipeline, data=rows, output_dir="runs/mine")
+
     Args:
         config: path of a YAML file such as those under configs/, a RunConfig, or the same as nested values.
-        overrides: `key=value` changes to the configuration: train.steps=200 objective.beta=500 lora=null ...
-        progress: show progress bars.
+        overrides: `key=value` changes to all that: train.steps=200 objective.beta=500 lora=null ...
+        objective: instance, class or name, in place of the configuration's.
+        model: loaded pipeline, which carries the trained weights afterwards, or a path.
+        data: path, keys of a dataset spec, or rows with PIL images (see `data.memory.source_path`).
+        output_dir: folder of the run.
+        on_step, on_validate, on_save: see `Callbacks`.
+        progress: print what runs, and show progress bars.
 
     Raises:
         UserError, pipelines.PipelineError: input that cannot be used, before long work starts.
     """
-    if isinstance(config, (str, Path)):
-        config = configuration.load(config, overrides)
-    elif isinstance(config, Mapping):
-        config = configuration.from_mapping(with_overrides(config, overrides))
-    check_machine(config)
-    settings = configuration.to_mapping(config)
-    free = FREE_ON_RESUME + (("train.steps",) if config.optim.schedule in CONSTANT_SCHEDULES else ())
+    pipeline = None if model is None or isinstance(model, str | Path) else model
+    if isinstance(pipeline, DiffusionPipeline):
+        pipeline = pipelines.wrap(pipeline)
+    given: dict[str, Any] = {"objective": objective, "output_dir": output_dir and str(output_dir)}
+    if model is not None:
+        given["model"] = {"path": str(model) if pipeline is None else pipeline.source}
+    run = configuration.changed(config, {key: value for key, value in given.items() if value is not None}, overrides)
+    if data is not None:
+        run = replace(run, data=replace(run.data, path=source_path(data, cache_root(run))))
+    check_machine(run)
+    callbacks = Callbacks(on_step=on_step, on_validate=on_validate, on_save=on_save)
+    settings = configuration.to_mapping(run)
+    free = FREE_ON_RESUME + (("train.steps",) if run.optim.schedule in CONSTANT_SCHEDULES else ())
     unset = [f"objective.{key}" for key, value in settings["objective"].items() if value is None]
-    with open_run(config, settings, free=[*free, *unset], trackers=config.log.trackers) as accelerator:
-        return _align(config, accelerator, free, progress)
+    with open_run(run, settings, free=[*free, *unset], trackers=run.log.trackers) as accelerator:
+        return _align(run, accelerator, free, pipeline, callbacks, progress)
 
 
-def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], progress: bool) -> RunResult:
-    validate = Validation(config, accelerator) if config.validation.every else None
+def _align(
+    config: RunConfig,
+    accelerator: Accelerator,
+    free: Sequence[str],
+    loaded: TrainablePipeline | None,
+    callbacks: Callbacks,
+    progress: bool,
+) -> RunResult:
+    validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
-    pipeline = load_model(config, accelerator.device)
-    prepare_denoiser(config, pipeline)
-    source = load_data(config, accelerator, pipeline, progress)
+    pipeline = load_model(config, accelerator.device, loaded)
+    source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
+    unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
     output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
     if config.validation.every or scorer:
         pipeline.load_encoders()
-    elif config.data.cache and not config.data.stream:
+    elif config.data.cache and not config.data.stream and loaded is None:
         pipeline.drop_encoders()
     adapted = config.lora is not None and config.lora.init is not None
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
@@ -96,10 +125,11 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     rewarder = Rewarder(pipeline, scorer) if scorer else None
     task = Alignment(config, accelerator, reference, source, validate, rewarder)
-    loop = Loop(task, accelerator, config, progress)
+    loop = Loop(task, accelerator, config, progress, callbacks)
     if accelerator.is_main_process:
         write_settings(output, settings)
-        print(describe(config, pipeline, source))
+        if progress:
+            print(describe(config, pipeline, source, unreached))
     if config.log.trackers:
         accelerator.init_trackers(config.log.project)
     metrics = loop.run()
@@ -110,6 +140,11 @@ def _align(config: RunConfig, accelerator: Accelerator, free: Sequence[str], pro
         weights /= written.relative_to(temporary)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
+
+
+def cache_root(config: RunConfig) -> Path:
+    """The folder of the caches of encoded data."""
+    return Path(config.data.cache_dir or Path(config.output_dir).parent / "cache")
 
 
 def check_machine(config: RunConfig) -> None:
@@ -123,21 +158,26 @@ def check_machine(config: RunConfig) -> None:
     make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
-def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
-    """The pipeline on its device, without VAE and text encoders.
+def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipeline | None = None) -> TrainablePipeline:
+    """The pipeline on its device, without VAE and text encoders; or the one that is loaded.
 
     Raises:
         PipelineError: the model cannot take the size that is trained, or its predictions imply no image at the last
             timestep. UserError: an option of clips for images, or
             of images for clips.
     """
-    pipeline = open_model(
+    load_installed()
+    if loaded is not None and any(adapter.installed(loaded) for adapter in ADAPTERS.values()):
+        raise UserError(f"model {loaded.source}: it carries an adapter already; remove it, or load the model anew")
+    pipeline = loaded or open_model(
         config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
         denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
     )
+    if config.lora:
+        pipeline.lora_targets(config.lora.targets)
     pipeline.set_attention(config.train.attention)
     size, frames = _size_and_frames(config, pipeline)
     pipeline.check_size(*size, frames)
@@ -157,7 +197,7 @@ def load_model(config: RunConfig, device: torch.device) -> TrainablePipeline:
 
 
 def load_data(
-    config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool
+    config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool, in_memory: bool = False
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
     size, frames = _size_and_frames(config, pipeline)
@@ -169,10 +209,10 @@ def load_data(
         config.model,
         needs=config.objective.needs,
         pipeline=pipeline.load_encoders,
-        encoder_fingerprint=lambda: _encoders(config, pipeline),
+        encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
         frames=frames,
-        cache_root=Path(config.data.cache_dir or Path(config.output_dir).parent / "cache"),
+        cache_root=cache_root(config),
         progress=progress and accelerator.is_main_process,
     )
 
@@ -194,26 +234,43 @@ def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)
 
 
-def prepare_denoiser(config: RunConfig, pipeline: TrainablePipeline) -> None:
-    """Make trainable what the run trains, with fresh weights of its seed."""
-    torch.manual_seed(config.train.seed)
-    TRAINED[config.trains].install(pipeline, config)
-    if config.train.gradient_checkpointing:
+def prepare_denoiser(
+    config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset, accelerator: Accelerator
+) -> set[str]:
+    """Make trainable what the run trains, with fresh weights of its seed.
+
+    Returns the names of the denoiser's parameters that are left out, as no gradient reaches them.
+    """
+    train, device = config.train, accelerator.device
+    unreached = set[str]()
+    if config.trains != "soft_tokens":
+        batch = source.to_batch(next(source.loader(seed=train.seed, start_step=0, batch_size=1)), device).take([0])
+        noised = random_noise(batch, SampleRNG(train.seed, batch.keys, pipeline.process, device=device))
+        with accelerator.autocast():
+            unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
+    torch.manual_seed(train.seed)
+    TRAINED[config.trains].install(pipeline, config, unreached)
+    if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
+    return unreached
 
 
-def describe(config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset) -> str:
+def describe(
+    config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset, unreached: Collection[str] = ()
+) -> str:
     """What is about to run, in a few lines, with the objective's constants spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
+    paper = f" ({config.objective.paper})" if config.objective.paper else ""
     steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    left_out = f", without {len(unreached)} that get no gradient, as {min(unreached)}" if unreached else ""
     return f"""\
 model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
 data       {config.data.path}: {counts}
-objective  {config.objective.name} ({config.objective.paper}) {constants}
-training   {trained:,} parameters, {steps}, {train.precision}, seed {train.seed}
+objective  {config.objective.name}{paper} {constants}
+training   {trained:,} parameters{left_out}, {steps}, {train.precision}, seed {train.seed}
 output     {config.output_dir}"""

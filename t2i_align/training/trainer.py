@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,15 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Rewarder
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.objectives.base import Metrics
+from t2i_align.errors import UserError
+from t2i_align.objectives.base import Metrics, Objective
 from t2i_align.training.loop import Task
-from t2i_align.training.reference import Reference, ReferenceUpdate
+from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+
+WATCHED = 8  # winners whose error is measured at each logged step
 
 
 class Alignment(Task):
@@ -52,6 +55,10 @@ class Alignment(Task):
         self.update: ReferenceUpdate | None = None
         if config.train.reference_update is not None:
             self.update = ReferenceUpdate(config, accelerator, source, reference)
+        self.winners: Winners | None = None  # whose error is watched where the objective has no reference
+        needs = config.objective.needs
+        if not (needs.reference or needs.scorer) and config.health.max_error_rise is not None:
+            self.winners = Winners(config, accelerator, source, self.pipeline, WATCHED)
         # In single precision on the device, so that updating it waits for nothing.
         self.objective_state = {
             name: torch.tensor(value, dtype=torch.float32, device=accelerator.device)
@@ -81,7 +88,7 @@ class Alignment(Task):
 
     def losses(self, network: nn.Module, batch: tuple[Batch, SampleRNG]) -> tuple[Tensor, Metrics]:
         policy = partial(self.pipeline.predict, denoiser=network)
-        return self.config.objective.step(policy, self.reference, *batch)
+        return checked(self.config.objective.step(policy, self.reference, *batch), batch[0], self.config.objective)
 
     def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
         if self.objective_state:
@@ -92,9 +99,21 @@ class Alignment(Task):
         out: list[Callable[[], dict[str, float]]] = []
         if self.update and self.update.due(step):
             out.append(self.update.follow)
+        if self.winners and self.winners.initial is None:
+            out.append(self._measure_winners)
         if self.validate and every and (step % every == 0 or last):
             out.append(partial(self._validate, step))
         return out
+
+    def watched(self) -> dict[str, float]:
+        if self.winners is None or self.winners.initial is None:
+            return {}
+        return dict(zip(("winners/error", "winners/rise"), self.winners.means(), strict=True))
+
+    def _measure_winners(self) -> dict[str, float]:
+        assert self.winners is not None
+        self.winners.initial = self.winners.errors()
+        return {}
 
     def _validate(self, step: int) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -105,10 +124,31 @@ class Alignment(Task):
         return scores
 
     def state(self) -> dict[str, Any]:
-        return {"objective": self.objective_state, "reference": self.update.state() if self.update else None}
+        return {
+            "objective": self.objective_state,
+            "reference": self.update.state() if self.update else None,
+            "winners": self.winners.initial if self.winners else None,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         device = self.accelerator.device
         self.objective_state = {name: value.to(device) for name, value in state["objective"].items()}
         if self.update:
             self.update.load_state(state["reference"])
+        if self.winners:
+            self.winners.load_state(state["winners"])
+
+
+def checked(result: Any, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
+    """What `Objective.step` returned; raises UserError unless it is a loss [B] with a gradient and metrics [B] each."""
+    name, expected = f"objective {objective.name!r}", [len(batch.keys)]
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise UserError(f"{name}: `step` must return a loss and a mapping of metrics, found {type(result).__name__}")
+    loss, metrics = result
+    for key, value in {"the loss": loss, **{f"metric {key!r}": value for key, value in metrics.items()}}.items():
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if found != expected:
+            raise UserError(f"{name}: {key} must be a tensor of shape {expected}, one number a group, found {found}")
+    if not loss.requires_grad:
+        raise UserError(f"{name}: the loss has no gradient: it does not depend on what `policy` predicts")
+    return loss, metrics

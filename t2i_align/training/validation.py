@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,16 @@ class Validation:
 
     Of clips the PNG shows some frames of one in a row, and `step_*.mp4` shows all of them side by side.
 
-    Prompts and scorers are resolved at once, so that a wrong name fails before the first step.
+    Prompts and scorers are resolved at once, so that a wrong name fails before the first step. done: see `Callbacks`.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        done: Callable[[int, dict[str, float], torch.Tensor], object] | None = None,
+    ) -> None:
+        self.done = done
         self.options = config.validation
         self.folder = Path(config.output_dir) / "validation"
         self.prompts = resolve_prompts(self.options.prompts)[: self.options.count]
@@ -68,4 +75,6 @@ class Validation:
         for scorer in self.scorers:
             with torch.no_grad():
                 scores[f"validation/{scorer.name}"] = scorer.score(pixels, self.prompts).mean().item()
+        if self.done:
+            self.done(step, scores, pixels)
         return scores

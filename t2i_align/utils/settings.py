@@ -79,12 +79,17 @@ def settings(cls: type[T]) -> type[T]:
 
 def load_as(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and apply `key=value` overrides (dots reach inside: `objective.beta=2000`)."""
+    return build(cls, with_overrides(read_mapping(path), overrides))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; raises UserError naming it."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
-    return build(cls, with_overrides(values, overrides))
+    return values
 
 
 class Loader(yaml.SafeLoader):
@@ -134,7 +139,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `values` with each `a.b=value` applied; values are read as YAML."""
+    """A copy of nested `values` with each `a.b=value` applied, `a.b+=value` to a list; values are read as YAML."""
     out = deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -147,7 +152,10 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 bare_name = parents == ["objective"] and isinstance(node.get(parent), str)
                 node[parent] = {"name": node[parent]} if bare_name else {}
             node = node[parent]
-        node[last] = parse_yaml(text, shorten(repr(override)))
+        value = parse_yaml(text, shorten(repr(override)))
+        if last.endswith("+"):
+            last, value = last[:-1], [*(node.get(last[:-1]) or []), value]
+        node[last] = value
     return out
 
 

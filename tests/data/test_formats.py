@@ -318,7 +318,7 @@ def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     result = groups(tmp_path / "a.txt", f"{tmp_path}/mine.py:lines")
     assert [(group.prompt, group.candidates) for group in result] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
-    with pytest.raises(UserError, match="no such file with a format"):
+    with pytest.raises(UserError, match=r"gone\.py: no such file"):
         read(tmp_path / "a.txt", f"{tmp_path}/gone.py:lines")
 
 

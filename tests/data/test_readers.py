@@ -361,8 +361,8 @@ def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "duplicate" in skips(tmp_path / "a.votes")["fox"]
     survey = readers.survey(tmp_path / "a.votes")
     assert (survey.rows, survey.candidates, survey.ties, len(survey.texts)) == (3, {2: 2}, {2: 1}, 2)
-    with pytest.raises(ValueError, match="already"):
-        register("votes")(read_votes)
+    with pytest.raises(UserError, match="there is a data format 'votes' already"):
+        register("votes")(lambda path: read_votes(path))
 
 
 def test_identity_follows_the_contents(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Red(Scorer):
     name = "red"
     version = "7"
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         red, green, blue = inputs.mean((2, 3)).unbind(1)
         silent = torch.tensor(["a" in prompt for prompt in prompts])
         return red, {"green": green, "blue": blue.masked_fill(silent, math.nan)}
@@ -208,7 +208,7 @@ def test_further_settings_are_written_and_reported(run: Run, tmp_path: Path) -> 
 
 def test_too_little_memory_for_a_scorer_names_the_option(run: Run) -> None:
     class Huge(Red):
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match=r"CUDA out of memory at batch size 8; lower batch_size \(--batch-size\)"):

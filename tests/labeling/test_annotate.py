@@ -166,7 +166,7 @@ class Fixed(Scorer):
     def __init__(self, name: str, function: Any, margin: float = 0.0) -> None:
         self.name, self.function, self.tie_margin = name, function, margin
 
-    def _score(self, pixels: Any, prompts: Sequence[str]) -> Any:
+    def rate(self, pixels: Any, prompts: Sequence[str]) -> Any:
         return self.function(pixels.mean((1, 2, 3)))
 
 

@@ -37,7 +37,7 @@ class Red(Scorer):
     def __init__(self) -> None:
         self.seen = 0
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen += len(inputs)
         return inputs[:, 0].mean((1, 2)), {"nothing": inputs[:, 0, 0, 0] * float("nan")}
 
@@ -135,7 +135,7 @@ def test_images_are_identified_by_content_not_by_name(tmp_path: Path) -> None:
 
 def test_out_of_memory_and_unknown_device_are_named(images: Path) -> None:
     class Huge(Red):
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match=r"CUDA out of memory at batch size 2; lower batch_size \(--batch-size\)"):
@@ -183,7 +183,7 @@ def test_sources_of_which_nothing_can_be_scored_are_refused(
     class Silent(Red):
         name = "silent"
 
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
             return torch.full((len(inputs),), float("nan"))
 
     urls = listed(tmp_path, *({"image": f"http://x/{i}.png", "prompt": "x"} for i in range(3)), name="urls.jsonl")
@@ -200,9 +200,9 @@ def test_score_hands_over_the_pixels_that_training_decodes(tmp_path: Path) -> No
     """EXIF orientation, transparency, 16-bit gray and CMYK."""
 
     class Recorder(Red):
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
             received.extend(inputs)
-            return super()._score(inputs, prompts)
+            return super().rate(inputs, prompts)
 
     rotated = Image.Exif()
     rotated[0x0112] = 6
@@ -396,3 +396,11 @@ def test_images_of_every_mode_and_of_one_pixel_are_scored(mode: str, tmp_path: P
     run(listed(tmp_path, {"image": "a.tif", "prompt": "x"}), Red(), tmp_path / "out.jsonl")
     (row,) = whole_lines(tmp_path / "out.jsonl")
     assert "score" in row and "error" not in row
+
+
+def test_prompts_that_are_cut_are_counted(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of letters, 75 fit between the two marks of 77 tokens."""
+    rows = [{"image": "0.png", "prompt": "x" * count} for count in (75, 76, 90)]
+    scorer = f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"
+    score(listed(tmp_path, *rows, name="long.jsonl"), scorer, progress=False)
+    assert "over 3 images; 2 prompts were longer than its text encoder reads, and cut" in capsys.readouterr().out

@@ -39,7 +39,7 @@ class Channel(Scorer):
         if "unspeakable" in prompts:
             raise ScorerError("not a prompt for this scorer")
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return pixels[:, self.channel].mean((1, 2))
 
 

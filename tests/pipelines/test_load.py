@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_utils
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -77,14 +77,24 @@ def test_a_single_files_marks_decide_what_it_predicts(sd_path: Path, path: PathO
         pipelines.load(file)
 
 
-def test_a_scheduler_of_another_kind_samples_but_does_not_train(path: PathOf, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(path("sdxl"), tmp_path / "edm"))
-    EDMEulerScheduler(sigma_data=0.5).save_pretrained(copy / "scheduler")
+@pytest.mark.parametrize(("scheduler", "samples"), [
+    (EDMEulerScheduler(sigma_data=0.5), True), (DDIMScheduler(prediction_type="sample"), True),
+    (FlowMatchEulerDiscreteScheduler(), False),
+])  # fmt: skip
+def test_a_scheduler_of_another_kind_may_sample_but_does_not_train(
+    scheduler: Any, samples: bool, path: PathOf, tmp_path: Path
+) -> None:
+    copy, name = Path(shutil.copytree(path("sdxl"), tmp_path / "odd")), type(scheduler).__name__
+    scheduler.save_pretrained(copy / "scheduler")
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
     pipeline = pipelines.load(copy)
-    assert pipeline.generate(["x"], [1], steps=2).isfinite().all()
-    with pytest.raises(PipelineError, match=r"edm: the checkpoint's scheduler .*found EDMEulerScheduler"):
+    if samples:
+        assert pipeline.generate(["x"], [1], steps=2).isfinite().all()
+    else:
+        with pytest.raises(PipelineError, match=f"found {name}.*; diffusers cannot sample with it"):
+            pipeline.generate(["x"], [1], steps=2)
+    with pytest.raises(PipelineError, match=f"odd: the checkpoint's scheduler .*found {name}"):
         align(run_values(copy, jsonl_pairs(tmp_path / "data", count=2), tmp_path / "run"), progress=False)
 
 

@@ -194,7 +194,7 @@ class Brightness(Scorer):
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         self.seen.append(pixels)
         return pixels.mean((1, 2, 3))
 

@@ -28,7 +28,7 @@ class Contrast(Scorer):
     version = "1"
     differentiable = True
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return pixels.flatten(1).std(1)
 
 

@@ -28,7 +28,7 @@ class Red(Scorer):
     version = "1"
     differentiable = True
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         red, green, _ = inputs.mean((2, 3)).unbind(1)
         return red, {"green": torch.where(green > 0, green, torch.nan)}
 
@@ -152,7 +152,7 @@ def noise_png() -> bytes:
 
 def test_scores_of_another_shape_are_refused() -> None:
     class Flat(Red):
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Any:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Any:
             return inputs.mean()
 
     with pytest.raises(ScorerError, match=r"red: the score: expected shape \[2\], found \[\]"):

@@ -24,6 +24,7 @@ from reward_scorers.combine import from_mapping
 from reward_scorers.hf_clip import HFClipScorer
 from reward_scorers.imagereward import ImageRewardScorer
 from reward_scorers.weights import read_state
+from t2i_align.labeling.models import load_captioner, load_perturber
 from tests.reward_scorers.small import NAME, TEXT, TINY, VISION, hundred, noise, write_hf_clip
 
 
@@ -105,6 +106,11 @@ def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_for(
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         with pytest.raises(ScorerError, match=match):
             build(f"clip:local-dir:{tmp_path}")
+    own = {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForImageTextToText", "AutoModelForCausalLM")}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": own}))
+    for load in (lambda path: build(f"vlm:{path}"), load_captioner, load_perturber):
+        with pytest.raises(ValueError, match="custom code"):
+            load(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 

@@ -30,7 +30,7 @@ class Channel(Scorer):
     def __init__(self, which: int, margin: float = 0.0) -> None:
         self.which, self.name, self.tie_margin = which, f"channel-{which}", margin
 
-    def _score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def rate(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return 10 * pixels[:, self.which].mean((1, 2))
 
 

@@ -19,7 +19,7 @@ from t2i_align.config import ReferenceUpdateConfig, TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import Noised
 from t2i_align.training import checkpoint
-from t2i_align.training.reference import ReferenceUpdate, build_reference
+from t2i_align.training.reference import Winners, build_reference
 from tests.runs import align_killed, metrics, run_values, same
 
 FULL = {"lora": None, "optim__lr": 1e-4}
@@ -129,17 +129,17 @@ def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective
 ) -> None:
     """Recomputed from the saved weights, on the winners that were seen, 32 of them evenly spread over time."""
     winners: list[Noised] = []
-    real = ReferenceUpdate._noised
+    real = Winners._at
 
-    def noised(self: ReferenceUpdate, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
+    def noised(self: Winners, batch: Batch, quantiles: Tensor) -> tuple[Noised, Tensor]:
         out, liked = real(self, batch, quantiles)
         assert liked.all()
-        clean = self.reference.pipeline.process.to_clean(out.target, out.latents, out.timesteps)
+        clean = self.pipeline.process.to_clean(out.target, out.latents, out.timesteps)
         torch.testing.assert_close(clean, batch.latents[: len(quantiles), 0], rtol=1e-2, atol=1e-2)
         winners.append(out)
         return out, liked
 
-    monkeypatch.setattr(ReferenceUpdate, "_noised", noised)
+    monkeypatch.setattr(Winners, "_at", noised)
     values = following(sd_path, pairs, tmp_path / "run", objective=objective, train__steps=2, train__batch_size=5)
     align({**values, "lora": None}, progress=False)
     assert torch.cat([each.timesteps for each in winners]).tolist() == [int((i + 0.5) / 32 * 1000) for i in range(32)]
@@ -161,11 +161,10 @@ def test_drift_is_the_rise_of_the_native_error_on_winners_whatever_the_objective
 
 def test_disliked_single_samples_are_not_winners() -> None:
     """Errors rise by 1, 5 and 3; the second is disliked: (1 + 3) / 2 = 2."""
-    reference_update = object.__new__(ReferenceUpdate)
-    reference_update.update, reference_update.frozen = ReferenceUpdateConfig(max_drift=1.0), False
-    reference_update.accelerator, reference_update.initial = Accelerator(cpu=True), torch.tensor([0.0, math.nan, 0.0])
-    reference_update.errors = lambda: torch.tensor([1.0, math.nan, 3.0])  # type: ignore[method-assign]
-    assert reference_update.follow() == {"reference/drift": 2.0, "reference/frozen": 1.0}
+    winners = object.__new__(Winners)
+    winners.accelerator, winners.initial = Accelerator(cpu=True), torch.tensor([0.0, math.nan, 0.0])
+    winners.errors = lambda: torch.tensor([1.0, math.nan, 3.0])  # type: ignore[method-assign]
+    assert winners.means() == (2.0, 2.0)
 
 
 @pytest.mark.parametrize(("training", "max_drift"), [({"lora__dropout": 0.3}, 10.0), (FULL, 10.0), (FULL, 1e-9)])

@@ -198,7 +198,7 @@ def test_hyper_parameters_fitted_to_the_data_are_printed_kept_and_resumed(
 ) -> None:
     config = configuration.from_mapping(run_values(sd_path, pairs, tmp_path / "run"))
     config = dataclasses.replace(config, objective=Fitted(beta=100.0))
-    align(config, progress=False)
+    align(config)
     assert "smoothing=0.25" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["objective"]["smoothing"] == 0.25
     again = dataclasses.replace(config, resume=True)

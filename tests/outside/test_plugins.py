@@ -1,0 +1,376 @@
+"""An objective, a family, a scorer and a format in files outside the package, from training to evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+import pipelines
+import reward_scorers
+from reward_scorers import Scorer, ScorerError
+from t2i_align import align, cli, evaluate, generate, load_plugin, objectives, plugins
+from t2i_align import config as configuration
+from t2i_align.data import readers
+from t2i_align.data.spec import load as load_spec
+from t2i_align.errors import UserError
+from t2i_align.inference.options import build_scorers
+from t2i_align.objectives import SFT, Objective, Requirements
+from tests.outside.tiny_zimage import tiny_zimage
+from tests.runs import image, jsonl_pairs, metrics, run_in_two_processes, run_values, same
+from tests.tiny import letter_tokenizer
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    tables: list[dict[str, Any]] = [
+        objectives.CLASSES, pipelines.FAMILIES, reward_scorers.registry.FACTORIES, readers.READERS, plugins.FILES,
+    ]  # fmt: skip
+    before = [dict(table) for table in tables]
+    yield
+    for name in {*plugins.FILES, "margin_helper"} & set(sys.modules):
+        del sys.modules[name]
+    for table, content in zip(tables, before, strict=True):
+        for name in set(table) - set(content):
+            del table[name]
+
+
+@pytest.fixture(scope="session")
+def zimage_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_zimage(tmp_path_factory.mktemp("outside") / "zimage")
+
+
+@pytest.fixture(scope="session")
+def siglip_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP of random weights for 32 x 32 pixels."""
+    folder = tmp_path_factory.mktemp("outside") / "siglip"
+    torch.manual_seed(0)
+    tokenizer = letter_tokenizer(16)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(
+        text_config={**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 16},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+    )
+    transformers.SiglipModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def votes(tmp_path: Path) -> Path:
+    """Six lines of the format in votes.py."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i in range(6):
+        image(2 * i).save(folder / f"{i}a.png")
+        image(2 * i + 1).save(folder / f"{i}b.png")
+        lines.append(f"prompt {i}{' and more' * (i % 3)}\t{i}a.png\t{i}b.png\t{i}\t2.5\n")
+    (folder / "pairs.votes").write_text("".join(lines))
+    return folder / "pairs.votes"
+
+
+def command(*arguments: str, cwd: Path, processes: int = 1) -> str:
+    """`t2i-align` in a process of its own, from another folder; its output."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "t2i_align", *arguments], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_objective_of_a_file_trains_resumes_and_runs_in_two_processes(sd_path: Path, tmp_path: Path) -> None:
+    """Two processes with half the batch follow the same losses; a run goes on from its own run.yaml."""
+    data = jsonl_pairs(tmp_path / "data", count=6)
+    objective = {"name": f"{HERE}/margin.py:Margin", "beta": 3.0}
+    values = run_values(sd_path, data, tmp_path / "whole", objective=objective)
+    whole = align(values, progress=False)
+    halves = {**values, "output_dir": str(tmp_path / "halves")}
+    align({**halves, "train": {**values["train"], "steps": 2}}, progress=False)
+    recorded = tmp_path / "halves" / "run.yaml"
+    assert yaml.safe_load(recorded.read_text())["objective"] == objective
+    resumed = align(recorded, ["train.steps=4", "resume=true"], progress=False)
+    assert same(load_file(resumed.weights), load_file(whole.weights))
+    both = {**values, "output_dir": str(tmp_path / "both"), "train": {**values["train"], "batch_size": 2}}
+    run_in_two_processes(both, tmp_path)
+    for one, two in zip(metrics(tmp_path / "both"), metrics(tmp_path / "whole"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_family_scorer_and_format_from_files_in_every_command(
+    zimage_path: Path, siglip_path: Path, votes: Path, tmp_path: Path
+) -> None:
+    """Named once when the run begins; afterwards run.yaml tells resume, torchrun, generate and evaluate."""
+    siglip = f"{HERE}/siglip.py:SigLIP:{siglip_path}"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\nsomething that is a good deal longer\n")
+    validation = {
+        "every": 2, "prompts": str(prompts), "scorers": [siglip], "steps": 2, "guidance": 1.0,
+    }  # fmt: skip
+    values = run_values(
+        zimage_path, votes, tmp_path / "run", train__steps=2, train__batch_size=2, validation=validation
+    )
+    values["data"]["format"] = f"{HERE}/votes.py:votes"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    out = command("train", str(config), "--plugin", str(HERE / "zimage.py"), cwd=tmp_path)
+    assert "(zimage, flow)" in out
+    run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert run["plugins"] == [f"{HERE}/zimage.py"] and run["data"]["format"] == f"{HERE}/votes.py:votes"
+    assert "validation/siglip" in metrics(tmp_path / "run")[-1]
+    recorded = ["train", str(tmp_path / "run" / "run.yaml"), "resume=true", "train.steps=4", "train.batch_size=1"]
+    command(*recorded, cwd=tmp_path, processes=2)
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+
+    sampling = ["--steps", "2", "--guidance", "1"]
+    command("generate", str(zimage_path), "--lora", "run", "--prompts", str(prompts), "--out", "images", *sampling,
+            cwd=tmp_path)  # fmt: skip
+    command("score", "images", "--scorers", siglip, "--out", "scores.jsonl", cwd=tmp_path)
+    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(scores) == 2
+    command("evaluate", "--aligned", "run", "--prompts", str(prompts), "--scorers", siglip, "--out", "evaluation",
+            *sampling, cwd=tmp_path)  # fmt: skip
+    assert json.loads((tmp_path / "evaluation" / "result.json").read_text())["scorer"] == "siglip"
+
+
+def test_split_keeps_the_place_of_a_format(votes: Path, tmp_path: Path) -> None:
+    """Also where the file was detected by a plugin that has run."""
+    load_plugin(f"{HERE}/votes.py")
+    for number, format in enumerate((f"{HERE}/votes.py:votes", "auto")):
+        out = tmp_path / str(number)
+        split = ["data", "split", str(votes), "--format", format, "--held-out", "0.4", "--out", str(out)]
+        assert cli.main(split) == 0
+        described, _ = load_spec(out / "train.yaml")
+        assert described.format.startswith(f"{HERE}/votes.py:")
+        assert len(list(readers.read(out / "train.yaml"))) > 0
+
+
+def test_siglip_equals_transformers(siglip_path: Path) -> None:
+    (scorer,) = build_scorers(f"{HERE}/siglip.py:SigLIP:{siglip_path}")
+    images, prompts = [image(0), image(1)], ["a fox", "a cow"]
+    tokens = scorer.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt")
+    pixels = torch.stack([scorer.preprocess(one) for one in images])
+    with torch.no_grad():
+        expected = scorer.model(input_ids=tokens.input_ids, pixel_values=pixels).logits_per_image.diag()
+    torch.testing.assert_close(scorer.score_images(images, prompts), expected)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plugins_in_the_configuration_and_as_entry_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    values = {"objective": {"name": "margin", "beta": 2.0}, "output_dir": str(tmp_path)}
+    with pytest.raises(UserError, match="unknown objective 'margin'"):
+        configuration.from_mapping(values)
+    run = configuration.from_mapping({**values, "plugins": [str(HERE / "margin.py")]})
+    assert run.objective.name == "margin" and configuration.from_mapping(configuration.to_mapping(run)) == run
+    objectives.CLASSES.pop("margin")
+    (tmp_path / "site").mkdir()
+    shutil.copy(HERE / "margin.py", tmp_path / "site" / "margin_installed.py")
+    shutil.copy(HERE / "margin_helper.py", tmp_path / "site")
+    (tmp_path / "site" / "own-1.dist-info").mkdir()
+    (tmp_path / "site" / "own-1.dist-info" / "entry_points.txt").write_text(
+        "[t2i_align.plugins]\nown = margin_installed\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    plugins.load_installed.cache_clear()
+    assert configuration.from_mapping(values).objective.name == "margin"
+    plugins.load_installed.cache_clear()
+
+
+def test_one_rule_for_names_of_all_four_kinds() -> None:
+    """Defined again it replaces itself; something else of that name is an error."""
+
+    def again() -> list[Any]:
+        class Mine(SFT):
+            name = "mine"
+
+        class Family(pipelines.FAMILIES["sd"]):
+            family, pipeline_classes = "mine", ("MinePipeline",)
+
+        def factory() -> Scorer:
+            raise NotImplementedError
+
+        def read(path: Path) -> Iterator[Any]:
+            raise NotImplementedError
+
+        return [
+            objectives.register(Mine), pipelines.register(Family), reward_scorers.register("mine")(factory),
+            readers.register("mine")(read),
+        ]  # fmt: skip
+
+    again()
+    mine, family, factory, read = again()
+    assert objectives.get("mine") is mine and pipelines.FAMILIES["mine"] is family
+    assert reward_scorers.registry.FACTORIES["mine"] is factory and readers.reader_of("mine").function is read
+
+    class Other(mine):
+        pass
+
+    class OtherFamily(family):
+        pass
+
+    failing: list[Callable[[], Any]] = [
+        lambda: objectives.register(Other),
+        lambda: pipelines.register(OtherFamily),
+        lambda: reward_scorers.register("mine")(lambda: factory()),
+        lambda: readers.register("mine")(lambda path: read(path)),
+        lambda: reward_scorers.register("clip")(factory),
+        lambda: readers.register("folders")(read),
+    ]
+    for register in failing:
+        with pytest.raises((UserError, pipelines.PipelineError, ScorerError), match="already"):
+            register()
+
+
+def test_a_file_that_changes_runs_again(tmp_path: Path) -> None:
+    file = tmp_path / "changing_plugin.py"
+    for number in (1, 2):
+        file.write_text(f"VALUE = {number}\n")
+        os.utime(file, ns=(number, number))
+        assert number == load_plugin(str(file)).VALUE
+    assert load_plugin(str(file)) is load_plugin(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "message"),
+    [
+        (None, "gone.py:A", r"gone\.py: no such file"),
+        ("import no_such_module_at_all", "bad.py:A", "No module named 'no_such_module_at_all'"),
+        ("x = 1 / 0", "bad.py:A", r"ZeroDivisionError: division by zero \(line 1 of .*bad\.py\)"),
+        ("class B: pass", "bad.py:A", r"no objective 'A' in this plugin. It defines: B"),
+        ("class A: pass", "bad.py:A", "expected a subclass of t2i_align.objectives.Objective"),
+        ("from t2i_align.objectives import Objective\nclass A(Objective):\n    def step(self, *a): ...", "bad.py:A",
+         "the class lacks name and needs"),
+        (None, "no_such_package.module:A", "No module named 'no_such_package'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_plugin_is_said(content: str | None, place: str, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "bad.py").write_text(content)
+    place = f"{tmp_path}/{place}" if ".py" in place else place
+    with pytest.raises(UserError, match=message):
+        configuration.from_mapping({"objective": place, "output_dir": "x"})
+
+
+# Contracts ------------------------------------------------------------------------------------------------------------
+
+
+class Broken(Objective):
+    """Returns what the test gives it."""
+
+    name = "broken"
+    needs = Requirements(candidates=2, ties=False)
+    returned: Callable[[torch.Tensor], Any]
+
+    def step(self, policy: Any, reference: Any, batch: Any, rng: Any) -> Any:
+        err = policy(batch.latents[:, 0], rng.timesteps(), batch.conditioning).square().flatten(1)
+        return type(self).returned(err)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda err: (err.mean(), {}), r"objective 'broken': the loss must be a tensor of shape \[2\].*found \[\]"),
+        (lambda err: (err.mean(1), {"a/b": err}), r"metric 'a/b' must be a tensor of shape \[2\].*found \[2, "),
+        (lambda err: (err.mean(1), {"a": 1.0}), r"metric 'a' must be a tensor of shape \[2\].*found float"),
+        (lambda err: err.mean(1), "`step` must return a loss and a mapping of metrics, found Tensor"),
+        (lambda err: (err.mean(1).detach(), {}), "the loss has no gradient"),
+    ],
+)
+def test_what_an_objective_returns_is_checked(
+    returned: Any, message: str, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, "returned", staticmethod(returned), raising=False)
+    values = run_values(sd_path, jsonl_pairs(tmp_path / "data", count=2), tmp_path / "run", train__batch_size=2)
+    with pytest.raises(UserError, match=message):
+        align(values, objective=Broken(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: torch.zeros(n, n), r"bad: the score: expected shape \[2\], found \[2, 2\]"),
+        (lambda n: torch.zeros(()), r"bad: the score: expected shape \[2\], found \[\]"),
+        (lambda n: [0.0] * n, r"bad: `rate` must return a tensor \[2\].*found list"),
+        (lambda n: (torch.zeros(n), {"part": torch.zeros(n, 1)}), r"bad: part: expected shape \[2\], found \[2, 1\]"),
+    ],
+)
+def test_what_a_scorer_returns_is_checked(returned: Any, message: str) -> None:
+    class Bad(Scorer):
+        name, version = "bad", "1"
+
+        def rate(self, inputs: Any, prompts: Any) -> Any:
+            return returned(len(prompts))
+
+    with pytest.raises(ScorerError, match=message):
+        Bad().score(torch.zeros(2, 3, 8, 8), ["a", "b"])
+
+
+def test_a_scorer_without_name_or_version_is_named() -> None:
+    class Nameless(Scorer):
+        def rate(self, inputs: Any, prompts: Any) -> Any: ...
+
+    with pytest.raises(UserError, match="Nameless sets no name and no version"):
+        build_scorers([Nameless()])
+
+
+def test_conditioning_that_cannot_be_stored_is_named(
+    zimage_path: Path, votes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its mask, Z-Image's prompts have different lengths; without the mask's tensor, or as a list."""
+    family = load_plugin(f"{HERE}/zimage.py").ZImage
+    values = run_values(zimage_path, votes, tmp_path / "run", train__batch_size=2)
+    values["data"]["format"] = f"{HERE}/votes.py:votes"
+    encode, only = family.encode_prompts, "prompt_embeds"
+    for masks, message in (
+        ({}, r"'prompt_embeds' of prompt 'prompt 0.*' has shape \[\d+, 16\], that of earlier ones"),
+        ({"prompt_embeds": "gone"}, r"mask 'gone' of the conditioning 'prompt_embeds'.*found None"),
+    ):
+        monkeypatch.setattr(family, "conditioning_masks", masks)
+        monkeypatch.setattr(family, "encode_prompts", lambda self, texts: {only: encode(self, texts)[only]})
+        with pytest.raises(UserError, match=message):
+            align(values, progress=False)
+    monkeypatch.setattr(family, "encode_prompts", lambda self, texts: {"prompt_embeds": [torch.zeros(1)] * len(texts)})
+    with pytest.raises(UserError, match=r"must be a tensor \[1, ...\], found list"):
+        align(values, progress=False)
+
+
+def test_loaded_pipelines_are_aligned_sampled_and_compared(zimage_path: Path, votes: Path, tmp_path: Path) -> None:
+    load_plugin(f"{HERE}/zimage.py")
+    base, aligned = pipelines.load(zimage_path), pipelines.load(zimage_path)
+    values = run_values(zimage_path, votes, tmp_path / "run", train__batch_size=2, optim__lr=0.1)
+    values["data"]["format"] = f"{HERE}/votes.py:votes"
+    align(values, model=aligned, progress=False)
+    options: dict[str, Any] = {"steps": 2, "guidance": 1.0, "progress": False}
+    (one,), (two,) = (generate(pipeline, ["a fox"], out=None, **options) for pipeline in (base, aligned))
+    assert one.size == (32, 32) and one.tobytes() != two.tobytes()
+    with pytest.raises(UserError, match="carries an adapter already"):
+        align({**values, "output_dir": str(tmp_path / "more")}, model=aligned, progress=False)
+
+    class Mean(Scorer):
+        name, version = "mean", "1"
+
+        def rate(self, inputs: Any, prompts: Any) -> Any:
+            return inputs.mean((1, 2, 3))
+
+    result = evaluate(base=base, aligned=aligned, prompts=["a fox"], scorers=[Mean()], out=tmp_path / "e", **options)
+    assert result.headline.total.mean_before != result.headline.total.mean_after
