@@ -101,7 +101,7 @@ def test_spellings_of_one_prompt_are_one_prompt(run: Run, other: Path, tmp_path:
 
 def test_nothing_that_could_be_scored_is_an_error_after_the_files_are_written(run: Run, tmp_path: Path) -> None:
     class Silent(Red):
-        def _score(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
             return torch.full((len(prompts),), math.nan)
 
     with pytest.raises(UserError, match="no pair could be scored: red gave no finite number"):
