@@ -30,7 +30,7 @@ from t2i_align.inference.models import (
     resolve_base,
     resolve_model,
 )
-from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, resolve_prompts
+from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def evaluate(
     ]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
-    autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    autocast = use_precision(precision) if loaded else None
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     adapter = None if other.kind == "model" else digest(Path(other.path))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind, LoRA
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
+from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
 from t2i_align.plugins import load as load_plugin
 from t2i_align.plugins import load_installed
 from t2i_align.training.output import RUN_FILE, read_settings
@@ -140,7 +140,8 @@ def load_pipeline(
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
     # Large text encoders overflow half precision.
     large = torch.bfloat16 if precision == "fp16" else None
-    return open_model(config, dtype=PRECISIONS[precision], large_encoder_dtype=large, encoders=encoders).to(place)
+    dtype = use_precision(precision) or torch.float32
+    return open_model(config, dtype=dtype, large_encoder_dtype=large, encoders=encoders).to(place)
 
 
 def open_model(config: ModelConfig, **options: Any) -> TrainablePipeline:

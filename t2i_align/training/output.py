@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
+from t2i_align.inference.options import use_precision
 from t2i_align.training import checkpoint
 from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
 from t2i_align.utils.settings import read_yaml
@@ -49,13 +50,12 @@ def open_run(
     accelerator = Accelerator(
         # By default, accelerate takes each of several CPU processes for a separate run.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.train.precision if config.train.precision in ("bf16", "fp16") else "no",
+        mixed_precision=config.train.precision if use_precision(config.train.precision) else "no",
         log_with=list(config.log.trackers) or None,
         project_dir=output,
     )
     if accelerator.distributed_type in SHARDED:
         raise UserError(f"launched as {accelerator.distributed_type.value}, expected one process or several under DDP")
-    torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     # The main process holds the folder for all; they wait until it has checked that it may.
     with output_lock(output, first=accelerator.is_main_process):
         try:

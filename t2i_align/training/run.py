@@ -24,8 +24,10 @@ from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
+from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
+from t2i_align.training.checkpoint import writing
 from t2i_align.training.loop import Loop, check_machine
 from t2i_align.training.monitor import Callbacks
 from t2i_align.training.output import check_same_run, open_run, write_settings
@@ -34,10 +36,8 @@ from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
-from t2i_align.training.weights import DTYPES
-from t2i_align.utils.files import atomic_folder
 
-LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
+LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
@@ -133,7 +133,7 @@ def _align(
     metrics = loop.run()
     weights = output / config.trains
     if accelerator.is_main_process:
-        with loop.weights.using(loop.weights.result), atomic_folder(weights) as temporary:
+        with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
@@ -159,7 +159,7 @@ def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipelin
     pipeline = loaded or open_model(
         config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
-        denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
+        denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
     )

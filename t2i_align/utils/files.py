@@ -1,8 +1,7 @@
 """Crash-safe output: atomic files and folders, JSON lines, settings of a resumable output, and its lock.
 
-Temporary names are fixed (`.writing_NAME` beside NAME), so that the next attempt overwrites what a killed one left. A
-path that is a link stays one: what it leads to is written. Only what a command itself wrote is replaced: it knows its
-folder by a file in it (`holds`), and its files by a mark in their first lines (`check_own`).
+Temporary names are fixed (`.writing_NAME` beside NAME), so that the next attempt overwrites what a killed one left.
+Links stay links. A command replaces only what it wrote: folders that hold its file (`holds`), files with its mark.
 """
 
 from __future__ import annotations
@@ -59,14 +58,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     def clear() -> None:
         if old.exists() and not final.exists():  # an earlier use was killed between its two renames
             old.rename(final)
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
     clear()
     temporary.mkdir()
     try:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors writes for its owner alone
             _sync(file)
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)

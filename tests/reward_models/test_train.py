@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from pydantic_core import to_jsonable_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reward_scorers
 from reward_scorers import ScorerError
@@ -116,6 +116,17 @@ def test_a_stopped_run_continues_bit_for_bit(clip: str, source: Path, tmp_path: 
     assert (tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1] == (
         tmp_path / "half/metrics.jsonl"
     ).read_text().splitlines()[-1]
+
+
+def test_a_stopped_run_does_not_continue_on_another_base(clip: str, source: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(clip.removeprefix("hf-clip:"), tmp_path / "base")
+    run = run_of(tmp_path / "run", source / "warm.jsonl", f"hf-clip:{base}", train={"steps": 2})
+    train_scorer(run, progress=False)
+    assert train_scorer(dataclasses.replace(run, resume=True), progress=False).steps == 2
+    file = base / "model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="the base model has changed since step_000002"):
+        train_scorer(dataclasses.replace(run, resume=True), progress=False)
 
 
 @pytest.mark.parametrize("tune", ["linear", "pal"])

@@ -118,11 +118,11 @@ def test_results_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_json(tmp_path / "a.json", {})
-        with atomic_folder(tmp_path / "b"):
-            pass
+        with atomic_folder(tmp_path / "b") as folder:
+            (folder / "c").touch(mode=0o600)  # as safetensors does
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "b")] == [0o640, 0o750]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "b", "b/c")] == [0o640, 0o750, 0o640]
 
 
 def test_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
