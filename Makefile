@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow fuzz lint format bench notebooks clean
+.PHONY: help install quickstart test test-slow fuzz mutate lint format bench notebooks clean
 # After a failed installation the stamp must not look up to date.
 .DELETE_ON_ERROR:
 
@@ -28,6 +28,12 @@ test-slow: $(STAMP)  ## run the tests marked slow
 fuzz: $(STAMP)  ## run the property tests on new random examples
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -m hypothesis --hypothesis-profile others
 
+# MUTANTS limits them by name, and mutmut continues where it was: make mutate MUTANTS='t2i_align.evaluation.stats.*'
+mutate: $(STAMP)  ## change the core in every small way and list the changes that no test notices
+	@$(RUN) -m pip install --disable-pip-version-check -q -e '.[mutate]' -c constraints.txt
+	@OMP_NUM_THREADS=1 $(RUN) -m mutmut run --max-children $(JOBS) $(MUTANTS)
+	@$(RUN) -m mutmut results
+
 lint: $(STAMP)  ## check style and types with ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -44,7 +50,7 @@ notebooks: $(STAMP)  ## run the notebooks and store their outputs
 	@$(RUN) -m pytest --overwrite notebooks
 
 clean:  ## remove the environment, caches and build products, but not runs/
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
 	find t2i_align pipelines reward_scorers tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt

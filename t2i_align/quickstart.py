@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from t2i_align import config as configuration
 from t2i_align.errors import UserError
-from t2i_align.utils.files import atomic_folder, holds, output_lock, write_json
+from t2i_align.utils.files import atomic_folder, holds, output_lock, write_json, write_text
 
 if TYPE_CHECKING:
     from t2i_align.evaluation.result import Evaluation
 
 CONFIG = Path(__file__).parent / "assets" / "quickstart.yaml"
-MARKER = ".quickstart"  # in a folder that a quickstart wrote and the next one may replace
+MARKER = ".quickstart"  # lists what a quickstart wrote to its folder, which the next one may replace
 TEST_SEED = 90_000  # of the comparison alone; neither the pairs nor the tuning of the configuration used it
 BATCH_SIZE = 64  # images of 64 x 64 pixels drawn at a time
 
@@ -98,9 +98,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` holds something that no quickstart wrote, cannot be replaced, or is being written.
     """
-    holds(folder, "quickstart", MARKER, ignored=())  # it is replaced as a whole
     if os.path.ismount(folder.resolve()):
         raise UserError(f"{folder}: this is a mount point, which cannot be replaced; choose a folder in it as --output")
     with output_lock(folder, file=True), atomic_folder(folder) as temporary:
+        if holds(folder, "quickstart", MARKER, ignored=()):  # it is replaced as a whole
+            own = {MARKER, *(folder / MARKER).read_text(encoding="utf-8").splitlines()}
+            if foreign := sorted(_content(folder) - own):
+                reason = "was not written by the quickstart, which would remove it"
+                raise UserError(f"{folder / foreign[0]}: {reason}; move it, or choose another --output")
         yield temporary
-        (temporary / MARKER).write_text("The next quickstart replaces this folder.\n")
+        write_text(temporary / MARKER, "\n".join(sorted(_content(temporary))) + "\n")
+
+
+def _content(folder: Path) -> set[str]:
+    """The paths of all that is in a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

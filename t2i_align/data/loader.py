@@ -265,7 +265,7 @@ def open_dataset(
     if data.stream or not data.cache:
         from t2i_align.data.stream import open_stream  # which builds on this module
 
-        return open_stream(data, needs, pipeline, wanted, selection, annotations, cache_root)
+        return open_stream(data, needs, pipeline, encoder_fingerprint(), wanted, selection, annotations, cache_root)
     path = readers.resolve(data.path)
     format = readers.detect(path, data.format)
     survey = readers.survey(path, format, annotations, selection)

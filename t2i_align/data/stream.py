@@ -43,6 +43,7 @@ def open_stream(
     data: DataConfig,
     needs: Requirements,
     pipeline: Callable[[], TrainablePipeline],
+    encoder_fingerprint: str,
     size: MediaSize,
     selection: Selection,
     annotations: Annotations,
@@ -63,6 +64,7 @@ def open_stream(
         "selection": vars(selection),
         "frames": size.frames,
         "fps": size.fps,
+        "encoders": encoder_fingerprint,
     }
     counts = {"groups": survey.accepted, "skipped": unusable, **needs.left_out(survey)}
     if shards.remote:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import gc
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from t2i_align.config import ModelConfig
+from t2i_align.data.loader import digest as digest_of
+from t2i_align.data.spec import normalise
 from t2i_align.errors import UserError, unknown
-from t2i_align.evaluation.report import keep, render
+from t2i_align.evaluation.report import render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
+from t2i_align.evaluation.sides import WORK, Row, columns, measure
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import TOTAL, Sample, in_background, judge, sample, sample_seed
+from t2i_align.inference.generate import TOTAL, sample_seed
 from t2i_align.inference.models import (
     Aligned,
     adapter_on,
@@ -31,7 +30,7 @@ from t2i_align.inference.models import (
     resolve_base,
     resolve_model,
 )
-from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, resolve_prompts
+from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
-TEMPORARY = ".images-"
-Row = dict[str, Any]  # a line of pairs.jsonl: one prompt and seed, and at last both sides' scores
-Columns = dict[str, NDArray[np.float64]]  # TOTAL or part -> [N], NaN where not applicable
 
 
 def evaluate(
@@ -77,8 +73,8 @@ def evaluate(
     """Compare `aligned` with `base` and write `result.json`, `pairs.jsonl` and `report.html` to the folder `out`.
 
     Both sides draw each sample from the same seed, `sample_seed(seed, prompt index, k)`, whatever the batch size, and
-    are scored as the 8-bit images that would be saved; clips as their 8-bit frames, before any video codec. The files
-    are written at the very end, each whole or not at all.
+    are scored as the 8-bit images that would be saved; clips as their 8-bit frames, before any video codec. The same
+    call continues where an earlier one was stopped; the files are written at the very end.
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
@@ -104,7 +100,7 @@ def evaluate(
             generated then.
     """
     import pipelines  # with diffusers, whose import takes seconds
-    from reward_scorers.weights import digest
+    from reward_scorers.weights import digest, digest_of_tensors
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
@@ -155,16 +151,24 @@ def evaluate(
     ]
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "height": height, "width": width}
     sampling["frames"] = frames
-    autocast = PRECISIONS[precision] if loaded and precision != "fp32" else None
+    autocast = use_precision(precision) if loaded else None
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
-    with _workplace(folder, force) as store, tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
-        what = (rows, judges, store, bar, batch_size, fps)
-        before = _measure("base", pipeline, *what, autocast=autocast, **sampling)
-        if other.kind != "model":
+    decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
+    adapter = None if other.kind == "model" else digest(Path(other.path))
+    with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
+        _check_free(folder, force)  # another run may have come and gone since the first check
+        work = folder / f"{WORK}{digest_of(decisive)}"
+        work.mkdir(exist_ok=True)
+        what: Any = {"rows": rows, "scorers": judges, "work": work, "bar": bar, "batch_size": batch_size, "fps": fps}
+        what |= sampling
+        weights = digest_of_tensors(pipeline.denoiser.state_dict())
+        before = measure("base", pipeline, weights, **what, autocast=autocast)
+        if adapter:
             with adapter_on(pipeline, other):
-                after = _measure("aligned", pipeline, *what, autocast=autocast, **sampling)
+                after = measure("aligned", pipeline, f"{weights}-{adapter}", **what, autocast=autocast)
         elif not isinstance(aligned, str | Path):
-            after = _measure("aligned", aligned, *what, autocast=autocast, **sampling)
+            weights = digest_of_tensors(aligned.denoiser.state_dict())
+            after = measure("aligned", aligned, weights, **what, autocast=autocast)
         else:
             del pipeline
             gc.collect()
@@ -174,16 +178,19 @@ def evaluate(
                 whole = replace(whole, prediction_type=origin["prediction_type"])
             pipeline = load_pipeline(whole, precision, device)
             _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
-            after = _measure("aligned", pipeline, *what, **sampling)
+            after = measure("aligned", pipeline, digest_of_tensors(pipeline.denoiser.state_dict()), **what)
         bar.close()
+        cut = {(name, row["prompt"]) for row, one in zip(rows, before, strict=True) for name in one["cut"]}
         recorded = {
             "base": origin.pop("path"),
             **origin,
             "aligned": str(aligned) if isinstance(aligned, str | Path) else aligned.source,
             "aligned_kind": other.kind,
-            "adapter_sha256": None if other.kind == "model" else digest(Path(other.path)),
+            "adapter_sha256": adapter,
             "prompts": len(texts),
-            "prompts_cut": {judge.name: len(judge.cut & {*texts}) for judge in judges},
+            "different_prompts": len({normalise(text) for text in texts}),
+            "identical_pairs": sum(old["sha256"] == new["sha256"] for old, new in zip(before, after, strict=True)),
+            "prompts_cut": {judge.name: sum(name == judge.name for name, _ in cut) for judge in judges},
             "samples": len(rows),
             "seeds_per_prompt": seeds_per_prompt,
             "seed": seed,
@@ -196,55 +203,24 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),
         }
-        scores = {
-            scorer.name: _compared(scorer, rows, before[scorer.name], after[scorer.name], margins[scorer.name], ties)
-            for scorer in judges
-        }
+        scores = {scorer.name: _compared(scorer, rows, before, after, margins[scorer.name], ties) for scorer in judges}
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
-        report = render(result.to_json(), rows, store, images)
+        report = render(result.to_json(), rows, work, images)
         write_files(folder, {REPORT: report, PAIRS: json_lines(rows), RESULT: json_text(result.to_json())})
+        for unfinished in folder.glob(f"{WORK}*"):
+            shutil.rmtree(unfinished)
+    if not any(scores.total.n for scores in result.scorers.values()):
+        raise UserError(f"{folder}: no pair could be scored: {', '.join(result.scorers)} gave no finite number")
     return result
 
 
-def _measure(
-    side: str,
-    pipeline: TrainablePipeline,
-    rows: Sequence[Row],
-    scorers: Sequence[Scorer],
-    store: Path,
-    bar: tqdm,
-    batch_size: int,
-    fps: float,
-    **sampling: Any,
-) -> dict[str, Columns]:
-    """Scores of one side by scorer, generated batch by batch, so that memory does not grow with their number."""
-    scores: dict[str, Columns] = {scorer.name: {} for scorer in scorers}
-    bar.set_description(side)
-
-    def keep_all(start: int, samples: Sequence[Sample]) -> None:
-        for row, one in enumerate(samples, start):
-            keep(one, store, side, row, fps)
-
-    with in_background() as run, memory_for(batch_size):
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            texts = [row["prompt"] for row in part]
-            samples = sample(pipeline, texts, [row["seed"] for row in part], batch_size=batch_size, **sampling)
-            run(keep_all, start, samples)
-            for scorer in scorers:
-                for index, values in judge(scorer, samples, texts):
-                    for name, value in values.items():
-                        scores[scorer.name].setdefault(name, np.full(len(rows), np.nan))[start + index] = value
-            bar.update(len(part))
-    return scores
-
-
 def _compared(
-    scorer: Scorer, rows: Sequence[Row], before: Columns, after: Columns, margin: float, ties: Ties
+    scorer: Scorer, rows: Sequence[Row], before: Sequence[Row], after: Sequence[Row], margin: float, ties: Ties
 ) -> ScorerResult:
     """One scorer's comparison of both sides; its numbers of each pair are added to `rows`."""
-    both = {part: (old, after[part]) for part, old in before.items() if part in after}
-    prompts = np.array([row["prompt_index"] for row in rows])
+    old_parts, new_parts = columns(before, scorer.name), columns(after, scorer.name)
+    both = {part: (old, new_parts[part]) for part, old in old_parts.items() if part in new_parts}
+    prompts = [normalise(row["prompt"]) for row in rows]
     comparisons = {part: compare(*sides, prompts, margin=margin, ties=ties) for part, sides in both.items()}
     outcome = outcomes(*both[TOTAL], margin=margin)
     for i, row in enumerate(rows):
@@ -275,19 +251,8 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
 
 
 def _check_free(folder: Path, force: bool) -> None:
-    """Raise UserError unless the folder has no evaluation yet, or one to be replaced."""
+    """Raise UserError unless the folder has no finished evaluation yet, or one to be replaced."""
     if holds(folder, "evaluation", REPORT):
         check_own("evaluate", *(folder / name for name in (REPORT, PAIRS, RESULT)))
         if (folder / RESULT).is_file() and not force:  # else it was killed
             raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")
-
-
-@contextmanager
-def _workplace(folder: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder in `folder`, which no other run may write to meanwhile."""
-    with output_lock(folder):
-        _check_free(folder, force)  # another run may have come and gone since the first check
-        for left_over in folder.glob(f"{TEMPORARY}*"):  # of an evaluation that was killed
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
-            yield Path(temporary)

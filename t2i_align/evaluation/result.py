@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i_align.evaluation.stats import Comparison
+from t2i_align.evaluation.stats import Comparison, Interval
 from t2i_align.utils import html
 
 
@@ -57,27 +57,21 @@ class Evaluation:
         return top | {"scorer": next(iter(self.scorers)), **self.settings, "scorers": scorers}
 
     def __repr__(self) -> str:
-        (name, result), (low, high) = next(iter(self.scorers.items())), self.win_rate_ci
-        rate = f"win rate {self.win_rate:.1%} [{low:.1%}, {high:.1%}]"
-        return f"Evaluation({rate} by {name}, n {result.total.n}, {self.out})"
+        name, result = next(iter(self.scorers.items()))
+        rate = shown(self.win_rate, self.win_rate_ci).strip()
+        return f"Evaluation(win rate {rate} by {name}, n {result.total.n}, {self.out})"
 
     def _repr_html_(self) -> str:
         """For notebooks: the table, and the report with its images."""
         rows = [
-            (
-                label,
-                f"{c.win_rate:.1%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{c.mean_before:.3f}",
-                f"{c.mean_after:.3f}",
-                str(c.n),
-            )
+            (label, shown(c.win_rate, c.win_rate_ci), f"{c.mean_before:.3f}", f"{c.mean_after:.3f}", str(c.n))
+            if c.n
+            else (label, "no pair could be scored", "", "", "0")
             for label, c in self._comparisons()
-            for low, high in [c.win_rate_ci]
         ]
         report = self.out / "report.html"
-        shown = html.page(report.read_text(encoding="utf-8")) if report.is_file() else ""
-        return html.table(["scorer", "win rate", "95 % interval", "base", "aligned", "n"], rows) + shown
+        page = html.page(report.read_text(encoding="utf-8")) if report.is_file() else ""
+        return html.table(["scorer", "win rate [95 % interval]", "base", "aligned", "n"], rows) + page
 
     def _comparisons(self) -> list[tuple[str, Comparison]]:
         """Each scorer's comparison, followed by its parts'."""
@@ -89,13 +83,28 @@ class Evaluation:
 
     def summary(self) -> str:
         """A few lines for the terminal."""
-        lines = [
-            f"{label:<24} win rate {c.win_rate:6.1%} [{low:.1%}, {high:.1%}]  "
-            f"mean {c.mean_before:.3f} -> {c.mean_after:.3f}  n {c.n}"
-            for label, c in self._comparisons()
-            for low, high in [c.win_rate_ci]
-        ]
+        lines = []
+        for label, c in self._comparisons():
+            if c.n:
+                rate, means = shown(c.win_rate, c.win_rate_ci), f"{c.mean_before:.3f} -> {c.mean_after:.3f}"
+                lines.append(f"{label:<24} win rate {rate}  mean {means}  n {c.n}")
+            else:
+                lines.append(f"{label:<24} no pair could be scored")
+        prompts, different = self.settings["prompts"], self.settings["different_prompts"]
+        if different < prompts:
+            lines.append(f"{different} of the {prompts} prompts are different; the intervals are over these")
+        if same := self.settings["identical_pairs"]:
+            count = f"all {same}" if same == self.settings["samples"] else f"{same} of {self.settings['samples']}"
+            lines.append(f"{count} pairs are byte-identical: the aligned model changes nothing there")
         return "\n".join([*lines, f"report: {self.out / 'report.html'}"])
+
+
+def shown(rate: float, interval: Interval) -> str:
+    """A rate with its interval, where there are any."""
+    if math.isnan(rate):
+        return "unknown (nothing but ties)"
+    low, high = interval
+    return f"{rate:6.1%} " + ("(too few prompts for an interval)" if math.isnan(low) else f"[{low:.1%}, {high:.1%}]")
 
 
 def plain(value: Any) -> Any:

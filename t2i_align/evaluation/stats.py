@@ -2,21 +2,20 @@
 
 A pair is one prompt and seed, scored before and after. The interval is the percentile bootstrap (Efron 1979): whole
 prompts are drawn with replacement, because several seeds of one prompt are not independent. It covers other prompts
-from the same source, not other training runs. Where all pairs agree it has no width, and below some 30 prompts it is
-too narrow.
+from the same source, not other training runs. Below some 30 prompts it is too narrow, and where all of them agree it
+has no width; see `interval` for what stands in its place.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap, norm, t
 
 from t2i_align.errors import UserError
 
@@ -25,7 +24,8 @@ Interval = tuple[float, float]
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
-LEVEL = 0.95
+TAIL = 0.975  # of the 95 % intervals
+FEW = 30  # prompts, below which the bootstrap covers too little
 BLOCK = 1_000_000  # numbers held at once while resampling
 
 
@@ -33,7 +33,7 @@ BLOCK = 1_000_000  # numbers held at once while resampling
 class Comparison:
     """Before against after. `n` pairs of `prompts_compared` prompts had a score on both sides; NaN where n is 0.
 
-    An interval is (NaN, NaN) with fewer than two prompts: they allow no statement about other prompts.
+    An interval is (NaN, NaN) with fewer than two decided prompts: they allow no statement about other prompts.
     """
 
     n: int
@@ -62,7 +62,7 @@ def outcomes(before: ArrayLike, after: ArrayLike, *, margin: float = 0.0) -> Arr
 def compare(
     before: ArrayLike,
     after: ArrayLike,
-    clusters: Sequence[int] | ArrayLike | None = None,
+    clusters: ArrayLike | None = None,
     *,
     margin: float = 0.0,
     ties: Ties = "half",
@@ -73,7 +73,7 @@ def compare(
 
     Args:
         before, after: scores of the same prompts and seeds; pairs that are not finite on both sides are left out.
-        clusters: which prompt each pair belongs to, [N] (default: each its own).
+        clusters: which prompt each pair belongs to, numbers or texts [N] (default: each its own).
         margin: differences up to this are ties.
         ties: "half" counts a tie as half a win, "drop" leaves ties out of the win rate (never out of the means).
         resamples, seed: of the bootstrap.
@@ -97,7 +97,7 @@ def compare(
         losses=int((result == 0).sum()),
         tied=int((result == 0.5).sum()),
         win_rate=_ratio((result * decided).sum(), decided.sum()),
-        win_rate_ci=interval(groups, result * decided, decided, resamples, seed),
+        win_rate_ci=interval(groups, result * decided, decided, resamples, seed, share=True),
         mean_before=_ratio(old.sum(), len(old)),
         mean_after=_ratio(new.sum(), len(old)),
         mean_change=_ratio((new - old).sum(), len(old)),
@@ -114,16 +114,35 @@ def check_policy(margin: float, ties: str) -> None:
 
 
 def interval(
-    groups: NDArray, numerator: Array, denominator: Array, resamples: int = RESAMPLES, seed: int = 0
+    groups: NDArray,
+    numerator: Array,
+    denominator: Array,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    share: bool = False,
 ) -> Interval:
-    """Percentile interval of sum(numerator) / sum(denominator) when whole groups are drawn with replacement.
+    """95 % interval of sum(numerator) / sum(denominator) over other groups; `share`: of values in [0, 1].
 
-    (NaN, NaN) with fewer than two groups, or where the denominator is 0.
+    The percentile bootstrap over whole groups. With fewer than FEW groups, Student's interval of the mean instead, and
+    of a share Wilson's (1927) with the number of independent values that have the variance between groups. Where a
+    share is the same in all n groups, another one may still appear: in a share of z² / (n + z²) at most, as for Wilson.
+    (NaN, NaN) with fewer than two groups whose denominator is not 0.
     """
     _, index = np.unique(groups, return_inverse=True)
     sums = [np.bincount(index, weights) for weights in (numerator, denominator)]  # of each group
-    if len(sums[0]) < 2 or not sums[1].any():
+    top, bottom = (values[sums[1] > 0] for values in sums)
+    if (count := len(bottom)) < 2:
         return (math.nan, math.nan)
+    mean, normal, student = top.sum() / bottom.sum(), norm.ppf(TAIL), t.ppf(TAIL, count - 1)
+    if share and np.ptp(top / bottom) == 0:
+        unseen = normal**2 / (count + normal**2)
+        return (float(mean * (1 - unseen)), float(mean + (1 - mean) * unseen))
+    variance = count / (count - 1) * ((top - mean * bottom) ** 2).sum() / bottom.sum() ** 2
+    if count < FEW and share:
+        return _wilson(mean, min(bottom.sum(), mean * (1 - mean) / variance), student)
+    if count < FEW:
+        return (float(mean - student * variance**0.5), float(mean + student * variance**0.5))
 
     def ratio(top: Array, bottom: Array, axis: int) -> Array:
         top, bottom = top.sum(axis), bottom.sum(axis)
@@ -136,8 +155,16 @@ def interval(
             sums, ratio, paired=True, vectorized=True, n_resamples=resamples, method="percentile",
             batch=max(1, BLOCK // len(sums[0])), rng=np.random.default_rng(seed),
         )  # fmt: skip
-    low, high = np.nanquantile(drawn.bootstrap_distribution, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(drawn.bootstrap_distribution, [1 - TAIL, TAIL])
     return (float(low), float(high))
+
+
+def _wilson(share: float, count: float, quantile: float) -> Interval:
+    """The interval of a share among so many independent values."""
+    spread = quantile**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = quantile * math.sqrt(share * (1 - share) / count + spread / count / 4) / (1 + spread)
+    return (float(middle - half), float(middle + half))
 
 
 def _ratio(top: float, bottom: float) -> float:

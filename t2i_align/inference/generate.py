@@ -19,7 +19,7 @@ from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
-from t2i_align.inference.options import PRECISIONS, check_options, memory_for, resolve_prompts
+from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def generate(
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
         prediction_type: `epsilon` or `v_prediction`, where the model's files do not say it or are wrong.
-        precision: of the weights: `fp32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
+        precision: of the weights: `fp32`, `tf32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
 
@@ -159,7 +159,7 @@ def generate(
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
     else:
-        pipeline, autocast = model, None if precision == "fp32" else PRECISIONS[precision]
+        pipeline, autocast = model, use_precision(precision)
         columns = {"model": pipeline.source, "revision": None}
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)

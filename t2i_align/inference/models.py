@@ -5,7 +5,6 @@ The checks open as little as they can, so that a wrong name fails before anythin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind, LoRA
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.options import PRECISIONS, TESTBED, bundled, check_options, first_line, pick_device
+from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
 from t2i_align.plugins import load as load_plugin
 from t2i_align.plugins import load_installed
-from t2i_align.training.output import RUN_FILE
+from t2i_align.training.output import RUN_FILE, read_settings
+from t2i_align.utils.files import read_json
 from t2i_align.utils.settings import build
 
 if TYPE_CHECKING:
@@ -141,7 +140,8 @@ def load_pipeline(
     config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
     # Large text encoders overflow half precision.
     large = torch.bfloat16 if precision == "fp16" else None
-    return open_model(config, dtype=PRECISIONS[precision], large_encoder_dtype=large, encoders=encoders).to(place)
+    dtype = use_precision(precision) or torch.float32
+    return open_model(config, dtype=dtype, large_encoder_dtype=large, encoders=encoders).to(place)
 
 
 def open_model(config: ModelConfig, **options: Any) -> TrainablePipeline:
@@ -192,7 +192,7 @@ def _recorded(file: Path) -> dict[str, Any]:
     Raises:
         UserError: a plugin lies in the run's own folder: a run from elsewhere must not bring code.
     """
-    values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_settings(file)
     for place in values.get("plugins", ()):
         if Path(place).resolve().is_relative_to(file.parent.resolve()):
             raise UserError(f"{file}: plugins: {place} lies in the run's own folder; to run it, give it with --plugin")
@@ -219,11 +219,7 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
 
 def _check_whole(folder: Path) -> None:
     """Refuse a half-copied model now rather than after the base has been sampled."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / 'model_index.json'}: not JSON: {error}") from error
-    for name, part in index.items():
+    for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list) and part and part[0] and not (folder / name).is_dir():
             raise UserError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
 

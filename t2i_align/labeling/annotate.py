@@ -72,7 +72,7 @@ def caption(
         perturber_template: Instruction for the perturber, with {caption} in it.
         perturber_revision: The perturber's branch, tag or commit on the Hub.
         max_new_tokens: Limit of the models' answers.
-        precision: The models' weights: fp32, bf16 or fp16.
+        precision: The models' weights: fp32, tf32, bf16 or fp16.
         seed: Seed of the perturbations.
         batch_size: Groups at a time, and images.
         device: Device of the models (default: the GPU if there is one).
@@ -145,7 +145,7 @@ def perturb(
         perturber_template: Instruction for the perturber, with {caption} in it.
         perturber_revision: The perturber's branch, tag or commit on the Hub.
         max_new_tokens: Limit of the model's answers.
-        precision: The model's weights: fp32, bf16 or fp16.
+        precision: The model's weights: fp32, tf32, bf16 or fp16.
         seed: Seed of the perturbations.
         batch_size: Groups at a time.
         device: Device of the model (default: the GPU if there is one).

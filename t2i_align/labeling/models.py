@@ -17,7 +17,7 @@ from reward_scorers.vlm import generate, inputs_of, is_chat, pad_left, without_s
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, unknown
 from t2i_align.inference.models import resolve_model
-from t2i_align.inference.options import PRECISIONS, TESTBED, check_options, pick_device
+from t2i_align.inference.options import TESTBED, check_options, pick_device, use_precision
 from t2i_align.labeling.rules import KINDS, RulePerturber
 
 DRAWN = "testbed:captioner"
@@ -98,7 +98,7 @@ class LanguageModel(ABC):
         max_new_tokens: int = 128,
     ) -> None:
         check_options(precision, max_new_tokens=max_new_tokens)
-        self.device, self.dtype = pick_device(device), PRECISIONS[precision]
+        self.device, self.dtype = pick_device(device), use_precision(precision) or torch.float32
         self.name, self.template, self.max_new_tokens = path, template, max_new_tokens
         try:
             self._load(resolve_model(path, self.role), revision=revision, trust_remote_code=False)

@@ -29,7 +29,7 @@ from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import LIST, TOTAL, judge
-from t2i_align.inference.options import PRECISIONS, build_scorers, check_options, memory_for, pick_device, unscorable
+from t2i_align.inference.options import build_scorers, check_options, memory_for, pick_device, unscorable, use_precision
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
@@ -90,9 +90,10 @@ def score(
         totals, why = {scorer.name: np.zeros(3) for scorer in built}, ""  # sum, scored, not scored; a reason for that
         batches = enumerate(iter(lambda: list(islice(candidates, batch_size)), []))
         own = (batch for index, batch in batches if index % processes.world == processes.rank)
+        dtype = use_precision(precision)
         with (
             torch.no_grad(),
-            torch.autocast(torch.device(place).type, PRECISIONS[precision], enabled=precision != "fp32"),
+            torch.autocast(torch.device(place).type, dtype, enabled=dtype is not None),
             tqdm(total=total // processes.world, unit="img", disable=not progress or processes.rank > 0) as bar,
             ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
         ):

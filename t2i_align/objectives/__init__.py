@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from t2i_align.objectives.mapo import MaPO as MaPO
     from t2i_align.objectives.ncp import NCPDPO as NCPDPO
     from t2i_align.objectives.rankdpo import RankDPO as RankDPO
+    from t2i_align.objectives.reward import RewardTuning as RewardTuning
     from t2i_align.objectives.sft import SFT as SFT
     from t2i_align.objectives.smpo import SmPO as SmPO
     from t2i_align.objectives.softrepa import SoftREPA as SoftREPA
@@ -137,6 +138,7 @@ __all__ = [
     "Pairwise",
     "RankDPO",
     "Requirements",
+    "RewardTuning",
     "SmPO",
     "SoftREPA",
     "register",

@@ -18,6 +18,7 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.report import ENVIRONMENT
 from t2i_align.evaluation.result import plain
+from t2i_align.inference.generate import TOTAL, judge
 from t2i_align.inference.options import (
     build_scorers,
     check_options,
@@ -55,6 +56,11 @@ class Calibration:
     error: float
     loss: float
 
+    def __str__(self) -> str:
+        if not self.bins:
+            return f"calibration unknown (fewer than {FEWEST} pairs in a half)"
+        return f"calibration error {self.error:.3f}, log loss {self.loss:.3f}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
@@ -73,10 +79,7 @@ class Audit:
         """A few lines for the terminal."""
         lines = []
         for name, accuracy in self.accuracy.items():
-            calibrated = self.calibration[name]
-            lines.append(
-                f"{name}: {accuracy}; calibration error {calibrated.error:.3f}, log loss {calibrated.loss:.3f}"
-            )
+            lines.append(f"{name}: {accuracy}; {self.calibration[name]}")
             for curve in self.curves.get(name, []):
                 oracle = f"oracle {curve.oracle[0]:.3f} -> {curve.oracle[-1]:.3f}, best {max(curve.oracle):.3f}"
                 gained = curve.proxy[-1] - curve.proxy[0]
@@ -213,9 +216,9 @@ def calibrate(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], pr
 def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
     """The share of pairs without a draw that two judges order alike, judge by judge: scores [k] of each group."""
     signs = []
-    for judge in judges:
-        pairs_of_groups = [torch.combinations(values) for values in judge]  # [pairs, 2] each
-        signs.append(torch.cat([pair[:, 0] - pair[:, 1] for pair in pairs_of_groups]).sign())
+    for groups in judges:
+        pairs = torch.cat([torch.combinations(values) for values in groups])  # [pairs, 2]
+        signs.append((pairs[:, 0] - pairs[:, 1]).sign())
     decided = [[(one != 0) & (other != 0) for other in signs] for one in signs]
     return [
         [float((one[both] == other[both]).float().mean()) for other, both in zip(signs, row, strict=True)]
@@ -226,15 +229,15 @@ def agreement(judges: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
 def _score(data: Preferences, scorers: Sequence[Scorer], batch_size: int, progress: bool) -> tuple[Scores, NDArray]:
     """Scores of each group's candidates, and the mean sharpness of each group's images."""
     counts = [len(label) for label in data.labels]
-    flat: Scores = {scorer.name: [] for scorer in scorers}
+    flat: dict[str, list[float]] = {scorer.name: [] for scorer in scorers}
     sharpness: list[float] = []
     for rows, images in data.batches(batch_size, "audit", progress):
         texts = [data.prompts[row] for row in rows for _ in range(counts[row])]
         for scorer in scorers:
             with memory_for(len(images)):
-                flat[scorer.name].append(scorer.score_images(images, texts).cpu())
+                flat[scorer.name] += (parts[TOTAL] for _, parts in judge(scorer, images, texts))
         sharpness += map(_sharpness, images)
-    scores = {name: list(torch.cat(parts).split(counts)) for name, parts in flat.items()}
+    scores = {name: list(torch.tensor(values, dtype=torch.float64).split(counts)) for name, values in flat.items()}
     for name, groups in scores.items():
         for row, values in enumerate(groups):
             if not bool(values.isfinite().all()):

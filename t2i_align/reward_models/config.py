@@ -7,11 +7,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from t2i_align.config import LoraConfig, OptimConfig, Plugin, Precision, Spec
+from t2i_align.config import LogConfig, LoraConfig, OptimConfig, Plugin, Precision, Spec
 from t2i_align.errors import UserError
 from t2i_align.utils.settings import Bool, Count, Decay, Int, UserPath, load_as, settings
 
 Tune = Literal["full", "lora", "linear", "pal", "users"]
+Loss = Literal["pickscore", "hpsv2", "imagereward", "btt"]  # the functions of `losses`
 
 
 @settings
@@ -56,15 +57,6 @@ class ScorerTrainConfig:
 
 
 @settings
-class ScorerLogConfig:
-    """metrics.jsonl is always written. every, checkpoint_every: in steps."""
-
-    every: Count = 10
-    checkpoint_every: Count = 500
-    keep_checkpoints: Count = 2
-
-
-@settings
 class ScorerRun:
     """One training of a preference model.
 
@@ -79,20 +71,17 @@ class ScorerRun:
     output_dir: UserPath
     model: Spec
     tune: Tune = "lora"
-    loss: str = "pickscore"
+    loss: Loss = "pickscore"
     name: str | None = None
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     pal: PalConfig = field(default_factory=PalConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: ScorerTrainConfig = field(default_factory=ScorerTrainConfig)
-    log: ScorerLogConfig = field(default_factory=ScorerLogConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     resume: Bool = False
 
     def __post_init__(self) -> None:
-        from t2i_align.reward_models import losses  # imports torch, once every key has its type
-
-        losses.get(self.loss)
         if self.tune in ("full", "lora") and not self.model.startswith("hf-clip:"):
             raise UserError(
                 f"tune: {self.tune} trains a transformers CLIP: model must be hf-clip:..., not {self.model!r}"

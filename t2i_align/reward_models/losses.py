@@ -7,7 +7,7 @@ scalar; 0 for a group from which it learns nothing (all ties, for losses without
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from t2i_align.errors import unknown
+from t2i_align.data.spec import normalise
+from t2i_align.evaluation.result import shown
 from t2i_align.evaluation.stats import compare
 
 THETA = 5.0  # of BTT: how many times as likely a win has to be before it is no tie (arXiv 2501.13918)
@@ -61,20 +62,8 @@ def btt(r: Tensor, labels: Tensor) -> Tensor:
     return torch.where(order == 0, tied, won).mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "pickscore": pickscore,
-    "hpsv2": hpsv2,
-    "imagereward": imagereward,
-    "btt": btt,
-}
+LOSSES = {loss.__name__: loss for loss in (pickscore, hpsv2, imagereward, btt)}
 LEARN_FROM_TIES = ("pickscore", "btt")
-
-
-def get(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of this name. Raises UserError where there is none."""
-    if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
-    return LOSSES[name]
 
 
 def by_group(scores: Tensor, labels: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -84,7 +73,7 @@ def by_group(scores: Tensor, labels: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def per_group(name: str, scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
     """The loss of each group, [B]; scores [N] are of all candidates one after another, labels [k] one per group."""
-    return torch.stack([get(name)(r, label) for r, label in zip(by_group(scores, labels), labels, strict=True)])
+    return torch.stack([LOSSES[name](r, label) for r, label in zip(by_group(scores, labels), labels, strict=True)])
 
 
 def right(scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
@@ -106,16 +95,15 @@ class Accuracy:
     interval: tuple[float, float]
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.pairs} pairs"
+        return f"{shown(self.accuracy, self.interval).strip()} of {self.pairs} pairs"
 
 
 def measure(scores: Sequence[Tensor], labels: Sequence[Tensor], prompts: Sequence[str]) -> Accuracy:
     """Pair accuracy of groups: scores [k], labels [k] and the prompt of each."""
     gaps = [winner_gaps(r.double(), label) for r, label in zip(scores, labels, strict=True)]
-    _, prompt = np.unique(np.array(prompts, dtype=str), return_inverse=True)
     won = torch.cat(gaps).cpu().numpy()
-    result = compare(np.zeros(len(won)), won, np.repeat(prompt, [len(gap) for gap in gaps]))
+    clusters = np.repeat([normalise(prompt) for prompt in prompts], [len(gap) for gap in gaps])
+    result = compare(np.zeros(len(won)), won, clusters)
     return Accuracy(
         pairs=result.n, prompts=result.prompts_compared, accuracy=result.win_rate, interval=result.win_rate_ci
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,8 +67,9 @@ def draw_pool(prompts: Sequence[str], size: int = POOL, seed: int = 0) -> Pool:
 
 def curves(scorer: Scorer, pool: Pool, batch_size: int) -> list[Curve]:
     """Best of n, and ascent where gradients flow."""
-    best = best_of_n_curve(scorer, pool, max(batch_size, 64))
-    return [best, ascent_curve(scorer, pool, max(batch_size, 32))] if scorer.differentiable else [best]
+    scores = score_pool(scorer, pool, max(batch_size, 64))
+    best = best_of_n_curve(scores, pool)
+    return [best, ascent_curve(scorer, scores, pool, max(batch_size, 32))] if scorer.differentiable else [best]
 
 
 def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArray]:
@@ -83,33 +84,32 @@ def best_of_n(proxy: NDArray, rewards: NDArray, n: int) -> tuple[NDArray, NDArra
     return taken[0], taken[1]
 
 
-def best_of_n_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
-    """n = 1, 2, 4 ... up to the pool's size."""
-    scores = score_pool(scorer, pool, batch_size)
+def best_of_n_curve(scores: NDArray, pool: Pool) -> Curve:
+    """n = 1, 2, 4 ... up to the pool's size, of its scores [P, N]."""
     sizes = [2**power for power in range(int(math.log2(scores.shape[1])) + 1)]
     proxies, rewards = zip(*(best_of_n(scores, pool.rewards, n) for n in sizes), strict=True)
-    kl = [math.log(n) - (n - 1) / n for n in sizes]
-    return _curve("best of n", sizes, proxies, rewards, scores, pool, kl)
+    curve = _curve("best of n", sizes, proxies, rewards, scores, pool)
+    return replace(curve, kl=[math.log(n) - (n - 1) / n for n in sizes])
 
 
-def ascent_curve(scorer: Scorer, pool: Pool, batch_size: int) -> Curve:
+def ascent_curve(scorer: Scorer, scores: NDArray, pool: Pool, batch_size: int) -> Curve:
     """From each prompt's first right image (or its best): signed steps, evaluated by the oracle every few steps."""
     start = pool.rewards.argmax(1)
     pixels = pool.pixels[torch.arange(len(start)), torch.from_numpy(start)].clone()
     oracle, steps, proxies, rewards = Oracle(), [], [], []
     for step in range(STEPS + 1):
-        scores, gradients = [], []
+        climbed, gradients = [], []
         for first in range(0, len(pixels), batch_size):
             batch = pixels[first : first + batch_size].clone().requires_grad_()
             score = scorer.score(batch, pool.prompts[first : first + batch_size])
             gradients.append(torch.autograd.grad(score.sum(), batch)[0].cpu())
-            scores.append(score.detach().cpu())
+            climbed.append(score.detach().cpu())
         if step % max(1, STEPS // 12) == 0:
             steps.append(step)
-            proxies.append(torch.cat(scores).double().numpy())
+            proxies.append(torch.cat(climbed).double().numpy())
             rewards.append(oracle.judge(pixels, pool.prompts).reward)
         pixels = (pixels + STEP_SIZE * torch.cat(gradients).sign()).clamp(0, 1)
-    return _curve("ascent", steps, proxies, rewards, score_pool(scorer, pool, batch_size), pool)
+    return _curve("ascent", steps, proxies, rewards, scores, pool)
 
 
 @torch.no_grad()
@@ -123,13 +123,7 @@ def score_pool(scorer: Scorer, pool: Pool, batch_size: int) -> NDArray[np.float6
 
 
 def _curve(
-    kind: str,
-    x: list[int],
-    proxies: Sequence[NDArray],
-    rewards: Sequence[NDArray],
-    scores: NDArray,
-    pool: Pool,
-    kl: list[float] | None = None,
+    kind: str, x: list[int], proxies: Sequence[NDArray], rewards: Sequence[NDArray], scores: NDArray, pool: Pool
 ) -> Curve:
     """Means over prompts of scores and rewards [P] at each x, in spreads of the pool's `scores` and rewards [P, N]."""
     proxy = (np.mean(proxies, 1) - scores.mean()) / max(scores.std(), 1e-12)
@@ -137,7 +131,5 @@ def _curve(
     ones = np.ones(len(pool.prompts))
     low, high = zip(*(interval(np.arange(len(ones)), reward, ones) for reward in rewards), strict=True)
     gap = proxy - proxy[0] - (oracle - oracle[0]) / max(pool.rewards.std(), 1e-12)
-    return Curve(
-        kind=kind, x=x, proxy=proxy.tolist(), oracle=oracle.tolist(), low=list(low), high=list(high),
-        gap=gap.tolist(), kl=kl,
-    )  # fmt: skip
+    means = {"proxy": proxy.tolist(), "oracle": oracle.tolist(), "gap": gap.tolist()}
+    return Curve(kind=kind, x=x, low=list(low), high=list(high), **means)

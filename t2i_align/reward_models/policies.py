@@ -37,8 +37,11 @@ class Policy(Protocol):
     metadata: what `trained:FOLDER` needs beside the weights.
     """
 
-    network: nn.Module
     metadata: dict[str, Any]
+
+    @property
+    def network(self) -> nn.Module:
+        """What is trained: inputs of `batch` to scores [N]."""
 
     def batch(self, preferences: Preferences, rows: Sequence[int]) -> dict[str, Any]:
         """What `network` is called with for the candidates of these groups, one after another."""
@@ -94,10 +97,11 @@ def begin(
     return FrozenFeatures(head.to(device), features, metadata)
 
 
-class WholeClip(Policy):
+class WholeClip(nn.Module):
     """A transformers CLIP, all of it or LoRA on it; images are decoded for each batch."""
 
     def __init__(self, scorer: HFClipScorer, lora: LoraConfig | None, metadata: dict[str, Any]) -> None:
+        super().__init__()
         self.scorer, self.metadata, model = scorer, metadata, scorer.model
         model.requires_grad_(lora is None)
         if lora is not None:
@@ -112,8 +116,17 @@ class WholeClip(Policy):
                 raise UserError(
                     f"lora.targets: {lora.targets!r} fits no module of the model ({error}). {choices}"
                 ) from error
-        self.lora = lora is not None
-        self.network = _Scores(model)
+        self.lora, self.model = lora is not None, model
+
+    @property
+    def network(self) -> nn.Module:
+        return self
+
+    def forward(self, pixel_values: Tensor, owner: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [N] of images [N, 3, H, W] with the prompts [G, L] that `owner` [N] points to."""
+        images = unit(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+        texts = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return self.model.logit_scale.exp() * (images * unit(texts)[owner]).sum(-1)
 
     def batch(self, preferences: Preferences, rows: Sequence[int]) -> dict[str, Any]:
         images = [image for row in rows for image in preferences.images(row)]
@@ -127,29 +140,15 @@ class WholeClip(Policy):
 
     def save(self, folder: Path) -> None:
         """The model with LoRA merged into it, its tokenizer and preprocessing, as transformers loads them."""
-        model = self.network.model
-        model = model.merge_and_unload() if self.lora else model
+        model = self.model.merge_and_unload() if self.lora else self.model
         model.save_pretrained(folder / CLIP)
         self.scorer.save_processor(folder / CLIP)
-
-
-class _Scores(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, pixel_values: Tensor, owner: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores [N] of images [N, 3, H, W] with the prompts [G, L] that `owner` [N] points to."""
-        images = unit(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
-        texts = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        cosines = (images * unit(texts)[owner]).sum(-1)
-        return self.model.logit_scale.exp() * cosines
 
 
 Features = tuple[Sequence[Tensor], Tensor]  # unit features of each group's images [k, D], and of all prompts [G, D]
 
 
-class FrozenFeatures(Policy):
+class FrozenFeatures:
     """A head on features of preferences, by their fingerprint. metadata["users"]: in the order of PAL's rows."""
 
     def __init__(self, head: nn.Module, features: Mapping[str, Features], metadata: dict[str, Any]) -> None:

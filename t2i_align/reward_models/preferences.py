@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,9 +65,9 @@ class Preferences:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of ids, prompts, users and labels."""
-        rows = [list(self.ids), list(self.prompts), list(self.users), [label.tolist() for label in self.labels]]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        """Of these groups and the content of their images, wherever they lie."""
+        source = {key: value for key, value in self.store.manifest["fingerprint"].items() if key != "root"}
+        return digest({**source, "numbers": list(self.numbers)})
 
 
 def open_preferences(

@@ -31,10 +31,11 @@ from t2i_align.reward_models.config import ScorerRun, load
 from t2i_align.reward_models.losses import Accuracy, measure
 from t2i_align.reward_models.policies import Policy, begin
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences, split
-from t2i_align.training.loop import Loop, Task
+from t2i_align.training.checkpoint import writing
+from t2i_align.training.loop import Loop, Task, check_machine
 from t2i_align.training.output import open_run, write_settings
 from t2i_align.training.weights import Weights
-from t2i_align.utils.files import atomic_folder, write_json
+from t2i_align.utils.files import write_json
 
 ACCURACY, SCORER = "accuracy.json", "scorer"
 FREE_ON_RESUME = ("resume", "log")
@@ -63,6 +64,7 @@ def train_scorer(
         UserError: a configuration, data or model that cannot be used, or a folder of another run.
     """
     run = config if isinstance(config, ScorerRun) else load(config, overrides)
+    check_machine(run)
     settings = to_jsonable_python(run)
     with open_run(run, settings, free=FREE_ON_RESUME, extra=("features-", "images-")) as accelerator:
         return _train_into(Path(run.output_dir), run, settings, accelerator, progress)
@@ -98,7 +100,7 @@ def _train_into(
         evaluated["test"] = (test, list(range(len(test))))
     accuracy = {name: evaluate(policy, *part, accelerator.device) for name, part in evaluated.items() if part[1]}
     if accelerator.is_main_process:
-        with atomic_folder(output / SCORER) as folder:
+        with writing(output / SCORER) as folder:
             policy.save(folder)
             write_json(folder / METADATA, policy.metadata)
         write_json(output / ACCURACY, plain(accuracy))

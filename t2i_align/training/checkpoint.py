@@ -7,7 +7,6 @@ checkpoints/step_000500/weights.safetensors    the trained parameters, and other
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_align.errors import UserError
+from t2i_align.utils.arrow import sha256
 from t2i_align.utils.files import WRITING, atomic_folder, read_json, whole_lines, write_json, write_text
 
 FOLDER = "checkpoints"
@@ -30,7 +30,7 @@ LAYOUT = 5  # raised when the state gets other entries
 
 
 @contextmanager
-def writing(folder: Path, what: str) -> Iterator[Path]:
+def writing(folder: Path, what: str = "could not be written; resume=true writes it anew") -> Iterator[Path]:
     """`atomic_folder`, with one message for all the ways in which libraries say that the disk is full."""
     try:
         with atomic_folder(folder) as temporary:
@@ -76,8 +76,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             _check_unchanged(folder, state["step"])
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors, pickle and the file system each raise their own
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"{folder}: damaged checkpoint ({error}). Remove this folder to resume from the one before it."
+            f"{folder}: damaged checkpoint ({reason}). Remove this folder to resume from the one before it."
         ) from error
     if not current:
         raise UserError(f"{folder}: written by another version of t2i-align; resume it with that version")
@@ -132,13 +133,9 @@ def _check_unchanged(folder: Path, step: int) -> None:
     if step != _step(folder):
         raise ValueError(f"it is of step {step}")
     written = read_json(folder / SUMS)
-    if changed := [name for name, sha256 in _sums(folder).items() if written.get(name) != sha256]:
+    if changed := [name for name, found in _sums(folder).items() if written.get(name) != found]:
         raise ValueError(f"{' and '.join(changed)} changed after being written")
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for name in (WEIGHTS, STATE):
-        with open(folder / name, "rb") as stream:
-            sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
+    return {name: sha256(folder / name) for name in (WEIGHTS, STATE)}

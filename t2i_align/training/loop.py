@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -140,6 +141,8 @@ class Loop:
         """
         hidden = not (self.progress and self.accelerator.is_main_process)
         bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
+        if self.log.trackers:
+            self.accelerator.init_trackers(self.log.project)
         if not self.resumed:
             for act in self.task.due(0, False):
                 self._record(act())
@@ -321,6 +324,17 @@ class Loop:
         self.step, self.rollbacks = state["step"], state["rollbacks"]
         if self.ema:
             self.ema.optimization_step = self.step
+
+
+def check_machine(config: RunConfig | ScorerRun) -> None:
+    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in config.log.trackers:
+        if tracker not in installed:
+            raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
+    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
+from t2i_align.inference.options import use_precision
 from t2i_align.training import checkpoint
 from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
 from t2i_align.utils.settings import read_yaml
@@ -34,7 +35,6 @@ def open_run(
     *,
     free: Collection[str],
     extra: tuple[str, ...] = (),
-    trackers: Collection[str] = (),
 ) -> Iterator[Accelerator]:
     """Hold `config.output_dir` while a run works in it; yields the run's accelerator.
 
@@ -50,13 +50,12 @@ def open_run(
     accelerator = Accelerator(
         # By default, accelerate takes each of several CPU processes for a separate run.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.train.precision if config.train.precision in ("bf16", "fp16") else "no",
-        log_with=list(trackers) or None,
+        mixed_precision=config.train.precision if use_precision(config.train.precision) else "no",
+        log_with=list(config.log.trackers) or None,
         project_dir=output,
     )
     if accelerator.distributed_type in SHARDED:
         raise UserError(f"launched as {accelerator.distributed_type.value}, expected one process or several under DDP")
-    torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     # The main process holds the folder for all; they wait until it has checked that it may.
     with output_lock(output, first=accelerator.is_main_process):
         try:
@@ -78,10 +77,17 @@ def check_same_run(output: Path, settings: Mapping[str, Any], free: Collection[s
     """Raise UserError where the folder holds a run with other settings, naming each key."""
     if not (file := output / RUN_FILE).is_file():
         return
-    if not isinstance(stored := read_yaml(file), dict):
-        raise UserError(f"{file}: expected a run's settings, found {type(stored).__name__}")
-    if keys := differences(stored, settings, {"output_dir", *free}):
+    if keys := differences(read_settings(file), settings, {"output_dir", *free}):
         raise UserError(f"output_dir {output}: this folder holds another run: {'; '.join(keys)}")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a run.yaml; raises UserError for anything else."""
+    settings = read_yaml(file)
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict | str):
+        found = "no 'model'" if isinstance(settings, dict) else type(settings).__name__
+        raise UserError(f"{file}: expected a run's settings, found {found}")
+    return settings
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:

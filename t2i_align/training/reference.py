@@ -31,8 +31,9 @@ from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
+from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.kto import liked_candidates
-from t2i_align.training.weights import DTYPES, Weights, adapters_off, dropout_off, frozen_copy, older_policy
+from t2i_align.training.weights import Weights, adapters_off, dropout_off, frozen_copy, older_policy
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -69,7 +70,7 @@ def build_reference(
     lora = bool(getattr(denoiser, "peft_config", None))
     if needed and (train.reference in ("copy", "offloaded_copy") or not lora):
         options = {"offload": train.reference == "offloaded_copy", "compile": train.compile, "updated": updated}
-        variant = frozen_copy(denoiser, dtype=DTYPES[train.precision], **options)
+        variant = frozen_copy(denoiser, dtype=PRECISIONS[train.precision], **options)
         reference.weights.variants["reference"] = variant
     elif needed:
         older = older_policy(reference.weights) if updated or adapted else adapters_off(denoiser)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -25,9 +24,11 @@ from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
+from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
-from t2i_align.training.loop import Loop, make_optimizer
+from t2i_align.training.checkpoint import writing
+from t2i_align.training.loop import Loop, check_machine
 from t2i_align.training.monitor import Callbacks
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
@@ -35,16 +36,15 @@ from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
-from t2i_align.training.weights import DTYPES
-from t2i_align.utils.files import atomic_folder
 
-LARGE_DTYPES = {**DTYPES, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
+LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
     "resume", "plugins", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
     "train.batch_size", "train.accumulate",
 )  # fmt: skip
+MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
@@ -93,7 +93,7 @@ def align(
     settings = configuration.to_mapping(run)
     free = FREE_ON_RESUME + (("train.steps",) if run.optim.schedule in CONSTANT_SCHEDULES else ())
     unset = [f"objective.{key}" for key, value in settings["objective"].items() if value is None]
-    with open_run(run, settings, free=[*free, *unset], trackers=run.log.trackers) as accelerator:
+    with open_run(run, settings, free=[*free, *unset]) as accelerator:
         return _align(run, accelerator, free, pipeline, callbacks, progress)
 
 
@@ -129,13 +129,11 @@ def _align(
     if accelerator.is_main_process:
         write_settings(output, settings)
         if progress:
-            print(describe(config, pipeline, source, unreached))
-    if config.log.trackers:
-        accelerator.init_trackers(config.log.project)
+            print(describe(config, pipeline, source, unreached, accelerator.num_processes))
     metrics = loop.run()
     weights = output / config.trains
     if accelerator.is_main_process:
-        with loop.weights.using(loop.weights.result), atomic_folder(weights) as temporary:
+        with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
@@ -145,17 +143,6 @@ def _align(
 def cache_root(config: RunConfig) -> Path:
     """The folder of the caches of encoded data."""
     return Path(config.data.cache_dir or Path(config.output_dir).parent / "cache")
-
-
-def check_machine(config: RunConfig) -> None:
-    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:
-        if tracker not in installed:
-            raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
-    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipeline | None = None) -> TrainablePipeline:
@@ -172,7 +159,7 @@ def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipelin
     pipeline = loaded or open_model(
         config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
-        denoiser_dtype=torch.float32 if config.trains == "model" else DTYPES[config.train.precision],
+        denoiser_dtype=torch.float32 if config.trains == "model" else PRECISIONS[config.train.precision],
         large_encoder_dtype=LARGE_DTYPES[config.train.precision],
         encoders=False,
     )
@@ -257,20 +244,28 @@ def prepare_denoiser(
 
 
 def describe(
-    config: RunConfig, pipeline: TrainablePipeline, source: PreferenceDataset, unreached: Collection[str] = ()
+    config: RunConfig,
+    pipeline: TrainablePipeline,
+    source: PreferenceDataset,
+    unreached: Collection[str] = (),
+    processes: int = 1,
 ) -> str:
-    """What is about to run, in a few lines, with the objective's constants spelled out."""
+    """What is about to run, in a few lines, with the objective's constants and the passes over the data spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
     train = config.train
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.counts.items())
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
     paper = f" ({config.objective.paper})" if config.objective.paper else ""
-    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    passes = train.steps * train.batch_size * train.accumulate * processes / source.counts["groups"]
+    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups ({passes:.3g} passes over the data)"
+    warning = "fewer train.steps or more data; `validation` on other prompts shows when samples get worse"
+    many = passes > MANY_PASSES and not isinstance(source, PromptDataset)
+    note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if many else ""
     left_out = f", without {len(unreached)} that get no gradient, as {min(unreached)}" if unreached else ""
     return f"""\
 model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
 data       {config.data.path}: {counts}
 objective  {config.objective.name}{paper} {constants}
 training   {trained:,} parameters{left_out}, {steps}, {train.precision}, seed {train.seed}
-output     {config.output_dir}"""
+output     {config.output_dir}{note}"""

@@ -23,9 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from t2i_align.errors import UserError
-from t2i_align.inference.options import PRECISIONS
 
-DTYPES = {**PRECISIONS, "tf32": torch.float32}  # of a frozen network, by train.precision
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # autocast rounds their weights at each call
 
 

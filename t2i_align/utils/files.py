@@ -1,8 +1,7 @@
 """Crash-safe output: atomic files and folders, JSON lines, settings of a resumable output, and its lock.
 
-Temporary names are fixed (`.writing_NAME` beside NAME), so that the next attempt overwrites what a killed one left. A
-path that is a link stays one: what it leads to is written. Only what a command itself wrote is replaced: it knows its
-folder by a file in it (`holds`), and its files by a mark in their first lines (`check_own`).
+Temporary names are fixed (`.writing_NAME` beside NAME), so that the next attempt overwrites what a killed one left.
+Links stay links. A command replaces only what it wrote: folders that hold its file (`holds`), files with its mark.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ logger = logging.getLogger(__name__)
 def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`, renamed to it on success and removed on failure.
 
-    Missing parent folders are created. `sync` flushes to disk before renaming, so that the content survives a power
-    loss: not needed for files that are many and cheap to make again.
+    Missing parent folders are created. Without `sync`, for files that are cheap to make again, power loss may undo it.
     """
     final, temporary = _names(path)
     temporary.unlink(missing_ok=True)  # what a kill left, which some would append to
@@ -56,20 +54,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     final, temporary = _names(path)
     old = temporary.with_name(f"{temporary.name}.old")
-    for left_over in (temporary, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+
+    def clear() -> None:
+        if old.exists() and not final.exists():  # an earlier use was killed between its two renames
+            old.rename(final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    clear()
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors writes for its owner alone
+            _sync(file)
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)
         temporary.rename(final)
     finally:
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        clear()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -117,7 +120,6 @@ def whole_lines(path: str | Path, *, repair: bool = True) -> list[dict[str, Any]
     """The objects of a JSONL file (none if it is missing) without a half-written last line.
 
     Args:
-        path: JSONL file.
         repair: cut that line off in the file as well, or end it where only its end is missing; False where another
             process may be writing it, or it may be of something else.
 

@@ -19,14 +19,17 @@ from typing import Any
 
 import pytest
 
+import t2i_align.testbed.scorer  # noqa: F401  (registers the oracles)
 from pipelines import PipelineError
 from reward_scorers import ScorerError
+from reward_scorers.registry import FACTORIES
 from t2i_align import cli
 from t2i_align import config as configuration
 from t2i_align.cli.commands import COMMANDS, TABLE, Command
 from t2i_align.cli.parser import build
 from t2i_align.cli.signature import PYTHON_ONLY
 from t2i_align.errors import UserError
+from t2i_align.inference.options import build_scorers
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.quickstart import CONFIG
 from t2i_align.utils.logging import silence_libraries
@@ -211,6 +214,32 @@ def test_commands_in_code_spans_and_their_options_exist() -> None:
         name = next((name for name in (" ".join(span.split()[:2]), span.split()[0]) if name in COMMANDS), None)
         assert name, f"unknown command: t2i-align {span}"
         assert {*re.findall(r"--[\w-]+", span)} <= {opt for param in build(name).params for opt in param.opts}, span
+
+
+PLACEHOLDERS = re.compile(
+    r"FOLDER|FILE|MODEL|CHECKPOINT|TAG|HEAD|WEIGHTS|TOKENIZER|SPEC|SCORER|USER|[.]yaml|owner/name|:/folder|:/path"
+)
+
+
+def named_scorers() -> list[str]:
+    """Specs in documents, code and `--help` that stand for published weights, or for none."""
+    text = "\n".join([documents(), TABLE.read_text()])
+    published = "|".join(re.escape(name) for name in sorted(FACTORIES) if name not in ("combine", "trained"))
+    specs = re.findall(rf"(?<![\w/.:-])((?:{published}):[\w/~-][\w./~:-]*)", text)
+    for listed in re.findall(r"--scorers ((?:[\w.-][\w./:-]*[ ,]*)+)", text):
+        specs += [spec for spec in re.split("[ ,]+", listed) if spec in FACTORIES]
+    return sorted({spec.rstrip(".:") for spec in specs if not PLACEHOLDERS.search(spec)})
+
+
+def test_scorers_named_in_documents_can_be_built_up_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    specs = named_scorers()
+    assert {"clip:ViT-B-32:laion400m_e32", "pickscore", "hpsv2.1", "oracle"} <= {*specs} and len(specs) > 8
+    for spec in specs:
+        try:
+            build_scorers([spec])
+        except UserError as error:
+            assert re.search(r"locate the file on the Hub|connect to 'https://huggingface.co'", str(error)), spec
 
 
 # Messages and statuses ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from t2i_align.errors import UserError
-from t2i_align.evaluation import compare
+from t2i_align.evaluation import sides
 from t2i_align.inference.options import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
 from t2i_align.utils.files import WRITING
@@ -35,13 +35,32 @@ def test_complete_result_replaces_the_earlier_one(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("added", ["my_evaluation/report.html", "first.txt.bak", "run/notes.md"])
+def test_what_a_user_added_is_not_removed(added: str, tmp_path: Path) -> None:
+    put(tmp_path / "a", "first")
+    file = tmp_path / "a" / added
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match="was not written by the quickstart, which would remove it; move it"):
+        put(tmp_path / "a", "second")
+    assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt", f"a/{added}"} and file.read_text() == "mine"
+
+
+def test_an_earlier_result_outlives_a_kill_between_its_renames(tmp_path: Path) -> None:
+    put(tmp_path / "a", "first")
+    (tmp_path / "a").rename(tmp_path / f"{WRITING}a.old")  # as the kill leaves it
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, UserError])
 def test_unfinished_job_leaves_the_earlier_result_and_nothing_else(stop: type[BaseException], tmp_path: Path) -> None:
     put(tmp_path / "a", "first")
     with pytest.raises(stop), replacing(tmp_path / "a") as temporary:
         (temporary / "second.txt").write_text("second")
         assert written(tmp_path / "a") == {MARKER, "first.txt"}
-        raise stop
+        raise stop("stopped")
     assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     put(tmp_path / "a", "second")
@@ -81,13 +100,13 @@ def test_wrong_override_leaves_the_earlier_result(override: str, says: str, tmp_
 
 def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = resolve_prompts("testbed:test")[:4]
-    folder, sizes, sample = tmp_path / "q", [], compare.sample
+    folder, sizes, sample = tmp_path / "q", [], sides.sample
 
     def recorded(*arguments, batch_size, **options):
         sizes.append(batch_size)
         return sample(*arguments, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(compare, "sample", recorded)
+    monkeypatch.setattr(sides, "sample", recorded)
     for _ in range(2):
         result = quickstart(SMALL, output=folder, prompts=prompts, progress=False)
     values = json.loads((folder / "result.json").read_text())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +21,12 @@ import pipelines
 from reward_scorers import Scorer, ScorerError
 from t2i_align.errors import UserError
 from t2i_align.evaluation import compare as module
+from t2i_align.evaluation import sides
 from t2i_align.evaluation.compare import evaluate
 from t2i_align.evaluation.report import choose, verdict
 from t2i_align.evaluation.result import Evaluation
 from t2i_align.inference.generate import generate
+from tests.runs import Killed
 from tests.tiny import tiny_sd
 
 PROMPTS = ["cat", "dog", "<script>alert(1)</script>", "a & b", "sun"]
@@ -76,11 +80,33 @@ def samples(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().split("\n")[:-1]]
 
 
-def test_a_model_against_itself_ties_everywhere(run: Run) -> None:
+def test_a_model_against_itself_ties_everywhere(run: Run, tmp_path: Path) -> None:
+    """Another outcome, in none of 5 prompts, may still be in z² / (5 + z²) = 0.434 of all prompts: 0.5 ± 0.434 / 2."""
     result = run()
-    assert result.win_rate == 0.5 and result.win_rate_ci == (0.5, 0.5)
+    assert result.win_rate == 0.5 and result.win_rate_ci == pytest.approx((0.2828, 0.7172), abs=1e-4)
     assert (result.headline.total.tied, result.headline.total.mean_change) == (5, 0.0)
     assert all(part.win_rate == 0.5 for part in result.headline.parts.values())
+    assert result.settings["identical_pairs"] == 5 and "all 5 pairs are byte-identical" in result.summary()
+    assert re.search(r"All 5\s+pairs are byte-identical", (tmp_path / "out" / "report.html").read_text())
+
+
+def test_spellings_of_one_prompt_are_one_prompt(run: Run, other: Path, tmp_path: Path) -> None:
+    result = run(aligned=other, prompts=["a cat", "A  cat ", "a\u00a0CAT"])
+    total = result.headline.total
+    assert (total.n, total.prompts_compared) == (3, 1) and all(map(math.isnan, total.win_rate_ci))
+    assert "1 of the 3 prompts are different" in result.summary() and "nan" not in result.summary()
+    stored = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (stored["prompts"], stored["different_prompts"], stored["win_rate_ci"]) == (3, 1, [None, None])
+
+
+def test_nothing_that_could_be_scored_is_an_error_after_the_files_are_written(run: Run, tmp_path: Path) -> None:
+    class Silent(Red):
+        def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+            return torch.full((len(prompts),), math.nan)
+
+    with pytest.raises(UserError, match="no pair could be scored: red gave no finite number"):
+        run(scorers=[Silent()])
+    assert "NaN" not in (tmp_path / "out" / "result.json").read_text() and len(samples(tmp_path / "out")) == 5
 
 
 def test_files_hold_the_numbers_and_prompts_cannot_inject(run: Run, other: Path, tmp_path: Path) -> None:
@@ -165,11 +191,9 @@ def test_only_an_evaluation_is_replaced_and_only_when_forced(
     assert listing.read_bytes() == before
 
     out = tmp_path / "out"
-    (out / f"{module.TEMPORARY}x").mkdir(parents=True)  # an evaluation was killed here
     run(prompts=["cat"])
-    assert not list(out.glob(f"{module.TEMPORARY}*"))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
+        patch.setattr(sides, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
         with pytest.raises(UserError, match=r"holds an evaluation; .*--force"):
             run(prompts=["cat"])
     (out / "result.json").unlink()  # killed before it was written, last of all
@@ -199,6 +223,26 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
         assert f"revision {revision}" in (tmp_path / str(number) / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "run.yaml: expected a run's settings, found NoneType"),
+        (b"- model", "run.yaml: expected a run's settings, found list"),
+        (b"lora: 3", "run.yaml: expected a run's settings, found no 'model'"),
+        (b"model: [", r"run.yaml: not valid YAML"),
+        (b"model: \xff", r"run.yaml: not UTF-8"),
+        (b"model: {path: 3}", r"run.yaml of .*: model.path must be a string, found 3"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(
+    content: bytes, message: str, run: Run, lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(lora, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run(base=None, aligned=tmp_path / "run")
+
+
 def test_further_settings_are_written_and_reported(run: Run, tmp_path: Path) -> None:
     settings = {"aligned": "another name", "training_steps": 7}
     run(prompts=["cat"], settings=settings)
@@ -221,7 +265,7 @@ def test_bad_input_is_named_before_anything_is_generated(
     def cached_file(repository: str, name: str) -> None:
         raise OSError("no connection")
 
-    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
+    monkeypatch.setattr(sides, "sample", lambda *args, **kwargs: pytest.fail("something was generated"))
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
@@ -271,14 +315,70 @@ def test_bad_input_is_named_before_anything_is_generated(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_leaves_no_files(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+STOPS: dict[str, tuple[Any, str, int]] = {
+    "second batch of the base": (sides, "sample", 2),
+    "first of the aligned": (sides, "sample", 4),
+    "scores": (sides, "judge", 2),
+    "report": (os, "replace", 1),
+    "pairs": (os, "replace", 2),
+    "result": (os, "replace", 3),
+}
 
-    monkeypatch.setattr(module, "render", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_killed_evaluation_continues_and_ends_as_an_uninterrupted_one(
+    stop: str, run: Run, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six samples in batches of two a side: each is made once."""
+    options = {"aligned": other, "prompts": [*PROMPTS, "moon"], "batch_size": 2}
+    whole = run("whole", **options)
+    where, name, number = STOPS[stop]
+    real, calls, made = getattr(where, name), [], []
+
+    def killed(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number:
+            raise Killed
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(where, name, killed)
+        run(**options)
+    assert not (tmp_path / "out" / "result.json").exists()
+    real_sample = sides.sample
+    monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(a[1]) or real_sample(*a, **k))
+    again = run(**options)
+    assert len(made) == {"second batch of the base": 5, "first of the aligned": 3, "scores": 5}.get(stop, 0)
+    assert again.scorers == whole.scorers and samples(tmp_path / "out") == samples(tmp_path / "whole")
+    reports = [(tmp_path / name / "report.html").read_text().split("<dt>Time")[0] for name in ("out", "whole")]
+    assert reports[0] == reports[1]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
+
+
+def test_an_unfinished_evaluation_with_other_settings_is_not_continued(
+    run: Run, sd_path: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other steps, then other weights of the aligned model."""
+    weights = tmp_path / "other"
+    shutil.copytree(other, weights)
+    options: dict[str, Any] = {"aligned": weights, "prompts": ["cat"]}
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "render", killed)
+        run(**options)
+    made: list[int] = []
+    real = sides.sample
+    monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(k["steps"]) or real(*a, **k))
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    run("copy", **options, steps=3)
+    assert made == [3, 3]
+    shutil.rmtree(weights)
+    shutil.copytree(sd_path, weights)
+    assert run(**options).settings["identical_pairs"] == 1
+    assert made == [3, 3, 2]  # the base's sample is kept
 
 
 def test_the_report_draws_at_random_and_ranks_the_extremes() -> None:

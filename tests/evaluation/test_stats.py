@@ -76,6 +76,44 @@ def test_repeats_of_a_prompt_do_not_narrow_the_interval() -> None:
     assert width[0] / width[1] == pytest.approx(0.5, rel=0.05)
 
 
+def test_few_prompts_have_wilsons_and_students_intervals() -> None:
+    """7 of 10 won: the variance of the mean is 10/9 · 2.1 / 100 = 0.02333, that of 9 independent pairs; t = 2.2622 at 9
+    degrees of freedom. t²/n = 0.5686; the middle (0.7 + 0.2843) / 1.5686 = 0.6275 and half the width
+    2.2622 √(0.21 / 9 + 0.5686 / 36) / 1.5686 = 0.2853.
+
+    Changes 1, 2, -1, 1 have the mean 0.75 and standard deviation 1.2583; t = 3.1824 at 3 degrees of freedom.
+    """
+    result = compare(np.zeros(10), [1.0] * 7 + [-1.0] * 3)
+    assert result.win_rate_ci == pytest.approx((0.3422, 0.9128), abs=1e-4)
+    result = compare(np.zeros(4), [1, 2, -1, 1])
+    assert result.mean_change_ci == pytest.approx((0.75 - 2.0022, 0.75 + 2.0022), abs=1e-4)
+
+
+@pytest.mark.parametrize(("prompts", "low"), [(2, 0.3424), (10, 0.7225), (30, 0.8865), (400, 0.9905)])
+def test_pairs_that_all_agree_have_wilsons_interval(prompts: int, low: float) -> None:
+    """n of n won: from n / (n + z²) to 1; all lost mirrors it."""
+    clusters = np.repeat(np.arange(prompts), 3)  # what other seeds of the same prompts add is not known
+    won, lost = (compare(np.zeros(3 * prompts), np.full(3 * prompts, side), clusters) for side in (1.0, -1.0))
+    assert won.win_rate_ci == pytest.approx((low, 1), abs=1e-4) and lost.win_rate_ci == pytest.approx(
+        (0, 1 - low), abs=1e-4
+    )
+    assert won.win_rate_ci[1] <= 1 and lost.win_rate_ci[0] >= 0
+    one = compare(np.zeros(10), [0] * 9 + [1], ties="drop")
+    assert one.win_rate == 1 and math.isnan(one.win_rate_ci[0])  # a single prompt is decided
+
+
+@pytest.mark.parametrize(("prompts", "share"), [(5, 0.95), (10, 0.95), (10, 0.73), (20, 0.9)])
+def test_interval_of_few_prompts_covers_the_truth(prompts: int, share: float) -> None:
+    """2 seeds a prompt, their outcomes correlated by 0.3: at least 95 % of the intervals, less the draw's own error."""
+    rng, covered = np.random.default_rng(4), 0
+    for _ in range(400):
+        chance = rng.beta(share * 7 / 3, (1 - share) * 7 / 3, prompts)  # a + b = (1 - 0.3) / 0.3
+        won = rng.random((prompts, 2)) < chance[:, None]
+        low, high = compare(np.zeros(2 * prompts), won.ravel() - 0.5, np.repeat(np.arange(prompts), 2)).win_rate_ci
+        covered += low <= share <= high
+    assert covered / 400 >= 0.93
+
+
 def test_mean_interval_covers_the_truth_as_often_as_it_says() -> None:
     """Normal changes of mean 0.2, 40 prompts × 2 seeds sharing half their variance: about 95 % of 300 intervals."""
     rng = np.random.default_rng(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from reward_scorers import Scorer
 from t2i_align.errors import UserError
 from t2i_align.reward_models.audit import agreement, audit, calibrate
-from t2i_align.reward_models.optimise import ascent_curve, best_of_n, best_of_n_curve, draw_pool
+from t2i_align.reward_models.optimise import ascent_curve, best_of_n, best_of_n_curve, draw_pool, score_pool
 from t2i_align.testbed.world import prompts
 
 
@@ -57,7 +58,8 @@ def test_calibration_recovers_the_scale_and_a_random_scorer_loses_log_2() -> Non
     assert good.scale == pytest.approx(3, rel=0.15) and good.error < 0.03 and good.loss < 0.55
     bad = calibrate([torch.tensor([x / 3, 0.0]) for x in rng.permutation(logits)], labels, texts)
     assert bad.loss == pytest.approx(math.log(2), abs=0.01)
-    assert math.isnan(calibrate([torch.tensor([1.0, 0.0])], labels[:1], texts[:1]).loss)
+    few = calibrate([torch.tensor([1.0, 0.0])], labels[:1], texts[:1])
+    assert math.isnan(few.loss) and str(few) == "calibration unknown (fewer than 20 pairs in a half)"
 
 
 def test_agreement_leaves_out_draws() -> None:
@@ -70,11 +72,12 @@ def test_agreement_leaves_out_draws() -> None:
 def test_a_blind_proxy_gains_while_the_truth_does_not() -> None:
     pool = draw_pool(prompts("dev")[:6], size=16, seed=1)
     assert pool.rewards.std() > 0.1 and pool.rewards.max() > 0.95
-    curve = best_of_n_curve(Contrast(), pool, 64)
+    scores = score_pool(Contrast(), pool, 64)
+    curve = best_of_n_curve(scores, pool)
     assert curve.x == [1, 2, 4, 8, 16] and curve.proxy == sorted(curve.proxy) and curve.kl is not None
     assert curve.kl[0] == 0 and curve.gap[-1] > 0.3
     assert all(low <= mean <= high for low, mean, high in zip(curve.low, curve.oracle, curve.high, strict=True))
-    climbed = ascent_curve(Contrast(), pool, 64)
+    climbed = ascent_curve(Contrast(), scores, pool, 64)
     assert climbed.proxy[-1] > climbed.proxy[0] and climbed.oracle[-1] < climbed.oracle[0] - 0.1
 
 
@@ -94,6 +97,16 @@ def test_a_whole_audit_of_the_truth_and_a_blind_scorer(tmp_path: Path) -> None:
     page = (tmp_path / "audit" / "report.html").read_text()
     assert page.count('<svg class="plot"') == 2 + 3 and "<script" not in page and "contrast" in page
     assert "best of n" in result.summary()
+
+
+def test_an_audit_of_a_few_pairs_prints_no_nan(tmp_path: Path) -> None:
+    for number, colour in enumerate(("white", "red")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{number}.png")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "images": ["0.png", "1.png"], "scores": [1, 0]}\n')
+    result = audit(tmp_path / "pairs.jsonl", [Contrast()], tmp_path / "out", progress=False)
+    assert result.accuracy["contrast"].pairs == 1 and "too few prompts for an interval" in result.summary()
+    for text in (result.summary(), *((tmp_path / "out" / name).read_text() for name in ("audit.json", "report.html"))):
+        assert not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
 def test_sources_without_comparisons_are_refused(tmp_path: Path) -> None:

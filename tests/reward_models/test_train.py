@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from pydantic_core import to_jsonable_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reward_scorers
 from reward_scorers import ScorerError
@@ -117,6 +118,17 @@ def test_a_stopped_run_continues_bit_for_bit(clip: str, source: Path, tmp_path: 
     ).read_text().splitlines()[-1]
 
 
+def test_a_stopped_run_does_not_continue_on_another_base(clip: str, source: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(clip.removeprefix("hf-clip:"), tmp_path / "base")
+    run = run_of(tmp_path / "run", source / "warm.jsonl", f"hf-clip:{base}", train={"steps": 2})
+    train_scorer(run, progress=False)
+    assert train_scorer(dataclasses.replace(run, resume=True), progress=False).steps == 2
+    file = base / "model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="the base model has changed since step_000002"):
+        train_scorer(dataclasses.replace(run, resume=True), progress=False)
+
+
 @pytest.mark.parametrize("tune", ["linear", "pal"])
 def test_two_processes_train_as_one_with_the_same_global_batch(
     tune: str, clip: str, source: Path, tmp_path: Path
@@ -200,12 +212,32 @@ def test_the_scorer_holds_out_the_prompts_that_data_split_holds_out(source: Path
         assert {data.prompts[row] for row in parts["new_prompts"]} == set(held_out)
 
 
+@pytest.mark.parametrize("tune", ["linear", "lora"])
+def test_sources_that_differ_in_images_alone_are_told_apart(tune: str, clip: str, source: Path, tmp_path: Path) -> None:
+    """File names, prompts and labels of `swapped` are those of `data`; its red images are blue."""
+    data, swapped = tmp_path / "data", tmp_path / "swapped"
+    shutil.copytree(source, data)
+    shutil.copytree(source, swapped)
+    for red in swapped.glob("*-red.png"):
+        blue = red.with_name(red.name.replace("red", "blue"))
+        blue.write_bytes((data / red.name).read_bytes())
+        red.write_bytes((data / blue.name).read_bytes())
+    files = {"path": str(data / "warm.jsonl"), "test": str(swapped / "warm.jsonl")}
+    run = run_of(tmp_path / "run", data / "warm.jsonl", clip, tune=tune, optim={"lr": 3e-2}, data=files)
+    accuracy = train_scorer(run, progress=False).accuracy
+    assert accuracy["new_prompts"].accuracy > 0.9 and accuracy["test"].accuracy < 0.1
+    shutil.rmtree(data)
+    shutil.copytree(swapped, data)
+    with pytest.raises(UserError, match="the data has changed since step_000012 was saved"):
+        train_scorer(dataclasses.replace(run, resume=True), progress=False)
+
+
 def test_bad_runs_are_named_before_anything_is_trained(clip: str, source: Path, tmp_path: Path) -> None:
     warm, ties, nothing = (source / f"{name}.jsonl" for name in ("warm", "ties", "nothing"))
     lines = [{**json.loads(line), "scores": [1, 1], "user": None} for line in warm.read_text().splitlines()]
     ties.write_text("".join(json.dumps(line) + "\n" for line in lines))
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (warm, {"loss": "dpo"}, "unknown loss 'dpo'"),
+        (warm, {"loss": "dpo"}, "loss must be 'pickscore', 'hpsv2', 'imagereward' or 'btt', found 'dpo'"),
         (warm, {"tune": "most"}, "tune must be .*, found 'most'"),
         (warm, {"model": "clip:ViT-B-32:openai"}, "model must be hf-clip:"),
         (warm, {"data": {"holdout_prompts": 1.0}}, r"data.holdout_prompts must be a number in \[0, 1\)"),

@@ -32,23 +32,27 @@ def chosen(faithfulness, quality, **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"per_prompt": 2, "quality_only": 0.0}, [(0, 1)]),
-        ({"per_prompt": 2, "quality_only": 1.0}, [(0, 1), (2, 3)]),
-        ({"per_prompt": 1, "quality_only": 1.0}, [(0, 1)]),
-    ],
+    ("per_prompt", "quality_only", "expected"), [(2, 0.0, [(0, 1)]), (2, 1.0, [(0, 1), (2, 3)]), (1, 1.0, [(0, 1)])]
 )
-def test_best_against_worst_by_hand(options, expected):
+def test_best_against_worst_by_hand(per_prompt, quality_only, expected):
     """Rewards of prompt 0: 1.0, 0.4, 0.8, 0.6, so (0, 1), then (2, 3), which differ in quality only.
     Prompt 1: all within 0.04 of each other, so none.
     """
-    assert chosen([1, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0.5, 0, 1, 0.95, 0.9, 0.92], margin=0.1, **options) == expected
+    options = {"per_prompt": per_prompt, "quality_only": quality_only, "margin": 0.1}
+    assert chosen([1, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0.5, 0, 1, 0.95, 0.9, 0.92], **options) == expected
 
 
 def test_pairs_of_quality_alone_are_thinned_out():
     pairs = chosen(np.ones(4000), np.tile([1.0, 0.2], 2000), candidates=2, quality_only=0.25)
     assert abs(len(pairs) / 2000 - 0.25) < 0.04
+
+
+def assert_labelled(row):
+    """The winner of a row is the image with the higher reward."""
+    winner = int(row["label_0"] == 0)
+    assert row[f"label_{winner}"] == 1 and row[f"label_{1 - winner}"] == 0
+    assert row["has_label"] and row["are_different"] and row["best_image_uid"] == row[f"image_{winner}_uid"]
+    assert row[f"reward_{winner}"] > row[f"reward_{1 - winner}"]
 
 
 def test_rows_are_reproducible_and_fit_the_schema(tmp_path, monkeypatch):
@@ -63,9 +67,6 @@ def test_rows_are_reproducible_and_fit_the_schema(tmp_path, monkeypatch):
     table = pq.read_table(path)
     assert table.schema.equals(SCHEMA) and table.num_rows == 9 and rows == again
     for row in table.to_pylist():
-        winner = int(row["label_0"] == 0)
-        assert row[f"label_{winner}"] == 1 and row[f"label_{1 - winner}"] == 0
-        assert row[f"reward_{winner}"] > row[f"reward_{1 - winner}"]
-        assert row["best_image_uid"] == row[f"image_{winner}_uid"]
+        assert_labelled(row)
     with pytest.raises(SystemExit, match="exists; pass --force"):
         main(["pairs", "testbed:sd", "--out", str(path)])

@@ -223,6 +223,17 @@ def test_run_does_not_continue_on_other_base_weights(sd_path: Path, pairs: Path,
             align({**again, "train": {**again["train"], "steps": 6}}, progress=False)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_run_does_not_continue_with_other_encoders(cache: bool, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(sd_path, tmp_path / "model")
+    values = run_values(model, pairs, tmp_path / "run", data__cache=cache, train__steps=1)
+    align(values, progress=False)
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"the data has changed since step_000001 was saved"):
+        align({**values, "resume": True}, progress=False)
+
+
 @contextmanager
 def full_disk(free: int) -> Iterator[None]:
     """No file may become larger than this, which each library reports as it reports a full disk."""
@@ -241,6 +252,16 @@ def test_full_disk_under_a_checkpoint_leaves_nothing_half_written(weights: int, 
         checkpoint.save(tmp_path, 2, {"a": torch.ones(weights)}, {"b": torch.ones(state)}, keep=2)
     assert list((tmp_path / "checkpoints").iterdir()) == [folder]
     assert checkpoint.load(folder)[0]["a"].tolist() == [1, 1]
+
+
+def test_full_disk_under_the_final_weights_is_named(finished: Path, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """Of a resumed run that has nothing left to train."""
+    cache = {"data__cache_dir": str(finished.parent / "cache")}
+    values = run_values(sd_path, pairs, shutil.copytree(finished, tmp_path / "run"), resume=True, **cache)
+    before = lora_of(tmp_path / "run")
+    with full_disk(6000), pytest.raises(UserError, match=r"run/lora: could not be written; resume=true writes it anew"):
+        align(values, progress=False)
+    assert same(lora_of(tmp_path / "run"), before)
 
 
 def test_half_deleted_checkpoint_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

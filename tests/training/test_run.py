@@ -27,7 +27,7 @@ from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.sft import SFT
-from t2i_align.training import checkpoint, run
+from t2i_align.training import checkpoint, loop
 from t2i_align.utils.settings import settings
 from tests.runs import jsonl_pairs, metrics, run_in_two_processes, run_values, same, winner_loser_folders
 
@@ -290,7 +290,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(loop, "get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
         align(run_values(sd_path, pairs, tmp_path / "run", **changes), progress=False)
@@ -311,6 +311,19 @@ def test_epsilon_without_signal_at_the_last_timestep_is_refused(
             align(values, progress=False)
     else:
         assert align(values, progress=False).steps == 1
+
+
+def test_passes_over_the_data_are_printed_and_many_are_warned_of(
+    sd_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 step of 32 groups from 2 is 16 passes, 2 steps are 32."""
+    data = jsonl_pairs(tmp_path / "data", 2)
+    for steps in (1, 2):
+        changes = {"train__steps": steps, "train__batch_size": 32, "data__cache_dir": str(tmp_path / "cache")}
+        align(run_values(sd_path, data, tmp_path / f"run{steps}", **changes), progress=True)
+        out = capsys.readouterr().out
+        assert f"({16 * steps} passes over the data)" in out
+        assert ("32 passes learn the groups by heart: fewer train.steps or more data" in out) == (steps == 2)
 
 
 def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:

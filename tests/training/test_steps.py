@@ -17,6 +17,8 @@ import pipelines
 from t2i_align import align
 from t2i_align.config import TrainConfig
 from t2i_align.errors import UserError
+from t2i_align.inference.models import load_pipeline
+from t2i_align.inference.options import PRECISIONS, use_precision
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.training.loop import Loop
 from t2i_align.training.reference import build_reference
@@ -24,7 +26,7 @@ from tests.runs import run_values
 from tests.tiny import example
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique")
-LEVELS = ("inpo", "smpo")  # draw on the CPU how many steps a sample takes, and read that there
+ON_CPU = ("inpo", "smpo", "reward")  # draw on the CPU how many steps are taken or trained, and read that there
 
 
 class Operations(TorchDispatchMode):
@@ -42,7 +44,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - set(LEVELS)))
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - set(ON_CPU)))
 def test_step_reads_nothing_from_the_device(
     name: str,
     sd_path: Path,
@@ -101,15 +103,15 @@ def test_reference_of_a_model_trained_in_bf16_takes_half_the_memory_and_predicts
         assert torch.equal(reference(*inputs), pipeline.predict(*inputs))
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("tf32", "high"), ("fp32", "highest"), ("bf16", "highest")])
-def test_tf32_is_on_where_it_is_asked_for(
-    precision: str, expected: str, sd_path: Path, pairs: Path, tmp_path: Path
-) -> None:
-    torch.set_float32_matmul_precision("medium")
-    values = run_values(sd_path, pairs, tmp_path / "run", train__precision=precision, train__steps=1)
+def test_tf32_is_on_where_it_is_asked_for(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", train__precision="tf32", train__steps=1)
     align(values, progress=False)
-    assert torch.get_float32_matmul_precision() == expected
-    torch.set_float32_matmul_precision("highest")
+    assert torch.get_float32_matmul_precision() == "high"
+    assert [use_precision(name) for name in PRECISIONS] == [None, None, torch.bfloat16, torch.float16]
+    assert torch.get_float32_matmul_precision() == "highest"
+    load_pipeline(sd_path, "tf32")
+    assert torch.get_float32_matmul_precision() == "high"
+    use_precision("fp32")
 
 
 def test_sharded_launch_is_refused(sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

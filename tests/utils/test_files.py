@@ -78,6 +78,31 @@ def test_folder_is_replaced_when_complete(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/second"]
 
 
+def test_folder_whose_replacement_was_stopped_between_its_renames_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill, which runs no clean-up, is undone by the next attempt, and an error at once."""
+    folder, rename = tmp_path / "out", Path.rename
+    for name, stop in (("kill", KeyboardInterrupt), ("error", OSError)):
+        with atomic_folder(folder) as temporary:
+            (temporary / "first").touch()
+
+        def stopped(self: Path, target: Path, stop: type[BaseException] = stop) -> None:
+            if target == folder and self.name == ".writing_out":
+                raise stop
+            rename(self, target)
+
+        with monkeypatch.context() as patch, pytest.raises(stop), atomic_folder(folder) as temporary:
+            (temporary / "second").touch()
+            patch.setattr(Path, "rename", stopped)
+        assert [file.name for file in folder.iterdir()] == ["first"]
+        if name == "kill":
+            folder.rename(tmp_path / ".writing_out.old")
+            with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+                1 / 0  # noqa: B018
+            assert [file.name for file in folder.iterdir()] == ["first"]
+
+
 def test_links_stay_links(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link.json").symlink_to("disk/a.json")
@@ -93,11 +118,11 @@ def test_results_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_json(tmp_path / "a.json", {})
-        with atomic_folder(tmp_path / "b"):
-            pass
+        with atomic_folder(tmp_path / "b") as folder:
+            (folder / "c").touch(mode=0o600)  # as safetensors does
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "b")] == [0o640, 0o750]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "b", "b/c")] == [0o640, 0o750, 0o640]
 
 
 def test_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
