@@ -63,7 +63,7 @@ class LoRAMixin(Family):
         if isinstance(targets, str) and self.lora_excluded in endings:
             excluded.append(self.lora_excluded)
         if excluded:
-            options["exclude_modules"] = excluded
+            options["exclude_modules"] = "|".join(map(re.escape, excluded))  # peft takes entries of a list for endings
         self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **options))
         if init is not None:
             self._start_lora(init)
