@@ -33,7 +33,7 @@ TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 class LoRAMixin(Family):
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]
-    lora_excluded: ClassVar[str | None] = None  # a module that a preset's endings match by accident
+    lora_excluded: ClassVar[str | None] = None  # a module outside of the blocks that an ending of a preset matches
     # "diffusers" names are read by diffusers; "kohya" and "comfyui" by those tools, if they know the family.
     lora_namings: ClassVar[tuple[str, ...]] = ("diffusers", "comfyui")
     # In ComfyUI's names, where diffusers' are not among them: patterns of module names and their replacements.
@@ -63,7 +63,7 @@ class LoRAMixin(Family):
         if isinstance(targets, str) and self.lora_excluded in endings:
             excluded.append(self.lora_excluded)
         if excluded:
-            options["exclude_modules"] = excluded
+            options["exclude_modules"] = "|".join(map(re.escape, excluded))  # peft takes entries of a list for endings
         self.denoiser.add_adapter(LoraConfig(r=rank, lora_dropout=dropout, **options))
         if init is not None:
             self._start_lora(init)
@@ -146,9 +146,11 @@ class LoRAMixin(Family):
         header = {**self._lora_header([layer.r[adapter] for layer in layers.values()]), **(metadata or {})}
         if naming == "diffusers":  # peft's own description, in which alpha is now the rank, and sets have an order
             described = {**config.to_dict(), "lora_alpha": config.r, "alpha_pattern": config.rank_pattern}
-            listed = {name: _sorted(getattr(config, name)) for name in ("target_modules", "exclude_modules")}
-            described |= {"use_rslora": False, **listed}
-            described = {f"{component}.{key}": value for key, value in described.items()}
+            described["use_rslora"] = False
+            described = {
+                f"{component}.{key}": sorted(value) if isinstance(value, set | list) else value
+                for key, value in described.items()
+            }
             header[LORA_ADAPTER_METADATA_KEY] = json.dumps(described, indent=2, sort_keys=True)
         file = Path(directory) / LORA_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -233,11 +235,7 @@ def _serialised(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> byt
     """A safetensors file with an ordered header (safetensors' own is random), so that equal LoRAs are equal files."""
     content = save(dict(tensors))
     start = 8 + int.from_bytes(content[:8], "little")
-    entries = {"__metadata__": dict(sorted(header.items())), **json.loads(content[8:start])}
+    entries = {**json.loads(content[8:start]), "__metadata__": dict(sorted(header.items()))}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     return len(text).to_bytes(8, "little") + text + content[start:]
-
-
-def _sorted(targets: Any) -> Any:
-    return targets if targets is None or isinstance(targets, str) else sorted(targets)
