@@ -44,8 +44,8 @@ def export_lora(
     base = resolve_base(model, adapter)
     pipeline = load_pipeline(base, device="cpu", encoders=False)
     origin = {"t2i_align.base": base.path, "t2i_align.version": __version__}
-    if run := run_of(adapter):
-        origin["t2i_align.objective"] = run["objective"]["name"]
+    if isinstance(objective := (run_of(adapter) or {}).get("objective"), dict):
+        origin["t2i_align.objective"] = str(objective.get("name"))
     file.parent.mkdir(parents=True, exist_ok=True)
     with adapter_on(pipeline, adapter), tempfile.TemporaryDirectory(dir=file.parent) as folder:
         options: dict[str, Any] = {"dtype": PRECISIONS[precision], "metadata": origin}

@@ -76,7 +76,7 @@ def caption(
         seed: Seed of the perturbations.
         batch_size: Groups at a time, and images.
         device: Device of the models (default: the GPU if there is one).
-        force: Replace what `out` holds.
+        force: Replace what this command wrote to `out` before.
         progress: Show a progress bar.
 
     Raises:
@@ -149,7 +149,7 @@ def perturb(
         seed: Seed of the perturbations.
         batch_size: Groups at a time.
         device: Device of the model (default: the GPU if there is one).
-        force: Replace what `out` holds.
+        force: Replace what this command wrote to `out` before.
         progress: Show a progress bar.
 
     Raises:
@@ -197,7 +197,7 @@ def relabel(
         format: Format of the source.
         batch_size: Groups at a time, and images.
         device: Device of the scorers (default: the GPU if there is one).
-        force: Replace what `out` holds.
+        force: Replace what this command wrote to `out` before.
         progress: Show a progress bar.
 
     Raises:
@@ -238,11 +238,10 @@ class _Job:
     ) -> None:  # fmt: skip
         check_options(batch_size=batch_size)
         self.table, self.batch_size, self.force = ResumableTable(out), batch_size, force
-        if not force:
-            self.table.check_unfinished()
         self.path = readers.resolve(source).absolute()
         self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
         self.table.check_not_read([self.path, *annotations, *readers.READERS[self.format].files(self.path)])
+        self.table.check_own(force=force)
         survey = readers.survey(self.path, self.format, self.annotations)
         self.total, self.identity = survey.rows, survey.identity
         survey.check_usable(source)

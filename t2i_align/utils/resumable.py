@@ -52,11 +52,11 @@ class ResumableTable:
         self.settings_file = Path(f"{self.out}.settings.json")
         self.skipped_file = Path(f"{self.file}{SKIPPED}")
 
-    def check_unfinished(self) -> None:
-        """Raise UserError for a file that is finished, or was written by something else; asked before long work."""
+    def check_own(self, *, force: bool = False) -> None:
+        """Raise UserError for a file of something else, or a finished one unless `force`; asked before long work."""
         if self.out.exists() and not self.settings_file.exists():
-            raise UserError(f"{self.out}: exists, and was not made by this command; choose another file, or --force")
-        if self.out.exists() and read_json(self.settings_file).get("finished"):
+            raise UserError(f"{self.out}: exists, and was not made by this command; choose another file")
+        if not force and self.out.exists() and read_json(self.settings_file).get("finished"):
             raise UserError(f"{self.out}: exists and is finished; {ADVICE}")
 
     def check_not_read(self, inputs: Iterable[str | Path]) -> None:
