@@ -48,10 +48,7 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder, renamed to `path` on success and removed on failure; replaces what is there.
-
-    Its files are flushed to disk before the renaming. Missing parent folders are created.
-    """
+    """Yield an empty temporary folder, renamed to `path` on success and removed on failure; replaces what is there."""
     final, temporary = _names(path)
     old = temporary.with_name(f"{temporary.name}.old")
 
@@ -67,7 +64,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
             file.chmod(temporary.stat().st_mode & 0o666)  # safetensors writes for its owner alone
-            _sync(file)
+            _sync(file)  # before the renaming
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)
         temporary.rename(final)
@@ -332,6 +329,8 @@ def _warn_without_locks(folder: Path) -> None:
 
 def _names(path: str | Path) -> tuple[Path, Path]:
     final = Path(os.path.realpath(path))  # a loop of links is the system's error when it is opened
+    if final.exists() and not (final.is_file() or final.is_dir()):  # a device or pipe would be replaced by a file
+        raise UserError(f"{path}: is no regular file; choose another place to write")
     final.parent.mkdir(parents=True, exist_ok=True)
     return final, final.with_name(f"{WRITING}{final.name}")
 

@@ -10,7 +10,7 @@ QUICK = ("data split", "perturb")
 
 def test_every_command_that_writes_is_tried() -> None:
     """But the quickstart, which is made of `train` and `evaluate` and has tests of its own."""
-    assert COMMANDS.keys() - survival.COMMANDS.keys() == {"objectives", "quickstart"}
+    assert COMMANDS.keys() - survival.COMMANDS.keys() == {"check-model", "objectives", "quickstart"}
 
 
 def test_commands_survive() -> None:

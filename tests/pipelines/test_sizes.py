@@ -118,7 +118,7 @@ class Noiseless(RectifiedFlow):
         return noisy_latents + 0 * model_pred
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(name for name, cls in OBJECTIVES.items() if not cls.needs.scorer))
 def test_every_objective_passes_each_candidate_its_own_size(name: str) -> None:
     calls = []
     scale = torch.ones((), requires_grad=True)

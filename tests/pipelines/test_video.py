@@ -100,17 +100,22 @@ def test_unusable_clips_are_skipped_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_other_frames_or_rates_are_another_cache(tmp_path: Path) -> None:
-    """Other numbers of frames, other rates, and a frame that has changed."""
-    for name in ("a", "b"):
+    """Other numbers of frames, other rates of videos, and a frame that has changed."""
+    for name in ("a", "b", "a.mp4", "b.mp4"):
         save_clip(moving_clip(0, FRAMES), tmp_path / name, RATE)
-    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])
+    folders, videos = (
+        write_jsonl(tmp_path / f"d{ending}.jsonl", [{"prompt": "p", "videos": [f"a{ending}", f"b{ending}"]}])
+        for ending in ("", ".mp4")
+    )
     fingerprints = set()
-    for frames, options in ((9, {}), (5, {}), (5, {"fps": 8.0}), (5, {"fps": 8.0})):
+    for data, frames, options in ((folders, 9, {}), (folders, 5, {}), (folders, 5, {}), (videos, 5, {"fps": 8.0})):
         opened(tmp_path, data, Clips(), (32, 32), frames, **options)
         fingerprints.add(opened(tmp_path, data, Clips(), (32, 32), frames, cache=False, **options).fingerprint)
-        if len(fingerprints) == 3:
+        if len(fingerprints) == 2:
             image(7).save(tmp_path / "b" / "00004.png")
-    assert len(list((tmp_path / "cache").iterdir())) == 4 == len(fingerprints)
+    opened(tmp_path, videos, Clips(), (32, 32), 5, fps=4.0)
+    fingerprints.add(opened(tmp_path, videos, Clips(), (32, 32), 5, cache=False, fps=4.0).fingerprint)
+    assert len(list((tmp_path / "cache").iterdir())) == 5 == len(fingerprints)
     folders = {folder: (folder / "fingerprint.json").read_text() for folder in (tmp_path / "cache").iterdir()}
     (nine,) = (folder for folder, text in folders.items() if '"frames": 9' in text)
     with pytest.raises(UserError, match=r"does not fit model .*: frames is 9 there, 5 here"):
@@ -154,6 +159,7 @@ def test_the_timestep_shift_reaches_training(
 ) -> None:
     """The tiny checkpoint's own shift is 3; with another the same quantiles become other times."""
     times: list[Tensor] = []
+    runs: list[Tensor] = []
     predict = Wan.predict
 
     def spied(self: Any, noisy: Tensor, timesteps: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -164,7 +170,8 @@ def test_the_timestep_shift_reaches_training(
     for shift in ("model", 3.0, 1):
         changes = {"train__steps": 1, "train__batch_size": 2, "train__timestep_shift": shift, "data__cache": False}
         align(run_values(wan_path, clips, tmp_path / str(shift), **changes), progress=False)
-    own, three, one = (times[i][::2] / 1000 for i in (0, 2, 4))
+        runs.append(times[-1][::2] / 1000)  # the policy's, of the only step
+    own, three, one = runs
     assert torch.equal(own, three)
     torch.testing.assert_close(own, 3 * one / (1 + 2 * one))
 
@@ -244,7 +251,7 @@ def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: P
 def test_a_clip_model_is_not_compared_with_an_image_model(
     wan_path: Path, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("t2i_align.evaluation.compare.sample", None)  # it is refused before anything is drawn
+    monkeypatch.setattr("t2i_align.evaluation.sides.sample", None)  # it is refused before anything is drawn
     with pytest.raises(UserError, match=r"the base makes images and .*wan makes clips: they cannot be compared"):
         evaluate(base=sd_path, aligned=wan_path, prompts=["cat"], scorers=[Brightness()], out=tmp_path / "out",
                  steps=1, guidance=1.0, progress=False)  # fmt: skip

@@ -191,7 +191,7 @@ def test_checkpoint_of_another_version_is_named(finished: Path, tmp_path: Path) 
         ("run.yaml", b"", "run.yaml: expected a run's settings, found NoneType"),
         ("run.yaml", b"[1, 2]", "run.yaml: expected a run's settings, found list"),
         ("run.yaml", b"a: [", "run.yaml: not valid YAML"),
-        ("run.yaml", b"\xff\xfe\x00", "run.yaml: not valid YAML"),
+        ("run.yaml", b"\xff\xfe\x00", "run.yaml: not UTF-8"),
         ("metrics.jsonl", b'{"loss": 1.0}\n', "metrics.jsonl, line 1: 'step' must be a whole number, found None"),
         ("metrics.jsonl", b'{"step": 1}\n{"step": "2"}\n', "metrics.jsonl, line 2: 'step' must be .*found '2'"),
         ("metrics.jsonl", b"7\n", "metrics.jsonl, line 1: expected an object, found int"),

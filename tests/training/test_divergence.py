@@ -52,7 +52,7 @@ def test_winners_may_get_worse_by_the_allowed_share() -> None:
     check_winners({"error/chosen": 9.0}, 7, 0.1)
     check_winners({"error/chosen": 0.1, "error/chosen_minus_reference": -0.3}, 7, 0.1)
     with pytest.raises(
-        Diverged, match=r"step 7 has winners .*0\.3, the reference's 0\.2.* allows 1\.49 times"
+        Diverged, match=r"step 7 has winners .*mean error 0\.3, against 0\.2; .* allows 1\.49 times"
     ) as caught:
         check_winners(means, 7, 0.49)
     assert caught.value.step == 7
@@ -149,7 +149,9 @@ def test_run_stops_after_the_allowed_rollbacks_and_names_the_last_good_checkpoin
     more = {**values, "resume": True, "health": {"rollbacks": 6}}
     assert align(more, progress=False).steps == 16
     assert last_state(tmp_path / "run")[2]["rollbacks"] > 2
-    with pytest.raises(UserError, match=r"the reference's [\d.]+; .*times as much\), so the run has stopped"):
+    with pytest.raises(
+        UserError, match=r"by the reference .*against [\d.]+; .*times as much\), so the run has stopped"
+    ):
         align(diverging(sd_path, pairs, tmp_path / "none", HOPELESS, health__rollbacks=0), progress=False)
 
 

@@ -39,6 +39,7 @@ from t2i_align.utils.files import (
     whole_lines,
     write_files,
     write_json,
+    write_text,
 )
 from tests.runs import jsonl_pairs, run_values
 from tests.tiny import tiny_sd
@@ -334,3 +335,11 @@ def test_failed_run_releases_its_lock(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError), output_lock(tmp_path / "a" / "b.jsonl", file=True):
             1 / 0  # noqa: B018
     assert not list((tmp_path / "a").iterdir())
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for target in (Path("/dev/null"), tmp_path / "pipe"):
+        with pytest.raises(UserError, match=f"{target}: is no regular file"):
+            write_text(target, "text")
+        assert not target.is_file()

@@ -30,8 +30,8 @@ class Student:
         self.trained = nn.ModuleDict({name: getattr(pipeline, name) for name in trained}).requires_grad_(True)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
-        """The student's native prediction [B, 4, 16, 16]. Unlike `encode_prompts`, gradients reach text encoders."""
-        conditioning = Family.encode_prompts.__wrapped__(self.family, captions)  # type: ignore[attr-defined]
+        """The student's native prediction [B, 4, 16, 16]. Unlike `encode_texts`, gradients reach text encoders."""
+        conditioning = Family.encode_texts.__wrapped__(self.family, captions)  # type: ignore[attr-defined]
         if self.family.size_conditioned:
             conditioning["time_ids"] = _random_sizes(len(noisy), rng)
         return self.family.predict(noisy, timesteps, conditioning)
