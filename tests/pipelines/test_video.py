@@ -99,27 +99,28 @@ def test_unusable_clips_are_skipped_with_a_reason(tmp_path: Path) -> None:
         assert expected in reason
 
 
-def test_other_frames_or_rates_are_another_cache(tmp_path: Path) -> None:
-    """Other numbers of frames, other rates of videos, and a frame that has changed."""
-    for name in ("a", "b", "a.mp4", "b.mp4"):
-        save_clip(moving_clip(0, FRAMES), tmp_path / name, RATE)
-    folders, videos = (
-        write_jsonl(tmp_path / f"d{ending}.jsonl", [{"prompt": "p", "videos": [f"a{ending}", f"b{ending}"]}])
-        for ending in ("", ".mp4")
-    )
+def test_other_frames_or_rates_are_another_cache(clips: Path, tmp_path: Path) -> None:
+    line = {"prompt": "p", "chosen": "0_good.gif", "rejected": "0_bad.gif"}
+    data = write_jsonl(clips.parent / "gifs.jsonl", [line])
     fingerprints = set()
-    for data, frames, options in ((folders, 9, {}), (folders, 5, {}), (folders, 5, {}), (videos, 5, {"fps": 8.0})):
+    for frames, options in ((9, {}), (5, {}), (5, {"fps": 8.0})):
         opened(tmp_path, data, Clips(), (32, 32), frames, **options)
         fingerprints.add(opened(tmp_path, data, Clips(), (32, 32), frames, cache=False, **options).fingerprint)
-        if len(fingerprints) == 2:
-            image(7).save(tmp_path / "b" / "00004.png")
-    opened(tmp_path, videos, Clips(), (32, 32), 5, fps=4.0)
-    fingerprints.add(opened(tmp_path, videos, Clips(), (32, 32), 5, cache=False, fps=4.0).fingerprint)
-    assert len(list((tmp_path / "cache").iterdir())) == 5 == len(fingerprints)
+    assert len(list((tmp_path / "cache").iterdir())) == 3 == len(fingerprints)
     folders = {folder: (folder / "fingerprint.json").read_text() for folder in (tmp_path / "cache").iterdir()}
     (nine,) = (folder for folder, text in folders.items() if '"frames": 9' in text)
     with pytest.raises(UserError, match=r"does not fit model .*: frames is 9 there, 5 here"):
         opened(tmp_path, nine, Clips(), (32, 32), 5)
+
+
+def test_a_frame_that_changes_is_another_cache(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_clip(moving_clip(0, FRAMES), tmp_path / name, RATE)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "videos": ["a", "b"], "scores": [1, 0]}])
+    opened(tmp_path, data, Clips(), *SIZE)
+    image(7).save(tmp_path / "b" / "00004.png")
+    opened(tmp_path, data, Clips(), *SIZE)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_winner_and_loser_folders_hold_videos(tmp_path: Path) -> None:
