@@ -33,6 +33,7 @@ from torch import Tensor
 
 import pipelines
 from t2i_align import config as configuration
+from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
@@ -53,7 +54,8 @@ class Bare:
 
     def __init__(self, config: RunConfig, batches: list[Batch], device: torch.device) -> None:
         self.pipeline = pipelines.load(resolve_model(config.model.path)).to(device)
-        prepare_denoiser(config, self.pipeline)
+        torch.manual_seed(config.train.seed)  # as `prepare_denoiser`
+        TRAINED[config.trains].install(self.pipeline, config, set())
         self.unet, self.batches, self.count = self.pipeline.denoiser, batches, 0
         self.beta, self.v_prediction = config.objective.beta, self.pipeline.process.prediction_type == "v_prediction"
         self.abar = self.pipeline.pipe.scheduler.alphas_cumprod.to(device)
@@ -182,8 +184,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
     accelerator = Accelerator(mixed_precision="no")
     device = accelerator.device
     pipeline = load_model(config, device)
-    prepare_denoiser(config, pipeline)
     source = load_data(config, accelerator, pipeline, progress=True)
+    prepare_denoiser(config, pipeline, source, accelerator)
     pipeline.drop_encoders()
     reference = build_reference(config.train, pipeline)
     loader = source.loader(
@@ -209,11 +211,11 @@ def disagreement(task: Alignment, bare: Bare, batch: Batch) -> float:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
     rng = SampleRNG(0, batch.keys, task.pipeline.process, "uniform", batch.latents.device)
+    loss, _ = task.losses(task.pipeline.denoiser, (batch, rng))
     with torch.no_grad():
-        loss, _ = task.losses(task.pipeline.denoiser, (batch, rng))
         noise = rng.normal("noise", (1, *batch.latents.shape[2:]))[:, 0]
         theirs = bare.loss(batch.latents, batch.conditioning["prompt_embeds"], noise, rng.timesteps())
-    difference = float((loss.mean() - theirs).abs())
+    difference = float((loss.detach().mean() - theirs).abs())
     if difference > 1e-4 * float(theirs):
         sys.exit(f"error: ours and bare do not compute the same loss: {float(loss.mean())} and {float(theirs)}")
     return difference
