@@ -32,7 +32,7 @@ def folder(spec: str) -> Path:
     with _download_errors(spec):
         try:
             snapshot_download(name, repo_type="dataset", revision=revision, local_dir=target)
-        except Exception:
+        except Exception:  # no connection, in the words of many libraries; raised again unless there is a copy
             with suppress(LocalEntryNotFoundError):
                 cached = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
                 with atomic_folder(target) as copy:

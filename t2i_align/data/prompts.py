@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from t2i_align.data import readers
-from t2i_align.data.annotations import NONE
 from t2i_align.data.loader import Item, PreferenceDataset, steps
-from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.data.schema import Batch, Conditioning, Group, Survey
 from t2i_align.data.texts import widened
 from t2i_align.errors import UserError
 from t2i_align.inference.options import resolve_prompts
@@ -77,9 +76,13 @@ def open_prompts(data: DataConfig) -> list[str]:
         found = resolve_prompts(data.path)
     else:
         source = readers.resolve(data.path)
-        survey = readers.survey(source, readers.detect(source, data.format), NONE)
+        items, survey = list(readers.read(source, readers.detect(source, data.format), images=False)), Survey()
+        for item in items:
+            survey.add(item)
         survey.check_usable(data.path)
-        found = sorted(survey.texts)
+        found = [
+            item.prompt for item in items if isinstance(item, Group)
+        ]  # not captions, which may be wrong on purpose
     prompts = list(dict.fromkeys(found))[: data.limit]
     if not prompts:
         raise UserError(f"{data.path}: no prompt in it")
