@@ -254,8 +254,8 @@ def test_bad_input_is_named_before_images_are_opened(tmp_path: Path) -> None:
 
 
 def test_images_refused_by_a_scorer_are_named(images: Path) -> None:
-    with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single images"):
-        score(images, ["motion"], batch_size=2, progress=False)
+    with pytest.raises(UserError, match=r"0.png ... 1.png: temporal_flickering: judges clips, found single images"):
+        score(images, ["temporal_flickering"], batch_size=2, progress=False)
 
 
 def test_clips_from_generate_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +267,8 @@ def test_clips_from_generate_are_scored(tmp_path: Path, monkeypatch: pytest.Monk
     save_clip(clip[:1], tmp_path / "still", fps=8)
     names = ("0.mp4", "frames", "still")
     listed(tmp_path, *({"prompt": "x", "file": name} for name in names), name="samples.jsonl")
-    means = score(tmp_path, [Red(), "motion"], tmp_path / "scores.jsonl", progress=False)
-    assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
+    means = score(tmp_path, [Red(), "temporal_flickering"], tmp_path / "scores.jsonl", progress=False)
+    assert means == pytest.approx({"red": 0.4, "temporal_flickering": 1 - 0.4 / 3}, abs=1e-2)
     rows = whole_lines(tmp_path / "scores.jsonl")
     assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
     assert "a single image, expected a clip of 2 frames" in rows[2]["error"]
