@@ -39,7 +39,7 @@ class FlowScorer(Scorer):
                 f"{self.name}: needs OpenCV for optical flow ({error}): pip install t2i-align[video]"
             ) from error
         self.cv2: Any = cv2
-        self.search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self.search = self.cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self.version = f"1, OpenCV {cv2.__version__} DIS"
 
     def flow(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:

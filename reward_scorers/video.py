@@ -42,7 +42,10 @@ class Features(Protocol):
     name: str
     version: str
     model: Any
-    preprocess: Callable[[Any], Tensor]
+
+    @property
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """As of `Scorer`."""
 
     def encode_images(self, inputs: Tensor) -> Tensor:
         """Unit features [B, D]."""
