@@ -151,12 +151,12 @@ def test_unreadable_images_get_a_row_with_the_error(
     (tmp_path / "1.png").unlink()
     os.mkfifo(tmp_path / "1.png")  # which nobody writes to
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "3.png", format="TIFF", save_all=True, append_images=frames[1:])
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
     assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
     rows = {row["image"]: row for row in whole_lines(tmp_path / "scores.jsonl")}
     assert "no such file" in rows["0.png"]["error"] and "score" not in rows["0.png"]
-    assert rows["1.png"]["error"] == "not a regular file" and "2 frames" in rows["3.png"]["error"]
+    assert rows["1.png"]["error"] == "not a regular file" and "several pages" in rows["3.png"]["error"]
     assert "has no known range" in rows["2.png"]["error"]
     assert rows["4.png"]["score"] == pytest.approx(0.8)
     assert "over 1 images; 4 could not be scored" in capsys.readouterr().out
