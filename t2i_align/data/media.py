@@ -114,18 +114,6 @@ def decode(media: Media) -> Image.Image:
         return _upright(image)
 
 
-def decode_any(media: Media) -> Image.Image | Tensor:
-    """An image, or all frames of a clip as `whole_clip` has them: of a video, a folder of frames, an animation.
-
-    Raises:
-        ImageError: as `decode` and `frames_of`.
-    """
-    try:
-        return whole_clip(media) if isinstance(media, Path) and is_clip(media) else decode(media)
-    except SeveralFrames:
-        return whole_clip(media)
-
-
 def measure(media: Media) -> tuple[int, int] | None:
     """An image's upright (height, width) from its header alone; None where it has none that can be read."""
     try:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.encode import Undecoded
-from t2i_align.data.media import ImageError, decode_any, frame_files
+from t2i_align.data.media import ImageError, SeveralFrames, decode, frame_files, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
@@ -147,9 +147,17 @@ class _Candidate:
     def load(self) -> Image.Image | Tensor | str:
         """The image, the clip, or why there is none."""
         try:
-            return self.error or decode_any(self.media)
+            return self.error or _decoded(self.media)
         except (ImageError, OSError) as error:  # OSError: a name that is too long
             return str(error)
+
+
+def _decoded(media: Media) -> Image.Image | Tensor:
+    """An image, or the frames of a video, a folder of frames or an animation; raises ImageError with the reason."""
+    try:
+        return whole_clip(media) if isinstance(media, Path) and is_clip(media) else decode(media)
+    except SeveralFrames:
+        return whole_clip(media)
 
 
 class _Read(NamedTuple):
