@@ -22,9 +22,10 @@ import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
+from t2i_align.data.colour import to_srgb
 from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
 from t2i_align.errors import PrintableError
@@ -261,27 +262,11 @@ def _upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
-    image = _to_srgb(image)
+    image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """The image in the colours of sRGB, where its profile is another; one that does not fit the image is ignored."""
-    if not (content := image.info.get("icc_profile")):
-        return image
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return image
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        if image.mode == "P" or image.has_transparency_data:
-            image = image.convert(mode)
-        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
-    except (ImageCms.PyCMSError, OSError):
-        return image
 
 
 def _to_uint8(image: Image.Image) -> Tensor:
