@@ -33,7 +33,9 @@ class RunResult:
     def _repr_html_(self) -> str:
         """For notebooks: plots of the history, the last metrics, and the newest validation's images."""
         history = self.history
-        validated = sorted({name for line in history for name in line if name.startswith("validation/")})
+        validated = sorted(
+            {name for line in history for name in line if name.startswith("validation/") and name.count("/") == 1}
+        )
         rows = [(name, f"{value:.4g}") for name, value in self.metrics.items() if "/t" not in name]
         images = sorted((self.output_dir / "validation").glob("step_*.png"))[-1:]
         return "".join([
