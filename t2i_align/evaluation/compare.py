@@ -178,7 +178,9 @@ def evaluate(
             gc.collect()
             torch.cuda.empty_cache()
             whole = ModelConfig(
-                path=other.path, single_file_config=origin["single_file_config"], segments=model and model.segments
+                path=other.path,
+                single_file_config=origin["single_file_config"],
+                segments=model.segments if model else None,
             )
             if Path(other.path).is_file():  # which may not say it either
                 whole = replace(whole, prediction_type=origin["prediction_type"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch, Rewarder
+from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -25,6 +25,7 @@ from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from t2i_align.training.rewards import Rewarder
 
 WATCHED = 8  # winners whose error is measured at each logged step
 
