@@ -105,8 +105,8 @@ def train_all(work: Path, seed: int, options: argparse.Namespace) -> None:
     """T, S and both S + R of a seed."""
     data = {"path": str(make_data(work / "data", options.images)), "cache_dir": str(work / "cache")}
     supervised: dict[str, Any] = {
-        "data": data, "objective": {"name": "sft"}, "optim": {"lr": options.lr, "schedule": "cosine", "warmup_steps": 5},
-        "train": {"batch_size": options.batch_size, "caption_dropout": 0.1},
+        "data": data, "objective": {"name": "sft"}, "train": {"batch_size": options.batch_size, "caption_dropout": 0.1},
+        "optim": {"lr": options.lr, "schedule": "cosine", "warmup_steps": 5},
     }  # fmt: skip
     train(work / f"T-{seed}", seed, options.steps, **supervised)
     start = train(work / f"S-{seed}", seed, options.steps, **supervised, model={"segments": SEGMENTS})
@@ -177,8 +177,8 @@ def report(work: Path, options: argparse.Namespace) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = ["# Long prompts on the testbed", "", f"`python benchmarks/long_prompts.py {arguments}`", "",
              f"At commit {commit.strip()}, torch {torch.__version__}, {torch.get_num_threads()} thread. "
-             f"{options.prompts} test prompts, {options.sampling_steps} steps, guidance 2; means with 95 % intervals over "
-             "prompts, training seeds pooled.", ""]  # fmt: skip
+             f"{options.prompts} test prompts, {options.sampling_steps} steps, guidance 2; means with 95 % intervals "
+             "over prompts, training seeds pooled.", ""]  # fmt: skip
     lines += ["| model | " + " | ".join(COLUMNS[:4]) + " | diversity |", "|---" * 6 + "|"]
     for label, side in SIDES.items():
         cells = [figure(scores[side][name]) for name in (*COLUMNS[:4], "diversity")]
@@ -205,9 +205,9 @@ def main() -> None:
     parser.add_argument("--scorer-steps", type=int, default=400)
     parser.add_argument("--reward-steps", type=int, default=20)
     parser.add_argument("--reward-batch-size", type=int, default=4)
-    parser.add_argument("--reward-lr", type=float, default=3e-4)
+    parser.add_argument("--reward-lr", type=float, default=1e-3)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--diverse", type=int, default=12, help="prompts of which four images are sampled")
+    parser.add_argument("--diverse", type=int, default=8, help="prompts of which four images are sampled")
     parser.add_argument("--sampling-steps", type=int, default=8)
     options = parser.parse_args()
     (options.work / "data").mkdir(parents=True, exist_ok=True)
