@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import to_jsonable_python
 
 from t2i_align import objectives, plugins
-from t2i_align.conditioning.config import SegmentsConfig
+from t2i_align.conditioning.config import PersonalConfig, SegmentsConfig
 from t2i_align.errors import UserError
 
 from t2i_align.utils.settings import (  # isort: skip
@@ -239,7 +239,7 @@ class LogConfig:
 
 @settings
 class RunConfig:
-    """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` where these are given.
+    """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` or `personal` where given.
 
     plugins: Python files and modules that run first; what they register is known by its name (see `plugins`).
     """
@@ -251,6 +251,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     soft_tokens: SoftTokensConfig | None = None
+    personal: PersonalConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -263,7 +264,7 @@ class RunConfig:
             name, values = self.objective["name"], {k: v for k, v in self.objective.items() if k != "name"}
             object.__setattr__(self, "objective", build(objectives.get(name), values, where="objective"))
         reference, needs = self.train.reference, self.objective.needs
-        if needs.reference and reference == "adapter_off" and not self.lora:
+        if needs.reference and reference == "adapter_off" and not (self.lora or self.personal):
             raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
         if self.train.reference_update and not needs.reference:
             raise UserError(f"train.reference_update: {self.objective.name} asks no reference that could be updated")
@@ -273,6 +274,8 @@ class RunConfig:
             )
         if self.lora and self.lora.init and needs.reference and reference != "auto":
             raise UserError(f"train.reference {reference!r} with lora.init: use 'auto', a copy of that LoRA")
+        if self.personal:
+            self.personal.check(self)
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
@@ -288,9 +291,9 @@ class RunConfig:
             )
 
     @property
-    def trains(self) -> Literal["lora", "soft_tokens", "model"]:
-        """What is trained and saved."""
-        return "lora" if self.lora else "soft_tokens" if self.soft_tokens else "model"
+    def trains(self) -> Literal["personal", "lora", "soft_tokens", "model"]:
+        """What is trained and saved; `personal` with a LoRA if there is one."""
+        return "personal" if self.personal else "lora" if self.lora else "soft_tokens" if self.soft_tokens else "model"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

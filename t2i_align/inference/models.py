@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind, LoRA
+from t2i_align.conditioning import personal
+from t2i_align.conditioning.adapter import ADAPTERS, LORA_FILE, TRAINED, Kind, LoRA
 from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
@@ -28,13 +29,13 @@ from t2i_align.utils.settings import build
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
-LORA_ENDING, LORA_FILE = ".safetensors", "pytorch_lora_weights.safetensors"
+LORA_ENDING = ".safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """The model to compare with its base: a whole model, or a LoRA or soft tokens for the base (a local file)."""
+    """The model to compare with its base: a whole model, or an adapter for the base (a local file)."""
 
     kind: Kind
     path: str
@@ -78,6 +79,8 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
+    if (local / personal.FILE).is_file():  # a LoRA beside it belongs to it
+        return Aligned("personal", str(local / personal.FILE))
     candidates = [local / name for name in TRAINED if (local / name).is_dir()]
     if not candidates:
         candidates = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]

@@ -17,9 +17,10 @@ from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path
 from t2i_align.data.prompts import PromptDataset, open_prompts
+from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -199,10 +200,13 @@ def load_data(
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
         return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
-    return open_dataset(
+    needs = config.objective.needs
+    if config.personal:
+        needs = replace(needs, columns=(*needs.columns, "user"))
+    source = open_dataset(
         config.data,
         config.model,
-        needs=config.objective.needs,
+        needs=needs,
         pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
@@ -210,6 +214,12 @@ def load_data(
         cache_root=cache_root(config),
         progress=progress and accelerator.is_main_process,
     )
+    if config.personal is None:
+        return source
+    assert isinstance(source, PreparedDataset), "checked by the configuration"
+    main = accelerator.is_main_process
+    with accelerator.main_process_first():  # it embeds the users for all
+        return add_users(source, config, cache_root(config) / "users", accelerator.device, progress and main)
 
 
 def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
@@ -244,7 +254,8 @@ def prepare_denoiser(
         with accelerator.autocast():
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
-    TRAINED[config.trains].install(pipeline, config, unreached)
+    users = source.users if isinstance(source, PreparedDataset) else None
+    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()

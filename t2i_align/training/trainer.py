@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from t2i_align.objectives.base import Metrics, Objective
 from t2i_align.training.guards import Best
 from t2i_align.training.loop import Task
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
+from t2i_align.training.report import write_report
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -108,6 +110,8 @@ class Alignment(Task):
             out.append(self._measure_winners)
         if self.validate and every and (step % every == 0 or last):
             out.append(partial(self._validate, step))
+        if self.accelerator.is_main_process and (out or last or step % self.config.log.checkpoint_every == 0):
+            out.append(self._report)
         return out
 
     def watched(self) -> dict[str, float]:
@@ -131,6 +135,10 @@ class Alignment(Task):
             value = float(broadcast(torch.tensor(value, device=self.accelerator.device)))
             self.over = self.over or self.best.see(name, value, step)
         return scores
+
+    def _report(self) -> dict[str, float]:
+        write_report(Path(self.config.output_dir))
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {
