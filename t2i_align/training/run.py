@@ -29,8 +29,9 @@ from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, check_machine
+from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
+from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.result import RunResult
@@ -110,6 +111,11 @@ def _align(
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device, loaded)
+    guidance = getattr(config.objective, "guidance", 1.0)
+    if scorer and pipeline.distilled_guidance and guidance != 1:
+        raise UserError(
+            f"objective.guidance must be 1 for {pipeline.family}, which has its guidance distilled, found {guidance:g}"
+        )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
@@ -132,6 +138,8 @@ def _align(
         if progress:
             print(describe(config, pipeline, source, unreached, accelerator.num_processes))
     metrics = loop.run()
+    if task.best:
+        task.best.restore()
     weights = output / config.trains
     if accelerator.is_main_process:
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
