@@ -252,10 +252,8 @@ def candidates(source: str | Path, best_first: bool = False) -> tuple[Iterator[C
     survey = readers.survey(source)
     if not survey.groups:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}. {OTHER_SOURCES}")
-    skipped = survey.rows - survey.groups
-    return _flat(readers.read(source, best_first=best_first)), sum(
-        k * n for k, n in survey.candidates.items()
-    ) + skipped
+    total = survey.rows - survey.groups + sum(k * n for k, n in survey.candidates.items())
+    return _flat(readers.read(source, best_first=best_first)), total
 
 
 def _flat(items: Iterable[Group | Skipped]) -> Iterator[Candidate]:
