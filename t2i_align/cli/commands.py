@@ -107,9 +107,9 @@ def check_inputs(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         for text in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
             local = Path(text).expanduser()
-            if local.is_absolute() or text.startswith((".", "~")) or ("/" not in text and ":" not in text):
-                if not os.path.lexists(local):
-                    raise UserError(f"{text}: no such file or folder (--{name.replace('_', '-')})")
+            certain = local.is_absolute() or text.startswith((".", "~")) or not {"/", ":"} & {*text}
+            if certain and not os.path.lexists(local):
+                raise UserError(f"{text}: no such file or folder (--{name})")
 
 
 def is_user_error(error: BaseException) -> bool:
