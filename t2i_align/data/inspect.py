@@ -67,6 +67,9 @@ class Findings(Survey):
         differing = [a != b for votes in again for a, b in combinations(votes, 2)]
         return len(again), sum(differing) / len(differing) if differing else None
 
+    def _repr_html_(self) -> str:
+        return html.page(render(self))
+
     def agreement(self) -> dict[tuple[str, str], float]:
         """The share of candidate pairs, without ties, that two scorers order alike; `label` is the source's own."""
         same: dict[tuple[str, str], list[bool]] = defaultdict(list)
