@@ -57,8 +57,8 @@ def retrieval(
     """Measure R@1 of captions and images; returns it by scorer, kind of text feature and direction.
 
     Args:
-        images: what `score` takes; of preference data the best image of each prompt. A caption that occurs again is left
-            out.
+        images: what `score` takes; of preference data the best image of each prompt. A caption that occurs again is
+            left out.
         scorers: CLIP-style ones, such as `pickscore`; `denscore:FILE.yaml` brings its own V, others take that of the
             captions.
         out: JSON file for the figures.
@@ -74,8 +74,10 @@ def retrieval(
     if file:
         check_own("retrieval", file)
     built = [_towers(scorer.to(place)) for scorer in build_scorers(scorers)]
-    found, _ = candidates(images, best_first=True)
-    first = {candidate.prompt: candidate for candidate in reversed(list(found)) if not candidate.error}
+    found = list(candidates(images, best_first=True)[0])
+    if errors := [candidate for candidate in found if candidate.error]:
+        print(f"left out {len(errors)} that cannot be used, such as {errors[0].image}: {errors[0].error}")
+    first = {candidate.prompt: candidate for candidate in reversed(found) if not candidate.error}
     chosen = list(islice(reversed(first.values()), limit))  # in the source's order
     if len(chosen) < 2:
         raise UserError(f"{images}: retrieval needs at least two captions with an image, found {len(chosen)}")
@@ -114,9 +116,8 @@ def recall(similarities: np.ndarray) -> Recall:
     """R@1 of similarities [N, N] whose diagonal is right; of several that are best alike, one is drawn."""
     best = similarities == similarities.max(1, keepdims=True)
     hits = best.diagonal() / best.sum(1)
-    return Recall(
-        recall=float(hits.mean()), interval=interval(np.arange(len(hits)), hits, np.ones_like(hits), share=True)
-    )
+    own = np.arange(len(hits))
+    return Recall(recall=float(hits.mean()), interval=interval(own, hits, np.ones_like(hits), share=True))
 
 
 def _towers(scorer: Scorer) -> tuple[str, TwoTowers, Tensor | None]:

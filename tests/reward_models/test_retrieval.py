@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from reward_scorers.denscore import Denscore
 from reward_scorers.towers import TwoTowers, unit
 from t2i_align.errors import UserError
 from t2i_align.reward_models.retrieval import recall, retrieval, text_kinds
@@ -89,7 +88,6 @@ def test_recall_by_hand() -> None:
 def test_a_published_scorer_and_its_decomposition_agree(tmp_path: Path) -> None:
     for number in range(4):
         image(number).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text(f"A house {number}. A dog.")
     rows = [
         {"prompt": f"A house {i}. A dog.", "images": [f"{i}.png", f"{(i + 1) % 4}.png"], "scores": [0, 1]}
         for i in range(4)
@@ -110,4 +108,3 @@ def test_what_cannot_be_retrieved_is_refused(listed: Path, tmp_path: Path) -> No
     (tmp_path / "1.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"^1\.png: "):
         retrieval(listed, Hues(), progress=False)
-    assert isinstance(Denscore(Hues()).scorer, TwoTowers)
