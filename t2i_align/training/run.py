@@ -34,6 +34,7 @@ from t2i_align.training.monitor import Callbacks
 from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
@@ -145,6 +146,7 @@ def _align(
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
+        write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
