@@ -27,7 +27,10 @@ TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
 # System errors whose message says it all; a traceback adds nothing.
 SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
                  errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
-GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
+GROUPS = {
+    "data": "inspect preference data, or hold some prompts or users out",
+    "video": "pairs of clips from real ones, and labels of their segments",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

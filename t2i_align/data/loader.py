@@ -25,8 +25,10 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
 from t2i_align.data.encode import Latents, bucket_sizes
 from t2i_align.data.media import CROP, MediaSize, time_ids
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning
+from t2i_align.data.segments import by_latent_frame
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
+from t2i_align.data.survey import Selection, Survey
 from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
@@ -145,6 +147,7 @@ class PreparedDataset(PreferenceDataset):
             for name, values in columns.items():  # of texts, their numbers
                 value = self.store.index[name][number] if COLUMNS[name].text else group[name][row]
                 values.append(COLUMNS[name].take(value.as_py(), places))
+        columns = by_latent_frame(columns, self.store.manifest.get("latent_times", [0.0]))
         encoded = encode_fields(self._conditioning, prompts, columns)
         return {
             "keys": keys,
