@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.errors import UserError
 
@@ -99,3 +101,8 @@ class Survey:
             least, greatest = self.score_range
             self.accepted += 1
             self.score_range = min(least, *item.scores), max(greatest, *item.scores)
+
+
+def counted(k: np.ndarray) -> Counter[int]:
+    """How many groups there are of each number of candidates, from all groups' numbers."""
+    return +Counter(dict(enumerate(np.bincount(k).tolist())))  # without zeros
