@@ -34,10 +34,12 @@ from t2i_align.training.monitor import Callbacks
 from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
+from t2i_align.utils.logging import silent
 
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
@@ -50,6 +52,7 @@ MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
+@silent
 def align(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -145,6 +148,7 @@ def _align(
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
+        write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
