@@ -49,6 +49,12 @@ class CogVideoX(VideoPipeline):
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         return output.transpose(1, 2)
 
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        assert frames is not None
+        latent_frames = (frames - 1) // int(self.vae_config["temporal_compression_ratio"]) + 1 + self.padded_frames
+        channels, _, *sides = super().latent_shape(height, width, frames)
+        return channels, latent_frames, *sides
+
     @property
     def padded_frames(self) -> int:
         """Latent frames prepended to a clip's own."""
@@ -70,4 +76,5 @@ class CogVideoX(VideoPipeline):
     @property
     def text_tokens(self) -> int:
         # Not the pipeline's default: the positions of some checkpoints are built for exactly this number.
-        return min(self.denoiser.config.max_text_seq_length, self.pipe.tokenizer.model_max_length)
+        limits = [] if self.pipe.tokenizer is None else [int(self.pipe.tokenizer.model_max_length)]
+        return min([int(self.denoiser.config.max_text_seq_length), *limits])

@@ -19,6 +19,11 @@ class VideoPipeline(TrainablePipeline):
     large_encoders = ("text_encoder",)
     lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        widths = (config.get(name) for name in ("text_dim", "text_embed_dim", "caption_channels"))
+        return {"prompt_embeds": (int(self.text_tokens or 0), next(filter(None, widths)))}
+
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         super().check_size(height, width, frames)
         step = self.frame_multiple
