@@ -50,10 +50,15 @@ class CogVideoX(VideoPipeline):
         return output.transpose(1, 2)
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        assert frames is not None
-        latent_frames = (frames - 1) // int(self.vae_config["temporal_compression_ratio"]) + 1 + self.padded_frames
-        channels, _, *sides = super().latent_shape(height, width, frames)
-        return channels, latent_frames, *sides
+        channels, latent_frames, *sides = super().latent_shape(height, width, frames)
+        return channels, latent_frames + self.padded_frames, *sides
+
+    def latent_times(self, frames: int, fps: float | None = None) -> list[float]:
+        return [0.0] * self.padded_frames + super().latent_times(frames, fps)
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(self.vae_config["temporal_compression_ratio"])
 
     @property
     def padded_frames(self) -> int:
@@ -70,8 +75,7 @@ class CogVideoX(VideoPipeline):
     @property
     def compression(self) -> tuple[int, int]:
         together = math.lcm(DECODED_TOGETHER, self.denoiser.config.patch_size_t or 1)
-        frames = together * int(self.vae_config["temporal_compression_ratio"])
-        return frames, super().compression[1]
+        return together * self.temporal_factor, super().compression[1]
 
     @property
     def text_tokens(self) -> int:

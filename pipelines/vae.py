@@ -79,8 +79,7 @@ class VAEMixin(Family):
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """Shape of the latents, [C, h, w] or [C, f, h, w], of an image or clip of this size in pixels."""
         channels = int(self.vae_config.get("latent_channels") or self.vae_config["z_dim"])
-        clip = () if frames is None else ((frames - 1) // self.compression[0] + 1,)
-        return channels, *clip, height // self.vae_factor, width // self.vae_factor
+        return channels, height // self.vae_factor, width // self.vae_factor
 
     # Sizes --------------------------------------------------------------------------------------------------------
 

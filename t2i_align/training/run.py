@@ -17,9 +17,10 @@ from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path
 from t2i_align.data.prompts import PromptDataset, open_prompts
+from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -29,14 +30,17 @@ from t2i_align.objectives.base import Objective
 from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, check_machine
+from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
+from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
+from t2i_align.utils.logging import silent
 
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
@@ -49,6 +53,7 @@ MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
+@silent
 def align(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -112,6 +117,11 @@ def _align(
     if accelerator.is_main_process and loaded is None and not config.resume and (text := memory_warning(config)):
         print(f"warning    {text}")
     pipeline = load_model(config, accelerator.device, loaded)
+    guidance = getattr(config.objective, "guidance", 1.0)
+    if scorer and pipeline.distilled_guidance and guidance != 1:
+        raise UserError(
+            f"objective.guidance must be 1 for {pipeline.family}, which has its guidance distilled, found {guidance:g}"
+        )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
@@ -134,11 +144,14 @@ def _align(
         if progress:
             print(describe(config, pipeline, source, unreached, accelerator.num_processes))
     metrics = loop.run()
+    if task.best:
+        task.best.restore()
     weights = output / config.trains
     if accelerator.is_main_process:
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
+        write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
@@ -194,10 +207,13 @@ def load_data(
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
         return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
-    return open_dataset(
+    needs = config.objective.needs
+    if config.personal:
+        needs = replace(needs, columns=(*needs.columns, "user"))
+    source = open_dataset(
         config.data,
         config.model,
-        needs=config.objective.needs,
+        needs=needs,
         pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
@@ -205,6 +221,12 @@ def load_data(
         cache_root=cache_root(config),
         progress=progress and accelerator.is_main_process,
     )
+    if config.personal is None:
+        return source
+    assert isinstance(source, PreparedDataset), "checked by the configuration"
+    main = accelerator.is_main_process
+    with accelerator.main_process_first():  # it embeds the users for all
+        return add_users(source, config, cache_root(config) / "users", accelerator.device, progress and main)
 
 
 def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
@@ -239,7 +261,8 @@ def prepare_denoiser(
         with accelerator.autocast():
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
-    TRAINED[config.trains].install(pipeline, config, unreached)
+    users = source.users if isinstance(source, PreparedDataset) else None
+    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()

@@ -110,5 +110,5 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reward: it samples images"):
         plan(config)
     assert "cannot be planned" in memory_warning(config, Card("any", 24, 100, 50))
-    with pytest.raises(UserError, match="unknown card 'RTX 4091'.*RTX 4090"):
+    with pytest.raises(UserError, match=r"unknown card 'RTX 4091'.*RTX 4090"):
         plan(replace(config), card="RTX 4091")
