@@ -32,7 +32,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import DataStats
-from t2i_align.training.loop import make_optimizer
+from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.reference import build_reference
 from t2i_align.training.weights import Weights, older_policy
 
@@ -154,6 +154,8 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
     objective, train = config.objective.fit_to_data(DataStats(score_range=(0.0, 1.0))), config.train
     if objective.needs.scorer:
         raise UserError(f"objective {objective.name}: it samples images and scores them, which is not planned for")
+    if config.personal:
+        raise UserError("personal: its branch depends on the users' data, which a plan does not have")
     dtype = PRECISIONS[train.precision]
     pipeline = open_model(
         config.model, denoiser_dtype=torch.float32 if config.trains == "model" else dtype, weights=False
@@ -164,7 +166,7 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
     start: dict[str, Any] = {"lora": replace(config.lora, init=None)} if config.lora else {}
     if config.soft_tokens:
         start["soft_tokens"] = replace(config.soft_tokens, start="random")
-    TRAINED[config.trains].install(pipeline, replace(config, **start), set())
+    TRAINED[config.trains].install(pipeline, replace(config, **start), set(), None)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
