@@ -221,8 +221,8 @@ def report(base: Any, scores: Any, data: Any, options: argparse.Namespace, secon
         f"`python benchmarks/video.py {options.line}` at {commit}: {options.pairs} labelled pairs of "
         f"{options.clips} rendered clips, {options.steps} steps of {options.batch_size} pairs, {options.seeds} "
         f"training seeds pooled, {options.prompts} test prompts of one moving object, {options.sampling_steps} steps, "
-        f"guidance {options.guidance:g}, quality ties within {MARGIN}. 95 % intervals over prompts. Flow: of the fastest "
-        "5 % of pixels, pixels a step at 256 (`dynamic_degree`).", "",
+        f"guidance {options.guidance:g}, quality ties within {MARGIN}. 95 % intervals over prompts. Flow: of the "
+        "fastest 5 % of pixels, pixels a step at 256 (`dynamic_degree`).", "",
         "## What the labels prefer", "",
         "| pairs | flow of the winner | of the loser | difference | quality of the winner | of the loser |",
         "|---|---|---|---|---|---|",
