@@ -27,6 +27,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
+from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
 from t2i_align.training.loop import Loop
@@ -113,6 +114,8 @@ def _align(
     validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
+    if accelerator.is_main_process and loaded is None and not config.resume and (text := memory_warning(config)):
+        print(f"warning    {text}")
     pipeline = load_model(config, accelerator.device, loaded)
     guidance = getattr(config.objective, "guidance", 1.0)
     if scorer and pipeline.distilled_guidance and guidance != 1:
