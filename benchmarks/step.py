@@ -60,7 +60,7 @@ class Bare:
     def __init__(self, config: RunConfig, batches: list[Batch], device: torch.device) -> None:
         self.pipeline = pipelines.load(resolve_model(config.model.path)).to(device)
         torch.manual_seed(config.train.seed)  # as `prepare_denoiser`
-        TRAINED[config.trains].install(self.pipeline, config, set())
+        TRAINED[config.trains].install(self.pipeline, config, set(), None)
         self.unet, self.batches, self.count = self.pipeline.denoiser, batches, 0
         self.beta, self.v_prediction = config.objective.beta, self.pipeline.process.prediction_type == "v_prediction"
         self.abar = self.pipeline.pipe.scheduler.alphas_cumprod.to(device)

@@ -139,7 +139,7 @@ def _align(
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
     errors = None
     if config.train.store_reference:
         errors = open_errors(config, cache_root(config), reference, source.fingerprint)
