@@ -17,9 +17,10 @@ from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path
 from t2i_align.data.prompts import PromptDataset, open_prompts
+from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -28,8 +29,9 @@ from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, check_machine
+from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
+from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.result import RunResult
@@ -109,6 +111,11 @@ def _align(
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device, loaded)
+    guidance = getattr(config.objective, "guidance", 1.0)
+    if scorer and pipeline.distilled_guidance and guidance != 1:
+        raise UserError(
+            f"objective.guidance must be 1 for {pipeline.family}, which has its guidance distilled, found {guidance:g}"
+        )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
@@ -131,6 +138,8 @@ def _align(
         if progress:
             print(describe(config, pipeline, source, unreached, accelerator.num_processes))
     metrics = loop.run()
+    if task.best:
+        task.best.restore()
     weights = output / config.trains
     if accelerator.is_main_process:
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
@@ -191,10 +200,13 @@ def load_data(
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
         return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
-    return open_dataset(
+    needs = config.objective.needs
+    if config.personal:
+        needs = replace(needs, columns=(*needs.columns, "user"))
+    source = open_dataset(
         config.data,
         config.model,
-        needs=config.objective.needs,
+        needs=needs,
         pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
@@ -202,6 +214,12 @@ def load_data(
         cache_root=cache_root(config),
         progress=progress and accelerator.is_main_process,
     )
+    if config.personal is None:
+        return source
+    assert isinstance(source, PreparedDataset), "checked by the configuration"
+    main = accelerator.is_main_process
+    with accelerator.main_process_first():  # it embeds the users for all
+        return add_users(source, config, cache_root(config) / "users", accelerator.device, progress and main)
 
 
 def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
@@ -236,7 +254,8 @@ def prepare_denoiser(
         with accelerator.autocast():
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
-    TRAINED[config.trains].install(pipeline, config, unreached)
+    users = source.users if isinstance(source, PreparedDataset) else None
+    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
