@@ -14,8 +14,7 @@ from t2i_align.demo.studio import Drawn, Job
 from t2i_align.demo.training import State
 from t2i_align.demo.votes import Shown
 from t2i_align.diffusion.randomness import permutation
-from t2i_align.evaluation.report import PIXELATED_BELOW
-from t2i_align.training.result import PLOTTED
+from t2i_align.training.report import curves
 from t2i_align.utils import html
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -29,7 +28,7 @@ def sample(folder: MediaFolder, name: str, label: str) -> str:
         return f'<video src="{escape(address)}" aria-label="{escape(label)}" autoplay loop muted playsinline></video>'
     with Image.open(folder.path / name) as image:
         size = image.size
-    tiny = ' class="tiny"' if max(size) < PIXELATED_BELOW else ""
+    tiny = ' class="tiny"' if max(size) < html.PIXELATED_BELOW else ""
     return f'<img src="{escape(address)}" alt="{escape(label)}" width="{size[0]}" height="{size[1]}"{tiny}>'
 
 
@@ -96,8 +95,8 @@ def run(state: State | None) -> str:
     after = ""
     if state.weights and not state.running:
         after = '<p>The LoRA can be drawn now: choose it in the tab "Compare".</p>'
-    curves = html.plots(state.history, PLOTTED)
-    return f"{_bar(done, state.steps, '')}<p>{escape(state.message)}</p>{after}{curves}"
+    charts = html.charts(curves(state.history))
+    return f"{_bar(done, state.steps, '')}<p>{escape(state.message)}</p>{after}{charts}"
 
 
 def _bar(done: int, total: int, note: str) -> str:
