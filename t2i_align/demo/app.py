@@ -156,7 +156,9 @@ def build(gradio: Any, shared: Demo, defaults: Defaults, *, accounts: bool = Fal
         name = gradio.Textbox(
             label="Your name", max_length=64, interactive=not accounts, elem_id="user", render=False, scale=1
         )
-        page = Page(blocks, shared, defaults, accounts, name)
+        # Outside the tabs: what lies in one is not there before it is opened.
+        known = gradio.BrowserState("", storage_key="t2i-align-user", secret="t2i-align")
+        page = Page(blocks, shared, defaults, accounts, name, known)
         gradio.Markdown("# t2i-align\nCompare models, vote, train on the votes, and read the result.")
         with gradio.Tabs():
             for title, add in (
@@ -193,7 +195,7 @@ def launch(
     uploads = shared.compared.path.parent / "uploads"
     uploads.mkdir(exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # not the folder of all of this machine's Gradio programs
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none fetched
     folders = [shared.votes.images.path, shared.compared.path, (shared.votes.folder / LORAS).absolute()]
     try:
         _, address, public = blocks.launch(

@@ -43,7 +43,7 @@ def add(page: Page, tab: gradio.Tab) -> None:
                 outputs = [status, results, drawn]
                 draw.click(answered(compare), inputs, outputs, show_progress="hidden", api_name="compare", **DEVICE)
 
-    with gradio.Row(elem_classes="choices"):
+    with gradio.Row(elem_classes="buttons"):
         draw.render()
         stop = gradio.Button("Stop", elem_id="stop")
         offer = gradio.Button("Vote on these", elem_id="offer")

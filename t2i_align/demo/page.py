@@ -32,7 +32,8 @@ DEVICE: dict[str, Any] = {
 class Page:
     """The pages of one demo.
 
-    accounts: users have logged in, and vote under that name. name: the box with the name of those who have not.
+    accounts: users have logged in, and vote under that name. name: the box with the name of those who have not. known:
+    that name as the browser keeps it, so that a reload, or the next day, goes on where it was.
     """
 
     blocks: gradio.Blocks
@@ -40,6 +41,7 @@ class Page:
     defaults: Defaults
     accounts: bool
     name: gradio.Textbox
+    known: gradio.BrowserState
 
     def user(self, typed: str | None, request: gradio.Request) -> str:
         """Who is voting: the account, or the name in the box.

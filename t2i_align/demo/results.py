@@ -28,7 +28,7 @@ def add_training(page: Page, tab: gradio.Tab) -> None:
         )
         rate = gradio.Number(config.optim.lr, label="Learning rate", minimum=0)
         mine = gradio.Checkbox(False, label="Only my votes")
-    with gradio.Row(elem_classes="choices"):
+    with gradio.Row(elem_classes="buttons"):
         start = gradio.Button("Start", variant="primary", elem_id="train")
         stop = gradio.Button("Stop and save")
         make = gradio.Button("File for ComfyUI or A1111")
@@ -42,7 +42,8 @@ def add_training(page: Page, tab: gradio.Tab) -> None:
     @answered
     def started(name: str, steps: int, rate: float, own: bool, typed: str, request: gradio.Request) -> tuple[Any, ...]:
         user = page.user(typed, request) if own else None
-        return show(demo.training.start(name, steps=steps, lr=rate, user=user))
+        demo.training.start(name, steps=steps, lr=rate, user=user)
+        return show(demo.training.state())
 
     @answered
     def exported() -> Any:

@@ -111,7 +111,6 @@ class Training:
             write_text(self.folder / f"{number}.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
             self._number, self._steps = number, run.train.steps
             self._process = self._launch(number)
-        return self.state()
 
     def stop(self, wait: float = 0) -> None:
         """Have the run finish its step and save it, as Ctrl-C does; `wait` so many seconds for that, then end it."""

@@ -14,7 +14,7 @@ from t2i_align.demo.studio import Drawn, Job
 from t2i_align.demo.training import State
 from t2i_align.demo.votes import Shown
 from t2i_align.diffusion.randomness import permutation
-from t2i_align.training.report import curves
+from t2i_align.training.report import advice, curves
 from t2i_align.utils import html
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -95,6 +95,7 @@ def run(state: State | None) -> str:
     after = ""
     if state.weights and not state.running:
         after = '<p>The LoRA can be drawn now: choose it in the tab "Compare".</p>'
+        after += "".join(f"<p>{escape(sentence)}</p>" for sentence in advice(state.history))
     charts = html.charts(curves(state.history))
     return f"{_bar(done, state.steps, '')}<p>{escape(state.message)}</p>{after}{charts}"
 

@@ -20,15 +20,13 @@ DRAWN_FIRST = 6  # prompts that are there to draw pairs for
 
 def add(page: Page, tab: gradio.Tab) -> None:
     """Add the tab's contents."""
-    demo, name = page.demo, page.name
-    # Kept by the browser, so that a reload, or the next day, goes on where it was.
-    known = gradio.BrowserState("", storage_key="t2i-align-user", secret="t2i-align")
+    demo, name, known = page.demo, page.name, page.known
     pair: gradio.State = gradio.State(None)
     with gradio.Row():
         page.name.render()
         progress = gradio.HTML(elem_id="progress", scale=2)
     shown = gradio.HTML(elem_id="pair", elem_classes="pair-area")
-    with gradio.Row(elem_classes="choices"):
+    with gradio.Row(elem_classes="buttons votes"):
         buttons = {
             choice: gradio.Button(
                 label, elem_id=f"vote-{choice}", variant="primary" if choice in ("left", "right") else "secondary"
@@ -36,7 +34,8 @@ def add(page: Page, tab: gradio.Tab) -> None:
             for choice, label in BUTTONS.items()
         }
         undo = gradio.Button("⌫ Undo", elem_id="vote-undo")
-    gradio.Markdown("Keys: ← → for a side, ↑ tie, ↓ both bad, ⌫ takes the last vote back. Each vote is saved at once.")
+    keys = "Keys: ← → for a side, ↑ tie, ↓ both bad, ⌫ takes the last vote back. Each vote is saved at once."
+    gradio.Markdown(keys, elem_classes="keys")
     outputs = [known, name, pair, shown, progress]
 
     def show(user: str) -> tuple[Any, ...]:
@@ -86,7 +85,7 @@ def _more(page: Page, show: Any, name: gradio.Textbox, outputs: Sequence[Any]) -
             list(demo.studio.entries), value=[BASE], multiselect=True, label="Models: one with two seeds, or several"
         )
         count, seed, steps, guidance = sampling_inputs(page.defaults, count=2)
-        with gradio.Row(elem_classes="choices"):
+        with gradio.Row(elem_classes="buttons"):
             draw = gradio.Button("Draw pairs", variant="primary", elem_id="draw-pairs")
             stop = gradio.Button("Stop")
         status = gradio.HTML(elem_id="pair-status")

@@ -37,6 +37,8 @@ def page(browser: playwright.Browser, served: Served) -> Iterator[playwright.Pag
     page.on("request", lambda request: outside.append(request.url) if not _ours(request.url, served) else None)
     page.goto(served.url)
     yield page
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / "last.png", full_page=True)
     context.close()
     assert not errors
     assert not outside  # fonts, scripts, analytics
@@ -62,6 +64,7 @@ def tab(page: playwright.Page, name: str) -> None:
 
 
 def test_compare_side_by_side_and_blind(page: playwright.Page, served: Served) -> None:
+    page.get_by_label("base", exact=True).wait_for()
     page.locator("#draw").click()
     page.locator("#results img").nth(1).wait_for()
     page.locator("#status", has_text="drawn: 2 samples").wait_for()
