@@ -96,16 +96,19 @@ def test_uploads_are_bounded_in_size_and_kind(served: Served, tmp_path: Path) ->
     assert served.demo.votes.pairs == pairs + 1
     with pytest.raises(Exception, match="Invalid file type"):
         api.predict([gradio_client.handle_file(str(script))] * 2, "a fox", "ben", api_name="/upload_pairs")
-    # Paths of files on the server, as if they had been uploaded.
-    stolen = [{"path": str(file), "meta": {"_type": "gradio.FileData"}} for file in good[:2]]
-    body = {"data": [stolen, "an owl", "ben"], "event_data": None, "fn_index": _index(api, "/upload_pairs")}
-    answer = httpx.post(f"{served.url}gradio_api/run/predict", json={**body, "session_hash": "x"})
-    assert answer.status_code >= 400
-    assert served.demo.votes.pairs == pairs + 1
-
-
-def _index(api: gradio_client.Client, name: str) -> int:
-    return next(int(d["id"]) for d in api.config["dependencies"] if f"/{d['api_name']}" == name)
+    # A browser's own uploads by their paths, and then other files of the server, as if they had been uploaded.
+    for number in (3, 4):
+        image(number).save(tmp_path / f"{number}.png")
+    others = [tmp_path / "3.png", tmp_path / "4.png"]
+    answer = httpx.post(
+        f"{served.url}gradio_api/upload", files=[("files", (file.name, file.read_bytes())) for file in others]
+    )
+    for paths, event, new in ((answer.json(), "complete", 2), (list(map(str, others)), "error", 2)):
+        files = [{"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}} for path in paths]
+        call = httpx.post(f"{served.url}gradio_api/call/upload_pairs", json={"data": [files, "an owl", "ben"]})
+        events = httpx.get(f"{served.url}gradio_api/call/upload_pairs/{call.json()['event_id']}", timeout=60).text
+        assert f"event: {event}" in events
+        assert served.demo.votes.pairs == pairs + new
 
 
 def test_samples_are_drawn_with_progress_and_errors_are_messages(served: Served) -> None:
