@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ def demo(
     width: int | None = None,
     frames: int | None = None,
     batch_size: int | None = None,
+    segment_seconds: float = 1.0,
     precision: str = "fp32",
     device: str | None = None,
     host: str = "127.0.0.1",
@@ -78,6 +80,7 @@ def demo(
         height, width: in pixels (default: the model's own).
         frames: frames of a clip, for models that make clips (default: the model's own).
         batch_size: samples at a time (default: 8 images, or 1 clip).
+        segment_seconds: clips can be voted on in segments of so many seconds.
         precision: of the weights: `fp32`, `tf32`, `bf16` or `fp16`.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         host: address to serve on; 0.0.0.0 lets other machines in.
@@ -91,6 +94,8 @@ def demo(
         UserError: a model, source, folder or option that cannot be used; Gradio is not installed.
     """
     accounts = accounts_of(auth)
+    if not 0 < segment_seconds < math.inf:
+        raise UserError(f"segment_seconds must be a number above 0, found {segment_seconds}")
     if queue < 1:
         raise UserError(f"queue must be a whole number of at least 1, found {queue}")
     bundled = str(base).startswith(TESTBED)
@@ -105,8 +110,9 @@ def demo(
         models = [QUICKSTART]
     if scorers is None:
         scorers = ["oracle"] if bundled else []
-    studio = {"precision": precision, "device": device, "height": height, "width": width, "frames": frames}
-    with opened(base, models, sources, out, scorers, config, batch_size=batch_size, **studio) as shared:
+    studio: dict[str, Any] = {"precision": precision, "device": device, "batch_size": batch_size}
+    studio |= {"height": height, "width": width, "frames": frames}
+    with opened(base, models, sources, out, scorers, config, segment_seconds, **studio) as shared:
         if not accounts and (share or host not in LOOPBACK):
             logger.warning("anybody who reaches this address can draw, vote and train: give --auth name:password")
         blocks = build(gradio, shared, defaults, accounts=bool(accounts), queue=queue)
@@ -126,6 +132,7 @@ def opened(
     out: str | Path = "runs/demo",
     scorers: Sequence[str] = (),
     config: str | Path | None = None,
+    segment_seconds: float = 1.0,
     **options: Any,
 ) -> Iterator[Demo]:
     """All that the pages work on, without the pages; a run that is still going on is stopped and saved at the end."""
@@ -138,7 +145,10 @@ def opened(
 
     studio = Studio(base, models, scorers, **options)
     pairs = pairs_of(sources) if sources else []
-    with Votes.opened(out) as votes, tempfile.TemporaryDirectory(prefix="t2i-align-demo-") as temporary:
+    with (
+        Votes.opened(out, segment_seconds) as votes,
+        tempfile.TemporaryDirectory(prefix="t2i-align-demo-") as temporary,
+    ):
         votes.offer(pairs)
         training = Training(votes, str(base), config)
         try:

@@ -8,16 +8,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+import imageio_ffmpeg
+from PIL import Image, ImageSequence
 from torch import Tensor
 
-from t2i_align.data.media import VIDEO_SUFFIXES, ImageError, decode, frames_of, is_clip, save_clip
+from t2i_align.data.media import ImageError, decode, frames_of, is_clip, save_clip
 from t2i_align.data.schema import Media
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import Sample, save_image
 from t2i_align.utils.files import WRITING
 
-SHOWN_CLIPS = (".mp4", ".webm", ".apng", ".gif", ".webp")  # which browsers play
+VIDEOS = (".mp4", ".webm")
+SHOWN_CLIPS = (*VIDEOS, ".apng", ".gif", ".webp")  # which browsers play
 
 
 class MediaFolder:
@@ -68,6 +70,13 @@ class MediaFolder:
                 old.unlink(missing_ok=True)
         return name
 
+    def seconds(self, name: str) -> float:
+        """How long a clip is."""
+        if name.endswith(VIDEOS):
+            return float(imageio_ffmpeg.count_frames_and_secs(self.path / name)[1])
+        with Image.open(self.path / name) as image:
+            return sum(frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)) / 1000
+
     def check(self, name: str) -> str:
         """The name, if it is that of a file here. Raises UserError for anything else, such as a path."""
         if Path(name).name != name or not (self.path / name).is_file():
@@ -75,9 +84,9 @@ class MediaFolder:
         return name
 
 
-def moves(name: str) -> bool:
-    """Whether a name is a video's."""
-    return name.endswith(VIDEO_SUFFIXES)
+def is_shown_clip(name: str) -> bool:
+    """Whether a name in a folder is a clip's; images are all PNG."""
+    return not name.endswith(".png")
 
 
 def _moves(file: Path) -> bool:

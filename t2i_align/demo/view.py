@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from t2i_align.demo.media import MediaFolder, moves
+from t2i_align.demo.media import VIDEOS, MediaFolder
 from t2i_align.demo.studio import Drawn, Job
 from t2i_align.demo.training import State
 from t2i_align.demo.votes import Shown
@@ -24,7 +24,7 @@ STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for 
 def sample(folder: MediaFolder, name: str, label: str) -> str:
     """An image, or a clip that plays in a loop. Tiny ones are enlarged with hard edges."""
     address = f"gradio_api/file={quote(str(folder.path / name))}"
-    if moves(name):
+    if name.endswith(VIDEOS):
         return f'<video src="{escape(address)}" aria-label="{escape(label)}" autoplay loop muted playsinline></video>'
     with Image.open(folder.path / name) as image:
         size = image.size

@@ -12,9 +12,10 @@ from t2i_align.demo import view
 from t2i_align.demo.page import DEVICE, Page, answered, guest, sampling_inputs
 from t2i_align.demo.session import prompts_of, rows_of
 from t2i_align.demo.studio import BASE, Drawn
-from t2i_align.demo.votes import Shown
+from t2i_align.demo.votes import MAX_SEGMENTS, Shown, segment_columns
 
 BUTTONS = {"left": "← Left", "tie": "↑ Tie", "neither": "↓ Both bad", "right": "Right →"}
+SIDES = [("←", "left"), ("=", "tie"), ("→", "right")]  # of a segment; one that is left open is a tie
 DRAWN_FIRST = 6  # prompts that are there to draw pairs for
 
 
@@ -26,6 +27,10 @@ def add(page: Page, tab: gradio.Tab) -> None:
         page.name.render()
         progress = gradio.HTML(elem_id="progress", scale=2)
     shown = gradio.HTML(elem_id="pair", elem_classes="pair-area")
+    with gradio.Row(visible=False, elem_id="segments") as segments:
+        labels = [
+            gradio.Radio(SIDES, container=True, min_width=130, elem_id=f"segment-{n}") for n in range(MAX_SEGMENTS)
+        ]
     with gradio.Row(elem_classes="buttons votes"):
         buttons = {
             choice: gradio.Button(
@@ -36,12 +41,13 @@ def add(page: Page, tab: gradio.Tab) -> None:
         undo = gradio.Button("⌫ Undo", elem_id="vote-undo")
     keys = "Keys: ← → for a side, ↑ tie, ↓ both bad, ⌫ takes the last vote back. Each vote is saved at once."
     gradio.Markdown(keys, elem_classes="keys")
-    outputs = [known, name, pair, shown, progress]
+    outputs = [known, name, pair, shown, progress, segments, *labels]
 
     def show(user: str) -> tuple[Any, ...]:
         following = demo.votes.next(user)
         done, total = demo.votes.progress(user)
-        return user, user, following, view.pair(demo.votes.images, following, total), view.progress(done, total)
+        page = view.pair(demo.votes.images, following, total)
+        return user, user, following, page, view.progress(done, total), *_segments(following)
 
     @answered
     def enter(stored: str | None, request: gradio.Request) -> tuple[Any, ...]:
@@ -49,10 +55,11 @@ def add(page: Page, tab: gradio.Tab) -> None:
 
     def voting(choice: str) -> Any:
         @answered
-        def vote(following: Shown | None, typed: str, request: gradio.Request) -> tuple[Any, ...]:
+        def vote(following: Shown | None, typed: str, request: gradio.Request, *chosen: str | None) -> tuple[Any, ...]:
             user = page.user(typed, request)
             if following is not None:
-                demo.votes.vote(user, following, choice)
+                own = segment_columns(chosen[: following.segments], following.segment_seconds)
+                demo.votes.vote(user, following, choice, own)
             return show(user)
 
         return vote
@@ -69,10 +76,20 @@ def add(page: Page, tab: gradio.Tab) -> None:
     gradio.on([page.blocks.load, tab.select], enter, known, outputs, api_name="enter", **at_once)
     gradio.on([name.submit, name.blur], enter, name, outputs, api_visibility="private", **at_once)
     for choice, button in buttons.items():
-        button.click(voting(choice), [pair, name], outputs, api_name=f"vote_{choice}", **at_once)
+        button.click(voting(choice), [pair, name, *labels], outputs, api_name=f"vote_{choice}", **at_once)
     undo.click(take_back, name, outputs, api_name="undo", **at_once)
     with gradio.Accordion("More pairs", open=demo.votes.pairs == 0):
         _more(page, show, name, outputs)
+
+
+def _segments(shown: Shown | None) -> list[Any]:
+    """The row of segments and its boxes, as many as a pair of clips has, with nothing chosen."""
+    count, seconds = (shown.segments, shown.segment_seconds) if shown else (0, 0.0)
+    boxes = [
+        gradio.Radio(value=None, visible=n < count, label=f"{n * seconds:g} to {(n + 1) * seconds:g} s")
+        for n in range(MAX_SEGMENTS)
+    ]
+    return [gradio.Row(visible=count > 0), *boxes]
 
 
 def _more(page: Page, show: Any, name: gradio.Textbox, outputs: Sequence[Any]) -> None:

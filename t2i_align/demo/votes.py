@@ -13,6 +13,7 @@ A vote is on disk before the click is answered. All methods may be called from s
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,13 +25,15 @@ from typing import Any, Self
 
 from t2i_align.data.media import ImageError
 from t2i_align.data.schema import Media
-from t2i_align.demo.media import MediaFolder
+from t2i_align.data.segments import ROUNDING
+from t2i_align.demo.media import MediaFolder, is_shown_clip
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, printable, shown, unknown
 from t2i_align.utils.files import append_line, claim, json_lines, output_lock, sync_file, whole_lines, write_text
 
 SETTINGS, PAIRS, VOTES, IMAGES = "demo.json", "pairs.jsonl", "votes.jsonl", "images"
 CHOICES = ("left", "right", "tie", "neither")
+MAX_SEGMENTS = 10  # of a pair of clips
 MAX_NAME = 64  # characters of a user's name
 
 
@@ -49,19 +52,26 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A pair as a user sees it. left, right: names in `images/`. models: the left one's and the right one's."""
+    """A pair as a user sees it.
+
+    left, right: names in `images/`. models: the left one's and the right one's. segments: of clips, that can be voted
+    on by themselves, of `segment_seconds` each.
+    """
 
     id: str
     prompt: str
     left: str
     right: str
     models: tuple[str, str]
+    segments: int = 0
+    segment_seconds: float = 0.0
 
 
 class Votes:
     """The votes in `folder`, which this process alone writes; see `opened`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, segment_seconds: float = 1.0) -> None:
+        self.segment_seconds = segment_seconds
         self.folder, self.images = folder, MediaFolder(folder / IMAGES)
         self.rows = whole_lines(folder / VOTES)
         self.unusable: dict[str, str] = {}  # pairs whose media cannot be shown, with the reason
@@ -79,7 +89,7 @@ class Votes:
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: str | Path) -> Iterator[Self]:
+    def opened(cls, folder: str | Path, segment_seconds: float = 1.0) -> Iterator[Self]:
         """The votes in a folder, new or an earlier demo's, held until the block ends.
 
         Raises:
@@ -88,7 +98,7 @@ class Votes:
         path = Path(folder).expanduser()
         with output_lock(path):
             claim(path / SETTINGS, {"version": 1}, content="demo's votes")
-            yield cls(path)
+            yield cls(path, segment_seconds)
 
     @property
     def pairs(self) -> int:
@@ -109,15 +119,16 @@ class Votes:
         with self._lock:
             waiting = [key for key in self._pairs if key not in self._voted.get(user, ()) and key not in self.unusable]
             for key in sorted(waiting, key=lambda key: stable_seed("order", user, key)):
+                pair = self._pairs[key]
+                turn = -1 if stable_seed("side", user, key) % 2 else 1
                 try:
-                    left, right = self._shown(self._pairs[key])
+                    left, right = self._shown(pair)[::turn]
+                    count, seconds = self._segments(left, right)
                 except (ImageError, OSError) as error:
                     self.unusable[key] = str(error)
                     continue
-                pair = self._pairs[key]
-                if stable_seed("side", user, key) % 2:
-                    return Shown(id=key, prompt=pair.prompt, left=right, right=left, models=pair.models[::-1])
-                return Shown(id=key, prompt=pair.prompt, left=left, right=right, models=pair.models)
+                sides = {"left": left, "right": right, "models": pair.models[::turn]}
+                return Shown(id=key, prompt=pair.prompt, **sides, segments=count, segment_seconds=seconds)
         return None
 
     def vote(self, user: str, pair: Shown, choice: str, columns: Mapping[str, Any] | None = None) -> bool:
@@ -185,6 +196,14 @@ class Votes:
             self._names[pair.id] = left, right
         return self._names[pair.id]
 
+    def _segments(self, left: str, right: str) -> tuple[int, float]:
+        """How many segments a pair's clips have, and their length, which grows where they would be too many."""
+        clips = [name for name in (left, right) if is_shown_clip(name)]
+        seconds, length = max(map(self.images.seconds, clips), default=0.0), self.segment_seconds
+        while (count := math.ceil(seconds / length - ROUNDING)) > MAX_SEGMENTS:
+            length *= 2
+        return (count, length) if count > 1 else (0, length)
+
     def _append(self, row: Mapping[str, Any]) -> None:
         file = self.folder / VOTES
         size = file.stat().st_size if file.exists() else 0
@@ -195,6 +214,14 @@ class Votes:
             if file.exists():
                 os.truncate(file, size)
             raise
+
+
+def segment_columns(labels: Sequence[str | None], seconds: float) -> dict[str, Any]:
+    """The columns of a vote on segments (`schema.COLUMNS`), of a choice or None each; none where all are None."""
+    if not any(labels):
+        return {}
+    shares = [{"left": 1.0, "right": 0.0}.get(label or "", 0.5) for label in labels]
+    return {"segment_scores": [shares, [1 - share for share in shares]], "segment_seconds": seconds}
 
 
 def user_name(text: str) -> str:

@@ -15,7 +15,7 @@ from t2i_align.data import readers
 from t2i_align.data.schema import Group
 from t2i_align.demo.pairs import pairs_of
 from t2i_align.demo.report import report
-from t2i_align.demo.votes import CHOICES, Votes
+from t2i_align.demo.votes import CHOICES, Votes, segment_columns
 from t2i_align.errors import UserError
 from tests.demo.conftest import generated
 from tests.runs import image, jsonl_clips
@@ -214,6 +214,21 @@ def test_clips_are_shown_as_they_are(tmp_path: Path) -> None:
         assert not votes.unusable
     names = [path.name for group in groups(tmp_path / "demo" / "votes.jsonl") for path in group.candidates]  # type: ignore[union-attr]
     assert {Path(name).suffix for name in names} == {".mp4", ".gif"}
+
+
+def test_segments_of_clips_are_read_in_the_order_of_the_sides(tmp_path: Path) -> None:
+    """20 frames at 16 a second are 1.25 s: three segments of half a second, of which the last is left open."""
+    source = jsonl_clips(tmp_path / "clips", 20, endings=(".mp4", ".webp"), count=2)
+    with Votes.opened(tmp_path / "demo", segment_seconds=0.5) as votes:
+        votes.offer(pairs_of([source]))
+        for choice in ("left", "right"):
+            pair = votes.next("anna")
+            assert pair and (pair.segments, pair.segment_seconds) == (3, 0.5)
+            votes.vote("anna", pair, choice, segment_columns(["left", "right", None], 0.5))
+    first, second = groups(tmp_path / "demo" / "votes.jsonl")
+    assert first.segment_scores == ((1.0, 0.0, 0.5), (0.0, 1.0, 0.5)) and first.segment_seconds == 0.5
+    assert second.segment_scores == first.segment_scores[::-1]  # the right one is the best, and so comes first
+    assert segment_columns([None, None], 0.5) == {}
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png"])
