@@ -46,8 +46,8 @@ def add(page: Page, tab: gradio.Tab) -> None:
     def show(user: str) -> tuple[Any, ...]:
         following = demo.votes.next(user)
         done, total = demo.votes.progress(user)
-        page = view.pair(demo.votes.images, following, total)
-        return user, user, following, page, view.progress(done, total), *_segments(following)
+        html = view.pair(demo.votes.images, following, total)
+        return user, user, following, html, view.progress(done, total), *_segments(following)
 
     @answered
     def enter(stored: str | None, request: gradio.Request) -> tuple[Any, ...]:
