@@ -74,8 +74,12 @@ class MediaFolder:
         """How long a clip is."""
         if name.endswith(VIDEOS):
             return float(imageio_ffmpeg.count_frames_and_secs(self.path / name)[1])
+        total = 0.0
         with Image.open(self.path / name) as image:
-            return sum(frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)) / 1000
+            for frame in ImageSequence.Iterator(image):
+                frame.load()  # before which a WebP has no duration
+                total += frame.info.get("duration", 0)
+        return total / 1000
 
     def check(self, name: str) -> str:
         """The name, if it is that of a file here. Raises UserError for anything else, such as a path."""

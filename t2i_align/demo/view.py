@@ -63,7 +63,7 @@ def comparison(folder: MediaFolder, drawn: Sequence[Drawn], blind: bool) -> str:
             caption = f"<figcaption><b>{escape(label)}</b>{scores}</figcaption>"
             figures.append(f"<figure>{sample(folder, one.file, label)}{caption}</figure>")
         heading = f'<p class="prompt">{escape(prompt)} <small>seed {seed}</small></p>'
-        parts.append(f'{heading}<div class="row">{"".join(figures)}</div>')
+        parts.append(f'{heading}<div class="samples">{"".join(figures)}</div>')
     return "".join(parts)
 
 

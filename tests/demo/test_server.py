@@ -14,9 +14,11 @@ import httpx
 import pytest
 
 from t2i_align.demo import app
+from t2i_align.demo.votes import MAX_SEGMENTS
 from tests.demo.conftest import PROMPTS, Served, generated
 from tests.runs import image
 
+NO_SEGMENTS = [None] * MAX_SEGMENTS
 CLIENTS, VOTES = 20, 3  # at once, and of each
 SECONDS = float(os.environ.get("DEMO_VOTING_SECONDS", "0"))  # that they go on after that
 
@@ -37,7 +39,7 @@ def test_many_clients_at_once_lose_and_mix_no_vote(served: Served) -> None:
         user, button = f"client {number}", ("left", "right", "tie", "neither")[number % 4]
         clients[number].predict(user, api_name="/enter")
         while acknowledged[user] < VOTES or (time.monotonic() < end and acknowledged[user] < pairs):
-            clients[number].predict(user, api_name=f"/vote_{button}")
+            clients[number].predict(user, *NO_SEGMENTS, api_name=f"/vote_{button}")
             acknowledged[user] += 1
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(CLIENTS)]
@@ -135,7 +137,7 @@ def test_only_those_with_an_account_come_in_and_vote_under_its_name(tmp_path: Pa
             gradio_client.Client(url, verbose=False)
         api = gradio_client.Client(url, verbose=False, auth=("anna", "secret"))
         api.predict("ben", api_name="/enter")
-        api.predict("ben", api_name="/vote_left")
+        api.predict("ben", *NO_SEGMENTS, api_name="/vote_left")
         assert [row["user"] for row in demo.votes.snapshot()] == ["anna"]
         blocks.close(verbose=False)
 
