@@ -240,8 +240,8 @@ def table(options: argparse.Namespace) -> None:
     command = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
     lines = [
         "# Personal preferences on the testbed", "", f"`python benchmarks/personal.py {command}`", "",
-        f"{options.users} users in training, {options.new_users} new ones, eight tastes; {options.prompts} test prompts."
-        " Each user judges the images made for them, at the same seeds. 95 % intervals over users and prompts.", "",
+        f"{options.users} users in training, {options.new_users} new, eight tastes; {options.prompts} test prompts. "
+        "Users judge the images made for them, at the same seeds. Intervals of 95 % over users and prompts.", "",
         "| images for each user, of these choices | win rate over the base | of single users |", "|---|---|---|",
         *(row(f"new users, {count} choice{'s' * (count > 1)}", f"new users, {count}") for count in COUNTS),
         row(f"seen users, {EXAMPLES} choices", "seen users"),
@@ -254,9 +254,9 @@ def table(options: argparse.Namespace) -> None:
         *(f"| how much the first of {name} likes it | {' | '.join(f'{one:.3f}' for one in means)} |"
           for name, means in out["mix"].items()), "",
         "| identified among the new users from four choices | share |", "|---|---|",
-        *("| top {} | {:.1%} [{:.1%}, {:.1%}] |".format(top, *out[f"identification, top {top}"]) for top in (1, 5)), "",
-        f"The branch has {out['parameters']:,} parameters. Sampling took {out['time'][0]:.2f} s of one core without a user"
-        f" and {out['time'][1]:.2f} s with one ({out['time'][1] / out['time'][0] - 1:+.1%}).", "",
+        *("| top {} | {:.1%} [{:.1%}, {:.1%}] |".format(n, *out[f"identification, top {n}"]) for n in (1, 5)), "",
+        f"The branch has {out['parameters']:,} parameters. Sampling took {out['time'][0]:.2f} s of one core without a "
+        f"user and {out['time'][1]:.2f} s with one ({out['time'][1] / out['time'][0] - 1:+.1%}).", "",
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "personal.md", "\n".join(lines))

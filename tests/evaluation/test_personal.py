@@ -24,15 +24,15 @@ def test_win_rate_by_hand() -> None:
 def test_interval_covers_users_and_prompts_alike() -> None:
     """Effects of users and of prompts, each of standard deviation 1: an interval over one of them would be too narrow.
 
-    Of 200 studies of 20 users and 16 prompts, whose true rate is 1/2 by symmetry, about 95 % cover it.
+    Of 60 studies of 20 users and 16 prompts, whose true rate is 1/2 by symmetry, about 95 % cover it.
     """
     rng = np.random.default_rng(0)
     covered = 0
-    for study in range(200):
+    for study in range(60):
         effect = rng.standard_normal((20, 1)) + rng.standard_normal((1, 16)) + rng.standard_normal((20, 16))
         low, high = win_rate(np.zeros_like(effect), effect, seed=study).interval
         covered += low <= 0.5 <= high
-    assert covered >= 180
+    assert covered >= 53
 
 
 def test_identification() -> None:
