@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import to_jsonable_python
 
 from t2i_align import objectives, plugins
-from t2i_align.conditioning.config import PersonalConfig
+from t2i_align.conditioning.config import PersonalConfig, SegmentsConfig
 from t2i_align.errors import UserError
 
 from t2i_align.utils.settings import (  # isort: skip
@@ -32,21 +32,6 @@ Spec = Annotated[str, AfterValidator(plugins.located)]  # a name, or the place o
 Plugin = Annotated[str, AfterValidator(plugins.required)]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-
-
-@settings
-class SegmentsConfig:
-    """Prompts of any length, encoded in segments (LongAlign, arXiv 2410.11817; see `conditioning.segments`).
-
-    tokens: a prompt's sequence is padded to a multiple of it. bos, eos: the start and end tokens that are kept, of
-    `each` segment, of the `first` or `last`, or of `none`. pooled: SDXL's pooled vector, the segments' `mean` or the
-    `first` one's.
-    """
-
-    tokens: Count = 240
-    bos: Literal["each", "first", "none"] = "each"
-    eos: Literal["each", "last", "none"] = "none"
-    pooled: Literal["mean", "first"] = "mean"
 
 
 @settings
@@ -206,7 +191,8 @@ class ValidationConfig:
     """Images and held-out scores during training, every so many steps (0: never).
 
     prompts: a file of prompts, or `testbed:dev`. count: how many of them. batch_size: samples at a time (null: 8 images
-    or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    or 1 clip). guidance: null is that of the model's diffusers pipeline. patience: the run ends once the first scorer's
+    mean has not risen for so many validations, and keeps the weights of its best one (null: all steps are trained).
     """
 
     every: Whole = 0
@@ -217,6 +203,11 @@ class ValidationConfig:
     steps: Count = 20
     guidance: NonNegative | None = None
     seed: Int = 1000
+    patience: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience and not (self.every and self.scorers):
+            raise UserError("validation.patience needs validation.every and a scorer in validation.scorers to watch")
 
 
 @settings
@@ -226,10 +217,12 @@ class HealthConfig:
     A loss or gradient that is not finite is divergence. So are winners that the policy denoises worse and worse (their
     error rises together with the losers'): max_error_rise is how far their mean error since the last logged line may
     exceed the reference's (without a reference, the initial model's), as a share of it (null: not checked). rollbacks:
-    after so many the run stops.
+    after so many the run stops. max_drift: the run ends where the mean squared difference between the policy's and the
+    reference's predictions (`drift`) exceeds it (null: not checked).
     """
 
     max_error_rise: Limit | None = 0.5
+    max_drift: Limit | None = None
     rollbacks: Whole = 2
 
 
@@ -287,6 +280,11 @@ class RunConfig:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
             raise UserError(f"soft_tokens serve objectives without a reference; {self.objective.name} has one")
+        if self.health.max_drift is not None and not self.objective.needs.reference:
+            raise UserError(
+                f"health.max_drift: {self.objective.name} measures no drift from a reference"
+                + "; set objective.drift=true" * hasattr(self.objective, "drift")
+            )
         if self.objective.needs.features and self.train.reference_update:
             raise UserError(
                 f"train.reference_update: {self.objective.name} compares in the features of the model before training"

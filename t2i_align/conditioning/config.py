@@ -1,4 +1,4 @@
-"""The configuration of personal preferences; needs no torch."""
+"""The configuration of what conditions a model beside its own encoding; needs no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 
 
 USER = "user"  # the name of the users' rows of features in the conditioning
+
+
+@settings
+class SegmentsConfig:
+    """Prompts of any length, encoded in segments (LongAlign, arXiv 2410.11817; see `conditioning.segments`).
+
+    tokens: a prompt's sequence is padded to a multiple of it. bos, eos: the start and end tokens that are kept, of
+    `each` segment, of the `first` or `last`, or of `none`. pooled: SDXL's pooled vector, the segments' `mean` or the
+    `first` one's.
+    """
+
+    tokens: Count = 240
+    bos: Literal["each", "first", "none"] = "each"
+    eos: Literal["each", "last", "none"] = "none"
+    pooled: Literal["mean", "first"] = "mean"
 
 
 @settings

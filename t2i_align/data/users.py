@@ -26,9 +26,10 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.loader import PreparedDataset, digest
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import COLUMNS, Batch, Group, Selection, Skipped
+from t2i_align.data.schema import COLUMNS, Batch, Group, Skipped
 from t2i_align.data.spec import normalise
 from t2i_align.data.store import is_store
+from t2i_align.data.survey import Selection
 from t2i_align.diffusion.randomness import permutation, stable_seed
 from t2i_align.errors import UserError
 from t2i_align.utils.files import atomic_file
@@ -214,7 +215,7 @@ def add_users(
 
 def _identity(group: Group) -> list[Any]:
     """What a choice's embedding depends on; of a file its name, size and time."""
-    media = []
+    media: list[Any] = []
     for one in group.candidates:
         if isinstance(one, Path):
             stat = one.stat() if one.is_file() else None

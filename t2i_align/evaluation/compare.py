@@ -33,6 +33,7 @@ from t2i_align.inference.models import (
 from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
 from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
+from t2i_align.utils.logging import silent
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 
 
+@silent
 def evaluate(
     *,
     base: str | Path | TrainablePipeline | None = None,
@@ -68,6 +70,7 @@ def evaluate(
     single_file_config: str | None = None,
     expert: str | None = None,
     prediction_type: str | None = None,
+    segments: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -93,7 +96,7 @@ def evaluate(
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
-            any; the same for variant, single_file_config, expert and prediction_type).
+            any; the same for variant, single_file_config, expert, prediction_type and segments).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -109,6 +112,7 @@ def evaluate(
     started = time.monotonic()
     texts = resolve_prompts(prompts)
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    counts["segments"] = segments
     check_options(precision, fps, seeds_per_prompt=seeds_per_prompt, **counts)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
@@ -119,7 +123,9 @@ def evaluate(
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
     version |= {"expert": expert, "prediction_type": prediction_type}
     loaded = not isinstance(base, str | Path | None)
-    model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
+    if segments and (loaded or not isinstance(aligned, str | Path)):
+        raise UserError("segments: only for models that are given by their paths; a loaded pipeline has its own way")
+    model = None if loaded else resolve_base(base, other, segments, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
     _check_free(folder, force)
     judges = build_scorers(scorers)
@@ -180,7 +186,11 @@ def evaluate(
             del pipeline
             gc.collect()
             torch.cuda.empty_cache()
-            whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
+            whole = ModelConfig(
+                path=other.path,
+                single_file_config=origin["single_file_config"],
+                segments=model.segments if model else None,
+            )
             if Path(other.path).is_file():  # which may not say it either
                 whole = replace(whole, prediction_type=origin["prediction_type"])
             pipeline = load_pipeline(whole, precision, device)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapte
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
+from t2i_align.utils.logging import silent
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 
 TOTAL = ""  # the key of a score itself, beside the names of its parts
 LIST = "samples.jsonl"
-ENDINGS = (".png", ".mp4")
-NAME = re.compile(r"\d{5,}\.(png|mp4)")
+ClipFormat = Literal["mp4", "webm", "gif", "webp", "frames"]
+ENDINGS = (".png", *(f".{kind}" for kind in get_args(ClipFormat) if kind != "frames"), "")
+NAME = re.compile(rf"\d{{5,}}({'|'.join(map(re.escape, ENDINGS))})")
+FRAME = re.compile(r"\d{5,}\.png")
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -79,6 +83,7 @@ def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> 
             yield index, {name: values[place] for name, values in columns.items()}
 
 
+@silent
 def generate(
     model: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str] | None = None,
@@ -99,12 +104,14 @@ def generate(
     width: int | None = None,
     frames: int | None = None,
     fps: float | None = None,
+    format: ClipFormat = "mp4",
     batch_size: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
     expert: str | None = None,
     prediction_type: str | None = None,
+    segments: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -114,8 +121,8 @@ def generate(
 
     With `out=None` nothing is written, and the images are returned: PIL images, or clips [F, 3, H, W] of 8 bits.
 
-    Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
-    leaves a usable shorter list.
+    Models that make clips write `00000.mp4` … or another `format`. Each file is complete before its line is written,
+    so an interrupted run leaves a usable shorter list.
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
@@ -137,6 +144,7 @@ def generate(
         height, width: in pixels (default: the model's own).
         frames: frames of a clip, for models that make clips (default: the model's own).
         fps: frame rate of the clips (default: the model's own).
+        format: of the clips: `mp4` (H.264), `webm` (VP9), `gif`, `webp`, or `frames`, a folder of PNG files each.
         batch_size: samples at a time (default: 8 images, or 1 clip).
         revision: branch, tag or commit of the model on the Hub (default: that of the training run `lora` is from, if
             any; the same for the next four).
@@ -144,6 +152,8 @@ def generate(
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
         prediction_type: `epsilon` or `v_prediction`, where the model's files do not say it or are wrong.
+        segments: encode prompts of any length in segments, padded to a multiple of so many tokens, such as 240
+            (default: as the training run of `lora` or `model` did).
         precision: of the weights: `fp32`, `tf32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
@@ -155,6 +165,7 @@ def generate(
     if not texts:
         raise UserError("no prompts: give a prompt file or single prompts")
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    counts["segments"] = segments
     check_options(precision, fps, per_prompt=per_prompt, **counts)
     adapter = None if lora is None else resolve_adapter(lora)
     served = resolve_user(adapter, user, users, user_scale)
@@ -164,9 +175,12 @@ def generate(
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
-        base = resolve_base(model, adapter, **version)
+        base = resolve_base(model, adapter, segments, **version)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
+        columns |= {"segments": base.segments.tokens} if base.segments else {}
+    elif segments:
+        raise UserError("segments: only for a model that is given by its path; a loaded pipeline has its own way")
     else:
         pipeline, autocast = model, use_precision(precision)
         columns = {"model": pipeline.source, "revision": None}
@@ -178,6 +192,7 @@ def generate(
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
+    ending = "" if format == "frames" else f".{format}"
     drawn = _drawn(pipeline, rows, batch_size, progress, options)
     if folder is None:
         with adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
@@ -187,7 +202,7 @@ def generate(
 
         def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
             for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
-                file = folder / f"{index:05d}.{'mp4' if isinstance(item, Tensor) else 'png'}"
+                file = folder / f"{index:05d}{ending if isinstance(item, Tensor) else '.png'}"
                 if isinstance(item, Tensor):
                     save_clip(item, file, fps or pipeline.fps)
                 else:
@@ -198,7 +213,7 @@ def generate(
             for start, batch, samples in drawn:
                 if start == 0:  # with which nothing is wrong that the sampling could show
                     for file in earlier:
-                        file.unlink()
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
                     (folder / LIST).write_bytes(b"")
                 run(save, start, batch, samples)
     return folder / LIST
@@ -260,7 +275,12 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
             raise UserError(f"{folder / LIST}: is not the list of an earlier run; choose another folder")
         listed = {str(row["file"]) for row in rows if NAME.fullmatch(str(row["file"]))}
         own = names & {*listed, *(f"{len(rows):05d}{ending}" for ending in ENDINGS)}
+        own -= {name for name in own if (folder / name).is_dir() and not _only_frames(folder / name)}
     wanted = {f"{index:05d}{ending}" for index in range(new) for ending in ENDINGS}
     if foreign := sorted(names & wanted - own):
         raise UserError(f"{folder / foreign[0]}: is not of an earlier run; choose another folder")
     return [folder / name for name in own]
+
+
+def _only_frames(folder: Path) -> bool:
+    return all(FRAME.fullmatch(file.name) for file in folder.iterdir())

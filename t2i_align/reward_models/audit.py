@@ -30,8 +30,9 @@ from t2i_align.reward_models.losses import Accuracy, measure, winner_gaps
 from t2i_align.reward_models.optimise import Curve, curves, draw_pool
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
 from t2i_align.testbed.captions import CaptionError, parse
+from t2i_align.utils import html
 from t2i_align.utils.files import check_own, json_text, output_lock, write_files
-from t2i_align.utils.html import ENVIRONMENT
+from t2i_align.utils.logging import silent
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -75,6 +76,12 @@ class Audit:
     agreement: list[list[float]]
     curves: dict[str, list[Curve]]
 
+    def __repr__(self) -> str:
+        return f"Audit({', '.join(f'{name}: {accuracy}' for name, accuracy in self.accuracy.items())}, {self.out})"
+
+    def _repr_html_(self) -> str:
+        return html.page((self.out / REPORT).read_text(encoding="utf-8"))
+
     def summary(self) -> str:
         """A few lines for the terminal."""
         lines = []
@@ -87,6 +94,7 @@ class Audit:
         return "\n".join([*lines, f"report: {self.out / REPORT}"])
 
 
+@silent
 def audit(
     source: str | Path,
     scorers: str | Sequence[str | Scorer],
@@ -159,7 +167,7 @@ def audit(
             agreement=agreement([*scores.values(), data.labels]),
             curves={scorer.name: curves(scorer, pool, batch_size) for scorer in built} if pool else {},
         )
-        template = ENVIRONMENT.get_template("evaluation/audit.html.jinja")
+        template = html.ENVIRONMENT.get_template("evaluation/audit.html.jinja")
         page = template.render(result=result, source=str(source), groups=len(data), enumerate=enumerate)
         write_files(folder, {REPORT: page, AUDIT: json_text(plain(result))})
         return result

@@ -26,7 +26,7 @@ from t2i_align.utils.files import WRITING, atomic_folder, read_json, whole_lines
 
 FOLDER = "checkpoints"
 WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256.json"
-LAYOUT = 5  # raised when the state gets other entries
+LAYOUT = 6  # raised when the state gets other entries
 
 
 @contextmanager

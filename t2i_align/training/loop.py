@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_align.config import HealthConfig, OptimConfig, RunConfig
+from t2i_align.config import HealthConfig, RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
@@ -32,7 +31,9 @@ from t2i_align.training.monitor import (
     check_finite,
     check_reached,
     check_winners,
+    drifted,
 )
+from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -48,7 +49,8 @@ class Task(ABC):
 
     weights: of the network, on the accelerator's device, with gradients switched on for what is to be trained.
     fingerprint: of the data; equal when each step takes the same samples. accumulate: micro-batches of a step. health:
-    how often it is rolled back, and from when. advice: what helps against divergence.
+    how often it is rolled back, and from when. advice: what helps against divergence. over: why training ends early, ""
+    while it does not.
     """
 
     weights: Weights
@@ -56,6 +58,7 @@ class Task(ABC):
     accumulate: int = 1
     health: HealthConfig = HealthConfig(rollbacks=0)
     advice: str = "A smaller optim.lr usually helps."
+    over: str = ""
 
     @abstractmethod
     def batches(self, step: int) -> Iterator[Any]:
@@ -148,7 +151,7 @@ class Loop:
                 self._record(act())
             self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
         with bar, graceful_shutdown() as stop:
-            while self.step < self.train.steps:
+            while self.step < self.train.steps and not self.task.over:
                 try:
                     self._train(bar, stop)
                 except Diverged as divergence:
@@ -161,7 +164,7 @@ class Loop:
         batches = self.task.batches(self.step)
         self.network.train()  # not in each step: a walk over a large network takes milliseconds
         before: Callable[[], list[float]] | None = None
-        while self.step < self.train.steps:
+        while self.step < self.train.steps and not self.task.over:
             last = self.step + 1 == self.train.steps
             report = (self.step + 1) % self.log.every == 0 or last
             numbers = self._one_step(batches, report, stop)
@@ -178,6 +181,7 @@ class Loop:
             if report or save:
                 means = {**self.window.numbers(self.accelerator), **self.task.watched()}
                 check_winners(means, self.step, self.task.health.max_error_rise)
+                self.task.over = self.task.over or drifted(means, self.task.health.max_drift)
             if report:
                 now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
                 self.last_logged, self.window = {**means, **now}, MetricAverager()
@@ -187,10 +191,13 @@ class Loop:
                 self.callbacks.on_step(self.step, self.last_logged if report else {})
             for act in due:
                 self._record(act())
-            if save:
+            if self.task.over and self.accelerator.is_main_process:
+                append_line(self.output / METRICS_FILE, {"step": self.step, "ended": self.task.over})
+                tqdm.write(f"The run ends after step {self.step}: {self.task.over}.")
+            if save or self.task.over:
                 self.went_back = False
                 self._save()
-            if stopping and not last:
+            if stopping and not last and not self.task.over:
                 raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
 
     def _one_step(self, batches: Iterator[Any], report: bool, stop: threading.Event) -> Callable[[], list[float]]:
@@ -324,27 +331,3 @@ class Loop:
         self.step, self.rollbacks = state["step"], state["rollbacks"]
         if self.ema:
             self.ema.optimization_step = self.step
-
-
-def check_machine(config: RunConfig | ScorerRun) -> None:
-    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:
-        if tracker not in installed:
-            raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
-    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
-
-
-def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, fused where torch can; or bitsandbytes' 8-bit AdamW, if that is installed."""
-    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            message = "optim.optimizer 'adamw8bit' needs bitsandbytes: pip install 't2i-align[bitsandbytes]'"
-            raise UserError(message) from error
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)

@@ -32,7 +32,8 @@ CURVES = {
     },
     "Implicit reward": {"winner": "rewards/chosen", "loser": "rewards/rejected"},
     "Denoising error": {"winner": "error/chosen", "loser": "error/rejected"},
-    "Reward": {"reward": "reward"},
+    "Reward": {"reward": "reward", "relevant": "reward/relevant", "irrelevant": "reward/irrelevant"},
+    "Drift from the reference": {"drift": "drift"},
     "Winners' error against the initial model": {"rise": "winners/rise"},
 }
 TECHNICAL = {"Gradient norm": {"norm": "grad_norm"}, "Learning rate": {"lr": "lr"}}
@@ -48,6 +49,7 @@ def write_report(run: Path) -> Path:
         run=run.name,
         settings=settings,
         step=step,
+        finished=step >= steps or any("ended" in line for line in history),
         steps=steps,
         refresh=REFRESH,
         facts=facts(history),
@@ -67,10 +69,17 @@ def curves(history: Sequence[Line]) -> dict[str, dict[str, html.Points]]:
     charts = {
         **CURVES,
         "Margin by timestep (1000: noise)": {name.removeprefix(f"{BY_TIME}t"): name for name in by_time},
-        **{f"Score of the samples: {name.removeprefix(VALIDATED)}": {"score": name}
-           for name in metrics if name.startswith(VALIDATED)},
-    }  # fmt: skip
+    }
+    for name in (name for name in metrics if name.startswith(VALIDATED)):
+        scorer, _, part = name.removeprefix(VALIDATED).partition("/")
+        charts.setdefault(f"{'Parts' if part else 'Samples'} by {scorer}", {})[part or "score"] = name
     return {title: lines(history, names) for title, names in charts.items()}
+
+
+def validated(history: Sequence[Line]) -> list[str]:
+    """The scores of validations, without their parts."""
+    names = {name for line in history for name in line}
+    return sorted(name for name in names if name.startswith(VALIDATED) and name.count("/") == 1)
 
 
 def lines(history: Sequence[Line], names: Mapping[str, str]) -> dict[str, html.Points]:
@@ -90,7 +99,7 @@ def facts(history: Sequence[Line]) -> dict[str, str]:
     newest = {name: value for line in history for name, value in line.items()}
     named = {"loss": "loss", "rewards/accuracies": "of the pairs ordered as labelled", "rewards/margins": "margin",
              "winners/rise": "rise of the winners' error"}  # fmt: skip
-    named |= {name: f"{name.removeprefix(VALIDATED)} of the samples" for name in newest if name.startswith(VALIDATED)}
+    named |= {name: f"{name.removeprefix(VALIDATED)} of the samples" for name in validated(history)}
     return {label: f"{newest[name]:.0%}" if "accuracies" in name else f"{newest[name]:.4g}"
             for name, label in named.items() if name in newest}  # fmt: skip
 
@@ -120,7 +129,8 @@ def advice(history: Sequence[Line]) -> list[str]:
     elif len(history) >= 8 and accuracy < 0.53:
         found.append(f"Only {accuracy:.0%} of the pairs are ordered as labelled, and chance is 50 %: more train.steps, "
                      "a larger optim.lr, or less noisy pairs.")  # fmt: skip
-    for name in sorted({name for line in history for name in line if name.startswith(VALIDATED)}):
+    found += [f"The run ended early: {line['ended']}." for line in history if "ended" in line]
+    for name in validated(history):
         points = [(line[name], line["step"]) for line in history if name in line]
         (first, _), (best, at), (last, end) = points[0], max(points), points[-1]
         if best - last > max(abs(best - first) / 2, abs(best) / 50) and at < end:

@@ -27,16 +27,20 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
+from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, check_machine
+from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
+from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
+from t2i_align.utils.logging import silent
 
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
@@ -49,6 +53,7 @@ MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
+@silent
 def align(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -109,7 +114,14 @@ def _align(
     validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
+    if accelerator.is_main_process and loaded is None and not config.resume and (text := memory_warning(config)):
+        print(f"warning    {text}")
     pipeline = load_model(config, accelerator.device, loaded)
+    guidance = getattr(config.objective, "guidance", 1.0)
+    if scorer and pipeline.distilled_guidance and guidance != 1:
+        raise UserError(
+            f"objective.guidance must be 1 for {pipeline.family}, which has its guidance distilled, found {guidance:g}"
+        )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
@@ -132,11 +144,14 @@ def _align(
         if progress:
             print(describe(config, pipeline, source, unreached, accelerator.num_processes))
     metrics = loop.run()
+    if task.best:
+        task.best.restore()
     weights = output / config.trains
     if accelerator.is_main_process:
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
+        write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 
@@ -247,7 +262,7 @@ def prepare_denoiser(
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
-    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
+    TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
