@@ -8,9 +8,10 @@ the left or on the right: eight tastes in opposed pairs, with deviations of each
 
 - clip: `python -m tools.testbed clip`, which has seen captions and no preference, as the embedder;
 - pairs: choices of the users in training, and of new ones;
-- ppd, population: Diffusion-DPO on the same pairs, with a personal branch and as a LoRA for all;
-- served: images for each user, judged by that user: against the base and the population's model, with 1 to 16 choices,
-  with choices shuffled between users, for users seen in training; mixes of two users; identification; time.
+- ppd: Diffusion-DPO with a personal branch;
+- served: images for each user, judged by that user: against the base, with 1 to 16 choices, with choices shuffled
+  between users, for users seen in training; mixes of two users; identification; time;
+- population: Diffusion-DPO on the same pairs as a LoRA for all, judged by the same users.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ AXES: tuple[dict[str, float], ...] = ({"white": 0.7, "black": -0.7}, {"big": 0.9
 SPREAD = 0.1  # standard deviation between users of a taste
 EXAMPLES, COUNTS = 4, (1, 4, 16)
 MIX = (0.0, 0.25, 0.5, 0.75, 1.0)
+SERVED = "served.json"
 MARGIN = 0.02  # of scores that are a tie, as the annotators have it
 SAMPLING = {"steps": 10, "guidance": 1.0, "batch_size": 16}
 
@@ -67,16 +69,17 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=16, help="choices of each user in training")
     parser.add_argument("--prompts", type=int, default=12, help="test prompts, of which each user gets an image")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--population-lr", type=float, default=1e-3)
     parser.add_argument("--beta", type=float, default=200.0)
-    parser.add_argument("--stage", choices=("clip", "pairs", "ppd", "population", "served", "table"))
+    parser.add_argument("--stage", choices=("clip", "pairs", "ppd", "served", "population", "table"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.clip = options.clip or options.work / "clip"
     stages: dict[str, Callable[[argparse.Namespace], None]] = {
-        "clip": clip_stage, "pairs": pairs_stage, "ppd": ppd_stage, "population": population_stage,
-        "served": served_stage, "table": table,
+        "clip": clip_stage, "pairs": pairs_stage, "ppd": ppd_stage, "served": served_stage,
+        "population": population_stage, "table": table,
     }  # fmt: skip
     for name, stage in stages.items():
         if options.stage in (None, name):
@@ -119,13 +122,13 @@ def pairs_stage(options: argparse.Namespace) -> None:
             write_pairs(file, drawn, [person(number) for number in users], [str(number) for number in users])
 
 
-def trained(options: argparse.Namespace, name: str, **more: Any) -> None:
+def trained(options: argparse.Namespace, name: str, rate: float, **more: Any) -> None:
     """Diffusion-DPO on the pairs of the users in training; a run that was stopped continues."""
     align({
         "output_dir": str(options.work / name), "resume": True,
         "model": {"path": options.model}, "data": {"path": str(options.work / "seen.parquet")},
         "objective": {"name": "diffusion_dpo", "beta": options.beta},
-        "optim": {"lr": options.lr, "schedule": "cosine", "warmup_steps": 10},
+        "optim": {"lr": rate, "schedule": "cosine", "warmup_steps": 10},
         "train": {"steps": options.steps, "batch_size": options.batch},
         "log": {"every": 5, "checkpoint_every": 25}, **more,
     })  # fmt: skip
@@ -133,30 +136,45 @@ def trained(options: argparse.Namespace, name: str, **more: Any) -> None:
 
 def ppd_stage(options: argparse.Namespace) -> None:
     embedder = {"embedder": f"hf-clip:{options.clip}", "examples": [1, 8], "dropout": 0.05}
-    trained(options, "ppd", lora=None, personal=embedder)
+    trained(options, "ppd", options.lr, lora=None, personal=embedder)
 
 
 def population_stage(options: argparse.Namespace) -> None:
-    trained(options, "population", lora={"rank": 8, "alpha": 8.0})
+    """At the rate of the quickstart's LoRA."""
+    trained(options, "population", options.population_lr, lora={"rank": 16, "alpha": 16.0, "targets": "all"})
+    likes, out = np.load(options.work / "likes.npz"), json.loads((options.work / SERVED).read_text())
+    prompts, seeds, new, seen = tests(options)
+    pipeline = load_pipeline(options.model, device="cpu")
+    with adapter_on(pipeline, resolve_adapter(options.work / "population")):
+        population, population_seen = (
+            liked(pipeline, dict.fromkeys(users), prompts, seeds, judge, **SAMPLING) for users in (new, seen)
+        )
+    out["population over base"] = rate(likes["base"], population)
+    out["new users over population"] = rate(population, likes["new"])
+    out["seen users over population"] = rate(population_seen, likes["seen"])
+    write_json(options.work / SERVED, out)
+
+
+def tests(options: argparse.Namespace) -> tuple[list[str], list[int], dict[str, list[Group]], dict[str, list[Group]]]:
+    """Test prompts and their seeds, and the choices of new users and of as many in training."""
+    rng = np.random.default_rng(23)
+    prompts = [write(one, rng) for one in statements("test", options.prompts, rng, p_size=0.0, p_background=0.0)]
+    new, seen = (choices_by_user(readers.read(options.work / f"{name}.parquet"), name) for name in ("new", "seen"))
+    seeds = [sample_seed(0, index, 0) for index in range(len(prompts))]
+    return prompts, seeds, new, {user: seen[user] for user in [*seen][: len(new)]}
 
 
 @torch.no_grad()
 def served_stage(options: argparse.Namespace) -> None:
     """Images for all users, and what they think of them."""
-    rng = np.random.default_rng(23)
-    prompts = [write(one, rng) for one in statements("test", options.prompts, rng, p_size=0.0, p_background=0.0)]
-    seeds = [sample_seed(0, index, 0) for index in range(len(prompts))]
-    new, seen = (choices_by_user(readers.read(options.work / f"{name}.parquet"), name) for name in ("new", "seen"))
-    seen = {user: seen[user] for user in [*seen][: len(new)]}
-    pipeline = load_pipeline(options.model, device="cpu")
+    prompts, seeds, new, seen = tests(options)
+    rng, pipeline = np.random.default_rng(29), load_pipeline(options.model, device="cpu")
 
     def scores(users: dict[str, Any]) -> NDArray[np.float64]:
         return liked(pipeline, users, prompts, seeds, judge, **SAMPLING)
 
     base, base_seen = scores(dict.fromkeys(new)), scores(dict.fromkeys(seen))
-    with adapter_on(pipeline, resolve_adapter(options.work / "population")):
-        population, population_seen = scores(dict.fromkeys(new)), scores(dict.fromkeys(seen))
-    out: dict[str, Any] = {"population over base, new users": rate(base, population)}
+    out: dict[str, Any] = {}
     with adapter_on(pipeline, resolve_adapter(options.work / "ppd")):
         branch: personal.Personal = pipeline.denoiser.personal
         embedder = rebuilt(branch.embedding)
@@ -166,13 +184,12 @@ def served_stage(options: argparse.Namespace) -> None:
                 user: tokens_of(branch, embedder, all[start : start + count], user) for user, all in choices.items()
             }
 
+        likes: dict[int, NDArray[np.float64]] = {}
         for count in COUNTS:
-            likes = scores(tokens(new, count))
-            out[f"new users, {count}"] = rate(base, likes)
-            if count == EXAMPLES:
-                out["new users over population"] = rate(population, likes)
-        likes = scores(tokens(seen, EXAMPLES))
-        out["seen users"], out["seen users over population"] = rate(base_seen, likes), rate(population_seen, likes)
+            likes[count] = scores(tokens(new, count))
+            out[f"new users, {count}"] = rate(base, likes[count])
+        likes_seen = scores(tokens(seen, EXAMPLES))
+        out["seen users"] = rate(base_seen, likes_seen)
         out["shuffled"] = rate(base, scores(tokens(shuffled(new, rng), EXAMPLES)))
         out["mix"] = mix(new, scores, tokens(new, EXAMPLES))
         parts = [tokens(new, EXAMPLES, start) for start in range(0, COUNTS[-1], EXAMPLES)]
@@ -181,7 +198,9 @@ def served_stage(options: argparse.Namespace) -> None:
             out[f"identification, top {top}"] = [found[0], *found[1]]
         out["time"] = overhead(pipeline, prompts, seeds, next(iter(tokens(new, EXAMPLES).values())))
         out["parameters"] = sum(parameter.numel() for parameter in branch.parameters())
-    write_json(options.work / "served.json", out)
+    np.savez(options.work / "likes.npz", base=base, new=likes[EXAMPLES], seen=likes_seen)
+    write_json(options.work / SERVED, out)
+    table(options)
 
 
 def rate(before: NDArray[np.float64], after: NDArray[np.float64]) -> list[float]:
@@ -227,16 +246,15 @@ def overhead(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], tokens
 
 def table(options: argparse.Namespace) -> None:
     """Write the tables as markdown, and the curves as a page in --work."""
-    file = options.work / "served.json"
-    if not file.exists():
-        return
-    out = json.loads(file.read_text())
+    out = json.loads((options.work / SERVED).read_text())
 
     def row(name: str, key: str) -> str:
+        if key not in out:
+            return f"| {name} | not run | |"
         found, low, high, least, most = out[key]
         return f"| {name} | {found:.1%} [{low:.1%}, {high:.1%}] | {least:.0%} … {most:.0%} |"
 
-    names = ("users", "new_users", "pairs", "prompts", "steps", "batch", "lr", "beta", "model")
+    names = ("users", "new_users", "pairs", "prompts", "steps", "batch", "lr", "population_lr", "beta", "model")
     command = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
     lines = [
         "# Personal preferences on the testbed", "", f"`python benchmarks/personal.py {command}`", "",
@@ -246,7 +264,7 @@ def table(options: argparse.Namespace) -> None:
         *(row(f"new users, {count} choice{'s' * (count > 1)}", f"new users, {count}") for count in COUNTS),
         row(f"seen users, {EXAMPLES} choices", "seen users"),
         row(f"new users, {EXAMPLES} choices shuffled between them", "shuffled"),
-        row("new users, population DPO", "population over base, new users"), "",
+        row("new users, population DPO", "population over base"), "",
         f"| {EXAMPLES} choices | win rate over population DPO | of single users |", "|---|---|---|",
         row("new users", "new users over population"), row("seen users", "seen users over population"), "",
         f"| mix of two users with opposed tastes: weight of the first | {' | '.join(map(str, MIX))} |",
