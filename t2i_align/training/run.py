@@ -136,7 +136,7 @@ def _align(
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
     task = Alignment(config, accelerator, reference, source, validate, rewarder)
     loop = Loop(task, accelerator, config, progress, callbacks)
     if accelerator.is_main_process:
