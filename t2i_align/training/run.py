@@ -271,7 +271,7 @@ def prepare_denoiser(
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
-    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
+    TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
