@@ -34,8 +34,8 @@ class CogVideoX(VideoPipeline):
         latents = super().encode_pixels(pixels)
         return torch.cat([latents[:, :, :1]] * self.padded_frames + [latents], dim=2)
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return super().decode_latents(latents[:, :, self.padded_frames :])
+    def decode(self, latents: Tensor, first: int | None = None) -> Tensor:
+        return super().decode(latents[:, :, self.padded_frames :], first)
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         rotary = None
@@ -48,6 +48,17 @@ class CogVideoX(VideoPipeline):
 
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         return output.transpose(1, 2)
+
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        channels, latent_frames, *sides = super().latent_shape(height, width, frames)
+        return channels, latent_frames + self.padded_frames, *sides
+
+    def latent_times(self, frames: int, fps: float | None = None) -> list[float]:
+        return [0.0] * self.padded_frames + super().latent_times(frames, fps)
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(self.vae_config["temporal_compression_ratio"])
 
     @property
     def padded_frames(self) -> int:
@@ -64,10 +75,10 @@ class CogVideoX(VideoPipeline):
     @property
     def compression(self) -> tuple[int, int]:
         together = math.lcm(DECODED_TOGETHER, self.denoiser.config.patch_size_t or 1)
-        frames = together * int(self.vae_config["temporal_compression_ratio"])
-        return frames, super().compression[1]
+        return together * self.temporal_factor, super().compression[1]
 
     @property
     def text_tokens(self) -> int:
         # Not the pipeline's default: the positions of some checkpoints are built for exactly this number.
-        return min(self.denoiser.config.max_text_seq_length, self.pipe.tokenizer.model_max_length)
+        limits = [] if self.pipe.tokenizer is None else [int(self.pipe.tokenizer.model_max_length)]
+        return min([int(self.denoiser.config.max_text_seq_length), *limits])

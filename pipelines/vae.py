@@ -46,9 +46,14 @@ class VAEMixin(Family):
         """Latents to pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W]."""
         return self.decode(latents).clamp(0, 1)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """The same with gradients, and not cut off at 0 and 1."""
+    def decode(self, latents: Tensor, first: int | None = None) -> Tensor:
+        """The same with gradients, and not cut off at 0 and 1.
+
+        first: of a clip, so many latent frames only, which takes less memory. A causal decoder that normalises each
+        frame by itself (Wan's) makes the same frames of them as of the whole clip, others (CogVideoX's, LTX's) nearly.
+        """
         vae = self.pipe.vae
+        latents = latents[:, :, :first] if self.video else latents
         shift, scale = self.normalisation(latents)
         latents = (latents / scale + shift).to(vae.device, vae.dtype)
         pixels = torch.cat([self.run_decoder(part) for part in (latents.split(1) if self.video else (latents,))])
@@ -75,6 +80,11 @@ class VAEMixin(Family):
         """Run the VAE over large images in tiles and over batches one by one: less memory."""
         self.pipe.vae.enable_tiling()
         self.pipe.vae.enable_slicing()
+
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """Shape of the latents, [C, h, w] or [C, f, h, w], of an image or clip of this size in pixels."""
+        channels = int(self.vae_config.get("latent_channels") or self.vae_config["z_dim"])
+        return channels, height // self.vae_factor, width // self.vae_factor
 
     # Sizes --------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from PIL import Image
 from t2i_align.data import readers, shards, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection, Skipped, Survey
+from t2i_align.data.schema import Group, Items, Media, Skipped
+from t2i_align.data.survey import REASONS_SHOWN, Selection, Survey
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, printable
 from t2i_align.inference.models import resolve_model
@@ -66,6 +67,9 @@ class Findings(Survey):
         again = [votes for votes in self.judged.values() if len(votes) > 1]
         differing = [a != b for votes in again for a, b in combinations(votes, 2)]
         return len(again), sum(differing) / len(differing) if differing else None
+
+    def __repr__(self) -> str:
+        return f"Findings({self.groups} groups of {self.source}, {self.skips.total()} rows skipped)"
 
     def _repr_html_(self) -> str:
         return html.page(render(self))

@@ -29,8 +29,9 @@ from t2i_align.data.columns import Columns
 from t2i_align.data.layouts import KINDS, PUBLISHED
 from t2i_align.data.media import frame_files
 from t2i_align.data.paths import exists
-from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
+from t2i_align.data.survey import EVERYTHING, Selection, Survey
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,11 @@ READERS: dict[str, Reader] = {
         files=lambda path: (),
     ),
     **{name: _table(partial(_maps, name), partial(_recognised, name)) for name in PUBLISHED},
+    "captioned": Reader(
+        read=lambda path, images: folders.read_captioned(path),
+        detects=folders.detects_captioned,
+        files=lambda path: (),
+    ),
 }
 
 

@@ -23,14 +23,16 @@ from tqdm.auto import tqdm
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.encode import Undecoded
-from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
+from t2i_align.data.media import ImageError, frame_files
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import LIST, TOTAL, judge
 from t2i_align.inference.options import build_scorers, check_options, memory_for, pick_device, unscorable, use_precision
+from t2i_align.labeling.groups import opened
 from t2i_align.utils.distributed import Distributed
+from t2i_align.utils.logging import silent
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ GROUP_KEYS = ("images", "videos", "chosen")  # JSONL with one of these is prefer
 OTHER_SOURCES = f"Or give a folder with {LIST}, or JSONL or parquet with 'image' and 'prompt'."
 
 
+@silent
 def score(
     images: str | Path,
     scorers: str | Sequence[str | Scorer],
@@ -147,8 +150,7 @@ class Candidate:
     def load(self) -> Image.Image | Tensor | str:
         """The image, the clip, or why there is none."""
         try:
-            clip = isinstance(self.media, Path) and is_clip(self.media)
-            return self.error or (whole_clip(self.media) if clip else decode(self.media))
+            return self.error or opened(self.media)
         except (ImageError, OSError) as error:  # OSError: a name that is too long
             return str(error)
 

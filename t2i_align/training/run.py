@@ -27,6 +27,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
+from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
 from t2i_align.training.checkpoint import writing
 from t2i_align.training.loop import Loop
@@ -34,10 +35,12 @@ from t2i_align.training.monitor import Callbacks
 from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
+from t2i_align.utils.logging import silent
 
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
@@ -50,6 +53,7 @@ MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
+@silent
 def align(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -110,6 +114,8 @@ def _align(
     validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
+    if accelerator.is_main_process and loaded is None and not config.resume and (text := memory_warning(config)):
+        print(f"warning    {text}")
     pipeline = load_model(config, accelerator.device, loaded)
     guidance = getattr(config.objective, "guidance", 1.0)
     if scorer and pipeline.distilled_guidance and guidance != 1:
@@ -130,7 +136,7 @@ def _align(
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
     task = Alignment(config, accelerator, reference, source, validate, rewarder)
     loop = Loop(task, accelerator, config, progress, callbacks)
     if accelerator.is_main_process:
@@ -145,6 +151,7 @@ def _align(
         with loop.weights.using(loop.weights.result), writing(weights) as temporary:
             written = TRAINED[config.trains].save(pipeline, temporary)
         weights /= written.relative_to(temporary)
+        write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
 

@@ -110,7 +110,7 @@ class Alignment(Task):
             out.append(self._measure_winners)
         if self.validate and every and (step % every == 0 or last):
             out.append(partial(self._validate, step))
-        if self.accelerator.is_main_process and (out or last or step % self.config.log.checkpoint_every == 0):
+        if self.accelerator.is_main_process and (out or step % self.config.log.checkpoint_every == 0):
             out.append(self._report)
         return out
 
