@@ -88,9 +88,8 @@ def retrieval(
             batch = [(candidate.image, candidate.load()) for candidate in chosen[start : start + batch_size]]
             for name, loaded in batch:
                 if not isinstance(loaded, Image.Image):
-                    raise UserError(
-                        f"{name}: {loaded if isinstance(loaded, str) else 'expected an image, found a clip'}"
-                    )
+                    why = loaded if isinstance(loaded, str) else "expected an image, found a clip"
+                    raise UserError(f"{name}: {why}")
             for (_, towers, _), rows in zip(built, seen, strict=True):
                 rows.append(towers.image_features([loaded for _, loaded in batch if isinstance(loaded, Image.Image)]))
             bar.update(len(batch))
