@@ -139,10 +139,14 @@ class SoftTokensConfig:
 
 @settings
 class OptimConfig:
-    """AdamW and its schedule. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights."""
+    """The optimiser and its schedule.
+
+    optimizer: `adafactor` has no betas; `prodigy` finds the learning rate itself, and lr=1 is its factor; `lion` wants
+    a third to a tenth of AdamW's. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights.
+    """
 
     lr: Positive = 1e-4
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
     betas: Annotated[tuple[Decay, Decay], Field(description="two numbers in [0, 1)")] = (0.9, 0.999)
     weight_decay: NonNegative = 1e-2
     schedule: Schedule = "constant_with_warmup"
@@ -234,13 +238,17 @@ class HealthConfig:
 
 @settings
 class LogConfig:
-    """metrics.jsonl is always written; `trackers` adds tensorboard or wandb. every, checkpoint_every: in steps."""
+    """metrics.jsonl is always written; `trackers` adds tensorboard or wandb. every, checkpoint_every: in steps.
+
+    keep_weights: keep what is trained every so many steps, in `weights/` (null: only in the kept checkpoints).
+    """
 
     every: Count = 10
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     project: str = "t2i-align"
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
+    keep_weights: Count | None = None
 
 
 @settings

@@ -79,7 +79,10 @@ class WholeModel:
             parameter.requires_grad_(name not in unreached)
 
     def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
+        had_encoders = pipeline.has_encoders
         pipeline.load_encoders().save(folder)
+        if not had_encoders:
+            pipeline.drop_encoders()
         return folder
 
 

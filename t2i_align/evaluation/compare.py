@@ -25,6 +25,7 @@ from t2i_align.inference.generate import TOTAL, sample_seed
 from t2i_align.inference.models import (
     Aligned,
     adapter_on,
+    is_checkpoint,
     load_pipeline,
     resolve_aligned,
     resolve_base,
@@ -78,8 +79,8 @@ def evaluate(
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
-        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model, which
-            may be a loaded pipeline.
+        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run or of a step of it), or
+            another model, which may be a loaded pipeline.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
         seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
@@ -129,7 +130,8 @@ def evaluate(
     if not isinstance(aligned, str | Path):
         _check_media(pipeline.video, aligned.video, aligned.source)
     elif other.kind == "model":
-        if (family := pipelines.family_of(resolve_model(other.path))) is not None:
+        whole_path = resolve_base(None, other).path if is_checkpoint(other.path) else other.path
+        if (family := pipelines.family_of(resolve_model(whole_path))) is not None:
             _check_media(pipeline.video, family.video, other.path)
     else:
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.

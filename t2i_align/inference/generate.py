@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_base, with_base
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 
@@ -114,12 +114,13 @@ def generate(
     leaves a usable shorter list.
 
     Args:
-        model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
+        model: diffusers folder, single file, Hub id, `testbed:sd`, a loaded pipeline, or the folder of a training run
+            or of a step of it, for its base with what it trains.
         prompts: text file with one prompt per line; .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `caption` or
             `text` in each row; `testbed:test`; or a list.
         out: folder for the samples and their list.
         prompt: further single prompts, after those.
-        lora: LoRA to put on the model: file, folder, training run or Hub id.
+        lora: LoRA to put on the model: file, folder, Hub id, training run, or a step of it, as in `checkpoints/`.
         lora_scale: strength of the LoRA.
         per_prompt: images per prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
         seed: first seed.
@@ -148,14 +149,15 @@ def generate(
         raise UserError("no prompts: give a prompt file or single prompts")
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
     check_options(precision, fps, per_prompt=per_prompt, **counts)
-    adapter = None if lora is None else resolve_adapter(lora)
+    run_or_model = model if isinstance(model, str | Path) else None
+    base_path, adapter = with_base(run_or_model, lora)
     folder, autocast = None if out is None else Path(out).expanduser(), None
     if folder is not None:
         _earlier_run(folder, force, len(texts) * per_prompt)
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
-        base = resolve_base(model, adapter, **version)
+        base = resolve_base(base_path, adapter, **version)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
     else:
@@ -164,7 +166,7 @@ def generate(
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
-    columns |= {"lora": lora and str(lora), "lora_scale": lora and lora_scale, **options}
+    columns |= {"lora": adapter and str(lora or model), "lora_scale": adapter and lora_scale, **options}
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps

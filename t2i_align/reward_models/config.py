@@ -90,6 +90,10 @@ class ScorerRun:
             raise UserError("lora.init: scorers start from `model`; leave it null")
         if self.optim.ema is not None:
             raise UserError("optim.ema: scorers are trained without averaged weights; leave it null")
+        if self.log.keep_weights is not None:
+            raise UserError(
+                "log.keep_weights: a scorer's checkpoints are kept with log.keep_checkpoints; leave it null"
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ScorerRun:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_align.config import HealthConfig, OptimConfig, RunConfig
+from t2i_align.config import HealthConfig, RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
@@ -33,6 +32,7 @@ from t2i_align.training.monitor import (
     check_reached,
     check_winners,
 )
+from t2i_align.training.optimizers import make_optimizer
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line
@@ -79,6 +79,13 @@ class Task(ABC):
     def watched(self) -> dict[str, float]:
         """More metrics of a step that is logged or saved; costly ones that are not measured at each step."""
         return {}
+
+    def export(self, folder: Path, whole: bool = False) -> Path | None:
+        """Write what is trained into a folder, for use outside of the run; returns what loads it.
+
+        Called with the folder of each checkpoint, and with the run's own. whole: also what takes long to write.
+        """
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimiser: tensors and plain values."""
@@ -189,7 +196,7 @@ class Loop:
                 self._record(act())
             if save:
                 self.went_back = False
-                self._save()
+                self._save(stopping=stopping, last=last)
             if stopping and not last:
                 raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
 
@@ -298,7 +305,7 @@ class Loop:
         scaler = {"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}
         return {"optimizer": self.optimizer, "schedule": self.schedule, **scaler}
 
-    def _save(self) -> None:
+    def _save(self, stopping: bool = False, last: bool = False) -> None:
         window = self.window.reduced(self.accelerator)
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {
@@ -309,7 +316,11 @@ class Loop:
                 "same": self.same,
                 "groups_per_step": self.groups_per_step,
             }
-            saved = checkpoint.save(self.output, self.step, self.weights.state(), state, self.log.keep_checkpoints)
+            export = self.task.export if self.step else None  # at first there is nothing to use
+            keep = self.log.keep_checkpoints
+            saved = checkpoint.save(self.output, self.step, self.weights.state(), state, keep, export)
+            if export and not last:  # when the run has ended, it writes that itself
+                export(self.output, whole=stopping)
             if self.callbacks.on_save:
                 self.callbacks.on_save(self.step, saved)
         self.accelerator.wait_for_everyone()
@@ -324,27 +335,3 @@ class Loop:
         self.step, self.rollbacks = state["step"], state["rollbacks"]
         if self.ema:
             self.ema.optimization_step = self.step
-
-
-def check_machine(config: RunConfig | ScorerRun) -> None:
-    """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:
-        if tracker not in installed:
-            raise UserError(f"log.trackers {tracker!r} is not installed: pip install {tracker}")
-    make_optimizer(config.optim, [torch.nn.Parameter(torch.zeros(1))])
-
-
-def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, fused where torch can; or bitsandbytes' 8-bit AdamW, if that is installed."""
-    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            message = "optim.optimizer 'adamw8bit' needs bitsandbytes: pip install 't2i-align[bitsandbytes]'"
-            raise UserError(message) from error
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)

@@ -27,9 +27,9 @@ from t2i_align.inference.models import checkpoint_options, open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
-from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, check_machine
+from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
+from t2i_align.training.optimizers import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.result import RunResult
@@ -131,13 +131,9 @@ def _align(
         if progress:
             print(describe(config, pipeline, source, unreached, accelerator.num_processes))
     metrics = loop.run()
-    weights = output / config.trains
-    if accelerator.is_main_process:
-        with loop.weights.using(loop.weights.result), writing(weights) as temporary:
-            written = TRAINED[config.trains].save(pipeline, temporary)
-        weights /= written.relative_to(temporary)
+    weights = task.export(output, whole=True) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
-    return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
+    return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
 
 
 def cache_root(config: RunConfig) -> Path:

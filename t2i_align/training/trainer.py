@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Rewarder
@@ -18,6 +20,7 @@ from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics, Objective
+from t2i_align.training.checkpoint import KEPT, name_of, writing
 from t2i_align.training.loop import Task
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 
@@ -103,7 +106,24 @@ class Alignment(Task):
             out.append(self._measure_winners)
         if self.validate and every and (step % every == 0 or last):
             out.append(partial(self._validate, step))
+        if step and (keep := self.config.log.keep_weights) and step % keep == 0:
+            out.append(partial(self._keep, step))
         return out
+
+    def export(self, folder: Path, whole: bool = False) -> Path | None:
+        """Write the LoRA, the soft tokens or (if `whole`) the model into `folder`, in a folder of that name."""
+        name = self.config.trains
+        if name == "model" and not whole:
+            return None
+        with self.weights.using(self.weights.result), writing(folder / name) as temporary:
+            written = TRAINED[name].save(self.pipeline, temporary)
+        return folder / name / written.relative_to(temporary)
+
+    def _keep(self, step: int) -> dict[str, float]:
+        if self.accelerator.is_main_process:
+            self.export(Path(self.config.output_dir) / KEPT / name_of(step), whole=True)
+        self.accelerator.wait_for_everyone()
+        return {}
 
     def watched(self) -> dict[str, float]:
         if self.winners is None or self.winners.initial is None:
