@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,6 +37,7 @@ from reward_scorers.registry import build
 from reward_scorers.sentences import split
 from reward_scorers.towers import TwoTowers
 
+logger = logging.getLogger(__name__)
 BATCH = 256  # prompts of a corpus at a time
 
 
@@ -145,7 +148,13 @@ def common_direction(scorer: TwoTowers, corpus: Path) -> Tensor:
     batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
     total = torch.stack([text_features(scorer, batch).double().sum(0) for batch in batches]).sum(0)
     direction = normalize(total, dim=0).float().cpu()
-    save_file({"direction": direction}, file, metadata={"fingerprint": fingerprint})
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({"direction": direction}, temporary, metadata={"fingerprint": fingerprint})
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:  # as beside a corpus that many share
+        logger.warning("denscore: V is not kept, so it is computed each time: %s: %s", file, error)
+        temporary.unlink(missing_ok=True)
     return direction
 
 

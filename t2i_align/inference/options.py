@@ -152,7 +152,7 @@ def build_scorers(specs: str | Sequence[str | Scorer]) -> list[Scorer]:
         UserError: none given, an unknown name, weights that cannot be used, or two scorers of one name.
     """
     import reward_scorers
-    import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle` and `motion_oracle`)
+    import t2i_align.testbed.scorer  # noqa: F401  (registers `oracle` and the like)
     from reward_scorers.registry import FINDERS
 
     if find_scorer not in FINDERS:

@@ -60,13 +60,9 @@ class Oracle:
             CaptionError: a prompt is not of this world.
         """
         statements = [parse(prompt) for prompt in prompts]
-        views: list[View] = []
-        images = to_images(pixels, len(statements))
-        for start in range(0, len(images), 64):
-            views += look(images[start : start + 64])
+        views = views_of(pixels, len(statements))
         rows = [_check(view, statement) for view, statement in zip(views, statements, strict=True)]
-        quality = np.array([image_quality(view) for view in views], float)
-        return Verdict(**self._grades(rows, quality), views=tuple(views))
+        return Verdict(**self._grades(rows, qualities(views)), views=views)
 
     def _grades(self, rows: Sequence[Sequence[float]], quality: np.ndarray) -> dict[str, Any]:
         """The fields of a verdict, from the share [0, 1] to which each attribute holds and the quality [B]."""
@@ -80,6 +76,17 @@ class Oracle:
             "quality": quality,
             "attributes": dict(zip(self.attributes, held.T, strict=True)),
         }
+
+
+def views_of(pixels: Tensor | np.ndarray, number: int) -> tuple[View, ...]:
+    """What so many images [B, 3, H, W] show; ValueError as of `Oracle.judge`."""
+    images = to_images(pixels, number)
+    return tuple(view for start in range(0, number, 64) for view in look(images[start : start + 64]))
+
+
+def qualities(views: Sequence[View]) -> np.ndarray:
+    """`image_quality` of each, [B]."""
+    return np.array([image_quality(view) for view in views], float)
 
 
 def to_images(pixels: Tensor | np.ndarray, number: int) -> np.ndarray:
@@ -117,7 +124,8 @@ def assign(
     return max(itertools.permutations(candidates, number), key=score)
 
 
-def _relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool:
+def relation_holds(statement: Statement, chosen: Sequence[Seen | None]) -> bool:
+    """Whether the first two of the chosen objects are there and stand to each other as stated."""
     if statement.relation is None or chosen[0] is None or chosen[1] is None:
         return False
     return relation_between(chosen[0].x - chosen[1].x, chosen[0].y - chosen[1].y) == statement.relation
@@ -134,7 +142,7 @@ def _check(view: View, statement: Statement) -> list[float]:
     def score(chosen: Sequence[Seen | None]) -> float:
         looks = sum(likeness(phrase, item) for phrase, item in zip(wanted, chosen, strict=True) if item is not None)
         # Where exchanged colours leave it open which object is meant, relation and shape decide.
-        return looks + 0.5 * _relation_holds(statement, chosen)
+        return looks + 0.5 * relation_holds(statement, chosen)
 
     chosen = assign(view.objects, len(wanted), 6, score)
     held: list[tuple[str, float]] = [("count", len(view.objects) == statement.count)]
@@ -144,7 +152,7 @@ def _check(view: View, statement: Statement) -> list[float]:
             if stated := getattr(phrase, name):
                 held.append((name, float(np.mean([getattr(o, name) == stated for o in seen])) if seen else 0.0))
     if statement.relation:
-        held.append(("relation", _relation_holds(statement, chosen)))
+        held.append(("relation", relation_holds(statement, chosen)))
     if statement.background:
         held.append(("background", view.background == statement.background))
     return shares(Oracle.attributes, held)

@@ -1,4 +1,4 @@
-"""The testbed's oracles as scorers: importing this module registers `oracle` and `motion_oracle`."""
+"""The testbed's oracles as scorers: importing this module registers `oracle`, `motion_oracle` and `long_oracle`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from reward_scorers import Scorer, ScorerError, register
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.tracking import MIN_FRAMES
-from t2i_align.testbed.world import CLIPS, IMAGES, World
+from t2i_align.testbed.world import CLIPS, IMAGES, LONG, World
 
 
 @register("oracle")
@@ -63,6 +63,18 @@ class ClipOracleScorer(OracleScorer):
     def frame_scores(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Quality of each frame [B, F] in [0, 1], for methods that learn from segments."""
         return _tensor(self._verdict(pixels, prompts).frames)
+
+
+@register("long_oracle")
+class LongOracleScorer(OracleScorer):
+    """The truth about images of long captions.
+
+    Further parts: `sentences`, the share of sentences that hold as a whole, and `last`, that of what the last sentence
+    alone states.
+    """
+
+    name = "long_oracle"
+    world = LONG
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two worlds, of images and of clips: what each draws, its captions, its oracle, and its prompts.
+"""The worlds of images, of clips and of long captions: what each draws, its captions, its oracle, and its prompts.
 
 Prompts are split by a hash of their canonical statement, so two phrasings of one statement never fall into two splits,
 and pretraining can leave the statements of dev and test out.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from t2i_align.testbed import captions, clips
+from t2i_align.testbed import captions, clips, long_captions
 from t2i_align.testbed.clip_oracle import ClipOracle
+from t2i_align.testbed.long_oracle import LongOracle
 from t2i_align.testbed.oracle import Oracle
 from t2i_align.testbed.scenes import sample_scene
 
@@ -34,6 +35,7 @@ class World:
         prefix: of the names of its splits.
         sizes: number of prompts in each split.
         seed: of the prompts.
+        stated: how often the prompts state what may be left out, as `describe` takes it.
     """
 
     sample: Callable[..., Any]
@@ -42,14 +44,21 @@ class World:
     prefix: str
     sizes: tuple[int, int, int]
     seed: int
+    stated: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"p_size": 0.6, "p_background": 0.8}, hash=False
+    )
 
 
 IMAGES = World(sample=sample_scene, language=captions, oracle=Oracle, prefix="", sizes=(4096, 320, 640), seed=2024)
 CLIPS = World(
     sample=clips.sample_clip, language=clips, oracle=ClipOracle, prefix="video-", sizes=(2048, 160, 320), seed=2025
 )
-# "train" (pairs and training), "dev" (tuning), "test" (final figures only), and the same for clips
-PROMPTS = {f"{world.prefix}{split}": (world, split) for world in (IMAGES, CLIPS) for split in SPLITS}
+LONG = World(
+    sample=long_captions.sample, language=long_captions, oracle=LongOracle, prefix="long-", sizes=(2048, 160, 320),
+    seed=2026, stated={},
+)  # fmt: skip
+# "train" (pairs and training), "dev" (tuning), "test" (final figures only), and the same for clips and long captions
+PROMPTS = {f"{world.prefix}{split}": (world, split) for world in (IMAGES, CLIPS, LONG) for split in SPLITS}
 
 
 def split_of(statement: Any) -> str:
@@ -62,7 +71,7 @@ def split_of(statement: Any) -> str:
 def draw_statement(world: World, rng: np.random.Generator, split: str = "train") -> Any:
     """A random true statement of a split, about a scene or clip that is not kept."""
     while True:
-        statement = world.language.describe(world.sample(rng), rng, p_size=0.6, p_background=0.8)
+        statement = world.language.describe(world.sample(rng), rng, **world.stated)
         if split_of(statement) == split:
             return statement
 

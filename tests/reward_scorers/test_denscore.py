@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,23 @@ def test_direction_of_a_corpus_is_kept_beside_it(folder: Path, pixels: Tensor, t
     assert torch.equal(common_direction(first.scorer, tmp_path / "corpus.txt"), first.direction)
     (tmp_path / "corpus.txt").write_text("another corpus")
     assert build(f"denscore:{tmp_path / 'score.yaml'}").version != first.version
+
+
+def test_where_the_direction_cannot_be_kept_it_is_computed(
+    towers: TwoTowers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "corpus.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    written = common_direction(towers, tmp_path / "corpus.txt")
+    (kept,) = tmp_path.glob("corpus.txt.*")
+    kept.unlink()
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refused)  # also for root, whom no file mode stops
+    assert torch.equal(common_direction(towers, tmp_path / "corpus.txt"), written)
+    assert "V is not kept" in caplog.text and "Permission denied" in caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == ["corpus.txt"]
 
 
 def test_average_of_batches(towers: TwoTowers, pixels: Tensor) -> None:
