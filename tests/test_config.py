@@ -15,9 +15,9 @@ import yaml
 
 from pipelines.process import TIMESTEP_SAMPLING
 from t2i_align import config
-from t2i_align.config import HealthConfig, ReferenceUpdateConfig, TrainConfig
 from t2i_align.errors import UserError
 from t2i_align.objectives import DiffusionDPO
+from t2i_align.training.sections import HealthConfig, ReferenceUpdateConfig, TrainConfig
 from t2i_align.utils.settings import with_overrides
 
 VALUES = {"objective": {"name": "diffusion_dpo", "beta": 500}, "output_dir": "runs/x"}

@@ -7,8 +7,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from t2i_align.config import LogConfig, LoraConfig, OptimConfig, Plugin, Precision, Spec
+from t2i_align.config import LoraConfig, Plugin
 from t2i_align.errors import UserError
+from t2i_align.training.sections import LogConfig, OptimConfig, Precision, Spec
 from t2i_align.utils.settings import Bool, Count, Decay, Int, UserPath, load_as, settings
 
 Tune = Literal["full", "lora", "linear", "pal", "users"]

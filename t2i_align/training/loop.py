@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from t2i_align.config import HealthConfig, RunConfig
+from t2i_align.config import RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
@@ -33,6 +33,7 @@ from t2i_align.training.monitor import (
     check_winners,
 )
 from t2i_align.training.optimizers import make_optimizer
+from t2i_align.training.sections import HealthConfig
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
 from t2i_align.utils.files import append_line

@@ -11,8 +11,9 @@ from accelerate.tracking import get_available_trackers
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:
-    from t2i_align.config import OptimConfig, RunConfig
+    from t2i_align.config import RunConfig
     from t2i_align.reward_models.config import ScorerRun
+    from t2i_align.training.sections import OptimConfig
 
 # Those that are not torch's own: where they are found, and the extra that brings them.
 OTHERS = {
