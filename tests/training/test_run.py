@@ -149,9 +149,7 @@ def test_resume_of_a_finished_run_and_of_one_without_checkpoints(sd_path: Path, 
     first = lora_of(align(values, progress=False).output_dir)
     assert same(lora_of(align({**values, "resume": True}, progress=False).output_dir), first)
     for step in checkpoint.all_steps(tmp_path / "run"):
-        for file in step.iterdir():
-            file.unlink()
-        step.rmdir()
+        checkpoint.remove(step)
     again = align({**values, "resume": True}, progress=False)
     assert same(lora_of(again.output_dir), first) and len(metrics(again.output_dir)) == 4
     finished = align({**values, "resume": True}, progress=False)
