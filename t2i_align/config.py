@@ -7,7 +7,7 @@ every other key is valid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -75,6 +75,7 @@ class ModelConfig:
 class DataConfig:
     """Preference data. `path`: a source that a reader knows, a prepared cache, or `testbed:pairs`.
 
+    root: the folder that a table's paths are relative to or lie in (null: the table's own).
     format: the reader's name, or `auto` to find it. resolution: in pixels, the side of a square or [height, width]
     (null: the model's own). frames, fps: of a clip, for models that make clips (null: the model's own frame count, each
     clip's frame rate). annotations: files with captions, scores or users for a source's groups, by id. cache: encode
@@ -85,6 +86,7 @@ class DataConfig:
     """
 
     path: UserPath = "testbed:pairs"
+    root: UserPath | None = None
     format: Spec = "auto"
     annotations: list[UserPath] = field(default_factory=list)
     resolution: Annotated[
@@ -119,6 +121,8 @@ class LoraConfig:
     """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings.
 
     init: a saved LoRA of that rank and those modules to start from, as after SFT; its weights are then the reference.
+    dora: train the weights' magnitudes apart from their directions (DoRA, arXiv 2402.09353). save_precision: of the
+    file's tensors; bf16 and fp16 halve it.
     """
 
     rank: Count = 16
@@ -129,6 +133,12 @@ class LoraConfig:
         Field(description="a preset's name or a list of at least one module-name ending"),
     ] = "attention"
     init: UserPath | None = None
+    dora: Bool = False
+    save_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.dora and self.init is not None:
+            raise UserError("lora.dora: starts from the model's own magnitudes; leave lora.init null")
 
 
 @settings
@@ -166,7 +176,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.objective, Mapping):
             name, values = self.objective["name"], {k: v for k, v in self.objective.items() if k != "name"}
-            object.__setattr__(self, "objective", build(objectives.get(name), values, where="objective"))
+            cls = objectives.get(name)
+            try:
+                object.__setattr__(self, "objective", build(cls, values, where="objective"))
+            except UserError as error:
+                if values.keys() <= {f.name for f in fields(cls)}:
+                    raise
+                advice = f"For {cls.name} with its defaults in a file of another method, write objective={cls.name}"
+                raise UserError(f"{error}\n{advice} instead of objective.name={cls.name}.") from None
         reference, needs = self.train.reference, self.objective.needs
         if needs.reference and reference == "adapter_off" and not self.lora:
             raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
@@ -182,6 +199,8 @@ class RunConfig:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
             raise UserError(f"soft_tokens serve objectives without a reference; {self.objective.name} has one")
+        if self.objective.needs.scorer and self.validation.data:
+            raise UserError(f"validation.data: {self.objective.name} learns from prompts; leave it null")
         if self.objective.needs.features and self.train.reference_update:
             raise UserError(
                 f"train.reference_update: {self.objective.name} compares in the features of the model before training"

@@ -10,8 +10,6 @@ import signal
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +23,10 @@ from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
 from t2i_align.data.encode import Latents, bucket_sizes
 from t2i_align.data.media import CROP, MediaSize, time_ids
+from t2i_align.data.order import micro_batches, steps
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
 from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
-from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
 from t2i_align.utils.files import differences
@@ -98,6 +96,10 @@ class PreferenceDataset(Dataset[Item]):
         """A micro-batch on its device, in float32; on the fly, this is where it is encoded."""
 
     @abstractmethod
+    def some_prompts(self, count: int) -> list[str]:
+        """So many different prompts of the groups, if there are as many; always the same."""
+
+    @abstractmethod
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         """The empty prompt's conditioning, [1, ...], float32."""
 
@@ -157,6 +159,12 @@ class PreparedDataset(PreferenceDataset):
     def to_batch(self, item: Item, device: torch.device) -> Batch:
         return Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
 
+    def some_prompts(self, count: int) -> list[str]:
+        texts = list(dict.fromkeys(self.store.index["prompt"][number].as_py() for number in self.numbers))
+        evenly = [texts[place * len(texts) // min(count, len(texts))] for place in range(min(count, len(texts)))]
+        places = [self.store.locate(text, TEXTS) for text in evenly]
+        return [columns["text"][row].as_py() for columns, row in places]
+
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         conditioning: Conditioning = widened(self._conditioning([0]), device)
         return conditioning
@@ -180,44 +188,6 @@ class PreparedDataset(PreferenceDataset):
 
 def _joined(parts: Sequence[Any], dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.frombuffer(bytearray().join(parts), dtype=dtype).reshape(shape)
-
-
-def steps(
-    numbers: np.ndarray, buckets: np.ndarray | None = None, *, seed: int, size: int, start: int = 0
-) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless. buckets: of each group.
-
-    An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
-    `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
-    """
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch).numpy())
-
-    def at(position: int) -> tuple[tuple[int, int], int]:
-        epoch, place = divmod(position, len(numbers))
-        index = order(epoch)[place]
-        return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
-
-    if buckets is None or (buckets == buckets[0]).all():
-        for step in count(start):
-            yield [at(position)[0] for position in range(step * size, (step + 1) * size)]
-    waiting: dict[int, list[tuple[int, int]]] = {}
-    for position in count():
-        group, bucket = at(position)
-        waiting.setdefault(bucket, []).append(group)
-        if len(waiting[bucket]) == size:
-            ready = waiting.pop(bucket)
-            if start == 0:
-                yield ready
-            start = max(0, start - 1)
-
-
-def micro_batches(
-    ordered: Iterator[list[Any]], batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
-) -> Iterator[list[Any]]:
-    """Each step's positions, cut for a process; see `PreferenceDataset.loader`."""
-    for step in ordered:
-        for micro in range(accumulate):
-            yield step[(micro * world + rank) * batch_size :][:batch_size]
 
 
 def open_dataset(

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from t2i_align.data import readers
-from t2i_align.data.loader import Item, PreferenceDataset, steps
+from t2i_align.data.loader import Item, PreferenceDataset
+from t2i_align.data.order import steps
 from t2i_align.data.schema import Batch, Conditioning, Group, Survey
 from t2i_align.data.texts import widened
 from t2i_align.errors import UserError
@@ -56,6 +57,9 @@ class PromptDataset(PreferenceDataset):
             conditioning=widened(dict(self.pipeline.encode_prompts(item["prompts"])), device),
             prompts=tuple(item["prompts"]),
         )
+
+    def some_prompts(self, count: int) -> list[str]:
+        return list(self.prompts[:count])
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         conditioning: Conditioning = widened(dict(self.pipeline.encode_prompts([""])), device)

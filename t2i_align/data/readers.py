@@ -90,8 +90,13 @@ def _maps(name: str, path: Path) -> Sequence[Columns]:
 
 def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
+    root = {"folder": str((path.parent / description.root).resolve())} if description.root else {}
+
+    def rooted(maps: Sequence[Columns]) -> Sequence[Columns]:
+        return [replace(columns, **root) for columns in maps]  # type: ignore[arg-type]
+
     if (own := description.columns) is not None:
-        return description, source, _table(lambda path: [own], split=description.split)
+        return description, source, _table(lambda path: rooted([own]), split=description.split)
     if not plugins.has_run(description.format):
         raise UserError(
             f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use "
@@ -99,7 +104,9 @@ def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
         )
     name = detect(source, description.format)
     if name in PUBLISHED:
-        return description, source, _table(partial(_maps, name), split=description.split)
+        return description, source, _table(lambda path: rooted(_maps(name, path)), split=description.split)
+    if description.root is not None:
+        raise UserError(f"{path}: root: {source} is no table with paths")
     if description.split != TRAIN:
         raise UserError(f"{path}: split: {source} is no table in several files, of which one could be chosen")
     return description, source, reader_of(name)
@@ -133,10 +140,9 @@ READERS: dict[str, Reader] = {
 def register(
     name: str, *, detects: Callable[[Path], bool] = lambda path: False, outline: Read | None = None
 ) -> Callable[[Read], Read]:
-    """Make a reading function known under `name`.
+    """Make a reading function known under `name`. Raises UserError where another one has that name.
 
-    detects: whether a path looks like this format. outline: gives the same items with images left out, where reading
-    them is costly. Raises UserError where another one has that name.
+    detects: whether a path looks like this format. outline: the same items without images that are costly to read.
     """
 
     def add(function: Read) -> Read:

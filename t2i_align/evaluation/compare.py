@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from t2i_align.config import ModelConfig
 from t2i_align.data.loader import digest as digest_of
@@ -33,6 +32,7 @@ from t2i_align.inference.models import (
 )
 from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
+from t2i_align.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -157,7 +157,7 @@ def evaluate(
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     adapter = None if other.kind == "model" else digest(Path(other.path))
-    with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
+    with output_lock(folder), progress_bar(total=2 * len(rows), unit="img", disable=not progress) as bar:
         _check_free(folder, force)  # another run may have come and gone since the first check
         work = folder / f"{WORK}{digest_of(decisive)}"
         work.mkdir(exist_ok=True)

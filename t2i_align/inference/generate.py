@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from tqdm.auto import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
@@ -21,6 +20,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_base, with_base
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
+from t2i_align.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -200,7 +200,7 @@ def _drawn(
     pipeline: TrainablePipeline, rows: Sequence[tuple[str, int]], batch_size: int, progress: bool, options: Any
 ) -> Iterator[tuple[int, Sequence[tuple[str, int]], list[Sample]]]:
     """Batch by batch: the number of its first row, its prompts and seeds, and their samples."""
-    with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
+    with progress_bar(total=len(rows), unit="img", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             texts, seeds = map(list, zip(*batch, strict=True))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reward_scorers import ScorerError
 from reward_scorers.trained import METADATA
-from t2i_align.data.loader import micro_batches, steps
+from t2i_align.data.order import micro_batches, steps
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import plain
@@ -91,7 +91,7 @@ def _train_into(
         raise UserError(f"model: {error}") from error
     if run.tune == "users":  # decay would change known users' weights as well, whose gradients are zero
         run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, weight_decay=0.0))
-    loop = Loop(ScorerTask(run, accelerator, policy, data, rows), accelerator, run, progress)
+    loop = Loop(ScorerTask(run, accelerator, policy, data, rows), accelerator, run, progress, settings=settings)
     if accelerator.is_main_process:
         write_settings(output, settings)
     loop.run()

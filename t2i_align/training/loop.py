@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from t2i_align.config import RunConfig
 from t2i_align.diffusion.randomness import stable_seed
@@ -33,6 +32,7 @@ from t2i_align.training.monitor import (
     check_winners,
 )
 from t2i_align.training.optimizers import make_optimizer
+from t2i_align.training.progress import Progress, flat
 from t2i_align.training.sections import HealthConfig
 from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.weights import Weights, older_policy
@@ -48,12 +48,14 @@ class Task(ABC):
     """What a loop trains.
 
     weights: of the network, on the accelerator's device, with gradients switched on for what is to be trained.
-    fingerprint: of the data; equal when each step takes the same samples. accumulate: micro-batches of a step. health:
-    how often it is rolled back, and from when. advice: what helps against divergence.
+    fingerprint: of the data; equal when each step takes the same samples. groups: how many there are, if that is known.
+    accumulate: micro-batches of a step. health: how often it is rolled back, and from when. advice: what helps against
+    divergence.
     """
 
     weights: Weights
     fingerprint: str
+    groups: int | None = None
     accumulate: int = 1
     health: HealthConfig = HealthConfig(rollbacks=0)
     advice: str = "A smaller optim.lr usually helps."
@@ -100,6 +102,8 @@ class Task(ABC):
 class Loop:
     """Trains a task to `config.train.steps` in `config.output_dir`, from the newest checkpoint if `config.resume`.
 
+    settings: the run's as plain values, for trackers.
+
     Raises:
         UserError: the checkpoint cannot be continued; see `checkpoint.load` and `checkpoint.check_continues`.
     """
@@ -111,8 +115,9 @@ class Loop:
         config: RunConfig | ScorerRun,
         progress: bool = True,
         callbacks: Callbacks | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.task, self.accelerator, self.progress = task, accelerator, progress
+        self.task, self.accelerator, self.settings = task, accelerator, settings or {}
         self.callbacks = callbacks or Callbacks()
         self.train, self.optim, self.log = config.train, config.optim, config.log
         self.output = Path(config.output_dir)
@@ -140,6 +145,9 @@ class Loop:
         self.window = MetricAverager()  # of the metrics since the last logged line
         self.last_logged: dict[str, float] = {}
         self.resumed = config.resume and self._resume()
+        passes = self.groups_per_step / task.groups if task.groups else None
+        shown = progress and accelerator.is_main_process
+        self.progress = Progress(self.output, self.step, self.train.steps, passes, shown=shown)
 
     def run(self) -> dict[str, float]:
         """Train to the configured step; returns the last logged metrics.
@@ -147,24 +155,21 @@ class Loop:
         Raises:
             UserError: the run has diverged too often. KeyboardInterrupt: it was interrupted, and its state is saved.
         """
-        hidden = not (self.progress and self.accelerator.is_main_process)
-        bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
         if self.log.trackers:
-            self.accelerator.init_trackers(self.log.project)
+            self.accelerator.init_trackers(self.log.project, config=flat(self.settings))
         if not self.resumed:
             for act in self.task.due(0, False):
                 self._record(act())
             self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
-        with bar, graceful_shutdown() as stop:
+        with self.progress.logging(), graceful_shutdown() as stop:
             while self.step < self.train.steps:
                 try:
-                    self._train(bar, stop)
+                    self._train(stop)
                 except Diverged as divergence:
                     self._roll_back(divergence)
-                    bar.n = self.step
         return self.last_logged
 
-    def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
+    def _train(self, stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""
         batches = self.task.batches(self.step)
         self.network.train()  # not in each step: a walk over a large network takes milliseconds
@@ -178,7 +183,7 @@ class Loop:
             if self.accelerator.num_processes == 1:
                 stopping = stop.is_set()
             before = numbers
-            bar.update()
+            self.progress.go_to(self.step)
             save = self.step % self.log.checkpoint_every == 0 or last or stopping
             due = self.task.due(self.step, last)
             if report or save or due:
@@ -188,9 +193,9 @@ class Loop:
                 check_winners(means, self.step, self.task.health.max_error_rise)
             if report:
                 now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
+                now |= self.progress.measured(self.step, self.accelerator.device)
                 self.last_logged, self.window = {**means, **now}, MetricAverager()
                 self._record(self.last_logged)
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
             if self.callbacks.on_step and self.accelerator.is_main_process:
                 self.callbacks.on_step(self.step, self.last_logged if report else {})
             for act in due:
@@ -249,6 +254,7 @@ class Loop:
         if metrics and self.accelerator.is_main_process:
             self.accelerator.log(metrics, step=self.step)
             append_line(self.output / METRICS_FILE, {"step": self.step, **metrics})
+            self.progress.report(self.step, metrics)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -286,6 +292,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
         self.rollbacks, self.went_back = rollbacks, True
+        self.progress.go_to(self.step)
         self.accelerator.wait_for_everyone()  # all have listed and read the checkpoints
         if self.accelerator.is_main_process:
             if spoilt:
@@ -294,7 +301,7 @@ class Loop:
             # It is there already if the run was killed before the next checkpoint.
             if record not in checkpoint.truncate_lines(self.output / METRICS_FILE, self.step):
                 append_line(self.output / METRICS_FILE, record)
-            tqdm.write(
+            self.progress.say(
                 f"{divergence}. The run goes back to {saved[-1]} and on with {0.5**rollbacks:g} times the learning "
                 f"rate (rollback {rollbacks} of at most {limit})."
             )

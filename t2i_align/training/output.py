@@ -17,6 +17,7 @@ from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import use_precision
 from t2i_align.training import checkpoint
+from t2i_align.training.progress import LOG_FILE, write
 from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
 from t2i_align.utils.settings import read_yaml
 
@@ -64,6 +65,8 @@ def open_run(
             accelerator.wait_for_everyone()
             yield accelerator
         except BaseException as error:
+            if accelerator.is_main_process and (output / LOG_FILE).is_file():
+                write(output, f"stopped: {error or type(error).__name__}")
             traceback.clear_frames(error.__traceback__)  # which hold the run's objects
             raise
         finally:

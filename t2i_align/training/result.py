@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.training.loop import METRICS_FILE
+from t2i_align.training.output import RUN_FILE, read_settings
 from t2i_align.utils import html
 from t2i_align.utils.files import whole_lines
 
@@ -26,6 +27,23 @@ class RunResult:
     def history(self) -> list[dict[str, Any]]:
         """The logged metrics, a line per logged step, with its "step"."""
         return whole_lines(self.output_dir / METRICS_FILE, repair=False)
+
+    @property
+    def next(self) -> str:
+        """The commands that a user is likely to want now."""
+        settings = read_settings(self.output_dir / RUN_FILE)
+        bundled = str(settings["model"]["path"]).startswith("testbed:")
+        how = "--prompts testbed:test --scorers oracle --guidance 1" if bundled else (
+            "--prompts held_out_prompts.txt --scorers pickscore"
+        )  # fmt: skip
+        lines = [
+            f"measure it   t2i-align evaluate --aligned {self.output_dir} {how} --out {self.output_dir}-evaluation",
+            f"look at it   t2i-align generate {self.output_dir} --prompt 'a red fox' --out {self.output_dir}-images",
+        ]
+        if settings.get("lora"):
+            export = f"t2i-align export-lora {self.output_dir} --out {self.output_dir.name}.safetensors"
+            lines.append(f"use it       {export}  # for ComfyUI and others")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"RunResult({self.steps} steps, loss {self.metrics.get('loss', float('nan')):.4g}, {self.weights})"

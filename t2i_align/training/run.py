@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
-from t2i_align.data.memory import Data, encoders_digest, source_path
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_dataset
+from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
 from t2i_align.data.prompts import PromptDataset, open_prompts
+from t2i_align.data.spec import normalise
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -37,6 +39,7 @@ from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 
+logger = logging.getLogger(__name__)
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
@@ -105,17 +108,25 @@ def _align(
     callbacks: Callbacks,
     progress: bool,
 ) -> RunResult:
-    validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
+    sampled = config.validation.every and config.validation.count
+    validate = Validation(config, accelerator, callbacks.on_validate) if sampled else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device, loaded)
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
+    held_out = None
+    if config.validation.data is not None:
+        other = replace(config.data, path=config.validation.data, format="auto", limit=None, stream=None)
+        held_out = load_data(replace(config, data=other), accelerator, pipeline, progress, in_memory=loaded is not None)
+        warn_of_overlap(source, held_out)
+    if validate and config.validation.prompts is None:
+        validate.use(source.some_prompts(config.validation.count))
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
     output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
-    if config.validation.every or scorer:
+    if validate or scorer:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream and loaded is None:
         pipeline.drop_encoders()
@@ -124,16 +135,27 @@ def _align(
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     rewarder = Rewarder(pipeline, scorer) if scorer else None
-    task = Alignment(config, accelerator, reference, source, validate, rewarder)
-    loop = Loop(task, accelerator, config, progress, callbacks)
+    task = Alignment(config, accelerator, reference, source, validate, rewarder, held_out)
+    loop = Loop(task, accelerator, config, progress, callbacks, settings)
     if accelerator.is_main_process:
         write_settings(output, settings)
-        if progress:
-            print(describe(config, pipeline, source, unreached, accelerator.num_processes))
+        loop.progress.say(describe(config, pipeline, source, unreached, accelerator.num_processes, held_out))
     metrics = loop.run()
     weights = task.export(output, whole=True) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
+
+
+def warn_of_overlap(source: PreferenceDataset, held_out: PreferenceDataset) -> None:
+    """Say how many held-out prompts are also trained on, where both can be listed."""
+    if not isinstance(source, PreparedDataset) or not isinstance(held_out, PreparedDataset):
+        return
+    trained, other = ({*map(normalise, data.some_prompts(len(data.numbers)))} for data in (source, held_out))
+    if both := trained & other:
+        logger.warning(
+            "validation.data: %d of its %d prompts are also trained on, as %r, so its numbers may look too good; "
+            "`t2i-align data split` makes two sources without a common prompt", len(both), len(other), min(both)
+        )  # fmt: skip
 
 
 def cache_root(config: RunConfig) -> Path:
@@ -183,6 +205,7 @@ def load_data(
     config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool, in_memory: bool = False
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
+    config = replace(config, data=with_root(config.data, cache_root(config)))
     size, frames = _size_and_frames(config, pipeline)
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
@@ -245,6 +268,7 @@ def describe(
     source: PreferenceDataset,
     unreached: Collection[str] = (),
     processes: int = 1,
+    held_out: PreferenceDataset | None = None,
 ) -> str:
     """What is about to run, in a few lines, with the objective's constants and the passes over the data spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
@@ -253,15 +277,18 @@ def describe(
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
     paper = f" ({config.objective.paper})" if config.objective.paper else ""
-    passes = train.steps * train.batch_size * train.accumulate * processes / source.counts["groups"]
-    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups ({passes:.3g} passes over the data)"
-    warning = "fewer train.steps or more data; `validation` on other prompts shows when samples get worse"
+    groups = source.counts.get("groups")  # not known of a stream from the Hub
+    passes = train.steps * train.batch_size * train.accumulate * processes / groups if groups else 0
+    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    steps += f" ({passes:.3g} passes over the data)" if groups else ""
+    warning = "fewer train.steps or more data; validation.data with other pairs shows when that begins"
     many = passes > MANY_PASSES and not isinstance(source, PromptDataset)
     note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if many else ""
+    watched = f"\nheld out   {config.validation.data}: {held_out.counts['groups']} groups" if held_out else ""
     left_out = f", without {len(unreached)} that get no gradient, as {min(unreached)}" if unreached else ""
     return f"""\
 model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
 data       {config.data.path}: {counts}
 objective  {config.objective.name}{paper} {constants}
 training   {trained:,} parameters{left_out}, {steps}, {train.precision}, seed {train.seed}
-output     {config.output_dir}{note}"""
+output     {config.output_dir}{watched}{note}"""

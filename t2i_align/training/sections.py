@@ -19,6 +19,7 @@ from t2i_align.utils.settings import (
     NonNegative,
     Positive,
     Share,
+    UserPath,
     Whole,
     settings,
 )  # fmt: skip
@@ -97,20 +98,28 @@ class TrainConfig:
 
 @settings
 class ValidationConfig:
-    """Images and held-out scores during training, every so many steps (0: never).
+    """Samples, their scores, and held-out preferences during training, every so many steps (0: never).
 
-    prompts: a file of prompts, or `testbed:dev`. count: how many of them. batch_size: samples at a time (null: 8 images
-    or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    prompts: a file of prompts (null: some of the run's own). count: how many of them; 0 draws no samples. batch_size:
+    samples at a time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    data: preferences that are not trained on, a source as `data.path` is; their loss, accuracy and margin are logged.
+    pairs: on how many of these, each with noise of its own; where there are fewer, they come again with other noise.
     """
 
     every: Whole = 0
-    prompts: str = "testbed:dev"
-    count: Count = 16
+    prompts: str | None = None
+    count: Whole = 16
     batch_size: Count | None = None
     scorers: list[Spec] = field(default_factory=list)
     steps: Count = 20
     guidance: NonNegative | None = None
     seed: Int = 1000
+    data: UserPath | None = None
+    pairs: Count = 64
+
+    def __post_init__(self) -> None:
+        if self.data is not None and not self.every:
+            raise UserError("validation.data is measured every validation.every steps, which is 0; set that, too")
 
 
 @settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from t2i_align.evaluation.compare import evaluate
 from t2i_align.inference.export import export_lora
 from t2i_align.inference.models import resolve_aligned, resolve_base, resolve_model
 from t2i_align.training import checkpoint
-from tests.runs import run_values, same
+from tests.runs import metrics, run_values, same
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -101,3 +102,17 @@ def test_a_lora_or_a_run_in_place_of_a_model_is_named(lora_run: Path, sd_path: P
     with pytest.raises(UserError, match="step_000000: nothing is trained yet in this checkpoint"):
         resolve_aligned(start)
     shutil.rmtree(start)
+
+
+def test_a_dora_in_half_precision_is_saved_and_loaded(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """It starts at the base: the first loss is log 2. Its magnitudes are in the file, all tensors in bf16."""
+    lora = {"rank": 2, "alpha": 4.0, "dora": True, "save_precision": "bf16"}
+    values = run_values(sd_path, pairs, tmp_path / "run", lora=lora, optim__lr=1e-2)
+    run = align(values, progress=False)
+    assert metrics(run.output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    tensors = load_file(run.weights)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert any("magnitude" in name for name in tensors)
+    assert not np.array_equal(samples(run.output_dir), samples(sd_path))
+    with pytest.raises(UserError, match=r"lora.dora: starts from the model's own magnitudes; leave lora.init null"):
+        align({**values, "lora": {**lora, "init": str(run.weights)}}, progress=False)
