@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow fuzz mutate lint format bench notebooks clean
+.PHONY: help install quickstart test test-slow fuzz mutate lint format bench notebooks docs clean
 # After a failed installation the stamp must not look up to date.
 .DELETE_ON_ERROR:
 
@@ -49,6 +49,9 @@ bench: $(STAMP)  ## time the training step against a bare PyTorch loop -> benchm
 notebooks: $(STAMP)  ## run the notebooks and store their outputs
 	@$(RUN) -m pytest --overwrite notebooks
 
+docs: $(STAMP)  ## build the documentation -> build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 clean:  ## remove the environment, caches and build products, but not runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
 	find t2i_align pipelines reward_scorers tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -62,6 +65,6 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	  "environments. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV) (about 8 GB; the first time takes a few minutes) ..."
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(RUN) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt \
+	@$(RUN) -m pip install --disable-pip-version-check -e '.[dev,docs]' -c constraints.txt \
 	  || { echo "error: the installation stopped; run the same command again to continue it" >&2; exit 1; }
 	@touch $@

@@ -75,6 +75,7 @@ class Family:
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
+        self.adapter_inputs: Sequence[str] = ()  # of the conditioning, what an adapter takes from the denoiser's call
         self.long_prompts: Callable[[Sequence[str]], Conditioning] | None = None  # in place of `encode_texts`
         self._process: ForwardProcess | PipelineError
         try:
@@ -219,6 +220,7 @@ class Family:
         `denoiser` replaces `self.denoiser` where it is wrapped, compiled or a frozen copy.
         """
         inputs = self.denoiser_inputs(noisy_latents, timesteps, conditioning)
+        inputs |= {name: conditioning[name] for name in self.adapter_inputs if name in conditioning}
         output: Tensor = (denoiser or self.denoiser)(**inputs, return_dict=False)[0]
         return self.unpack(output, noisy_latents)
 

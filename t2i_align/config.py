@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import to_jsonable_python
 
 from t2i_align import objectives, plugins
+from t2i_align.conditioning.config import PersonalConfig, SegmentsConfig
 from t2i_align.errors import UserError
 from t2i_align.training.sections import (
     HealthConfig,
@@ -36,21 +37,6 @@ else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
 Plugin = Annotated[str, AfterValidator(plugins.required)]
-
-
-@settings
-class SegmentsConfig:
-    """Prompts of any length, encoded in segments (LongAlign, arXiv 2410.11817; see `conditioning.segments`).
-
-    tokens: a prompt's sequence is padded to a multiple of it. bos, eos: the start and end tokens that are kept, of
-    `each` segment, of the `first` or `last`, or of `none`. pooled: SDXL's pooled vector, the segments' `mean` or the
-    `first` one's.
-    """
-
-    tokens: Count = 240
-    bos: Literal["each", "first", "none"] = "each"
-    eos: Literal["each", "last", "none"] = "none"
-    pooled: Literal["mean", "first"] = "mean"
 
 
 @settings
@@ -154,7 +140,7 @@ class SoftTokensConfig:
 
 @settings
 class RunConfig:
-    """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` where these are given.
+    """One complete run. `lora: null` trains all the denoiser's weights, or `soft_tokens` or `personal` where given.
 
     plugins: Python files and modules that run first; what they register is known by its name (see `plugins`).
     """
@@ -166,6 +152,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     soft_tokens: SoftTokensConfig | None = None
+    personal: PersonalConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -185,7 +172,7 @@ class RunConfig:
                 advice = f"For {cls.name} with its defaults in a file of another method, write objective={cls.name}"
                 raise UserError(f"{error}\n{advice} instead of objective.name={cls.name}.") from None
         reference, needs = self.train.reference, self.objective.needs
-        if needs.reference and reference == "adapter_off" and not self.lora:
+        if needs.reference and reference == "adapter_off" and not (self.lora or self.personal):
             raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
         if self.train.reference_update and not needs.reference:
             raise UserError(f"train.reference_update: {self.objective.name} asks no reference that could be updated")
@@ -195,21 +182,28 @@ class RunConfig:
             )
         if self.lora and self.lora.init and needs.reference and reference != "auto":
             raise UserError(f"train.reference {reference!r} with lora.init: use 'auto', a copy of that LoRA")
+        if self.personal:
+            self.personal.check(self)
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
             raise UserError(f"soft_tokens serve objectives without a reference; {self.objective.name} has one")
         if self.objective.needs.scorer and self.validation.data:
             raise UserError(f"validation.data: {self.objective.name} learns from prompts; leave it null")
+        if self.health.max_drift is not None and not self.objective.needs.reference:
+            raise UserError(
+                f"health.max_drift: {self.objective.name} measures no drift from a reference"
+                + "; set objective.drift=true" * hasattr(self.objective, "drift")
+            )
         if self.objective.needs.features and self.train.reference_update:
             raise UserError(
                 f"train.reference_update: {self.objective.name} compares in the features of the model before training"
             )
 
     @property
-    def trains(self) -> Literal["lora", "soft_tokens", "model"]:
-        """What is trained and saved."""
-        return "lora" if self.lora else "soft_tokens" if self.soft_tokens else "model"
+    def trains(self) -> Literal["personal", "lora", "soft_tokens", "model"]:
+        """What is trained and saved; `personal` with a LoRA if there is one."""
+        return "personal" if self.personal else "lora" if self.lora else "soft_tokens" if self.soft_tokens else "model"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -113,11 +113,11 @@ def tiny_sd3(folder: Path, t5: bool = True) -> Path:
     return saved(pipe, folder)
 
 
-def tiny_flux(folder: Path, guidance: bool = True) -> Path:
-    """FLUX.1 for 32 x 32 pixels; guidance: distilled into it, as dev has it."""
+def tiny_flux(folder: Path, guidance: bool = True, singles: int = 2) -> Path:
+    """FLUX.1 for 32 x 32 pixels; guidance: distilled into it, as dev has it. singles: blocks after the joint one."""
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=singles, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
     transformer.register_to_config(_default_size=(32, 32))

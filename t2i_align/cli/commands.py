@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,8 @@ TABLE = Path(__file__).parents[1] / "assets" / "commands.yaml"
 # System errors whose message says it all; a traceback adds nothing.
 SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
                  errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+# Options that name what is read: files and folders, bundled names (testbed:sd), Hub ids (owner/name, hub:owner/name).
+INPUTS = ("source", "images", "prompts", "annotations", "model", "models", "base", "aligned", "lora")
 GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
 
 
@@ -59,6 +61,7 @@ class Command:
                 options["scorers"] = [spec for listed in options["scorers"] for spec in listed.split(",") if spec]
             if self.check:  # a wrong key is answered before torch is imported
                 load(self.check)(options["config"], options.get("overrides", ()))
+            check_inputs(options)  # and so is a wrong path
             function = load(self.function)
             if self.silent:
                 from t2i_align.utils.logging import silence_libraries
@@ -96,6 +99,17 @@ def load(path: str) -> Any:
     """The function at `module:name`."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
+
+
+def check_inputs(options: Mapping[str, Any]) -> None:
+    """Raise UserError for an input that can only be a local path, where there is none."""
+    for name in INPUTS:
+        value = options.get(name)
+        for text in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
+            local = Path(text).expanduser()
+            certain = local.is_absolute() or text.startswith((".", "~")) or not {"/", ":"} & {*text}
+            if certain and not os.path.lexists(local):
+                raise UserError(f"{text}: no such file or folder (--{name})")
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -9,23 +9,28 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from diffusers.training_utils import cast_training_params
 
+from t2i_align.conditioning import personal
 from t2i_align.conditioning.soft_tokens import SoftTokensAdapter
 from t2i_align.config import RunConfig
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from t2i_align.conditioning.personal import Embedding
 
-Kind = Literal["lora", "soft_tokens", "model"]
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+Kind = Literal["lora", "soft_tokens", "personal", "model"]
 
 
 class Trained(Protocol):
     """One choice of what is trained, listed in TRAINED under the name of the folder that a run leaves."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+    def install(
+        self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
+    ) -> None:
         """Put it on the denoiser with fresh weights in float32; only its parameters then require gradients.
 
         unreached: names of the denoiser's parameters that get no gradient. They are not trained: several processes
-        would wait for their gradients.
+        would wait for their gradients. embedding: of the data's users, where they have one.
         """
 
     def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
@@ -51,7 +56,10 @@ class Adapter(Trained, Protocol):
 class LoRA:
     """Low-rank updates (arXiv 2106.09685) through peft, in diffusers' format."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+    def install(
+        self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
+    ) -> None:
+        assert config.lora is not None
         options = {key: value for key, value in vars(config.lora).items() if key != "save_precision"}
         pipeline.add_lora(**options, without=unreached)
         cast_training_params(pipeline.denoiser, dtype=torch.float32)
@@ -72,10 +80,52 @@ class LoRA:
         pipeline.pipe.unload_lora_weights()
 
 
+class PersonalAdapter(LoRA):
+    """A personal branch, with a LoRA or without, which is then a file of its own beside it."""
+
+    def install(
+        self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
+    ) -> None:
+        assert embedding is not None
+        pipeline.denoiser.requires_grad_(False)
+        if config.lora:
+            super().install(pipeline, config, unreached, embedding)
+        personal.install(pipeline, embedding)
+
+    def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
+        if super().installed(pipeline):
+            super().save(pipeline, folder, dtype)
+        return personal.save(pipeline.denoiser, folder)
+
+    def recognises(self, keys: Set[str]) -> bool:
+        return "encoder.hidden.weight" in keys and "user_v.0.weight" in keys
+
+    def installed(self, pipeline: TrainablePipeline) -> bool:
+        return hasattr(pipeline.denoiser, personal.NAME)
+
+    def load(self, pipeline: TrainablePipeline, path: str | Path, *, scale: float = 1.0) -> None:
+        """scale: of the LoRA; see `personal.serving` for the branch's."""
+        if (lora := Path(path).parent / LORA_FILE).is_file():
+            super().load(pipeline, lora, scale=scale)
+        try:
+            personal.load(pipeline, path)
+        except BaseException:
+            if super().installed(pipeline):
+                super().remove(pipeline)
+            raise
+
+    def remove(self, pipeline: TrainablePipeline) -> None:
+        personal.remove(pipeline)
+        if super().installed(pipeline):
+            super().remove(pipeline)
+
+
 class WholeModel:
     """All of the denoiser's weights, saved as a whole pipeline."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+    def install(
+        self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
+    ) -> None:
         for name, parameter in pipeline.denoiser.named_parameters():
             parameter.requires_grad_(name not in unreached)
 
@@ -87,5 +137,7 @@ class WholeModel:
         return folder
 
 
-ADAPTERS: dict[Kind, Adapter] = {"lora": LoRA(), "soft_tokens": SoftTokensAdapter()}
+ADAPTERS: dict[Kind, Adapter] = {
+    "personal": PersonalAdapter(), "lora": LoRA(), "soft_tokens": SoftTokensAdapter(),
+}  # fmt: skip
 TRAINED: dict[Kind, Trained] = {**ADAPTERS, "model": WholeModel()}

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from reward_scorers.sentences import split
-from t2i_align.config import SegmentsConfig
+from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from t2i_align.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from t2i_align.conditioning.personal import Embedding
 
 NAME = "soft_tokens"  # of the module on the denoiser
 FILE = "soft_tokens.safetensors"
@@ -84,7 +85,9 @@ class SoftTokens(nn.Module):
 class SoftTokensAdapter:
     """Soft tokens as a run trains, saves and loads them."""
 
-    def install(self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str]) -> None:
+    def install(
+        self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
+    ) -> None:
         assert config.soft_tokens is not None
         bos = None
         if config.soft_tokens.start == "bos":  # causal: the text after it has no influence

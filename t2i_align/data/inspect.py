@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +11,6 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -24,19 +21,12 @@ from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection,
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, printable
 from t2i_align.inference.models import resolve_model
+from t2i_align.utils import html
 from t2i_align.utils.files import check_own, write_text
 
 SHOWN_SIDE = 256  # pixels of an example's longer side
 BINS = 24
 SIZES_SHOWN = 12
-
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("t2i_align.data", "."),
-    autoescape=True,  # prompts come from anywhere
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 @dataclass
@@ -76,6 +66,9 @@ class Findings(Survey):
         again = [votes for votes in self.judged.values() if len(votes) > 1]
         differing = [a != b for votes in again for a, b in combinations(votes, 2)]
         return len(again), sum(differing) / len(differing) if differing else None
+
+    def _repr_html_(self) -> str:
+        return html.page(render(self))
 
     def agreement(self) -> dict[tuple[str, str], float]:
         """The share of candidate pairs, without ties, that two scorers order alike; `label` is the source's own."""
@@ -184,7 +177,7 @@ def render(findings: Findings) -> str:
     """The page as HTML text."""
     sizes = {f"{width} x {height}": count for (width, height), count in findings.sizes.most_common(SIZES_SHOWN)}
     ratios = [round(100 * width / height) for (width, height), count in findings.sizes.items() for _ in range(count)]
-    return _ENVIRONMENT.get_template("inspect.html.jinja").render(
+    return html.ENVIRONMENT.get_template("data/inspect.html.jinja").render(
         findings=findings,
         lengths={name: _histogram(values, findings.limits.get(name)) for name, values in findings.lengths.items()},
         sizes=_bars(sizes),
@@ -266,13 +259,12 @@ def _bars(counts: Mapping[str, int]) -> dict[str, Any]:
     return {"bars": [{"label": label, "count": count, "share": count / most} for label, count in counts.items()]}
 
 
-def _inline(media: Media) -> str | None:
+def _inline(media: Media) -> dict[str, Any] | None:
     """A small copy as a data URI; None for an image that cannot be read."""
     try:
         image = decode(media)
     except ImageError:
         return None
+    pixelated = max(image.size) < html.PIXELATED_BELOW
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"uri": html.data_uri(image), "pixelated": pixelated}

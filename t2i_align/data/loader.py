@@ -33,6 +33,7 @@ from t2i_align.utils.files import differences
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
+    from t2i_align.data.users import Users  # which builds on this module
 
 logger = logging.getLogger(__name__)
 Position = tuple[int, ...]  # epoch first; then what names a group: its number in a store, or its shard and row
@@ -107,15 +108,19 @@ class PreferenceDataset(Dataset[Item]):
 class PreparedDataset(PreferenceDataset):
     """Chosen groups of prepared data. numbers: theirs in the store, those of one bucket together."""
 
-    def __init__(self, store: Store, numbers: np.ndarray, needs: Requirements, counts: Mapping[str, int]) -> None:
+    def __init__(
+        self, store: Store, numbers: np.ndarray, needs: Requirements, counts: Mapping[str, int],
+        users: Users | None = None,
+    ) -> None:  # fmt: skip
         fingerprint = {
             "parts": store.manifest["fingerprint"],
             "chosen": hashlib.sha256(numbers.astype(np.int64).tobytes()).hexdigest(),
             "pairs": needs.pairs and int(store.k[numbers].max()) > 2,
+            **({"users": users.fingerprint} if users else {}),
         }
         scores = float(store.worst[numbers].min()), float(store.best[numbers].max())
         super().__init__(needs, counts=counts, score_range=scores, fingerprint=fingerprint)
-        self.store, self.numbers = store, numbers
+        self.store, self.numbers, self.users = store, numbers, users
 
     def steps(self, *, seed: int, size: int, start: int) -> Iterator[list[Any]]:
         buckets = self.store.bucket[self.numbers]
@@ -157,7 +162,8 @@ class PreparedDataset(PreferenceDataset):
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
-        return Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
+        batch = Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
+        return self.users.attached(batch) if self.users else batch
 
     def some_prompts(self, count: int) -> list[str]:
         texts = list(dict.fromkeys(self.store.index["prompt"][number].as_py() for number in self.numbers))

@@ -124,6 +124,9 @@ def drop_captions(batch: Batch, empty: Conditioning, rng: SampleRNG, share: floa
     def emptied(conditioning: Conditioning) -> Conditioning:
         out = {}
         for name, tensor in conditioning.items():
+            if name not in empty:  # it is no text's, such as a user's rows
+                out[name] = tensor
+                continue
             blank, tensor = _padded_alike(empty[name].to(tensor.dtype), tensor)
             out[name] = torch.where(per_row(dropped, tensor), blank, tensor)
         return out

@@ -65,6 +65,7 @@ def evaluate(
     single_file_config: str | None = None,
     expert: str | None = None,
     prediction_type: str | None = None,
+    segments: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -90,7 +91,7 @@ def evaluate(
         ties: "half" counts a tie as half a win, "drop" leaves it out.
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
-            any; the same for variant, single_file_config, expert and prediction_type).
+            any; the same for variant, single_file_config, expert, prediction_type and segments).
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -106,6 +107,7 @@ def evaluate(
     started = time.monotonic()
     texts = resolve_prompts(prompts)
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    counts["segments"] = segments
     check_options(precision, fps, seeds_per_prompt=seeds_per_prompt, **counts)
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
@@ -115,7 +117,9 @@ def evaluate(
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
     version |= {"expert": expert, "prediction_type": prediction_type}
     loaded = not isinstance(base, str | Path | None)
-    model = None if loaded else resolve_base(base, other, **version)  # type: ignore[arg-type]
+    if segments and (loaded or not isinstance(aligned, str | Path)):
+        raise UserError("segments: only for models that are given by their paths; a loaded pipeline has its own way")
+    model = None if loaded else resolve_base(base, other, segments, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
     _check_free(folder, force)
     judges = build_scorers(scorers)
@@ -175,7 +179,11 @@ def evaluate(
             del pipeline
             gc.collect()
             torch.cuda.empty_cache()
-            whole = ModelConfig(path=other.path, single_file_config=origin["single_file_config"])
+            whole = ModelConfig(
+                path=other.path,
+                single_file_config=origin["single_file_config"],
+                segments=model.segments if model else None,
+            )
             if Path(other.path).is_file():  # which may not say it either
                 whole = replace(whole, prediction_type=origin["prediction_type"])
             pipeline = load_pipeline(whole, precision, device)

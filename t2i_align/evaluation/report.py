@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -16,18 +15,10 @@ from torchvision.transforms.functional import resize
 
 from t2i_align.data.media import save_clip
 from t2i_align.inference.generate import Sample
+from t2i_align.utils.html import ENVIRONMENT, PIXELATED_BELOW
 
 SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail
 SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
-PIXELATED_BELOW = 128  # tiny images are enlarged with hard edges, so that the model's pixels are visible
-
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("t2i_align.evaluation", "."),
-    autoescape=True,  # prompts come from anywhere
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
@@ -55,7 +46,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
         images: pairs to show: half drawn at random (by the evaluation's seed), a quarter each of the largest wins
             and losses of the first scorer.
     """
-    return ENVIRONMENT.get_template("report.html.jinja").render(
+    return ENVIRONMENT.get_template("evaluation/report.html.jinja").render(
         result=result,
         samples=samples,
         chosen=choose(samples, result["scorer"], images, result["seed"]),

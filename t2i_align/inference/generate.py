@@ -101,6 +101,7 @@ def generate(
     single_file_config: str | None = None,
     expert: str | None = None,
     prediction_type: str | None = None,
+    segments: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
     force: bool = False,
@@ -137,6 +138,8 @@ def generate(
         single_file_config: folder or Hub id with the configuration of a single file.
         expert: denoiser that the LoRA is for, `high` or `low`, where a model has two.
         prediction_type: `epsilon` or `v_prediction`, where the model's files do not say it or are wrong.
+        segments: encode prompts of any length in segments, padded to a multiple of so many tokens, such as 240
+            (default: as the training run of `lora` or `model` did).
         precision: of the weights: `fp32`, `tf32`, `bf16` or `fp16`; a loaded pipeline runs under autocast instead.
         device: such as cpu or cuda:1 (default: the GPU if there is one).
         force: replace the images of an earlier run in `out`.
@@ -148,6 +151,7 @@ def generate(
     if not texts:
         raise UserError("no prompts: give a prompt file or single prompts")
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
+    counts["segments"] = segments
     check_options(precision, fps, per_prompt=per_prompt, **counts)
     run_or_model = model if isinstance(model, str | Path) else None
     base_path, adapter = with_base(run_or_model, lora)
@@ -157,9 +161,12 @@ def generate(
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
-        base = resolve_base(base_path, adapter, **version)
+        base = resolve_base(base_path, adapter, segments, **version)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
+        columns |= {"segments": base.segments.tokens} if base.segments else {}
+    elif segments:
+        raise UserError("segments: only for a model that is given by its path; a loaded pipeline has its own way")
     else:
         pipeline, autocast = model, use_precision(precision)
         columns = {"model": pipeline.source, "revision": None}

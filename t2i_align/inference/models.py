@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from t2i_align.conditioning.adapter import ADAPTERS, TRAINED, Kind, LoRA
+from t2i_align.conditioning import personal
+from t2i_align.conditioning.adapter import ADAPTERS, LORA_FILE, TRAINED, Kind, LoRA
+from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
@@ -28,13 +30,13 @@ from t2i_align.utils.settings import build
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
 
-LORA_ENDING, LORA_FILE = ".safetensors", "pytorch_lora_weights.safetensors"
+LORA_ENDING = ".safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """The model to compare with its base: a whole model, or a LoRA or soft tokens for the base (a local file)."""
+    """The model to compare with its base: a whole model, or an adapter for the base (a local file)."""
 
     kind: Kind
     path: str
@@ -106,6 +108,8 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
+    if (local / personal.FILE).is_file():  # a LoRA beside it belongs to it
+        return Aligned("personal", str(local / personal.FILE))
     candidates = [local / name for name in TRAINED if (local / name).is_dir()]
     if not candidates and (local / checkpoint.STATE).is_file() and (run := checkpoint.run_of(local.absolute())):
         if _recorded(run / RUN_FILE).get("lora") or _recorded(run / RUN_FILE).get("soft_tokens"):
@@ -135,18 +139,21 @@ def resolve_adapter(path: str | Path) -> Aligned:
     return adapter
 
 
-def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **version: str | None) -> ModelConfig:
-    """The base model and its version; what is None is taken from the training run of `aligned`.
+def resolve_base(
+    model: str | Path | None, aligned: Aligned | None = None, segments: int | None = None, **version: str | None
+) -> ModelConfig:
+    """The base model and its version; what is None is taken from the training run of `aligned`, or of `model` itself.
 
     A run's revision, variant, single-file configuration and expert apply where `model` is that run's or None; its
-    segments always.
+    segments always, with `segments` as their number of tokens where this is given.
 
     Raises:
         UserError: no such model, or None and `aligned` is not a training run's.
     """
     run = None
-    if aligned and (values := run_of(aligned)):
-        run = build(ModelConfig, values["model"], where=f"{RUN_FILE} of {aligned.path}: model")
+    weights = aligned or Aligned("model", str(model or ""))
+    if values := run_of(weights):
+        run = build(ModelConfig, values["model"], where=f"{RUN_FILE} of {weights.path}: model")
     if model is None and run is None:
         raise UserError("no base model given, and there is no run.yaml with the aligned weights that names one")
     if run is None or (model is not None and Path(model) != Path(run.path)):
@@ -154,6 +161,8 @@ def resolve_base(model: str | Path | None, aligned: Aligned | None = None, **ver
         run = ModelConfig(path=str(model), segments=run.segments if run else None)
     resolve_model(run.path)
     given: dict[str, Any] = {key: value for key, value in version.items() if value is not None}
+    if segments is not None:
+        given["segments"] = replace(run.segments or SegmentsConfig(), tokens=segments)
     return replace(run, **given)
 
 

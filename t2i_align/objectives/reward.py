@@ -2,24 +2,34 @@
 
     x̂0 = sample(x_T, prompt),    loss = -scale r(decode(x̂0), prompt),  or scale relu(target - r) with a target
 
-Which steps of the sampler carry the gradient is the schedule's (`t2i_align.diffusion.sampling`). There is no reference;
-what keeps the model from fooling the scorer is a small learning rate, few steps, a target, and a look at scores that
-are not trained on (`validation.scorers`).
+Which steps of the sampler carry the gradient is the schedule's (`t2i_align.diffusion.sampling`). The loss has no
+reference; what keeps the model from fooling the scorer is a small learning rate, few steps, a target, scores that are
+not trained on (`validation.scorers` with `validation.patience`), and a limit of the drift from the model before
+training, measured on noised samples of the policy (`health.max_drift`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import repeated
+from t2i_align.diffusion.noising import random_noise, repeated
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.diffusion.sampling import Sampler, schedule
 from t2i_align.objectives.base import Metrics, Objective, Requirements
 from t2i_align.utils.settings import Bool, Count, Float, Limit, Positive, settings
+
+
+class _Needs:
+    """Of an instance with `drift` also the reference."""
+
+    def __get__(self, objective: Any, cls: type) -> Requirements:
+        return Requirements(scorer=True, reference=objective is not None and objective.drift)
 
 
 @settings
@@ -29,7 +39,8 @@ class RewardTuning(Objective):
     scorer: such as `hpsv2.1` or `denscore:pickscore`. schedule: see `t2i_align.diffusion.sampling`; every, last: its
     numbers. sampling_steps, guidance: of the sampler. unconditional_gradient: whether gradients pass guidance's
     unconditional branch. equalise: weigh all gradient steps alike. scale: of the loss. target: scores above it have
-    no gradient (null: none; ReFL's is 2 with ImageReward).
+    no gradient (null: none; ReFL's is 2 with ImageReward). drift: log the mean squared difference between the policy's
+    and the reference's predictions, for `health.max_drift`; without a LoRA this takes a copy of the model.
     """
 
     scorer: str = "hpsv2.1"
@@ -42,11 +53,12 @@ class RewardTuning(Objective):
     equalise: Bool = False
     scale: Positive = 1.0
     target: Float | None = None
+    drift: Bool = False
 
     name = "reward"
     paper = "arXiv 2410.11817"
     config = "sd15_reward.yaml"
-    needs = Requirements(scorer=True)
+    needs: ClassVar[Any] = _Needs()
 
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         assert batch.rewarder is not None and batch.empty is not None
@@ -63,4 +75,9 @@ class RewardTuning(Objective):
         reward = scores.view(-1, times).mean(1)
         loss = -reward if self.target is None else relu(self.target - scores).view(-1, times).mean(1)
         metrics = {"reward": reward, **{f"reward/{name}": part.view(-1, times).mean(1) for name, part in parts.items()}}
+        if self.drift:
+            first = clean.detach().unflatten(0, (-1, times))[:, :1]
+            with torch.no_grad():
+                noised = random_noise(replace(batch, latents=first), rng)
+                metrics["drift"] = (noised.residuals(policy) - noised.residuals(reference)).square().mean((1, 2))
         return self.scale * loss, {name: value.detach() for name, value in metrics.items()}

@@ -16,7 +16,6 @@ from scipy.special import expit
 
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.evaluation.report import ENVIRONMENT
 from t2i_align.evaluation.result import plain
 from t2i_align.inference.generate import TOTAL, judge
 from t2i_align.inference.options import (
@@ -31,6 +30,7 @@ from t2i_align.reward_models.losses import Accuracy, measure, winner_gaps
 from t2i_align.reward_models.optimise import Curve, curves, draw_pool
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences
 from t2i_align.testbed.captions import CaptionError, parse
+from t2i_align.utils import html
 from t2i_align.utils.files import check_own, json_text, output_lock, write_files
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ class Audit:
     names: list[str]
     agreement: list[list[float]]
     curves: dict[str, list[Curve]]
+
+    def _repr_html_(self) -> str:
+        return html.page((self.out / REPORT).read_text(encoding="utf-8"))
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -159,7 +162,7 @@ def audit(
             agreement=agreement([*scores.values(), data.labels]),
             curves={scorer.name: curves(scorer, pool, batch_size) for scorer in built} if pool else {},
         )
-        template = ENVIRONMENT.get_template("audit.html.jinja")
+        template = html.ENVIRONMENT.get_template("evaluation/audit.html.jinja")
         page = template.render(result=result, source=str(source), groups=len(data), enumerate=enumerate)
         write_files(folder, {REPORT: page, AUDIT: json_text(plain(result))})
         return result

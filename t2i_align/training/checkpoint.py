@@ -28,7 +28,7 @@ from t2i_align.utils.files import WRITING, atomic_folder, read_json, whole_lines
 FOLDER, KEPT = "checkpoints", "weights"  # KEPT: what `log.keep_weights` asks for, a folder a step, without a state
 NAME = re.compile(r"step_\d{6,}")
 WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256.json"
-LAYOUT = 5  # raised when the state gets other entries
+LAYOUT = 6  # raised when the state gets other entries
 
 
 @contextmanager

@@ -30,8 +30,9 @@ from t2i_align.training.monitor import (
     check_finite,
     check_reached,
     check_winners,
+    drifted,
 )
-from t2i_align.training.optimizers import make_optimizer
+from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.progress import Progress, flat
 from t2i_align.training.sections import HealthConfig
 from t2i_align.training.signals import graceful_shutdown
@@ -50,7 +51,7 @@ class Task(ABC):
     weights: of the network, on the accelerator's device, with gradients switched on for what is to be trained.
     fingerprint: of the data; equal when each step takes the same samples. groups: how many there are, if that is known.
     accumulate: micro-batches of a step. health: how often it is rolled back, and from when. advice: what helps against
-    divergence.
+    divergence. over: why training ends early, "" while it does not.
     """
 
     weights: Weights
@@ -59,6 +60,7 @@ class Task(ABC):
     accumulate: int = 1
     health: HealthConfig = HealthConfig(rollbacks=0)
     advice: str = "A smaller optim.lr usually helps."
+    over: str = ""
 
     @abstractmethod
     def batches(self, step: int) -> Iterator[Any]:
@@ -84,9 +86,9 @@ class Task(ABC):
         return {}
 
     def export(self, folder: Path, whole: bool = False) -> Path | None:
-        """Write what is trained into a folder, for use outside of the run; returns what loads it.
+        """Write what is trained, for use, into a checkpoint's or the run's folder; returns what loads it.
 
-        Called with the folder of each checkpoint, and with the run's own. whole: also what takes long to write.
+        whole: also what takes long to write.
         """
         return None
 
@@ -162,7 +164,7 @@ class Loop:
                 self._record(act())
             self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
         with self.progress.logging(), graceful_shutdown() as stop:
-            while self.step < self.train.steps:
+            while self.step < self.train.steps and not self.task.over:
                 try:
                     self._train(stop)
                 except Diverged as divergence:
@@ -174,7 +176,7 @@ class Loop:
         batches = self.task.batches(self.step)
         self.network.train()  # not in each step: a walk over a large network takes milliseconds
         before: Callable[[], list[float]] | None = None
-        while self.step < self.train.steps:
+        while self.step < self.train.steps and not self.task.over:
             last = self.step + 1 == self.train.steps
             report = (self.step + 1) % self.log.every == 0 or last
             numbers = self._one_step(batches, report, stop)
@@ -191,6 +193,7 @@ class Loop:
             if report or save:
                 means = {**self.window.numbers(self.accelerator), **self.task.watched()}
                 check_winners(means, self.step, self.task.health.max_error_rise)
+                self.task.over = self.task.over or drifted(means, self.task.health.max_drift)
             if report:
                 now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
                 now |= self.progress.measured(self.step, self.accelerator.device)
@@ -200,10 +203,13 @@ class Loop:
                 self.callbacks.on_step(self.step, self.last_logged if report else {})
             for act in due:
                 self._record(act())
-            if save:
+            if self.task.over and self.accelerator.is_main_process:
+                append_line(self.output / METRICS_FILE, {"step": self.step, "ended": self.task.over})
+                self.progress.say(f"The run ends after step {self.step}: {self.task.over}.")
+            if save or self.task.over:
                 self.went_back = False
-                self._save(stopping=stopping, last=last)
-            if stopping and not last:
+                self._save(stopping=stopping, last=last or bool(self.task.over))
+            if stopping and not last and not self.task.over:
                 raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
 
     def _one_step(self, batches: Iterator[Any], report: bool, stop: threading.Event) -> Callable[[], list[float]]:

@@ -116,6 +116,14 @@ def check_winners(means: Mapping[str, float], step: int, max_error_rise: float |
             )
 
 
+def drifted(means: Mapping[str, float], max_drift: float | None) -> str:
+    """Why the run ends here where the policy has drifted beyond its limit, else ""."""
+    drift = means.get("drift", 0.0)
+    if max_drift is None or drift <= max_drift:
+        return ""
+    return f"the policy has drifted from the reference by {drift:.4g}, beyond health.max_drift={max_drift:g}"
+
+
 def check_reached(trained: Mapping[str, Tensor], processes: int) -> None:
     """Name the trained tensors that the first step's gradient did not reach; with several processes an error."""
     names = [name for name, parameter in trained.items() if parameter.grad is None]

@@ -1,6 +1,6 @@
 """The reference that preference objectives measure against, and when it follows the policy (arXiv 2505.18736).
 
-    adapter_off      the policy's own weights with its LoRA switched off: no second model in memory
+    adapter_off      the policy's own weights with LoRA and personal branch switched off: no second model in memory
     copy             a frozen copy of the denoiser as it was before training
     offloaded_copy   the same copy kept in CPU memory and streamed to the device layer by layer
 
@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from t2i_align.conditioning.personal import NAME as PERSONAL
 from t2i_align.config import RunConfig, TrainConfig
 from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch, Conditioning
@@ -67,8 +68,8 @@ def build_reference(
     the base with the LoRA as it is now.
     """
     reference, denoiser, updated = Reference(pipeline), pipeline.denoiser, train.reference_update is not None
-    lora = bool(getattr(denoiser, "peft_config", None))
-    if needed and (train.reference in ("copy", "offloaded_copy") or not lora):
+    adapter = bool(getattr(denoiser, "peft_config", None)) or hasattr(denoiser, PERSONAL)
+    if needed and (train.reference in ("copy", "offloaded_copy") or not adapter):
         options = {"offload": train.reference == "offloaded_copy", "compile": train.compile, "updated": updated}
         variant = frozen_copy(denoiser, dtype=PRECISIONS[train.precision], **options)
         reference.weights.variants["reference"] = variant

@@ -8,10 +8,9 @@ from typing import Any
 
 from t2i_align.training.loop import METRICS_FILE
 from t2i_align.training.output import RUN_FILE, read_settings
+from t2i_align.training.report import curves
 from t2i_align.utils import html
 from t2i_align.utils.files import whole_lines
-
-PLOTTED = ("loss", "rewards/margins", "rewards/accuracies", "error/chosen_minus_reference", "winners/rise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +49,11 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         """For notebooks: plots of the history, the last metrics, and the newest validation's images."""
-        history = self.history
-        validated = sorted({name for line in history for name in line if name.startswith("validation/")})
         rows = [(name, f"{value:.4g}") for name, value in self.metrics.items() if "/t" not in name]
         images = sorted((self.output_dir / "validation").glob("step_*.png"))[-1:]
         return "".join([
             f"<p>{self.steps} steps, weights in <code>{self.weights}</code></p>",
-            html.plots(history, [*PLOTTED, *validated]),
+            html.charts(curves(self.history)),
             f"<details><summary>last metrics</summary>{html.table(['metric', 'value'], rows)}</details>",
             *map(html.image, images),
         ])  # fmt: skip

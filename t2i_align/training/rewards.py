@@ -46,5 +46,5 @@ class Rewarder:
 
     def load_state(self, mean: Tensor | None) -> None:
         """Continue from a checkpoint."""
-        if mean is not None:
-            self.scorer.mean = mean  # type: ignore[attr-defined]  # as `state` found it
+        if hasattr(self.scorer, "mean"):
+            self.scorer.mean = mean

@@ -22,6 +22,7 @@ from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_datas
 from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
 from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.data.spec import normalise
+from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -31,7 +32,7 @@ from t2i_align.objectives.base import Objective
 from t2i_align.plugins import load_installed
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
-from t2i_align.training.optimizers import check_machine
+from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.result import RunResult
@@ -113,6 +114,11 @@ def _align(
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     pipeline = load_model(config, accelerator.device, loaded)
+    guidance = getattr(config.objective, "guidance", 1.0)
+    if scorer and pipeline.distilled_guidance and guidance != 1:
+        raise UserError(
+            f"objective.guidance must be 1 for {pipeline.family}, which has its guidance distilled, found {guidance:g}"
+        )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     held_out = None
     if config.validation.data is not None:
@@ -141,6 +147,8 @@ def _align(
         write_settings(output, settings)
         loop.progress.say(describe(config, pipeline, source, unreached, accelerator.num_processes, held_out))
     metrics = loop.run()
+    if task.best:
+        task.best.restore()
     weights = task.export(output, whole=True) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
@@ -210,10 +218,13 @@ def load_data(
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
         return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
-    return open_dataset(
+    needs = config.objective.needs
+    if config.personal:
+        needs = replace(needs, columns=(*needs.columns, "user"))
+    source = open_dataset(
         config.data,
         config.model,
-        needs=config.objective.needs,
+        needs=needs,
         pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
@@ -221,6 +232,12 @@ def load_data(
         cache_root=cache_root(config),
         progress=progress and accelerator.is_main_process,
     )
+    if config.personal is None:
+        return source
+    assert isinstance(source, PreparedDataset), "checked by the configuration"
+    main = accelerator.is_main_process
+    with accelerator.main_process_first():  # it embeds the users for all
+        return add_users(source, config, cache_root(config) / "users", accelerator.device, progress and main)
 
 
 def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tuple[int, int], int | None]:
@@ -255,7 +272,8 @@ def prepare_denoiser(
         with accelerator.autocast():
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
-    TRAINED[config.trains].install(pipeline, config, unreached)
+    users = source.users if isinstance(source, PreparedDataset) else None
+    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()

@@ -102,6 +102,8 @@ class ValidationConfig:
 
     prompts: a file of prompts (null: some of the run's own). count: how many of them; 0 draws no samples. batch_size:
     samples at a time (null: 8 images or 1 clip). guidance: null is that of the model's diffusers pipeline.
+    patience: the run ends once the first scorer's mean has not risen for so many validations, and keeps the weights of
+    its best one (null: all steps are trained).
     data: preferences that are not trained on, a source as `data.path` is; their loss, accuracy and margin are logged.
     pairs: on how many of these, each with noise of its own; where there are fewer, they come again with other noise.
     """
@@ -116,8 +118,11 @@ class ValidationConfig:
     seed: Int = 1000
     data: UserPath | None = None
     pairs: Count = 64
+    patience: Count | None = None
 
     def __post_init__(self) -> None:
+        if self.patience and not (self.every and self.scorers):
+            raise UserError("validation.patience needs validation.every and a scorer in validation.scorers to watch")
         if self.data is not None and not self.every:
             raise UserError("validation.data is measured every validation.every steps, which is 0; set that, too")
 
@@ -129,10 +134,12 @@ class HealthConfig:
     A loss or gradient that is not finite is divergence. So are winners that the policy denoises worse and worse (their
     error rises together with the losers'): max_error_rise is how far their mean error since the last logged line may
     exceed the reference's (without a reference, the initial model's), as a share of it (null: not checked). rollbacks:
-    after so many the run stops.
+    after so many the run stops. max_drift: the run ends where the mean squared difference between the policy's and the
+    reference's predictions (`drift`) exceeds it (null: not checked).
     """
 
     max_error_rise: Limit | None = 0.5
+    max_drift: Limit | None = None
     rollbacks: Whole = 2
 
 

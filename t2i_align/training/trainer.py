@@ -10,25 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch, Rewarder
+from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Metrics, Objective
 from t2i_align.training.checkpoint import KEPT, name_of, writing
+from t2i_align.training.guards import Best
 from t2i_align.training.loop import Task
 from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
+from t2i_align.training.report import write_report
 from t2i_align.training.weights import dropout_off
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
+    from t2i_align.training.rewards import Rewarder
 
 WATCHED = 8  # winners whose error is measured at each logged step
 
@@ -61,6 +65,8 @@ class Alignment(Task):
         self.weights, self.fingerprint = reference.weights, source.fingerprint
         self.groups = source.counts.get("groups")
         self.accumulate, self.health = config.train.accumulate, config.health
+        patience = config.validation.patience
+        self.best = Best(self.weights, patience) if validate and patience else None
         self.update: ReferenceUpdate | None = None
         if config.train.reference_update is not None:
             self.update = ReferenceUpdate(config, accelerator, source, reference)
@@ -115,6 +121,8 @@ class Alignment(Task):
             out += [self._on_held_out] if self.held_out else []
         if step and (keep := self.config.log.keep_weights) and step % keep == 0:
             out.append(partial(self._keep, step))
+        if self.accelerator.is_main_process and (out or last or step % self.config.log.checkpoint_every == 0):
+            out.append(self._report)
         return out
 
     def export(self, folder: Path, whole: bool = False) -> Path | None:
@@ -149,6 +157,10 @@ class Alignment(Task):
             with self.weights.using(self.weights.result):
                 scores = self.validate(self.pipeline, step)
         self.accelerator.wait_for_everyone()
+        if self.best:
+            name, value = next(iter(scores.items()), ("", 0.0))  # of the main process, whose first scorer decides
+            value = float(broadcast(torch.tensor(value, device=self.accelerator.device)))
+            self.over = self.over or self.best.see(name, value, step)
         return scores
 
     @torch.no_grad()
@@ -170,11 +182,18 @@ class Alignment(Task):
         numbers = found.numbers(self.accelerator)
         return {f"held_out/{name}": value for name, value in numbers.items() if "/t" not in name}
 
+    def _report(self) -> dict[str, float]:
+        write_report(Path(self.config.output_dir))
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {
             "objective": self.objective_state,
             "reference": self.update.state() if self.update else None,
             "winners": self.winners.initial if self.winners else None,
+            "rewarder": self.rewarder.state() if self.rewarder else None,
+            "best": self.best.state() if self.best else None,
+            "over": self.over,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -184,6 +203,11 @@ class Alignment(Task):
             self.update.load_state(state["reference"])
         if self.winners:
             self.winners.load_state(state["winners"])
+        if self.rewarder:
+            self.rewarder.load_state(state["rewarder"])
+        if self.best and state["best"]:
+            self.best.load_state(state["best"])
+        self.over = state["over"]
 
 
 def checked(result: Any, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:

@@ -62,7 +62,7 @@ class Validation:
         self.prompts = list(prompts)
 
     def __call__(self, pipeline: TrainablePipeline, step: int) -> dict[str, float]:
-        """Sample and score at `step`; {"validation/<scorer>": mean}."""
+        """Sample and score at `step`; {"validation/<scorer>": mean}, then "validation/<scorer>/<part>"."""
         seeds = [stable_seed(self.options.seed, i) % 2**32 for i in range(len(self.prompts))]
         pixels = pipeline.generate(
             self.prompts,
@@ -79,7 +79,10 @@ class Validation:
         scores = {}
         for scorer in self.scorers:
             with torch.no_grad():
-                scores[f"validation/{scorer.name}"] = scorer.score(pixels, self.prompts).mean().item()
+                total, parts = scorer.judge(pixels, self.prompts)
+            means = {name: part.nanmean().item() for name, part in parts.items()}
+            scores[f"validation/{scorer.name}"] = total.mean().item()
+            scores |= {f"validation/{scorer.name}/{name}": mean for name, mean in means.items() if mean == mean}
         if self.done:
             self.done(step, scores, pixels)
         return scores

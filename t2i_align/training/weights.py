@@ -22,6 +22,7 @@ from accelerate import cpu_offload
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from t2i_align.conditioning.personal import Personal
 from t2i_align.errors import UserError
 
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # autocast rounds their weights at each call
@@ -117,8 +118,11 @@ def adapters_off(network: nn.Module) -> Variant:
     Only the layers' private flag is flipped: peft's public toggle also changes `requires_grad`, which silently
     loses gradients when it runs between a forward and its backward pass.
     """
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    return Variant(network, [(layer, "_disable_adapters", True) for layer in layers])
+    switches = {BaseTunerLayer: "_disable_adapters", Personal: "off"}
+    return Variant(
+        network,
+        [(m, switch, True) for m in network.modules() for kind, switch in switches.items() if isinstance(m, kind)],
+    )
 
 
 def dropout_off(network: nn.Module) -> Variant:
@@ -143,6 +147,8 @@ def frozen_copy(
     for module in twin.modules():
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = True
+        elif isinstance(module, Personal):
+            module.off = True
         elif isinstance(module, CAST) and dtype != torch.float32:
             module.to(dtype)
     tensors = {name: parameter.detach() for name, parameter in twin.named_parameters()}

@@ -73,6 +73,7 @@ def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     module, _, function = COMMANDS[name].function.partition(":")
     monkeypatch.setattr(importlib.import_module(module), function, lambda **keywords: calls.append(keywords))
     monkeypatch.setattr("t2i_align.cli.commands.load_plugin", lambda place: None)
+    monkeypatch.setattr("t2i_align.cli.commands.check_inputs", lambda options: None)
     monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], report="", check=""))
     assert cli.main(arguments) == 0
     signature.bind(**calls[0])
@@ -93,12 +94,16 @@ def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         assert "\n  inspect " in out and "\n  split " in out
 
 
-def test_help_and_completion_import_nothing_heavy() -> None:
+def test_help_completion_and_wrong_paths_import_nothing_heavy() -> None:
     lines = [["--help"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)]
+    wrong = [["score", "gone.jsonl", "--scorers", "oracle", "--out", "o"], ["data", "inspect", "./gone", "--out", "o"],
+             ["generate", "testbed:sd", "--prompts", "gone.txt", "--out", "o"]]  # fmt: skip
+    lines += wrong
     code = "import sys; from t2i_align.cli import main; print([main(argv) for argv in {}], {} & {{*sys.modules}})"
     code = code.format(lines, HEAVY)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == f"{[0] * len(lines)} set()"
+    assert done.stdout.splitlines()[-1] == f"{[0] * (len(lines) - len(wrong)) + [2] * len(wrong)} set()"
+    assert "gone.jsonl: no such file or folder" in done.stderr
     words = {"_T2I_ALIGN_COMPLETE": "complete_bash", "COMP_WORDS": "t2i-align evaluate --ti", "COMP_CWORD": "2"}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "t2i_align"], env=os.environ | words, capture_output=True, text=True

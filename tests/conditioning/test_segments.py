@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from pipelines import TrainablePipeline
-from t2i_align import align
+from t2i_align import align, evaluate
 from t2i_align.conditioning import segments
-from t2i_align.config import ModelConfig, SegmentsConfig
+from t2i_align.conditioning.config import SegmentsConfig
+from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample_seed
-from t2i_align.inference.models import open_model
+from t2i_align.inference.models import open_model, resolve_aligned, resolve_base
+from tests.reward_scorers.small import write_hf_clip
 from tests.runs import image, run_values
 
 PathOf = Callable[[str], Path]
@@ -124,6 +126,38 @@ def test_a_run_trains_on_whole_prompts_and_its_lora_generates_with_them(sd_path:
     expected = pipeline.generate(prompts, [sample_seed(0, i, 0) for i in (0, 1)], steps=2)
     for image_, pixels in ((first, expected[0]), (second, expected[1])):
         assert np.abs(image_ - pixels.permute(1, 2, 0).numpy() * 255).max() < 1
+
+
+def test_a_plain_model_generates_and_is_evaluated_in_segments(sd_path: Path, tmp_path: Path) -> None:
+    prompts = [" ".join(f"a cat number {i} sits." for i in range(12)) + end for end in ("", " a red dog.")]
+    options: dict[str, Any] = {"out": None, "steps": 2, "progress": False}
+    one, other = (np.asarray(image_) for image_ in generate(sd_path, prompts, segments=24, **options))
+    assert np.abs(one.astype(int) - other).max() > 0
+    pipeline = open_model(ModelConfig(path=str(sd_path), segments=SegmentsConfig(tokens=24)))
+    expected = pipeline.generate(prompts, [sample_seed(0, i, 0) for i in (0, 1)], steps=2)
+    assert np.abs(other - expected[1].permute(1, 2, 0).numpy() * 255).max() < 1
+    with pytest.raises(UserError, match="segments: only for a model that is given by its path"):
+        generate(pipeline, prompts, segments=24, **options)
+    with pytest.raises(UserError, match="segments must be a whole number of at least 1, found 0"):
+        generate(sd_path, prompts, segments=0, **options)
+    whole: dict[str, Any] = {"base": sd_path, "aligned": sd_path, "prompts": prompts, **options}
+    whole |= {"scorers": f"hf-clip:{write_hf_clip(tmp_path / 'clip')}"}
+    result = evaluate(**whole | {"out": tmp_path / "whole"}, segments=24)
+    assert result.settings["segments"]["tokens"] == 24 and result.settings["identical_pairs"] == 2
+    cut = evaluate(**whole | {"out": tmp_path / "cut"})
+    (name,) = result.scorers
+    assert cut.settings["segments"] is None
+    assert cut.scorers[name].total.mean_before != result.scorers[name].total.mean_before
+
+
+def test_a_whole_model_knows_from_its_run_how_its_prompts_were_encoded(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: somebody/base, segments: {tokens: 24, eos: last}}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    found = resolve_base(tmp_path / "model")
+    assert found == ModelConfig(path=str(tmp_path / "model"), segments=SegmentsConfig(tokens=24, eos="last"))
+    assert resolve_base(None, resolve_aligned(tmp_path / "model")).segments == found.segments
+    assert resolve_base(tmp_path / "model", segments=48).segments == SegmentsConfig(tokens=48, eos="last")
 
 
 def test_what_cannot_be_encoded_in_segments_is_refused(path: PathOf) -> None:

@@ -206,7 +206,7 @@ def test_a_run_and_an_evaluation_show_themselves(
     run = align(values, progress=False)
     assert capsys.readouterr().out == ""
     page = run._repr_html_()
-    assert page.count("<polyline") == 4 and "rewards/margins" in page and "data:image/png" in page
+    assert page.count("<polyline") >= 8 and "Implicit reward" in page and "data:image/png" in page
     assert len(run.history) == 4 and len(repr(run)) < 200
     result = t2i_align.evaluate(
         base=sd_path, aligned=run.output_dir, prompts=["a fox"], scorers=[sharpness()],

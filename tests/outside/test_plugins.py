@@ -13,61 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file
 
 import pipelines
 import reward_scorers
 from reward_scorers import Scorer, ScorerError
-from t2i_align import align, cli, evaluate, generate, load_plugin, objectives, plugins
+from t2i_align import align, cli, load_plugin, objectives, plugins
 from t2i_align import config as configuration
 from t2i_align.data import readers
 from t2i_align.data.spec import load as load_spec
 from t2i_align.errors import UserError
 from t2i_align.inference.options import build_scorers
-from t2i_align.objectives import SFT, Objective, Requirements
-from tests.outside.tiny_zimage import tiny_zimage
+from t2i_align.objectives import SFT
 from tests.runs import image, jsonl_pairs, metrics, run_in_two_processes, run_values, same
-from tests.tiny import letter_tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-
-
-@pytest.fixture(scope="session")
-def zimage_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_zimage(tmp_path_factory.mktemp("outside") / "zimage")
-
-
-@pytest.fixture(scope="session")
-def siglip_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SigLIP of random weights for 32 x 32 pixels."""
-    folder = tmp_path_factory.mktemp("outside") / "siglip"
-    torch.manual_seed(0)
-    tokenizer = letter_tokenizer(16)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.SiglipConfig(
-        text_config={**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 16},
-        vision_config={**sizes, "image_size": 32, "patch_size": 16},
-    )
-    transformers.SiglipModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def votes(tmp_path: Path) -> Path:
-    """Six lines of the format in votes.py."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for i in range(6):
-        image(2 * i).save(folder / f"{i}a.png")
-        image(2 * i + 1).save(folder / f"{i}b.png")
-        lines.append(f"prompt {i}{' and more' * (i % 3)}\t{i}a.png\t{i}b.png\t{i}\t2.5\n")
-    (folder / "pairs.votes").write_text("".join(lines))
-    return folder / "pairs.votes"
 
 
 def command(*arguments: str, cwd: Path, processes: int = 1) -> str:
@@ -254,108 +216,3 @@ def test_what_is_wrong_with_a_plugin_is_said(content: str | None, place: str, me
     place = f"{tmp_path}/{place}" if ".py" in place else place
     with pytest.raises(UserError, match=message):
         configuration.from_mapping({"objective": place, "output_dir": "x"})
-
-
-# Contracts ------------------------------------------------------------------------------------------------------------
-
-
-class Broken(Objective):
-    """Returns what the test gives it."""
-
-    name = "broken"
-    needs = Requirements(candidates=2, ties=False)
-    returned: Callable[[torch.Tensor], Any]
-
-    def step(self, policy: Any, reference: Any, batch: Any, rng: Any) -> Any:
-        err = policy(batch.latents[:, 0], rng.timesteps(), batch.conditioning).square().flatten(1)
-        return type(self).returned(err)
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (lambda err: (err.mean(), {}), r"objective 'broken': the loss must be a tensor of shape \[2\].*found \[\]"),
-        (lambda err: (err.mean(1), {"a/b": err}), r"metric 'a/b' must be a tensor of shape \[2\].*found \[2, "),
-        (lambda err: (err.mean(1), {"a": 1.0}), r"metric 'a' must be a tensor of shape \[2\].*found float"),
-        (lambda err: err.mean(1), "`step` must return a loss and a mapping of metrics, found Tensor"),
-        (lambda err: (err.mean(1).detach(), {}), "the loss has no gradient"),
-    ],
-)
-def test_what_an_objective_returns_is_checked(
-    returned: Any, message: str, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Broken, "returned", staticmethod(returned), raising=False)
-    values = run_values(sd_path, jsonl_pairs(tmp_path / "data", count=2), tmp_path / "run", train__batch_size=2)
-    with pytest.raises(UserError, match=message):
-        align(values, objective=Broken(), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (lambda n: torch.zeros(n, n), r"bad: the score: expected shape \[2\], found \[2, 2\]"),
-        (lambda n: torch.zeros(()), r"bad: the score: expected shape \[2\], found \[\]"),
-        (lambda n: [0.0] * n, r"bad: `rate` must return a tensor \[2\].*found list"),
-        (lambda n: (torch.zeros(n), {"part": torch.zeros(n, 1)}), r"bad: part: expected shape \[2\], found \[2, 1\]"),
-    ],
-)
-def test_what_a_scorer_returns_is_checked(returned: Any, message: str) -> None:
-    class Bad(Scorer):
-        name, version = "bad", "1"
-
-        def rate(self, inputs: Any, prompts: Any) -> Any:
-            return returned(len(prompts))
-
-    with pytest.raises(ScorerError, match=message):
-        Bad().score(torch.zeros(2, 3, 8, 8), ["a", "b"])
-
-
-def test_a_scorer_without_name_or_version_is_named() -> None:
-    class Nameless(Scorer):
-        def rate(self, inputs: Any, prompts: Any) -> Any: ...
-
-    with pytest.raises(UserError, match="Nameless sets no name and no version"):
-        build_scorers([Nameless()])
-
-
-def test_conditioning_that_cannot_be_stored_is_named(
-    zimage_path: Path, votes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without its mask, Z-Image's prompts have different lengths; without the mask's tensor, or as a list."""
-    family = load_plugin(f"{HERE}/zimage.py").ZImage
-    values = run_values(zimage_path, votes, tmp_path / "run", train__batch_size=2)
-    values["data"]["format"] = f"{HERE}/votes.py:votes"
-    encode, only = family.encode_prompts, "prompt_embeds"
-    for masks, message in (
-        ({}, r"'prompt_embeds' of prompt 'prompt 0.*' has shape \[\d+, 16\], that of earlier ones"),
-        ({"prompt_embeds": "gone"}, r"mask 'gone' of the conditioning 'prompt_embeds'.*found None"),
-    ):
-        monkeypatch.setattr(family, "conditioning_masks", masks)
-        monkeypatch.setattr(family, "encode_prompts", lambda self, texts: {only: encode(self, texts)[only]})
-        with pytest.raises(UserError, match=message):
-            align(values, progress=False)
-    monkeypatch.setattr(family, "encode_prompts", lambda self, texts: {"prompt_embeds": [torch.zeros(1)] * len(texts)})
-    with pytest.raises(UserError, match=r"must be a tensor \[1, ...\], found list"):
-        align(values, progress=False)
-
-
-def test_loaded_pipelines_are_aligned_sampled_and_compared(zimage_path: Path, votes: Path, tmp_path: Path) -> None:
-    load_plugin(f"{HERE}/zimage.py")
-    base, aligned = pipelines.load(zimage_path), pipelines.load(zimage_path)
-    values = run_values(zimage_path, votes, tmp_path / "run", train__batch_size=2, optim__lr=0.1)
-    values["data"]["format"] = f"{HERE}/votes.py:votes"
-    align(values, model=aligned, progress=False)
-    options: dict[str, Any] = {"steps": 2, "guidance": 1.0, "progress": False}
-    (one,), (two,) = (generate(pipeline, ["a fox"], out=None, **options) for pipeline in (base, aligned))
-    assert one.size == (32, 32) and one.tobytes() != two.tobytes()
-    with pytest.raises(UserError, match="carries an adapter already"):
-        align({**values, "output_dir": str(tmp_path / "more")}, model=aligned, progress=False)
-
-    class Mean(Scorer):
-        name, version = "mean", "1"
-
-        def rate(self, inputs: Any, prompts: Any) -> Any:
-            return inputs.mean((1, 2, 3))
-
-    result = evaluate(base=base, aligned=aligned, prompts=["a fox"], scorers=[Mean()], out=tmp_path / "e", **options)
-    assert result.headline.total.mean_before != result.headline.total.mean_after

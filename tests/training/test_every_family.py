@@ -16,8 +16,8 @@ from torch import Tensor
 import pipelines
 from pipelines import FAMILIES, TrainablePipeline
 from t2i_align import align
-from tests.runs import jsonl_clips, jsonl_pairs, run_values
-from tests.tiny import in_plain_diffusers
+from tests.runs import jsonl_clips, jsonl_pairs, metrics, run_in_two_processes, run_values
+from tests.tiny import in_plain_diffusers, tiny_flux
 
 NAMES = [*FAMILIES, "sd-v"]
 
@@ -78,3 +78,18 @@ def test_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
 def files(weights: Path) -> list[Path]:
     """A LoRA's file, or all weights of a saved pipeline."""
     return [weights] if weights.is_file() else sorted(weights.rglob("*.safetensors"))
+
+
+def test_a_joint_block_whose_text_ends_there_trains_in_two_processes(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """As Qwen-Image's last one does: DDP would wait for gradients of the layers that write the text's stream."""
+    model = tiny_flux(tmp_path / "model", singles=0)
+    changes: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4.0, "targets": "all"}, "train__steps": 2}
+    both = run_values(model, data[0], tmp_path / "both", train__batch_size=1, **changes)
+    run_in_two_processes(both, tmp_path)
+    align(run_values(model, data[0], tmp_path / "one", train__batch_size=2, **changes), progress=False)
+    trained = load_file(tmp_path / "both" / "lora" / "pytorch_lora_weights.safetensors")
+    modules = {key.split(".lora_")[0].rpartition("transformer_blocks.0.")[2] for key in trained}
+    assert {"attn.to_q", "attn.add_k_proj", "ff.net.2"} <= modules
+    assert not {"attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"} & modules
+    for two, one in zip(metrics(tmp_path / "both"), metrics(tmp_path / "one"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

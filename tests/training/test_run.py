@@ -27,7 +27,7 @@ from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.objectives.sft import SFT
-from t2i_align.training import checkpoint, optimizers
+from t2i_align.training import checkpoint, optimizer
 from t2i_align.utils.settings import settings
 from tests.runs import jsonl_pairs, metrics, run_in_two_processes, run_values, same, winner_loser_folders
 
@@ -288,7 +288,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(optimizers, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(optimizer, "get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
         align(run_values(sd_path, pairs, tmp_path / "run", **changes), progress=False)

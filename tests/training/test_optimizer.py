@@ -11,7 +11,7 @@ from t2i_align import align
 from t2i_align.config import OptimConfig
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from t2i_align.training.optimizers import make_optimizer
+from t2i_align.training.optimizer import make_optimizer
 from tests.runs import run_values, same
 
 

@@ -1,0 +1,224 @@
+"""Long prompts on the testbed: truncated CLIP against segments (S) and S with the decomposed reward (S + R).
+
+    python benchmarks/long_prompts.py --work runs/long_prompts    # all of it; continues after a kill
+
+Long captions state 6 to 11 facts; the bundled text encoder reads the first three or four sentences. For each training
+seed the base is fine-tuned on the same drawn images with long captions, truncated (T) and in segments (S); from S on,
+the reward is trained with omega 0.3 and 1, the same number of steps. The reward's scorer (`sentence_scorer.py`) knows
+single sentences. All are judged by the oracle over all sentences on test prompts, at the same seeds, and nothing was
+selected on them. Intervals resample prompts, training seeds pooled. Writes `benchmarks/results/long_prompts.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentence_scorer
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from t2i_align.conditioning.config import SegmentsConfig
+from t2i_align.config import ModelConfig
+from t2i_align.evaluation.stats import interval
+from t2i_align.inference.generate import sample, sample_seed
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned
+from t2i_align.testbed import prompts
+from t2i_align.testbed.scenes import render, to_uint8
+from t2i_align.testbed.world import LONG, split_of
+from t2i_align.training.run import align
+from t2i_align.utils.files import write_json
+
+ROOT = Path(__file__).parent.parent
+BASE, SEGMENTS = "testbed:sd", {"tokens": 32}
+DRAWING_SEED, SAMPLING_SEED = 11, 90_000
+OMEGAS = (0.3, 1.0)
+SIDES = {
+    "base, truncated": "B", "base, segments, not trained": "B-S", "T: trained, truncated": "T",
+    "S: trained, segments": "S", "S + R, omega 0.3": "R-0.3", "S + R, omega 1": "R-1.0",
+}  # fmt: skip
+COLUMNS = ("faithfulness", "sentences", "last", "strict", "colour", "shape", "size", "relation", "count", "background",
+           "quality")  # fmt: skip
+DIFFERENCES = (
+    ("S", "T", "last"), ("S", "T", "faithfulness"), ("S", "T", "sentences"), ("R-0.3", "S", "faithfulness"),
+    ("R-0.3", "S", "sentences"), ("R-0.3", "S", "quality"), ("R-0.3", "R-1.0", "faithfulness"),
+    ("R-0.3", "R-1.0", "quality"), ("R-0.3", "R-1.0", "diversity"), ("R-0.3", "S", "diversity"),
+    ("R-1.0", "S", "diversity"),
+)  # fmt: skip
+
+
+def make_data(folder: Path, count: int) -> Path:
+    """Drawn images with true long captions of the train split, as JSONL."""
+    file, rng = folder / "captions.jsonl", np.random.default_rng(DRAWING_SEED)
+    if file.exists():
+        return file
+    rows: list[str] = []
+    while len(rows) < count:
+        scene = LONG.sample(rng)
+        statement = LONG.language.describe(scene, rng)
+        if split_of(statement) == "train":
+            name = f"{len(rows):05d}.png"
+            Image.fromarray(to_uint8(render(scene))).save(folder / name)
+            text = LONG.language.write(statement, rng)
+            rows.append(json.dumps({"id": name, "prompt": text, "images": [name], "scores": [1.0]}) + "\n")
+    file.write_text("".join(rows))
+    return file
+
+
+def make_scorer(folder: Path, steps: int) -> dict[float, str]:
+    """The spec of the decomposed scorer by omega, V being that of train prompts."""
+    weights = folder / "scorer.pt"
+    if not weights.exists():
+        sentence_scorer.train(weights, steps)
+    (folder / "corpus.txt").write_text("\n".join(prompts("long-train")[:512]))
+    for omega in OMEGAS:
+        values = {"scorer": f"{sentence_scorer.__file__}:SentenceScorer:{weights}", "omega": omega,
+                  "direction": "corpus.txt"}  # fmt: skip
+        (folder / f"omega-{omega}.yaml").write_text(json.dumps(values))
+    return {omega: f"denscore:{folder}/omega-{omega}.yaml" for omega in OMEGAS}
+
+
+def train(output: Path, seed: int, steps: int, **changes: Any) -> Path:
+    """A run that continues where it was killed; returns its LoRA."""
+    values: dict[str, Any] = {
+        "output_dir": str(output), "model": {"path": BASE}, "lora": {"rank": 16, "alpha": 16, "targets": "all"},
+        "resume": True, "log": {"every": 5, "checkpoint_every": 20, "keep_checkpoints": 1},
+    }  # fmt: skip
+    for key, value in changes.items():
+        values[key] = values.get(key, {}) | value
+    values["train"] |= {"steps": steps, "seed": seed}
+    start = time.monotonic()
+    result = align(values, progress=False)
+    numbers = {name: round(value, 4) for name, value in result.metrics.items() if "/t" not in name}
+    print(f"{output.name}: {time.monotonic() - start:.0f} s, {numbers}", flush=True)
+    return result.weights
+
+
+def train_all(work: Path, seed: int, options: argparse.Namespace) -> None:
+    """T, S and both S + R of a seed."""
+    data = {"path": str(make_data(work / "data", options.images)), "cache_dir": str(work / "cache")}
+    supervised: dict[str, Any] = {
+        "data": data, "objective": {"name": "sft"}, "train": {"batch_size": options.batch_size, "caption_dropout": 0.1},
+        "optim": {"lr": options.lr, "schedule": "cosine", "warmup_steps": 5},
+    }  # fmt: skip
+    train(work / f"T-{seed}", seed, options.steps, **supervised)
+    start = train(work / f"S-{seed}", seed, options.steps, **supervised, model={"segments": SEGMENTS})
+    for omega, spec in make_scorer(work, options.scorer_steps).items():
+        reward = {"name": "reward", "scorer": spec, "schedule": "longalign", "sampling_steps": 5, "every": 2,
+                  "guidance": 1.0, "drift": True}  # fmt: skip
+        train(
+            work / f"R-{omega}-{seed}", seed, options.reward_steps, model={"segments": SEGMENTS},
+            data={"path": "testbed:long-train"}, objective=reward, lora={"init": str(start)},
+            optim={"lr": options.reward_lr, "warmup_steps": 2, "max_grad_norm": 0.3},
+            train={"batch_size": options.reward_batch_size},
+        )  # fmt: skip
+
+
+def judge(work: Path, side: str, seed: int, options: argparse.Namespace) -> dict[str, list[float]]:
+    """The oracle's numbers on test prompts, one image each, and the diversity of several images of some of them."""
+    file = work / f"scores-{side}-{seed}.json"
+    if not file.exists():
+        segments = None if side in ("B", "T") else SegmentsConfig(**SEGMENTS)
+        pipeline = load_pipeline(ModelConfig(path=BASE, segments=segments))
+        adapter = None if side in ("B", "B-S") else resolve_aligned(work / f"{side}-{seed}")
+        texts = prompts("long-test")[: options.prompts]
+        sampling: dict[str, Any] = {"steps": options.sampling_steps, "guidance": 2.0, "batch_size": 32}
+        with adapter_on(pipeline, adapter):
+            images = sample(pipeline, texts, [sample_seed(SAMPLING_SEED, i, 0) for i in range(len(texts))], **sampling)
+            several = [(i, k) for i in range(options.diverse) for k in range(1, 4)]
+            more = sample(
+                pipeline, [texts[i] for i, _ in several], [sample_seed(SAMPLING_SEED, i, k) for i, k in several],
+                **sampling,
+            )  # fmt: skip
+        pixels = torch.stack([pil_to_tensor(image) for image in images]).float() / 255
+        verdict = LONG.oracle().judge(pixels, texts)
+        columns = {name: [float(x) for x in values] for name, values in verdict.columns().items()}
+        columns["diversity"] = [
+            diversity([images[i], *more[3 * i : 3 * i + 3]]) if i < options.diverse else float("nan")
+            for i in range(len(texts))
+        ]
+        write_json(file, columns)
+    scores: dict[str, list[float]] = json.loads(file.read_text())
+    return scores
+
+
+def diversity(images: list[Image.Image]) -> float:
+    """Root mean square difference of the pixels, in [0, 1], mean over pairs of a prompt's images."""
+    arrays = [np.asarray(image, np.float64) / 255 for image in images]
+    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(arrays, 2)]))
+
+
+def figure(values: np.ndarray) -> str:
+    """Mean and interval of values [seeds, prompts]; NaN where one does not apply."""
+    prompt = np.tile(np.arange(values.shape[1]), len(values))
+    valid = np.isfinite(values.ravel())
+    numbers = values.ravel()[valid]
+    low, high = interval(prompt[valid], numbers, np.ones_like(numbers))
+    return f"{numbers.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def report(work: Path, options: argparse.Namespace) -> str:
+    """The tables as markdown."""
+    seeds = range(options.seeds)
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for side in SIDES.values():
+        runs = [judge(work, side, seed, options) for seed in (seeds if side[0] != "B" else [0])]
+        scores[side] = {name: np.array([run[name] for run in runs], float) for name in (*COLUMNS, "diversity")}
+    arguments = " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name != "work"
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = ["# Long prompts on the testbed", "", f"`python benchmarks/long_prompts.py {arguments}`", "",
+             f"At commit {commit.strip()}, torch {torch.__version__}, {torch.get_num_threads()} thread. "
+             f"{options.prompts} test prompts, {options.sampling_steps} steps, guidance 2; means with 95 % intervals "
+             "over prompts, training seeds pooled.", ""]  # fmt: skip
+    lines += ["| model | " + " | ".join(COLUMNS[:4]) + " | diversity |", "|---" * 6 + "|"]
+    for label, side in SIDES.items():
+        cells = [figure(scores[side][name]) for name in (*COLUMNS[:4], "diversity")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", "| model | " + " | ".join(COLUMNS[4:]) + " |", "|---" * (1 + len(COLUMNS[4:])) + "|"]
+    for label, side in SIDES.items():
+        lines.append(f"| {label} | {' | '.join(f'{np.nanmean(scores[side][name]):.2f}' for name in COLUMNS[4:])} |")
+    lines += ["", "| difference, same prompts and seeds | in | mean | by training seed |", "|---|---|---|---|"]
+    for one, other, name in DIFFERENCES:
+        change = scores[one][name] - scores[other][name]
+        by_seed = ", ".join(f"{value:+.3f}" for value in np.nanmean(change, axis=1))
+        lines.append(f"| {one} − {other} | {name} | {figure(change)} | {by_seed} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/long_prompts"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=512, help="drawn, with long captions")
+    parser.add_argument("--steps", type=int, default=60, help="of the fine-tunings on them")
+    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scorer-steps", type=int, default=400)
+    parser.add_argument("--reward-steps", type=int, default=20)
+    parser.add_argument("--reward-batch-size", type=int, default=4)
+    parser.add_argument("--reward-lr", type=float, default=1e-3)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--diverse", type=int, default=8, help="prompts of which four images are sampled")
+    parser.add_argument("--sampling-steps", type=int, default=8)
+    options = parser.parse_args()
+    (options.work / "data").mkdir(parents=True, exist_ok=True)
+    for seed in range(options.seeds):
+        train_all(options.work, seed, options)
+        for side in SIDES.values():
+            judge(options.work, side, seed if side[0] != "B" else 0, options)
+    text = report(options.work, options)
+    (ROOT / "benchmarks" / "results" / "long_prompts.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
