@@ -32,9 +32,10 @@ from t2i_align.reward_models.losses import Accuracy, measure
 from t2i_align.reward_models.policies import Policy, begin
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences, split
 from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, Task
+from t2i_align.training.loop import Loop
 from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import open_run, write_settings
+from t2i_align.training.task import Task
 from t2i_align.training.weights import Weights
 from t2i_align.utils.files import write_json
 

@@ -1,13 +1,12 @@
 """The one training loop: distribution, accumulation, clipping, averaging, logging, checkpoints, divergence.
 
-It knows no method, model family or data; these are a `Task`. Users: `trainer` and `reward_models.train`.
+It knows no method, model family or data; these are a `task.Task`. Users: `trainer` and `reward_models.train`.
 """
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i_align.config import RunConfig
 from t2i_align.diffusion.randomness import stable_seed
@@ -34,71 +33,15 @@ from t2i_align.training.monitor import (
 )
 from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.progress import Progress, flat
-from t2i_align.training.sections import HealthConfig
 from t2i_align.training.signals import graceful_shutdown
-from t2i_align.training.weights import Weights, older_policy
+from t2i_align.training.task import Task
+from t2i_align.training.weights import older_policy
 from t2i_align.utils.files import append_line
 
 if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class Task(ABC):
-    """What a loop trains.
-
-    weights: of the network, on the accelerator's device, with gradients switched on for what is to be trained.
-    fingerprint: of the data; equal when each step takes the same samples. groups: how many there are, if that is known.
-    accumulate: micro-batches of a step. health: how often it is rolled back, and from when. advice: what helps against
-    divergence. over: why training ends early, "" while it does not.
-    """
-
-    weights: Weights
-    fingerprint: str
-    groups: int | None = None
-    accumulate: int = 1
-    health: HealthConfig = HealthConfig(rollbacks=0)
-    advice: str = "A smaller optim.lr usually helps."
-    over: str = ""
-
-    @abstractmethod
-    def batches(self, step: int) -> Iterator[Any]:
-        """Endless micro-batches of this process on its device, from an optimiser step on."""
-
-    @abstractmethod
-    def losses(self, network: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [B] with gradient through `network` (which may be wrapped), and metrics [B] each to log.
-
-        A metric `loss` is logged instead of the loss.
-        """
-
-    def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
-        """Called after each optimiser step; `means()` are the step's metrics averaged over all its groups."""
-        return
-
-    def due(self, step: int, last: bool) -> Sequence[Callable[[], dict[str, float]]]:
-        """What else is done after this step (0: before the first); the results are logged."""
-        return ()
-
-    def watched(self) -> dict[str, float]:
-        """More metrics of a step that is logged or saved; costly ones that are not measured at each step."""
-        return {}
-
-    def export(self, folder: Path, whole: bool = False) -> Path | None:
-        """Write what is trained, for use, into a checkpoint's or the run's folder; returns what loads it.
-
-        whole: also what takes long to write.
-        """
-        return None
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides weights and optimiser: tensors and plain values."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's `state`."""
-        return
 
 
 class Loop:

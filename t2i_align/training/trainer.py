@@ -24,10 +24,10 @@ from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Metrics, Objective
 from t2i_align.training.checkpoint import KEPT, name_of, writing
 from t2i_align.training.guards import Best
-from t2i_align.training.loop import Task
 from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 from t2i_align.training.report import write_report
+from t2i_align.training.task import Task
 from t2i_align.training.weights import dropout_off
 
 if TYPE_CHECKING:
