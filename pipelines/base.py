@@ -96,6 +96,10 @@ class Family:
         """The network that is trained: an nn.Module with diffusers' adapters, checkpointing and configuration."""
         return getattr(self.pipe, self.denoiser_name)
 
+    def denoiser_at(self, timestep: float) -> Any:
+        """The network that serves a time: where there is one for each part of the way, that part's."""
+        return self.denoiser
+
     @property
     def process(self) -> ForwardProcess:
         """The forward process of training; raises PipelineError if the checkpoint's scheduler is of another kind."""

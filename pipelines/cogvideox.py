@@ -49,6 +49,13 @@ class CogVideoX(VideoPipeline):
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         return output.transpose(1, 2)
 
+    def latent_times(self, frames: int, fps: float | None = None) -> list[float]:
+        return [0.0] * self.padded_frames + super().latent_times(frames, fps)
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(self.vae_config["temporal_compression_ratio"])
+
     @property
     def padded_frames(self) -> int:
         """Latent frames prepended to a clip's own."""
@@ -64,8 +71,7 @@ class CogVideoX(VideoPipeline):
     @property
     def compression(self) -> tuple[int, int]:
         together = math.lcm(DECODED_TOGETHER, self.denoiser.config.patch_size_t or 1)
-        frames = together * int(self.vae_config["temporal_compression_ratio"])
-        return frames, super().compression[1]
+        return together * self.temporal_factor, super().compression[1]
 
     @property
     def text_tokens(self) -> int:

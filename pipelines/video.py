@@ -10,7 +10,7 @@ from pipelines.pipeline import TrainablePipeline
 class VideoPipeline(TrainablePipeline):
     """A family of clips [B, F, 3, H, W] with latents [B, C, f, h, w].
 
-    The first frame has a latent of its own, every further latent covers `frame_multiple` frames or a divisor of it.
+    The first frame has a latent of its own, every further latent covers `temporal_factor` frames.
     """
 
     video = True
@@ -18,6 +18,19 @@ class VideoPipeline(TrainablePipeline):
     encoder_names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     large_encoders = ("text_encoder",)
     lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}
+
+    def latent_times(self, frames: int, fps: float | None = None) -> list[float]:
+        """When each latent frame of a clip is shown, in seconds: the mean of its frames' beginnings.
+
+        fps: of the clip (default: the family's).
+        """
+        step, rate = self.temporal_factor, fps or self.fps
+        return [0.0, *((last - (step - 1) / 2) / rate for last in range(step, frames, step))]
+
+    @property
+    def temporal_factor(self) -> int:
+        """How many frames a latent frame covers, except for the first."""
+        return self.frame_multiple
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         super().check_size(height, width, frames)

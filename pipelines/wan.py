@@ -52,6 +52,10 @@ class Wan(VideoPipeline):
             self.encoder_names = (*self.encoder_names, self.experts["high" if low else "low"])
         super().__init__(pipe, source, vae_config)
 
+    def denoiser_at(self, timestep: float) -> Any:
+        boundary = self.pipe.config.boundary_ratio
+        return self.pipe.transformer_2 if boundary is not None and timestep < 1000 * boundary else self.pipe.transformer
+
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         if self.pipe.config.expand_timesteps:
             sides = zip(noisy_latents.shape[2:], self.denoiser.config.patch_size, strict=True)

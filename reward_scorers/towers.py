@@ -15,7 +15,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from reward_scorers.base import Scorer, single
-from reward_scorers.images import to_pixels
+from reward_scorers.images import in_threads, to_pixels, to_rgb
 
 TEXT_CACHE = 16384  # prompts; 64 MB at 1024 float32 features
 TEXT_BATCH = 256
@@ -75,6 +75,10 @@ class TwoTowers(Scorer):
 
     def rate(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scale * (self.encode_images(inputs) * self.text_features(prompts)).sum(-1)
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """`encode_images` of PIL images."""
+        return self.encode_images(self._placed(torch.stack(in_threads(self.preprocess, map(to_rgb, images)))))
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:

@@ -26,15 +26,22 @@ SPELLINGS = {word: [space + case for space in ("", " ") for case in (word, word.
              for word in ("yes", "no")}  # fmt: skip
 
 
-def inputs_of(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
-    """A model's inputs, padded to one batch: each image with its text, as a chat where the model has a template."""
+def inputs_of(processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]], texts: Sequence[str]) -> Any:
+    """A model's inputs, padded to one batch: each image with its text, as a chat where the model has a template.
+
+    A chat may have several images before a text.
+    """
     if not is_chat(processor):
         return processor(images=list(images), text=list(texts), padding=True, return_tensors="pt")
-    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    several = [[one] if isinstance(one, Image.Image) else list(one) for one in images]
+    chats = [
+        [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
+        for own, text in zip(several, texts, strict=True)
+    ]
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
     return processor(
-        images=[[image] for image in images],
+        images=several,
         text=texts,
         add_special_tokens=bos is None or not texts[0].startswith(bos),
         padding=True,

@@ -4,11 +4,13 @@ Tensors are positional, hyper-parameters keyword-only. An error `err` is a candi
 prediction and target, [B]; `_w` is the preferred candidate, `_l` the other, `ref_` the reference's; `h` is a logit,
 positive where the policy agrees with the label. Lists of k candidates are [B, k]. Losses are one number a group, [B],
 not averaged. SFT's is `err_w` itself; DCPO, InPO and NCP-DPO are Diffusion-DPO on other captions, noise and errors.
+DenseDPO's errors and labels l are a latent frame's, [B, f]; its `per_clip` exchanges `decided_mean` and `link_loss`.
 
 | objective | |
 |---|---|
 | `diffusion_dpo`, `dcpo`, `inpo`, `ncp_dpo` | `link_loss(dpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=beta))` |
 | `smpo` | the same with `beta * gamma * certainty(score_w, score_l, score_min=..., score_max=...)` |
+| `dense_dpo` | `decided_mean(link_loss(l * dpo_logit(err_a, err_b, ref_err_a, ref_err_b, beta=beta)), l != 0)` |
 | `tdpo` | `link_loss(tdpo_logit(...))` |
 | `dmpo` | `dmpo_loss(h, alpha=alpha)` |
 | `lcpo` | `lcpo_loss(h, trust(h, eta))` |
@@ -23,6 +25,7 @@ not averaged. SFT's is `err_w` itself; DCPO, InPO and NCP-DPO are Diffusion-DPO 
 """
 
 from t2i_align.diffusion.noising import squared_error
+from t2i_align.objectives.dense_dpo import decided_mean
 from t2i_align.objectives.diffusion_dpo import dpo_logit, link_loss
 from t2i_align.objectives.dmpo import dmpo_loss
 from t2i_align.objectives.dspo import dspo_loss
@@ -40,6 +43,7 @@ __all__ = [
     "certainty",
     "contrastive_loss",
     "dcg_weights",
+    "decided_mean",
     "dmpo_loss",
     "dpo_logit",
     "dspo_loss",

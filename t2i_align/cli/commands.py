@@ -29,7 +29,10 @@ SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EP
                  errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 # Options that name what is read: files and folders, bundled names (testbed:sd), Hub ids (owner/name, hub:owner/name).
 INPUTS = ("source", "images", "prompts", "annotations", "model", "models", "base", "aligned", "lora")
-GROUPS = {"data": "inspect preference data, or hold some prompts or users out"}
+GROUPS = {
+    "data": "inspect preference data, or hold some prompts or users out",
+    "video": "pairs of clips from real ones, and labels of their segments",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import Conditioning, Group, Media, Survey
+from t2i_align.data.schema import Conditioning, Group, Media
+from t2i_align.data.segments import latent_times, unlabelled
+from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
@@ -103,7 +105,8 @@ class Latents(Encoder):
         row_bytes = 2 * self.latent_bytes + texts_per_group * self.text_bytes
         self.rows_per_shard = max(1, min(MAX_ROWS_PER_SHARD, SHARD_BYTES // row_bytes))
         self.rows_at_once = max(1, batch_size) * (BATCHES_AT_ONCE if frames is None else 1)
-        self.description = {"frames": frames, "fps": fps, "conditioning": self.layout}
+        self.times = latent_times(pipeline, frames, fps)
+        self.description = {"frames": frames, "fps": fps, "conditioning": self.layout, "latent_times": self.times}
         self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def check_space(self, out: Path, survey: Survey) -> None:
@@ -122,7 +125,7 @@ class Latents(Encoder):
         ]))  # fmt: skip
         return [
             # One result per candidate, good or bad: an image that fails cannot shift its neighbours.
-            self._row(size, list(islice(results, len(group.candidates))))
+            self._row(size, list(islice(results, len(group.candidates))), unlabelled(group, self.times))
             for group, size in zip(groups, sizes, strict=True)
         ]
 
@@ -134,8 +137,8 @@ class Latents(Encoder):
     def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
         return self.pipeline.tokens_read(texts)
 
-    def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str]) -> Row | str:
-        if reasons := _reasons(results):
+    def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str], reason: str) -> Row | str:
+        if reasons := _reasons(results) or reason:
             return reasons
         latents, originals = zip(*results, strict=True)
         content = b"".join(one.numpy().tobytes() for one in latents)

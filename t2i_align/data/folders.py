@@ -1,6 +1,7 @@
-"""Winner and loser folders: images or clips of the same name form a pair.
+"""Winner and loser folders: images or clips of the same name form a pair. And folders of captioned images or clips.
 
     data/chosen/fox.png   data/rejected/fox.png   data/chosen/fox.txt
+    data/fox.mp4          data/fox.txt
 
 A clip is a video file, or a folder with its frames. The two folders lie in the source itself or, as kohya's trainers
 have them, in each of several folders below it (`1_foxes/w`, `1_foxes/l`; kohya's repeat
@@ -9,6 +10,8 @@ count is ignored).
 The caption is `<name>.txt` or `.caption` beside the winner, or in `captions/`, or an entry of `metadata.jsonl`, `.csv`
 or `.parquet` (columns `file_name` and `prompt`, `caption` or `text`) beside the winners or in the folder itself. There,
 the entry of the winner (`chosen/fox.png`) comes before one without a folder (`fox.png`), and that before the loser's.
+
+Without winners and losers, each image or clip with its caption is a group of its own that was liked.
 """
 
 from __future__ import annotations
@@ -60,10 +63,46 @@ def read(path: Path) -> Items:
     for name in sets.keys() - {*kept}:
         reason = "it belongs to another split than `train`; to read it, give this folder itself"
         yield Skipped(id=name, origin=str(path / name), reason=reason)
-    for file in others:
-        kind = "a folder without frames" if file.is_dir() else "no image or clip"
-        reason = f"{kind} (known endings: {' '.join(MEDIA_SUFFIXES)})"
-        yield Skipped(id=str(file.relative_to(path)), origin=str(file), reason=reason)
+    yield from (_unknown(path, file) for file in others)
+
+
+def _unknown(path: Path, file: Path) -> Skipped:
+    kind = "a folder without frames" if file.is_dir() else "no image or clip"
+    reason = f"{kind} (known endings: {' '.join(MEDIA_SUFFIXES)})"
+    return Skipped(id=str(file.relative_to(path)), origin=str(file), reason=reason)
+
+
+def detects_captioned(path: Path) -> bool:
+    """A folder with images or clips of which one at least has a caption."""
+    if not path.is_dir():
+        return False
+    listed = (file.stem for file, _ in _metadata(path))
+    return any(_by_stem(path, []).keys() & {*listed, *_texts(path)})
+
+
+def read_captioned(path: Path) -> Items:
+    """Captioned images or clips by name; one without a caption, or a file that is neither, is skipped."""
+    others: list[Path] = []
+    listed = {_nfc(name.stem): text for name, text in _metadata(path)}
+    for stem, files in sorted(_by_stem(path, others).items()):
+        origin = f"{path}, {stem}"
+        try:
+            if len(files) > 1:
+                raise ValueError(f"several of this name: {', '.join(file.name for file in files)}")
+            prompt = _captioned(path, path, stem, listed)
+            candidates = (inside(path, files[0].name, origin),)
+            yield Group(id=stem, prompt=prompt, candidates=candidates, scores=(1.0,), origin=origin)
+        except UserError:
+            raise
+        except ValueError as error:
+            yield Skipped(id=stem, origin=origin, reason=str(error))
+    yield from (_unknown(path, file) for file in others)
+
+
+def _texts(folder: Path) -> set[str]:
+    """The names of the captions in a folder or in its `captions/`."""
+    places = [place for place in (folder, folder / CAPTIONS) if place.is_dir()]
+    return {_nfc(f.stem) for place in places for f in place.iterdir() if f.suffix in CAPTION_SUFFIXES}
 
 
 def _pair(
@@ -76,14 +115,20 @@ def _pair(
                 names = ", ".join(file.name for file in files)
                 raise ValueError(f"several {side} images: {names}" if files else f"no {side} image of this name")
         candidates = tuple(inside(root, str(file.relative_to(root)), origin) for file in (*winners, *losers))
-        caption = _caption(root, winner_folder, stem) or listed.get(stem)
-        if caption is None:
-            raise ValueError(f"no caption: neither {stem}.txt beside the winner or in captions/, nor in {METADATA[0]}")
+        caption = _captioned(root, winner_folder, stem, listed)
     except UserError:
         raise
     except ValueError as error:
         return Skipped(id=stem, origin=origin, reason=str(error))
     return Group(id=stem, prompt=caption, candidates=candidates, scores=(1.0, 0.0), origin=origin)
+
+
+def _captioned(root: Path, beside: Path, stem: str, listed: Mapping[str, str]) -> str:
+    """The caption of that name. Raises ValueError where there is none."""
+    caption = _caption(root, beside, stem) or listed.get(stem)
+    if caption is None:
+        raise ValueError(f"no caption: neither {stem}.txt beside it or in captions/, nor in {METADATA[0]}")
+    return caption
 
 
 def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
@@ -125,7 +170,7 @@ def _by_stem(folder: Path, others: list[Path]) -> dict[str, list[Path]]:
     """Images, clips and folders of frames by their stems; what is neither that nor a caption goes to `others`."""
     media: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if file.name.startswith("."):
+        if file.name.startswith(".") or file.name == CAPTIONS:
             continue
         if frame_files(file) if file.is_dir() else file.is_file() and file.suffix.lower() in MEDIA_SUFFIXES:
             media.setdefault(_nfc(file.name if file.is_dir() else file.stem), []).append(file)

@@ -17,7 +17,8 @@ from PIL import Image
 from t2i_align.data import readers, shards, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import REASONS_SHOWN, Group, Items, Media, Selection, Skipped, Survey
+from t2i_align.data.schema import Group, Items, Media, Skipped
+from t2i_align.data.survey import REASONS_SHOWN, Selection, Survey
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, printable
 from t2i_align.inference.models import resolve_model

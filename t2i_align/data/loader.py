@@ -24,8 +24,10 @@ from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
 from t2i_align.data.encode import Latents, bucket_sizes
 from t2i_align.data.media import CROP, MediaSize, time_ids
 from t2i_align.data.order import micro_batches, steps
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Selection, Survey
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning
+from t2i_align.data.segments import by_latent_frame
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
+from t2i_align.data.survey import Selection, Survey, counted
 from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
@@ -152,6 +154,7 @@ class PreparedDataset(PreferenceDataset):
             for name, values in columns.items():  # of texts, their numbers
                 value = self.store.index[name][number] if COLUMNS[name].text else group[name][row]
                 values.append(COLUMNS[name].take(value.as_py(), places))
+        columns = by_latent_frame(columns, self.store.manifest.get("latent_times", [0.0]))
         encoded = encode_fields(self._conditioning, prompts, columns)
         return {
             "keys": keys,
@@ -269,8 +272,8 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     """The groups of prepared data that serve the objective, the first so many of them."""
     disliked = (store.k == 1) & (store.best <= 0)
     survey = Survey(
-        candidates=_counted(store.k),
-        ties=_counted(store.k[store.tie]),
+        candidates=counted(store.k),
+        ties=counted(store.k[store.tie]),
         disliked=int(disliked.sum()),
         columns=Counter(store.manifest["counts"]["columns"]),
     )
@@ -281,7 +284,7 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     if not len(usable):
         raise UserError(f"{data.path}: no group is left: the encoder reads the same tokens of both texts of each group")
     chosen = usable[: data.limit]
-    needs.check_alike(_counted(store.k[chosen]), data.path)
+    needs.check_alike(counted(store.k[chosen]), data.path)
     left_out = {**needs.left_out(survey), "texts_alike_left_out": int(alike.sum())}
     left_out["beyond_the_limit"] = len(usable) - len(chosen)
     counts = {"groups": len(chosen), "skipped": store.manifest["counts"]["skipped"], **left_out}
@@ -313,7 +316,3 @@ def _leave_signals_to_the_run(worker: int) -> None:
     # They reach the workers too; the run saves a checkpoint first, for which it still needs them.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _counted(k: np.ndarray) -> Counter[int]:
-    return +Counter(dict(enumerate(np.bincount(k).tolist())))  # without zeros

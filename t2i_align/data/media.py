@@ -137,9 +137,9 @@ def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
     return [*size, top, left, height, width]
 
 
-def whole_clip(media: Media) -> Tensor:
-    """All frames of a clip, uint8 [F, 3, H, W]. Raises ImageError with the reason where it cannot be used."""
-    return torch.stack([_to_uint8(frame) for frame in frames_of(media)])
+def whole_clip(media: Media, fps: float | None = None) -> Tensor:
+    """All frames of a clip, or so many a second, uint8 [F, 3, H, W]. Raises ImageError where it cannot be used."""
+    return torch.stack([_to_uint8(frame) for frame in frames_of(media, fps=fps)])
 
 
 def frames_of(media: Media, count: int | None = None, fps: float | None = None) -> Iterator[Image.Image]:

@@ -11,8 +11,6 @@ Groups come best first, ids are unique, prompts are usable text.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -27,15 +25,14 @@ from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns
 from t2i_align.data.layouts import KINDS, PUBLISHED
-from t2i_align.data.media import frame_files
 from t2i_align.data.paths import exists
-from t2i_align.data.schema import EVERYTHING, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
+from t2i_align.data.survey import EVERYTHING, Contents, Selection, Survey
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
-CONTENT_HASHED_UP_TO = 256 << 20  # bytes
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -134,6 +131,11 @@ READERS: dict[str, Reader] = {
         files=lambda path: (),
     ),
     **{name: _table(partial(_maps, name), partial(_recognised, name)) for name in PUBLISHED},
+    "captioned": Reader(
+        read=lambda path, images: folders.read_captioned(path),
+        detects=folders.detects_captioned,
+        files=lambda path: (),
+    ),
 }
 
 
@@ -309,7 +311,7 @@ def survey(
     source = resolve(path)
     format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
-    result, contents = Survey(selection), _Contents()
+    result, contents = Survey(selection), Contents()
     for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part,
                      seen=contents.add):  # fmt: skip
         unmatched.pop(item.id, None)
@@ -322,29 +324,3 @@ def survey(
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return result
-
-
-class _Contents:
-    """A hash of groups and their images; beyond CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
-
-    embedded: whether images lie in the source's own files, which then count instead.
-    """
-
-    def __init__(self) -> None:
-        self.digest, self.hashed, self.embedded = hashlib.sha256(), 0, False
-
-    def add(self, group: Group) -> None:
-        paths = [media for media in group.candidates if isinstance(media, Path)]
-        self.embedded |= len(paths) < len(group.candidates)
-        names = [os.fsencode(media.name).hex() for media in paths]
-        row = [group.id, group.prompt, group.scores, dict(group.columns), names]
-        self.digest.update(json.dumps(row, sort_keys=True).encode())
-        for media in paths:
-            for file in frame_files(media) if media.is_dir() else [media]:
-                self.add_file(file)
-
-    def add_file(self, file: Path) -> None:
-        stat = file.stat()
-        self.hashed += stat.st_size
-        large = f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-        self.digest.update(large if self.hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())

@@ -1,4 +1,4 @@
-"""The one shape of preference data: groups of candidates for a prompt, batches of them, and counts over them.
+"""The one shape of preference data: groups of candidates for a prompt, and batches of them.
 
 A group is one prompt with k candidates and what is known about which is better: k = 2 is a pair, k = 1 a liked
 (score > 0) or disliked (score < 0) sample, k > 2 a ranking. Candidates are kept best first, ties in source order.
@@ -6,8 +6,6 @@ A group is one prompt with k candidates and what is known about which is better:
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_align.errors import UserError, printable, shown
+from t2i_align.errors import printable, shown
 
 Media = bytes | Path
 Values = dict[str, Any]
@@ -25,7 +23,6 @@ LEFT_OUT = b"left out"  # stands for an image where images are not wanted
 Conditioning = dict[str, Tensor]
 Rewarder = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]  # clean latents, prompts -> [B], parts
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
-REASONS_SHOWN = 3  # rows that cannot be used, in a message
 MAX_REASON = 300  # characters
 FLOAT32_MAX = 3.4028234663852886e38  # scores are trained on in this precision
 PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
@@ -36,27 +33,33 @@ class Column:
     """An optional column of groups.
 
     type: name of a value's Arrow type, such as "string" or "double"; where the column is `per_candidate`, of one
-    candidate's. text: whether values are encoded as prompts are, so that a batch holds their conditioning.
+    candidate's, and where that has numbers `per_segment` of a clip, of one number. text: whether values are encoded as
+    prompts are, so that a batch holds their conditioning.
     """
 
     name: str
     type: str = "string"
     per_candidate: bool = False
+    per_segment: bool = False
     text: bool = False
 
     def parse(self, value: Any, key: str) -> Any:
         """A group's value as a file has it under `key`, checked and converted.
 
         Raises:
-            ValueError: another type or a number that is not finite; names the key, what is expected and the value.
+            ValueError: another type, a number that is not finite, or more segments for one candidate than for another;
+                names the key, what is expected and the value.
         """
         if self.per_candidate and not isinstance(value, list | tuple):
             raise ValueError(f"{key!r} must be a list, found {shown(value)}")
         parsed = tuple(map(self._parsed, value if self.per_candidate else [value]))
         if None in parsed:
             kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
+            kind = f"lists of {kind}" if self.per_segment else kind
             expected = f"a list of {kind}s" if self.per_candidate else kind
             raise ValueError(f"{key!r} must be {expected}, found {shown(value)}")
+        if self.per_segment and len({len(one) for one in parsed}) > 1:
+            raise ValueError(f"{key!r} must have as many segments for each candidate, found {shown(value)}")
         return parsed if self.per_candidate else parsed[0]
 
     def texts(self, value: Any) -> Sequence[str]:
@@ -69,7 +72,10 @@ class Column:
         """A group's value for some of its candidates."""
         return tuple(value[place] for place in places) if self.per_candidate else value
 
-    def _parsed(self, value: Any) -> str | float | None:
+    def _parsed(self, value: Any) -> str | float | tuple[float, ...] | None:
+        if self.per_segment:
+            row = [finite(one) for one in value] if isinstance(value, list | tuple) else []
+            return None if None in row else tuple(row) or None  # type: ignore[arg-type]
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if self.type == "string":
             return str(value) if isinstance(value, str) or (numeric and not self.text) else None
@@ -94,6 +100,8 @@ COLUMNS: dict[str, Column] = {
         Column("captions", per_candidate=True, text=True),  # a caption of each candidate's own
         Column("negative_caption", text=True),  # does not fit the best candidate
         Column("user"),  # whose preference it is
+        Column("segment_scores", "double", per_candidate=True, per_segment=True),  # of each candidate's stretches of
+        Column("segment_seconds", "double"),  # so many seconds; the last may be shorter
     )
 }
 
@@ -213,94 +221,6 @@ Items = Iterator[Group | Skipped]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
-
-    candidates: int = 1
-    ties: bool = True
-    likes_only: bool = False
-    limit: int | None = None
-
-    def accepts(self, group: Group) -> bool:
-        """Whether the objective learns from a group."""
-        if self.likes_only and group.is_disliked:
-            return False
-        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
-
-    def first(self, items: Items, accepted: int = 0) -> Items:
-        """The items up to the group with which the limit is reached, none beyond; `accepted` groups came before."""
-        while accepted != self.limit and (item := next(items, None)) is not None:
-            accepted += isinstance(item, Group) and self.accepts(item)
-            yield item
-
-
-EVERYTHING = Selection()
-
-
-@dataclass
-class Survey:
-    """What a source holds, without opening its images.
-
-    candidates: number of groups by their k. ties: those of them whose best and worst score are equal. disliked: single
-    samples that were not liked. texts: prompts and captions. columns: how many groups have each column (see
-    `Group.present`). skips: rows that cannot be used by their reasons. reasons: the first of these with their origin.
-    accepted, score_range: number of groups that the selection accepts, and their least and greatest score. identity: a
-    hash of all groups and their images. embedded_bytes: an upper bound for images inside the source's own files.
-    """
-
-    selection: Selection = EVERYTHING
-    candidates: Counter[int] = field(default_factory=Counter)
-    ties: Counter[int] = field(default_factory=Counter)
-    disliked: int = 0
-    texts: set[str] = field(default_factory=set)
-    columns: Counter[str] = field(default_factory=Counter)
-    skips: Counter[str] = field(default_factory=Counter)
-    reasons: list[str] = field(default_factory=list)
-    accepted: int = 0
-    score_range: tuple[float, float] = (math.inf, -math.inf)
-    identity: str = ""
-    embedded_bytes: int = 0
-
-    @property
-    def groups(self) -> int:
-        return self.candidates.total()
-
-    @property
-    def rows(self) -> int:
-        """Groups and skipped rows."""
-        return self.groups + self.skips.total()
-
-    @property
-    def texts_per_group(self) -> int:
-        """How many texts are encoded of a group at most: its prompt and those of the columns."""
-        texts = [column for column in COLUMNS.values() if column.text and self.columns.get(column.name)]
-        return 1 + sum(max(self.candidates) if column.per_candidate else 1 for column in texts)
-
-    def check_usable(self, source: str | Path) -> None:
-        """Raise UserError with the first reasons where no row can be used."""
-        if not self.groups:
-            reasons = "; ".join(self.reasons)
-            raise UserError(f"{source}: no usable group among {self.rows} rows. First reasons: {reasons}")
-
-    def add(self, item: Group | Skipped) -> None:
-        """Count an item of the source."""
-        if isinstance(item, Skipped):
-            self.skips[item.reason] += 1
-            self.reasons += [f"{item.origin}: {item.reason}"] if len(self.reasons) < REASONS_SHOWN else []
-            return
-        k = len(item.candidates)
-        self.candidates[k] += 1
-        self.ties.update([k] if item.is_tie else [])
-        self.disliked += item.is_disliked
-        self.texts.update(item.texts)
-        self.columns.update(item.present)
-        if self.selection.accepts(item):
-            least, greatest = self.score_range
-            self.accepted += 1
-            self.score_range = min(least, *item.scores), max(greatest, *item.scores)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Batch(WithColumns):
     """B groups with the same number k of candidates, encoded.
 
@@ -310,7 +230,8 @@ class Batch(WithColumns):
         that are not conditioned on it.
     conditioning: a dict of batch-first tensors [B, ...] that only the model family opens; the prompt's.
     columns: the optional columns that the objective requires. Of texts, their conditioning: `batch.captions` is
-        [B, k, ...], `batch.negative_caption` [B, ...]; of others a tuple of values, [B] or [B, k].
+        [B, k, ...], `batch.negative_caption` [B, ...]; `batch.segment_scores` has a number for each latent frame,
+        [B, k, f] (see `segments`); of others a tuple of values, [B] or [B, k].
     empty: the empty prompt's conditioning, [1, ...], for objectives that guide.
     state: the objective's, scalars (see `Objective.update_state`).
     prompts, rewarder: for objectives with a scorer, the prompts' texts, and what scores clean latents for them.
@@ -336,6 +257,8 @@ class Batch(WithColumns):
         def taken(name: str, value: Any) -> Any:
             if not COLUMNS[name].per_candidate:
                 return value
+            if isinstance(value, Tensor):
+                return chosen(value)
             if COLUMNS[name].text:
                 return {key: chosen(tensor) for key, tensor in value.items()}
             return tuple(COLUMNS[name].take(row, places) for row in value)

@@ -36,7 +36,8 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from t2i_align.data.encode import Encoder, Row
-from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, REASONS_SHOWN, Group, Selection, Skipped
+from t2i_align.data.schema import COLUMNS, PLAIN_SCORES, Group, Skipped
+from t2i_align.data.survey import EVERYTHING, REASONS_SHOWN, Selection
 from t2i_align.data.texts import Texts
 from t2i_align.errors import UserError
 from t2i_align.utils.arrow import intact, read_table, sha256, write_table
@@ -51,10 +52,11 @@ INDEX_TYPES = {"k": pa.int32(), "best": pa.float64(), "worst": pa.float64(), "bu
 
 def column_types() -> dict[str, pa.DataType]:
     """What all groups have, by name, and the optional columns."""
-    types = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
+    types: dict[str, Any] = {"id": pa.string(), "prompt": pa.string(), "scores": pa.list_(pa.float64())}
     for name, column in COLUMNS.items():
-        one = pa.type_for_alias(column.type)
-        types[name] = pa.list_(one) if column.per_candidate else one
+        types[name] = pa.type_for_alias(column.type)
+        for _ in range(column.per_candidate + column.per_segment):
+            types[name] = pa.list_(types[name])
     return types
 
 
@@ -71,9 +73,8 @@ def write(
     """Write all groups below `out`, or continue where an earlier call was killed; returns at once if it is finished.
 
     Args:
-        items: best first, ids unique, in the same order in each call.
+        items: best first, ids unique, in the same order in each call; total: their number.
         fingerprint: named JSON values that decide what the folder holds.
-        total: number of items, for the progress bar.
         selection: its limit ends the reading after so many groups that it accepts.
 
     Raises:
@@ -289,9 +290,8 @@ def shard_name(number: int) -> str:
 
 def _state(shard: Path) -> dict[str, Any]:
     with intact(file := shard / STATE):
-        names = ("rows", "last", "groups", "skipped", "texts", "usable", "files", "sha256")
         state = {"sha256": {}, **json.loads(file.read_bytes())}
-        return {name: state[name] for name in names}
+        return {n: state[n] for n in ("rows", "last", "groups", "skipped", "texts", "usable", "files", "sha256")}
 
 
 class Store:

@@ -24,8 +24,10 @@ from t2i_align.data import hub, layouts, readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.loader import Item, PreferenceDataset
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Selection, Skipped, Survey
+from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
+from t2i_align.data.segments import by_latent_frame, latent_times, unlabelled
 from t2i_align.data.shards import SHARDED, files
+from t2i_align.data.survey import Selection, Survey
 from t2i_align.data.texts import encode_fields, warn_of_cut_texts, widened
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
@@ -162,6 +164,7 @@ class Stream(PreferenceDataset):
         pipeline.check_size(size.height, size.width, size.frames)
         self.shards, self.size, self.selection, self.window = shards, size, selection, window or sys.maxsize
         self.pipeline, self.size_conditioned = pipeline, pipeline.size_conditioned
+        self.times = latent_times(pipeline, size.frames, size.fps)
         self._rows: dict[int, np.ndarray] = {}  # of each shard, when it has been looked through
         self._windows: dict[tuple[int, int], list[Group | Skipped]] = {}
         self._open: dict[tuple[int, int], Items] = {}  # at the beginning of which window a shard's items are
@@ -190,9 +193,10 @@ class Stream(PreferenceDataset):
             "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for loaded in decoded]),
             "sizes": torch.tensor(sizes).float() if self.size_conditioned else None,
             "prompts": [group.prompt for group in groups],
-            "columns": {
-                name: [group.columns[name] for group in groups] for name in self.needs.columns if name in COLUMNS
-            },
+            "columns": by_latent_frame(
+                {name: [group.columns[name] for group in groups] for name in self.needs.columns if name in COLUMNS},
+                self.times,
+            ),
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
@@ -280,6 +284,8 @@ class Stream(PreferenceDataset):
         for group in filter(self._accepts, (*window[at:], *window[:at])):
             group = group.take(self.needs.places(len(group.candidates)))
             try:
+                if reason := unlabelled(group, self.times):
+                    raise ImageError(reason)
                 return group, [load(media, self.size) for media in group.candidates]
             except ImageError as error:
                 logger.warning("%s: %s; the next group stands in for it", group.origin, error)

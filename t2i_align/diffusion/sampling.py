@@ -66,6 +66,11 @@ def schedule(name: ScheduleName, steps: int, rng: SampleRNG, *, every: int = 10,
     return Schedule(gradient=at >= steps - count, stop=end, through=True)
 
 
+def without_gradient(steps: int, batch: int) -> Schedule:
+    """All steps, none of them with a gradient."""
+    return Schedule(gradient=torch.zeros(steps, batch, dtype=torch.bool), stop=torch.full((batch,), steps - 1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Deterministic sampling of a denoiser with gradients where a schedule has them.
@@ -83,17 +88,18 @@ class Sampler:
 
     def sample(
         self, model: Model, noise: Tensor, conditioning: Conditioning, empty: Conditioning, schedule: Schedule,
-        rng: SampleRNG,
+        rng: SampleRNG, start: int = 0,
     ) -> Tensor:  # fmt: skip
         """Clean latents of noise [B, ...], or [B * noisings, ...] where the schedule repeats the last step.
 
         Args:
+            noise: at the time of the step `start`: pure noise at the first.
             conditioning: the prompts', [B, ...]. empty: the empty prompt's, with sequences as long, [B, ...].
         """
         times, weights = self.process.sampling_times(self.steps).to(noise.device), self.step_weights()
         x, clean = noise, torch.zeros_like(noise)
         last = int(schedule.stop.max())
-        for i in range(last + 1):
+        for i in range(start, last + 1):
             if i == last and schedule.noisings:
                 break
             t = times[i].expand(len(x))

@@ -87,7 +87,7 @@ def caption(
     if variant != "p" and captioner is None:
         raise UserError(f"variant {variant} describes images: name a captioner (a folder, a Hub id, or {DRAWN})")
     _check_edits(precision, kinds, strength)
-    job = _Job(source, out, format, annotations, pairs=variant != "c", batch_size=batch_size, force=force)
+    job = Job(source, out, format, annotations, pairs=variant != "c", batch_size=batch_size, force=force)
     settings: Row = {"variant": variant, "annotations": sidecar_identity(annotations)}
     shared = {"max_new_tokens": max_new_tokens, "precision": precision}
     describe = change = None
@@ -156,7 +156,7 @@ def perturb(
         UserError: an argument that cannot be used, or a source without a group to annotate.
     """
     _check_edits(precision, kinds, strength)
-    job = _Job(source, out, format, batch_size=batch_size, force=force)
+    job = Job(source, out, format, batch_size=batch_size, force=force)
     own: Row = {"template": perturber_template, "revision": perturber_revision, "max_new_tokens": max_new_tokens}
     own |= {"precision": precision, "kinds": list(kinds), "strength": strength}
     change, settings = _model(load_perturber, perturber, device, own, seed=seed)
@@ -205,7 +205,7 @@ def relabel(
     """
     if rule is not None and rule not in VOTES:
         raise unknown("rule", rule, VOTES)
-    job = _Job(source, out, format, batch_size=batch_size, force=force)
+    job = Job(source, out, format, batch_size=batch_size, force=force)
     place = pick_device(device)
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
     combine = VOTES[rule := rule or ("sum" if len(built) == 1 else "majority")]
@@ -224,7 +224,7 @@ def relabel(
     return job.run(annotate, {"rule": rule, "scorers": versions}, progress=progress)
 
 
-class _Job:
+class Job:
     """A source to annotate, of which only an outline has been read, and the table to write.
 
     Raises:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.media import ImageError, decode, is_clip, whole_clip
+from t2i_align.data.schema import Group, Media, Skipped
+from t2i_align.inference.generate import TOTAL, Sample, judge
 from t2i_align.inference.options import memory_for
 from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import ResumableTable, Row
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 Annotate = Callable[["Batch"], Mapping[str, Row]]  # rows by group id
-Call = Callable[[list[Image.Image], list[str]], Iterable[Any]]
+Call = Callable[[list[Any], list[str]], Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +62,18 @@ class Batch:
         """Leave out the groups for which the function `reason` gives one."""
         self.reasons |= {group.id: text for group in self.left if (text := reason(group))}
 
-    def per_candidate(self, call: Call, size: int) -> dict[str, list[Any]]:
+    def per_candidate(self, call: Call, size: int, read: Callable[[Media], Any] = decode) -> dict[str, list[Any]]:
         """What `call` gives for each candidate, by group id; groups with an unusable image are skipped.
 
         Args:
-            call: gives a value per image, from images and their prompts. size: images at a time.
+            call: gives a value per image, from images and their prompts. size: images at a time. read: opens them.
         """
-        images: list[Image.Image] = []
+        images: list[Any] = []
         for group in self.left:
-            decoded: list[Image.Image] = []
+            decoded: list[Any] = []
             try:
                 for media in group.candidates:
-                    decoded.append(decode(media))
+                    decoded.append(read(media))
                 images += decoded
             except ImageError as error:
                 self.reasons[group.id] = f"candidate {len(decoded)}: {error}"
@@ -89,12 +89,23 @@ class Batch:
     def scores(self, scorers: Sequence[Scorer], size: int) -> dict[str, np.ndarray]:
         """Each scorer's scores, [scorers, k], by group id; groups that cannot be scored are skipped."""
 
-        def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> Iterable[tuple[float, ...]]:
-            return zip(*(scorer.score_images(images, prompts).tolist() for scorer in scorers), strict=True)
+        def score(samples: Sequence[Sample], prompts: Sequence[str]) -> Iterable[tuple[float, ...]]:
+            return zip(*(totals(scorer, samples, prompts) for scorer in scorers), strict=True)
 
-        raw = {key: np.array(values).T for key, values in self.per_candidate(score, size).items()}
+        raw = {key: np.array(values).T for key, values in self.per_candidate(score, size, opened).items()}
         self.skip(lambda group: _not_finite(scorers, raw[group.id]))
         return {group.id: raw[group.id] for group in self.left}
+
+
+def opened(media: Media) -> Sample:
+    """An image, or all frames of a clip. Raises ImageError with the reason where it cannot be used."""
+    return whole_clip(media) if isinstance(media, Path) and is_clip(media) else decode(media)
+
+
+def totals(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> list[float]:
+    """A scorer's score of each image or clip."""
+    judged = dict(judge(scorer, samples, prompts))
+    return [judged[place][TOTAL] for place in range(len(samples))]
 
 
 def fill(

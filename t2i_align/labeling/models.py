@@ -5,6 +5,7 @@ Both are genuine transformers models, or the testbed's captioner and the rule-ba
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,9 +36,18 @@ INSTRUCTION = (
     "so that it no longer fits the image. Keep its length and style. Answer with the changed description alone.\n\n"
     "{caption}"
 )
+COMPARISON = (
+    'Two clips were made for the prompt "{prompt}". The first {first} images are frames of clip 1, in order, and the '
+    "other {second} are frames of clip 2. Which clip is better: fewer artefacts, more natural motion, a better fit to "
+    "the prompt? Answer with 1, with 2, or with tie."
+)
 # A text per image or caption, "" or None where there is none. An attribute `name` is recorded with the texts.
 Captioner = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str | None]]  # (images, prompts) -> descriptions
 Perturber = Callable[[Sequence[str], Sequence[int]], Sequence[str | None]]  # (captions, seeds) -> other captions
+
+Frames = Sequence[Image.Image]
+Judge = Callable[[Sequence[tuple[Frames, Frames]], Sequence[str]], Sequence[str]]  # pairs of clips, prompts -> verdicts
+FIRST, SECOND, TIE = "1", "2", "tie"  # verdicts
 
 
 def load_captioner(spec: str, **options: Any) -> Captioner:
@@ -163,6 +173,43 @@ class ImageCaptioner(LanguageModel):
             questions = self._texts(inputs["input_ids"])
             answers = [a.strip().removeprefix(q.strip()) for a, q in zip(answers, questions, strict=True)]
         return [one_line(answer) for answer in answers]
+
+
+class ClipJudge(LanguageModel):
+    """A chat model for several images, such as Qwen-VL, that is asked which of two clips is better.
+
+    `template` (default: COMPARISON) may have {prompt}, and {first} and {second} for the clips' numbers of frames. An
+    answer with none of the verdicts in it, or with both clips, is a tie.
+    """
+
+    role, probe = "judge", ([([Image.new("RGB", (64, 64), "gray")] * 2,) * 2], ["a gray square"])
+
+    def _load(self, path: str, **options: Any) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.network = AutoModelForImageTextToText.from_pretrained(path, dtype=self.dtype, **options)
+        self.processor: Any = AutoProcessor.from_pretrained(path, **options)
+        self.tokenizer = self.processor.tokenizer
+        if not is_chat(self.processor):
+            raise UserError(f"{path}: cannot be used as a judge: it has no chat template, with which to ask a question")
+        self.template = self.template or COMPARISON
+
+    def __call__(self, pairs: Sequence[tuple[Frames, Frames]], prompts: Sequence[str], /) -> list[str]:
+        verdicts = []
+        for (one, other), prompt in zip(pairs, prompts, strict=True):  # one by one: a pair is many images
+            text = str(self.template).replace("{first}", str(len(one))).replace("{second}", str(len(other)))
+            text = text.replace(PROMPT, without_special_tokens(self.tokenizer, prompt))
+            inputs = inputs_of(self.processor, [[*one, *other]], [text])
+            tokens = generate(self.network, inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+            (answer,), (asked,) = self._texts(tokens), self._texts(inputs["input_ids"])
+            verdicts.append(verdict(answer.strip().removeprefix(asked.strip())))
+        return verdicts
+
+
+def verdict(answer: str) -> str:
+    """What an answer in words says: the clip whose number it has, unless it has both; else a tie."""
+    numbers = {word for word in re.findall(r"\w+", answer.lower()) if word in (FIRST, SECOND)}
+    return numbers.pop() if len(numbers) == 1 else TIE
 
 
 class CaptionPerturber(LanguageModel):

@@ -22,13 +22,14 @@ from torch import Tensor
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
 from t2i_align.data.encode import Undecoded
-from t2i_align.data.media import ImageError, decode, frame_files, is_clip, whole_clip
+from t2i_align.data.media import ImageError, frame_files
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.data.store import Store, is_store
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import number
 from t2i_align.inference.generate import LIST, TOTAL, judge
 from t2i_align.inference.options import build_scorers, check_options, memory_for, pick_device, unscorable, use_precision
+from t2i_align.labeling.groups import opened
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
@@ -82,13 +83,13 @@ def score(
     check_options(precision, batch_size=batch_size)
     processes = Distributed()
     place = pick_device(device or processes.device)
-    candidates, total = _candidates(images)
+    found, total = candidates(images)
     table = None if out is None else ResumableTable(out, KEY, schema=SCHEMA, rank=processes.rank)
     with table.begun() if table else nullcontext():
         written = {table.key_of(row): row for row in table.rows()} if table else {}
         built = [scorer.to(place) for scorer in build_scorers(scorers)]
         totals, why = {scorer.name: np.zeros(3) for scorer in built}, ""  # sum, scored, not scored; a reason for that
-        batches = enumerate(iter(lambda: list(islice(candidates, batch_size)), []))
+        batches = enumerate(iter(lambda: list(islice(found, batch_size)), []))
         own = (batch for index, batch in batches if index % processes.world == processes.rank)
         dtype = use_precision(precision)
         with (
@@ -129,7 +130,7 @@ def score(
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """An image or clip to score.
 
     image: its name in the rows. media: path or encoded bytes. error: why it cannot be scored, or "".
@@ -147,8 +148,7 @@ class _Candidate:
     def load(self) -> Image.Image | Tensor | str:
         """The image, the clip, or why there is none."""
         try:
-            clip = isinstance(self.media, Path) and is_clip(self.media)
-            return self.error or (whole_clip(self.media) if clip else decode(self.media))
+            return self.error or opened(self.media)
         except (ImageError, OSError) as error:  # OSError: a name that is too long
             return str(error)
 
@@ -156,17 +156,17 @@ class _Candidate:
 class _Read(NamedTuple):
     """A candidate with its key, and the image, the clip, or why there is none; "" where all its scores are known."""
 
-    candidate: _Candidate
+    candidate: Candidate
     key: tuple[str, str | None, str]
     media: Image.Image | Tensor | str
 
 
 def _read_ahead(
-    batches: Iterator[list[_Candidate]], written: Mapping[Any, Row], versions: Sequence[Any], pool: ThreadPoolExecutor
+    batches: Iterator[list[Candidate]], written: Mapping[Any, Row], versions: Sequence[Any], pool: ThreadPoolExecutor
 ) -> Iterator[list[_Read]]:
     """The batches; while one is scored, the next is read. What every scorer has scored is not opened."""
 
-    def read(candidate: _Candidate) -> _Read:
+    def read(candidate: Candidate) -> _Read:
         key = candidate.key()
         known = all((*key, *version) in written for version in versions)
         return _Read(candidate, key, "" if known else candidate.load())
@@ -222,8 +222,10 @@ def _rows(scorer: Scorer, batch: Sequence[_Read], written: Mapping[Any, Row]) ->
 # Sources: an image with a prompt is a group with one candidate -----------------------------------------------------
 
 
-def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
+def candidates(source: str | Path, best_first: bool = False) -> tuple[Iterator[Candidate], int]:
     """The candidates of a source, none of them opened, and how many there are.
+
+    best_first: preference data's groups from their best, instead of in their own order.
 
     Raises:
         UserError: nothing there or nothing listed; a row without an image or a prompt.
@@ -250,29 +252,29 @@ def _candidates(source: str | Path) -> tuple[Iterator[_Candidate], int]:
     survey = readers.survey(source)
     if not survey.groups:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}. {OTHER_SOURCES}")
-    skipped = survey.rows - survey.groups
-    return _flat(readers.read(source, best_first=False)), sum(k * n for k, n in survey.candidates.items()) + skipped
+    total = survey.rows - survey.groups + sum(k * n for k, n in survey.candidates.items())
+    return _flat(readers.read(source, best_first=best_first)), total
 
 
-def _flat(items: Iterable[Group | Skipped]) -> Iterator[_Candidate]:
+def _flat(items: Iterable[Group | Skipped]) -> Iterator[Candidate]:
     """All candidates in their order; a row that cannot be used is one with an error."""
     for item in items:
         if isinstance(item, Skipped):
-            yield _Candidate(f"{item.id} ({item.origin})", b"", "", item.reason)
+            yield Candidate(f"{item.id} ({item.origin})", b"", "", item.reason)
         else:
             for place, media in enumerate(item.candidates):
-                yield _Candidate(f"{item.id}#{place}", media, item.prompt)
+                yield Candidate(f"{item.id}#{place}", media, item.prompt)
 
 
-def _stored(store: Store) -> Iterator[_Candidate]:
+def _stored(store: Store) -> Iterator[Candidate]:
     for index in range(len(store)):
         columns, row = store.locate(index)
         name, prompt = columns["id"][row].as_py(), columns["prompt"][row].as_py()
         for place, media in enumerate(Undecoded.media(columns, row)):
-            yield _Candidate(f"{name}#{place}", media, prompt)
+            yield Candidate(f"{name}#{place}", media, prompt)
 
 
-def _listed(row: tables.Row, file: Path) -> _Candidate:
+def _listed(row: tables.Row, file: Path) -> Candidate:
     values = row.values
     media = next((values[key] for key in IMAGE_KEYS if values.get(key) is not None), None)
     name = media if isinstance(media, str) else row.id
@@ -284,4 +286,4 @@ def _listed(row: tables.Row, file: Path) -> _Candidate:
     prompt = next((values[key] for key in PROMPT_KEYS if key in values), None)
     if not isinstance(prompt, str) or not prompt.strip() or readers.has_lone_surrogate(prompt):
         raise UserError(f"{row.origin}: expected text under 'prompt', found {prompt!r}")
-    return _Candidate(name, media if isinstance(media, bytes) else file.parent / media, prompt)
+    return Candidate(name, media if isinstance(media, bytes) else file.parent / media, prompt)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from t2i_align.objectives.base import Objective as Objective
     from t2i_align.objectives.base import Requirements as Requirements
     from t2i_align.objectives.dcpo import DCPO as DCPO
+    from t2i_align.objectives.dense_dpo import DenseDPO as DenseDPO
     from t2i_align.objectives.diffusion_dpo import DiffusionDPO as DiffusionDPO
     from t2i_align.objectives.diffusion_dpo import DiffusionDPO as Pairwise
     from t2i_align.objectives.dmpo import DMPO as DMPO
@@ -54,6 +55,7 @@ CLASSES: dict[str, Any] = {
     "dspo": "dspo:DSPO",
     "ncp_dpo": "ncp:NCPDPO",
     "softrepa": "softrepa:SoftREPA",
+    "dense_dpo": "dense_dpo:DenseDPO",
     "inpo": "inpo:InPO",
     "smpo": "smpo:SmPO",
     "reward": "reward:RewardTuning",
@@ -127,6 +129,7 @@ __all__ = [
     "SFT",
     "TDPO",
     "TKTO",
+    "DenseDPO",
     "DiffusionDPO",
     "DiffusionKTO",
     "DiffusionLPO",

@@ -15,11 +15,14 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from t2i_align.data.schema import COLUMNS, Batch, Column, Model, Survey
+from t2i_align.data.schema import COLUMNS, Batch, Column, Model
+from t2i_align.data.survey import Survey
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 
-COMMANDS = {"captions": "caption", "negative_caption": "perturb", "scores": "relabel"}  # that make the columns
+COMMANDS = {  # that make the columns
+    "captions": "caption", "negative_caption": "perturb", "scores": "relabel", "segment_scores": "video segments",
+}  # fmt: skip
 Metrics = dict[str, Tensor]  # [B] each; NaN where a metric does not apply to a group
 
 

@@ -104,7 +104,13 @@ class DiffusionDPO(Objective):
         if self.needs.reference:
             with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
                 ref_residuals = noised.residuals(reference)
-        residuals = noised.residuals(policy)
+        timesteps = noised.timesteps.view(len(batch.keys), -1)[:, 0]
+        return self.compared(noised.residuals(policy), ref_residuals, timesteps, batch, rng)
+
+    def compared(
+        self, residuals: Tensor, ref_residuals: Tensor | None, timesteps: Tensor, batch: Batch, rng: SampleRNG
+    ) -> tuple[Tensor, Metrics]:
+        """Loss and metrics, [B] each, of the winners' and losers' residuals, [B, 2, D], at timesteps [B]."""
         err = squared_error(residuals, self.reduction)
         ref_err = torch.zeros_like(err) if ref_residuals is None else squared_error(ref_residuals, self.reduction)
         err_w, err_l, ref_err_w, ref_err_l = err[:, 0], err[:, -1], ref_err[:, 0], ref_err[:, -1]
@@ -116,7 +122,6 @@ class DiffusionDPO(Objective):
         if self.target_gradient is not None:
             metrics["beta"] = torch.ones_like(err_l.detach()) * beta
         beta = beta * self.strength(batch)
-        timesteps = noised.timesteps.view(len(err_w), -1)[:, 0]
         if self.time_weight == "snr":
             beta = beta * time_weight(rng, timesteps)
         h = self.logit(err_w, err_l, ref_err_w, ref_err_l, beta)

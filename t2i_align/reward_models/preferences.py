@@ -17,9 +17,9 @@ from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Undecoded, check_space
 from t2i_align.data.loader import digest, source_fingerprint
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Selection
 from t2i_align.data.spec import is_held_out
 from t2i_align.data.store import Store, is_complete, write
+from t2i_align.data.survey import Selection
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 from t2i_align.utils.progress import progress_bar

@@ -25,7 +25,7 @@ from reward_scorers import ScorerError
 from reward_scorers.registry import FACTORIES
 from t2i_align import cli
 from t2i_align import config as configuration
-from t2i_align.cli.commands import COMMANDS, TABLE, Command
+from t2i_align.cli.commands import COMMANDS, GROUPS, TABLE, Command
 from t2i_align.cli.parser import build
 from t2i_align.cli.signature import PYTHON_ONLY
 from t2i_align.errors import UserError
@@ -68,7 +68,7 @@ def function_of(name: str) -> Any:
 
 def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The arguments that a command line hands to its library function, which is not run."""
-    name = " ".join(arguments[:2]) if arguments[0] == "data" else arguments[0]
+    name = " ".join(arguments[:2]) if arguments[0] in GROUPS else arguments[0]
     signature, calls = inspect.signature(function_of(name)), []
     module, _, function = COMMANDS[name].function.partition(":")
     monkeypatch.setattr(importlib.import_module(module), function, lambda **keywords: calls.append(keywords))

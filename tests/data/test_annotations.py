@@ -363,7 +363,7 @@ def test_each_text_is_encoded_once(tmp_path: Path) -> None:
     assert sorted(pipeline.prompts) == sorted(["", "", "a fox", "an owl", "prompt 0", "prompt 1", "prompt 2"])
     assert source.store.manifest["counts"]["texts"] == 6
     assert source.store.manifest["counts"]["columns"] == {
-        "scores": 0, "captions": 3, "negative_caption": 3, "user": 0,
+        "scores": 0, **dict.fromkeys(COLUMNS, 0), "captions": 3, "negative_caption": 3,
     }  # fmt: skip
 
 

@@ -31,8 +31,9 @@ from t2i_align.data import store as store_module
 from t2i_align.data.encode import Latents
 from t2i_align.data.loader import PreparedDataset
 from t2i_align.data.readers import read, survey
-from t2i_align.data.schema import Batch, Group, Selection
+from t2i_align.data.schema import COLUMNS, Batch, Group
 from t2i_align.data.store import TEXTS, Store, write
+from t2i_align.data.survey import Selection
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -108,7 +109,7 @@ def test_what_goes_in_comes_out(tmp_path: Path, batch_size: int) -> None:
     assert all(torch.equal(empty[name], tensor) for name, tensor in StandIn().encode_prompts([""]).items())
     assert groups.manifest["counts"] == {
         "groups": 10, "skipped": 0, "ties": 0, "texts": 6, "candidates": {"2": 10},
-        "columns": {"scores": 0, "captions": 0, "negative_caption": 0, "user": 10},
+        "columns": {"scores": 0, **dict.fromkeys(COLUMNS, 0), "user": 10},
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from t2i_align.data.schema import COLUMNS
 from t2i_align.errors import UserError
 from t2i_align.objectives import OBJECTIVES, get
 from t2i_align.objectives.base import DataStats, Objective
@@ -25,6 +26,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("diffusion_dpo", {"noise": "independent"}),
     ("diffusion_dpo", {"guard": 0.5, "time_weight": "snr"}),
     ("diffusion_dpo", {"link": "ipo", "target_gradient": 0.4}),
+    ("dense_dpo", {"variant": "per_clip"}),
+    ("dense_dpo", {"link": "ipo", "target_gradient": 0.4, "guard": 0.5, "time_weight": "snr"}),
     ("mapo", {"variant": "paper"}),
     ("rankdpo", {"normalise": False}),
     ("dspo", {"beta": 0.3, "logit_beta": 5.0, "guard": 0.5, "noise": "independent"}),
@@ -93,8 +96,9 @@ def test_loss_where_policy_equals_reference(name: str, options: dict[str, Any], 
 def test_exchanging_winner_and_loser_negates_margins(name: str, options: dict[str, Any], kind: str) -> None:
     objective = build(name, {**options, **({"noise": "shared"} if "noise" in options else {})})
     batch = as_required(rich_batch(), objective)
-    captions = {name: {"prompt_embeds": value["prompt_embeds"].flip(1)} for name, value in batch.columns.items()}
-    exchanged = replace(batch, latents=batch.latents.flip(1), columns=captions)
+    texts = {name: value for name, value in batch.columns.items() if COLUMNS[name].text}
+    captions = {name: {"prompt_embeds": value["prompt_embeds"].flip(1)} for name, value in texts.items()}
+    exchanged = replace(batch, latents=batch.latents.flip(1), columns={**batch.columns, **captions})
     margins = [loss_and_gradient(objective, b, kind, bounded=True)[2]["rewards/margins"] for b in (batch, exchanged)]
     torch.testing.assert_close(margins[0], -margins[1])
     assert margins[0].abs().min() > 0

@@ -49,7 +49,10 @@ def rich_batch(groups: int = 4, k: int = 2) -> Batch:
         return {"prompt_embeds": torch.randn(*shape, 2, 5, generator=generator, dtype=torch.float64)}
 
     scores = torch.linspace(1, 0.1, k) * torch.linspace(1, 0.5, groups).unsqueeze(1)
-    columns = {"captions": text(groups, k), "negative_caption": text(groups)}
+    columns: dict[str, Any] = {"captions": text(groups, k), "negative_caption": text(groups)}
+    # Every other group's only frame is labelled the other way round.
+    columns["segment_scores"] = (scores * (-1.0) ** torch.arange(groups).unsqueeze(1)).unsqueeze(2)
+    columns["segment_seconds"] = (1.0,) * groups
     return replace(random_batch(groups, k), scores=scores, columns=columns, empty=text(1))
 
 

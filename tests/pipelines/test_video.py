@@ -45,6 +45,9 @@ class Clips(StandIn):
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         assert frames is not None
 
+    def latent_times(self, frames: int, fps: float | None) -> list[float]:
+        return [2 * number / (fps or RATE) for number in range((frames + 1) // 2)]
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         assert pixels.ndim == 5 and pixels.shape[2] == 3
         self.at_once.append(len(pixels))

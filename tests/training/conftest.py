@@ -31,6 +31,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append({
             "prompt": f"prompt {i}", "images": names, "scores": [0.2 + 0.01 * i, 0.9, 0.5],
             "captions": [f"caption {i} {k}" for k in range(CANDIDATES)], "negative_caption": f"wrong {i}",
+            "segment_scores": [[0.0], [1.0], [i % 2]], "segment_seconds": 1.0,
         })  # fmt: skip
     file = folder / "rankings.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
