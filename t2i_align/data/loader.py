@@ -225,7 +225,6 @@ def open_dataset(
         PipelineError: a size that the model cannot take.
     """
     wanted = MediaSize(*size, frames, data.fps)
-    selection = Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         if data.annotations:
             raise UserError(
@@ -240,14 +239,13 @@ def open_dataset(
         if differing := differences(stored, expected):
             raise UserError(f"{data.path}: this cache does not fit model {model.path}: {'; '.join(differing)}")
         return choose(store, needs, data)
-    annotations = Annotations.load(data.annotations) if data.annotations else NONE
     if data.stream or not data.cache:
         from t2i_align.data.stream import open_stream  # which builds on this module
 
+        annotations = Annotations.load(data.annotations) if data.annotations else NONE
+        selection = selection_of(data, needs)
         return open_stream(data, needs, pipeline, encoder_fingerprint(), wanted, selection, annotations, cache_root)
-    path = readers.resolve(data.path)
-    format = readers.detect(path, data.format)
-    survey = readers.survey(path, format, annotations, selection)
+    path, format, annotations, survey = examined(data, needs)
     fingerprint = {
         **source_fingerprint(survey, format, data.annotations),
         **wanted._asdict(),
@@ -264,8 +262,33 @@ def open_dataset(
         warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
         write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
-              selection=selection, progress=progress)  # fmt: skip
+              selection=survey.selection, progress=progress)  # fmt: skip
     return choose(Store(folder), needs, data)
+
+
+def selection_of(data: DataConfig, needs: Requirements) -> Selection:
+    """Which groups of the data the objective learns from."""
+    return Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
+
+
+def examined(data: DataConfig, needs: Requirements) -> tuple[Path, str, Annotations, Survey]:
+    """The source's path, its format, its annotations and what it holds.
+
+    Raises:
+        UserError: nothing there, of no known format, or broken.
+    """
+    annotations = Annotations.load(data.annotations) if data.annotations else NONE
+    path = readers.resolve(data.path)
+    format = readers.detect(path, data.format)
+    return path, format, annotations, readers.survey(path, format, annotations, selection_of(data, needs))
+
+
+def check_source(data: DataConfig, needs: Requirements) -> None:
+    """Raise UserError where the objective cannot learn from a source, as opening it would, but without a model."""
+    if data.stream or (not data.path.startswith("testbed:") and is_store(Path(data.path))):
+        return  # a stream is looked at as it is opened, and a cache was
+    *_, survey = examined(data, needs)
+    needs.check(survey, data.path, alike=data.limit is None)
 
 
 def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDataset:

@@ -19,7 +19,7 @@ from t2i_align.conditioning.adapter import ADAPTERS, LORA_FILE, TRAINED, Kind, L
 from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
+from t2i_align.inference.options import TESTBED, bundled, check_options, pick_device, use_precision
 from t2i_align.plugins import load as load_plugin
 from t2i_align.plugins import load_installed
 from t2i_align.training import checkpoint
@@ -284,6 +284,8 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
     """A Hub repository by the first file that identifies it; a LoRA is fetched, of a model only its index."""
     from transformers.utils import cached_file
 
+    from pipelines.hub import reason
+
     kinds: dict[str, Kind] = {"model_index.json": "model", LORA_FILE: "lora", PEFT_CONFIG: "lora"}
     for name, kind in kinds.items():
         try:
@@ -291,10 +293,10 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
             if name == PEFT_CONFIG:
                 file = cached_file(repository, PEFT_FILE)
         except OSError as error:  # not there, no access, or no connection
-            reason = first_line(error)
+            why = reason(repository, error)
         else:
             return Aligned(kind, repository if kind == "model" else str(file))
-    raise UserError(f"{repository}: no such {what}: no such file or folder, nor on the Hub: {reason}")
+    raise UserError(f"{repository}: no such {what}: no such file or folder, nor on the Hub: {why}")
 
 
 def _check_whole(folder: Path) -> None:

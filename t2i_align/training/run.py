@@ -17,8 +17,8 @@ import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
-from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_dataset
+from t2i_align.config import DataConfig, RunConfig
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
 from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.data.spec import normalise
@@ -26,9 +26,9 @@ from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.inference.models import checkpoint_options, open_model
+from t2i_align.inference.models import checkpoint_options, open_model, resolve_model
 from t2i_align.inference.options import PRECISIONS
-from t2i_align.objectives.base import Objective
+from t2i_align.objectives.base import Objective, Requirements
 from t2i_align.plugins import load_installed
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
@@ -113,6 +113,8 @@ def _align(
     validate = Validation(config, accelerator, callbacks.on_validate) if sampled else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
+    if loaded is None and not Path(resolve_model(config.model.path)).exists():
+        check_data(config)  # before gigabytes are downloaded for it
     pipeline = load_model(config, accelerator.device, loaded)
     guidance = getattr(config.objective, "guidance", 1.0)
     if scorer and pipeline.distilled_guidance and guidance != 1:
@@ -121,8 +123,7 @@ def _align(
         )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
     held_out = None
-    if config.validation.data is not None:
-        other = replace(config.data, path=config.validation.data, format="auto", limit=None, stream=None)
+    if (other := held_out_data(config)) is not None:
         held_out = load_data(replace(config, data=other), accelerator, pipeline, progress, in_memory=loaded is not None)
         warn_of_overlap(source, held_out)
     if validate and config.validation.prompts is None:
@@ -152,6 +153,29 @@ def _align(
     weights = task.export(output, whole=True) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
+
+
+def held_out_data(config: RunConfig) -> DataConfig | None:
+    """The preferences that are measured and not trained on, read and encoded as the others."""
+    if (path := config.validation.data) is None:
+        return None
+    return replace(config.data, path=path, format="auto", limit=None, stream=None)
+
+
+def check_data(config: RunConfig) -> None:
+    """Look at the data without a model. Raises UserError as `load_data` does."""
+    for data in filter(None, (config.data, held_out_data(config))):
+        data = with_root(data, cache_root(config))
+        if config.objective.needs.scorer:
+            open_prompts(data)
+        else:
+            check_source(data, needs_of(config))
+
+
+def needs_of(config: RunConfig) -> Requirements:
+    """What the run needs of its data."""
+    needs = config.objective.needs
+    return replace(needs, columns=(*needs.columns, "user")) if config.personal else needs
 
 
 def warn_of_overlap(source: PreferenceDataset, held_out: PreferenceDataset) -> None:
@@ -218,13 +242,10 @@ def load_data(
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
         return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
-    needs = config.objective.needs
-    if config.personal:
-        needs = replace(needs, columns=(*needs.columns, "user"))
     source = open_dataset(
         config.data,
         config.model,
-        needs=needs,
+        needs=needs_of(config),
         pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
