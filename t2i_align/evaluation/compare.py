@@ -32,6 +32,7 @@ from t2i_align.inference.models import (
 )
 from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
+from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
 
 
+@silent
 def evaluate(
     *,
     base: str | Path | TrainablePipeline | None = None,

@@ -20,6 +20,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_base, with_base
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
+from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def judge(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> 
             yield index, {name: values[place] for name, values in columns.items()}
 
 
+@silent
 def generate(
     model: str | Path | TrainablePipeline,
     prompts: str | Path | Sequence[str] | None = None,

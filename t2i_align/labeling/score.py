@@ -31,6 +31,7 @@ from t2i_align.inference.generate import LIST, TOTAL, judge
 from t2i_align.inference.options import build_scorers, check_options, memory_for, pick_device, unscorable, use_precision
 from t2i_align.labeling.groups import opened
 from t2i_align.utils.distributed import Distributed
+from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
@@ -51,6 +52,7 @@ GROUP_KEYS = ("images", "videos", "chosen")  # JSONL with one of these is prefer
 OTHER_SOURCES = f"Or give a folder with {LIST}, or JSONL or parquet with 'image' and 'prompt'."
 
 
+@silent
 def score(
     images: str | Path,
     scorers: str | Sequence[str | Scorer],

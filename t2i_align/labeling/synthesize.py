@@ -35,6 +35,7 @@ from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
 from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import claim, json_lines, locked, read_json, write_text
+from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import ResumableTable, Row
 
@@ -47,6 +48,7 @@ SETTINGS, SCORES, GROUPS, SKIPPED = "settings.json", "scores.jsonl", "groups.jso
 PAIRS = ("best_worst", "all")
 
 
+@silent
 def synthesize(
     prompts: str | Path | Sequence[str],
     models: Sequence[str | Path],

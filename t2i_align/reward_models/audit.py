@@ -32,6 +32,7 @@ from t2i_align.reward_models.preferences import NO_USER, Preferences, open_prefe
 from t2i_align.testbed.captions import CaptionError, parse
 from t2i_align.utils import html
 from t2i_align.utils.files import check_own, json_text, output_lock, write_files
+from t2i_align.utils.logging import silent
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -90,6 +91,7 @@ class Audit:
         return "\n".join([*lines, f"report: {self.out / REPORT}"])
 
 
+@silent
 def audit(
     source: str | Path,
     scorers: str | Sequence[str | Scorer],

@@ -49,6 +49,7 @@ def write_report(run: Path) -> Path:
         run=run.name,
         settings=settings,
         step=step,
+        finished=step >= steps or any("ended" in line for line in history),
         steps=steps,
         refresh=REFRESH,
         facts=facts(history),
@@ -68,9 +69,10 @@ def curves(history: Sequence[Line]) -> dict[str, dict[str, html.Points]]:
     charts = {
         **CURVES,
         "Margin by timestep (1000: noise)": {name.removeprefix(f"{BY_TIME}t"): name for name in by_time},
-        **{f"Score of the samples: {name.removeprefix(VALIDATED)}": {"score": name}
-           for name in validated(history)},
-    }  # fmt: skip
+    }
+    for name in (name for name in metrics if name.startswith(VALIDATED)):
+        scorer, _, part = name.removeprefix(VALIDATED).partition("/")
+        charts.setdefault(f"{'Parts' if part else 'Samples'} by {scorer}", {})[part or "score"] = name
     return {title: lines(history, names) for title, names in charts.items()}
 
 

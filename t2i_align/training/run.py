@@ -21,7 +21,7 @@ from t2i_align.config import DataConfig, RunConfig
 from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
 from t2i_align.data.prompts import PromptDataset, open_prompts
-from t2i_align.data.spec import normalise
+from t2i_align.data.spec import is_spec, normalise
 from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
@@ -35,10 +35,12 @@ from t2i_align.training.monitor import Callbacks
 from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import check_same_run, open_run, write_settings
 from t2i_align.training.reference import build_reference
+from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
+from t2i_align.utils.logging import silent
 
 logger = logging.getLogger(__name__)
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
@@ -52,6 +54,7 @@ MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
 
 
+@silent
 def align(
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -150,7 +153,10 @@ def _align(
     metrics = loop.run()
     if task.best:
         task.best.restore()
-    weights = task.export(output, whole=True) if accelerator.is_main_process else None
+    weights = None
+    if accelerator.is_main_process:
+        weights = task.export(output, whole=True)
+        write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
 
@@ -159,7 +165,8 @@ def held_out_data(config: RunConfig) -> DataConfig | None:
     """The preferences that are measured and not trained on, read and encoded as the others."""
     if (path := config.validation.data) is None:
         return None
-    return replace(config.data, path=path, format="auto", limit=None, stream=None)
+    root = None if is_spec(Path(path)) else config.data.root
+    return replace(config.data, path=path, root=root, format="auto", limit=None, stream=None)
 
 
 def check_data(config: RunConfig) -> None:

@@ -121,7 +121,7 @@ class Alignment(Task):
             out += [self._on_held_out] if self.held_out else []
         if step and (keep := self.config.log.keep_weights) and step % keep == 0:
             out.append(partial(self._keep, step))
-        if self.accelerator.is_main_process and (out or last or step % self.config.log.checkpoint_every == 0):
+        if self.accelerator.is_main_process and (out or step % self.config.log.checkpoint_every == 0):
             out.append(self._report)
         return out
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def silence_libraries() -> None:
@@ -16,6 +21,28 @@ def silence_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("diffusers.loaders.lora_base").addFilter(_is_relevant)
+
+
+def silent(function: Callable[P, R]) -> Callable[P, R]:
+    """With `progress=False`, silence the libraries as well while a function runs."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("progress", True):
+            return function(*args, **kwargs)
+        import diffusers
+        import transformers
+
+        switches = [library.utils.logging for library in (diffusers, transformers)]
+        shown = [switch for switch in switches if switch.is_progress_bar_enabled()]
+        silence_libraries()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for switch in shown:
+                switch.enable_progress_bar()
+
+    return run
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:

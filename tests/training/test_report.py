@@ -49,12 +49,18 @@ def test_a_healthy_run_needs_no_advice() -> None:
 
 
 def test_winner_and_loser_are_apart_and_margins_are_split_by_time() -> None:
-    late = {"step": 20, "rewards/margins/t0-250": 1.0, "rewards/margins/t750-1000": 2.0, "validation/clip": 0.3}
+    late = {
+        "step": 20,
+        "rewards/margins/t0-250": 1.0,
+        "rewards/margins/t750-1000": 2.0,
+        "validation/clip": 0.3,
+        "validation/clip/part": 0.1,
+    }
     lines = [*history(rewards__chosen=[0, 1], rewards__rejected=[0, -1], loss=[0.7, 0.6]), late]
     drawn = curves(lines)
     assert drawn["Implicit reward"] == {"winner": [(0, 0), (10, 1)], "loser": [(0, 0), (10, -1)]}
     assert drawn["Margin by timestep (1000: noise)"] == {"0-250": [(20, 1.0)], "750-1000": [(20, 2.0)]}
-    assert drawn["Score of the samples: clip"] == {"score": [(20, 0.3)]}
+    assert drawn["Samples by clip"] == {"score": [(20, 0.3)]} and drawn["Parts by clip"] == {"part": [(20, 0.1)]}
 
 
 def test_first_and_last_validation_are_among_the_shown() -> None:
