@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a bar or plain lines, and the same lines in its log.txt."""
+"""What a run tells while it trains: a bar or plain lines, and the same lines in its run.log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from t2i_align.utils.progress import interactive
 
-LOG_FILE = "log.txt"
+LOG_FILE = "run.log"
 SHOWN = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "accuracy": "accuracy"}
 MEASURED = ("time", "seconds_per_step", "memory_gib")  # what differs between two runs that are otherwise equal
 

@@ -26,7 +26,7 @@ def test_redirected_output_is_a_plain_line_per_logged_step_and_so_is_the_log(
     before = time.time()
     result = align(values)
     captured = capsys.readouterr()
-    output, log = captured.out + captured.err, (tmp_path / "run/log.txt").read_text()
+    output, log = captured.out + captured.err, (tmp_path / "run/run.log").read_text()
     lines = [line for line in captured.out.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 3/6", "step 6/6"]
     assert all(line in log for line in lines) and "objective  diffusion_dpo" in log
@@ -41,7 +41,7 @@ def test_redirected_output_is_a_plain_line_per_logged_step_and_so_is_the_log(
     assert result.next.startswith(f"measure it   t2i-align evaluate --aligned {tmp_path / 'run'} --prompts ")
     with pytest.raises(UserError):
         align({**values, "train": {**values["train"], "steps": 3}, "resume": True}, progress=False)
-    assert "stopped: " in (tmp_path / "run/log.txt").read_text()
+    assert "stopped: " in (tmp_path / "run/run.log").read_text()
 
 
 def test_bars_are_lines_where_the_output_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
