@@ -24,11 +24,12 @@ from t2i_align import plugins
 from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns
+from t2i_align.data.identity import Contents
 from t2i_align.data.layouts import KINDS, PUBLISHED
 from t2i_align.data.paths import exists
 from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
-from t2i_align.data.survey import EVERYTHING, Contents, Selection, Survey
+from t2i_align.data.survey import EVERYTHING, Selection, Survey
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
