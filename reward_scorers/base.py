@@ -24,6 +24,7 @@ AnyScorer = TypeVar("AnyScorer", bound="Scorer")
 
 # Interpolation and autocast leave a decoded image slightly outside of [0, 1]; an image in [-1, 1] is far outside.
 RANGE_TOLERANCE = 1e-3
+FRAME_BATCH = 32  # frames of clips that are preprocessed, and go through an image's network, at a time
 
 
 class Scorer(ABC):
@@ -83,6 +84,19 @@ class Scorer(ABC):
             ScorerError: shapes, lengths, range or prompts that cannot be scored.
         """
         return self.judge(pixels, prompts)[0]
+
+    def frame_scores(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B, F] of the frames of clips [B, F, 3, H, W], each judged as an image.
+
+        Raises:
+            ScorerError: as `score`; or a scorer whose scores are of whole clips.
+        """
+        check_pixels(clips, prompts)
+        if clips.ndim != 5 or self.takes != "images":
+            whole = f"{self.name} judges whole clips" if self.takes != "images" else f"found {list(clips.shape)}"
+            raise ScorerError(f"scores of frames: expected clips [B, F, 3, H, W] and a scorer of images; {whole}")
+        self._note_cut(prompts)
+        return self._judge_frames(clips, prompts)[0]
 
     def score_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores [B] of PIL images of any sizes and modes, through the original's exact preprocessing."""
@@ -149,17 +163,30 @@ class Scorer(ABC):
     def _judge_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Judgement:
         if self.takes == "media":
             return self._judgement(pixels, prompts)
-        frames = pixels.shape[1] if pixels.ndim == 5 else 1
-        if self.takes == "clips" and (pixels.ndim != 5 or frames < self.min_frames):
+        if self.takes == "clips" and (pixels.ndim != 5 or pixels.shape[1] < self.min_frames):
             wanted = f"clips [B, F, 3, H, W] of {self.min_frames} frames or more"
             raise ScorerError(f"{self.name}: expected {wanted}, found {list(pixels.shape)}")
-        inputs = self.preprocess(self._placed(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels))
         if self.takes == "clips":
-            return self._judgement(inputs.unflatten(0, (-1, frames)), prompts)
-        total, parts = self._judgement(inputs, [prompt for prompt in prompts for _ in range(frames)])
+            parts = pixels.flatten(0, 1).split(FRAME_BATCH)
+            inputs = torch.cat([self.preprocess(self._placed(part)) for part in parts])
+            return self._judgement(inputs.unflatten(0, pixels.shape[:2]), prompts)
+        if pixels.ndim == 4:
+            return self._judgement(self.preprocess(self._placed(pixels)), prompts)
+        total, columns = self._judge_frames(pixels, prompts)
         # A part may apply to some frames only, hence nanmean; a NaN score has to stay one.
-        by_clip = {name: part.view(-1, frames).nanmean(1) for name, part in parts.items()}
-        return total.view(-1, frames).mean(1), by_clip
+        return total.mean(1), {name: part.nanmean(1) for name, part in columns.items()}
+
+    def _judge_frames(self, clips: Tensor, prompts: Sequence[str]) -> Judgement:
+        """Scores [B, F] and parts [B, F] of the frames of clips, of which `FRAME_BATCH` are in memory at a time."""
+        frames, texts = clips.flatten(0, 1), [prompt for prompt in prompts for _ in range(clips.shape[1])]
+        judged = [
+            self._judgement(self.preprocess(self._placed(part)), texts[start : start + FRAME_BATCH])
+            for start, part in zip(range(0, len(frames), FRAME_BATCH), frames.split(FRAME_BATCH), strict=True)
+        ]
+        total, columns = joined(judged)
+        return total.unflatten(0, clips.shape[:2]), {
+            n: part.unflatten(0, clips.shape[:2]) for n, part in columns.items()
+        }
 
     def _judge_images(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Judgement:
         if self.takes == "media":
@@ -174,11 +201,8 @@ class Scorer(ABC):
             batch = self._placed(torch.stack([inputs[row] for row in rows]))
             judged.append(self._judgement(batch, [prompts[row] for row in rows]))
         place = torch.tensor(order).argsort()
-        columns = {
-            name: torch.cat([parts.get(name, torch.full_like(total, math.nan)) for total, parts in judged])[place]
-            for name in dict.fromkeys(name for _, parts in judged for name in parts)
-        }
-        return torch.cat([total for total, _ in judged])[place], columns
+        total, columns = joined(judged)
+        return total[place], {name: part[place] for name, part in columns.items()}
 
     def _judgement(self, inputs: Any, prompts: Sequence[str]) -> Judgement:
         """`rate`, with parts, in single precision at least, its shapes checked."""
@@ -193,6 +217,16 @@ class Scorer(ABC):
             if values.shape != (len(prompts),):
                 raise ScorerError(f"{self.name}: {name}: expected shape [{len(prompts)}], found {list(values.shape)}")
         return single(total), {name: single(part) for name, part in parts.items()}
+
+
+def joined(judged: Sequence[Judgement]) -> Judgement:
+    """Judgements of batches as one; a part that a batch does not have is NaN there."""
+    names = dict.fromkeys(name for _, parts in judged for name in parts)
+    columns = {
+        name: torch.cat([parts.get(name, torch.full_like(total, math.nan)) for total, parts in judged])
+        for name in names
+    }
+    return torch.cat([total for total, _ in judged]), columns
 
 
 def single(values: Tensor) -> Tensor:

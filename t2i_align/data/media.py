@@ -16,19 +16,20 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
+from t2i_align.data.colour import to_srgb
 from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
 from t2i_align.errors import PrintableError
-from t2i_align.utils.files import atomic_file
+from t2i_align.utils.files import atomic_file, atomic_folder
 
 CROP = "centre"  # how `to_pixels` fits an image; part of a cache's fingerprint
 # Formats that Pillow decodes by itself (EPS, for one, would run a program), and the largest image it may unpack.
@@ -43,6 +44,12 @@ ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # the EXIF entry, and its values th
 INPUT = ["-format_whitelist", "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "-protocol_whitelist", "file"]
 INPUT += ["-xerror", "-err_detect", "explode"]  # no damaged frame, patched up from its neighbours
 INPUT += ["-max_pixels", str(MAX_PIXELS), "-threads", "1"]  # several clips are decoded at a time
+# How videos are written: imageio's quality is 0 … 10, VP9's constant quality 63 … 0.
+CODECS: dict[str, dict[str, Any]] = {
+    ".mp4": {"quality": 8},
+    ".webm": {"codec": "libvpx-vp9", "quality": None, "bitrate": 0, "output_params": ["-crf", "20", "-cpu-used", "4"]},
+}
+LOSSLESS: dict[str, Any] = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-qp", "0"]}
 MAX_REPEAT = 1.25  # how far a wanted frame rate may exceed a clip's own before repeated frames would be its motion
 TOO_SLOW = "{:.3g} frames a second, too few for {:g}"
 ROUNDING = 1e-4  # seconds
@@ -50,6 +57,10 @@ ROUNDING = 1e-4  # seconds
 
 class ImageError(PrintableError):
     """An image or clip that cannot be used; the message is the reason."""
+
+
+class SeveralFrames(ImageError):
+    """An animation or a file of several pages where an image is expected."""
 
 
 class MediaSize(NamedTuple):
@@ -100,7 +111,7 @@ def decode(media: Media) -> Image.Image:
     with _decoding(media), _open(media) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG with its preview behind it
-            raise ImageError(f"{frames} frames or pages, expected a single image")
+            raise SeveralFrames(f"{frames} frames or pages, expected a single image")
         return _upright(image)
 
 
@@ -167,22 +178,22 @@ def frames_of(media: Media, count: int | None = None, fps: float | None = None) 
 
 
 def save_clip(clip: Tensor, path: Path, fps: float, *, lossless: bool = False) -> None:
-    """Write frames [F, 3, H, W], float in [0, 1] or uint8, to a .mp4, .gif or .webp, or as PNG files to a folder.
+    """Write frames [F, 3, H, W], float in [0, 1] or uint8, to a .mp4, .webm, .gif or .webp, or as PNG to a folder.
 
-    A file is there whole or not at all. H.264 wants even sides: an odd one loses a line. `lossless` keeps every byte of
-    a .mp4, which browsers then do not show.
+    A file or folder is there whole or not at all. Of .mp4 and .webm, which want even sides, an odd one loses a line.
+    `lossless` keeps every byte of a .mp4, which browsers then do not show.
     """
     frames = to_bytes(clip).permute(0, 2, 3, 1).cpu().numpy()
     if not path.suffix:
-        path.mkdir(parents=True, exist_ok=True)
-        for number, frame in enumerate(frames):
-            imageio.imwrite(path / f"{number:05d}.png", frame)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(path) as folder:
+            for number, frame in enumerate(frames):
+                imageio.imwrite(folder / f"{number:05d}.png", frame)
         return
     with atomic_file(path, sync=False) as temporary:
-        if path.suffix == ".mp4":
+        if path.suffix in CODECS:
             even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-            exact = {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-qp", "0"]}
-            codec = exact if lossless else {"quality": 8}  # of imageio's 0 … 10
+            codec = LOSSLESS if lossless else CODECS[path.suffix]
             imageio.imwrite(temporary, even, plugin="FFMPEG", fps=fps, macro_block_size=2, **codec)
         else:
             imageio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
@@ -251,27 +262,11 @@ def _upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
-    image = _to_srgb(image)
+    image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """The image in the colours of sRGB, where its profile is another; one that does not fit the image is ignored."""
-    if not (content := image.info.get("icc_profile")):
-        return image
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return image
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        if image.mode == "P" or image.has_transparency_data:
-            image = image.convert(mode)
-        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
-    except (ImageCms.PyCMSError, OSError):
-        return image
 
 
 def _to_uint8(image: Image.Image) -> Tensor:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from t2i_align.data.media import save_clip
 from t2i_align.inference.generate import Sample
 from t2i_align.utils.html import ENVIRONMENT, PIXELATED_BELOW
 
 SHOWN_SIDE = 384  # pixels; larger images are shrunk so that a report stays a file one can mail
-SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips, which loop; longer ones leave out every so many frames
+SHOWN_CLIP_SIDE, SHOWN_FRAMES = 256, 32  # of clips; longer ones leave out every so many frames
 
 
 def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
@@ -26,10 +26,10 @@ def keep(sample: Sample, store: Path, side: str, row: int, fps: float) -> None:
     name = store / f"{side}-{row:06d}"
     if isinstance(sample, Tensor):
         every = math.ceil(len(sample) / SHOWN_FRAMES)
-        height, width = sample.shape[-2:]
-        scale = min(1.0, SHOWN_CLIP_SIDE / max(height, width))
-        small = resize(sample[::every], [max(1, round(length * scale)) for length in (height, width)], antialias=True)
-        save_clip(small, name.with_suffix(".webp"), fps / every)
+        enlarged = max(sample.shape[-2:]) < PIXELATED_BELOW  # before a codec that halves the resolution of colours
+        kind = InterpolationMode.NEAREST if enlarged else InterpolationMode.BILINEAR
+        small = resize(sample[::every], [*_clip_size(*sample.shape[-2:])], kind, antialias=not enlarged)
+        save_clip(small, name.with_suffix(".mp4"), fps / every)
     else:
         small = sample.copy()
         small.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
@@ -51,8 +51,15 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], stor
         samples=samples,
         chosen=choose(samples, result["scorer"], images, result["seed"]),
         verdict=verdict,
-        image=lambda side, row: _inline(store, f"{side}-{row:06d}"),
+        media=lambda side, row: _inline(store, f"{side}-{row:06d}", result),
     )
+
+
+def _clip_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which a clip is kept: even, as videos want it, and tiny ones enlarged by a whole number."""
+    longer = max(height, width)
+    scale = SHOWN_CLIP_SIDE // longer if longer < PIXELATED_BELOW else min(1.0, SHOWN_CLIP_SIDE / longer)
+    return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
 
 
 def choose(samples: Sequence[Mapping[str, Any]], scorer: str, images: int, seed: int) -> dict[str, list[int]]:
@@ -78,13 +85,19 @@ def verdict(interval: Sequence[float | None]) -> str:
     return "better" if low > 0.5 else "worse" if high < 0.5 else "open"
 
 
-def _inline(store: Path, name: str) -> dict[str, Any]:
-    """An image or looping animation as a data URI with its size."""
+def _inline(store: Path, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """An image or a video as a data URI with its size."""
     file = next(store.glob(f"{name}.*"))
-    with Image.open(file) as image:
-        width, height = image.size
+    video = file.suffix == ".mp4"
+    if video:
+        height, width = _clip_size(result["height"], result["width"])
+    else:
+        with Image.open(file) as image:
+            width, height = image.size
+    kind = f"{'video' if video else 'image'}/{file.suffix[1:]}"
     return {
-        "uri": f"data:image/{file.suffix[1:]};base64,{base64.b64encode(file.read_bytes()).decode()}",
+        "uri": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}",
+        "video": video,
         "width": width,
         "height": height,
         "pixelated": max(width, height) < PIXELATED_BELOW,

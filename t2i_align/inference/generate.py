@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 TOTAL = ""  # the key of a score itself, beside the names of its parts
 LIST = "samples.jsonl"
-ENDINGS = (".png", ".mp4")
-NAME = re.compile(r"\d{5,}\.(png|mp4)")
+ClipFormat = Literal["mp4", "webm", "gif", "webp", "frames"]
+ENDINGS = (".png", *(f".{kind}" for kind in get_args(ClipFormat) if kind != "frames"), "")
+NAME = re.compile(rf"\d{{5,}}({'|'.join(map(re.escape, ENDINGS))})")
+FRAME = re.compile(r"\d{5,}\.png")
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -97,6 +100,7 @@ def generate(
     width: int | None = None,
     frames: int | None = None,
     fps: float | None = None,
+    format: ClipFormat = "mp4",
     batch_size: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -113,8 +117,8 @@ def generate(
 
     With `out=None` nothing is written, and the images are returned: PIL images, or clips [F, 3, H, W] of 8 bits.
 
-    Models that make clips write `00000.mp4` … Each file is complete before its line is written, so an interrupted run
-    leaves a usable shorter list.
+    Models that make clips write `00000.mp4` … or another `format`. Each file is complete before its line is written,
+    so an interrupted run leaves a usable shorter list.
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, a loaded pipeline, or the folder of a training run
@@ -133,6 +137,7 @@ def generate(
         height, width: in pixels (default: the model's own).
         frames: frames of a clip, for models that make clips (default: the model's own).
         fps: frame rate of the clips (default: the model's own).
+        format: of the clips: `mp4` (H.264), `webm` (VP9), `gif`, `webp`, or `frames`, a folder of PNG files each.
         batch_size: samples at a time (default: 8 images, or 1 clip).
         revision: branch, tag or commit of the model on the Hub (default: that of the training run `lora` is from, if
             any; the same for the next four).
@@ -179,6 +184,7 @@ def generate(
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
+    ending = "" if format == "frames" else f".{format}"
     drawn = _drawn(pipeline, rows, batch_size, progress, options)
     if folder is None:
         with adapter_on(pipeline, adapter, lora_scale):
@@ -188,7 +194,7 @@ def generate(
 
         def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
             for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
-                file = folder / f"{index:05d}.{'mp4' if isinstance(item, Tensor) else 'png'}"
+                file = folder / f"{index:05d}{ending if isinstance(item, Tensor) else '.png'}"
                 if isinstance(item, Tensor):
                     save_clip(item, file, fps or pipeline.fps)
                 else:
@@ -199,7 +205,7 @@ def generate(
             for start, batch, samples in drawn:
                 if start == 0:  # with which nothing is wrong that the sampling could show
                     for file in earlier:
-                        file.unlink()
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
                     (folder / LIST).write_bytes(b"")
                 run(save, start, batch, samples)
     return folder / LIST
@@ -261,7 +267,12 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
             raise UserError(f"{folder / LIST}: is not the list of an earlier run; choose another folder")
         listed = {str(row["file"]) for row in rows if NAME.fullmatch(str(row["file"]))}
         own = names & {*listed, *(f"{len(rows):05d}{ending}" for ending in ENDINGS)}
+        own -= {name for name in own if (folder / name).is_dir() and not _only_frames(folder / name)}
     wanted = {f"{index:05d}{ending}" for index in range(new) for ending in ENDINGS}
     if foreign := sorted(names & wanted - own):
         raise UserError(f"{folder / foreign[0]}: is not of an earlier run; choose another folder")
     return [folder / name for name in own]
+
+
+def _only_frames(folder: Path) -> bool:
+    return all(FRAME.fullmatch(file.name) for file in folder.iterdir())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t2i_align.data.media import ImageError, decode, is_clip, whole_clip
+from t2i_align.data.media import ImageError, SeveralFrames, decode, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.inference.generate import TOTAL, Sample, judge
 from t2i_align.inference.options import memory_for
@@ -98,8 +98,11 @@ class Batch:
 
 
 def opened(media: Media) -> Sample:
-    """An image, or all frames of a clip. Raises ImageError with the reason where it cannot be used."""
-    return whole_clip(media) if isinstance(media, Path) and is_clip(media) else decode(media)
+    """An image, or all frames of a clip or animation. Raises ImageError with the reason where it cannot be used."""
+    try:
+        return whole_clip(media) if isinstance(media, Path) and is_clip(media) else decode(media)
+    except SeveralFrames:
+        return whole_clip(media)
 
 
 def totals(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) -> list[float]:

@@ -72,7 +72,7 @@ def test_every_format_gives_its_frames_at_the_wanted_rate(tmp_path: Path, ending
     assert np.abs(np.subtract(greys(load_clip(file.read_bytes(), 2, 32, 48)), LEVELS[:2])).max() <= 2
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.webp", "clip"])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.gif", "clip.webp", "clip"])
 def test_saved_clip_is_read_again(tmp_path: Path, name: str) -> None:
     save_clip(grey_clip().float() / 255, tmp_path / name, RATE)
     assert np.abs(np.subtract(greys(load_clip(tmp_path / name, 8, 32, 48)), LEVELS)).max() <= 2

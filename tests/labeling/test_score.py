@@ -151,12 +151,12 @@ def test_unreadable_images_get_a_row_with_the_error(
     (tmp_path / "1.png").unlink()
     os.mkfifo(tmp_path / "1.png")  # which nobody writes to
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "3.png", format="GIF", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "3.png", format="TIFF", save_all=True, append_images=frames[1:])
     Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "2.png", format="TIFF")
     assert run(images, Red(), tmp_path / "scores.jsonl") == pytest.approx(0.8)
     rows = {row["image"]: row for row in whole_lines(tmp_path / "scores.jsonl")}
     assert "no such file" in rows["0.png"]["error"] and "score" not in rows["0.png"]
-    assert rows["1.png"]["error"] == "not a regular file" and "2 frames" in rows["3.png"]["error"]
+    assert rows["1.png"]["error"] == "not a regular file" and "several pages" in rows["3.png"]["error"]
     assert "has no known range" in rows["2.png"]["error"]
     assert rows["4.png"]["score"] == pytest.approx(0.8)
     assert "over 1 images; 4 could not be scored" in capsys.readouterr().out
@@ -254,8 +254,8 @@ def test_bad_input_is_named_before_images_are_opened(tmp_path: Path) -> None:
 
 
 def test_images_refused_by_a_scorer_are_named(images: Path) -> None:
-    with pytest.raises(UserError, match=r"0.png ... 1.png: motion: judges clips, found single images"):
-        score(images, ["motion"], batch_size=2, progress=False)
+    with pytest.raises(UserError, match=r"0.png ... 1.png: temporal_flickering: judges clips, found single images"):
+        score(images, ["temporal_flickering"], batch_size=2, progress=False)
 
 
 def test_clips_from_generate_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +267,8 @@ def test_clips_from_generate_are_scored(tmp_path: Path, monkeypatch: pytest.Monk
     save_clip(clip[:1], tmp_path / "still", fps=8)
     names = ("0.mp4", "frames", "still")
     listed(tmp_path, *({"prompt": "x", "file": name} for name in names), name="samples.jsonl")
-    means = score(tmp_path, [Red(), "motion"], tmp_path / "scores.jsonl", progress=False)
-    assert means == pytest.approx({"red": 0.4, "motion": 0.4 / 3}, abs=1e-2)
+    means = score(tmp_path, [Red(), "temporal_flickering"], tmp_path / "scores.jsonl", progress=False)
+    assert means == pytest.approx({"red": 0.4, "temporal_flickering": 1 - 0.4 / 3}, abs=1e-2)
     rows = whole_lines(tmp_path / "scores.jsonl")
     assert [row["image"] for row in rows if "score" in row] == ["0.mp4", "frames"] * 2
     assert "a single image, expected a clip of 2 frames" in rows[2]["error"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -232,7 +231,25 @@ def test_generated_clips_are_videos_with_a_line_each(wan_path: Path, tmp_path: P
         generate(wan_path, ["cat"], tmp_path / "more", frames=4, progress=False)
 
 
-def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "name"), [("webm", "00000.webm"), ("gif", "00000.gif"), ("frames", "00000")])
+def test_generated_clips_have_the_wanted_format(wan_path: Path, tmp_path: Path, format: Any, name: str) -> None:
+    """They are scored as they are read, and replaced by another run; a folder that holds more is not touched."""
+    options: dict[str, Any] = {"frames": 5, "steps": 1, "guidance": 1.0, "progress": False}
+    generate(wan_path, ["cat"], tmp_path, format=format, **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [name, "samples.jsonl"]
+    (made,) = generate(wan_path, ["cat"], None, **options)
+    expected = (made.float() / 255).mean().item()
+    assert score(tmp_path, [Brightness()], progress=False)["brightness"] == pytest.approx(expected, abs=0.02)
+    if format == "frames":
+        (tmp_path / name / "note.txt").write_text("mine")
+        with pytest.raises(UserError, match="00000: is not of an earlier run"):
+            generate(wan_path, ["cat"], tmp_path, force=True, format=format, **options)
+        (tmp_path / name / "note.txt").unlink()
+    generate(wan_path, ["cat"], tmp_path, force=True, **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.mp4", "samples.jsonl"]
+
+
+def test_an_evaluation_scores_frames_and_shows_videos(wan_path: Path, tmp_path: Path) -> None:
     scorer = Brightness()
     result = evaluate(
         base=wan_path, aligned=random_lora(wan_path, tmp_path / "lora"), prompts=["cat", "dog"], scorers=[scorer],
@@ -245,10 +262,11 @@ def test_an_evaluation_scores_frames_and_shows_loops(wan_path: Path, tmp_path: P
     expected = [pixels.mean().item() for pixels in (scorer.seen[0], scorer.seen[2])]
     assert [pair["scores"]["brightness"][side] for side in ("before", "after")] == pytest.approx(expected, abs=1e-6)
     report = (tmp_path / "out" / "report.html").read_text()
-    shown = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", report)
-    assert len(shown) >= 4 and "5 frames at 16.0 a second" in report
-    with Image.open(io.BytesIO(base64.b64decode(shown[0]))) as animation:
-        assert animation.n_frames == 5 and animation.info["loop"] == 0 and animation.size == (32, 32)
+    shown = re.findall(r'<video src="data:video/mp4;base64,([A-Za-z0-9+/=]+)" width="256" height="256"', report)
+    assert len(shown) >= 4 and "5 frames at 16.0 a second" in report and "media-src data:" in report
+    played = load(base64.b64decode(shown[0]), MediaSize(256, 256, 5)).pixels
+    enlarged = scorer.seen[0].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert (played - enlarged).abs().mean() < 0.03
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
 
 

@@ -215,9 +215,9 @@ def test_weights_get_the_architecture_with_their_activation(
 def test_checkpoints_of_one_file_name_have_their_specs_as_names(folder: Path, scorers: Any, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     other = shutil.copy(folder / "weights.pt", tmp_path / "b")
-    specs = [f"clip:{NAME}:{folder}/weights.pt", f"clip:{NAME}:{other}", "motion"]
+    specs = [f"clip:{NAME}:{folder}/weights.pt", f"clip:{NAME}:{other}", "temporal_flickering"]
     assert [scorer.name for scorer in build_all(specs)] == specs
-    assert [scorer.name for scorer in build_all(specs[1:])] == [f"clip:{NAME}:weights.pt", "motion"]
+    assert [scorer.name for scorer in build_all(specs[1:])] == [f"clip:{NAME}:weights.pt", "temporal_flickering"]
     both = from_mapping({"rule": "min", "scorers": specs[:2]}).score_images([noise((9, 9))], ["cat"])
     assert both.isfinite().all()
     with pytest.raises(ScorerError, match="two scorers of the same name among clip:"):

@@ -130,29 +130,47 @@ def test_the_version_tells_every_setting_apart() -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("rule: best\nscorers: [motion]", "unknown rule 'best'. Choices: weighted_sum, mean_minus_std"),
+        ("rule: best\nscorers: [temporal_flickering]", "unknown rule 'best'. Choices: weighted_sum, mean_minus_std"),
         ("rule: min", "scorers: missing key"),
-        ("rule: min\nscorers: [motion, motion]", "two scorers of the same name among motion, motion"),
-        ("rule: min\nscorers: [{weight: 1}]", r"scorers\[0\].scorer: missing key"),
-        ("rule: min\nscorers: [{scorer: motion, weight: 1}]", "weight belongs to the rule weighted_sum"),
-        ("rule: min\nstrength: 1\nscorers: [motion]", "strength belongs to the rule mean_minus_std, not to 'min'"),
-        ("rule: min\nquantile: 0.2\nscorers: [motion]", "no scorer has a reference"),
         (
-            "rule: min\nscorers: [{scorer: motion, spread: 0}]",
+            "rule: min\nscorers: [temporal_flickering, temporal_flickering]",
+            "two scorers of the same name among temporal_flickering, temporal_flickering",
+        ),
+        ("rule: min\nscorers: [{weight: 1}]", r"scorers\[0\].scorer: missing key"),
+        ("rule: min\nscorers: [{scorer: temporal_flickering, weight: 1}]", "weight belongs to the rule weighted_sum"),
+        (
+            "rule: min\nstrength: 1\nscorers: [temporal_flickering]",
+            "strength belongs to the rule mean_minus_std, not to 'min'",
+        ),
+        ("rule: min\nquantile: 0.2\nscorers: [temporal_flickering]", "no scorer has a reference"),
+        (
+            "rule: min\nscorers: [{scorer: temporal_flickering, spread: 0}]",
             r"scorers\[0\].spread: must be greater than 0",
         ),
         (
-            "rule: min\nscorers: [{scorer: motion, centre: x}]",
+            "rule: min\nscorers: [{scorer: temporal_flickering, centre: x}]",
             "centre: must be a valid number, .*, found 'x'",
         ),
-        ("rule: min\nscorers: [{scorer: motion, centre: .inf}]", "centre: must be a finite number, found inf"),
-        ("rule: min\nscorers: [{scorer: motion, reference: 3}]", "reference: Input is not a valid path .*, found 3"),
         (
-            "rule: min\nscorers: [{scorer: motion, spred: 1}]",
+            "rule: min\nscorers: [{scorer: temporal_flickering, centre: .inf}]",
+            "centre: must be a finite number, found inf",
+        ),
+        (
+            "rule: min\nscorers: [{scorer: temporal_flickering, reference: 3}]",
+            "reference: Input is not a valid path .*, found 3",
+        ),
+        (
+            "rule: min\nscorers: [{scorer: temporal_flickering, spred: 1}]",
             r"unknown key 'scorers\[0\].spred'. Choices: centre",
         ),
-        ("rule: min\nquantile: 2\nscorers: [motion]", "quantile: must be less than or equal to 1, found 2"),
-        ("rule: min\nscorers: [{scorer: motion, reference: no.jsonl}]", "no such file of reference scores"),
+        (
+            "rule: min\nquantile: 2\nscorers: [temporal_flickering]",
+            "quantile: must be less than or equal to 1, found 2",
+        ),
+        (
+            "rule: min\nscorers: [{scorer: temporal_flickering, reference: no.jsonl}]",
+            "no such file of reference scores",
+        ),
         ("rule: min\nscorers: [motoin]", "unknown scorer 'motoin'"),
         ("[1]", "expected a mapping of keys, found list"),
         ("{", "not valid YAML"),
@@ -165,7 +183,7 @@ def test_files_that_cannot_be_used_are_named(text: str, match: str, tmp_path: Pa
 
 
 def test_a_file_gives_the_scorer_its_name(tmp_path: Path) -> None:
-    (tmp_path / "both.yaml").write_text("rule: min\nscorers: [motion, smoothness]")
+    (tmp_path / "both.yaml").write_text("rule: min\nscorers: [temporal_flickering, motion_smoothness]")
     assert reward_scorers.build(f"combine:{tmp_path / 'both.yaml'}").name == "combine:both"
     with pytest.raises(ScorerError, match=r"expected combine:FILE.yaml"):
         reward_scorers.build("combine")

@@ -228,7 +228,9 @@ def write_images(model: Path, data: Path, out: Path, **options: Any) -> Any:
 
 
 def write_evaluation(model: Path, data: Path, out: Path, **options: Any) -> Any:
-    return evaluate(base=model, aligned=model, prompts=["cat"], scorers="motion", out=out, **options, **FAST)
+    return evaluate(
+        base=model, aligned=model, prompts=["cat"], scorers="temporal_flickering", out=out, **options, **FAST
+    )
 
 
 def write_scorer(model: Path, data: Path, out: Path) -> Any:
@@ -244,7 +246,7 @@ WRITERS: list[tuple[str, Callable[[Path, Path, Path], Any]]] = [
     ("scores.jsonl", lambda model, data, out: score(data, "oracle", out, progress=False)),
     ("scores.parquet", lambda model, data, out: score(data, "oracle", out, progress=False)),
     ("scores.jsonl", lambda model, data, out: relabel(data, "oracle", out, progress=False)),
-    ("audit", lambda model, data, out: audit(data, "motion", out, progress=False)),
+    ("audit", lambda model, data, out: audit(data, "temporal_flickering", out, progress=False)),
 ]  # fmt: skip
 
 
@@ -265,8 +267,16 @@ FOREIGN: list[tuple[str, str, Callable[[Path, Path, Path], Any]]] = [
     ("out/samples.jsonl", "samples.jsonl: is not the list of", lambda m, d, out: write_images(m, d, out, force=True)),
     ("out/result.json", "holds no evaluation", lambda m, d, out: write_evaluation(m, d, out, force=True)),
     ("out/report.html", "html: exists, and was not written", lambda m, d, out: write_evaluation(m, d, out, force=True)),
-    ("out/audit.json", "json: exists, and was not written", lambda m, d, out: audit(d, "motion", out, progress=False)),
-    ("out/report.html", "html: exists, and was not written", lambda m, d, out: audit(d, "motion", out, progress=False)),
+    (
+        "out/audit.json",
+        "json: exists, and was not written",
+        lambda m, d, out: audit(d, "temporal_flickering", out, progress=False),
+    ),
+    (
+        "out/report.html",
+        "html: exists, and was not written",
+        lambda m, d, out: audit(d, "temporal_flickering", out, progress=False),
+    ),
     ("out/train.yaml", "yaml: exists, and was not written", lambda m, d, out: split(d, out, held_out=0.5)),
     ("out/held_out.yaml", "yaml: exists, and was not written", lambda m, d, out: split(d, out, held_out=0.5)),
     ("out/held_out_prompts.txt", "txt: exists, and was not wr", lambda m, d, out: split(d, out, held_out=0.5)),
