@@ -24,6 +24,7 @@ EXTRAS = {
     "optimizers": "optim.optimizer=prodigy and lion",
     "xformers": "train.attention=xformers",
     "xlsx": "Excel files",
+    "video": "measures of clips",
     "tensorboard": "log.trackers=[tensorboard]",
     "wandb": "log.trackers=[wandb]",
     "demo": "the demo",
