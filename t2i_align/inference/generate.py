@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,16 +181,19 @@ def generate(
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
     columns |= {"lora": adapter and str(lora or model), "lora_scale": adapter and lora_scale, **options}
-    options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
+    size = {"height": height, "width": width, "frames": frames}
+    columns |= {**size, "precision": precision}
+    options |= {**size, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
     ending = "" if format == "frames" else f".{format}"
-    drawn = _drawn(pipeline, rows, batch_size, progress, options)
     if folder is None:
         with adapter_on(pipeline, adapter, lora_scale):
+            drawn = _drawn(pipeline, rows, 0, batch_size, progress, options)
             return [item for _, _, samples in drawn for item in samples]
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
         earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
+        done = 0 if force else _done(folder, rows, columns)
 
         def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
             for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
@@ -202,7 +205,7 @@ def generate(
                 append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
 
         with in_background() as run:
-            for start, batch, samples in drawn:
+            for start, batch, samples in _drawn(pipeline, rows, done, batch_size, progress, options):
                 if start == 0:  # with which nothing is wrong that the sampling could show
                     for file in earlier:
                         shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -212,11 +215,16 @@ def generate(
 
 
 def _drawn(
-    pipeline: TrainablePipeline, rows: Sequence[tuple[str, int]], batch_size: int, progress: bool, options: Any
+    pipeline: TrainablePipeline,
+    rows: Sequence[tuple[str, int]],
+    done: int,
+    batch_size: int,
+    progress: bool,
+    options: Any,
 ) -> Iterator[tuple[int, Sequence[tuple[str, int]], list[Sample]]]:
-    """Batch by batch: the number of its first row, its prompts and seeds, and their samples."""
-    with progress_bar(total=len(rows), unit="img", disable=not progress) as bar:
-        for start in range(0, len(rows), batch_size):
+    """Batch by batch from row `done` on: the number of its first row, its prompts and seeds, and their samples."""
+    with progress_bar(initial=done, total=len(rows), unit="img", disable=not progress) as bar:
+        for start in range(done, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             texts, seeds = map(list, zip(*batch, strict=True))
             yield start, batch, sample(pipeline, texts, seeds, batch_size=batch_size, **options)
@@ -252,13 +260,14 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
     """The files that an earlier run listed, and one that a kill kept out of its list.
 
     Raises:
-        UserError: the folder is not empty and `force` is not set, or one of the `new` samples would replace a file that
-            is not of such a run.
+        UserError: the folder holds something else than the beginning of `new` samples and `force` is not set, or one of
+            them would replace a file that is not of such a run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; expected a folder")
     names = {file.name for file in folder.iterdir() if file.name[0] != "."} if folder.is_dir() else set()
-    if names and not force:
+    unfinished = LIST in names and len(whole_lines(folder / LIST, repair=False)) < new
+    if names and not (force or unfinished):
         raise UserError(f"{folder}: not empty; choose another folder, or force (--force) to replace its images")
     own: set[str] = set()
     if LIST in names:
@@ -276,3 +285,18 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
 
 def _only_frames(folder: Path) -> bool:
     return all(FRAME.fullmatch(file.name) for file in folder.iterdir())
+
+
+def _done(folder: Path, rows: Sequence[tuple[str, int]], columns: Mapping[str, Any]) -> int:
+    """How many of these samples an interrupted run has left. Raises UserError where it was another one."""
+    listed = whole_lines(folder / LIST)
+    for line, (text, seed) in zip(listed, rows, strict=False):
+        wanted = {"prompt": text, "seed": seed, **columns}
+        other = [name for name, value in wanted.items() if line.get(name) != value]
+        if other or not (folder / str(line["file"])).exists():
+            what = f"with another {other[0]}" if other else f"of which {line['file']} is missing"
+            raise UserError(
+                f"{folder}: not empty: it holds the beginning of a run {what}; choose another folder, or force "
+                "(--force) to replace its images"
+            )
+    return len(listed)
