@@ -67,8 +67,9 @@ class DataConfig:
     clip's frame rate). annotations: files with captions, scores or users for a source's groups, by id. cache: encode
     once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
     limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
-    (`false`: to a square). stream: for what does not fit on disk: hold so many rows of a shard in memory, shuffle
-    among these, and encode on the fly (null: no). encode_batch: images or texts that are encoded at once for the cache.
+    (`false`: to a square). flip: train on each group mirrored as well. stream: for what does not fit on disk: hold so
+    many rows of a shard in memory, shuffle among these, and encode on the fly (null: no). encode_batch: images or texts
+    that are encoded at once for the cache.
     """
 
     path: UserPath = "testbed:pairs"
@@ -84,16 +85,20 @@ class DataConfig:
     cache_dir: UserPath | None = None
     limit: Count | None = None
     buckets: Bool = False
+    flip: Bool = False
     stream: Count | None = None
     workers: Whole = 0
     encode_batch: Count = 8
 
     def __post_init__(self) -> None:
-        if self.buckets and not self.cache:
-            raise UserError("data.buckets must be false without data.cache, found True")
-        if self.stream and (self.limit or self.annotations or self.buckets):
+        if (self.buckets or self.flip) and not self.cache:
             raise UserError(
-                f"data.stream must be null with data.limit, data.annotations or data.buckets, found {self.stream}"
+                f"data.{'buckets' if self.buckets else 'flip'} must be false without data.cache, found True"
+            )
+        if self.stream and (self.limit or self.annotations or self.buckets or self.flip):
+            raise UserError(
+                "data.stream must be null with data.limit, data.annotations, data.buckets or data.flip, found "
+                f"{self.stream}"
             )
 
     @property

@@ -173,7 +173,7 @@ SOFT = {"soft_tokens": {"count": 2}}
         ({"data": {"buckets": True, "cache": False}}, "data.buckets must be false without data.cache"),
         (
             {"data": {"stream": 8, "limit": 4}},
-            "data.stream must be null with data.limit, data.annotations or data.buckets",
+            "data.stream must be null with data.limit, data.annotations, data.buckets or data.flip",
         ),
         (
             {"optim": {"schedule": "constant", "warmup_steps": 2}},

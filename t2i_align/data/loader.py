@@ -22,6 +22,7 @@ from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
 from t2i_align.data.encode import Latents, bucket_sizes
+from t2i_align.data.flips import flipped, warn_of_sides
 from t2i_align.data.media import CROP, MediaSize, time_ids
 from t2i_align.data.order import micro_batches, steps
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning
@@ -250,6 +251,7 @@ def open_dataset(
         **source_fingerprint(survey, format, data.annotations),
         **wanted._asdict(),
         "buckets": data.buckets,
+        **({"flip": True} if data.flip else {}),
         "crop": CROP,
         "dtype": "float16",
         "encoders": encoder_fingerprint(),
@@ -261,8 +263,14 @@ def open_dataset(
         encoder = Latents(pipeline(), sizes, frames, data.fps, data.encode_batch, survey.texts_per_group)
         warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
-        write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
-              selection=survey.selection, progress=progress)  # fmt: skip
+        items, total = readers.read(path, format, annotations), survey.rows
+        if data.flip:
+            if frames is not None:
+                raise UserError("data.flip is for images")
+            warn_of_sides(survey.texts)
+            items, total = flipped(items), 2 * total
+        write(items, encoder, folder, fingerprint=fingerprint, total=total, selection=survey.selection,
+              progress=progress)  # fmt: skip
     return choose(Store(folder), needs, data)
 
 
