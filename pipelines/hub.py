@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -23,7 +24,7 @@ def reason(name: str, error: BaseException) -> str:
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    if has(OfflineModeIsEnabled):
+    if has(OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and has(LocalEntryNotFoundError)):
         return "HF_HUB_OFFLINE is set, and the Hub's cache does not have it; unset it once to download it"
     if has(GatedRepoError):
         return f"access to it is restricted: accept its terms at https://huggingface.co/{name} and {LOG_IN}"

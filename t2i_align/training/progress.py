@@ -42,7 +42,10 @@ class Progress:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a logged step, or what was found after it."""
         if "loss" not in metrics:
-            return self.say(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
+            short = {f"held_out/{name}": f"held-out {label}" for name, label in (("loss", "loss"), *SHOWN.items())}
+            shown = {short.get(name, name): value for name, value in metrics.items()}
+            parts = (f"{name} {value:.4g}" for name, value in shown.items() if not name.startswith("held_out/"))
+            return self.say(f"step {step}: {', '.join(parts)}")
         texts = [f"loss {metrics['loss']:.4f}"]
         texts += [f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics]
         texts += [f"lr {metrics['lr']:.2g}"]

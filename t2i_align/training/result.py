@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t2i_align.data.splits import PROMPTS
 from t2i_align.training.loop import METRICS_FILE
 from t2i_align.training.output import RUN_FILE, read_settings
 from t2i_align.training.report import curves
@@ -30,18 +31,17 @@ class RunResult:
     @property
     def next(self) -> str:
         """The commands that a user is likely to want now."""
-        settings = read_settings(self.output_dir / RUN_FILE)
-        bundled = str(settings["model"]["path"]).startswith("testbed:")
-        how = "--prompts testbed:test --scorers oracle --guidance 1" if bundled else (
-            "--prompts held_out_prompts.txt --scorers pickscore"
-        )  # fmt: skip
+        settings, run = read_settings(self.output_dir / RUN_FILE), self.output_dir
+        prompts = Path(settings["validation"]["data"] or "").parent / PROMPTS  # of `data split`
+        how = f"--prompts {prompts if prompts.is_file() else 'held_out_prompts.txt'} --scorers pickscore"
+        if str(settings["model"]["path"]).startswith("testbed:"):
+            how = "--prompts testbed:test --scorers oracle --steps 20 --guidance 1"
         lines = [
-            f"measure it   t2i-align evaluate --aligned {self.output_dir} {how} --out {self.output_dir}-evaluation",
-            f"look at it   t2i-align generate {self.output_dir} --prompt 'a red fox' --out {self.output_dir}-images",
+            f"to measure it: t2i-align evaluate --aligned {run} {how} --out {run / 'evaluation'}",
+            f"to look at it: t2i-align generate {run} --prompt 'a red fox' --out {run}-images",
         ]
         if settings.get("lora"):
-            export = f"t2i-align export-lora {self.output_dir} --out {self.output_dir.name}.safetensors"
-            lines.append(f"use it       {export}  # for ComfyUI and others")
+            lines.append(f"for ComfyUI and others: t2i-align export-lora {run} --out {run.name}.safetensors")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

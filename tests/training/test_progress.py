@@ -38,7 +38,7 @@ def test_redirected_output_is_a_plain_line_per_logged_step_and_so_is_the_log(
     assert "train:" not in output, "a bar was drawn"
     assert last["epoch"] == 2.0 and before < last["time"] < time.time()
     assert 0 < last["seconds_per_step"] < 60 and 0.1 < last["memory_gib"] < 100
-    assert result.next.startswith(f"measure it   t2i-align evaluate --aligned {tmp_path / 'run'} --prompts ")
+    assert result.next.startswith(f"to measure it: t2i-align evaluate --aligned {tmp_path / 'run'} --prompts ")
     with pytest.raises(UserError):
         align({**values, "train": {**values["train"], "steps": 3}, "resume": True}, progress=False)
     assert "stopped: " in (tmp_path / "run/run.log").read_text()
