@@ -212,6 +212,19 @@ class Family:
         outputs = self.pipe.encode_prompt(list(prompts), device=self.device, **self.text_options, **length)
         return {name: tensor for name, tensor in zip(self.text_outputs, outputs, strict=False) if name}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's conditioning, without its masks; here those of the empty prompt, encoded.
+
+        A family that knows them from its configurations overrides this, and can then be planned for without weights.
+        """
+        encoded = self.load_encoders().encode_prompts([""])
+        return {name: tuple(t.shape[1:]) for name, t in encoded.items() if name not in self.conditioning_masks.values()}
+
+    @property
+    def clip_tokens(self) -> int:
+        """The number of tokens that a CLIP's prompts are cut or padded to: 77, unless its tokenizer is another."""
+        return 77 if self.pipe.tokenizer is None else int(self.pipe.tokenizer.model_max_length)
+
     def call_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
         """Conditioning [B, ...] as the diffusers pipeline's call takes it; its negative has the same names."""
         return dict(conditioning)

@@ -49,6 +49,10 @@ class CogVideoX(VideoPipeline):
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         return output.transpose(1, 2)
 
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        channels, latent_frames, *sides = super().latent_shape(height, width, frames)
+        return channels, latent_frames + self.padded_frames, *sides
+
     def latent_times(self, frames: int, fps: float | None = None) -> list[float]:
         return [0.0] * self.padded_frames + super().latent_times(frames, fps)
 
@@ -76,4 +80,5 @@ class CogVideoX(VideoPipeline):
     @property
     def text_tokens(self) -> int:
         # Not the pipeline's default: the positions of some checkpoints are built for exactly this number.
-        return min(self.denoiser.config.max_text_seq_length, self.pipe.tokenizer.model_max_length)
+        limits = [] if self.pipe.tokenizer is None else [int(self.pipe.tokenizer.model_max_length)]
+        return min([int(self.denoiser.config.max_text_seq_length), *limits])

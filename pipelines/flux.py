@@ -59,6 +59,13 @@ class Flux(TrainablePipeline):
             "img_ids": self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
         }
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        return {
+            "prompt_embeds": (int(self.text_tokens or 0), config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def unpack(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         unpacked: Tensor = self.pipe._unpack_latents(output, *noisy_latents.shape[-2:], 1)
         return unpacked

@@ -22,6 +22,7 @@ from diffusers.loaders.single_file_utils import (
 from huggingface_hub import snapshot_download
 
 from pipelines.base import PipelineError
+from pipelines.blank import blank_component
 from pipelines.cogvideox import CogVideoX
 from pipelines.flux import Flux
 from pipelines.hub import reason
@@ -69,6 +70,7 @@ def load(
     denoiser_dtype: torch.dtype | None = None,
     large_encoder_dtype: torch.dtype | None = None,
     encoders: bool = True,
+    weights: bool = True,
     expert: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -82,6 +84,7 @@ def load(
         dtype: of every network's weights. denoiser_dtype: of the denoiser's, where it differs (what a model must
             keep in float32 stays there). large_encoder_dtype: of text encoders of the size of T5-XXL.
         encoders: False leaves out VAE and text encoders (training from a cache needs neither).
+        weights: False leaves out the encoders and puts the denoiser on torch's `meta` device, from its configuration.
         expert: the denoiser to train where noise levels have their own: "high" (default) or "low". The others are left
             out with the encoders.
         revision, variant: as in diffusers' `from_pretrained`.
@@ -96,8 +99,9 @@ def load(
     """
     denoiser_dtype, large_encoder_dtype = denoiser_dtype or dtype, large_encoder_dtype or dtype
     if Path(path).is_file():
-        if expert is not None:
-            raise PipelineError(f"{path}: expert {expert!r} was asked for, but a single file has one denoiser")
+        if expert is not None or not weights:
+            what = f"expert {expert!r}" if expert else "a configuration without weights"
+            raise PipelineError(f"{path}: {what} was asked for, but a single file has one denoiser, and weights")
         pipeline = _load_single_file(Path(path), dtype, single_file_config, prediction_type)
         pipeline.denoiser.to(dtype=denoiser_dtype)
         for name in pipeline.modules().keys() & pipeline.large_encoders:
@@ -107,7 +111,9 @@ def load(
     family = _family(index.get("_class_name"), path)
     present = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     denoiser, *others = _denoisers(family, present, expert, path)
-    left_out = [] if encoders else [name for name in (*family.encoder_names, *others) if name in index]
+    left_out = [] if encoders and weights else [name for name in (*family.encoder_names, *others) if name in index]
+    if not weights:  # the tokenizers tell the texts' lengths
+        left_out = [name for name in left_out if name[:9] != "tokenizer" or not (Path(path) / name).is_dir()]
     absent = [name for name in family.optional_encoders if name not in present]
     for name in (denoiser, *others, "scheduler", *family.encoder_names):
         if name != "vae" and name in (*left_out, *absent):  # the VAE's configuration is always read
@@ -136,13 +142,14 @@ def load(
         return _with_scheduler(pipe, {"prediction_type": prediction_type} if prediction_type else {})
 
     vae_config = None
-    if not encoders:  # with its class's defaults for what the file leaves out
+    if "vae" in left_out:  # with its class's defaults for what the file leaves out
         if (vae := getattr(diffusers, str(present["vae"][1]), None)) is None:
             raise PipelineError(f"{path}: model_index.json: the vae is of an unknown class {present['vae'][1]!r}")
         defaults = {name: parameter.default for name, parameter in inspect.signature(vae.__init__).parameters.items()}
         vae_config = {**defaults, **vae.load_config(str(path), subfolder="vae", revision=revision)}
     choice: dict[str, Any] = {"expert": expert} if family.experts else {}
-    pipeline = family(read(**dict.fromkeys(left_out)), str(path), vae_config, **choice)
+    blank = {} if weights else {denoiser: blank_component(path, denoiser, present[denoiser], denoiser_dtype, revision)}
+    pipeline = family(read(**dict.fromkeys(left_out), **blank), str(path), vae_config, **choice)
     pipeline.reload = lambda trained: read(**{denoiser: trained})
     return pipeline
 

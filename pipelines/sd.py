@@ -47,6 +47,9 @@ class StableDiffusion(TrainablePipeline):
         mask = conditioning.get("prompt_mask")
         return inputs if mask is None else {**inputs, "encoder_attention_mask": mask}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.clip_tokens, self.denoiser.config.cross_attention_dim)}
+
     @contextmanager
     def sampling_inputs(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """The pipeline has no argument for the prompts' masks, so the denoiser is given them while it samples."""

@@ -39,6 +39,13 @@ class StableDiffusion3(TrainablePipeline):
         inputs = super().denoiser_inputs(noisy_latents, timesteps, conditioning)
         return {**inputs, "pooled_projections": conditioning["pooled_prompt_embeds"]}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, tokens = self.denoiser.config, self.clip_tokens + int(self.text_tokens or 0)
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         super().check_size(height, width, frames)
         most = self.size_multiple * int(self.denoiser.config.pos_embed_max_size)

@@ -37,6 +37,11 @@ class StableDiffusionXL(StableDiffusion):
                 conditioning[name][[not prompt for prompt in prompts]] = 0
         return conditioning
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {**super().text_shapes(), "pooled_prompt_embeds": (pooled,)}
+
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """The denoiser's arguments, with "time_ids" where the conditioning has them.
 

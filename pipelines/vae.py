@@ -76,6 +76,11 @@ class VAEMixin(Family):
         self.pipe.vae.enable_tiling()
         self.pipe.vae.enable_slicing()
 
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """Shape of the latents, [C, h, w] or [C, f, h, w], of an image or clip of this size in pixels."""
+        channels = int(self.vae_config.get("latent_channels") or self.vae_config["z_dim"])
+        return channels, height // self.vae_factor, width // self.vae_factor
+
     # Sizes --------------------------------------------------------------------------------------------------------
 
     @property

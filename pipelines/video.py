@@ -19,6 +19,15 @@ class VideoPipeline(TrainablePipeline):
     large_encoders = ("text_encoder",)
     lora_presets = {"attention": ATTENTION, "all": (*ATTENTION, *FEED_FORWARD)}
 
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        channels, *sides = super().latent_shape(height, width)
+        return channels, ((frames or self.sample_size[0]) - 1) // self.temporal_factor + 1, *sides
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        widths = (config.get(name) for name in ("text_dim", "text_embed_dim", "caption_channels"))
+        return {"prompt_embeds": (int(self.text_tokens or 0), next(filter(None, widths)))}
+
     def latent_times(self, frames: int, fps: float | None = None) -> list[float]:
         """When each latent frame of a clip is shown, in seconds: the mean of its frames' beginnings.
 

@@ -139,10 +139,10 @@ def align_killed(values: dict[str, Any], before: Callable[..., bool], after: Cal
     """A run that is killed before or after the first checkpoint for which this holds of its step and state."""
     real = checkpoint.save
 
-    def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], *others: Any) -> Path:
         if before(step, state):
             raise Killed
-        folder = real(run, step, weights, state, keep)
+        folder = real(run, step, weights, state, *others)
         if after(step, state):
             raise Killed
         return folder

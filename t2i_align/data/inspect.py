@@ -68,6 +68,9 @@ class Findings(Survey):
         differing = [a != b for votes in again for a, b in combinations(votes, 2)]
         return len(again), sum(differing) / len(differing) if differing else None
 
+    def __repr__(self) -> str:
+        return f"Findings({self.groups} groups of {self.source}, {self.skips.total()} rows skipped)"
+
     def _repr_html_(self) -> str:
         return html.page(render(self))
 

@@ -76,6 +76,9 @@ class Audit:
     agreement: list[list[float]]
     curves: dict[str, list[Curve]]
 
+    def __repr__(self) -> str:
+        return f"Audit({', '.join(f'{name}: {accuracy}' for name, accuracy in self.accuracy.items())}, {self.out})"
+
     def _repr_html_(self) -> str:
         return html.page((self.out / REPORT).read_text(encoding="utf-8"))
 

@@ -29,6 +29,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import checkpoint_options, open_model, resolve_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective, Requirements
+from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
@@ -118,6 +119,8 @@ def _align(
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
     if loaded is None and not Path(resolve_model(config.model.path)).exists():
         check_data(config)  # before gigabytes are downloaded for it
+    if accelerator.is_main_process and loaded is None and not config.resume and (text := memory_warning(config)):
+        print(f"warning    {text}")
     pipeline = load_model(config, accelerator.device, loaded)
     guidance = getattr(config.objective, "guidance", 1.0)
     if scorer and pipeline.distilled_guidance and guidance != 1:

@@ -71,6 +71,8 @@ def test_counts_of_a_source(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "a &lt;b&gt;owl" in page and "<svg" in page and page.count("<img") == 2 * 5 + 3
     assert "http" not in page.replace("http-equiv", "")
+    assert {"chosen", "rejected", "rank 2", "tie"} <= {*re.findall(r"<span>([a-z0-9 ]+)</span>", page)}
+    assert len(repr(result)) < 100 and "<iframe" in result._repr_html_()
 
 
 def test_names_that_a_terminal_would_obey_or_cannot_print(tmp_path: Path) -> None:

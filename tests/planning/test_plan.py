@@ -1,0 +1,114 @@
+"""Planned memory against memory that a step really takes, published sizes, and what makes a run fit."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from t2i_align import config as configuration
+from t2i_align.config import RunConfig
+from t2i_align.errors import UserError
+from t2i_align.inference.models import open_model
+from t2i_align.planning.cards import Card
+from t2i_align.planning.plan import memory_warning, plan
+from t2i_align.planning.published import described
+from t2i_align.planning.trace import trace
+from t2i_align.training.loop import Loop
+from t2i_align.training.reference import build_reference
+from t2i_align.training.run import load_data, load_model, prepare_denoiser
+from t2i_align.training.trainer import Alignment
+
+CHECKPOINTED = {"train": {"batch_size": 4, "gradient_checkpointing": True}}
+
+
+def run(folder: Path, **values: Any) -> RunConfig:
+    defaults = {"objective": "diffusion_dpo", "data": {"limit": 16}, "train": {"batch_size": 4}}
+    return configuration.from_mapping({"output_dir": str(folder / "run"), **defaults, **values})
+
+
+def measured(config: RunConfig, file: Path) -> int:
+    """Peak bytes that the CPU allocator reports in the second step of a run, beside what lies there before it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    pipeline = load_model(config, accelerator.device)
+    source = load_data(config, accelerator, pipeline, progress=False)
+    prepare_denoiser(config, pipeline, source, accelerator)
+    pipeline.drop_encoders()
+    task = Alignment(config, accelerator, build_reference(config.train, pipeline), source)
+    loop = Loop(task, accelerator, config, progress=False)
+    batches, stop = task.batches(0), threading.Event()
+    loop._one_step(batches, report=True, stop=stop)
+    tensors = [value for state in loop.optimizer.state.values() for value in state.values()]
+    for variant in loop.weights.variants.values():
+        tensors += [*variant.network.parameters(), *variant.network.buffers()]
+    resting = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loop._one_step(batches, report=True, stop=stop)
+    profiler.export_chrome_trace(str(file))
+    events = json.loads(file.read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    return sum(resting.values()) + max(totals)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": None}, CHECKPOINTED], ids=["lora", "full", "checkpointing"])
+def test_planned_memory_is_within_a_tenth_of_the_measured(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = run(tmp_path, **changes)
+    planned = trace(config, device="cpu")
+    assert planned.peak == pytest.approx(measured(config, tmp_path / "trace.json"), rel=0.1)
+    assert all(size >= 0 for size in planned.memory.values())
+    assert (planned.memory["reference"] > 0) == (config.lora is None)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964),
+        ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684),
+        ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
+    ],
+)
+def test_bundled_configurations_have_the_published_sizes(model: str, parameters: int, tmp_path: Path) -> None:
+    with described(run(tmp_path, model={"path": model})) as local:
+        denoiser = open_model(local.model, weights=False).denoiser
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == parameters
+
+
+def test_keys_that_make_a_run_fit_are_found_and_traced(tmp_path: Path) -> None:
+    config = run(tmp_path, train={"batch_size": 8, "precision": "bf16"})
+    narrow = Card("narrow", 1.04, 100, 50)
+    planned = plan(config, card=narrow)
+    assert planned.keys is not None and planned.fitting is not None and not planned.fits
+    assert planned.keys.startswith("train.gradient_checkpointing=true") and planned.keys in str(planned)
+    assert narrow.fits(planned.fitting.peak) and not narrow.fits(planned.trace.peak)
+    assert configuration.changed(config, {}, planned.keys.split()).train.gradient_checkpointing
+
+
+def test_warning_names_the_card_only_where_the_run_does_not_fit(tmp_path: Path) -> None:
+    config = run(tmp_path, train={"batch_size": 1, "precision": "bf16", "gradient_checkpointing": True})
+    config = replace(config, optim=replace(config.optim, optimizer="adamw8bit"))
+    assert memory_warning(config, Card("wide", 1.2, 100, 50)) == ""
+    assert "narrow: 1.0 GiB needed of 0.5 GiB: does not fit" in memory_warning(config, Card("narrow", 0.5, 100, 50))
+
+
+def test_accumulation_multiplies_operations_and_keeps_gradients(tmp_path: Path) -> None:
+    once = trace(run(tmp_path, lora=None))
+    thrice = trace(run(tmp_path, lora=None, train={"batch_size": 4, "accumulate": 3}))
+    assert thrice.flops == 3 * once.flops and thrice.peak >= once.peak
+
+
+def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+    config = run(tmp_path, objective={"name": "reward", "scorer": "oracle"})
+    with pytest.raises(UserError, match="reward: it samples images"):
+        plan(config)
+    assert "cannot be planned" in memory_warning(config, Card("any", 24, 100, 50))
+    with pytest.raises(UserError, match=r"unknown card 'RTX 4091'.*RTX 4090"):
+        plan(replace(config), card="RTX 4091")
