@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from configparser import ConfigParser
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,8 @@ def doctor(*, online: bool = False) -> Diagnosis:
         UserError: something without which nothing works; the message is the whole diagnosis.
     """
     diagnosis = Diagnosis()
-    for part in (_packages, _devices, _disk, _hub):
-        for kind, finding in part(online) if part is _hub else part():
-            getattr(diagnosis, kind).append(finding)
+    for kind, finding in chain(_packages(), _devices(), _disk(), _hub(online)):
+        getattr(diagnosis, kind).append(finding)
     if diagnosis.problems:
         raise UserError(f"this machine cannot train yet\n{diagnosis}")
     return diagnosis

@@ -16,7 +16,7 @@ def interactive() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-def progress_bar(**options: Any) -> tqdm[Any]:
+def progress_bar(**options: Any) -> plain[Any]:
     """A bar with tqdm's options."""
     return tqdm(**options) if interactive() else Lines(**options)
 
