@@ -117,6 +117,7 @@ class Loop:
     def _train(self, stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""
         batches = self.task.batches(self.step)
+        self.progress.start(self.step)
         self.network.train()  # not in each step: a walk over a large network takes milliseconds
         before: Callable[[], list[float]] | None = None
         while self.step < self.train.steps and not self.task.over:

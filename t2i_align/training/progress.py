@@ -62,11 +62,13 @@ class Progress:
         if self.shown and not (bar and interactive()):
             tqdm.write(text)
 
+    def start(self, step: int) -> None:
+        """Time is measured from here on: before the first step, samples of the initial model may be drawn."""
+        self.since = (step, time.monotonic())
+
     def go_to(self, step: int) -> None:
         """The run is at this step."""
         self.bar.update(step - self.bar.n)
-        if step < self.since[0]:  # rolled back
-            self.since = (step, time.monotonic())
 
     @contextmanager
     def logging(self) -> Iterator[None]:

@@ -41,7 +41,11 @@ def test_redirected_output_is_a_plain_line_per_logged_step_and_so_is_the_log(
     assert result.next.startswith(f"to measure it: t2i-align evaluate --aligned {tmp_path / 'run'} --prompts ")
     with pytest.raises(UserError):
         align({**values, "train": {**values["train"], "steps": 3}, "resume": True}, progress=False)
-    assert "stopped: " in (tmp_path / "run/run.log").read_text()
+    log = (tmp_path / "run/run.log").read_text()
+    assert "stopped: " in log
+    with pytest.raises(UserError, match="holds a run already"):
+        align(values, progress=False)
+    assert (tmp_path / "run/run.log").read_text() == log, "another run's refusal is not this one's"
 
 
 def test_bars_are_lines_where_the_output_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
