@@ -52,7 +52,7 @@ class Column:
         """
         if self.per_candidate and not isinstance(value, list | tuple):
             raise ValueError(f"{key!r} must be a list, found {shown(value)}")
-        parsed = tuple(map(self._parsed, value if self.per_candidate else [value]))
+        parsed: tuple[Any, ...] = tuple(map(self._parsed, value if self.per_candidate else [value]))
         if None in parsed:
             kind = "finite number" if self.type != "string" else "text" if self.text else "text or number"
             kind = f"lists of {kind}" if self.per_segment else kind

@@ -109,10 +109,11 @@ def pairs(
     size = MediaSize(height or default_height, width or default_width, frames or pipeline.default_frames, fps)
     pipeline.check_size(size.height, size.width, size.frames)
     maker = Maker(pipeline, size, steps, guidance, negative_prompt, seed, (least_level, most_level), precision)
+    networks = dict.fromkeys(pipeline.denoiser_at(time) for time in (1000.0, 0.0))  # one, or two experts
     make = maker.independent if independent else maker.structural
     settings = {
         "kind": "independent" if independent else "structural", "model": str(model), "revision": revision,
-        "sha256": tensors_hash(pipeline.denoiser.state_dict()), "steps": steps, "guidance": guidance,
+        "sha256": [tensors_hash(network.state_dict()) for network in networks], "steps": steps, "guidance": guidance,
         "negative_prompt": negative_prompt, **size._asdict(), "lossless": lossless, "precision": precision,
         "seed": seed, **({} if independent else {"levels": [least_level, most_level]}),
     }  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.media import ImageError, whole_clip
 from t2i_align.data.schema import Group, Media
 from t2i_align.data.segments import segments
@@ -36,6 +37,7 @@ def label(
     *,
     scorers: str | Sequence[str | Scorer] = (),
     judge: str | Judge | None = None,
+    votes: Sequence[str | Path] = (),
     seconds: float = 1.0,
     fps: float = 8.0,
     least_decided: float = 0.2,
@@ -57,6 +59,7 @@ def label(
         scorers: Specs of scorers: of images, averaged over a segment's frames, or of clips.
         judge: A vision-language model that compares two clips: folder or Hub id, or any `Judge`. It is asked in both
             orders.
+        votes: Files of labels that vote as well: of people, or of this command.
         seconds: Of a segment; the last may be shorter.
         fps: Frames a second that are judged; a folder of frames is taken to have this rate.
         least_decided: Groups with this share of decided segments or less are skipped; 0 keeps all.
@@ -79,16 +82,17 @@ def label(
         raise UserError(f"seconds {seconds!r}: at {fps:g} frames a second, a segment has no frame; raise one of them")
     if not 0 <= least_decided < 1:
         raise UserError(f"least_decided must lie in [0, 1), found {least_decided!r}")
-    if not scorers and judge is None:
-        raise UserError("no labeller: give scorers, a judge, or both")
+    if not scorers and not votes and judge is None:
+        raise UserError("no labeller: give scorers, a judge or votes")
+    listed = [Annotations.load([file]) for file in votes]
     job = Job(source, out, format, batch_size=1, force=force)
     place = pick_device(device)
     built = [scorer.to(place) for scorer in build_scorers(scorers)] if scorers else []
-    options = {"template": judge_template, "revision": judge_revision, "max_new_tokens": max_new_tokens}
+    options: Row = {"template": judge_template, "revision": judge_revision, "max_new_tokens": max_new_tokens}
     asked = ClipJudge(judge, **options, precision=precision, device=device) if isinstance(judge, str) else judge
     settings: Row = {
         "scorers": {scorer.name: scorer.version for scorer in built}, "seconds": seconds, "fps": fps,
-        "least_decided": least_decided, "whole": whole,
+        "votes": sidecar_identity(votes), "least_decided": least_decided, "whole": whole,
     }  # fmt: skip
     if asked:
         settings["judge"] = {"name": getattr(asked, "name", type(asked).__qualname__), **options}
@@ -100,7 +104,8 @@ def label(
             try:
                 clips, ranges = _segments(group.candidates, seconds, fps)
                 with memory_for(1):
-                    rows[group.id] = _row(group, clips, ranges, built, asked, seconds, whole)
+                    given = [_listed(one, group.id, len(ranges), seconds) for one in listed]
+                    rows[group.id] = _row(group, clips, ranges, built, asked, given, seconds, whole)
             except ImageError as error:
                 batch.reasons[group.id] = str(error)
         batch.skip(lambda group: _undecided(rows[group.id]["segment_scores"], least_decided))
@@ -129,7 +134,7 @@ def _segments(candidates: Sequence[Media], seconds: float, fps: float) -> tuple[
 
 def _row(
     group: Group, clips: Sequence[Tensor], ranges: Sequence[range], scorers: Sequence[Scorer], judge: Judge | None,
-    seconds: float, whole: bool,
+    given: Sequence[np.ndarray | None], seconds: float, whole: bool,
 ) -> Row:  # fmt: skip
     """A group's row. Raises ImageError where a scorer has no number for a segment."""
     raw = np.array([_scores(scorer, clips, ranges, group.prompt) for scorer in scorers])
@@ -137,6 +142,10 @@ def _row(
     if judge:
         wins = _verdicts(judge, clips, ranges, group.prompt)
         votes, margins = [*votes, np.stack([wins, -wins])], [*margins, 0.0]
+    votes += (others := [one for one in given if one is not None])
+    margins += [0.0] * len(others)
+    if not votes:
+        raise ImageError("none of the files of votes has it")
     labels = np.stack([majority(np.array(votes)[:, :, number], margins) for number in range(len(ranges))], 1)
     row: Row = {"segment_scores": labels.tolist(), "segment_seconds": seconds}
     row |= {"scores": labels.mean(1).tolist()} if whole else {}
@@ -166,6 +175,19 @@ def _verdicts(judge: Judge, clips: Sequence[Tensor], ranges: Sequence[range], pr
     first = [answers == (FIRST, SECOND) for answers in zip(straight, exchanged, strict=True)]
     second = [answers == (SECOND, FIRST) for answers in zip(straight, exchanged, strict=True)]
     return np.array(first, float) - np.array(second, float)
+
+
+def _listed(votes: Annotations, group: str, count: int, seconds: float) -> np.ndarray | None:
+    """A file's votes on a group, [k, segments]; None where it has none. Raises ImageError for other segments."""
+    values = votes.entries.get(group, {})
+    if "segment_scores" not in values:
+        return None
+    scores, origin = values["segment_scores"]
+    found = values["segment_seconds"].value if "segment_seconds" in values else None
+    if (len(scores[0]), found) != (count, seconds):
+        of = f"{len(scores[0])} segments of {found} s"
+        raise ImageError(f"{origin}: votes on {of}, expected {count} of {seconds:g} s")
+    return np.array(scores)
 
 
 def _no_pair(group: Group, judge: Judge | None) -> str:

@@ -166,5 +166,5 @@ class DiffusionDPO(Objective):
         if self.target_gradient is None:
             return dict(state)
         # A factor above the target says that preferences are learned too weakly: a larger beta sharpens them.
-        excess = means["rewards/gradient_factor"] - self.target_gradient
+        excess = (means["rewards/gradient_factor"] - self.target_gradient).nan_to_num(0.0)  # NaN: ties alone (DenseDPO)
         return {**state, "beta": state["beta"] * torch.exp(BETA_RATE * excess)}

@@ -140,6 +140,23 @@ def test_a_judge_is_asked_in_both_orders(source: Path, tmp_path: Path) -> None:
     assert rows(both)["one"]["segment_scores"] == [[0.5] * 4] * 2
 
 
+def test_files_of_votes_count_like_a_labeller_each(source: Path, tmp_path: Path) -> None:
+    """One of two people agrees with the scorer in each segment; the second pair has a vote of another length."""
+    out, files = tmp_path / "labels.jsonl", [tmp_path / "anna.jsonl", tmp_path / "ben.jsonl"]
+    for file, one in zip(files, ([0, 1, 0, 1], [1, 0, 1, 0.5]), strict=True):
+        vote = {"id": "one", "segment_scores": [one, [1 - score for score in one]], "segment_seconds": 0.5}
+        short = {**vote, "id": "two", "segment_scores": [[1, 0, 1]] * 2}
+        write_jsonl(file, [vote, short] if file is files[0] else [vote])
+    label(source, out, scorers=[Bright()], votes=files, **QUIET)
+    scores = np.array(rows(out)["one"]["segment_scores"])
+    # bright -1 0 1 1, anna -1 1 -1 1, ben 1 -1 1 0
+    assert np.sign(scores[0] - scores[1]).tolist() == [-1, 0, 1, 1]
+    assert reasons(out)["two"].endswith("votes on 3 segments of 0.5 s, expected 4 of 0.5 s")
+    label(source, tmp_path / "people.jsonl", votes=files[1:], **QUIET)
+    assert list(rows(tmp_path / "people.jsonl")) == ["one"]
+    assert reasons(tmp_path / "people.jsonl") == {"two": "none of the files of votes has it"}
+
+
 def test_a_language_model_judges_frames(source: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = llava(tmp_path / "llava")
