@@ -189,9 +189,7 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
     try:
         return dict(DiffusionPipeline.load_config(str(path), revision=revision))
     except (OSError, ValueError) as error:
-        raise PipelineError(
-            f"{path}: no such local path, and no pipeline on the Hub (model_index.json): {reason(str(path), error)}"
-        ) from error
+        raise PipelineError(f"{path}: no such path, nor a pipeline on the Hub: {reason(str(path), error)}") from error
 
 
 def _family(

@@ -147,7 +147,7 @@ def _align(
     reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
-    rewarder = Rewarder(pipeline, scorer) if scorer else None
+    rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
     task = Alignment(config, accelerator, reference, source, validate, rewarder, held_out)
     loop = Loop(task, accelerator, config, progress, callbacks, settings)
     if accelerator.is_main_process:
@@ -304,7 +304,7 @@ def prepare_denoiser(
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
-    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
+    TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()

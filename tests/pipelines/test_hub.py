@@ -81,7 +81,7 @@ def test_each_refusal_of_the_hub_has_its_own_message(refusing: str, tmp_path: Pa
         page = "https://huggingface.co/" + ("datasets/" if name == "data" else "") + "gated/thing"
         assert f"accept its terms at {page} and log in with `hf auth login` or set HF_TOKEN" in answers[f"gated {name}"]
         assert "no such revision" in answers[f"old {name}"]
-    assert "no pipeline on the Hub (model_index.json): it is there, but without the file" in answers["bare model"]
+    assert "nor a pipeline on the Hub: it is there, but without the file" in answers["bare model"]
     assert "pairs.jsonl: the objective needs 'captions' with each group" in answers["order"]
 
 
