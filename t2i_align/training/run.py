@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from t2i_align.training.reference import build_reference
 from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
+from t2i_align.training.stored_errors import check_stored, open_errors
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.logging import silent
@@ -97,6 +99,7 @@ def align(
     if data is not None:
         run = replace(run, data=replace(run.data, path=source_path(data, cache_root(run))))
     check_machine(run)
+    check_stored(run)
     callbacks = Callbacks(on_step=on_step, on_validate=on_validate, on_save=on_save)
     settings = configuration.to_mapping(run)
     free = FREE_ON_RESUME + (("train.steps",) if run.optim.schedule in CONSTANT_SCHEDULES else ())
@@ -148,12 +151,18 @@ def _align(
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
-    task = Alignment(config, accelerator, reference, source, validate, rewarder, held_out)
+    errors = None
+    if config.train.store_reference:
+        errors = open_errors(config, cache_root(config), reference, source.fingerprint)
+    task = Alignment(config, accelerator, reference, source, validate, rewarder, errors, held_out)
     loop = Loop(task, accelerator, config, progress, callbacks, settings)
     if accelerator.is_main_process:
         write_settings(output, settings)
         loop.progress.say(describe(config, pipeline, source, unreached, accelerator.num_processes, held_out))
-    metrics = loop.run()
+        if errors is not None:
+            loop.progress.say(f"reference  {errors.describe()}")
+    with errors or nullcontext():
+        metrics = loop.run()
     if task.best:
         task.best.restore()
     weights = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -27,6 +27,7 @@ from t2i_align.training.guards import Best
 from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 from t2i_align.training.report import write_report
+from t2i_align.training.stored_errors import RecallingReference, StoredErrors
 from t2i_align.training.task import Task
 from t2i_align.training.weights import dropout_off
 
@@ -44,6 +45,7 @@ class Alignment(Task):
         reference: built from the base weights (see `build_reference`), of the pipeline that is trained.
         validate: called with pipeline and step on the main process; its numbers are logged.
         rewarder: for objectives with a scorer.
+        errors: the reference's, where they are stored.
         held_out: preferences that are not trained on, to be measured at each validation.
     """
 
@@ -57,11 +59,12 @@ class Alignment(Task):
         source: PreferenceDataset,
         validate: Callable[[TrainablePipeline, int], dict[str, float]] | None = None,
         rewarder: Rewarder | None = None,
+        errors: StoredErrors | None = None,
         held_out: PreferenceDataset | None = None,
     ) -> None:
         self.config, self.accelerator, self.source = config, accelerator, source
         self.reference, self.pipeline, self.validate = reference, reference.pipeline, validate
-        self.rewarder, self.held_out = rewarder, held_out
+        self.rewarder, self.errors, self.held_out = rewarder, errors, held_out
         self.weights, self.fingerprint = reference.weights, source.fingerprint
         self.groups = source.counts.get("groups")
         self.accumulate, self.health = config.train.accumulate, config.health
@@ -103,7 +106,10 @@ class Alignment(Task):
 
     def losses(self, network: nn.Module, batch: tuple[Batch, SampleRNG]) -> tuple[Tensor, Metrics]:
         policy = partial(self.pipeline.predict, denoiser=network)
-        return checked(self.config.objective.step(policy, self.reference, *batch), batch[0], self.config.objective)
+        reference: Model = self.reference
+        if self.errors is not None:
+            reference = RecallingReference(self.reference, self.errors, batch[0].keys, batch[1].moved)
+        return checked(self.config.objective.step(policy, reference, *batch), batch[0], self.config.objective)
 
     def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
         if self.objective_state:
