@@ -18,11 +18,10 @@ import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
-from t2i_align.config import DataConfig, RunConfig
+from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
 from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
 from t2i_align.data.prompts import PromptDataset, open_prompts
-from t2i_align.data.spec import is_spec, normalise
 from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
@@ -32,6 +31,7 @@ from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Objective, Requirements
 from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
+from t2i_align.training.held_out import held_out_data, warn_of_overlap
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
 from t2i_align.training.optimizer import check_machine
@@ -173,14 +173,6 @@ def _align(
     return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
 
 
-def held_out_data(config: RunConfig) -> DataConfig | None:
-    """The preferences that are measured and not trained on, read and encoded as the others."""
-    if (path := config.validation.data) is None:
-        return None
-    root = None if is_spec(Path(path)) else config.data.root
-    return replace(config.data, path=path, root=root, format="auto", limit=None, stream=None)
-
-
 def check_data(config: RunConfig) -> None:
     """Look at the data without a model. Raises UserError as `load_data` does."""
     for data in filter(None, (config.data, held_out_data(config))):
@@ -195,18 +187,6 @@ def needs_of(config: RunConfig) -> Requirements:
     """What the run needs of its data."""
     needs = config.objective.needs
     return replace(needs, columns=(*needs.columns, "user")) if config.personal else needs
-
-
-def warn_of_overlap(source: PreferenceDataset, held_out: PreferenceDataset) -> None:
-    """Say how many held-out prompts are also trained on, where both can be listed."""
-    if not isinstance(source, PreparedDataset) or not isinstance(held_out, PreparedDataset):
-        return
-    trained, other = ({*map(normalise, data.some_prompts(len(data.numbers)))} for data in (source, held_out))
-    if both := trained & other:
-        logger.warning(
-            "validation.data: %d of its %d prompts are also trained on, as %r, so its numbers may look too good; "
-            "`t2i-align data split` makes two sources without a common prompt", len(both), len(other), min(both)
-        )  # fmt: skip
 
 
 def cache_root(config: RunConfig) -> Path:
