@@ -167,6 +167,7 @@ class TrainConfig:
     `resolution` its sampler's for samples of this size, or a number, 1 being none.
     timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
     caption_dropout: share of groups trained with the empty prompt, decided once per group.
+    store_reference: keep the reference's errors in the cache's folder, for other runs on the same noise.
     """
 
     steps: Count = 1000
@@ -176,6 +177,7 @@ class TrainConfig:
     seed: Annotated[Int, Field(ge=0, lt=2**63, description="a whole number in [0, 2^63)")] = 0
     reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
     reference_update: ReferenceUpdateConfig | None = None
+    store_reference: Bool = False
     timestep_sampling: Literal["uniform", "logit_normal", "geometric"] = "uniform"
     timestep_shift: Annotated[
         Positive | Literal["model", "resolution"], Field(description="'model', 'resolution' or a positive number")

@@ -55,7 +55,7 @@ PUBLISHED: dict[str, Sequence[Columns]] = {
     # Rapidata: counts of answers, or their sums weighted by annotator.
     "rapidata": [RAPIDATA, replace(RAPIDATA, votes=["votes_image1", "votes_image2"])],
     # One person's choice between two per row, as the demo writes them.
-    "demo": [Columns(candidates=["left", "right"], winner="vote", id="id", columns={"user": "user"})],
+    "demo": [Columns(candidates=["left", "right"], winner="vote", id="id", own_names=True)],
     "pairs": [PAIRS, RANKINGS],
     "jsonl": [PAIRS, replace(RANKINGS, candidates="videos"), RANKINGS],
     # Samples with images `chosen` and `rejected`, or any with `winner`, `scores`, or `label_0` and so on.

@@ -31,6 +31,7 @@ from t2i_align.inference.models import (
     resolve_model,
 )
 from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
+from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 from t2i_align.utils.logging import silent
 
@@ -51,6 +52,9 @@ def evaluate(
     out: str | Path,
     seeds_per_prompt: int = 1,
     seed: int = 0,
+    user: str | Path | None = None,
+    users: str | Mapping[str, float] | None = None,
+    user_scale: float = 1.0,
     steps: int | None = None,
     guidance: float | None = None,
     height: int | None = None,
@@ -113,6 +117,7 @@ def evaluate(
     if images < 0:
         raise UserError(f"images must be 0 or more, found {images}")
     other = resolve_aligned(aligned) if isinstance(aligned, str | Path) else Aligned("model", aligned.source)
+    served = resolve_user(other, user, users, user_scale)
     if base is None and not isinstance(aligned, str | Path):
         raise UserError("base: none given, and a loaded pipeline does not tell which model it was aligned from")
     version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
@@ -139,7 +144,7 @@ def evaluate(
             _check_media(pipeline.video, family.video, other.path)
     else:
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
-        with adapter_on(pipeline, other):
+        with adapter_on(pipeline, other), user_on(pipeline, served, 1.0):
             pass
     for scorer in judges:
         scorer.to(pipeline.device)
@@ -160,6 +165,7 @@ def evaluate(
     autocast = use_precision(precision) if loaded else None
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
+    decisive += [served.recorded] if served else []
     adapter = None if other.kind == "model" else digest(Path(other.path))
     with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
         _check_free(folder, force)  # another run may have come and gone since the first check
@@ -170,8 +176,9 @@ def evaluate(
         weights = digest_of_tensors(pipeline.denoiser.state_dict())
         before = measure("base", pipeline, weights, **what, autocast=autocast)
         if adapter:
-            with adapter_on(pipeline, other):
-                after = measure("aligned", pipeline, f"{weights}-{adapter}", **what, autocast=autocast)
+            with adapter_on(pipeline, other), user_on(pipeline, served, guidance):
+                whose = f"-{digest_of_tensors({'tokens': served.tokens(pipeline)})}" if served else ""
+                after = measure("aligned", pipeline, f"{weights}-{adapter}{whose}", **what, autocast=autocast)
         elif not isinstance(aligned, str | Path):
             weights = digest_of_tensors(aligned.denoiser.state_dict())
             after = measure("aligned", aligned, weights, **what, autocast=autocast)
@@ -209,6 +216,7 @@ def evaluate(
             "tie_margin": margins[judges[0].name],
             **sampling,
             "fps": fps if video else None,
+            **(served.recorded if served else {}),
             "precision": precision,
             "seconds": round(time.monotonic() - started, 1),
             **(settings or {}),

@@ -36,7 +36,8 @@ def export_lora(
     """
     adapter = resolve_adapter(lora)
     if adapter.kind != "lora":
-        raise UserError(f"{lora}: these are soft tokens, which no other tool reads")
+        what = {"soft_tokens": "soft tokens", "personal": "a personal branch (a LoRA beside it is a file of its own)"}
+        raise UserError(f"{lora}: this is {what[adapter.kind]}, which no other tool reads")
     file = Path(out).expanduser()
     if file.suffix != LORA_ENDING or file.exists():
         problem = "exists already" if file.exists() else f"does not end in {LORA_ENDING}"

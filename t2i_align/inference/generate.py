@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
+from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 from t2i_align.utils.logging import silent
 
@@ -91,6 +92,9 @@ def generate(
     prompt: Sequence[str] = (),
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    user: str | Path | None = None,
+    users: str | Mapping[str, float] | None = None,
+    user_scale: float = 1.0,
     per_prompt: int = 1,
     seed: int = 0,
     steps: int | None = None,
@@ -128,6 +132,10 @@ def generate(
         prompt: further single prompts, after those.
         lora: LoRA to put on the model: file, folder, training run or Hub id.
         lora_scale: strength of the LoRA.
+        user: file of a person's choices (pairs of images, as data for training), for whom `lora`, a run with a personal
+            branch, makes the images (default: for nobody).
+        users: one user or a mix by name, such as ann:0.7,bob:0.3, from the file `user` or the run's data.
+        user_scale: strength of the personal branch.
         per_prompt: images per prompt; their seeds are `sample_seed(seed, prompt index, k)`, those of `evaluate`.
         seed: first seed.
         steps: denoising steps (default: the diffusers pipeline's own).
@@ -160,6 +168,7 @@ def generate(
     counts["segments"] = segments
     check_options(precision, fps, per_prompt=per_prompt, **counts)
     adapter = None if lora is None else resolve_adapter(lora)
+    served = resolve_user(adapter, user, users, user_scale)
     folder, autocast = None if out is None else Path(out).expanduser(), None
     if folder is not None:
         _earlier_run(folder, force, len(texts) * per_prompt)
@@ -179,15 +188,16 @@ def generate(
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
     columns |= {"lora": lora and str(lora), "lora_scale": lora and lora_scale, **options}
+    columns |= served.recorded if served else {}
     options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
     ending = "" if format == "frames" else f".{format}"
     drawn = _drawn(pipeline, rows, batch_size, progress, options)
     if folder is None:
-        with adapter_on(pipeline, adapter, lora_scale):
+        with adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
             return [item for _, _, samples in drawn for item in samples]
-    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale):
+    with output_lock(folder), adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
         earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
 
         def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:

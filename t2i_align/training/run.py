@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from t2i_align.training.reference import build_reference
 from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
+from t2i_align.training.stored_errors import check_stored, open_errors
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.logging import silent
@@ -95,6 +97,7 @@ def align(
     if data is not None:
         run = replace(run, data=replace(run.data, path=source_path(data, cache_root(run))))
     check_machine(run)
+    check_stored(run)
     callbacks = Callbacks(on_step=on_step, on_validate=on_validate, on_save=on_save)
     settings = configuration.to_mapping(run)
     free = FREE_ON_RESUME + (("train.steps",) if run.optim.schedule in CONSTANT_SCHEDULES else ())
@@ -137,13 +140,19 @@ def _align(
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
-    task = Alignment(config, accelerator, reference, source, validate, rewarder)
+    errors = None
+    if config.train.store_reference:
+        errors = open_errors(config, cache_root(config), reference, source.fingerprint)
+    task = Alignment(config, accelerator, reference, source, validate, rewarder, errors)
     loop = Loop(task, accelerator, config, progress, callbacks)
     if accelerator.is_main_process:
         write_settings(output, settings)
         if progress:
             print(describe(config, pipeline, source, unreached, accelerator.num_processes))
-    metrics = loop.run()
+            if errors is not None:
+                print(f"reference  {errors.describe()}")
+    with errors or nullcontext():
+        metrics = loop.run()
     if task.best:
         task.best.restore()
     weights = output / config.trains
@@ -262,7 +271,7 @@ def prepare_denoiser(
             unreached = pipeline.unreached(noised.latents, noised.timesteps, noised.conditioning)
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
-    TRAINED[config.trains].install(pipeline, config, unreached, users and users.embedding)
+    TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
@@ -24,6 +24,7 @@ from t2i_align.training.guards import Best
 from t2i_align.training.loop import Task
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 from t2i_align.training.report import write_report
+from t2i_align.training.stored_errors import RecallingReference, StoredErrors
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -39,6 +40,7 @@ class Alignment(Task):
         reference: built from the base weights (see `build_reference`), of the pipeline that is trained.
         validate: called with pipeline and step on the main process; its numbers are logged.
         rewarder: for objectives with a scorer.
+        errors: the reference's, where they are stored.
     """
 
     advice = "A smaller optim.lr, a larger objective.beta, or train.precision=bf16 instead of fp16, usually helps."
@@ -51,10 +53,11 @@ class Alignment(Task):
         source: PreferenceDataset,
         validate: Callable[[TrainablePipeline, int], dict[str, float]] | None = None,
         rewarder: Rewarder | None = None,
+        errors: StoredErrors | None = None,
     ) -> None:
         self.config, self.accelerator, self.source = config, accelerator, source
         self.reference, self.pipeline, self.validate = reference, reference.pipeline, validate
-        self.rewarder = rewarder
+        self.rewarder, self.errors = rewarder, errors
         self.weights, self.fingerprint = reference.weights, source.fingerprint
         self.accumulate, self.health = config.train.accumulate, config.health
         patience = config.validation.patience
@@ -95,7 +98,10 @@ class Alignment(Task):
 
     def losses(self, network: nn.Module, batch: tuple[Batch, SampleRNG]) -> tuple[Tensor, Metrics]:
         policy = partial(self.pipeline.predict, denoiser=network)
-        return checked(self.config.objective.step(policy, self.reference, *batch), batch[0], self.config.objective)
+        reference: Model = self.reference
+        if self.errors is not None:
+            reference = RecallingReference(self.reference, self.errors, batch[0].keys, batch[1].moved)
+        return checked(self.config.objective.step(policy, reference, *batch), batch[0], self.config.objective)
 
     def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
         if self.objective_state:
