@@ -291,7 +291,10 @@ def test_a_clip_model_is_not_compared_with_an_image_model(
 
 
 def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Path, tmp_path: Path) -> None:
-    """Two clips in rows of 5 of their 9 frames (every second), with a border of 2 pixels between 32 x 32 pixels."""
+    """Two clips in strips of 5 of their 9 frames (every second), 6 times as large, that of step 0 above that of now.
+
+    A prompt takes 2 (192 + 8) pixels for the strips, 3 lines of 17 and 8 between; the head takes 30.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat\ndog\n")
     validation = {"every": 1, "prompts": str(prompts), "steps": 1, "guidance": 1.0, "count": 2}
@@ -299,7 +302,7 @@ def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Pa
     align(run_values(wan_path, clips, tmp_path / "run", **changes), progress=False)
     folder = tmp_path / "run" / "validation"
     names = [f"step_{step:06d}.{ending}" for step in (0, 1) for ending in ("mp4", "png")]
-    assert sorted(file.name for file in folder.iterdir()) == names
-    assert Image.open(folder / names[1]).size == (5 * 34 + 2, 2 * 34 + 2)
+    assert sorted(file.name for file in folder.iterdir()) == ["before", *names]
+    assert Image.open(folder / names[3]).size == (5 * 192 + 3 * 8, 30 + 2 * (2 * 200 + 3 * 17 + 8))
     column = load(folder / names[0], MediaSize(70, 36, FRAMES)).pixels  # of two clips
     assert column.shape == (FRAMES, 3, 70, 36)
