@@ -34,8 +34,8 @@ class CogVideoX(VideoPipeline):
         latents = super().encode_pixels(pixels)
         return torch.cat([latents[:, :, :1]] * self.padded_frames + [latents], dim=2)
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return super().decode_latents(latents[:, :, self.padded_frames :])
+    def decode(self, latents: Tensor, first: int | None = None) -> Tensor:
+        return super().decode(latents[:, :, self.padded_frames :], first)
 
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         rotary = None

@@ -46,9 +46,14 @@ class VAEMixin(Family):
         """Latents to pixels in [0, 1], [B, 3, H, W] or clips [B, F, 3, H, W]."""
         return self.decode(latents).clamp(0, 1)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """The same with gradients, and not cut off at 0 and 1."""
+    def decode(self, latents: Tensor, first: int | None = None) -> Tensor:
+        """The same with gradients, and not cut off at 0 and 1.
+
+        first: of a clip, so many latent frames only, which takes less memory. A causal decoder that normalises each
+        frame by itself (Wan's) makes the same frames of them as of the whole clip, others (CogVideoX's, LTX's) nearly.
+        """
         vae = self.pipe.vae
+        latents = latents[:, :, :first] if self.video else latents
         shift, scale = self.normalisation(latents)
         latents = (latents / scale + shift).to(vae.device, vae.dtype)
         pixels = torch.cat([self.run_decoder(part) for part in (latents.split(1) if self.video else (latents,))])

@@ -69,6 +69,8 @@ class PersonalConfig:
             )
         if run.objective.needs.scorer:
             raise UserError(f"personal needs data with users; {run.objective.name} learns from prompts alone")
+        if run.validation.every and run.lora is None:
+            raise UserError("validation samples without a user, which is the base model; set validation.every=0")
         if run.soft_tokens or run.train.compile:
             raise UserError("personal goes with neither soft_tokens nor train.compile; leave these out")
 

@@ -93,8 +93,8 @@ class Personal(nn.Module):
         # Other names than the denoiser's own, which a LoRA may be put on.
         self.user_k = nn.ModuleList([nn.Linear(embedding.width, inner, bias=False) for inner in places.values()])
         self.user_v = nn.ModuleList([nn.Linear(embedding.width, inner, bias=False) for inner in places.values()])
-        for layer in self.user_v:
-            nn.init.zeros_(layer.weight)
+        for parameter in self.user_v.parameters():
+            nn.init.zeros_(parameter)
         self.scale, self.off = 1.0, False
         self.served: tuple[Tensor, bool] | None = None  # see `serving`
         self.tokens: Tensor | None = None
@@ -113,7 +113,7 @@ class Personal(nn.Module):
             self.tokens = self.encoder(rows)
         elif not self.off and self.served is not None:
             tokens, guided = self.served
-            sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+            sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
             count = len(sample) // 2 if guided else len(sample)
             self.tokens = tokens.expand(count, -1, -1)
             if guided:  # the pipeline's order: without the prompt first
@@ -123,17 +123,17 @@ class Personal(nn.Module):
 
     def attach(self, denoiser: nn.Module) -> None:
         """Hook the projections that attentions have now: a LoRA that is put on or taken off replaces them."""
-        attentions = [denoiser.get_submodule(place) for place in self.places]
-        now = [id(layer) for attention in attentions for layer in (attention.to_q, attention.to_out[0])]  # type: ignore[union-attr,index]
+        attentions: list[Any] = [denoiser.get_submodule(place) for place in self.places]
+        now = [id(layer) for attention in attentions for layer in (attention.to_q, attention.to_out[0])]
         if now == self.hooked:
             return
         for hook in self.hooks[1:]:
             hook.remove()
         del self.hooks[1:]
         for number, attention in enumerate(attentions):
-            self.hooks.append(attention.to_q.register_forward_hook(partial(self.note, number)))  # type: ignore[union-attr,operator]
+            self.hooks.append(attention.to_q.register_forward_hook(partial(self.note, number)))
             add = partial(self.add, number, attention.heads, attention.norm_q)
-            self.hooks.append(attention.to_out[0].register_forward_pre_hook(add))  # type: ignore[index,union-attr]
+            self.hooks.append(attention.to_out[0].register_forward_pre_hook(add))
         self.hooked = now
 
     def note(self, number: int, module: nn.Module, args: Any, query: Tensor) -> None:

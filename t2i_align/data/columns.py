@@ -30,6 +30,7 @@ from t2i_align.utils.settings import Bool, settings
 ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")
 Names = list[str] | str
 TIE = ("tie", "draw", "equal", "both", "same", "0.5")
+NEITHER = ("neither", "both bad", "both_bad")  # a tie as well, between images that are both disliked
 SHARES_TOLERANCE = 1e-3
 
 
@@ -44,7 +45,7 @@ class Columns:
         ranks: numbers, 1 is the best. They become the share of the other candidates that one beats, ties counting half.
         votes: how many voted for each; they become shares of all votes.
         shares: of votes, which add up to 1.
-        winner: the name of a candidate's column, its place from 0, its own value, or `tie`.
+        winner: the name of a candidate's column, its place from 0, its own value, `tie` or `neither`.
         best_first: true where candidates are listed in that order.
     judged: a column that is false for rows without a judgement.
     id: unique per row; with `id_if_unique`, only where all rows of the table differ in it.
@@ -128,7 +129,7 @@ def read(
     """
     files = shards.files(path, split)
     for file in [part] if part else files:
-        if tables.kind(file) not in (*tables.CSV, ".parquet"):
+        if tables.kind(file) not in tables.WITH_HEADER:
             continue
         names = tables.columns(file)
         if all(columns.missing(names) for columns in maps):
@@ -154,7 +155,7 @@ def _groups(rows: Iterator[Row | Skipped], maps: Sequence[Columns], folder: Path
         elif columns := next((columns for columns, needed in required if needed <= row.values.keys()), None):
             yield group_of(row, [row], columns, folder / columns.folder)
         else:
-            expected = ", or ".join(" and ".join(columns.required) for columns in maps)
+            expected = ", or ".join(" and ".join(columns.required) for columns in maps[:3])  # others are synonyms
             keys = ", ".join(map(repr, row.values)) or "none"
             yield row.skipped(f"expected the keys {expected}; found {keys}")
 
@@ -278,6 +279,8 @@ def _won(row: Row, name: str, names: Names, candidates: list[Any]) -> tuple[floa
     winner = str(value).strip()
     if winner.lower() in TIE:
         return (0.5,) * len(candidates)
+    if winner.lower() in NEITHER:
+        return (0.0,) * len(candidates)
     columns = names if isinstance(names, list) else []
     number = None if isinstance(value, bool) else finite(value)
     for place, candidate in enumerate(candidates):
@@ -289,7 +292,7 @@ def _won(row: Row, name: str, names: Names, candidates: list[Any]) -> tuple[floa
             f"{row.origin}: {name!r} is {winner}, but places count from 0 to {len(candidates) - 1}. If this source "
             "counts from 1, subtract 1, or name columns or paths."
         )
-    expected = " or ".join([*columns, f"0 to {len(candidates) - 1}", TIE[0]])
+    expected = " or ".join([*columns, f"0 to {len(candidates) - 1}", TIE[0], NEITHER[0]])
     raise ValueError(f"{name!r} must be {expected}, found {shown(value)}")
 
 

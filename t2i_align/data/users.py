@@ -106,17 +106,17 @@ class Users:
 
 
 def choices_by_user(items: Iterable[Group | Skipped], source: str) -> dict[str, list[Group]]:
-    """The pairs of each user that prefer one image to another, in the source's order.
+    """The pairs of each user ("" where none is named) that prefer one image to another, in the source's order.
 
     Raises:
-        UserError: none, or clips.
+        UserError: there are none.
     """
     out: dict[str, list[Group]] = {}
     for item in items:
-        if isinstance(item, Group) and item.user is not None and len(item.candidates) > 1 and not item.is_tie:
-            out.setdefault(item.user, []).append(item.take([0, len(item.candidates) - 1]))
+        if isinstance(item, Group) and len(item.candidates) > 1 and not item.is_tie:
+            out.setdefault(item.user or "", []).append(item.take([0, len(item.candidates) - 1]))
     if not out:
-        raise UserError(f"{source}: no pair with a 'user' that prefers one of two images")
+        raise UserError(f"{source}: no pair that prefers one of two images (a tie does not)")
     return out
 
 
@@ -215,7 +215,7 @@ def add_users(
 
 def _identity(group: Group) -> list[Any]:
     """What a choice's embedding depends on; of a file its name, size and time."""
-    media = []
+    media: list[Any] = []
     for one in group.candidates:
         if isinstance(one, Path):
             stat = one.stat() if one.is_file() else None

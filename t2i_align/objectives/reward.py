@@ -41,6 +41,7 @@ class RewardTuning(Objective):
     unconditional branch. equalise: weigh all gradient steps alike. scale: of the loss. target: scores above it have
     no gradient (null: none; ReFL's is 2 with ImageReward). drift: log the mean squared difference between the policy's
     and the reference's predictions, for `health.max_drift`; without a LoRA this takes a copy of the model.
+    latent_frames: of clips, how many from the beginning are decoded and scored (null: all).
     """
 
     scorer: str = "hpsv2.1"
@@ -54,6 +55,7 @@ class RewardTuning(Objective):
     scale: Positive = 1.0
     target: Float | None = None
     drift: Bool = False
+    latent_frames: Count | None = None
 
     name = "reward"
     paper = "arXiv 2410.11817"

@@ -28,13 +28,16 @@ def differentiable_scorer(spec: str) -> Scorer:
 
 
 class Rewarder:
-    """A scorer of decoded latents. The decoder is checkpointed: its activations would be the step's largest."""
+    """A scorer of decoded latents. The decoder is checkpointed: its activations would be the step's largest.
 
-    def __init__(self, pipeline: TrainablePipeline, scorer: Scorer) -> None:
-        self.pipeline, self.scorer = pipeline, scorer
+    latent_frames: of clips, so many from the beginning; None: all.
+    """
+
+    def __init__(self, pipeline: TrainablePipeline, scorer: Scorer, latent_frames: int | None = None) -> None:
+        self.pipeline, self.scorer, self.latent_frames = pipeline, scorer, latent_frames
 
     def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Judgement:
-        pixels = checkpoint(self.pipeline.decode, latents, use_reentrant=False)
+        pixels = checkpoint(self.pipeline.decode, latents, self.latent_frames, use_reentrant=False)
         # Cut to [0, 1] as a saved image is, but with the gradient of pixels beyond: they could not return otherwise.
         pixels = pixels + (pixels.detach().clamp(0, 1) - pixels.detach())
         with torch.autocast(pixels.device.type, enabled=False):

@@ -40,7 +40,7 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
         with _named_in_errors(path):
             yield temporary
             if sync:
-                _sync(temporary)
+                sync_file(temporary)
             os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
             file.chmod(temporary.stat().st_mode & 0o666)  # safetensors writes for its owner alone
-            _sync(file)  # before the renaming
+            sync_file(file)  # before the renaming
         if final.exists():  # only an empty folder can be renamed over
             final.rename(old)
         temporary.rename(final)
@@ -335,7 +335,8 @@ def _names(path: str | Path) -> tuple[Path, Path]:
     return final, final.with_name(f"{WRITING}{final.name}")
 
 
-def _sync(file: Path) -> None:
+def sync_file(file: Path) -> None:
+    """Have the system write a file to the disk now."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
 

@@ -38,9 +38,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def charts(curves: Mapping[str, Mapping[str, Points]]) -> str:
+def charts(curves: Mapping[str, Mapping[str, Points]], axis: str = "step") -> str:
     """Charts side by side, by title: lines by label, of points (step, value). What has no finite point is left out."""
-    drawn = "".join(_chart(title, lines) for title, lines in curves.items())
+    drawn = "".join(_chart(title, lines, axis) for title, lines in curves.items())
     return f'<div style="display:flex;flex-wrap:wrap;gap:20px 28px">{drawn}</div>'
 
 
@@ -68,7 +68,7 @@ def page(html: str, height: int = 600) -> str:
     return f'<iframe srcdoc="{escape(html)}" sandbox style="width:100%;height:{height}px;border:0"></iframe>'
 
 
-def _chart(title: str, lines: Mapping[str, Points]) -> str:
+def _chart(title: str, lines: Mapping[str, Points], across: str) -> str:
     finite = {label: _thinned([(x, y) for x, y in points if math.isfinite(y)]) for label, points in lines.items()}
     drawn = {label: points for label, points in finite.items() if points}
     if not drawn:
@@ -99,7 +99,7 @@ def _chart(title: str, lines: Mapping[str, Points]) -> str:
         f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="currentColor" stroke-opacity=".25"/>{"".join(shapes)}'
         f'<text x="-6" y="6" text-anchor="end" {axis}>{high:.3g}</text>'
         f'<text x="-6" y="{HEIGHT}" text-anchor="end" {axis}>{low:.3g}</text>'
-        f'<text x="0" y="{HEIGHT + 14}" {axis}>step {left:g}</text>'
+        f'<text x="0" y="{HEIGHT + 14}" {axis}>{escape(across)} {left:g}</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end" {axis}>{right:g}</text></svg>'
         f'<small style="display:flex;flex-wrap:wrap;gap:0 14px;padding-left:46px">{"".join(legend)}</small></figure>'
     )

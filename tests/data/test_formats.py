@@ -94,7 +94,7 @@ def test_a_vote_names_its_winner(tmp_path: Path) -> None:
     scores = {group.id: (seen(group)[0], group.scores[0]) for group in groups(source)}
     expected = [(0, 1.0), (1, 1.0), (0, 0.5), (0, 1.0), (1, 1.0), (1, 1.0), None, None, (0, 0.5)]
     assert scores == {f"votes.jsonl:{n}": want for n, want in enumerate(expected, 1) if want}
-    assert "'vote' must be left or right or 0 to 1 or tie, found 'p/5.png'" in skips(source)["votes.jsonl:7"]
+    assert "'vote' must be left or right or 0 to 1 or tie or neither, found 'p/5.png'" in skips(source)["votes.jsonl:7"]
 
 
 @pytest.mark.parametrize("votes", [(1, 2), ("1", "2"), (1.0, 2.0), ("0", "2"), ("left", " 2 ")])

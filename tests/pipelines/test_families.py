@@ -216,3 +216,16 @@ def test_a_tiled_vae_encodes_and_decodes_in_tiles(name: str, tiles_of: tuple[Any
     latents = pipeline.encode_pixels(clip)
     assert len(tiles) > 1 and max(shape[-1] for shape in tiles) < 64
     assert pipeline.decode_latents(latents).shape == clip.shape
+
+
+@pytest.mark.parametrize(("name", "exact"), [("wan", True), ("cogvideox", False), ("cogvideox-1.5", False)])
+def test_the_first_latent_frames_are_decoded_alone(name: str, exact: bool, fresh: Load) -> None:
+    """One is the first frame, for a causal decoder the same as in the whole clip; 1.5 has copies of it before."""
+    pipeline = fresh(name)
+    latents = pipeline.encode_pixels(torch.rand(1, 9, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        whole, first = pipeline.decode(latents), pipeline.decode(latents, 1)
+    assert whole.shape[1] == 9 and first.shape == whole[:, :1].shape
+    if exact:
+        torch.testing.assert_close(first, whole[:, :1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(pipeline.decode(latents, 2), whole[:, :5], rtol=0, atol=1e-6)
