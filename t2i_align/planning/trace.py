@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -270,20 +270,32 @@ def _optimizer(config: RunConfig, parameters: list[nn.Parameter], follower: Stor
             group.update({name: False for name in ("fused", "foreach") if name in group})
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        values = [value for state in optimizer.state.values() for value in state.values()]
+        values = [value for state in _stepped(optimizer).values() for value in state.values()]
         follower.assign("optimiser", [value for value in values if isinstance(value, Tensor)])
+        if any(parameter.grad is not None for parameter in parameters):
+            optimizer = None  # cannot be traced any further
+            for parameter in parameters:
+                parameter.grad = None
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
         before = [parameter.detach().clone() for parameter in parameters]  # as the loop, for the norm of the update
         if optimizer:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _stepped(optimizer)
+        for parameter in parameters:
+            parameter.grad = None
         torch._foreach_sub_(before, [parameter.detach() for parameter in parameters])
 
     return step
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> Mapping[Tensor, Mapping[str, Any]]:
+    """The states after a step. One that reads values (Adafactor, Prodigy) ends early, when it has made its states, and
+    leaves the gradients."""
+    with suppress(DataDependentOutputException):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return optimizer.state
 
 
 def _batch(config: RunConfig, pipeline: TrainablePipeline, k: int) -> tuple[Batch, SampleRNG]:
