@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -205,7 +205,7 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         micro = min(train.accumulate, 2)  # the second meets the gradients of the first
         with follower, rules:
             for _ in range(micro):
-                with autocast, _without_values(objective.name):
+                with autocast, _without_values(f"objective {objective.name}"):
                     loss, _metrics = objective.step(policy, reference, batch, rng)
                 loss.mean().backward()
                 del loss, _metrics
@@ -221,12 +221,12 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
 
 
 @contextmanager
-def _without_values(name: str) -> Iterator[None]:
+def _without_values(what: str) -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f"objective {name}: its course depends on tensors' values, which a plan does not have: {error}"
+            f"{what}: its course depends on tensors' values, which a plan does not have: {error}"
         ) from error
 
 
@@ -270,32 +270,22 @@ def _optimizer(config: RunConfig, parameters: list[nn.Parameter], follower: Stor
             group.update({name: False for name in ("fused", "foreach") if name in group})
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        values = [value for state in _stepped(optimizer).values() for value in state.values()]
+        with _without_values(f"optim.optimizer {config.optim.optimizer!r}"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        values = [value for state in optimizer.state.values() for value in state.values()]
         follower.assign("optimiser", [value for value in values if isinstance(value, Tensor)])
-        if any(parameter.grad is not None for parameter in parameters):
-            optimizer = None  # cannot be traced any further
-            for parameter in parameters:
-                parameter.grad = None
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
         before = [parameter.detach().clone() for parameter in parameters]  # as the loop, for the norm of the update
         if optimizer:
-            _stepped(optimizer)
+            optimizer.step()
         for parameter in parameters:
             parameter.grad = None
         torch._foreach_sub_(before, [parameter.detach() for parameter in parameters])
 
     return step
-
-
-def _stepped(optimizer: torch.optim.Optimizer) -> Mapping[Tensor, Mapping[str, Any]]:
-    """The states after a step. One that reads values (Adafactor, Prodigy) ends early, when it has made its states, and
-    leaves the gradients."""
-    with suppress(DataDependentOutputException):
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return optimizer.state
 
 
 def _batch(config: RunConfig, pipeline: TrainablePipeline, k: int) -> tuple[Batch, SampleRNG]:
