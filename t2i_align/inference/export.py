@@ -24,7 +24,7 @@ def export_lora(
     """Write a LoRA to the file `out`; returns that.
 
     Args:
-        lora: training run, or a LoRA's file, folder or Hub id.
+        lora: training run or a step of it (as in `checkpoints/`), or a LoRA's file, folder or Hub id.
         out: file to write, ending in `.safetensors`.
         format: naming of its tensors: `comfyui` (of SD and SDXL kohya's), `kohya` or `diffusers`.
         precision: of its tensors; fp16 and bf16 halve the file.
