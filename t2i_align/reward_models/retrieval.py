@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
@@ -88,7 +89,7 @@ def retrieval(
             if bad := next(((name, why) for name, why in batch if isinstance(why, str | Tensor)), None):
                 raise UserError(f"{bad[0]}: {bad[1] if isinstance(bad[1], str) else 'expected an image, found a clip'}")
             for (_, towers, _), rows in zip(built, seen, strict=True):
-                rows.append(towers.image_features([image for _, image in batch]))
+                rows.append(towers.image_features([image for _, image in batch if isinstance(image, Image.Image)]))
             bar.update(len(batch))
         recalls = {}
         for (name, towers, direction), rows in zip(built, seen, strict=True):
