@@ -26,9 +26,9 @@ def blank_component(
     """
     cls: Any = getattr(import_module(entry[0]), entry[1])
     with torch.device("meta"):
-        config_class: Any = getattr(cls, "config_class", None)  # of transformers
-        if config_class is not None:
-            network = cls(config_class.from_pretrained(str(path), subfolder=name, revision=revision))
+        config: Any = getattr(cls, "config_class", None)
+        if hasattr(config, "from_pretrained"):  # of transformers
+            network = cls(config.from_pretrained(str(path), subfolder=name, revision=revision))
         else:
             network = cls.from_config(cls.load_config(str(path), subfolder=name, revision=revision))
     for key, parameter in network.named_parameters():
