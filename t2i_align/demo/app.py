@@ -159,7 +159,7 @@ def opened(
 
 def build(gradio: Any, shared: Demo, defaults: Defaults, *, accounts: bool = False, queue: int = 32) -> gradio.Blocks:
     """The pages."""
-    from t2i_align.demo import compare, results, vote
+    from t2i_align.demo import compare, personal, results, vote
     from t2i_align.demo.page import Page
 
     with gradio.Blocks(title="t2i-align", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
@@ -174,6 +174,7 @@ def build(gradio: Any, shared: Demo, defaults: Defaults, *, accounts: bool = Fal
             for title, add in (
                 ("Compare", compare.add),
                 ("Vote", vote.add),
+                ("Personal", personal.add),
                 ("Train", results.add_training),
                 ("Report", results.add_report),
             ):

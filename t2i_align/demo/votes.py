@@ -115,7 +115,12 @@ class Votes:
         return len(new)
 
     def next(self, user: str) -> Shown | None:
-        """The next pair for a user, whose order and sides are their own; None when all are done."""
+        """The next pair for a user; None when all are done."""
+        return next(iter(self.upcoming(user, 1)), None)
+
+    def upcoming(self, user: str, count: int) -> list[Shown]:
+        """The next so many pairs for a user, whose order and sides are their own."""
+        found: list[Shown] = []
         with self._lock:
             waiting = [key for key in self._pairs if key not in self._voted.get(user, ()) and key not in self.unusable]
             for key in sorted(waiting, key=lambda key: stable_seed("order", user, key)):
@@ -123,13 +128,15 @@ class Votes:
                 turn = -1 if stable_seed("side", user, key) % 2 else 1
                 try:
                     left, right = self._shown(pair)[::turn]
-                    count, seconds = self._segments(left, right)
+                    parts, seconds = self._segments(left, right)
                 except (ImageError, OSError) as error:
                     self.unusable[key] = str(error)
                     continue
                 sides = {"left": left, "right": right, "models": pair.models[::turn]}
-                return Shown(id=key, prompt=pair.prompt, **sides, segments=count, segment_seconds=seconds)
-        return None
+                found.append(Shown(id=key, prompt=pair.prompt, **sides, segments=parts, segment_seconds=seconds))
+                if len(found) == count:
+                    break
+        return found
 
     def vote(self, user: str, pair: Shown, choice: str, columns: Mapping[str, Any] | None = None) -> bool:
         """Record a vote; False where this user has voted on the pair already, as from two windows.
