@@ -77,8 +77,8 @@ def add(page: Page, tab: gradio.Tab) -> None:
         demo.cancel(str(request.session_hash))
 
     shown = [pairs, *pages, *favourites]
-    gradio.on([tab.select], enter, page.name, shown, show_progress="hidden", queue=False, api_visibility="private")
-    inputs = [pairs, model, scale, prompts, count, seed, steps, guidance, page.name, *favourites]
+    gradio.on([tab.select], enter, page.known, shown, show_progress="hidden", queue=False, api_visibility="private")
+    inputs = [pairs, model, scale, prompts, count, seed, steps, guidance, page.known, *favourites]
     draw.click(
         answered(drawn), inputs, [status, results, *shown], show_progress="hidden", api_name="draw_for_me", **DEVICE
     )

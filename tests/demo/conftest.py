@@ -55,9 +55,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A demo with the bundled model and 60 pairs to vote on."""
     folder = tmp_path_factory.mktemp("served")
     source = generated(folder / "source", prompts=60)
-    with app.opened("testbed:sd", sources=[source], out=folder / "demo", scorers=["oracle"]) as demo:
-        with serving(demo, app.Defaults(prompts=PROMPTS, steps=4, guidance=1.0)) as served:
-            yield served
+    opening = app.opened("testbed:sd", sources=[source], out=folder / "demo", scorers=["oracle"])
+    with opening as demo, serving(demo, app.Defaults(prompts=PROMPTS, steps=4, guidance=1.0)) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")
