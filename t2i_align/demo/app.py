@@ -105,6 +105,8 @@ def demo(
         steps=steps or first.get("steps"),
         guidance=first.get("guidance") if guidance is None else guidance,
     )
+    from t2i_align.training.signals import graceful_shutdown
+
     gradio = import_gradio()
     if not models and bundled and (QUICKSTART / "lora").is_dir():
         models = [QUICKSTART]
@@ -118,7 +120,9 @@ def demo(
         blocks = build(gradio, shared, defaults, accounts=bool(accounts), queue=queue)
         launch(blocks, shared, host=host, port=port, share=share, accounts=accounts, browser=browser)
         try:
-            blocks.block_thread()
+            with graceful_shutdown() as stop:
+                while not stop.wait(1):
+                    pass
         finally:
             blocks.close(verbose=False)
         return shared.votes.folder / "votes.jsonl"
