@@ -25,6 +25,7 @@ from pipelines.base import PipelineError
 from pipelines.blank import blank_component
 from pipelines.cogvideox import CogVideoX
 from pipelines.flux import Flux
+from pipelines.hub import reason
 from pipelines.ltx import LTXVideo
 from pipelines.pipeline import TrainablePipeline
 from pipelines.sd import StableDiffusion
@@ -188,7 +189,7 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
     try:
         return dict(DiffusionPipeline.load_config(str(path), revision=revision))
     except (OSError, ValueError) as error:
-        raise PipelineError(f"{path}: neither a local path nor a Hub pipeline that can be reached: {error}") from error
+        raise PipelineError(f"{path}: no such path, nor a pipeline on the Hub: {reason(str(path), error)}") from error
 
 
 def _family(
@@ -223,7 +224,8 @@ def _readable(path: str | Path) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:  # diffusers, transformers, torch and safetensors each raise their own for damage
-        raise PipelineError(f"{path}: the checkpoint could not be loaded: {error}") from error
+        why = error if Path(path).exists() else reason(str(path), error)
+        raise PipelineError(f"{path}: the checkpoint could not be loaded: {why}") from error
 
 
 def _with_scheduler(pipe: Any, changes: dict[str, Any]) -> Any:

@@ -48,15 +48,17 @@ class LoRAMixin(Family):
         dropout: float,
         targets: str | Sequence[str],
         init: str | None = None,
+        dora: bool = False,
         without: Collection[str] = (),
     ) -> None:
         """Put a trainable LoRA (arXiv 2106.09685) on the denoiser; B starts at zero, so nothing changes yet.
 
         init: a saved LoRA of the same modules and rank that it starts from instead, at that one's strength.
+        dora: with magnitudes of its own (arXiv 2402.09353).
         without: names of parameters, as of `unreached`; the LoRA leaves out the modules whose weights these are.
         """
         endings = self.lora_targets(targets)
-        options: Any = {"target_modules": list(endings), "lora_alpha": alpha}
+        options: Any = {"target_modules": list(endings), "lora_alpha": alpha, "use_dora": dora}
         weights = [f".{name}" for name in without if name.endswith(".weight")]
         left_out = [name for name in weights if name.endswith(tuple(f".{ending}.weight" for ending in endings))]
         excluded = sorted(name[1:].removesuffix(".weight") for name in left_out)

@@ -7,7 +7,7 @@ every other key is valid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,9 +17,17 @@ from pydantic_core import to_jsonable_python
 from t2i_align import objectives, plugins
 from t2i_align.conditioning.config import PersonalConfig, SegmentsConfig
 from t2i_align.errors import UserError
+from t2i_align.training.sections import (
+    HealthConfig,
+    LogConfig,
+    OptimConfig,
+    Spec,
+    TrainConfig,
+    ValidationConfig,
+)  # fmt: skip
 
 from t2i_align.utils.settings import (  # isort: skip
-    Bool, Count, Decay, Float, Int, Limit, NonNegative, Positive, Share, UserPath, Whole, build,
+    Bool, Count, Decay, Positive, UserPath, Whole, build,
     load_as, read_mapping, settings, with_overrides,
 )  # fmt: skip
 
@@ -28,10 +36,7 @@ if TYPE_CHECKING:
 else:
     Objective = Annotated[Any, BeforeValidator(lambda value: _named(value))]
 
-Spec = Annotated[str, AfterValidator(plugins.located)]  # a name, or the place of something from outside
 Plugin = Annotated[str, AfterValidator(plugins.required)]
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @settings
@@ -56,16 +61,19 @@ class ModelConfig:
 class DataConfig:
     """Preference data. `path`: a source that a reader knows, a prepared cache, or `testbed:pairs`.
 
+    root: the folder that a table's paths are relative to or lie in (null: the table's own).
     format: the reader's name, or `auto` to find it. resolution: in pixels, the side of a square or [height, width]
     (null: the model's own). frames, fps: of a clip, for models that make clips (null: the model's own frame count, each
     clip's frame rate). annotations: files with captions, scores or users for a source's groups, by id. cache: encode
     once before training (`false`: encode each batch on the fly). cache_dir: where (null: beside the run's output).
     limit: use only the first so many groups. buckets: crop to the nearest of several aspect ratios of that area
-    (`false`: to a square). stream: for what does not fit on disk: hold so many rows of a shard in memory, shuffle
-    among these, and encode on the fly (null: no). encode_batch: images or texts that are encoded at once for the cache.
+    (`false`: to a square). flip: train on each group mirrored as well. stream: for what does not fit on disk: hold so
+    many rows of a shard in memory, shuffle among these, and encode on the fly (null: no). encode_batch: images or texts
+    that are encoded at once for the cache.
     """
 
     path: UserPath = "testbed:pairs"
+    root: UserPath | None = None
     format: Spec = "auto"
     annotations: list[UserPath] = field(default_factory=list)
     resolution: Annotated[
@@ -77,16 +85,20 @@ class DataConfig:
     cache_dir: UserPath | None = None
     limit: Count | None = None
     buckets: Bool = False
+    flip: Bool = False
     stream: Count | None = None
     workers: Whole = 0
     encode_batch: Count = 8
 
     def __post_init__(self) -> None:
-        if self.buckets and not self.cache:
-            raise UserError("data.buckets must be false without data.cache, found True")
-        if self.stream and (self.limit or self.annotations or self.buckets):
+        if (self.buckets or self.flip) and not self.cache:
             raise UserError(
-                f"data.stream must be null with data.limit, data.annotations or data.buckets, found {self.stream}"
+                f"data.{'buckets' if self.buckets else 'flip'} must be false without data.cache, found True"
+            )
+        if self.stream and (self.limit or self.annotations or self.buckets or self.flip):
+            raise UserError(
+                "data.stream must be null with data.limit, data.annotations, data.buckets or data.flip, found "
+                f"{self.stream}"
             )
 
     @property
@@ -100,6 +112,8 @@ class LoraConfig:
     """LoRA (arXiv 2106.09685). targets: a preset's name (`attention`, `all`) or a list of module-name endings.
 
     init: a saved LoRA of that rank and those modules to start from, as after SFT; its weights are then the reference.
+    dora: train the weights' magnitudes apart from their directions (DoRA, arXiv 2402.09353). save_precision: of the
+    file's tensors; bf16 and fp16 halve it.
     """
 
     rank: Count = 16
@@ -110,6 +124,12 @@ class LoraConfig:
         Field(description="a preset's name or a list of at least one module-name ending"),
     ] = "attention"
     init: UserPath | None = None
+    dora: Bool = False
+    save_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.dora and self.init is not None:
+            raise UserError("lora.dora: starts from the model's own magnitudes; leave lora.init null")
 
 
 @settings
@@ -121,120 +141,6 @@ class SoftTokensConfig:
 
     count: Count = 4
     start: Literal["bos", "random"] = "bos"
-
-
-@settings
-class OptimConfig:
-    """AdamW and its schedule. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights."""
-
-    lr: Positive = 1e-4
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    betas: Annotated[tuple[Decay, Decay], Field(description="two numbers in [0, 1)")] = (0.9, 0.999)
-    weight_decay: NonNegative = 1e-2
-    schedule: Schedule = "constant_with_warmup"
-    warmup_steps: Whole = 0
-    max_grad_norm: Limit = 1.0
-    ema: Annotated[Float, Field(gt=0, lt=1, description="a number in (0, 1)")] | None = None
-
-    def __post_init__(self) -> None:
-        if self.schedule == "constant" and self.warmup_steps:
-            raise UserError(
-                f"optim.schedule 'constant' takes no warm-up, found optim.warmup_steps={self.warmup_steps}; "
-                "use 'constant_with_warmup'"
-            )
-
-
-@settings
-class ReferenceUpdateConfig:
-    """A reference that follows the policy (arXiv 2505.18736): a hard copy of it every so many steps.
-
-    max_drift: once a copy's mean error on winners would exceed the base model's by this much or more, the reference is
-    frozen permanently. The paper's best: 0.005 for SD1.5, 0.002 for SDXL, every 16 to 64 steps.
-    """
-
-    every: Count = 32
-    max_drift: Limit = 0.005
-
-
-@settings
-class TrainConfig:
-    """The loop. Batch sizes count groups: one optimiser step sees batch_size x accumulate x processes groups.
-
-    precision: `tf32` is float32 with matrix products that NVIDIA GPUs since Ampere round to TF32, several times faster.
-    reference: `auto` is the adapter switched off for LoRA and a frozen copy for full fine-tuning.
-    reference_update: null keeps the model before training as the reference.
-    timestep_shift: of a flow model's training times (arXiv 2403.03206, eq. 23): `model` takes the checkpoint's own,
-    `resolution` its sampler's for samples of this size, or a number, 1 being none.
-    timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
-    caption_dropout: share of groups trained with the empty prompt, decided once per group.
-    """
-
-    steps: Count = 1000
-    batch_size: Count = 8
-    accumulate: Count = 1
-    precision: Precision = "fp32"
-    seed: Annotated[Int, Field(ge=0, lt=2**63, description="a whole number in [0, 2^63)")] = 0
-    reference: Literal["auto", "adapter_off", "copy", "offloaded_copy"] = "auto"
-    reference_update: ReferenceUpdateConfig | None = None
-    timestep_sampling: Literal["uniform", "logit_normal", "geometric"] = "uniform"
-    timestep_shift: Annotated[
-        Positive | Literal["model", "resolution"], Field(description="'model', 'resolution' or a positive number")
-    ] = "model"
-    caption_dropout: Share = 0.0
-    gradient_checkpointing: Bool = False
-    attention: str = "native"
-    compile: Bool = False
-
-
-@settings
-class ValidationConfig:
-    """Images and held-out scores during training, every so many steps (0: never).
-
-    prompts: a file of prompts, or `testbed:dev`. count: how many of them. batch_size: samples at a time (null: 8 images
-    or 1 clip). guidance: null is that of the model's diffusers pipeline. patience: the run ends once the first scorer's
-    mean has not risen for so many validations, and keeps the weights of its best one (null: all steps are trained).
-    """
-
-    every: Whole = 0
-    prompts: str = "testbed:dev"
-    count: Count = 16
-    batch_size: Count | None = None
-    scorers: list[Spec] = field(default_factory=list)
-    steps: Count = 20
-    guidance: NonNegative | None = None
-    seed: Int = 1000
-    patience: Count | None = None
-
-    def __post_init__(self) -> None:
-        if self.patience and not (self.every and self.scorers):
-            raise UserError("validation.patience needs validation.every and a scorer in validation.scorers to watch")
-
-
-@settings
-class HealthConfig:
-    """Divergence detection and rollback to the last good checkpoint, with half the learning rate from there.
-
-    A loss or gradient that is not finite is divergence. So are winners that the policy denoises worse and worse (their
-    error rises together with the losers'): max_error_rise is how far their mean error since the last logged line may
-    exceed the reference's (without a reference, the initial model's), as a share of it (null: not checked). rollbacks:
-    after so many the run stops. max_drift: the run ends where the mean squared difference between the policy's and the
-    reference's predictions (`drift`) exceeds it (null: not checked).
-    """
-
-    max_error_rise: Limit | None = 0.5
-    max_drift: Limit | None = None
-    rollbacks: Whole = 2
-
-
-@settings
-class LogConfig:
-    """metrics.jsonl is always written; `trackers` adds tensorboard or wandb. every, checkpoint_every: in steps."""
-
-    every: Count = 10
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    project: str = "t2i-align"
-    checkpoint_every: Count = 500
-    keep_checkpoints: Count = 2
 
 
 @settings
@@ -262,7 +168,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.objective, Mapping):
             name, values = self.objective["name"], {k: v for k, v in self.objective.items() if k != "name"}
-            object.__setattr__(self, "objective", build(objectives.get(name), values, where="objective"))
+            cls = objectives.get(name)
+            try:
+                object.__setattr__(self, "objective", build(cls, values, where="objective"))
+            except UserError as error:
+                if values.keys() <= {f.name for f in fields(cls)}:
+                    raise
+                advice = f"For {cls.name} with its defaults in a file of another method, write objective={cls.name}"
+                raise UserError(f"{error}\n{advice} instead of objective.name={cls.name}.") from None
         reference, needs = self.train.reference, self.objective.needs
         if needs.reference and reference == "adapter_off" and not (self.lora or self.personal):
             raise UserError("train.reference 'adapter_off' needs a LoRA; use 'copy' or 'offloaded_copy' without one")
@@ -280,6 +193,8 @@ class RunConfig:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
             raise UserError(f"soft_tokens serve objectives without a reference; {self.objective.name} has one")
+        if self.objective.needs.scorer and self.validation.data:
+            raise UserError(f"validation.data: {self.objective.name} learns from prompts; leave it null")
         if self.health.max_drift is not None and not self.objective.needs.reference:
             raise UserError(
                 f"health.max_drift: {self.objective.name} measures no drift from a reference"

@@ -20,6 +20,7 @@ from torch import Tensor
 from t2i_align import align
 from t2i_align.data.media import save_clip
 from t2i_align.training import checkpoint
+from t2i_align.training.progress import MEASURED
 
 
 def image(seed: int, side: int = 32) -> Image.Image:
@@ -94,8 +95,9 @@ def run_values(model: Path, data: Path, output: Path, **changes: Any) -> dict[st
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl, without times and memory, in which equal runs differ."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -137,10 +139,10 @@ def align_killed(values: dict[str, Any], before: Callable[..., bool], after: Cal
     """A run that is killed before or after the first checkpoint for which this holds of its step and state."""
     real = checkpoint.save
 
-    def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], *others: Any) -> Path:
         if before(step, state):
             raise Killed
-        folder = real(run, step, weights, state, keep)
+        folder = real(run, step, weights, state, *others)
         if after(step, state):
             raise Killed
         return folder

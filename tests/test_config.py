@@ -15,9 +15,9 @@ import yaml
 
 from pipelines.process import TIMESTEP_SAMPLING
 from t2i_align import config
-from t2i_align.config import HealthConfig, ReferenceUpdateConfig, TrainConfig
 from t2i_align.errors import UserError
 from t2i_align.objectives import DiffusionDPO
+from t2i_align.training.sections import HealthConfig, ReferenceUpdateConfig, TrainConfig
 from t2i_align.utils.settings import with_overrides
 
 VALUES = {"objective": {"name": "diffusion_dpo", "beta": 500}, "output_dir": "runs/x"}
@@ -173,7 +173,7 @@ SOFT = {"soft_tokens": {"count": 2}}
         ({"data": {"buckets": True, "cache": False}}, "data.buckets must be false without data.cache"),
         (
             {"data": {"stream": 8, "limit": 4}},
-            "data.stream must be null with data.limit, data.annotations or data.buckets",
+            "data.stream must be null with data.limit, data.annotations, data.buckets or data.flip",
         ),
         (
             {"optim": {"schedule": "constant", "warmup_steps": 2}},

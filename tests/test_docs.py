@@ -129,7 +129,7 @@ def general(name: str) -> str:
     """A metric's name with what depends on scorers left open, as the page has it."""
     for form in (r"^(reward/).+", r"^(validation/)[^/]+(/)[^/]+$"):
         name = re.sub(form, lambda match: "<scorer>".join(match.groups()) + "<part>", name)
-    return re.sub(r"^(validation/)[^/<]+$", r"\1<scorer>", name)
+    return re.sub(r"^(validation/)[^/<]+$", r"\1<scorer>", re.sub(r"^(held_out/).+", r"\1<metric>", name))
 
 
 def test_every_metric_is_documented_and_every_documented_one_is_logged() -> None:
@@ -141,8 +141,10 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged() -> None
         }
     for file in (ROOT / "t2i_align" / "training").glob("*.py"):  # what is not an objective's
         names = re.findall(
-            r'"((?:winners|reference)/\w+|loss|grad_norm|update_norm|lr|rollback|diverged_at|ended)"', file.read_text()
+            r'"((?:winners|reference)/\w+|loss|grad_norm|update_norm|lr|rollback|diverged_at|ended'
+            r'|epoch|time|seconds_per_step|memory_gib)"',
+            file.read_text(),
         )
         logged |= {*names}
-        logged |= {general(name) for name in re.findall(r'f"(validation/\{[^"]*)"', file.read_text())}
+        logged |= {general(name) for name in re.findall(r'f"((?:validation|held_out)/\{[^"]*)"', file.read_text())}
     assert logged == documented()

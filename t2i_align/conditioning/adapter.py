@@ -33,8 +33,8 @@ class Trained(Protocol):
         would wait for their gradients. embedding: of the data's users, where they have one.
         """
 
-    def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
-        """Write it into a folder; returns the file or folder that loads it."""
+    def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
+        """Write it into a folder; returns the file or folder that loads it. dtype: of a LoRA's tensors."""
 
 
 class Adapter(Trained, Protocol):
@@ -60,11 +60,12 @@ class LoRA:
         self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
     ) -> None:
         assert config.lora is not None
-        pipeline.add_lora(**vars(config.lora), without=unreached)
+        options = {key: value for key, value in vars(config.lora).items() if key != "save_precision"}
+        pipeline.add_lora(**options, without=unreached)
         cast_training_params(pipeline.denoiser, dtype=torch.float32)
 
-    def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
-        return pipeline.save_lora(folder)
+    def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
+        return pipeline.save_lora(folder, dtype=dtype)
 
     def recognises(self, keys: Set[str]) -> bool:
         return any(part in key.lower() for key in keys for part in ("lora", "lycoris", "hada_w1", "lokr_w1"))
@@ -91,9 +92,9 @@ class PersonalAdapter(LoRA):
             super().install(pipeline, config, unreached, embedding)
         personal.install(pipeline, embedding)
 
-    def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
+    def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
         if super().installed(pipeline):
-            super().save(pipeline, folder)
+            super().save(pipeline, folder, dtype)
         return personal.save(pipeline.denoiser, folder)
 
     def recognises(self, keys: Set[str]) -> bool:
@@ -128,8 +129,11 @@ class WholeModel:
         for name, parameter in pipeline.denoiser.named_parameters():
             parameter.requires_grad_(name not in unreached)
 
-    def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
+    def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
+        had_encoders = pipeline.has_encoders
         pipeline.load_encoders().save(folder)
+        if not had_encoders:
+            pipeline.drop_encoders()
         return folder
 
 

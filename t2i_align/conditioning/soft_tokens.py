@@ -94,7 +94,7 @@ class SoftTokensAdapter:
             bos = pipeline.load_encoders().encode_prompts(["a"])["prompt_embeds"][0, 0]
         install(pipeline.denoiser, config.soft_tokens.count, initial=bos)
 
-    def save(self, pipeline: TrainablePipeline, folder: Path) -> Path:
+    def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         state = getattr(pipeline.denoiser, NAME).state_dict()
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / FILE)

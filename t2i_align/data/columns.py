@@ -129,7 +129,7 @@ def read(
     """
     files = shards.files(path, split)
     for file in [part] if part else files:
-        if tables.kind(file) not in (*tables.CSV, ".parquet"):
+        if tables.kind(file) not in tables.WITH_HEADER:
             continue
         names = tables.columns(file)
         if all(columns.missing(names) for columns in maps):
@@ -155,7 +155,7 @@ def _groups(rows: Iterator[Row | Skipped], maps: Sequence[Columns], folder: Path
         elif columns := next((columns for columns, needed in required if needed <= row.values.keys()), None):
             yield group_of(row, [row], columns, folder / columns.folder)
         else:
-            expected = ", or ".join(" and ".join(columns.required) for columns in maps)
+            expected = ", or ".join(" and ".join(columns.required) for columns in maps[:3])  # others are synonyms
             keys = ", ".join(map(repr, row.values)) or "none"
             yield row.skipped(f"expected the keys {expected}; found {keys}")
 

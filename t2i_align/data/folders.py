@@ -30,12 +30,11 @@ from t2i_align.data.shards import of_split
 from t2i_align.errors import UserError
 
 SIDES = {
-    "winner": ("winner", "winners", "chosen", "preferred", "good", "w"),
-    "loser": ("loser", "losers", "rejected", "bad", "l"),
+    "winner": ("winner", "winners", "win", "chosen", "preferred", "good", "w", "image_w"),
+    "loser": ("loser", "losers", "lose", "rejected", "bad", "l", "image_l"),
 }
 CAPTIONS, CAPTION_SUFFIXES = "captions", (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CAPTION_KEYS = ("prompt", "caption", "text")
 
 
 def detects(path: Path) -> bool:
@@ -158,11 +157,11 @@ def _metadata(folder: Path) -> list[tuple[Path, str]]:
     """The entries of a folder's metadata: file name and caption."""
     captions = []
     for file in filter(Path.is_file, (folder / name for name in METADATA)):
-        for row in tables.rows(file, ["file_name", *CAPTION_KEYS]):
-            texts = [row.values[key] for key in CAPTION_KEYS if isinstance(row, Row) and row.values.get(key)]
+        for row in tables.rows(file, ["file_name", *tables.PROMPT_KEYS]):
+            texts = [row.values[key] for key in tables.PROMPT_KEYS if isinstance(row, Row) and row.values.get(key)]
             name = row.values.get("file_name") if isinstance(row, Row) else None
             if not (texts and isinstance(texts[0], str) and isinstance(name, str)):
-                raise UserError(f"{row.origin}: expected 'file_name' and one of {', '.join(CAPTION_KEYS)}")
+                raise UserError(f"{row.origin}: expected 'file_name' and one of {', '.join(tables.PROMPT_KEYS)}")
             captions.append((Path(name.replace("\\", "/")), texts[0]))
     return captions
 

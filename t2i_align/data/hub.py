@@ -80,4 +80,7 @@ def _download_errors(spec: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the Hub's, the connection's and the file system's errors
-        raise UserError(f"{spec}: cannot be downloaded: {str(error).strip().partition(chr(10))[0]}") from error
+        from pipelines.hub import reason  # with diffusers, whose import takes seconds
+
+        name = spec.removeprefix(PREFIX).partition("@")[0]
+        raise UserError(f"{spec}: cannot be downloaded: {reason(f'datasets/{name}', error)}") from error

@@ -6,8 +6,9 @@ JSON Lines with paths is one of them:
     {"prompt": "a red fox", "images": ["a.png", "b.png", "c.png"], "scores": [3, 1, 2]}
     {"prompt": "a red fox runs", "videos": ["a.mp4", "folder of frames"], "scores": [1, 0]}
 
-Optional keys are "id" and those of `schema.COLUMNS`; others are left alone. Paths are relative to the file's own folder
-and may not leave it.
+`caption` or `text` may stand for `prompt`, and `winner`, `loser` and the like for `chosen`, `rejected`. Optional keys
+are "id" and those of `schema.COLUMNS`; others are left alone. Paths are relative to the file's own folder (or
+`data.root`) and may not leave it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,25 @@ from dataclasses import replace
 
 from t2i_align.data import tables
 from t2i_align.data.columns import Columns
+from t2i_align.data.tables import PROMPT_KEYS
 
 # Layouts that are recognised by the kind of file, so that the errors of such a file name what is expected.
 KINDS = {"jsonl": tables.JSON, "webdataset": (".tar",), "pickapic": (".parquet",)}
 
 PAIRS = Columns(candidates=["chosen", "rejected"], best_first=True, id="id", own_names=True)
 RANKINGS = Columns(candidates="images", scores="scores", id="id", own_names=True)
+CLIPS = replace(RANKINGS, candidates="videos")
+# What other tools call these; found only where the names above are not, which alone are in messages.
+OTHER_PAIRS = [replace(PAIRS, candidates=[*names]) for names in (
+    ("winner", "loser"), ("win", "lose"), ("image_w", "image_l"), ("chosen_image", "rejected_image"),
+    ("preferred", "rejected"), ("good", "bad"),
+)]  # fmt: skip
+OTHERS = [
+    replace(columns, prompt=prompt)
+    for prompt in PROMPT_KEYS
+    for columns in (PAIRS, *OTHER_PAIRS, CLIPS, RANKINGS)
+    if prompt != "prompt" or columns in OTHER_PAIRS
+]
 # Pick-a-Pic v1 and v2 (arXiv 2305.01569): a label of 1 is the preferred image, 0.5 and 0.5 a tie. With `caption_0` and
 # `caption_1` it is Pick-Double-Caption (arXiv 2502.06023), whose authors publish no list of columns.
 PICKAPIC = Columns(
@@ -56,8 +70,8 @@ PUBLISHED: dict[str, Sequence[Columns]] = {
     "rapidata": [RAPIDATA, replace(RAPIDATA, votes=["votes_image1", "votes_image2"])],
     # One person's choice between two per row, as the demo writes them.
     "demo": [Columns(candidates=["left", "right"], winner="vote", id="id", own_names=True)],
-    "pairs": [PAIRS, RANKINGS],
-    "jsonl": [PAIRS, replace(RANKINGS, candidates="videos"), RANKINGS],
+    "pairs": [PAIRS, RANKINGS, *OTHERS],
+    "jsonl": [PAIRS, CLIPS, RANKINGS, *OTHERS],
     # Samples with images `chosen` and `rejected`, or any with `winner`, `scores`, or `label_0` and so on.
     "webdataset": [
         replace(PAIRS, id=None),

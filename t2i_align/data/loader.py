@@ -10,8 +10,6 @@ import signal
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +22,14 @@ from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
 from t2i_align.data.encode import Latents, bucket_sizes
+from t2i_align.data.flips import flipped, warn_of_sides
 from t2i_align.data.media import CROP, MediaSize, time_ids
+from t2i_align.data.order import micro_batches, steps
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning
 from t2i_align.data.segments import by_latent_frame
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
 from t2i_align.data.survey import Selection, Survey, counted
 from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
-from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
 from t2i_align.utils.files import differences
@@ -101,6 +100,10 @@ class PreferenceDataset(Dataset[Item]):
         """A micro-batch on its device, in float32; on the fly, this is where it is encoded."""
 
     @abstractmethod
+    def some_prompts(self, count: int) -> list[str]:
+        """So many different prompts of the groups, if there are as many; always the same."""
+
+    @abstractmethod
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         """The empty prompt's conditioning, [1, ...], float32."""
 
@@ -166,6 +169,12 @@ class PreparedDataset(PreferenceDataset):
         batch = Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
         return self.users.attached(batch) if self.users else batch
 
+    def some_prompts(self, count: int) -> list[str]:
+        texts = list(dict.fromkeys(self.store.index["prompt"][number].as_py() for number in self.numbers))
+        evenly = [texts[place * len(texts) // min(count, len(texts))] for place in range(min(count, len(texts)))]
+        places = [self.store.locate(text, TEXTS) for text in evenly]
+        return [columns["text"][row].as_py() for columns, row in places]
+
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         conditioning: Conditioning = widened(self._conditioning([0]), device)
         return conditioning
@@ -189,44 +198,6 @@ class PreparedDataset(PreferenceDataset):
 
 def _joined(parts: Sequence[Any], dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.frombuffer(bytearray().join(parts), dtype=dtype).reshape(shape)
-
-
-def steps(
-    numbers: np.ndarray, buckets: np.ndarray | None = None, *, seed: int, size: int, start: int = 0
-) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless. buckets: of each group.
-
-    An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
-    `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
-    """
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch).numpy())
-
-    def at(position: int) -> tuple[tuple[int, int], int]:
-        epoch, place = divmod(position, len(numbers))
-        index = order(epoch)[place]
-        return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
-
-    if buckets is None or (buckets == buckets[0]).all():
-        for step in count(start):
-            yield [at(position)[0] for position in range(step * size, (step + 1) * size)]
-    waiting: dict[int, list[tuple[int, int]]] = {}
-    for position in count():
-        group, bucket = at(position)
-        waiting.setdefault(bucket, []).append(group)
-        if len(waiting[bucket]) == size:
-            ready = waiting.pop(bucket)
-            if start == 0:
-                yield ready
-            start = max(0, start - 1)
-
-
-def micro_batches(
-    ordered: Iterator[list[Any]], batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
-) -> Iterator[list[Any]]:
-    """Each step's positions, cut for a process; see `PreferenceDataset.loader`."""
-    for step in ordered:
-        for micro in range(accumulate):
-            yield step[(micro * world + rank) * batch_size :][:batch_size]
 
 
 def open_dataset(
@@ -255,7 +226,6 @@ def open_dataset(
         PipelineError: a size that the model cannot take.
     """
     wanted = MediaSize(*size, frames, data.fps)
-    selection = Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
     if not data.path.startswith("testbed:") and is_store(Path(data.path)):
         if data.annotations:
             raise UserError(
@@ -270,18 +240,18 @@ def open_dataset(
         if differing := differences(stored, expected):
             raise UserError(f"{data.path}: this cache does not fit model {model.path}: {'; '.join(differing)}")
         return choose(store, needs, data)
-    annotations = Annotations.load(data.annotations) if data.annotations else NONE
     if data.stream or not data.cache:
         from t2i_align.data.stream import open_stream  # which builds on this module
 
+        annotations = Annotations.load(data.annotations) if data.annotations else NONE
+        selection = selection_of(data, needs)
         return open_stream(data, needs, pipeline, encoder_fingerprint(), wanted, selection, annotations, cache_root)
-    path = readers.resolve(data.path)
-    format = readers.detect(path, data.format)
-    survey = readers.survey(path, format, annotations, selection)
+    path, format, annotations, survey = examined(data, needs)
     fingerprint = {
         **source_fingerprint(survey, format, data.annotations),
         **wanted._asdict(),
         "buckets": data.buckets,
+        **({"flip": True} if data.flip else {}),
         "crop": CROP,
         "dtype": "float16",
         "encoders": encoder_fingerprint(),
@@ -293,9 +263,40 @@ def open_dataset(
         encoder = Latents(pipeline(), sizes, frames, data.fps, data.encode_batch, survey.texts_per_group)
         warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
-        write(readers.read(path, format, annotations), encoder, folder, fingerprint=fingerprint, total=survey.rows,
-              selection=selection, progress=progress)  # fmt: skip
+        items, total = readers.read(path, format, annotations), survey.rows
+        if data.flip:
+            if frames is not None:
+                raise UserError("data.flip is for images")
+            warn_of_sides(survey.texts)
+            items, total = flipped(items), 2 * total
+        write(items, encoder, folder, fingerprint=fingerprint, total=total, selection=survey.selection,
+              progress=progress)  # fmt: skip
     return choose(Store(folder), needs, data)
+
+
+def selection_of(data: DataConfig, needs: Requirements) -> Selection:
+    """Which groups of the data the objective learns from."""
+    return Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
+
+
+def examined(data: DataConfig, needs: Requirements) -> tuple[Path, str, Annotations, Survey]:
+    """The source's path, its format, its annotations and what it holds.
+
+    Raises:
+        UserError: nothing there, of no known format, or broken.
+    """
+    annotations = Annotations.load(data.annotations) if data.annotations else NONE
+    path = readers.resolve(data.path)
+    format = readers.detect(path, data.format)
+    return path, format, annotations, readers.survey(path, format, annotations, selection_of(data, needs))
+
+
+def check_source(data: DataConfig, needs: Requirements) -> None:
+    """Raise UserError where the objective cannot learn from a source, as opening it would, but without a model."""
+    if data.stream or (not data.path.startswith("testbed:") and is_store(Path(data.path))):
+        return  # a stream is looked at as it is opened, and a cache was
+    *_, survey = examined(data, needs)
+    needs.check(survey, data.path, alike=data.limit is None)
 
 
 def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.loader import open_dataset
 from t2i_align.data.schema import Batch
+from t2i_align.data.spec import is_spec
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -63,6 +65,20 @@ def source_path(data: Data, folder: Path) -> str:
     with atomic_file(file) as temporary:
         temporary.write_bytes(content.getbuffer())
     return str(file)
+
+
+def with_root(data: DataConfig, folder: Path) -> DataConfig:
+    """The same data, described by a dataset spec in `folder` where they have a `root`.
+
+    Raises:
+        UserError: a dataset spec, which has a `root` of its own.
+    """
+    if data.root is None:
+        return data
+    if is_spec(Path(data.path)):
+        raise UserError(f"data.root: {data.path} is a dataset spec; give `root` in it instead")
+    described = {"path": data.path, "format": data.format, "root": str(Path(data.root).absolute())}
+    return replace(data, path=source_path(described, folder), format="auto", root=None)
 
 
 def _row(row: Any, where: str) -> dict[str, Any]:

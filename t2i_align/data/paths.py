@@ -66,7 +66,10 @@ def inside(root: Path, name: str, origin: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a symlink loop, a null byte
         raise UserError(f"{origin}: {shown(name)} is not a usable path: {error}") from error
     if not path.is_relative_to(base):
-        raise UserError(f"{origin}: {shown(name)} leads outside {base}; images must lie in that folder")
+        raise UserError(
+            f"{origin}: {shown(name)} leads outside {base}. Name the folder in which all "
+            "images lie as data.root, or as `root` in a dataset spec"
+        )
     return path
 
 

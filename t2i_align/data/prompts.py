@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from t2i_align.data import readers
-from t2i_align.data.loader import Item, PreferenceDataset, steps
+from t2i_align.data.loader import Item, PreferenceDataset
+from t2i_align.data.order import steps
 from t2i_align.data.schema import Batch, Conditioning, Group
 from t2i_align.data.survey import Survey
 from t2i_align.data.texts import widened
@@ -57,6 +58,9 @@ class PromptDataset(PreferenceDataset):
             conditioning=widened(dict(self.pipeline.encode_prompts(item["prompts"])), device),
             prompts=tuple(item["prompts"]),
         )
+
+    def some_prompts(self, count: int) -> list[str]:
+        return list(self.prompts[:count])
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         conditioning: Conditioning = widened(dict(self.pipeline.encode_prompts([""])), device)

@@ -11,8 +11,6 @@ Groups come best first, ids are unique, prompts are usable text.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -26,8 +24,8 @@ from t2i_align import plugins
 from t2i_align.data import columns, folders, hub, shards, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns
+from t2i_align.data.identity import Contents
 from t2i_align.data.layouts import KINDS, PUBLISHED
-from t2i_align.data.media import frame_files
 from t2i_align.data.paths import exists
 from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
@@ -36,7 +34,6 @@ from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
-CONTENT_HASHED_UP_TO = 256 << 20  # bytes
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -91,8 +88,13 @@ def _maps(name: str, path: Path) -> Sequence[Columns]:
 
 def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
     description, source = spec.load(path)
+    root = {"folder": str((path.parent / description.root).resolve())} if description.root else {}
+
+    def rooted(maps: Sequence[Columns]) -> Sequence[Columns]:
+        return [replace(columns, **root) for columns in maps]  # type: ignore[arg-type]
+
     if (own := description.columns) is not None:
-        return description, source, _table(lambda path: [own], split=description.split)
+        return description, source, _table(lambda path: rooted([own]), split=description.split)
     if not plugins.has_run(description.format):
         raise UserError(
             f"{path}: format: a dataset spec may come with data from anywhere and runs no code. To use "
@@ -100,7 +102,9 @@ def _described(path: Path) -> tuple[spec.DatasetSpec, Path, Reader]:
         )
     name = detect(source, description.format)
     if name in PUBLISHED:
-        return description, source, _table(partial(_maps, name), split=description.split)
+        return description, source, _table(lambda path: rooted(_maps(name, path)), split=description.split)
+    if description.root is not None:
+        raise UserError(f"{path}: root: {source} is no table with paths")
     if description.split != TRAIN:
         raise UserError(f"{path}: split: {source} is no table in several files, of which one could be chosen")
     return description, source, reader_of(name)
@@ -139,10 +143,9 @@ READERS: dict[str, Reader] = {
 def register(
     name: str, *, detects: Callable[[Path], bool] = lambda path: False, outline: Read | None = None
 ) -> Callable[[Read], Read]:
-    """Make a reading function known under `name`.
+    """Make a reading function known under `name`. Raises UserError where another one has that name.
 
-    detects: whether a path looks like this format. outline: gives the same items with images left out, where reading
-    them is costly. Raises UserError where another one has that name.
+    detects: whether a path looks like this format. outline: the same items without images that are costly to read.
     """
 
     def add(function: Read) -> Read:
@@ -309,7 +312,7 @@ def survey(
     source = resolve(path)
     format = detect(source, format)
     unmatched = dict.fromkeys(annotations.entries)
-    result, contents = Survey(selection), _Contents()
+    result, contents = Survey(selection), Contents()
     for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part,
                      seen=contents.add):  # fmt: skip
         unmatched.pop(item.id, None)
@@ -322,29 +325,3 @@ def survey(
         logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
                        path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
     return result
-
-
-class _Contents:
-    """A hash of groups and their images; beyond CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
-
-    embedded: whether images lie in the source's own files, which then count instead.
-    """
-
-    def __init__(self) -> None:
-        self.digest, self.hashed, self.embedded = hashlib.sha256(), 0, False
-
-    def add(self, group: Group) -> None:
-        paths = [media for media in group.candidates if isinstance(media, Path)]
-        self.embedded |= len(paths) < len(group.candidates)
-        names = [os.fsencode(media.name).hex() for media in paths]
-        row = [group.id, group.prompt, group.scores, dict(group.columns), names]
-        self.digest.update(json.dumps(row, sort_keys=True).encode())
-        for media in paths:
-            for file in frame_files(media) if media.is_dir() else [media]:
-                self.add_file(file)
-
-    def add_file(self, file: Path) -> None:
-        stat = file.stat()
-        self.hashed += stat.st_size
-        large = f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-        self.digest.update(large if self.hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())

@@ -2,6 +2,7 @@
 
     path: votes.csv                  # relative to this file, or hub:owner/name
     format: auto
+    root: /mnt/images                # paths are relative to it, or below it; default: the folder of the table
     columns: {candidates: [left, right], votes: [votes_left, votes_right], prompt: text}
     pairs: all                       # every pair of a ranking is a group of its own
     ties: false                      # groups without a preference are skipped
@@ -34,7 +35,7 @@ from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, shown, unknown
-from t2i_align.utils.settings import Bool, Float, Int, build, read_yaml, settings
+from t2i_align.utils.settings import Bool, Float, Int, UserPath, build, read_yaml, settings
 
 # What `columns` of a file may name beside optional columns. Other fields of Columns are for readers of fixed layouts.
 COLUMN_KEYS = {f.name for f in fields(Columns)} - {"columns", "id_if_unique", "own_names"}
@@ -89,6 +90,7 @@ class DatasetSpec:
 
     path: str
     format: str = "auto"
+    root: UserPath | None = None
     columns: Columns | None = None
     pairs: Literal["all", "best_worst"] | None = None
     ties: Bool = True

@@ -34,7 +34,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from t2i_align.data.encode import Encoder, Row
 from t2i_align.data.schema import COLUMNS, PLAIN_SCORES, Group, Skipped
@@ -43,6 +42,7 @@ from t2i_align.data.texts import Texts
 from t2i_align.errors import UserError
 from t2i_align.utils.arrow import intact, read_table, sha256, write_table
 from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, locked, write_json, write_text
+from t2i_align.utils.progress import progress_bar
 
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
@@ -85,7 +85,7 @@ def write(
     except OSError as error:
         raise UserError(f"{out}: cannot be used as the folder for prepared data: {error}") from error
     lock = FileLock(out / LOCK)
-    with tqdm(total=total, desc="encode", unit="row", disable=not progress) as bar, _full_disk_reported(out):
+    with progress_bar(total=total, desc="encode", unit="row", disable=not progress) as bar, _full_disk_reported(out):
         with locked(lock):
             claim(out / FINGERPRINT, fingerprint, content="prepared data", advice="choose another folder")
         # A limit counts groups from the first row on: then one process writes, and the others wait.

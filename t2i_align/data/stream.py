@@ -214,6 +214,15 @@ class Stream(PreferenceDataset):
             **widened(encode_fields(self.pipeline.encode_prompts, item["prompts"], item["columns"]), device),
         )
 
+    def some_prompts(self, count: int) -> list[str]:
+        groups = filter(self._accepts, self.shards.items(0, images=False))
+        distinct: dict[str, None] = {}
+        for group in groups:
+            distinct[group.prompt] = None
+            if len(distinct) == count:
+                break
+        return list(distinct)
+
     def empty_conditioning(self, device: torch.device) -> Conditioning:
         conditioning: Conditioning = widened(dict(self.pipeline.encode_prompts([""])), device)
         return conditioning

@@ -1,4 +1,4 @@
-"""Rows of tables of any kind: JSON Lines and .json lists, CSV and TSV, parquet, webdataset shards."""
+"""Rows of tables of any kind: JSON Lines and .json lists, CSV and TSV, parquet, Excel, webdataset shards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,11 @@ from t2i_align.errors import UserError
 from t2i_align.utils.files import as_object, parse_json
 
 JSON, CSV = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
-SUFFIXES = (*JSON, *CSV, *shards.SHARDED)
+WITH_HEADER = (*CSV, ".parquet", ".xlsx")
+SUFFIXES = (*JSON, *CSV, ".xlsx", *shards.SHARDED)
+DELIMITERS = ",;\t"  # spreadsheets of half of Europe write semicolons into a .csv
 ROWS_AT_ONCE = 32  # images of so many rows are held in memory
+PROMPT_KEYS = ("prompt", "caption", "text")  # what prompts are called, in this order
 MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not swallow a file of any size
 ENTRY = "an object with keys such as 'prompt'"
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python has no value for
@@ -44,6 +48,8 @@ def _columns(file: Path, changed: int) -> tuple[str, ...]:
     if kind(file) in CSV:
         with _csv_reader(file) as (header, _):
             return tuple(header)
+    if kind(file) == ".xlsx":
+        return tuple(next(_sheet(file)))
     first = next((row for row in _rows(file, file.name, None, images=False) if isinstance(row, Row)), None)
     return tuple(first.values) if first else ()
 
@@ -81,6 +87,10 @@ def _rows(file: Path, name: str, names: Sequence[str] | None, images: bool) -> I
         yield from webdataset.samples(file, name, images)
     elif kind(file) in CSV:
         yield from _csv_rows(file, name)
+    elif kind(file) == ".xlsx":
+        header, *lines = _sheet(file)
+        for number, line in enumerate(lines):
+            yield Row(f"{name}:{number}", f"{file}, row {number}", dict(zip(header, line, strict=True)))
     elif kind(file) == ".parquet":
         yield from _parquet_rows(file, name, names, images)
     elif kind(file) in JSON:
@@ -128,8 +138,11 @@ def _csv_reader(file: Path) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
     """The columns of a CSV or TSV file and a reader of its rows; what cannot be read is an error with file and line."""
     csv.field_size_limit(MAX_FIELD)
     with open(file, newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream, delimiter="\t" if kind(file) == ".tsv" else ",", strict=True)
+        reader = csv.reader(stream, strict=True)
         try:
+            delimiter = delimiter_of(file, stream.readline())
+            stream.seek(0)
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
             if not (header := next(reader, [])):
                 raise UserError(f"{file}: the file is empty; expected a first line with the columns' names")
             _check_distinct(file, header)
@@ -138,6 +151,37 @@ def _csv_reader(file: Path) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
             raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
         except csv.Error as error:
             raise UserError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from error
+
+
+def delimiter_of(file: Path, header: str) -> str:
+    """What separates the columns of a CSV or TSV file: of a .csv, that of DELIMITERS which its header has most of."""
+    return "\t" if kind(file) == ".tsv" else max(DELIMITERS, key=header.count)
+
+
+def _sheet(file: Path) -> Iterator[list[Any]]:
+    """The header and the rows of an Excel file's active sheet, without empty rows.
+
+    Raises:
+        UserError: openpyxl is not installed, or this is no Excel file, is empty, or has columns without a name.
+    """
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise UserError(f"{file}: Excel files need openpyxl: pip install 't2i-align[xlsx]'") from error
+    _check_not_empty(file)
+    try:
+        sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).active
+    except Exception as error:  # zipfile, xml and openpyxl each raise their own
+        raise UserError(f"{file}: not a readable Excel file (damaged?): {error}") from error
+    lines = (list(line) for line in (sheet.iter_rows(values_only=True) if sheet else ()))
+    filled = (line for line in lines if any(value is not None for value in line))
+    header = [str(name).strip() for name in next(filled, []) if name is not None]
+    if not header:
+        raise UserError(f"{file}: its active sheet is empty; expected a first row with the columns' names")
+    _check_distinct(file, header)
+    yield header
+    for line in filled:
+        yield (line + [None] * len(header))[: len(header)]
 
 
 def _check_not_empty(file: Path) -> None:

@@ -64,8 +64,23 @@ class Noised:
         The reference runs first: its memory is free again before the policy's activations take theirs.
         """
         with torch.no_grad():
-            ref_err = self.errors(reference)
+            ref_err = stored_errors(reference)
+            if ref_err is None:
+                ref_err = keep_errors(reference, self.errors(reference))
         return self.errors(policy), ref_err
+
+
+def stored_errors(reference: Model) -> Tensor | None:
+    """The reference's errors on the batch, [B, k], where an earlier run has stored them (`train.store_reference`)."""
+    stored: Tensor | None = getattr(reference, "stored", None)
+    return stored
+
+
+def keep_errors(reference: Model, errors: Tensor) -> Tensor:
+    """The errors [B, k] that were computed, which a reference that stores them keeps."""
+    if (keep := getattr(reference, "keep", None)) is not None:
+        keep(errors)
+    return errors
 
 
 def squared_error(residuals: Tensor, reduction: Reduction = "mean") -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from t2i_align.config import ModelConfig
 from t2i_align.data.loader import digest as digest_of
@@ -19,12 +18,13 @@ from t2i_align.data.spec import normalise
 from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
-from t2i_align.evaluation.sides import WORK, Row, columns, measure
+from t2i_align.evaluation.sides import WORK, Row, columns, measure, write_lists
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
-from t2i_align.inference.generate import TOTAL, sample_seed
+from t2i_align.inference.generate import LIST, TOTAL, sample_seed
 from t2i_align.inference.models import (
     Aligned,
     adapter_on,
+    is_checkpoint,
     load_pipeline,
     resolve_aligned,
     resolve_base,
@@ -34,12 +34,13 @@ from t2i_align.inference.options import build_scorers, check_options, resolve_pr
 from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
 from t2i_align.utils.logging import silent
+from t2i_align.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from reward_scorers import Scorer
 
-RESULT, PAIRS, REPORT = "result.json", "pairs.jsonl", "report.html"
+RESULT, PAIRS, REPORT, SAMPLES = "result.json", "pairs.jsonl", "report.html", "samples"
 
 
 @silent
@@ -73,6 +74,7 @@ def evaluate(
     segments: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
+    save_samples: bool = False,
     force: bool = False,
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
@@ -85,8 +87,8 @@ def evaluate(
 
     Args:
         base: path, Hub id, `testbed:sd`, or a loaded pipeline; None: the base of the training run `aligned` is from.
-        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run), or another model, which
-            may be a loaded pipeline.
+        aligned: a LoRA for the base (file, folder, Hub id, or the folder of a training run or of a step of it), or
+            another model, which may be a loaded pipeline.
         scorers: their specs, or scorers; the first one gives the headline.
         out: folder for the result and the report.
         seeds_per_prompt: pairs per prompt. The intervals resample prompts, whatever this is.
@@ -97,6 +99,7 @@ def evaluate(
         images: pairs in the report: half of them drawn at random, the others the largest wins and losses.
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
             any; the same for variant, single_file_config, expert, prediction_type and segments).
+        save_samples: also keep all samples, in `samples/base` and `samples/aligned`, for `score` with other scorers.
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -127,7 +130,7 @@ def evaluate(
         raise UserError("segments: only for models that are given by their paths; a loaded pipeline has its own way")
     model = None if loaded else resolve_base(base, other, segments, **version)  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    _check_free(folder, force)
+    _check_free(folder, force, save_samples)
     judges = build_scorers(scorers)
     margins = _margins(judges, tie_margin, ties)
     try:
@@ -140,7 +143,8 @@ def evaluate(
     if not isinstance(aligned, str | Path):
         _check_media(pipeline.video, aligned.video, aligned.source)
     elif other.kind == "model":
-        if (family := pipelines.family_of(resolve_model(other.path))) is not None:
+        whole_path = resolve_base(None, other).path if is_checkpoint(other.path) else other.path
+        if (family := pipelines.family_of(resolve_model(whole_path))) is not None:
             _check_media(pipeline.video, family.video, other.path)
     else:
         # Put it on and take it off again: one that does not fit should fail before the base has been sampled.
@@ -166,13 +170,14 @@ def evaluate(
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     decisive += [served.recorded] if served else []
+    decisive += [SAMPLES] if save_samples else []
     adapter = None if other.kind == "model" else digest(Path(other.path))
-    with output_lock(folder), tqdm(total=2 * len(rows), unit="img", disable=not progress) as bar:
-        _check_free(folder, force)  # another run may have come and gone since the first check
+    with output_lock(folder), progress_bar(total=2 * len(rows), unit="img", disable=not progress) as bar:
+        _check_free(folder, force, save_samples)  # another run may have come and gone since the first check
         work = folder / f"{WORK}{digest_of(decisive)}"
         work.mkdir(exist_ok=True)
         what: Any = {"rows": rows, "scorers": judges, "work": work, "bar": bar, "batch_size": batch_size, "fps": fps}
-        what |= sampling
+        what |= sampling | {"saved": work / SAMPLES if save_samples else None}
         weights = digest_of_tensors(pipeline.denoiser.state_dict())
         before = measure("base", pipeline, weights, **what, autocast=autocast)
         if adapter:
@@ -224,6 +229,11 @@ def evaluate(
         scores = {scorer.name: _compared(scorer, rows, before, after, margins[scorer.name], ties) for scorer in judges}
         result = Evaluation(out=folder, scorers=scores, settings=recorded)
         report = render(result.to_json(), rows, work, images)
+        if _are_samples(folder / SAMPLES):  # of the evaluation that is replaced
+            shutil.rmtree(folder / SAMPLES)
+        if save_samples:
+            write_lists(work / SAMPLES, rows)
+            (work / SAMPLES).rename(folder / SAMPLES)
         write_files(folder, {REPORT: report, PAIRS: json_lines(rows), RESULT: json_text(result.to_json())})
         for unfinished in folder.glob(f"{WORK}*"):
             shutil.rmtree(unfinished)
@@ -268,9 +278,16 @@ def _margins(scorers: Sequence[Scorer], given: float | Mapping[str, float] | Non
     return margins
 
 
-def _check_free(folder: Path, force: bool) -> None:
+def _check_free(folder: Path, force: bool, save_samples: bool) -> None:
     """Raise UserError unless the folder has no finished evaluation yet, or one to be replaced."""
+    if save_samples and (folder / SAMPLES).exists() and not _are_samples(folder / SAMPLES):
+        raise UserError(f"{folder / SAMPLES}: is not of an evaluation; move it, or choose another folder")
     if holds(folder, "evaluation", REPORT):
         check_own("evaluate", *(folder / name for name in (REPORT, PAIRS, RESULT)))
         if (folder / RESULT).is_file() and not force:  # else it was killed
             raise UserError(f"{folder}: holds an evaluation; choose another folder, or force (--force) to replace it")
+
+
+def _are_samples(folder: Path) -> bool:
+    """Whether an evaluation wrote these samples."""
+    return all((folder / side / LIST).is_file() for side in ("base", "aligned"))

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from t2i_align.data.media import save_clip
 from t2i_align.evaluation.report import keep
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import Sample, in_background, judge, sample
+from t2i_align.inference.generate import LIST, Sample, in_background, judge, sample, save_image
 from t2i_align.inference.options import memory_for
-from t2i_align.utils.files import WRITING, append_line, whole_lines
+from t2i_align.utils.files import WRITING, append_line, json_lines, whole_lines, write_text
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -42,13 +43,14 @@ def measure(
     *,
     batch_size: int,
     fps: float,
+    saved: Path | None = None,
     **options: Any,
 ) -> list[Row]:
     """The sha256 of each row's sample and its scores; what an earlier attempt has done is taken from its file.
 
     Args:
         side: "base" or "aligned". weights: what identifies its weights.
-        work: folder for these numbers and the report's images.
+        work: folder for these numbers and the report's images. saved: for the samples themselves, if they are kept.
         options: of `sample`.
     """
     file = work / f"{side}-{weights}.jsonl"
@@ -61,6 +63,8 @@ def measure(
     def store(start: int, samples: Sequence[Sample], records: Sequence[Row]) -> None:
         for row, one in enumerate(samples, start):
             keep(one, work, side, row, fps)
+            if saved:
+                save_sample(one, saved / side, row, fps)
         append_line(file, *records)  # after its images
 
     with in_background() as run, memory_for(batch_size):
@@ -78,6 +82,23 @@ def measure(
             done += new
             bar.update(len(part))
     return done
+
+
+def save_sample(sample: Sample, folder: Path, row: int, fps: float) -> None:
+    """Write a sample as `generate` does, numbered by its row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(sample, Tensor):
+        save_clip(sample, folder / f"{row:05d}.mp4", fps)
+    else:
+        save_image(sample, folder / f"{row:05d}.png")
+
+
+def write_lists(samples: Path, rows: Sequence[Row]) -> None:
+    """Write each side's samples.jsonl, which `score` reads, beside its samples."""
+    for folder in samples.iterdir():
+        files = {int(file.stem): file.name for file in folder.iterdir()}
+        lines = [{"prompt": row["prompt"], "seed": row["seed"], "file": files[i]} for i, row in enumerate(rows)]
+        write_text(folder / LIST, json_lines(lines))
 
 
 def _sha256(sample: Sample) -> str:

@@ -24,7 +24,7 @@ def export_lora(
     """Write a LoRA to the file `out`; returns that.
 
     Args:
-        lora: training run, or a LoRA's file, folder or Hub id.
+        lora: training run or a step of it (as in `checkpoints/`), or a LoRA's file, folder or Hub id.
         out: file to write, ending in `.safetensors`.
         format: naming of its tensors: `comfyui` (of SD and SDXL kohya's), `kohya` or `diffusers`.
         precision: of its tensors; fp16 and bf16 halve the file.
@@ -36,7 +36,8 @@ def export_lora(
     """
     adapter = resolve_adapter(lora)
     if adapter.kind != "lora":
-        raise UserError(f"{lora}: these are soft tokens, which no other tool reads")
+        what = {"soft_tokens": "soft tokens", "personal": "a personal branch (a LoRA beside it is a file of its own)"}
+        raise UserError(f"{lora}: this is {what[adapter.kind]}, which no other tool reads")
     file = Path(out).expanduser()
     if file.suffix != LORA_ENDING or file.exists():
         problem = "exists already" if file.exists() else f"does not end in {LORA_ENDING}"

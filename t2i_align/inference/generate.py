@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from tqdm.auto import tqdm
 
 from t2i_align.data.media import save_clip, to_bytes
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter, resolve_base
+from t2i_align.inference.models import adapter_on, load_pipeline, resolve_base, with_base
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 from t2i_align.utils.logging import silent
+from t2i_align.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -125,12 +125,13 @@ def generate(
     so an interrupted run leaves a usable shorter list.
 
     Args:
-        model: diffusers folder, single file, Hub id, `testbed:sd`, or a loaded pipeline.
+        model: diffusers folder, single file, Hub id, `testbed:sd`, a loaded pipeline, or the folder of a training run
+            or of a step of it, for its base with what it trains.
         prompts: text file with one prompt per line; .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `caption` or
             `text` in each row; `testbed:test`; or a list.
         out: folder for the samples and their list.
         prompt: further single prompts, after those.
-        lora: LoRA to put on the model: file, folder, training run or Hub id.
+        lora: LoRA to put on the model: file, folder, Hub id, training run, or a step of it, as in `checkpoints/`.
         lora_scale: strength of the LoRA.
         user: file of a person's choices (pairs of images, as data for training), for whom `lora`, a run with a personal
             branch, makes the images (default: for nobody).
@@ -167,7 +168,8 @@ def generate(
     counts = {"steps": steps, "height": height, "width": width, "frames": frames, "batch_size": batch_size}
     counts["segments"] = segments
     check_options(precision, fps, per_prompt=per_prompt, **counts)
-    adapter = None if lora is None else resolve_adapter(lora)
+    run_or_model = model if isinstance(model, str | Path) else None
+    base_path, adapter = with_base(run_or_model, lora)
     served = resolve_user(adapter, user, users, user_scale)
     folder, autocast = None if out is None else Path(out).expanduser(), None
     if folder is not None:
@@ -175,7 +177,7 @@ def generate(
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
-        base = resolve_base(model, adapter, segments, **version)
+        base = resolve_base(base_path, adapter, segments, **version)
         pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
         columns |= {"segments": base.segments.tokens} if base.segments else {}
@@ -187,18 +189,21 @@ def generate(
     rows = [(text, sample_seed(seed, i, k)) for i, text in enumerate(texts) for k in range(per_prompt)]
     steps, guidance, batch_size = pipeline.sampling(steps, guidance, batch_size)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
-    columns |= {"lora": lora and str(lora), "lora_scale": lora and lora_scale, **options}
+    columns |= {"lora": adapter and str(lora or model), "lora_scale": adapter and lora_scale, **options}
     columns |= served.recorded if served else {}
-    options |= {"height": height, "width": width, "frames": frames, "autocast": autocast}
+    size = {"height": height, "width": width, "frames": frames}
+    columns |= {**size, "precision": precision}
+    options |= {**size, "autocast": autocast}
     if pipeline.video:
         columns["fps"] = fps = fps or pipeline.fps
     ending = "" if format == "frames" else f".{format}"
-    drawn = _drawn(pipeline, rows, batch_size, progress, options)
     if folder is None:
         with adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
+            drawn = _drawn(pipeline, rows, 0, batch_size, progress, options)
             return [item for _, _, samples in drawn for item in samples]
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
         earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
+        done = 0 if force else _done(folder, rows, columns)
 
         def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
             for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
@@ -210,7 +215,7 @@ def generate(
                 append_line(folder / LIST, {"prompt": text, "seed": number, "file": file.name, **columns})
 
         with in_background() as run:
-            for start, batch, samples in drawn:
+            for start, batch, samples in _drawn(pipeline, rows, done, batch_size, progress, options):
                 if start == 0:  # with which nothing is wrong that the sampling could show
                     for file in earlier:
                         shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -220,11 +225,16 @@ def generate(
 
 
 def _drawn(
-    pipeline: TrainablePipeline, rows: Sequence[tuple[str, int]], batch_size: int, progress: bool, options: Any
+    pipeline: TrainablePipeline,
+    rows: Sequence[tuple[str, int]],
+    done: int,
+    batch_size: int,
+    progress: bool,
+    options: Any,
 ) -> Iterator[tuple[int, Sequence[tuple[str, int]], list[Sample]]]:
-    """Batch by batch: the number of its first row, its prompts and seeds, and their samples."""
-    with tqdm(total=len(rows), unit="img", disable=not progress) as bar:
-        for start in range(0, len(rows), batch_size):
+    """Batch by batch from row `done` on: the number of its first row, its prompts and seeds, and their samples."""
+    with progress_bar(initial=done, total=len(rows), unit="img", disable=not progress) as bar:
+        for start in range(done, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             texts, seeds = map(list, zip(*batch, strict=True))
             yield start, batch, sample(pipeline, texts, seeds, batch_size=batch_size, **options)
@@ -260,13 +270,14 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
     """The files that an earlier run listed, and one that a kill kept out of its list.
 
     Raises:
-        UserError: the folder is not empty and `force` is not set, or one of the `new` samples would replace a file that
-            is not of such a run.
+        UserError: the folder holds something else than the beginning of `new` samples and `force` is not set, or one of
+            them would replace a file that is not of such a run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; expected a folder")
     names = {file.name for file in folder.iterdir() if file.name[0] != "."} if folder.is_dir() else set()
-    if names and not force:
+    unfinished = LIST in names and len(whole_lines(folder / LIST, repair=False)) < new
+    if names and not (force or unfinished):
         raise UserError(f"{folder}: not empty; choose another folder, or force (--force) to replace its images")
     own: set[str] = set()
     if LIST in names:
@@ -284,3 +295,18 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
 
 def _only_frames(folder: Path) -> bool:
     return all(FRAME.fullmatch(file.name) for file in folder.iterdir())
+
+
+def _done(folder: Path, rows: Sequence[tuple[str, int]], columns: Mapping[str, Any]) -> int:
+    """How many of these samples an interrupted run has left. Raises UserError where it was another one."""
+    listed = whole_lines(folder / LIST)
+    for line, (text, seed) in zip(listed, rows, strict=False):
+        wanted = {"prompt": text, "seed": seed, **columns}
+        other = [name for name, value in wanted.items() if line.get(name) != value]
+        if other or not (folder / str(line["file"])).exists():
+            what = f"with another {other[0]}" if other else f"of which {line['file']} is missing"
+            raise UserError(
+                f"{folder}: not empty: it holds the beginning of a run {what}; choose another folder, or force "
+                "(--force) to replace its images"
+            )
+    return len(listed)

@@ -19,9 +19,10 @@ from t2i_align.conditioning.adapter import ADAPTERS, LORA_FILE, TRAINED, Kind, L
 from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.config import ModelConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.options import TESTBED, bundled, check_options, first_line, pick_device, use_precision
+from t2i_align.inference.options import TESTBED, bundled, check_options, pick_device, use_precision
 from t2i_align.plugins import load as load_plugin
 from t2i_align.plugins import load_installed
+from t2i_align.training import checkpoint
 from t2i_align.training.output import RUN_FILE, read_settings
 from t2i_align.utils.files import read_json
 from t2i_align.utils.settings import build
@@ -54,9 +55,9 @@ def resolve_model(path: str | Path, what: str = "model") -> str:
         return str(bundled(base_path, text))
     local = Path(text).expanduser()
     if local.exists():
-        if (file := local.absolute().parent / RUN_FILE).is_file():
-            _recorded(file)
-        return str(local)
+        if run := _run(local):
+            _recorded(run / RUN_FILE)
+        return _whole(local)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith("/"):
         raise UserError(f"{text}: no such {what}: no such file or folder, and a Hub id has the form owner/name")
     if local.parent.exists():  # a mistyped path rather than the id of a Hub owner with a folder's name
@@ -64,8 +65,36 @@ def resolve_model(path: str | Path, what: str = "model") -> str:
     return text
 
 
+def _whole(local: Path) -> str:
+    """The place of a whole model that is there; of a run, its `model/` or its newest checkpoint.
+
+    Raises:
+        UserError: an adapter, or a run that trains one.
+    """
+    if local.is_file() and local.suffix != LORA_ENDING:
+        return str(local)
+    if local.is_file() or (_is_run(local) and not (local / "model_index.json").is_file()):
+        aligned = resolve_aligned(local)
+        if aligned.kind != "model":
+            what, kind = "a training run" if local.is_dir() else "a file", aligned.kind.replace("_", " ")
+            raise UserError(
+                f"{local}: this is {what} with {'a LoRA' if aligned.kind == 'lora' else kind}, which needs its base "
+                "model; give that as the model, and this as the LoRA (--lora, --aligned, or lora.init to train on)"
+            )
+        return aligned.path
+    return str(local)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run, or of a checkpoint or a kept step."""
+    return (folder / RUN_FILE).is_file() or (checkpoint.run_of(folder) is not None and folder.is_dir())
+
+
 def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
-    """Whether a path or Hub id is an adapter or a whole model; of a run's folder, `lora/`, `soft_tokens/` or `model/`.
+    """Whether a path or Hub id is an adapter or a whole model.
+
+    Of a run's, a checkpoint's or a kept step's folder it is `lora/`, `soft_tokens/` or `model/`; of a run that has none
+    of these its newest checkpoint, and of a checkpoint without any the denoiser in it (see `open_model`).
 
     Raises:
         UserError: nothing there, several, or neither; `what` is the noun in messages.
@@ -82,6 +111,12 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / personal.FILE).is_file():  # a LoRA beside it belongs to it
         return Aligned("personal", str(local / personal.FILE))
     candidates = [local / name for name in TRAINED if (local / name).is_dir()]
+    if not candidates and (local / checkpoint.STATE).is_file() and (run := checkpoint.run_of(local.absolute())):
+        if _recorded(run / RUN_FILE).get("lora") or _recorded(run / RUN_FILE).get("soft_tokens"):
+            raise UserError(f"{path}: nothing is trained yet in this checkpoint; take a later one")
+        return Aligned("model", str(local))
+    if not candidates and (local / RUN_FILE).is_file() and (steps := checkpoint.all_steps(local)):
+        return resolve_aligned(steps[-1])
     if not candidates:
         candidates = [file for file in sorted(local.glob(f"*{LORA_ENDING}")) if _kind_of_file(file) != "model"]
     if not candidates:
@@ -133,10 +168,31 @@ def resolve_base(
 
 def run_of(aligned: Aligned) -> dict[str, Any] | None:
     """The configuration of the training run that left these weights, if one did; its plugins are loaded."""
-    weights = Path(aligned.path)
-    folder = weights.parent if weights.is_file() else weights
-    file = folder.absolute().parent / RUN_FILE
-    return _recorded(file) if folder.name in TRAINED and file.is_file() else None
+    run = _run(Path(aligned.path))
+    return _recorded(run / RUN_FILE) if run else None
+
+
+def _run(weights: Path) -> Path | None:
+    """The folder of the run that left these weights."""
+    folder = (weights.parent if weights.is_file() else weights).absolute()
+    run = checkpoint.run_of(folder) or (folder.parent if folder.name in TRAINED else None)
+    return run if run and (run / RUN_FILE).is_file() else None
+
+
+def with_base(model: str | Path | None, lora: str | Path | None) -> tuple[str | Path | None, Aligned | None]:
+    """A model and the adapter for it, where the model may be a run that trains an adapter: then it is that run's base.
+
+    Raises:
+        UserError: such a run and another adapter.
+    """
+    adapter = None if lora is None else resolve_adapter(lora)
+    if isinstance(model, str | Path) and _is_run(Path(model).expanduser()):
+        trained = resolve_aligned(model)
+        if trained.kind != "model" and adapter:
+            raise UserError(f"{model}: this run has a {trained.kind.replace('_', ' ')} of its own; leave out {lora}")
+        if trained.kind != "model":
+            return None, trained
+    return model, adapter
 
 
 def load_pipeline(
@@ -157,12 +213,27 @@ def open_model(config: ModelConfig, **options: Any) -> TrainablePipeline:
     """The model of a configuration, with its way to encode prompts. options: more of `pipelines.load`."""
     import pipelines
 
+    folder = Path(resolve_model(config.path))
+    if is_checkpoint(folder) and (run := _run(folder)):
+        base = build(ModelConfig, _recorded(run / RUN_FILE)["model"], where=f"{run / RUN_FILE}: model")
+        pipeline = open_model(base, **options)
+        with torch.no_grad():
+            parameters = dict(pipeline.denoiser.named_parameters())
+            for name, tensor in checkpoint.result(folder).items():
+                parameters[name].copy_(tensor)
+        pipeline.source = str(folder)
+        return pipeline
     pipeline = pipelines.load(**checkpoint_options(config), **options)
     if config.segments:
         from t2i_align.conditioning import segments
 
         segments.install(pipeline, config.segments)
     return pipeline
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a model is a checkpoint of a run that trains all of the denoiser's weights."""
+    return (Path(path) / checkpoint.STATE).is_file()
 
 
 def checkpoint_options(config: ModelConfig) -> dict[str, Any]:
@@ -213,6 +284,8 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
     """A Hub repository by the first file that identifies it; a LoRA is fetched, of a model only its index."""
     from transformers.utils import cached_file
 
+    from pipelines.hub import reason
+
     kinds: dict[str, Kind] = {"model_index.json": "model", LORA_FILE: "lora", PEFT_CONFIG: "lora"}
     for name, kind in kinds.items():
         try:
@@ -220,10 +293,10 @@ def _on_the_hub(repository: str, what: str) -> Aligned:
             if name == PEFT_CONFIG:
                 file = cached_file(repository, PEFT_FILE)
         except OSError as error:  # not there, no access, or no connection
-            reason = first_line(error)
+            why = reason(repository, error)
         else:
             return Aligned(kind, repository if kind == "model" else str(file))
-    raise UserError(f"{repository}: no such {what}: no such file or folder, nor on the Hub: {reason}")
+    raise UserError(f"{repository}: no such {what}: no such file or folder, nor on the Hub: {why}")
 
 
 def _check_whole(folder: Path) -> None:

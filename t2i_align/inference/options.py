@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 TESTBED = "testbed:"
 HPSV2 = "hpsv2:"
-PROMPT_KEYS = ("prompt", "caption", "text")
 NO_PROMPTS = (".yaml", ".yml", ".toml", ".xml", ".html")  # endings of text files whose lines are no prompts
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark, 800 prompts each (arXiv 2306.09341)
 # Of frozen weights. `tf32` is float32 whose matrix products NVIDIA GPUs since Ampere round, several times faster.
@@ -36,7 +35,7 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
     """Prompts from a file, `testbed:dev`, `hpsv2:photo`, or a list.
 
     A file is UTF-8 text with one prompt per line (blank lines are skipped); or JSON Lines, a .json list, a .csv, a .tsv
-    or a parquet file: of its objects or columns the first of PROMPT_KEYS, in any case.
+    a parquet or an Excel file: of its objects or columns the first of `tables.PROMPT_KEYS`, in any case.
 
     Raises:
         UserError: no such file, split or style, of another kind, no prompt in it, or an empty one.
@@ -67,7 +66,7 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     """What a prompt file holds: texts, or mappings with a prompt among their values; and how messages name each."""
     kind = file.suffix.lower()
-    if kind == ".parquet":
+    if kind in (".parquet", ".xlsx"):
         yield from ((row.origin, row.values) for row in tables.rows(file) if isinstance(row, tables.Row))
         return
     try:
@@ -75,7 +74,7 @@ def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
     if kind in tables.CSV:
-        header, *rows = _csv_rows(file, text, "\t" if kind == ".tsv" else ",") or [[]]
+        header, *rows = _csv_rows(file, text, tables.delimiter_of(file, text.partition("\n")[0])) or [[]]
         for number, row in enumerate(rows, 1):
             if len(row) != len(header):
                 raise UserError(f"{file}, row {number}: {len(row)} fields, but {len(header)} columns")
@@ -111,8 +110,10 @@ def _csv_rows(file: Path, text: str, delimiter: str, quoting: Literal[0, 3] = cs
 def _prompt(entry: Any, origin: str) -> str:
     if isinstance(entry, Mapping):
         names = {str(name).strip().lower(): name for name in entry}
-        if not (known := [names[key] for key in PROMPT_KEYS if key in names]):
-            raise UserError(f"{origin}: expected one of {', '.join(map(repr, PROMPT_KEYS))}, found {_found(entry)}")
+        if not (known := [names[key] for key in tables.PROMPT_KEYS if key in names]):
+            raise UserError(
+                f"{origin}: expected one of {', '.join(map(repr, tables.PROMPT_KEYS))}, found {_found(entry)}"
+            )
         entry = entry[known[0]]
     if not isinstance(entry, str) or not entry.strip():
         raise UserError(f"{origin}: expected a prompt, found {_found(entry)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from t2i_align.conditioning import personal
 from t2i_align.data import readers
+from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.users import choice, choices_by_user
 from t2i_align.errors import UserError, unknown
@@ -22,6 +24,8 @@ from t2i_align.inference.models import Aligned, run_of
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
     from t2i_align.conditioning.preferences import Embedder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,20 +82,15 @@ def resolve_user(
             an unknown user, weights that are no positive numbers, or several users and no names.
     """
     if user is None and users is None:
+        if adapter is not None and adapter.kind == "personal":
+            logger.warning("%s serves users; without one (user, users) its images are for nobody", adapter.path)
         return None
     if adapter is None or adapter.kind != "personal":
         raise UserError("user: only a run with a personal branch serves users; this model has none")
     if not math.isfinite(scale):
         raise UserError(f"user_scale must be a finite number, found {scale!r}")
     weights = _weights(users) if users is not None else None
-    run = run_of(adapter) if user is None else None
-    if user is None and run is None:
-        raise UserError(
-            "users: there is no run.yaml with the branch that names its training data; give their file (user)"
-        )
-    source = str(user) if user is not None else run["data"]["path"]  # type: ignore[index]
-    # Of the training data some rows may be unusable, of a person's own file none should be.
-    items = (_strict(item) if user is not None else item for item in readers.read(source))
+    source, items = _of_run(adapter) if user is None else (str(user), map(_strict, readers.read(user)))
     choices = choices_by_user(items, source)
     if weights is None and len(choices) > 1:
         raise UserError(
@@ -141,7 +140,17 @@ def _weights(users: str | Mapping[str, float]) -> dict[str, float]:
     return {name: weight / total for name, weight in out.items()}
 
 
+def _of_run(adapter: Aligned) -> tuple[str, Iterator[Group | Skipped]]:
+    """The data that a branch was trained on, of which some rows may be unusable."""
+    if (run := run_of(adapter)) is None:
+        raise UserError("users: no run.yaml beside the branch names its training data; give the users' file (user)")
+    data = run["data"]
+    annotations = Annotations.load(data["annotations"]) if data["annotations"] else NONE
+    return data["path"], readers.read(data["path"], data["format"], annotations)
+
+
 def _strict(item: Group | Skipped) -> Group:
+    """A row of a person's own file, of which none should be unusable."""
     if isinstance(item, Skipped):
         raise UserError(f"{item.origin}: {item.reason}")
     return item

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from t2i_align.data.media import ImageError, SeveralFrames, decode, is_clip, whole_clip
 from t2i_align.data.schema import Group, Media, Skipped
 from t2i_align.inference.generate import TOTAL, Sample, judge
 from t2i_align.inference.options import memory_for
+from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def fill(
         total: number of items. batch: items at a time.
     """
     items = iter(items)
-    with tqdm(total=total, unit="group", desc=table.out.name, disable=not progress) as bar:
+    with progress_bar(total=total, unit="group", desc=table.out.name, disable=not progress) as bar:
         while chunk := list(islice(items, batch)):
             if not all(_is_done(table, item) for item in chunk):
                 groups = Batch([item for item in chunk if isinstance(item, Group)])

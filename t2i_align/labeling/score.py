@@ -18,7 +18,6 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from reward_scorers import ScorerError
 from t2i_align.data import readers, tables
@@ -33,6 +32,7 @@ from t2i_align.inference.options import build_scorers, check_options, memory_for
 from t2i_align.labeling.groups import opened
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.logging import silent
+from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import JSONL, PARQUET, ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def score(
         with (
             torch.no_grad(),
             torch.autocast(torch.device(place).type, dtype, enabled=dtype is not None),
-            tqdm(total=total // processes.world, unit="img", disable=not progress or processes.rank > 0) as bar,
+            progress_bar(total=total // processes.world, unit="img", disable=not progress or processes.rank > 0) as bar,
             ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
         ):
             versions = [(scorer.name, scorer.recorded_version) for scorer in built]

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from tqdm.auto import tqdm
 
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.votes import majority, shares
@@ -37,6 +36,7 @@ from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import claim, json_lines, locked, read_json, write_text
 from t2i_align.utils.logging import silent
+from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import ResumableTable, Row
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class _Work:
         batch_size = sampling["batch_size"] or pipeline.sampling()[2]
         with (
             adapter_on(pipeline, None if whole else aligned),
-            tqdm(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
+            progress_bar(total=len(rows), desc=f"draw {name}", unit="img", disable=not self.progress) as bar,
             in_background() as run,
         ):
             with locked(self.lock):  # refuses other weights under the same name

@@ -165,6 +165,13 @@ class Objective(ABC):
         """
         return dict(state)
 
+    def errors_key(self) -> str | None:
+        """What the reference's errors depend on besides data and seed, for `train.store_reference`.
+
+        None (default) where `step` needs more of the reference than `Noised.errors_against` gives.
+        """
+        return None
+
     def fit_to_data(self, facts: DataStats) -> Self:
         """A copy with unset hyper-parameters estimated from the data (default: self)."""
         return self

@@ -56,7 +56,13 @@ class DenseDPO(DiffusionDPO):
         return super().step(policy, reference, self._chunk(batch, rng), rng)
 
     def compared(
-        self, residuals: Tensor, ref_residuals: Tensor | None, timesteps: Tensor, batch: Batch, rng: SampleRNG
+        self,
+        residuals: Tensor,
+        ref_residuals: Tensor | None,
+        timesteps: Tensor,
+        batch: Batch,
+        rng: SampleRNG,
+        ref_err: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         labels, channels = _labels(batch), batch.latents.shape[2]
 

@@ -33,7 +33,15 @@ from pydantic import Field
 from torch import Tensor
 
 from t2i_align.data.schema import Batch, Model
-from t2i_align.diffusion.noising import Noised, NoiseSharing, Reduction, random_noise, squared_error
+from t2i_align.diffusion.noising import (
+    Noised,
+    NoiseSharing,
+    Reduction,
+    keep_errors,
+    random_noise,
+    squared_error,
+    stored_errors,
+)
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics, Objective, Requirements
@@ -100,19 +108,32 @@ class DiffusionDPO(Objective):
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         batch = self.paired(batch)
         noised = self.noised(policy, reference, batch, rng)
-        ref_residuals = None
+        ref_residuals = ref_err = None
         if self.needs.reference:
             with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
-                ref_residuals = noised.residuals(reference)
+                ref_err = stored_errors(reference)
+                if ref_err is None:
+                    ref_residuals = noised.residuals(reference)
+                    keep_errors(reference, squared_error(ref_residuals, self.reduction))
         timesteps = noised.timesteps.view(len(batch.keys), -1)[:, 0]
-        return self.compared(noised.residuals(policy), ref_residuals, timesteps, batch, rng)
+        return self.compared(noised.residuals(policy), ref_residuals, timesteps, batch, rng, ref_err)
 
     def compared(
-        self, residuals: Tensor, ref_residuals: Tensor | None, timesteps: Tensor, batch: Batch, rng: SampleRNG
+        self,
+        residuals: Tensor,
+        ref_residuals: Tensor | None,
+        timesteps: Tensor,
+        batch: Batch,
+        rng: SampleRNG,
+        ref_err: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Loss and metrics, [B] each, of the winners' and losers' residuals, [B, 2, D], at timesteps [B]."""
+        """Loss and metrics, [B] each, of the winners' and losers' residuals, [B, 2, D], at timesteps [B].
+
+        ref_err: the reference's errors, [B, 2], where these are stored in place of its residuals.
+        """
         err = squared_error(residuals, self.reduction)
-        ref_err = torch.zeros_like(err) if ref_residuals is None else squared_error(ref_residuals, self.reduction)
+        if ref_err is None:
+            ref_err = torch.zeros_like(err) if ref_residuals is None else squared_error(ref_residuals, self.reduction)
         err_w, err_l, ref_err_w, ref_err_l = err[:, 0], err[:, -1], ref_err[:, 0], ref_err[:, -1]
         metrics: Metrics = {}
         if self.guard is not None:
@@ -127,13 +148,22 @@ class DiffusionDPO(Objective):
         h = self.logit(err_w, err_l, ref_err_w, ref_err_l, beta)
         metrics |= preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
         metrics |= by_time("rewards/margins", metrics["rewards/margins"], timesteps)
-        if ref_residuals is None:
+        if not self.needs.reference:
             metrics = {name: value for name, value in metrics.items() if not name.endswith("_minus_reference")}
-        else:
+        if ref_residuals is not None:
             metrics["drift"] = (residuals.detach() - ref_residuals).square().mean((1, 2))
         metrics["rewards/gradient_factor"] = torch.sigmoid(-h.detach())
         loss, more = self.pair_loss(h, batch)
         return loss, metrics | more
+
+    def errors_key(self) -> str | None:
+        cls, own = type(self), DiffusionDPO
+        plain = (cls.step, cls.compared, cls.noised) == (own.step, own.compared, own.noised)
+        if not (self.needs.reference and plain):
+            return None
+        texts = "captions" if "captions" in self.needs.columns else "prompt"
+        pairs = "" if cls.paired == own.paired else f", paired by {cls.__qualname__}"
+        return f"{self.reduction} over {self.noise} noise under the {texts}{pairs}"
 
     # What a method changes -------------------------------------------------------------------------------------------
 

@@ -82,6 +82,9 @@ class DiffusionKTO(Objective):
             metrics[f"error/{side}_minus_reference"] = mean_where((err - ref_err).detach(), mask)
         return loss.mean(1), metrics
 
+    def errors_key(self) -> str | None:
+        return f"mean over {self.noise} noise under the prompt"
+
 
 def mean_where(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the chosen entries of each row, [B]; NaN where there is none."""

@@ -32,6 +32,9 @@ class Listwise(Objective):
         metrics = list_metrics(err.detach(), ref_err, batch.scores, beta=self.beta)
         return self.list_loss(err - ref_err, batch.scores), metrics
 
+    def errors_key(self) -> str | None:
+        return f"mean over {self.noise} noise under the prompt"
+
     @abstractmethod
     def list_loss(self, s: Tensor, scores: Tensor) -> Tensor:
         """Loss of each list, [B], from error differences s = err - ref_err and scores, [B, k]."""

@@ -76,3 +76,6 @@ class TKTO(DiffusionKTO):
 
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         return super().step(policy, reference, one_image_two_texts(batch), rng)
+
+    def errors_key(self) -> str | None:
+        return f"{super().errors_key()}, paired by TDPO"

@@ -7,8 +7,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from t2i_align.config import LogConfig, LoraConfig, OptimConfig, Plugin, Precision, Spec
+from t2i_align.config import LoraConfig, Plugin
 from t2i_align.errors import UserError
+from t2i_align.training.sections import LogConfig, OptimConfig, Precision, Spec
 from t2i_align.utils.settings import Bool, Count, Decay, Int, UserPath, load_as, settings
 
 Tune = Literal["full", "lora", "linear", "pal", "users"]
@@ -90,6 +91,10 @@ class ScorerRun:
             raise UserError("lora.init: scorers start from `model`; leave it null")
         if self.optim.ema is not None:
             raise UserError("optim.ema: scorers are trained without averaged weights; leave it null")
+        if self.log.keep_weights is not None:
+            raise UserError(
+                "log.keep_weights: a scorer's checkpoints are kept with log.keep_checkpoints; leave it null"
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ScorerRun:

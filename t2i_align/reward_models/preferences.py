@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from t2i_align.data import readers
 from t2i_align.data.annotations import Annotations
@@ -23,6 +22,7 @@ from t2i_align.data.store import Store, is_complete, write
 from t2i_align.data.survey import Selection
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
+from t2i_align.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 NO_USER = ""  # the user of preferences that name none
@@ -49,7 +49,7 @@ class Preferences:
         """All groups in order with their images, at least `size` images at a time; `what` labels the progress bar."""
         rows: list[int] = []
         images: list[Image.Image] = []
-        for row in tqdm(range(len(self)), desc=what, unit="group", disable=not progress):
+        for row in progress_bar(iterable=range(len(self)), desc=what, unit="group", disable=not progress):
             rows.append(row)
             images += self.images(row)
             if len(images) >= size or row == len(self) - 1:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reward_scorers import ScorerError
 from reward_scorers.trained import METADATA
-from t2i_align.data.loader import micro_batches, steps
+from t2i_align.data.order import micro_batches, steps
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import plain
@@ -32,9 +32,10 @@ from t2i_align.reward_models.losses import Accuracy, measure
 from t2i_align.reward_models.policies import Policy, begin
 from t2i_align.reward_models.preferences import NO_USER, Preferences, open_preferences, split
 from t2i_align.training.checkpoint import writing
-from t2i_align.training.loop import Loop, Task
+from t2i_align.training.loop import Loop
 from t2i_align.training.optimizer import check_machine
 from t2i_align.training.output import open_run, write_settings
+from t2i_align.training.task import Task
 from t2i_align.training.weights import Weights
 from t2i_align.utils.files import write_json
 
@@ -91,7 +92,7 @@ def _train_into(
         raise UserError(f"model: {error}") from error
     if run.tune == "users":  # decay would change known users' weights as well, whose gradients are zero
         run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, weight_decay=0.0))
-    loop = Loop(ScorerTask(run, accelerator, policy, data, rows), accelerator, run, progress)
+    loop = Loop(ScorerTask(run, accelerator, policy, data, rows), accelerator, run, progress, settings=settings)
     if accelerator.is_main_process:
         write_settings(output, settings)
     loop.run()

@@ -3,6 +3,7 @@
 checkpoints/step_000500/weights.safetensors    the trained parameters, and other weights that change (`ema.NAME`)
                         state.pt               optimiser, schedule, scaler, logged sums: plain tensors and numbers
                         sha256.json            of both files: a damaged or exchanged one is refused
+                        lora/ or soft_tokens/  the adapter as it was then, for use
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from t2i_align.errors import UserError
 from t2i_align.utils.arrow import sha256
 from t2i_align.utils.files import WRITING, atomic_folder, read_json, whole_lines, write_json, write_text
 
-FOLDER = "checkpoints"
+FOLDER, KEPT = "checkpoints", "weights"  # KEPT: what `log.keep_weights` asks for, a folder a step, without a state
+NAME = re.compile(r"step_\d{6,}")
 WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256.json"
 LAYOUT = 6  # raised when the state gets other entries
 
@@ -39,16 +41,33 @@ def writing(folder: Path, what: str = "could not be written; resume=true writes 
         raise UserError(f"{folder}: {what} ({error})") from error
 
 
-def save(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep`; returns its folder."""
-    folder = run / FOLDER / f"step_{step:06d}"
+def save(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    export: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write the checkpoint of `step` and drop all but the newest `keep`; returns its folder.
+
+    export: writes more into it.
+    """
+    folder = run / FOLDER / name_of(step)
     with writing(folder, "the checkpoint could not be written; earlier ones are untouched") as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
         torch.save({"layout": LAYOUT, "step": step, **state}, temporary / STATE)
         write_json(temporary / SUMS, _sums(temporary))
+        if export:
+            export(temporary)
     for old in all_steps(run)[:-keep]:
         remove(old)
     return folder
+
+
+def name_of(step: int) -> str:
+    """The name of the folders of a step."""
+    return f"step_{step:06d}"
 
 
 def remove(folder: Path) -> None:
@@ -60,8 +79,21 @@ def remove(folder: Path) -> None:
 
 def all_steps(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    complete = [path for path in (run / FOLDER).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    complete = [path for path in (run / FOLDER).glob("step_*") if NAME.fullmatch(path.name)]
     return sorted(complete, key=_step)
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that `path` lies in: it is a checkpoint's or a kept step's, or what is exported there."""
+    step = next((folder for folder in (path, path.parent) if NAME.fullmatch(folder.name)), None)
+    return step.parent.parent if step and step.parent.name in (FOLDER, KEPT) else None
+
+
+def result(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint that its run would end with: the average where it has one, else the policy's."""
+    weights = load_file(folder / WEIGHTS)
+    average = {name.removeprefix("ema."): tensor for name, tensor in weights.items() if name.startswith("ema.")}
+    return average or {name: tensor for name, tensor in weights.items() if not name.startswith("reference.")}
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,13 +1,12 @@
 """The one training loop: distribution, accumulation, clipping, averaging, logging, checkpoints, divergence.
 
-It knows no method, model family or data; these are a `Task`. Users: `trainer` and `reward_models.train`.
+It knows no method, model family or data; these are a `task.Task`. Users: `trainer` and `reward_models.train`.
 """
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from t2i_align.config import HealthConfig, RunConfig
+from t2i_align.config import RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
@@ -34,8 +32,10 @@ from t2i_align.training.monitor import (
     drifted,
 )
 from t2i_align.training.optimizer import make_optimizer
+from t2i_align.training.progress import Progress, flat
 from t2i_align.training.signals import graceful_shutdown
-from t2i_align.training.weights import Weights, older_policy
+from t2i_align.training.task import Task
+from t2i_align.training.weights import older_policy
 from t2i_align.utils.files import append_line
 
 if TYPE_CHECKING:
@@ -44,56 +44,10 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 
-class Task(ABC):
-    """What a loop trains.
-
-    weights: of the network, on the accelerator's device, with gradients switched on for what is to be trained.
-    fingerprint: of the data; equal when each step takes the same samples. accumulate: micro-batches of a step. health:
-    how often it is rolled back, and from when. advice: what helps against divergence. over: why training ends early, ""
-    while it does not.
-    """
-
-    weights: Weights
-    fingerprint: str
-    accumulate: int = 1
-    health: HealthConfig = HealthConfig(rollbacks=0)
-    advice: str = "A smaller optim.lr usually helps."
-    over: str = ""
-
-    @abstractmethod
-    def batches(self, step: int) -> Iterator[Any]:
-        """Endless micro-batches of this process on its device, from an optimiser step on."""
-
-    @abstractmethod
-    def losses(self, network: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [B] with gradient through `network` (which may be wrapped), and metrics [B] each to log.
-
-        A metric `loss` is logged instead of the loss.
-        """
-
-    def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
-        """Called after each optimiser step; `means()` are the step's metrics averaged over all its groups."""
-        return
-
-    def due(self, step: int, last: bool) -> Sequence[Callable[[], dict[str, float]]]:
-        """What else is done after this step (0: before the first); the results are logged."""
-        return ()
-
-    def watched(self) -> dict[str, float]:
-        """More metrics of a step that is logged or saved; costly ones that are not measured at each step."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides weights and optimiser: tensors and plain values."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's `state`."""
-        return
-
-
 class Loop:
     """Trains a task to `config.train.steps` in `config.output_dir`, from the newest checkpoint if `config.resume`.
+
+    settings: the run's as plain values, for trackers.
 
     Raises:
         UserError: the checkpoint cannot be continued; see `checkpoint.load` and `checkpoint.check_continues`.
@@ -106,8 +60,9 @@ class Loop:
         config: RunConfig | ScorerRun,
         progress: bool = True,
         callbacks: Callbacks | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.task, self.accelerator, self.progress = task, accelerator, progress
+        self.task, self.accelerator, self.settings = task, accelerator, settings or {}
         self.callbacks = callbacks or Callbacks()
         self.train, self.optim, self.log = config.train, config.optim, config.log
         self.output = Path(config.output_dir)
@@ -135,6 +90,9 @@ class Loop:
         self.window = MetricAverager()  # of the metrics since the last logged line
         self.last_logged: dict[str, float] = {}
         self.resumed = config.resume and self._resume()
+        passes = self.groups_per_step / task.groups if task.groups else None
+        shown = progress and accelerator.is_main_process
+        self.progress = Progress(self.output, self.step, self.train.steps, passes, shown=shown)
 
     def run(self) -> dict[str, float]:
         """Train to the configured step; returns the last logged metrics.
@@ -142,26 +100,24 @@ class Loop:
         Raises:
             UserError: the run has diverged too often. KeyboardInterrupt: it was interrupted, and its state is saved.
         """
-        hidden = not (self.progress and self.accelerator.is_main_process)
-        bar = tqdm(initial=self.step, total=self.train.steps, desc="train", disable=hidden)
         if self.log.trackers:
-            self.accelerator.init_trackers(self.log.project)
+            self.accelerator.init_trackers(self.log.project, config=flat(self.settings))
         if not self.resumed:
             for act in self.task.due(0, False):
                 self._record(act())
             self._save()  # what a run that diverges early goes back to; a full disk shows now, not hours later
-        with bar, graceful_shutdown() as stop:
+        with self.progress.logging(), graceful_shutdown() as stop:
             while self.step < self.train.steps and not self.task.over:
                 try:
-                    self._train(bar, stop)
+                    self._train(stop)
                 except Diverged as divergence:
                     self._roll_back(divergence)
-                    bar.n = self.step
         return self.last_logged
 
-    def _train(self, bar: tqdm[Any], stop: threading.Event) -> None:
+    def _train(self, stop: threading.Event) -> None:
         """From here to the configured step, or until the run diverges."""
         batches = self.task.batches(self.step)
+        self.progress.start(self.step)
         self.network.train()  # not in each step: a walk over a large network takes milliseconds
         before: Callable[[], list[float]] | None = None
         while self.step < self.train.steps and not self.task.over:
@@ -173,7 +129,7 @@ class Loop:
             if self.accelerator.num_processes == 1:
                 stopping = stop.is_set()
             before = numbers
-            bar.update()
+            self.progress.go_to(self.step)
             save = self.step % self.log.checkpoint_every == 0 or last or stopping
             due = self.task.due(self.step, last)
             if report or save or due:
@@ -184,19 +140,19 @@ class Loop:
                 self.task.over = self.task.over or drifted(means, self.task.health.max_drift)
             if report:
                 now = {"update_norm": float(self.update_norm), "lr": float(self.schedule.get_last_lr()[0])}
+                now |= self.progress.measured(self.step, self.accelerator.device)
                 self.last_logged, self.window = {**means, **now}, MetricAverager()
                 self._record(self.last_logged)
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
             if self.callbacks.on_step and self.accelerator.is_main_process:
                 self.callbacks.on_step(self.step, self.last_logged if report else {})
             for act in due:
                 self._record(act())
             if self.task.over and self.accelerator.is_main_process:
                 append_line(self.output / METRICS_FILE, {"step": self.step, "ended": self.task.over})
-                tqdm.write(f"The run ends after step {self.step}: {self.task.over}.")
+                self.progress.say(f"The run ends after step {self.step}: {self.task.over}.")
             if save or self.task.over:
                 self.went_back = False
-                self._save()
+                self._save(stopping=stopping, last=last or bool(self.task.over))
             if stopping and not last and not self.task.over:
                 raise KeyboardInterrupt(f"stopped after step {self.step}; its checkpoint is saved")
 
@@ -248,6 +204,7 @@ class Loop:
         if metrics and self.accelerator.is_main_process:
             self.accelerator.log(metrics, step=self.step)
             append_line(self.output / METRICS_FILE, {"step": self.step, **metrics})
+            self.progress.report(self.step, metrics)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -285,6 +242,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
         self.rollbacks, self.went_back = rollbacks, True
+        self.progress.go_to(self.step)
         self.accelerator.wait_for_everyone()  # all have listed and read the checkpoints
         if self.accelerator.is_main_process:
             if spoilt:
@@ -293,7 +251,7 @@ class Loop:
             # It is there already if the run was killed before the next checkpoint.
             if record not in checkpoint.truncate_lines(self.output / METRICS_FILE, self.step):
                 append_line(self.output / METRICS_FILE, record)
-            tqdm.write(
+            self.progress.say(
                 f"{divergence}. The run goes back to {saved[-1]} and on with {0.5**rollbacks:g} times the learning "
                 f"rate (rollback {rollbacks} of at most {limit})."
             )
@@ -305,7 +263,7 @@ class Loop:
         scaler = {"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}
         return {"optimizer": self.optimizer, "schedule": self.schedule, **scaler}
 
-    def _save(self) -> None:
+    def _save(self, stopping: bool = False, last: bool = False) -> None:
         window = self.window.reduced(self.accelerator)
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {
@@ -316,7 +274,11 @@ class Loop:
                 "same": self.same,
                 "groups_per_step": self.groups_per_step,
             }
-            saved = checkpoint.save(self.output, self.step, self.weights.state(), state, self.log.keep_checkpoints)
+            export = self.task.export if self.step else None  # at first there is nothing to use
+            keep = self.log.keep_checkpoints
+            saved = checkpoint.save(self.output, self.step, self.weights.state(), state, keep, export)
+            if export and not last:  # when the run has ended, it writes that itself
+                export(self.output, whole=stopping)
             if self.callbacks.on_save:
                 self.callbacks.on_save(self.step, saved)
         self.accelerator.wait_for_everyone()

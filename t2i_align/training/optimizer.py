@@ -1,17 +1,26 @@
-"""The optimiser of a run, and whether this machine can train as the run asks."""
+"""What a run needs of the machine and of optional packages: optimisers, precision, trackers."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.tracking import get_available_trackers
 
-from t2i_align.config import OptimConfig, RunConfig
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:
+    from t2i_align.config import RunConfig
     from t2i_align.reward_models.config import ScorerRun
+    from t2i_align.training.sections import OptimConfig
+
+# Those that are not torch's own: where they are found, and the extra that brings them.
+OTHERS = {
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "prodigy": ("pytorch_optimizer", "Prodigy", "optimizers"),
+    "lion": ("pytorch_optimizer", "Lion", "optimizers"),
+}
 
 
 def check_machine(config: RunConfig | ScorerRun) -> None:
@@ -26,13 +35,19 @@ def check_machine(config: RunConfig | ScorerRun) -> None:
 
 
 def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, fused where torch can; or bitsandbytes' 8-bit AdamW, if that is installed."""
-    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            message = "optim.optimizer 'adamw8bit' needs bitsandbytes: pip install 't2i-align[bitsandbytes]'"
-            raise UserError(message) from error
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
+    """The configured optimiser: torch's AdamW, fused where it can, or Adafactor; others from optional packages."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adafactor":  # has no first moment, and so no betas
+        return torch.optim.Adafactor(parameters, **options)
+    options["betas"] = tuple(config.betas)
+    if config.optimizer not in OTHERS:
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    module, name, extra = OTHERS[config.optimizer]
+    try:
+        optimizer: torch.optim.Optimizer = getattr(import_module(module), name)(parameters, **options)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"optim.optimizer {config.optimizer!r} needs {package}: pip install 't2i-align[{extra}]'"
+        ) from error
+    return optimizer

@@ -17,6 +17,7 @@ from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import use_precision
 from t2i_align.training import checkpoint
+from t2i_align.training.progress import LOG_FILE, write
 from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
 from t2i_align.utils.settings import read_yaml
 
@@ -62,7 +63,8 @@ def open_run(
             if accelerator.is_main_process:
                 _check_output(output, settings, config.resume, free, extra)
             accelerator.wait_for_everyone()
-            yield accelerator
+            with _logged(output, accelerator.is_main_process):
+                yield accelerator
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # which hold the run's objects
             raise
@@ -71,6 +73,17 @@ def open_run(
             # gloo's threads with the GIL locked, for which these may wait.
             accelerator.free_memory()
             accelerator.end_training()
+
+
+@contextmanager
+def _logged(output: Path, main: bool) -> Iterator[None]:
+    """Note in the run's log, once it has one, what ends the block early."""
+    try:
+        yield
+    except BaseException as error:
+        if main and (output / LOG_FILE).is_file():
+            write(output, f"stopped: {error or type(error).__name__}")
+        raise
 
 
 def check_same_run(output: Path, settings: Mapping[str, Any], free: Collection[str]) -> None:

@@ -34,7 +34,7 @@ from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.kto import liked_candidates
-from t2i_align.training.weights import Weights, adapters_off, dropout_off, frozen_copy, older_policy
+from t2i_align.training.weights import Weights, adapters_off, dropout_off, frozen_copy, older_policy, tensors_hash
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -52,6 +52,14 @@ class Reference:
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         with self.weights.using("reference") as denoiser:
             return self.pipeline.predict(noisy_latents, timesteps, conditioning, denoiser=denoiser)
+
+    def fingerprint(self) -> str:
+        """A hash of its weights, before training: of the frozen base, and of an adapter that is part of it."""
+        variant = self.weights.variants["reference"]
+        parts = [self.weights.base_hash()]
+        if variant.tensors:
+            parts.append(tensors_hash(variant.tensors))
+        return " ".join(parts)
 
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The frozen denoiser's features of noisy latents, with gradients to these and to nothing else."""

@@ -24,8 +24,8 @@ REFRESH = 30  # seconds after which an open page is read again, while the run tr
 Line = Mapping[str, Any]  # of metrics.jsonl
 # Lines by chart; a chart whose metrics are not logged is not drawn.
 CURVES = {
-    "Loss": {"loss": "loss"},
-    "Pairs ordered as labelled": {"share": "rewards/accuracies"},
+    "Loss": {"loss": "loss", "held out": "held_out/loss"},
+    "Pairs ordered as labelled": {"share": "rewards/accuracies", "held out": "held_out/rewards/accuracies"},
     "Error against the reference": {
         "winner": "error/chosen_minus_reference",
         "loser": "error/rejected_minus_reference",

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t2i_align.data.splits import PROMPTS
 from t2i_align.training.loop import METRICS_FILE
+from t2i_align.training.output import RUN_FILE, read_settings
 from t2i_align.training.report import curves
 from t2i_align.utils import html
 from t2i_align.utils.files import whole_lines
@@ -25,6 +27,22 @@ class RunResult:
     def history(self) -> list[dict[str, Any]]:
         """The logged metrics, a line per logged step, with its "step"."""
         return whole_lines(self.output_dir / METRICS_FILE, repair=False)
+
+    @property
+    def next(self) -> str:
+        """The commands that a user is likely to want now."""
+        settings, run = read_settings(self.output_dir / RUN_FILE), self.output_dir
+        prompts = Path(settings["validation"]["data"] or "").parent / PROMPTS  # of `data split`
+        how = f"--prompts {prompts if prompts.is_file() else 'held_out_prompts.txt'} --scorers pickscore"
+        if str(settings["model"]["path"]).startswith("testbed:"):
+            how = "--prompts testbed:test --scorers oracle --steps 20 --guidance 1"
+        lines = [
+            f"to measure it: t2i-align evaluate --aligned {run} {how} --out {run / 'evaluation'}",
+            f"to look at it: t2i-align generate {run} --prompt 'a red fox' --out {run}-images",
+        ]
+        if settings.get("lora"):
+            lines.append(f"for ComfyUI and others: t2i-align export-lora {run} --out {run.name}.safetensors")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"RunResult({self.steps} steps, loss {self.metrics.get('loss', float('nan')):.4g}, {self.weights})"

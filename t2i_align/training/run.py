@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,19 @@ from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, PreparedDataset, open_dataset
-from t2i_align.data.memory import Data, encoders_digest, source_path
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
+from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
 from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.inference.models import checkpoint_options, open_model
+from t2i_align.inference.models import checkpoint_options, open_model, resolve_model
 from t2i_align.inference.options import PRECISIONS
-from t2i_align.objectives.base import Objective
+from t2i_align.objectives.base import Objective, Requirements
 from t2i_align.planning.plan import memory_warning
 from t2i_align.plugins import load_installed
-from t2i_align.training.checkpoint import writing
+from t2i_align.training.held_out import held_out_data, warn_of_overlap
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Callbacks
 from t2i_align.training.optimizer import check_machine
@@ -38,10 +40,12 @@ from t2i_align.training.reference import build_reference
 from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
+from t2i_align.training.stored_errors import check_stored, open_errors
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.logging import silent
 
+logger = logging.getLogger(__name__)
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
@@ -95,6 +99,7 @@ def align(
     if data is not None:
         run = replace(run, data=replace(run.data, path=source_path(data, cache_root(run))))
     check_machine(run)
+    check_stored(run)
     callbacks = Callbacks(on_step=on_step, on_validate=on_validate, on_save=on_save)
     settings = configuration.to_mapping(run)
     free = FREE_ON_RESUME + (("train.steps",) if run.optim.schedule in CONSTANT_SCHEDULES else ())
@@ -111,9 +116,12 @@ def _align(
     callbacks: Callbacks,
     progress: bool,
 ) -> RunResult:
-    validate = Validation(config, accelerator, callbacks.on_validate) if config.validation.every else None
+    sampled = config.validation.every and config.validation.count
+    validate = Validation(config, accelerator, callbacks.on_validate) if sampled else None
     spec = getattr(config.objective, "scorer", None)
     scorer = differentiable_scorer(spec).to(accelerator.device) if spec else None
+    if loaded is None and not Path(resolve_model(config.model.path)).exists():
+        check_data(config)  # before gigabytes are downloaded for it
     if accelerator.is_main_process and loaded is None and not config.resume and (text := memory_warning(config)):
         print(f"warning    {text}")
     pipeline = load_model(config, accelerator.device, loaded)
@@ -123,12 +131,18 @@ def _align(
             f"objective.guidance must be 1 for {pipeline.family}, which has its guidance distilled, found {guidance:g}"
         )
     source = load_data(config, accelerator, pipeline, progress, in_memory=loaded is not None)
+    held_out = None
+    if (other := held_out_data(config)) is not None:
+        held_out = load_data(replace(config, data=other), accelerator, pipeline, progress, in_memory=loaded is not None)
+        warn_of_overlap(source, held_out)
+    if validate and config.validation.prompts is None:
+        validate.use(source.some_prompts(config.validation.count))
     unreached = prepare_denoiser(config, pipeline, source, accelerator)
     config = replace(config, objective=config.objective.fit_to_data(source.stats))
     output, settings = Path(config.output_dir), configuration.to_mapping(config)
     if accelerator.is_main_process:
         check_same_run(output, settings, free)  # again: what the objective left unset is now estimated from the data
-    if config.validation.every or scorer:
+    if validate or scorer:
         pipeline.load_encoders()
     elif config.data.cache and not config.data.stream and loaded is None:
         pipeline.drop_encoders()
@@ -137,23 +151,42 @@ def _align(
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
-    task = Alignment(config, accelerator, reference, source, validate, rewarder)
-    loop = Loop(task, accelerator, config, progress, callbacks)
+    errors = None
+    if config.train.store_reference:
+        errors = open_errors(config, cache_root(config), reference, source.fingerprint)
+    task = Alignment(config, accelerator, reference, source, validate, rewarder, errors, held_out)
+    loop = Loop(task, accelerator, config, progress, callbacks, settings)
     if accelerator.is_main_process:
         write_settings(output, settings)
-        if progress:
-            print(describe(config, pipeline, source, unreached, accelerator.num_processes))
-    metrics = loop.run()
+        loop.progress.say(describe(config, pipeline, source, unreached, accelerator.num_processes, held_out))
+        if errors is not None:
+            loop.progress.say(f"reference  {errors.describe()}")
+    with errors or nullcontext():
+        metrics = loop.run()
     if task.best:
         task.best.restore()
-    weights = output / config.trains
+    weights = None
     if accelerator.is_main_process:
-        with loop.weights.using(loop.weights.result), writing(weights) as temporary:
-            written = TRAINED[config.trains].save(pipeline, temporary)
-        weights /= written.relative_to(temporary)
+        weights = task.export(output, whole=True)
         write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
-    return RunResult(output_dir=output, weights=weights, steps=loop.step, metrics=metrics)
+    return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
+
+
+def check_data(config: RunConfig) -> None:
+    """Look at the data without a model. Raises UserError as `load_data` does."""
+    for data in filter(None, (config.data, held_out_data(config))):
+        data = with_root(data, cache_root(config))
+        if config.objective.needs.scorer:
+            open_prompts(data)
+        else:
+            check_source(data, needs_of(config))
+
+
+def needs_of(config: RunConfig) -> Requirements:
+    """What the run needs of its data."""
+    needs = config.objective.needs
+    return replace(needs, columns=(*needs.columns, "user")) if config.personal else needs
 
 
 def cache_root(config: RunConfig) -> Path:
@@ -203,17 +236,15 @@ def load_data(
     config: RunConfig, accelerator: Accelerator, pipeline: TrainablePipeline, progress: bool, in_memory: bool = False
 ) -> PreferenceDataset:
     """The data, encoded or ready to be; VAE and text encoders are loaded only where something must be encoded."""
+    config = replace(config, data=with_root(config.data, cache_root(config)))
     size, frames = _size_and_frames(config, pipeline)
     if config.objective.needs.scorer:
         shape = (*size, *([frames] if frames else []))
         return PromptDataset(open_prompts(config.data), pipeline.load_encoders(), config.objective.needs, shape)
-    needs = config.objective.needs
-    if config.personal:
-        needs = replace(needs, columns=(*needs.columns, "user"))
     source = open_dataset(
         config.data,
         config.model,
-        needs=needs,
+        needs=needs_of(config),
         pipeline=pipeline.load_encoders,
         encoder_fingerprint=lambda: encoders_digest(pipeline) if in_memory else _encoders(config, pipeline),
         size=size,
@@ -275,6 +306,7 @@ def describe(
     source: PreferenceDataset,
     unreached: Collection[str] = (),
     processes: int = 1,
+    held_out: PreferenceDataset | None = None,
 ) -> str:
     """What is about to run, in a few lines, with the objective's constants and the passes over the data spelled out."""
     trained = sum(parameter.numel() for parameter in pipeline.trainable_parameters())
@@ -283,15 +315,18 @@ def describe(
     values = configuration.to_mapping(config)["objective"]
     constants = " ".join(f"{key}={value}" for key, value in values.items() if key != "name")
     paper = f" ({config.objective.paper})" if config.objective.paper else ""
-    passes = train.steps * train.batch_size * train.accumulate * processes / source.counts["groups"]
-    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups ({passes:.3g} passes over the data)"
-    warning = "fewer train.steps or more data; `validation` on other prompts shows when samples get worse"
+    groups = source.counts.get("groups")  # not known of a stream from the Hub
+    passes = train.steps * train.batch_size * train.accumulate * processes / groups if groups else 0
+    steps = f"{train.steps} steps of {train.batch_size} x {train.accumulate} groups"
+    steps += f" ({passes:.3g} passes over the data)" if groups else ""
+    warning = "fewer train.steps or more data; validation.data with other pairs shows when that begins"
     many = passes > MANY_PASSES and not isinstance(source, PromptDataset)
     note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if many else ""
+    watched = f"\nheld out   {config.validation.data}: {held_out.counts['groups']} groups" if held_out else ""
     left_out = f", without {len(unreached)} that get no gradient, as {min(unreached)}" if unreached else ""
     return f"""\
 model      {config.model.path} ({pipeline.family}, {pipeline.process.prediction_type})
 data       {config.data.path}: {counts}
 objective  {config.objective.name}{paper} {constants}
 training   {trained:,} parameters{left_out}, {steps}, {train.precision}, seed {train.seed}
-output     {config.output_dir}{note}"""
+output     {config.output_dir}{watched}{note}"""

@@ -13,17 +13,23 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
+from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import Metrics, Objective
+from t2i_align.training.checkpoint import KEPT, name_of, writing
 from t2i_align.training.guards import Best
-from t2i_align.training.loop import Task
+from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 from t2i_align.training.report import write_report
+from t2i_align.training.stored_errors import RecallingReference, StoredErrors
+from t2i_align.training.task import Task
+from t2i_align.training.weights import dropout_off
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -39,6 +45,8 @@ class Alignment(Task):
         reference: built from the base weights (see `build_reference`), of the pipeline that is trained.
         validate: called with pipeline and step on the main process; its numbers are logged.
         rewarder: for objectives with a scorer.
+        errors: the reference's, where they are stored.
+        held_out: preferences that are not trained on, to be measured at each validation.
     """
 
     advice = "A smaller optim.lr, a larger objective.beta, or train.precision=bf16 instead of fp16, usually helps."
@@ -51,11 +59,14 @@ class Alignment(Task):
         source: PreferenceDataset,
         validate: Callable[[TrainablePipeline, int], dict[str, float]] | None = None,
         rewarder: Rewarder | None = None,
+        errors: StoredErrors | None = None,
+        held_out: PreferenceDataset | None = None,
     ) -> None:
         self.config, self.accelerator, self.source = config, accelerator, source
         self.reference, self.pipeline, self.validate = reference, reference.pipeline, validate
-        self.rewarder = rewarder
+        self.rewarder, self.errors, self.held_out = rewarder, errors, held_out
         self.weights, self.fingerprint = reference.weights, source.fingerprint
+        self.groups = source.counts.get("groups")
         self.accumulate, self.health = config.train.accumulate, config.health
         patience = config.validation.patience
         self.best = Best(self.weights, patience) if validate and patience else None
@@ -95,7 +106,10 @@ class Alignment(Task):
 
     def losses(self, network: nn.Module, batch: tuple[Batch, SampleRNG]) -> tuple[Tensor, Metrics]:
         policy = partial(self.pipeline.predict, denoiser=network)
-        return checked(self.config.objective.step(policy, self.reference, *batch), batch[0], self.config.objective)
+        reference: Model = self.reference
+        if self.errors is not None:
+            reference = RecallingReference(self.reference, self.errors, batch[0].keys, batch[1].moved)
+        return checked(self.config.objective.step(policy, reference, *batch), batch[0], self.config.objective)
 
     def stepped(self, means: Callable[[], dict[str, Tensor]]) -> None:
         if self.objective_state:
@@ -108,11 +122,30 @@ class Alignment(Task):
             out.append(self.update.follow)
         if self.winners and self.winners.initial is None:
             out.append(self._measure_winners)
-        if self.validate and every and (step % every == 0 or last):
-            out.append(partial(self._validate, step))
+        if every and (step % every == 0 or last):
+            out += [partial(self._validate, step)] if self.validate else []
+            out += [self._on_held_out] if self.held_out else []
+        if step and (keep := self.config.log.keep_weights) and step % keep == 0:
+            out.append(partial(self._keep, step))
         if self.accelerator.is_main_process and (out or step % self.config.log.checkpoint_every == 0):
             out.append(self._report)
         return out
+
+    def export(self, folder: Path, whole: bool = False) -> Path | None:
+        """Write the LoRA, the soft tokens or (if `whole`) the model into `folder`, in a folder of that name."""
+        name = self.config.trains
+        if name == "model" and not whole:
+            return None
+        lora = self.config.lora
+        with self.weights.using(self.weights.result), writing(folder / name) as temporary:
+            written = TRAINED[name].save(self.pipeline, temporary, PRECISIONS[lora.save_precision] if lora else None)
+        return folder / name / written.relative_to(temporary)
+
+    def _keep(self, step: int) -> dict[str, float]:
+        if self.accelerator.is_main_process:
+            self.export(Path(self.config.output_dir) / KEPT / name_of(step), whole=True)
+        self.accelerator.wait_for_everyone()
+        return {}
 
     def watched(self) -> dict[str, float]:
         if self.winners is None or self.winners.initial is None:
@@ -135,6 +168,25 @@ class Alignment(Task):
             value = float(broadcast(torch.tensor(value, device=self.accelerator.device)))
             self.over = self.over or self.best.see(name, value, step)
         return scores
+
+    @torch.no_grad()
+    def _on_held_out(self) -> dict[str, float]:
+        """The objective's metrics on held-out preferences, always the same with the same noise; all processes agree."""
+        assert self.held_out is not None
+        train, count, found = self.config.train, self.config.validation.pairs, MetricAverager()
+        items: Iterator[Any] = self.held_out.loader(seed=train.seed, start_step=0, batch_size=train.batch_size)
+        with self.weights.using(self.weights.result) as network, dropout_off(network).using():
+            policy = partial(self.pipeline.predict, denoiser=network)
+            for start in range(0, count, train.batch_size):
+                batch = self.held_out.to_batch(next(items), self.accelerator.device)
+                device, process = self.accelerator.device, self.pipeline.process
+                rng = SampleRNG(train.seed, batch.keys, process, train.timestep_sampling, device)
+                batch = replace(batch, empty=self.empty, state=self.objective_state)
+                with self.accelerator.autocast():
+                    loss, metrics = self.config.objective.step(policy, self.reference, batch, rng)
+                found.add({name: values[: count - start] for name, values in {"loss": loss, **metrics}.items()})
+        numbers = found.numbers(self.accelerator)
+        return {f"held_out/{name}": value for name, value in numbers.items() if "/t" not in name}
 
     def _report(self) -> dict[str, float]:
         write_report(Path(self.config.output_dir))

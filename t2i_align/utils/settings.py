@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import field, fields
-from functools import reduce, wraps
+from functools import cache, reduce, wraps
 from itertools import chain
 from operator import getitem
 from pathlib import Path
@@ -174,6 +174,13 @@ def expected(cls: type, name: str) -> str:
     return str(_described(cls, name) or choices or getattr(annotation, "__name__", annotation))
 
 
+@cache
+def elsewhere() -> dict[str, str]:
+    """Which of our keys other trainers' keys are, or in words what there is instead."""
+    keys: dict[str, str] = read_yaml(Path(__file__).parents[1] / "assets" / "foreign_keys.yaml")
+    return keys
+
+
 # Error messages -----------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +203,8 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
     section = _section(cls, parents)
     if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
         known = sorted(f.name for f in fields(section))
+        if (ours := elsewhere().get(str(last))) is not None:
+            return f"{name}: unknown key. It is another trainer's; here there is {ours}."
         return f"{name}: unknown key.{nearest(last, known)} Choices: {', '.join(known)}."
     if first["type"] == "missing" and len(first["loc"]) == len(key):
         return f"{name}: missing key"

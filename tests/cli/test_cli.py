@@ -302,6 +302,7 @@ def test_reports_print_the_results(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         summary=lambda: "60 % won",
         steps=7,
         weights="w",
+        next="t2i-align evaluate",
         folder="f",
         accuracy={"held_out": 0.9},
         settings={"seconds": 3},
@@ -311,6 +312,7 @@ def test_reports_print_the_results(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         command.print_report(result, {"out": "o"})
         printed[name] = capsys.readouterr().out
     assert printed["quickstart"].endswith("seeds:\n60 % won\n3 seconds in all\n")
+    assert printed["train"] == "trained 7 steps; weights in w\nt2i-align evaluate\n"
     assert printed["train-scorer"] == "held out 0.9\ntrained 7 steps; the scorer is trained:f\n"
     assert printed["data inspect"] == "60 % won\nreport in o\n"
     COMMANDS["data split"].print_report({"train": 3, "held_out": 1}, {})

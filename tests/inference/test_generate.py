@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,29 @@ def test_an_existing_folder_is_kept_unless_forced(sd_path: Path, tmp_path: Path)
     generate(sd_path, ["sun"], out, force=True, **FAST)
     kept = ["12345_holiday.png", "20240101.png", "notes.txt"]
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", *kept, "samples.jsonl"]
+
+
+def test_an_interrupted_run_is_continued_and_another_one_is_not(sd_path: Path, tmp_path: Path) -> None:
+    """Killed after two of four images, with a third that is not listed yet and half a line."""
+    options = {"per_prompt": 2, "batch_size": 2, **FAST}
+    whole = generate(sd_path, ["cat", "dog"], tmp_path / "whole", **options).parent
+    out = shutil.copytree(whole, tmp_path / "out")
+    listed = (out / "samples.jsonl").read_text().split("\n")
+    (out / "samples.jsonl").write_text("\n".join([*listed[:2], listed[2][:20]]))
+    (out / "00003.png").unlink()
+    before = (out / "00000.png").stat().st_mtime_ns
+    for changes in ({"seed": 1}, {"steps": 3}, {"height": 64, "width": 64}, {"negative_prompt": "x"}):
+        with pytest.raises(UserError, match=rf"beginning of a run with another {next(iter(changes))}"):
+            generate(sd_path, ["cat", "dog"], out, **{**options, **changes})
+    generate(sd_path, ["cat", "dog"], out, **options)
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    for file in whole.glob("*.png"):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / file.name)), np.asarray(Image.open(file)))
+    assert (out / "00000.png").stat().st_mtime_ns == before
+    (out / "samples.jsonl").write_text("\n".join(listed[:3]) + "\n")
+    (out / "00000.png").unlink()
+    with pytest.raises(UserError, match=r"of which 00000\.png is missing"):
+        generate(sd_path, ["cat", "dog"], out, **options)
 
 
 def test_images_are_written_beside_the_sampling(sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

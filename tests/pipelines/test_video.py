@@ -23,6 +23,7 @@ from t2i_align.data.media import MediaSize, load, save_clip
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
 from t2i_align.labeling.score import score
+from t2i_align.training.rewards import Rewarder
 from tests.data.test_examples import StandIn, write_jsonl
 from tests.pipelines.conftest import PathOf, first_batch, opened
 from tests.runs import image, jsonl_clips, jsonl_pairs, moving_clip, run_values
@@ -270,6 +271,16 @@ def test_an_evaluation_scores_frames_and_shows_videos(wan_path: Path, tmp_path: 
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
 
 
+def test_a_reward_of_the_first_latent_frames(wan_path: Path) -> None:
+    """One is the first image: the scorer sees nothing else, and no gradient reaches the other latents."""
+    pipeline, scorer = pipelines.load(wan_path), Brightness()
+    latents = pipeline.encode_pixels(torch.rand(1, 9, 3, 32, 32)).requires_grad_()
+    reward, _ = Rewarder(pipeline, scorer, latent_frames=1)(latents, ["cat"])
+    (gradient,) = torch.autograd.grad(reward.sum(), latents)
+    assert [len(pixels) for pixels in scorer.seen] == [1]
+    assert gradient[:, :, 0].abs().sum() > 0 and gradient[:, :, 1:].abs().sum() == 0
+
+
 def test_a_clip_model_is_not_compared_with_an_image_model(
     wan_path: Path, sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +291,10 @@ def test_a_clip_model_is_not_compared_with_an_image_model(
 
 
 def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Path, tmp_path: Path) -> None:
-    """Two clips in rows of 5 of their 9 frames (every second), with a border of 2 pixels between 32 x 32 pixels."""
+    """Two clips in strips of 5 of their 9 frames (every second), 6 times as large, that of step 0 above that of now.
+
+    A prompt takes 2 (192 + 8) pixels for the strips, 3 lines of 17 and 8 between; the head takes 30.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat\ndog\n")
     validation = {"every": 1, "prompts": str(prompts), "steps": 1, "guidance": 1.0, "count": 2}
@@ -288,7 +302,7 @@ def test_validation_leaves_a_contact_sheet_and_a_video(wan_path: Path, clips: Pa
     align(run_values(wan_path, clips, tmp_path / "run", **changes), progress=False)
     folder = tmp_path / "run" / "validation"
     names = [f"step_{step:06d}.{ending}" for step in (0, 1) for ending in ("mp4", "png")]
-    assert sorted(file.name for file in folder.iterdir()) == names
-    assert Image.open(folder / names[1]).size == (5 * 34 + 2, 2 * 34 + 2)
+    assert sorted(file.name for file in folder.iterdir()) == ["before", *names]
+    assert Image.open(folder / names[3]).size == (5 * 192 + 3 * 8, 30 + 2 * (2 * 200 + 3 * 17 + 8))
     column = load(folder / names[0], MediaSize(70, 36, FRAMES)).pixels  # of two clips
     assert column.shape == (FRAMES, 3, 70, 36)

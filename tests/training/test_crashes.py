@@ -142,7 +142,7 @@ def exchange(name: str) -> Callable[[Path], None]:
     """A file, or all, of the checkpoint before."""
 
     def damage(folder: Path) -> None:
-        for file in (folder.parent / "step_000002").glob(name):
+        for file in filter(Path.is_file, (folder.parent / "step_000002").glob(name)):
             shutil.copy(file, folder / file.name)
 
     return damage
@@ -279,3 +279,21 @@ def test_half_deleted_checkpoint_counts_as_none(tmp_path: Path, monkeypatch: pyt
     assert [folder.name for folder in left] == ["step_000002", "step_000003"] and kept[1] in left
     for folder in left:
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("trained", ["lora", "model"])
+def test_a_run_that_is_stopped_leaves_what_it_trained(trained: str, sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    """With one checkpoint only, that of the signal."""
+    changes = {**LONG, **({"lora": None, "optim__lr": 1e-5} if trained == "model" else {})}
+    process = launch(run_values(sd_path, pairs, tmp_path / "run", **changes), tmp_path)
+    wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    process.send_signal(signal.SIGTERM)
+    output = end_of(process)
+    assert process.returncode == 130, output
+    weights = checkpoint.load(checkpoint.all_steps(tmp_path / "run")[-1])[0]
+    if trained == "lora":
+        saved = {name.removeprefix("unet."): tensor for name, tensor in lora_of(tmp_path / "run").items()}
+        own = {name.replace(".default", ""): tensor for name, tensor in weights.items()}
+        assert saved.keys() == own.keys() and any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+    else:
+        assert same(load_file(tmp_path / "run/model/unet/diffusion_pytorch_model.safetensors"), weights)

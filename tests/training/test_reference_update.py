@@ -15,11 +15,11 @@ from torch import Tensor
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import align
-from t2i_align.config import ReferenceUpdateConfig, TrainConfig
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import Noised
 from t2i_align.training import checkpoint
 from t2i_align.training.reference import Winners, build_reference
+from t2i_align.training.sections import ReferenceUpdateConfig, TrainConfig
 from tests.runs import align_killed, metrics, run_values, same
 
 FULL = {"lora": None, "optim__lr": 1e-4}
