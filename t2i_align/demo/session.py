@@ -91,6 +91,8 @@ class Demo:
         """
         if name not in self.studio.entries:
             raise unknown("model", name, self.studio.entries)
+        if not any(row.get("user") == user and row.get("vote") in ("left", "right") for row in self.votes.snapshot()):
+            raise UserError(f"{user} has no vote yet that prefers one of two; pick favourites first")
         adapter = self.studio.entries[name].adapter
         served = resolve_user(adapter, self.votes.folder / VOTES, {user: 1.0}, scale)
         done: list[Drawn] = []

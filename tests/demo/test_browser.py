@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_compare_side_by_side_and_blind(page: Any, served: Served) -> None:
     assert "oracle" in page.locator("#results").inner_text()
     shoot(page, "compare")
     page.get_by_label("Blind").check()
-    page.locator("#results b", has_text="A").first.wait_for()
+    page.locator("#results b", has_text=re.compile("^A$")).first.wait_for()
     assert "base" not in page.locator("#results").inner_text()
 
 
