@@ -125,15 +125,26 @@ class Votes:
             waiting = [key for key in self._pairs if key not in self._voted.get(user, ()) and key not in self.unusable]
             for key in sorted(waiting, key=lambda key: stable_seed("order", user, key)):
                 pair = self._pairs[key]
-                turn = -1 if stable_seed("side", user, key) % 2 else 1
                 try:
-                    left, right = self._shown(pair)[::turn]
+                    left, right = self._shown(pair)
                     parts, seconds = self._segments(left, right)
                 except (ImageError, OSError) as error:
                     self.unusable[key] = str(error)
                     continue
-                sides = {"left": left, "right": right, "models": pair.models[::turn]}
-                found.append(Shown(id=key, prompt=pair.prompt, **sides, segments=parts, segment_seconds=seconds))
+                models = pair.models
+                if stable_seed("side", user, key) % 2:
+                    left, right, models = right, left, (models[1], models[0])
+                found.append(
+                    Shown(
+                        id=key,
+                        prompt=pair.prompt,
+                        left=left,
+                        right=right,
+                        models=models,
+                        segments=parts,
+                        segment_seconds=seconds,
+                    )  # fmt: skip
+                )
                 if len(found) == count:
                     break
         return found
