@@ -50,7 +50,7 @@ class Pair:
     models: tuple[str, str] = ("", "")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shown:
     """A pair as a user sees it.
 
@@ -134,17 +134,7 @@ class Votes:
                 models = pair.models
                 if stable_seed("side", user, key) % 2:
                     left, right, models = right, left, (models[1], models[0])
-                found.append(
-                    Shown(
-                        id=key,
-                        prompt=pair.prompt,
-                        left=left,
-                        right=right,
-                        models=models,
-                        segments=parts,
-                        segment_seconds=seconds,
-                    )  # fmt: skip
-                )
+                found.append(Shown(key, pair.prompt, left, right, models, parts, seconds))
                 if len(found) == count:
                     break
         return found
