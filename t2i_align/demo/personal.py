@@ -33,7 +33,9 @@ def add(page: Page, tab: gradio.Tab) -> None:
         for number in range(PICKS):
             with gradio.Column(min_width=160):
                 pages.append(gradio.HTML())
-                favourites.append(gradio.Radio(["left", "right"], show_label=False, elem_id=f"favourite-{number}"))
+                favourites.append(
+                    gradio.Radio(["left", "right"], show_label=False, visible=False, elem_id=f"favourite-{number}")
+                )
     with gradio.Row():
         model = gradio.Dropdown(models, value=models[0], label="Model")
         scale = gradio.Slider(0, 3, 1, step=0.1, label="Strength of the taste")
@@ -56,6 +58,8 @@ def add(page: Page, tab: gradio.Tab) -> None:
 
     @answered
     def enter(typed: str, request: gradio.Request) -> tuple[Any, ...]:
+        if not typed and not page.accounts:  # the page is loading: the name comes with a change
+            return tuple(gradio.skip() for _ in shown)
         return show(page.user(typed, request))
 
     def drawn(
@@ -77,7 +81,15 @@ def add(page: Page, tab: gradio.Tab) -> None:
         demo.cancel(str(request.session_hash))
 
     shown = [pairs, *pages, *favourites]
-    gradio.on([tab.select], enter, page.known, shown, show_progress="hidden", queue=False, api_visibility="private")
+    gradio.on(
+        [tab.select, page.known.change],
+        enter,
+        page.known,
+        shown,
+        show_progress="hidden",
+        queue=False,
+        api_visibility="private",
+    )
     inputs = [pairs, model, scale, prompts, count, seed, steps, guidance, page.known, *favourites]
     draw.click(
         answered(drawn), inputs, [status, results, *shown], show_progress="hidden", api_name="draw_for_me", **DEVICE
