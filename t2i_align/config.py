@@ -172,7 +172,7 @@ class RunConfig:
             try:
                 object.__setattr__(self, "objective", build(cls, values, where="objective"))
             except UserError as error:
-                if values.keys() <= {f.name for f in fields(cls)}:
+                if values.keys() <= {f.name for f in fields(cls)}:  # type: ignore[arg-type]
                     raise
                 advice = f"For {cls.name} with its defaults in a file of another method, write objective={cls.name}"
                 raise UserError(f"{error}\n{advice} instead of objective.name={cls.name}.") from None
