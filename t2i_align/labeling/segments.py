@@ -155,11 +155,13 @@ def _row(
 
 def _scores(scorer: Scorer, clips: Sequence[Tensor], ranges: Sequence[range], prompt: str) -> np.ndarray:
     """A scorer's number of each segment, [k, segments]."""
-    # A short last segment is completed by the frames before it where a measure of clips needs more.
-    wanted = [range(max(0, min(own.start, own.stop - scorer.min_frames)), own.stop) for own in ranges]
-    if (most := max(map(len, wanted))) < scorer.min_frames:
-        raise ImageError(f"segments of {most} frames; {scorer.name} judges {scorer.min_frames} or more")
-    parts = [clip[own.start : own.stop] for clip in clips for own in wanted]
+    # A measure of clips may need more frames than a segment has: it gets those around it as well.
+    total, least = ranges[-1].stop, scorer.min_frames
+    if total < least:
+        raise ImageError(f"{total} frames; {scorer.name} judges {least} or more")
+    starts = [min(own.start, total - least) for own in ranges]
+    wanted = [slice(start, max(own.stop, start + least)) for start, own in zip(starts, ranges, strict=True)]
+    parts = [clip[own] for clip in clips for own in wanted]
     scores = np.reshape(totals(scorer, parts, [prompt] * len(parts)), (len(clips), len(ranges)))
     if not np.isfinite(scores).all():
         raise ImageError(f"no finite score by {scorer.name}")

@@ -37,9 +37,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_clip(moving_clip(0, 17), folder / "a.mp4", RATE)
     save_clip(moving_clip(1, 17), folder / "b", RATE)
     save_clip(moving_clip(2, 40), folder / "plain.mp4", 2 * RATE)
-    # Frames of a second are held twice as long in its middle.
-    times = "setpts='if(lt(N,10),N,if(lt(N,20),2*N-10,N+10))/32/TB',scale=47:33"
-    ffmpeg("-i", folder / "plain.mp4", "-vf", times, "-fps_mode", "vfr", "-pix_fmt", "yuv444p", folder / "c.mkv")
+    vary(folder / "plain.mp4", folder / "c.mkv", ",scale=47:33")
     (folder / "plain.mp4").unlink()
     for name, text in (("a", "a fox runs"), ("b", "an owl flies"), ("c", "a cat sleeps")):
         (folder / f"{name}.txt").write_text(text)
@@ -50,8 +48,27 @@ def ffmpeg(*arguments: object) -> None:
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
 
 
+def vary(file: Path, out: Path, more: str = "") -> None:
+    """A copy whose frames are held twice as long in its middle."""
+    times = "setpts='if(lt(N,10),N,if(lt(N,20),2*N-10,N+10))/32/TB'"
+    ffmpeg("-i", file, "-vf", times + more, "-fps_mode", "vfr", "-pix_fmt", "yuv444p", out)
+
+
 def rows(out: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in whole_lines(out / "pairs.jsonl")}
+
+
+def test_a_varying_rate_is_read_by_time(tmp_path: Path) -> None:
+    """Time 2k / 32 is frame 2k, then (2k + 10) / 2 while frames are held for two 32nds, then 2k - 10.
+
+    The file's own times are in milliseconds, so that a frame may begin just after the time of the one before.
+    """
+    save_clip(moving_clip(2, 40), tmp_path / "plain.mp4", 2 * RATE)
+    vary(tmp_path / "plain.mp4", tmp_path / "vfr.mkv")
+    clip, frames = load(tmp_path / "vfr.mkv", MediaSize(32, 32, 20, RATE)).pixels, moving_clip(2, 40).float() / 255
+    nearest = [int((frames[:32] - frame).square().mean((1, 2, 3)).argmin()) for frame in clip]
+    expected = [0, 2, 4, 6, 8, *range(10, 20), 20, 22, 24, 26, 28]
+    assert all(found in (frame - 1, frame) for found, frame in zip(nearest, expected, strict=True)), nearest
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-experts", "cogvideox", "cogvideox-1.5", "ltx"])

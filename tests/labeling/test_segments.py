@@ -110,13 +110,15 @@ def test_the_majority_decides_and_an_even_vote_is_a_tie(source: Path, tmp_path: 
         assert np.sign(scores[0] - scores[1]).tolist() == expected
 
 
-def test_a_measure_of_clips_gets_the_frames_it_needs_for_a_short_segment(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "labels.jsonl"
-    label(source, out, scorers=[Length()], **QUIET)
-    assert rows(out)["one"]["by_scorer"]["length"]["scores"] == [[4, 4, 4, 3]] * 2
+def test_a_measure_of_clips_gets_the_frames_it_needs(source: Path, tmp_path: Path) -> None:
+    """Three at least: of segments of four the last has one; of segments of two all get their neighbours."""
+    for seconds, expected in ((0.5, [4, 4, 4, 3]), (0.25, [3] * 7)):
+        out = tmp_path / f"{seconds}.jsonl"
+        label(source, out, scorers=[Length()], **{**QUIET, "seconds": seconds})
+        assert rows(out)["one"]["by_scorer"]["length"]["scores"] == [expected] * 2
     with pytest.raises(UserError, match="none of 2 groups"):
         label(source, tmp_path / "few.jsonl", scorers=[Length()], **{**QUIET, "fps": 1.0, "seconds": 1.0})
-    assert reasons(tmp_path / "few.jsonl")["one"] == "segments of 2 frames; length judges 3 or more"
+    assert reasons(tmp_path / "few.jsonl")["one"] == "2 frames; length judges 3 or more"
 
 
 def test_a_judge_is_asked_in_both_orders(source: Path, tmp_path: Path) -> None:

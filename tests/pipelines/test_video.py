@@ -23,6 +23,7 @@ from t2i_align.data.media import MediaSize, load, save_clip
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate, sample
 from t2i_align.labeling.score import score
+from t2i_align.training.rewards import Rewarder
 from tests.data.test_examples import StandIn, write_jsonl
 from tests.pipelines.conftest import PathOf, first_batch, opened
 from tests.runs import image, jsonl_clips, jsonl_pairs, moving_clip, run_values
@@ -268,6 +269,16 @@ def test_an_evaluation_scores_frames_and_shows_videos(wan_path: Path, tmp_path: 
     enlarged = scorer.seen[0].repeat_interleave(8, 2).repeat_interleave(8, 3)
     assert (played - enlarged).abs().mean() < 0.03
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
+
+
+def test_a_reward_of_the_first_latent_frames(wan_path: Path) -> None:
+    """One is the first image: the scorer sees nothing else, and no gradient reaches the other latents."""
+    pipeline, scorer = pipelines.load(wan_path), Brightness()
+    latents = pipeline.encode_pixels(torch.rand(1, 9, 3, 32, 32)).requires_grad_()
+    reward, _ = Rewarder(pipeline, scorer, latent_frames=1)(latents, ["cat"])
+    (gradient,) = torch.autograd.grad(reward.sum(), latents)
+    assert [len(pixels) for pixels in scorer.seen] == [1]
+    assert gradient[:, :, 0].abs().sum() > 0 and gradient[:, :, 1:].abs().sum() == 0
 
 
 def test_a_clip_model_is_not_compared_with_an_image_model(
