@@ -39,7 +39,7 @@ from t2i_align.utils.files import write_json
 ROOT = Path(__file__).parent.parent
 BASE, SEGMENTS = "testbed:sd", {"tokens": 32}
 DRAWING_SEED, SAMPLING_SEED = 11, 90_000
-OMEGAS = (0.3, 1.0)
+OMEGAS = {"R-0.3": 0.3, "R-1.0": 1.0}
 SIDES = {
     "base, truncated": "B", "base, segments, not trained": "B-S", "T: trained, truncated": "T",
     "S: trained, segments": "S", "S + R, omega 0.3": "R-0.3", "S + R, omega 1": "R-1.0",
@@ -72,17 +72,19 @@ def make_data(folder: Path, count: int) -> Path:
     return file
 
 
-def make_scorer(folder: Path, steps: int) -> dict[float, str]:
-    """The spec of the decomposed scorer by omega, V being that of train prompts."""
+def make_scorer(folder: Path, steps: int) -> dict[str, str]:
+    """The spec of the decomposed scorer for each omega, V being that of train prompts."""
     weights = folder / "scorer.pt"
     if not weights.exists():
         sentence_scorer.train(weights, steps)
-    (folder / "corpus.txt").write_text("\n".join(prompts("long-train")[:512]))
-    for omega in OMEGAS:
+        (folder / "corpus.txt").write_text("\n".join(prompts("long-train")[:512]))
+    specs = {}
+    for side, omega in OMEGAS.items():
         values = {"scorer": f"{sentence_scorer.__file__}:SentenceScorer:{weights}", "omega": omega,
                   "direction": "corpus.txt"}  # fmt: skip
-        (folder / f"omega-{omega}.yaml").write_text(json.dumps(values))
-    return {omega: f"denscore:{folder}/omega-{omega}.yaml" for omega in OMEGAS}
+        (folder / f"{side}.yaml").write_text(json.dumps(values))
+        specs[side] = f"denscore:{folder}/{side}.yaml"
+    return specs
 
 
 def train(output: Path, seed: int, steps: int, **changes: Any) -> Path:
@@ -101,24 +103,26 @@ def train(output: Path, seed: int, steps: int, **changes: Any) -> Path:
     return result.weights
 
 
-def train_all(work: Path, seed: int, options: argparse.Namespace) -> None:
-    """T, S and both S + R of a seed."""
-    data = {"path": str(make_data(work / "data", options.images)), "cache_dir": str(work / "cache")}
-    supervised: dict[str, Any] = {
-        "data": data, "objective": {"name": "sft"}, "train": {"batch_size": options.batch_size, "caption_dropout": 0.1},
-        "optim": {"lr": options.lr, "schedule": "cosine", "warmup_steps": 5},
-    }  # fmt: skip
-    train(work / f"T-{seed}", seed, options.steps, **supervised)
-    start = train(work / f"S-{seed}", seed, options.steps, **supervised, model={"segments": SEGMENTS})
-    for omega, spec in make_scorer(work, options.scorer_steps).items():
-        reward = {"name": "reward", "scorer": spec, "schedule": "longalign", "sampling_steps": 5, "every": 2,
-                  "guidance": 1.0, "drift": True}  # fmt: skip
+def fine_tune(work: Path, side: str, seed: int, options: argparse.Namespace) -> None:
+    """T, S, or S + R of a seed, which starts from its S."""
+    if side in ("T", "S"):
+        data = {"path": str(make_data(work / "data", options.images)), "cache_dir": str(work / "cache")}
         train(
-            work / f"R-{omega}-{seed}", seed, options.reward_steps, model={"segments": SEGMENTS},
-            data={"path": "testbed:long-train"}, objective=reward, lora={"init": str(start)},
-            optim={"lr": options.reward_lr, "warmup_steps": 2, "max_grad_norm": 0.3},
-            train={"batch_size": options.reward_batch_size},
+            work / f"{side}-{seed}", seed, options.steps, data=data, objective={"name": "sft"},
+            model={} if side == "T" else {"segments": SEGMENTS},
+            optim={"lr": options.lr, "schedule": "cosine", "warmup_steps": 5},
+            train={"batch_size": options.batch_size, "caption_dropout": 0.1},
         )  # fmt: skip
+        return
+    reward = {"name": "reward", "scorer": make_scorer(work, options.scorer_steps)[side], "schedule": "longalign",
+              "sampling_steps": 5, "every": 2, "guidance": 1.0, "drift": True}  # fmt: skip
+    train(
+        work / f"{side}-{seed}", seed, options.reward_steps, model={"segments": SEGMENTS},
+        data={"path": "testbed:long-train"}, objective=reward,
+        lora={"init": str(resolve_aligned(work / f"S-{seed}").path)},
+        optim={"lr": options.reward_lr, "warmup_steps": 2, "max_grad_norm": 0.3},
+        train={"batch_size": options.reward_batch_size},
+    )  # fmt: skip
 
 
 def judge(work: Path, side: str, seed: int, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -203,18 +207,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--scorer-steps", type=int, default=400)
-    parser.add_argument("--reward-steps", type=int, default=20)
+    parser.add_argument("--reward-steps", type=int, default=12)
     parser.add_argument("--reward-batch-size", type=int, default=4)
     parser.add_argument("--reward-lr", type=float, default=1e-3)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--diverse", type=int, default=8, help="prompts of which four images are sampled")
-    parser.add_argument("--sampling-steps", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--diverse", type=int, default=4, help="prompts of which four images are sampled")
+    parser.add_argument("--sampling-steps", type=int, default=6)
     options = parser.parse_args()
+    options.work = options.work.resolve()
     (options.work / "data").mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
-        train_all(options.work, seed, options)
-        for side in SIDES.values():
-            judge(options.work, side, seed if side[0] != "B" else 0, options)
+    for side in SIDES.values():
+        for seed in range(options.seeds if side[0] != "B" else 1):
+            if side[0] != "B":
+                fine_tune(options.work, side, seed, options)
+            judge(options.work, side, seed, options)
     text = report(options.work, options)
     (ROOT / "benchmarks" / "results" / "long_prompts.md").write_text(text)
     print(text)

@@ -67,7 +67,7 @@ class StableDiffusion(TrainablePipeline):
         def masked(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "encoder_attention_mask": mask}
 
-        handle = self.denoiser.register_forward_pre_hook(masked, with_kwargs=True)
+        handle = self.denoiser.register_forward_pre_hook(masked, with_kwargs=True, prepend=True)
         try:
             yield inputs
         finally:

@@ -187,8 +187,9 @@ class RunConfig:
             )
         if self.lora and self.lora.init and needs.reference and reference != "auto":
             raise UserError(f"train.reference {reference!r} with lora.init: use 'auto', a copy of that LoRA")
-        if self.personal:
-            self.personal.check(self)
+        for section in (self.personal, self.model.segments):
+            if section:
+                section.check(self)
         if self.soft_tokens and self.lora:
             raise UserError("soft_tokens and lora are alternatives: with soft_tokens, set lora=null")
         if self.soft_tokens and self.objective.needs.reference:
@@ -206,8 +207,10 @@ class RunConfig:
             )
 
     @property
-    def trains(self) -> Literal["personal", "lora", "soft_tokens", "model"]:
-        """What is trained and saved; `personal` with a LoRA if there is one."""
+    def trains(self) -> Literal["personal", "t5", "lora", "soft_tokens", "model"]:
+        """What is trained and saved; `personal` and `t5` with a LoRA if there is one."""
+        if self.model.segments and self.model.segments.trains:
+            return "t5"
         return "personal" if self.personal else "lora" if self.lora else "soft_tokens" if self.soft_tokens else "model"
 
 

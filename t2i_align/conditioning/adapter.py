@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from diffusers.training_utils import cast_training_params
 
-from t2i_align.conditioning import personal
+from t2i_align.conditioning import personal, t5
 from t2i_align.conditioning.soft_tokens import SoftTokensAdapter
 from t2i_align.config import RunConfig
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from t2i_align.conditioning.personal import Embedding
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-Kind = Literal["lora", "soft_tokens", "personal", "model"]
+Kind = Literal["lora", "soft_tokens", "personal", "t5", "model"]
 
 
 class Trained(Protocol):
@@ -80,44 +81,86 @@ class LoRA:
         pipeline.pipe.unload_lora_weights()
 
 
-class PersonalAdapter(LoRA):
-    """A personal branch, with a LoRA or without, which is then a file of its own beside it."""
+class BesideLoRA(LoRA, ABC):
+    """An adapter of its own module, with a LoRA or without, which is then a file of its own beside it.
+
+    module: with `NAME`, of the denoiser's part, and `save` and `load`.
+    """
+
+    module: Any
+
+    @abstractmethod
+    def attach(self, pipeline: TrainablePipeline, embedding: Embedding | None) -> None:
+        """Put the module on the denoiser with fresh weights."""
 
     def install(
         self, pipeline: TrainablePipeline, config: RunConfig, unreached: Set[str], embedding: Embedding | None
     ) -> None:
-        assert embedding is not None
         pipeline.denoiser.requires_grad_(False)
         if config.lora:
             super().install(pipeline, config, unreached, embedding)
-        personal.install(pipeline, embedding)
+        self.attach(pipeline, embedding)
 
     def save(self, pipeline: TrainablePipeline, folder: Path, dtype: torch.dtype | None = None) -> Path:
         if super().installed(pipeline):
             super().save(pipeline, folder, dtype)
-        return personal.save(pipeline.denoiser, folder)
-
-    def recognises(self, keys: Set[str]) -> bool:
-        return "encoder.hidden.weight" in keys and "user_v.0.weight" in keys
+        file: Path = self.module.save(pipeline.denoiser, folder)
+        return file
 
     def installed(self, pipeline: TrainablePipeline) -> bool:
-        return hasattr(pipeline.denoiser, personal.NAME)
+        return hasattr(pipeline.denoiser, self.module.NAME)
 
     def load(self, pipeline: TrainablePipeline, path: str | Path, *, scale: float = 1.0) -> None:
-        """scale: of the LoRA; see `personal.serving` for the branch's."""
+        """scale: of the LoRA."""
         if (lora := Path(path).parent / LORA_FILE).is_file():
             super().load(pipeline, lora, scale=scale)
         try:
-            personal.load(pipeline, path)
+            self.module.load(pipeline, path)
         except BaseException:
             if super().installed(pipeline):
                 super().remove(pipeline)
             raise
 
     def remove(self, pipeline: TrainablePipeline) -> None:
-        personal.remove(pipeline)
+        self.take_off(pipeline)
         if super().installed(pipeline):
             super().remove(pipeline)
+
+    def take_off(self, pipeline: TrainablePipeline) -> None:
+        """Remove the module from the denoiser."""
+        delattr(pipeline.denoiser, self.module.NAME)
+
+
+class PersonalAdapter(BesideLoRA):
+    """A personal branch; see `personal.serving` for its scale."""
+
+    module = personal
+
+    def attach(self, pipeline: TrainablePipeline, embedding: Embedding | None) -> None:
+        assert embedding is not None
+        personal.install(pipeline, embedding)
+
+    def recognises(self, keys: Set[str]) -> bool:
+        return "encoder.hidden.weight" in keys and "user_v.0.weight" in keys
+
+    def take_off(self, pipeline: TrainablePipeline) -> None:
+        personal.remove(pipeline)
+
+
+class T5(BesideLoRA):
+    """The MLP between a T5 and the denoiser."""
+
+    module = t5
+
+    def attach(self, pipeline: TrainablePipeline, embedding: Embedding | None) -> None:
+        width = pipeline.denoiser.config.cross_attention_dim
+        t5.attach(pipeline.denoiser, t5.T5Adapter(t5.pipeline_t5(pipeline).features, width))
+
+    def recognises(self, keys: Set[str]) -> bool:
+        return keys == t5.KEYS
+
+    def installed(self, pipeline: TrainablePipeline) -> bool:
+        return super().installed(pipeline) and not getattr(pipeline.denoiser, t5.NAME).base
 
 
 class WholeModel:
@@ -138,6 +181,6 @@ class WholeModel:
 
 
 ADAPTERS: dict[Kind, Adapter] = {
-    "personal": PersonalAdapter(), "lora": LoRA(), "soft_tokens": SoftTokensAdapter(),
+    "personal": PersonalAdapter(), "t5": T5(), "lora": LoRA(), "soft_tokens": SoftTokensAdapter(),
 }  # fmt: skip
 TRAINED: dict[Kind, Trained] = {**ADAPTERS, "model": WholeModel()}

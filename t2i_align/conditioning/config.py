@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from t2i_align.errors import UserError
-from t2i_align.utils.settings import Count, Int, Share, settings
+from t2i_align.utils.settings import Count, Int, Share, UserPath, settings
 
 if TYPE_CHECKING:
     from t2i_align.config import RunConfig
@@ -22,13 +22,39 @@ class SegmentsConfig:
 
     tokens: a prompt's sequence is padded to a multiple of it. bos, eos: the start and end tokens that are kept, of
     `each` segment, of the `first` or `last`, or of `none`. pooled: SDXL's pooled vector, the segments' `mean` or the
-    `first` one's.
+    `first` one's. t5: a T5 (folder or Hub id) that reads up to `tokens` of the whole prompt beside CLIP, through an
+    adapter (`conditioning.t5`). adapter: a trained one, which is then part of the model; null: the run trains one.
     """
 
     tokens: Count = 240
     bos: Literal["each", "first", "none"] = "each"
     eos: Literal["each", "last", "none"] = "none"
     pooled: Literal["mean", "first"] = "mean"
+    t5: str | None = None
+    adapter: UserPath | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter and not self.t5:
+            raise UserError("model.segments.adapter needs the T5 that it was trained with, in model.segments.t5")
+
+    @property
+    def trains(self) -> bool:
+        """Whether a run with these trains an adapter."""
+        return self.t5 is not None and self.adapter is None
+
+    def check(self, run: RunConfig) -> None:
+        """Raise UserError where the run's other keys do not go with these."""
+        if self.t5 and (run.soft_tokens or run.personal or run.train.compile):
+            raise UserError(
+                "model.segments.t5 goes with neither soft_tokens, personal nor train.compile; leave these out"
+            )
+        if self.trains and run.objective.needs.reference:
+            raise UserError(
+                f"model.segments.t5 trains an adapter, for objectives without a reference; {run.objective.name} has "
+                "one: train the adapter first, as by sft, and give it as model.segments.adapter"
+            )
+        if self.adapter and run.trains == "model":
+            raise UserError("model.segments.adapter needs a LoRA: a whole model is saved without the adapter")
 
 
 @settings

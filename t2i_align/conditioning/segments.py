@@ -8,7 +8,8 @@ own, and the hidden states are joined:
 As in the authors' code every segment keeps its BOS and loses its EOS, and `pad` is one vector: the mean of the empty
 prompt's last 60 hidden states. There padding is told by token ids, which deletes the prompt's own "!" where a tokenizer
 pads with it (SD2.x); here by position. Whatever a batch adds beyond a prompt's own length is masked, so that an image
-does not depend on its neighbours. Of SDXL's two encoders both are read, and the pooled vectors averaged.
+does not depend on its neighbours. Of SDXL's two encoders both are read, and the pooled vectors averaged. A T5 that
+reads the whole prompt can be joined (`conditioning.t5`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from reward_scorers.sentences import split
+from t2i_align.conditioning import t5 as t5_adapter
 from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.errors import UserError
 
@@ -49,11 +51,18 @@ def install(pipeline: TrainablePipeline, options: SegmentsConfig) -> None:
             f"has a text encoder for long prompts ({pipeline.text_tokens} tokens)"
         )
     pipeline.conditioning_masks = {"prompt_embeds": MASK}
-    pipeline.long_prompts = partial(encode, pipeline, options)
+    t5 = t5_adapter.T5(options.t5, options.tokens) if options.t5 else None
+    pipeline.long_prompts = partial(encode, pipeline, options, t5=t5)
+    if t5:
+        pipeline.denoiser.register_forward_pre_hook(t5_adapter.narrow, with_kwargs=True)
+    if options.adapter:
+        t5_adapter.load(pipeline, options.adapter, base=True)
 
 
 @torch.no_grad()
-def encode(pipeline: TrainablePipeline, options: SegmentsConfig, prompts: Sequence[str]) -> Conditioning:
+def encode(
+    pipeline: TrainablePipeline, options: SegmentsConfig, prompts: Sequence[str], t5: t5_adapter.T5 | None = None
+) -> Conditioning:
     """Conditioning of prompts of any length, sequences [B, L, D] with their mask [B, L].
 
     Raises:
@@ -76,6 +85,8 @@ def encode(pipeline: TrainablePipeline, options: SegmentsConfig, prompts: Sequen
         torch.cat([hidden[segment, position], padding.expand(-len(position) % options.tokens, -1)])
         for segment, position in places
     ]
+    if t5:
+        sequences = t5_adapter.joined(sequences, t5.encode(prompts, hidden))
     masks = [hidden.new_ones(len(sequence)) for sequence in sequences]
     used = [[rows[text][0] for text in (parts if options.pooled == "mean" else parts[:1])] for parts in segments]
     pooled = {name: torch.stack([tensor[row].mean(0) for row in used]) for name, tensor in encoded.items()}

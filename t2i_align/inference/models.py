@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from t2i_align.conditioning import personal
+from t2i_align.conditioning import personal, t5
 from t2i_align.conditioning.adapter import ADAPTERS, LORA_FILE, TRAINED, Kind, LoRA
 from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.config import ModelConfig
@@ -108,8 +108,9 @@ def resolve_aligned(path: str | Path, what: str = "model") -> Aligned:
     if (local / "model_index.json").is_file():
         _check_whole(local)
         return Aligned("model", str(local))
-    if (local / personal.FILE).is_file():  # a LoRA beside it belongs to it
-        return Aligned("personal", str(local / personal.FILE))
+    for kind, file in (("personal", local / personal.FILE), ("t5", local / t5.FILE)):
+        if file.is_file():  # a LoRA beside it belongs to it
+            return Aligned(kind, str(file))  # type: ignore[arg-type]
     candidates = [local / name for name in TRAINED if (local / name).is_dir()]
     if not candidates and (local / checkpoint.STATE).is_file() and (run := checkpoint.run_of(local.absolute())):
         if _recorded(run / RUN_FILE).get("lora") or _recorded(run / RUN_FILE).get("soft_tokens"):

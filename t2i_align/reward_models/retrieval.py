@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
@@ -85,10 +86,12 @@ def retrieval(
     with torch.no_grad(), memory_for(batch_size), tqdm(total=len(chosen), unit="img", disable=not progress) as bar:
         for start in range(0, len(chosen), batch_size):
             batch = [(candidate.image, candidate.load()) for candidate in chosen[start : start + batch_size]]
-            if bad := next(((name, why) for name, why in batch if isinstance(why, str | Tensor)), None):
-                raise UserError(f"{bad[0]}: {bad[1] if isinstance(bad[1], str) else 'expected an image, found a clip'}")
+            for name, loaded in batch:
+                if not isinstance(loaded, Image.Image):
+                    why = loaded if isinstance(loaded, str) else "expected an image, found a clip"
+                    raise UserError(f"{name}: {why}")
             for (_, towers, _), rows in zip(built, seen, strict=True):
-                rows.append(towers.image_features([image for _, image in batch]))
+                rows.append(towers.image_features([loaded for _, loaded in batch if isinstance(loaded, Image.Image)]))
             bar.update(len(batch))
         recalls = {}
         for (name, towers, direction), rows in zip(built, seen, strict=True):

@@ -24,8 +24,8 @@ REFRESH = 30  # seconds after which an open page is read again, while the run tr
 Line = Mapping[str, Any]  # of metrics.jsonl
 # Lines by chart; a chart whose metrics are not logged is not drawn.
 CURVES = {
-    "Loss": {"loss": "loss", "held out": "held_out/loss"},
-    "Pairs ordered as labelled": {"share": "rewards/accuracies", "held out": "held_out/rewards/accuracies"},
+    "Loss": {"training": "loss", "held out": "held_out/loss"},
+    "Pairs ordered as labelled": {"training": "rewards/accuracies", "held out": "held_out/rewards/accuracies"},
     "Error against the reference": {
         "winner": "error/chosen_minus_reference",
         "loser": "error/rejected_minus_reference",
@@ -97,7 +97,8 @@ def shown(files: Sequence[Path]) -> Sequence[Path]:
 def facts(history: Sequence[Line]) -> dict[str, str]:
     """The newest value of what says most."""
     newest = {name: value for line in history for name, value in line.items()}
-    named = {"loss": "loss", "rewards/accuracies": "of the pairs ordered as labelled", "rewards/margins": "margin",
+    named = {"loss": "loss", "rewards/accuracies": "of the pairs ordered as labelled",
+             "held_out/rewards/accuracies": "of the held-out pairs", "rewards/margins": "margin",
              "winners/rise": "rise of the winners' error"}  # fmt: skip
     named |= {name: f"{name.removeprefix(VALIDATED)} of the samples" for name in validated(history)}
     return {label: f"{newest[name]:.0%}" if "accuracies" in name else f"{newest[name]:.4g}"
@@ -130,11 +131,12 @@ def advice(history: Sequence[Line]) -> list[str]:
         found.append(f"Only {accuracy:.0%} of the pairs are ordered as labelled, and chance is 50 %: more train.steps, "
                      "a larger optim.lr, or less noisy pairs.")  # fmt: skip
     found += [f"The run ended early: {line['ended']}." for line in history if "ended" in line]
-    for name in validated(history):
-        points = [(line[name], line["step"]) for line in history if name in line]
+    watched = [*((name, 1) for name in validated(history)), ("held_out/loss", -1)]  # a loss is best where it is least
+    for name, sign in watched:
+        points = [(sign * line[name], line["step"]) for line in history if name in line] or [(0, 0)]
         (first, _), (best, at), (last, end) = points[0], max(points), points[-1]
         if best - last > max(abs(best - first) / 2, abs(best) / 50) and at < end:
-            found.append(f"{name} was best at step {at} ({best:.4g}) and is {last:.4g} at step {end}: "
+            found.append(f"{name} was best at step {at} ({sign * best:.4g}) and is {sign * last:.4g} at step {end}: "
                          "compare a checkpoint from there.")  # fmt: skip
     return found
 

@@ -31,6 +31,7 @@ def history(**metrics: list[float]) -> list[dict[str, Any]]:
         (history(rewards__accuracies=[0.5] * 8), "Only 50% of the pairs"),
         (history(rewards__accuracies=[0.5, 0.7, 0.99, 0.99]), "99% of the training pairs .* by heart"),
         (history(validation__oracle=[0.5, 0.7, 0.5]), r"validation/oracle was best at step 10 \(0.7\) and is 0.5 at"),
+        (history(held_out__loss=[0.69, 0.6, 0.8]), r"held_out/loss was best at step 10 \(0.6\) and is 0.8 at step 20"),
         ([{"step": 4, "rollback": 1, "diverged_at": 9}], "diverged and went back .* 1 times, last from step 9"),
     ],
 )  # fmt: skip
