@@ -149,8 +149,8 @@ def judge(work: Path, side: str, seed: int, options: argparse.Namespace) -> dict
             for i in range(len(texts))
         ]
         write_json(file, columns)
-    scores: dict[str, list[float]] = json.loads(file.read_text())
-    return scores
+    columns = json.loads(file.read_text())
+    return dict(columns)
 
 
 def diversity(images: list[Image.Image]) -> float:
@@ -169,32 +169,35 @@ def figure(values: np.ndarray) -> str:
 
 
 def report(work: Path, options: argparse.Namespace) -> str:
-    """The tables as markdown."""
-    seeds = range(options.seeds)
-    scores: dict[str, dict[str, np.ndarray]] = {}
+    """The tables as markdown, of the runs that are judged."""
+    scores: dict[str, dict[str, dict[int, list[float]]]] = {}
     for side in SIDES.values():
-        runs = [judge(work, side, seed, options) for seed in (seeds if side[0] != "B" else [0])]
-        scores[side] = {name: np.array([run[name] for run in runs], float) for name in (*COLUMNS, "diversity")}
-    arguments = " ".join(
-        f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name != "work"
-    )
+        for seed in range(options.seeds):
+            if (work / f"scores-{side}-{seed}.json").exists():
+                for name, values in judge(work, side, seed, options).items():
+                    scores.setdefault(side, {}).setdefault(name, {})[seed] = values
+    judged = {label: scores[side] for label, side in SIDES.items() if side in scores}
+    arguments = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in vars(options).items() if key != "work")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = ["# Long prompts on the testbed", "", f"`python benchmarks/long_prompts.py {arguments}`", "",
              f"At commit {commit.strip()}, torch {torch.__version__}, {torch.get_num_threads()} thread. "
              f"{options.prompts} test prompts, {options.sampling_steps} steps, guidance 2; means with 95 % intervals "
              "over prompts, training seeds pooled.", ""]  # fmt: skip
-    lines += ["| model | " + " | ".join(COLUMNS[:4]) + " | diversity |", "|---" * 6 + "|"]
-    for label, side in SIDES.items():
-        cells = [figure(scores[side][name]) for name in (*COLUMNS[:4], "diversity")]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["| model | seeds | " + " | ".join(COLUMNS[:4]) + " | diversity |", "|---" * 7 + "|"]
+    for label, columns in judged.items():
+        cells = [figure(np.array([*columns[name].values()], float)) for name in (*COLUMNS[:4], "diversity")]
+        lines.append(f"| {label} | {len(columns['last'])} | {' | '.join(cells)} |")
     lines += ["", "| model | " + " | ".join(COLUMNS[4:]) + " |", "|---" * (1 + len(COLUMNS[4:])) + "|"]
-    for label, side in SIDES.items():
-        lines.append(f"| {label} | {' | '.join(f'{np.nanmean(scores[side][name]):.2f}' for name in COLUMNS[4:])} |")
+    for label, columns in judged.items():
+        means = (np.nanmean(np.array([*columns[name].values()], float)) for name in COLUMNS[4:])
+        lines.append(f"| {label} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     lines += ["", "| difference, same prompts and seeds | in | mean | by training seed |", "|---|---|---|---|"]
     for one, other, name in DIFFERENCES:
-        change = scores[one][name] - scores[other][name]
-        by_seed = ", ".join(f"{value:+.3f}" for value in np.nanmean(change, axis=1))
-        lines.append(f"| {one} − {other} | {name} | {figure(change)} | {by_seed} |")
+        both = sorted(scores.get(one, {}).get(name, {}).keys() & scores.get(other, {}).get(name, {}).keys())
+        if both:
+            change = np.array([np.subtract(scores[one][name][seed], scores[other][name][seed]) for seed in both])
+            by_seed = ", ".join(f"{value:+.3f}" for value in np.nanmean(change, axis=1))
+            lines.append(f"| {one} − {other} | {name} | {figure(change)} | {by_seed} |")
     return "\n".join([*lines, ""])
 
 

@@ -270,7 +270,8 @@ def table(options: argparse.Namespace) -> None:
         f"| mix of two users with opposed tastes: weight of the first | {' | '.join(map(str, MIX))} |",
         "|---|" + "---|" * len(MIX),
         *(f"| how much the first of {name} likes it | {' | '.join(f'{one:.3f}' for one in means)} |"
-          for name, means in out["mix"].items()), "",
+          for name, means in out["mix"].items()),
+        f"| mean | {' | '.join(f'{one:.3f}' for one in np.mean([*out['mix'].values()], axis=0))} |", "",
         "| identified among the new users from four choices | share |", "|---|---|",
         *("| top {} | {:.1%} [{:.1%}, {:.1%}] |".format(n, *out[f"identification, top {n}"]) for n in (1, 5)), "",
         f"The branch has {out['parameters']:,} parameters. Sampling took {out['time'][0]:.2f} s of one core without a "

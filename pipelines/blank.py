@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -27,8 +26,9 @@ def blank_component(
     """
     cls: Any = getattr(import_module(entry[0]), entry[1])
     with torch.device("meta"):
-        if hasattr(cls, "config_class") and inspect.isclass(cls.config_class):  # of transformers
-            network = cls(cls.config_class.from_pretrained(str(path), subfolder=name, revision=revision))
+        config: Any = getattr(cls, "config_class", None)
+        if hasattr(config, "from_pretrained"):  # of transformers
+            network = cls(config.from_pretrained(str(path), subfolder=name, revision=revision))
         else:
             network = cls.from_config(cls.load_config(str(path), subfolder=name, revision=revision))
     for key, parameter in network.named_parameters():

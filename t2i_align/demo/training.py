@@ -73,7 +73,7 @@ class Training:
         steps: int | None = None,
         lr: float | None = None,
         user: str | None = None,
-    ) -> State:
+    ) -> None:
         """Start a run.
 
         Args:

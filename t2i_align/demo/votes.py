@@ -127,8 +127,11 @@ class Votes:
                 except (ImageError, OSError) as error:
                     self.unusable[key] = str(error)
                     continue
-                sides = {"left": left, "right": right, "models": pair.models[::turn]}
-                return Shown(id=key, prompt=pair.prompt, **sides, segments=count, segment_seconds=seconds)
+                one, other = pair.models[::turn]
+                return Shown(
+                    id=key, prompt=pair.prompt, left=left, right=right, models=(one, other), segments=count,
+                    segment_seconds=seconds,
+                )  # fmt: skip
         return None
 
     def vote(self, user: str, pair: Shown, choice: str, columns: Mapping[str, Any] | None = None) -> bool:

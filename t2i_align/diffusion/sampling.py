@@ -66,9 +66,10 @@ def schedule(name: ScheduleName, steps: int, rng: SampleRNG, *, every: int = 10,
     return Schedule(gradient=at >= steps - count, stop=end, through=True)
 
 
-def without_gradient(steps: int, batch: int) -> Schedule:
-    """All steps, none of them with a gradient."""
-    return Schedule(gradient=torch.zeros(steps, batch, dtype=torch.bool), stop=torch.full((batch,), steps - 1))
+def without_gradient(steps: int, like: Tensor) -> Schedule:
+    """All steps, none of them with a gradient, for a batch `like` [B, ...]."""
+    zeros = torch.zeros(steps, len(like), dtype=torch.bool, device=like.device)
+    return Schedule(gradient=zeros, stop=torch.full_like(zeros[0], steps - 1, dtype=torch.long))
 
 
 @dataclass(frozen=True, kw_only=True)

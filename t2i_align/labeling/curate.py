@@ -186,7 +186,7 @@ class Maker:
         for side in range(2):
             noise = rng.normal(f"noise {side}", latents.shape[1:])
             noisy = self.process.add_noise(latents, noise, time)
-            schedule = without_gradient(self.steps, 1)
+            schedule = without_gradient(self.steps, noisy)
             with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
                 clean = sampler.sample(self._predict, noisy, conditioning, empty, schedule, rng, start)
                 clips.append(self.pipeline.decode_latents(clean)[0].float().cpu())

@@ -175,10 +175,9 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
     rules = _cuda_autocast() if device == "cuda" else nullcontext()
     with _Fake(allow_non_fake_inputs=True):
         _materialise(pipeline.denoiser)
-        kept = {"reference": "copy"} if train.reference == "offloaded_copy" else {}
-        reference = build_reference(
-            replace(train, compile=False, **kept), pipeline, needed=objective.needs.reference, adapted=adapted
-        )
+        kept = train.reference == "offloaded_copy"
+        traced = replace(train, compile=False, reference="copy" if kept else train.reference)
+        reference = build_reference(traced, pipeline, needed=objective.needs.reference, adapted=adapted)
         weights = Weights(pipeline.denoiser)
         follower.assign("weights", _tensors(pipeline.denoiser))
         copy = reference.weights.variants.get("reference")
@@ -190,9 +189,7 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
             follower.assign("moving average", average.tensors.values())
         parameters = list(weights.policy.values())
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: follower.assign("gradients", [p.grad])  # type: ignore[list-item]
-            )
+            parameter.register_post_accumulate_grad_hook(lambda p: follower.assign("gradients", [p.grad]))
         step = _optimizer(config, parameters, follower)
         batch, rng = _batch(config, pipeline, candidates)
         batch = replace(batch, state={name: torch.tensor(value) for name, value in objective.initial_state().items()})

@@ -34,4 +34,4 @@ class Lines(plain):
         if not self.disable:
             self.display()
             self.disable = True
-            self._decr_instances(self)  # type: ignore[attr-defined]  # the stubs lack it
+            self._decr_instances(self)  # type: ignore[attr-defined]  # of tqdm, which its types leave out

@@ -222,7 +222,7 @@ def test_commands_in_code_spans_and_their_options_exist() -> None:
 
 
 PLACEHOLDERS = re.compile(
-    r"FOLDER|FILE|MODEL|CHECKPOINT|TAG|HEAD|WEIGHTS|TOKENIZER|SPEC|SCORER|USER|[.]yaml|owner/name|:/folder|:/path"
+    r"FOLDER|FILE|MODEL|CHECKPOINT|TAG|HEAD|WEIGHTS|TOKENIZER|SPEC|SCORER|USER|FPS|[.]yaml|owner/name|:/folder|:/path"
 )
 
 

@@ -152,9 +152,16 @@ def test_sampling_from_a_step_on_removes_its_noise() -> None:
             return noise - clean
 
         noisy = process.add_noise(clean, noise, time)
-        out = sampler.sample(model, noisy, {}, {}, without_gradient(10, 1), SampleRNG(0, ["x"], process), start)
+        out = sampler.sample(model, noisy, {}, {}, without_gradient(10, noisy), SampleRNG(0, ["x"], process), start)
         torch.testing.assert_close(out, clean)
         assert calls == process.sampling_times(10)[start:].tolist()
+
+
+def test_a_schedule_lies_where_its_batch_does() -> None:
+    """On a GPU nothing may be compared with the CPU's."""
+    schedule = without_gradient(5, torch.empty(2, 3, device="meta"))
+    assert schedule.gradient.device.type == schedule.stop.device.type == "meta"
+    assert schedule.gradient.shape == (5, 2) and schedule.stop.shape == (2,)
 
 
 def test_a_lower_level_stays_nearer_to_the_real_clip(path: Callable[[str], Path], real: Path, tmp_path: Path) -> None:
