@@ -144,15 +144,6 @@ def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
     return None
 
 
-def captions(folder: Path) -> dict[str, str]:
-    """The captions of the images that lie in a folder itself, by their stems. Raises UserError where one is broken."""
-    listed = {_nfc(name.stem): text for name, text in _metadata(folder)}
-    try:
-        return listed | {stem: text for stem in _by_stem(folder, []) if (text := _caption(folder, folder, stem))}
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from error
-
-
 def _listed(root: Path, winner_folder: Path, loser_folder: Path) -> dict[str, str]:
     """Captions in metadata.jsonl by the pair's name."""
     captions: dict[str, str] = {}

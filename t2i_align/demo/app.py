@@ -105,6 +105,8 @@ def demo(
         steps=steps or first.get("steps"),
         guidance=first.get("guidance") if guidance is None else guidance,
     )
+    from t2i_align.training.signals import graceful_shutdown
+
     gradio = import_gradio()
     if not models and bundled and (QUICKSTART / "lora").is_dir():
         models = [QUICKSTART]
@@ -118,7 +120,9 @@ def demo(
         blocks = build(gradio, shared, defaults, accounts=bool(accounts), queue=queue)
         launch(blocks, shared, host=host, port=port, share=share, accounts=accounts, browser=browser)
         try:
-            blocks.block_thread()
+            with graceful_shutdown() as stop:
+                while not stop.wait(1):
+                    pass
         finally:
             blocks.close(verbose=False)
         return shared.votes.folder / "votes.jsonl"
@@ -159,7 +163,7 @@ def opened(
 
 def build(gradio: Any, shared: Demo, defaults: Defaults, *, accounts: bool = False, queue: int = 32) -> gradio.Blocks:
     """The pages."""
-    from t2i_align.demo import compare, results, vote
+    from t2i_align.demo import compare, personal, results, vote
     from t2i_align.demo.page import Page
 
     with gradio.Blocks(title="t2i-align", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
@@ -174,6 +178,7 @@ def build(gradio: Any, shared: Demo, defaults: Defaults, *, accounts: bool = Fal
             for title, add in (
                 ("Compare", compare.add),
                 ("Vote", vote.add),
+                ("Personal", personal.add),
                 ("Train", results.add_training),
                 ("Report", results.add_report),
             ):

@@ -7,8 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t2i_align.data import folders, readers
-from t2i_align.data.media import MEDIA_SUFFIXES
+from t2i_align.data import readers
 from t2i_align.data.paths import inside
 from t2i_align.data.schema import Group, Media
 from t2i_align.data.survey import Selection
@@ -36,8 +35,8 @@ def pairs_of(sources: Sequence[str | Path], limit: int = MAX_PAIRS) -> list[Pair
     """Pairs of the same prompt: within one source; of several folders, across them and with the same seed.
 
     Args:
-        sources: folders of `generate`, folders of images with captions (`fox.png` and `fox.txt`, or metadata), or one
-            source of preference data, as `train` reads it.
+        sources: folders of `generate`, or one source as `train` reads it, such as a folder of images with
+            captions, or preference data.
         limit: of more, so many are drawn at random, always the same ones.
 
     Raises:
@@ -80,9 +79,10 @@ def _candidates(source: str | Path) -> list[Candidate]:
     folder = Path(source).expanduser()
     if (folder / LIST).is_file():
         return list(_generated(folder))
-    if folder.is_dir() and not folders.detects(folder) and any(map(_is_media, folder.iterdir())):
-        return list(_captioned(folder))
-    items = readers.read(source, best_first=False, selection=Selection(limit=MAX_GROUPS))
+    try:
+        items = readers.read(source, best_first=False, selection=Selection(limit=MAX_GROUPS))
+    except UserError as error:
+        raise UserError(f"{error} A folder of images needs a caption for each: fox.txt beside fox.png.") from error
     groups = (item for item in items if isinstance(item, Group))
     return [
         Candidate(f"{group.id}#{place}", media, group.prompt, "")
@@ -100,23 +100,6 @@ def _generated(folder: Path) -> Iterator[Candidate]:
             raise UserError(f"{origin}: expected texts under 'file' and 'prompt', found the keys {', '.join(row)}")
         model = row.get("lora") or row.get("model") or ""
         yield Candidate(name, inside(folder, name, origin), prompt, str(model), row.get("seed"))
-
-
-def _captioned(folder: Path) -> Iterator[Candidate]:
-    """The images of a folder that have a caption; the name stands for the seed."""
-    captions = folders.captions(folder)
-    files = [file for file in sorted(folder.iterdir()) if _is_media(file)]
-    if not (captioned := [file for file in files if file.stem in captions]):
-        raise UserError(
-            f"{folder}: {len(files)} images, but no prompts: write each into a text file beside its image "
-            f"({files[0].stem}.txt) or into {folders.METADATA[0]} (file_name, prompt)"
-        )
-    for file in captioned:
-        yield Candidate(file.name, inside(folder, file.name, str(folder)), captions[file.stem], "", file.stem)
-
-
-def _is_media(file: Path) -> bool:
-    return file.suffix.lower() in MEDIA_SUFFIXES and file.is_file()
 
 
 def _labels(sources: Sequence[str | Path]) -> list[str]:

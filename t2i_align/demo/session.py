@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from t2i_align.data.media import ImageError
 from t2i_align.demo.media import MediaFolder
 from t2i_align.demo.pairs import Candidate, pair
 from t2i_align.demo.studio import Cancelled, Drawn, Job, Studio
 from t2i_align.demo.training import State, Training
-from t2i_align.demo.votes import Votes
-from t2i_align.errors import UserError, shorten
+from t2i_align.demo.votes import VOTES, Votes
+from t2i_align.errors import UserError, shorten, unknown
 from t2i_align.inference.generate import sample_seed
+from t2i_align.inference.users import resolve_user
 
 MAX_SAMPLES, MAX_PROMPT = 256, 2000  # drawn at once; characters of a prompt
 MAX_UPLOADS = 64  # files at once
@@ -38,11 +40,11 @@ class Demo:
         weights: Mapping[str, float],
         rows: Sequence[tuple[str, int]],
         folder: MediaFolder,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
+        **options: Any,
     ) -> Iterator[tuple[Job, list[Drawn]]]:
         """Draw in a thread; yields the job as it goes on, with the samples so far. `cancel(session)` ends it.
+
+        options: of `Studio.draw`.
 
         Raises:
             UserError: too much, nothing, or options that cannot be used.
@@ -58,7 +60,7 @@ class Demo:
 
         def work() -> None:
             try:
-                for batch in self.studio.draw(weights, rows, folder, job, steps=steps, guidance=guidance):
+                for batch in self.studio.draw(weights, rows, folder, job, **options):
                     drawn.extend(batch)
             except BaseException as error:  # raised in the caller's thread
                 failed.append(error)
@@ -69,7 +71,8 @@ class Demo:
             while thread.is_alive() and not job.cancelled.is_set():
                 yield job, list(drawn)
                 thread.join(POLL)
-            job.note = f"{'stopped after' if job.cancelled.is_set() else 'drawn:'} {len(drawn)} samples"
+            job.stopped = job.cancelled.is_set()
+            job.note = f"{'stopped after' if job.stopped else 'drawn:'} {len(drawn)} samples"
         finally:
             job.cancelled.set()  # also where the caller goes away; of a finished job it changes nothing
             if self.jobs.get(session) is job:
@@ -77,6 +80,30 @@ class Demo:
         if failed and not isinstance(failed[0], Cancelled):
             raise failed[0]
         yield job, list(drawn)
+
+    def draw_for(
+        self, session: str, name: str, user: str, rows: Sequence[tuple[str, int]], *, scale: float = 1.0, **options: Any
+    ) -> Iterator[tuple[Job, list[Drawn]]]:
+        """Draw with a personal model for nobody, and then for a user by their votes; see `draw`.
+
+        Raises:
+            UserError: no such model, or too few votes of this user that prefer one of two.
+        """
+        if name not in self.studio.entries:
+            raise unknown("model", name, self.studio.entries)
+        if not any(row.get("user") == user and row.get("vote") in ("left", "right") for row in self.votes.snapshot()):
+            raise UserError(f"{user} has no vote yet that prefers one of two; pick favourites first")
+        adapter = self.studio.entries[name].adapter
+        served = resolve_user(adapter, self.votes.folder / VOTES, {user: 1.0}, scale)
+        done: list[Drawn] = []
+        for whom, label in ((None, "for nobody"), (served, f"for {user}")):
+            drawn: list[Drawn] = []
+            for job, drawn in self.draw(session, {name: 1.0}, rows, self.compared, served=whom, **options):
+                drawn = [*done, *(replace(one, model=label) for one in drawn)]
+                yield job, drawn
+            done = drawn
+            if job.stopped:
+                break
 
     def cancel(self, session: str) -> None:
         """Cancel what a session is drawing, at the next step of the sampler."""

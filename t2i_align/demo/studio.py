@@ -17,6 +17,7 @@ from t2i_align.errors import UserError, unknown
 from t2i_align.inference.generate import TOTAL, judge, sample
 from t2i_align.inference.models import LORA_FILE, Aligned, adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, unscorable
+from t2i_align.inference.users import Served, user_on
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -34,11 +35,12 @@ class Cancelled(Exception):
 
 @dataclass
 class Job:
-    """A drawing under way. done, total: calls of the denoiser. note: what it is at."""
+    """A drawing under way. done, total: calls of the denoiser. note: what it is at. stopped: it ended before all."""
 
     total: int = 1
     done: int = 0
     note: str = "waiting for the model"
+    stopped: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def step(self, *_: Any) -> None:
@@ -131,7 +133,7 @@ class Studio:
         *,
         steps: int | None = None,
         guidance: float | None = None,
-        score: bool = True,
+        served: Served | None = None,
     ) -> Iterator[list[Drawn]]:
         """The samples of each model in turn, batch by batch.
 
@@ -139,6 +141,7 @@ class Studio:
             weights: strength of each model's LoRA, by the models' names; of others without effect.
             rows: prompts and seeds, which all models share.
             folder: where the samples are put.
+            served: whom models with a personal branch draw for.
 
         Raises:
             Cancelled: the job was. UserError, PipelineError: a model or option that cannot be used.
@@ -159,9 +162,10 @@ class Studio:
                 job.total, job.done = len(weights) * len(batches) * taken, place * len(batches) * taken
                 job.note = f"drawing {name}"
                 options = {**self.options, "batch_size": size, "steps": taken, "guidance": guided}
-                with adapter_on(pipeline, entry.adapter, weight), _watched(pipeline.denoiser, job):
+                person = user_on(pipeline, served, guided)
+                with adapter_on(pipeline, entry.adapter, weight), person, _watched(pipeline.denoiser, job):
                     for batch in batches:
-                        yield self._batch(pipeline, name, weight, batch, folder, score, options)
+                        yield self._batch(pipeline, name, weight, batch, folder, options)
 
     def _batch(
         self,
@@ -170,13 +174,12 @@ class Studio:
         weight: float,
         rows: Sequence[tuple[str, int]],
         folder: MediaFolder,
-        score: bool,
         options: Mapping[str, Any],
     ) -> list[Drawn]:
         prompts, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
         samples = sample(pipeline, prompts, seeds, **options)
         scores: list[dict[str, float]] = [{} for _ in rows]
-        for scorer in self.scorers if score else ():
+        for scorer in self.scorers:
             able = [place for place, prompt in enumerate(prompts) if not unscorable([scorer], prompt)]
             for place, values in judge(scorer, [samples[i] for i in able], [prompts[i] for i in able]) if able else ():
                 scores[able[place]][scorer.name] = values[TOTAL]

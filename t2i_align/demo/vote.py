@@ -79,7 +79,7 @@ def add(page: Page, tab: gradio.Tab) -> None:
         button.click(voting(choice), [pair, name, *labels], outputs, api_name=f"vote_{choice}", **at_once)
     undo.click(take_back, name, outputs, api_name="undo", **at_once)
     with gradio.Accordion("More pairs", open=demo.votes.pairs == 0):
-        _more(page, show, name, outputs)
+        _more(page, tab, show, outputs)
 
 
 def _segments(shown: Shown | None) -> list[Any]:
@@ -92,9 +92,9 @@ def _segments(shown: Shown | None) -> list[Any]:
     return [gradio.Row(visible=count > 0), *boxes]
 
 
-def _more(page: Page, show: Any, name: gradio.Textbox, outputs: Sequence[Any]) -> None:
+def _more(page: Page, tab: gradio.Tab, show: Any, outputs: Sequence[Any]) -> None:
     """Draw pairs on the spot, or upload images."""
-    demo = page.demo
+    demo, name = page.demo, page.name
     with gradio.Tab("Draw"):
         text = "\n".join(page.defaults.prompts[:DRAWN_FIRST])
         prompts = gradio.Textbox(text, label="Prompts, one per line", lines=4, max_lines=12, elem_id="pair-prompts")
@@ -146,6 +146,8 @@ def _more(page: Page, show: Any, name: gradio.Textbox, outputs: Sequence[Any]) -
     def stopped(request: gradio.Request) -> None:
         demo.cancel(str(request.session_hash))
 
+    # A run may have added its LoRA meanwhile.
+    tab.select(lambda: gradio.Dropdown(choices=list(demo.studio.entries)), None, models, api_visibility="private")
     inputs = [prompts, models, count, seed, steps, guidance, name]
     draw.click(answered(drawn), inputs, [status, *outputs], show_progress="hidden", api_name="draw_pairs", **DEVICE)
     stop.click(stopped, queue=False, api_visibility="private")

@@ -50,7 +50,7 @@ class Pair:
     models: tuple[str, str] = ("", "")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shown:
     """A pair as a user sees it.
 
@@ -115,24 +115,29 @@ class Votes:
         return len(new)
 
     def next(self, user: str) -> Shown | None:
-        """The next pair for a user, whose order and sides are their own; None when all are done."""
+        """The next pair for a user; None when all are done."""
+        return next(iter(self.upcoming(user, 1)), None)
+
+    def upcoming(self, user: str, count: int) -> list[Shown]:
+        """The next so many pairs for a user, whose order and sides are their own."""
+        found: list[Shown] = []
         with self._lock:
             waiting = [key for key in self._pairs if key not in self._voted.get(user, ()) and key not in self.unusable]
             for key in sorted(waiting, key=lambda key: stable_seed("order", user, key)):
                 pair = self._pairs[key]
-                turn = -1 if stable_seed("side", user, key) % 2 else 1
                 try:
-                    left, right = self._shown(pair)[::turn]
-                    count, seconds = self._segments(left, right)
+                    left, right = self._shown(pair)
+                    parts, seconds = self._segments(left, right)
                 except (ImageError, OSError) as error:
                     self.unusable[key] = str(error)
                     continue
-                one, other = pair.models[::turn]
-                return Shown(
-                    id=key, prompt=pair.prompt, left=left, right=right, models=(one, other), segments=count,
-                    segment_seconds=seconds,
-                )  # fmt: skip
-        return None
+                models = pair.models
+                if stable_seed("side", user, key) % 2:
+                    left, right, models = right, left, (models[1], models[0])
+                found.append(Shown(key, pair.prompt, left, right, models, parts, seconds))
+                if len(found) == count:
+                    break
+        return found
 
     def vote(self, user: str, pair: Shown, choice: str, columns: Mapping[str, Any] | None = None) -> bool:
         """Record a vote; False where this user has voted on the pair already, as from two windows.

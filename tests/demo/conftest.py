@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,8 @@ from t2i_align.inference.generate import LIST
 from t2i_align.utils.files import append_line
 from tests.runs import image
 
+SHOTS = os.environ.get("DEMO_SCREENSHOTS")  # folder to leave screenshots in
+WIDTHS = (1400, 420)
 PROMPTS = ("a red circle on a white background", "there is a green square")
 
 
@@ -25,6 +31,15 @@ def generated(folder: Path, prompts: int = 3, per_prompt: int = 2, first: int = 
         row = {"prompt": f"prompt {index // per_prompt}", "seed": 100 + index, "file": f"{index:05d}.png"}
         append_line(folder / LIST, {**row, "model": model, "lora": None})
     return folder
+
+
+@contextmanager
+def serving(demo: Demo, defaults: app.Defaults) -> Iterator[Served]:
+    """Serve a demo inside the block."""
+    blocks = app.build(app.import_gradio(), demo, defaults)
+    url = app.launch(blocks, demo)
+    yield Served(demo, url)
+    blocks.close(verbose=False)
 
 
 @dataclass(frozen=True)
@@ -40,9 +55,55 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A demo with the bundled model and 60 pairs to vote on."""
     folder = tmp_path_factory.mktemp("served")
     source = generated(folder / "source", prompts=60)
-    with app.opened("testbed:sd", sources=[source], out=folder / "demo", scorers=["oracle"]) as demo:
-        gradio = app.import_gradio()
-        blocks = app.build(gradio, demo, app.Defaults(prompts=PROMPTS, steps=4, guidance=1.0))
-        url = app.launch(blocks, demo)
-        yield Served(demo, url)
-        blocks.close(verbose=False)
+    opening = app.opened("testbed:sd", sources=[source], out=folder / "demo", scorers=["oracle"])
+    with opening as demo, serving(demo, app.Defaults(prompts=PROMPTS, steps=4, guidance=1.0)) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (program := next(filter(None, map(shutil.which, names)), None)):
+        pytest.skip("no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Any, url: str, name: str) -> Iterator[Any]:
+    """A page of a demo, in which no script may fail and nothing may come from another server."""
+    context = browser.new_context(viewport={"width": WIDTHS[0], "height": 1000})
+    errors: list[str] = []
+    outside: list[str] = []
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda one: None if one.url.startswith((url, "data:", "blob:")) else outside.append(one.url))
+    page.goto(url)
+    try:
+        yield page
+    finally:
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / f"{name}-last.png", full_page=True)
+        context.close()
+    assert not errors and not outside
+
+
+def shoot(page: Any, name: str) -> None:
+    """Screenshots at both widths; nothing may be wider than the page."""
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / f"{name}-{width}.png", full_page=True)
+    page.set_viewport_size({"width": WIDTHS[0], "height": 1000})
+
+
+def tab(page: Any, name: str) -> None:
+    """Open a tab."""
+    page.get_by_role("tab", name=name, exact=True).click()

@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.demo.conftest import Served
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
-SHOTS = os.environ.get("DEMO_SCREENSHOTS")  # folder to leave them in
-WIDTHS = (1400, 420)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+from tests.demo.conftest import Served, opened, shoot, tab
 
 
 @pytest.fixture
-def page(browser: playwright.Browser, served: Served) -> Iterator[playwright.Page]:
-    context = browser.new_context(viewport={"width": WIDTHS[0], "height": 1000})
-    errors: list[str] = []
-    outside: list[str] = []
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: outside.append(request.url) if not _ours(request.url, served) else None)
-    page.goto(served.url)
-    yield page
-    if SHOTS:
-        page.screenshot(path=Path(SHOTS) / "last.png", full_page=True)
-    context.close()
-    assert not errors
-    assert not outside  # fonts, scripts, analytics
+def page(browser: Any, served: Served, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with opened(browser, served.url, request.node.name) as page:
+        yield page
 
 
-def _ours(url: str, served: Served) -> bool:
-    return url.startswith((served.url, "data:", "blob:"))
-
-
-def shoot(page: playwright.Page, name: str) -> None:
-    """Screenshots at both widths; nothing may be wider than the page."""
-    for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 1000})
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-        if SHOTS:
-            page.screenshot(path=Path(SHOTS) / f"{name}-{width}.png", full_page=True)
-    page.set_viewport_size({"width": WIDTHS[0], "height": 1000})
-
-
-def tab(page: playwright.Page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def test_compare_side_by_side_and_blind(page: playwright.Page, served: Served) -> None:
+def test_compare_side_by_side_and_blind(page: Any, served: Served) -> None:
     page.get_by_label("base", exact=True).wait_for()
     page.locator("#draw").click()
     page.locator("#results img").nth(1).wait_for()
@@ -73,11 +27,11 @@ def test_compare_side_by_side_and_blind(page: playwright.Page, served: Served) -
     assert "oracle" in page.locator("#results").inner_text()
     shoot(page, "compare")
     page.get_by_label("Blind").check()
-    page.locator("#results b", has_text="A").first.wait_for()
+    page.locator("#results b", has_text=re.compile("^A$")).first.wait_for()
     assert "base" not in page.locator("#results").inner_text()
 
 
-def test_votes_by_keys_survive_a_reload_and_are_trained_on(page: playwright.Page, served: Served) -> None:
+def test_votes_by_keys_survive_a_reload_and_are_trained_on(page: Any, served: Served) -> None:
     votes = served.demo.votes
     tab(page, "Vote")
     page.locator("#user input, #user textarea").first.fill("dora")
@@ -115,7 +69,7 @@ def test_votes_by_keys_survive_a_reload_and_are_trained_on(page: playwright.Page
     shoot(page, "report")
 
 
-def test_keys_do_nothing_while_something_is_typed_or_another_tab_is_open(page: playwright.Page, served: Served) -> None:
+def test_keys_do_nothing_while_something_is_typed_or_another_tab_is_open(page: Any, served: Served) -> None:
     before = len(served.demo.votes.snapshot())
     page.locator("#prompts textarea").press("ArrowLeft")
     page.keyboard.press("Escape")

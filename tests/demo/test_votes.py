@@ -202,7 +202,7 @@ def test_images_with_captions_and_preference_data_give_pairs(tmp_path: Path) -> 
     assert len(pairs_of(["testbed:pairs"], limit=5)) == 5
     for caption in folder.glob("*.txt"):
         caption.unlink()
-    with pytest.raises(UserError, match=r"0\.txt"):
+    with pytest.raises(UserError, match=r"fox\.txt"):
         pairs_of([folder])
 
 
