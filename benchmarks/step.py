@@ -44,6 +44,7 @@ from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.models import resolve_model
 from t2i_align.training.loop import Loop
+from t2i_align.training.output import write_settings
 from t2i_align.training.reference import build_reference
 from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.stored_errors import StoredErrors, open_errors
@@ -226,6 +227,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
     batches = [source.to_batch(next(loader), device) for _ in range(BATCHES)]
     bare = Bare(config, batches, device)
     (folder / "run").mkdir()
+    write_settings(folder / "run", configuration.to_mapping(config))
     stored = open_errors(config, folder, reference, source.fingerprint)
     second = SecondRun(replace(config, output_dir=str(folder / "second")), stored, accelerator)
     rivals = {"ours, from the second run on": second.step, "bare": bare.cached, "bare with encoders": bare.encoding}

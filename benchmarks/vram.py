@@ -6,6 +6,7 @@ python benchmarks/vram.py     # writes docs/vram.md; minutes to an hour of one c
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,7 @@ MODELS = (
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"train": {"gradient_checkpointing": False}},
     "LoRA, checkpointing": {},
+    "LoRA on nf4, checkpointing": {"model": {"quantize": "nf4"}},
     "full, checkpointing, 8-bit AdamW": {"lora": None, "optim": {"optimizer": "adamw8bit"}},
 }
 GIB = 2**30
@@ -37,7 +39,8 @@ GIB = 2**30
 
 def row(model: str, kind: str) -> list[str]:
     """One line: parts at rest, activations of a pair, and the greatest batch on cards."""
-    values = {"output_dir": "runs/plan", "objective": "diffusion_dpo", "model": {"path": model}, **KINDS[kind]}
+    values = {"output_dir": "runs/plan", "objective": "diffusion_dpo", **KINDS[kind]}
+    values["model"] = {"path": model, **values.get("model", {})}
     values["train"] = {"batch_size": 1, "precision": "bf16", "gradient_checkpointing": True, **values.get("train", {})}
     with described(configuration.from_mapping(values)) as config:
         traced = trace(config)
@@ -54,17 +57,18 @@ def main() -> int:
     """Trace and write the table, after each line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="published models, or folders")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="what is trained and how")
     options = parser.parse_args()
     silence_libraries()
     head = ["model", "trained", "weights, optimiser, reference, GiB", "activations of a pair, GiB",
             "pairs on 24 GiB", "48 GiB", "80 GiB", "TFLOP a pair"]  # fmt: skip
     table = [head, ["---"] * len(head)]
-    for model, kind in product(options.models, KINDS):
+    for model, kind in product(options.models, options.kinds):
         table.append(row(model, kind))
         print(" | ".join(table[-1]), flush=True)
         OUT.write_text("\n".join([
             "# Memory of published models", "",
-            f"`{' '.join(['python', 'benchmarks/vram.py', *sys.argv[1:]])}`", "",
+            f"`{shlex.join(['python', 'benchmarks/vram.py', *sys.argv[1:]])}`", "",
             "Diffusion-DPO in bf16 at the model's own size, from the cache, by `t2i-align plan` "
             "([training.md](training.md#memory)); nothing here was measured on a GPU. A pair is two images or clips; "
             "activations grow with the pairs of a micro-batch, and the pairs that fit leave 1 GiB for the CUDA context "

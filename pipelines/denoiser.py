@@ -56,7 +56,12 @@ class DenoiserMixin(Family):
         finally:
             if checkpointing:
                 denoiser.disable_gradient_checkpointing()
-        return {name for name, parameter in denoiser.named_parameters() if parameter not in found}
+        parameters = dict(denoiser.named_parameters())
+        missing = {name for name, parameter in parameters.items() if parameter not in found}
+        # No gradient is followed to quantised weights: they share the fate of their layer's bias, if there is one.
+        quantised = {name for name in missing if hasattr(parameters[name], "__tensor_flatten__")}
+        quantised |= {name for name in missing if not parameters[name].is_floating_point()}
+        return {name for name in missing if name not in quantised or f"{name.removesuffix('weight')}bias" in missing}
 
     def set_attention(self, backend: str) -> None:
         """Choose the attention kernel by name; anything that would be silently ignored is refused.

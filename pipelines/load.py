@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +23,12 @@ from huggingface_hub import snapshot_download
 from pipelines.base import PipelineError
 from pipelines.blank import blank_component
 from pipelines.cogvideox import CogVideoX
+from pipelines.files import WEIGHT_ENDINGS, variant_of, weights_of
 from pipelines.flux import Flux
 from pipelines.hub import reason
 from pipelines.ltx import LTXVideo
 from pipelines.pipeline import TrainablePipeline
+from pipelines.quantize import quantisation
 from pipelines.sd import StableDiffusion
 from pipelines.sd3 import StableDiffusion3
 from pipelines.sdxl import StableDiffusionXL
@@ -38,7 +39,6 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
 }
 AnyFamily = TypeVar("AnyFamily", bound=type[TrainablePipeline])
-WEIGHT_ENDINGS = (".safetensors", ".bin")  # in order of preference
 CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
 
 
@@ -76,6 +76,7 @@ def load(
     variant: str | None = None,
     single_file_config: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+    quantize: str | None = None,
 ) -> TrainablePipeline:
     """Load a diffusers folder, a Hub id or a single-file checkpoint; its own files say which family it is.
 
@@ -92,6 +93,7 @@ def load(
             the weights that the file lacks; without it diffusers asks the Hub.
         prediction_type: what the denoiser predicts, where the checkpoint's scheduler does not know. A single file's own
             marks (`v_pred`, and `ztsnr` for a schedule that ends without signal) are followed.
+        quantize: how the denoiser's weights are stored, for a LoRA on them (see `pipelines.quantize`).
 
     Raises:
         PipelineError: nothing there, not a pipeline, an unknown family, a component missing, a prediction type that
@@ -99,9 +101,9 @@ def load(
     """
     denoiser_dtype, large_encoder_dtype = denoiser_dtype or dtype, large_encoder_dtype or dtype
     if Path(path).is_file():
-        if expert is not None or not weights:
-            what = f"expert {expert!r}" if expert else "a configuration without weights"
-            raise PipelineError(f"{path}: {what} was asked for, but a single file has one denoiser, and weights")
+        what = f"expert {expert!r}" if expert else quantize or ("" if weights else "a model without weights")
+        if what:
+            raise PipelineError(f"{path}: {what} was asked for, but a single file has one denoiser, with its weights")
         pipeline = _load_single_file(Path(path), dtype, single_file_config, prediction_type)
         pipeline.denoiser.to(dtype=denoiser_dtype)
         for name in pipeline.modules().keys() & pipeline.large_encoders:
@@ -122,7 +124,7 @@ def load(
         if name not in present or (Path(path).is_dir() and not (Path(path) / name).is_dir()):
             raise PipelineError(f"{path}: the checkpoint lacks its component {name!r}: {reason}")
         files = [file for file in (Path(path) / name).glob("*") if file.is_file()] if name not in left_out else []
-        variants = {_variant(file) for file in files if file.suffix in WEIGHT_ENDINGS}
+        variants = {variant_of(file) for file in files if file.suffix in WEIGHT_ENDINGS}
         if variants and not variants & {"", variant}:
             only = " and ".join(sorted(variants))
             raise PipelineError(f"{path}: the weights of {name!r} are of the variant {only}; give it as model.variant")
@@ -136,7 +138,11 @@ def load(
 
     def read(**components: Any) -> DiffusionPipeline:
         options = {**family.load_options, **dict.fromkeys(absent), **components}
-        options |= {"dtype": dtypes, "revision": revision, "variant": variant}
+        options |= quantisation(quantize if weights else None, denoiser) | {
+            "dtype": dtypes,
+            "revision": revision,
+            "variant": variant,
+        }
         with _readable(path):
             pipe = getattr(diffusers, index["_class_name"]).from_pretrained(str(path), **options)
         return _with_scheduler(pipe, {"prediction_type": prediction_type} if prediction_type else {})
@@ -331,20 +337,5 @@ def _encoder_files(
     for name in names:
         present = [file for file in (root / name).glob("*") if file.is_file()]
         files += [file for file in present if file.suffix in CONFIG_ENDINGS and ".index." not in file.name]
-        files += _weights(present, variant) if weights else []
+        files += weights_of(present, variant) if weights else []
     return {f"{file.parent.name}/{file.name}": file for file in files}
-
-
-def _variant(file: Path) -> str:
-    """model.safetensors is of no variant; model.fp16.safetensors and model.fp16-00001-of-00002.safetensors of fp16."""
-    return file.stem.partition(".")[2].partition("-")[0]
-
-
-def _weights(files: list[Path], variant: str | None) -> list[Path]:
-    """A component's files that `from_pretrained` loads: the variant's, or where it has none the default."""
-    by_variant: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        if file.suffix in WEIGHT_ENDINGS:
-            by_variant[_variant(file)].append(file)
-    weights = by_variant.get(variant or "") or by_variant[""]
-    return [file for file in weights if file.suffix == WEIGHT_ENDINGS[0]] or weights

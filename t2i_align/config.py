@@ -46,6 +46,7 @@ class ModelConfig:
     expert: the denoiser to train where a model has one for `high` and one for `low` noise (null: high).
     prediction_type: what the denoiser predicts, where its files do not say it (single files) or are wrong.
     segments: encode prompts in segments, so that none is cut off (null: as the model's own pipeline does).
+    quantize: how the frozen weights under a LoRA are stored (null: in the run's precision; see `pipelines.quantize`).
     """
 
     path: str = "testbed:sd"
@@ -55,6 +56,7 @@ class ModelConfig:
     expert: Literal["high", "low"] | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     segments: SegmentsConfig | None = None
+    quantize: Literal["int8", "fp8", "nf4"] | None = None
 
 
 @settings

@@ -196,6 +196,12 @@ def _smaller_batch(config: RunConfig, traced: Trace, card: Card) -> Change | Non
     return f"train.batch_size={size} train.accumulate={accumulate}", changed
 
 
+def _quantised(config: RunConfig, traced: Trace, card: Card) -> Change | None:
+    if not config.lora or config.model.quantize or not _matters("weights", traced):
+        return None
+    return "model.quantize=nf4", _with(config, "model", quantize="nf4")
+
+
 def _eight_bit(config: RunConfig, traced: Trace, card: Card) -> Change | None:
     if config.optim.optimizer != "adamw" or not _matters("optimiser", traced):
         return None
@@ -216,7 +222,7 @@ def _lora(config: RunConfig, traced: Trace, card: Card) -> Change | None:
 
 
 CHANGES: Sequence[Callable[[RunConfig, Trace, Card], Change | None]] = (
-    _bf16, _checkpointing, _smaller_batch, _eight_bit, _offloaded, _lora,
+    _bf16, _checkpointing, _smaller_batch, _quantised, _eight_bit, _offloaded, _lora,
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pipelines import TrainablePipeline
+from pipelines.quantize import BITS
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning
@@ -34,7 +35,7 @@ from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import DataStats
 from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.reference import build_reference
-from t2i_align.training.weights import Weights, older_policy
+from t2i_align.training.weights import CAST, Weights, older_policy
 
 PARTS = ("weights", "reference", "moving average", "optimiser", "gradients", "activations")
 COUNTED: dict[Any, Any] = {  # kernels by what counts their operations; torch's table lacks those of the CPU's attention
@@ -176,12 +177,19 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
     with _Fake(allow_non_fake_inputs=True):
         _materialise(pipeline.denoiser)
         kept = train.reference == "offloaded_copy"
-        traced = replace(train, compile=False, reference="copy" if kept else train.reference)
-        reference = build_reference(traced, pipeline, needed=objective.needs.reference, adapted=adapted)
+        plain = replace(train, compile=False, precision="fp32", reference="copy" if kept else train.reference)
+        reference = build_reference(plain, pipeline, needed=objective.needs.reference, adapted=adapted)
         weights = Weights(pipeline.denoiser)
         follower.assign("weights", _tensors(pipeline.denoiser))
+        follower.now["weights"] -= _saved(pipeline.denoiser, config.model.quantize)
+        follower.peak = follower.now.copy()
         copy = reference.weights.variants.get("reference")
-        frozen = [] if copy is None or copy.network is pipeline.denoiser else list(_tensors(copy.network))
+        frozen: list[Tensor] = []
+        if copy is not None and copy.network is not pipeline.denoiser:
+            for module in copy.network.modules():  # as `frozen_copy`; torch cannot convert a module of fake tensors
+                if isinstance(module, CAST):
+                    _materialise(module, dtype)
+            frozen = list(_tensors(copy.network))
         if not kept:
             follower.assign("reference", [*frozen, *(copy.tensors.values() if copy else ())])
         if config.optim.ema is not None:
@@ -197,7 +205,7 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         micro = min(train.accumulate, 2)  # the second meets the gradients of the first
         with follower, rules:
             for _ in range(micro):
-                with autocast, _without_values(objective.name):
+                with autocast, _without_values(f"objective {objective.name}"):
                     loss, _metrics = objective.step(policy, reference, batch, rng)
                 loss.mean().backward()
                 del loss, _metrics
@@ -213,21 +221,21 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
 
 
 @contextmanager
-def _without_values(name: str) -> Iterator[None]:
+def _without_values(what: str) -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f"objective {name}: its course depends on tensors' values, which a plan does not have: {error}"
+            f"{what}: its course depends on tensors' values, which a plan does not have: {error}"
         ) from error
 
 
-def _materialise(network: nn.Module) -> None:
-    """Replace parameters and buffers on `meta` by fake ones on the CPU; inside a FakeTensorMode."""
+def _materialise(network: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace parameters and buffers by fake ones on the CPU, parameters in a dtype (default: theirs)."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = torch.empty_like(parameter, device="cpu")
+                fake = torch.empty_like(parameter, device="cpu", dtype=dtype)
                 module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -237,6 +245,16 @@ def _materialise(network: nn.Module) -> None:
 def _tensors(network: nn.Module) -> Iterator[Tensor]:
     yield from network.parameters()
     yield from network.buffers()
+
+
+def _saved(network: nn.Module, quantize: str | None) -> int:
+    """Bytes that frozen linear layers take less when they are quantised; one of them is widened at a time."""
+    if quantize is None:
+        return 0
+    layers = [m.weight for m in network.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    stored = [weight.numel() * BITS[quantize] // 8 + 4 * len(weight) for weight in layers]  # and a scale for each row
+    widest = max(weight.nbytes for weight in layers)
+    return sum(weight.nbytes for weight in layers) - sum(stored) - widest
 
 
 def _optimizer(config: RunConfig, parameters: list[nn.Parameter], follower: StorageFollower) -> Any:
@@ -252,7 +270,8 @@ def _optimizer(config: RunConfig, parameters: list[nn.Parameter], follower: Stor
             group.update({name: False for name in ("fused", "foreach") if name in group})
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+        with _without_values(f"optim.optimizer {config.optim.optimizer!r}"):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         values = [value for state in optimizer.state.values() for value in state.values()]
         follower.assign("optimiser", [value for value in values if isinstance(value, Tensor)])
@@ -262,7 +281,8 @@ def _optimizer(config: RunConfig, parameters: list[nn.Parameter], follower: Stor
         before = [parameter.detach().clone() for parameter in parameters]  # as the loop, for the norm of the update
         if optimizer:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         torch._foreach_sub_(before, [parameter.detach() for parameter in parameters])
 
     return step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -45,7 +44,6 @@ from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
 from t2i_align.utils.logging import silent
 
-logger = logging.getLogger(__name__)
 LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders such as T5-XXL overflow half precision
 # Keys in which a continuation may differ from its run. Batch sizes may be exchanged for each other and for processes:
 # the loop checks that a step takes as many groups as before.
@@ -205,6 +203,8 @@ def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipelin
     load_installed()
     if loaded is not None and any(adapter.installed(loaded) for adapter in ADAPTERS.values()):
         raise UserError(f"model {loaded.source}: it carries an adapter already; remove it, or load the model anew")
+    if config.model.quantize and not config.lora:
+        raise UserError("model.quantize needs a LoRA: weights in fewer bits cannot be trained themselves")
     pipeline = loaded or open_model(
         config.model,
         # A frozen denoiser can be in the run's precision; trained weights stay in float32.
@@ -268,7 +268,7 @@ def _size_and_frames(config: RunConfig, pipeline: TrainablePipeline) -> tuple[tu
 def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     """A fingerprint of the model's encoders, their precision, and what is stored beside their output."""
     model = checkpoint_options(config.model)
-    del model["expert"], model["prediction_type"]  # experts share their encoders
+    del model["expert"], model["prediction_type"], model["quantize"]  # experts share their encoders
     parts = [pipelines.encoder_fingerprint(**model)]
     if config.model.segments:
         parts.append(f"segments {config.model.segments}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -22,6 +23,8 @@ def silence_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("diffusers.loaders.lora_base").addFilter(_is_relevant)
+    # diffusers' own call of the Hub, for every model of the Hub.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
 
 
 def silent(function: Callable[P, R]) -> Callable[P, R]:

@@ -18,15 +18,22 @@ from tests.tiny import random_lora
 def test_the_samples_of_both_sides_are_kept_and_can_be_scored(sd_path: Path, tmp_path: Path) -> None:
     """They are those that were compared, by their hashes; forced again without them, they go; others' stay."""
     options = {
-        "base": sd_path, "aligned": random_lora(sd_path, tmp_path / "lora"), "prompts": ["cat", "dog"],
-        "scorers": ["oracle"], "out": tmp_path / "out", "steps": 1, "guidance": 1.0, "progress": False,
-    }  # fmt: skip
+        "base": sd_path,
+        "aligned": random_lora(sd_path, tmp_path / "lora"),
+        "prompts": ["a red circle", "a blue square"],
+        "scorers": ["oracle"],
+        "out": tmp_path / "out",
+        "steps": 1,
+        "guidance": 1.0,
+        "progress": False,
+    }
     result = evaluate(**options, seeds_per_prompt=2, save_samples=True)
     samples = tmp_path / "out" / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["aligned", "base"]
     rows = [json.loads(line) for line in (samples / "base" / "samples.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["file"]) for row in rows] == [
-        ("cat", "00000.png"), ("cat", "00001.png"), ("dog", "00002.png"), ("dog", "00003.png")
+        ("a red circle", "00000.png"), ("a red circle", "00001.png"),
+        ("a blue square", "00002.png"), ("a blue square", "00003.png"),
     ]  # fmt: skip
     assert [row["seed"] for row in rows] == result.settings["seeds"]
     same = 0

@@ -105,6 +105,21 @@ def test_accumulation_multiplies_operations_and_keeps_gradients(tmp_path: Path) 
     assert thrice.flops == 3 * once.flops and thrice.peak >= once.peak
 
 
+def test_reference_copy_is_in_the_precision_of_the_run_and_a_quantised_base_is_smaller(tmp_path: Path) -> None:
+    full = trace(run(tmp_path, lora=None, train={"batch_size": 1, "precision": "bf16"}))
+    assert full.memory["reference"] == pytest.approx(full.memory["weights"] / 2, rel=0.05)
+    plain, small = (
+        trace(run(tmp_path, model={"quantize": quantize}, train={"batch_size": 1, "precision": "bf16"}))
+        for quantize in (None, "nf4")
+    )
+    assert small.memory["weights"] < plain.memory["weights"] and small.flops == plain.flops
+
+
+def test_optimiser_that_reads_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'adafactor': its course depends on tensors' values"):
+        trace(run(tmp_path, optim={"optimizer": "adafactor"}, train={"batch_size": 1}))
+
+
 def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     config = run(tmp_path, objective={"name": "reward", "scorer": "oracle"})
     with pytest.raises(UserError, match="reward: it samples images"):
