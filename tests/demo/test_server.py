@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -144,3 +148,15 @@ def test_only_those_with_an_account_come_in_and_vote_under_its_name(tmp_path: Pa
 
 def test_it_listens_on_this_machine_alone(served: Served) -> None:
     assert served.url.startswith("http://127.0.0.1:")
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "t2i_align", "demo", "--out", str(tmp_path / "demo"), "--steps", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        assert (found := re.match(r"demo: (http://127\.0\.0\.1:\d+/) ", line)), line
+        assert "t2i-align" in httpx.get(found[1], timeout=60).text
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"votes in {tmp_path / 'demo' / 'votes.jsonl'}" in rest
