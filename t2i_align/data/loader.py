@@ -345,5 +345,5 @@ def identity_collate(item: Any) -> Any:
 
 def _leave_signals_to_the_run(worker: int) -> None:
     # They reach the workers too; the run saves a checkpoint first, for which it still needs them.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
