@@ -59,6 +59,7 @@ def quickstart(
         from t2i_align.evaluation.compare import RESULT, evaluate
         from t2i_align.inference.options import resolve_prompts
         from t2i_align.training.output import write_settings
+        from t2i_align.training.progress import LOG_FILE
         from t2i_align.training.report import write_report
         from t2i_align.training.run import align
         from t2i_align.utils.logging import silence_libraries
@@ -89,6 +90,8 @@ def quickstart(
         write_json(temporary / RESULT, result.to_json())
         write_settings(run.output_dir, configuration.to_mapping(config))
         write_report(run.output_dir)
+        log = run.output_dir / LOG_FILE
+        write_text(log, log.read_text(encoding="utf-8").replace(str(run.output_dir), str(folder / "run")))
         run.output_dir.rename(temporary / "run")
     return result
 

@@ -16,7 +16,8 @@ PICKS = 4
 NONE = """No model here has a personal branch. Train one on the votes of several users, and name it on the command line:
 
     t2i-align train configs/sd15_diffusion_dpo_lora.yaml lora=null personal.embedder=pickscore data.path=my_votes.jsonl
-    t2i-align demo runs/mine"""
+    t2i-align demo runs/mine
+"""
 
 
 def add(page: Page, tab: gradio.Tab) -> None:

@@ -235,7 +235,8 @@ def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
     users = pa.array([1], pa.timestamp("ns"))
     row = {"prompt": ["x"], "chosen": [png(0)], "rejected": [png(1)]}
     pq.write_table(pa.table({**row, "user": users}), tmp_path / "a.parquet")
-    assert "a.parquet: cannot be read after row 0" in outcome(tmp_path / "a.parquet")
+    (skipped,) = outcome(tmp_path / "a.parquet")
+    assert "'user' must be text or number" in skipped.reason
 
 
 def test_columns_of_the_same_name_in_parquet(tmp_path: Path) -> None:

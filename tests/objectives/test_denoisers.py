@@ -39,15 +39,19 @@ def batch_for(pipeline: TrainablePipeline) -> Batch:
     shape = (pipeline.default_frames, 3, height, width) if pipeline.video else (3, height, width)
     torch.manual_seed(1)
     latents = pipeline.encode_pixels(torch.rand(GROUPS * CANDIDATES, *shape)).unflatten(0, (GROUPS, CANDIDATES))
+    frames = latents.shape[3] if pipeline.video else 1
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.6, 0.4]])
     captions = pipeline.encode_prompts([f"caption {i}" for i in range(GROUPS * CANDIDATES)])
     return Batch(
         keys=tuple(f"0/{i}" for i in range(GROUPS)),
         latents=latents,
-        scores=torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.6, 0.4]]),
+        scores=scores,
         conditioning=pipeline.encode_prompts([f"prompt {i}" for i in range(GROUPS)]),
         columns={
             "captions": {name: tensor.unflatten(0, (GROUPS, CANDIDATES)) for name, tensor in captions.items()},
             "negative_caption": pipeline.encode_prompts([f"wrong {i}" for i in range(GROUPS)]),
+            "segment_scores": scores[..., None].expand(-1, -1, frames),
+            "segment_seconds": (1.0,) * GROUPS,
         },
         empty=pipeline.encode_prompts([""]),
     )

@@ -97,7 +97,12 @@ def sized_batch(groups: int = 3, k: int = 2) -> Batch:
         latents=number.view(groups, k, 1, 1, 1).expand(-1, -1, 2, 4, 4).clone(),
         scores=torch.arange(k - 1.0, -1, -1).expand(groups, k).clone(),
         conditioning=text(groups),
-        columns={"captions": text(groups, k), "negative_caption": text(groups)},
+        columns={
+            "captions": text(groups, k),
+            "negative_caption": text(groups),
+            "segment_scores": torch.arange(k - 1.0, -1, -1).expand(groups, k)[..., None],
+            "segment_seconds": (1.0,) * groups,
+        },
         sizes=number.unsqueeze(-1).expand(-1, -1, 6).clone(),
         empty={"embeds": torch.zeros(1, 5)},
         state={"eta": torch.tensor(0.9), "beta": torch.tensor(1.0)},
@@ -105,7 +110,7 @@ def sized_batch(groups: int = 3, k: int = 2) -> Batch:
 
 
 def without_captions(batch: Batch) -> Batch:
-    return replace(batch, columns={"negative_caption": batch.negative_caption})
+    return replace(batch, columns={name: values for name, values in batch.columns.items() if name != "captions"})
 
 
 class Noiseless(RectifiedFlow):

@@ -88,7 +88,7 @@ def test_divergent_run_rolls_back_and_finishes(
     """The logged rate is the schedule's, a cosine, times the factor."""
     values = diverging(sd_path, pairs, tmp_path / "run")
     result = align(values, progress=False)
-    output = capsys.readouterr().out
+    output = (tmp_path / "run" / "run.log").read_text()
     assert "step 4 has winners that are denoised much worse than by the reference" in output
     assert f"goes back to {tmp_path / 'run' / 'checkpoints' / 'step_000000'} and on with 0.5 times" in output
     lines = metrics(tmp_path / "run")
@@ -144,7 +144,7 @@ def test_run_stops_after_the_allowed_rollbacks_and_names_the_last_good_checkpoin
         match=r"after 2 rollbacks, so the run has stopped.*step_000000\. A smaller optim.lr, a larger objective.beta",
     ):
         align(values, progress=False)
-    assert capsys.readouterr().out.count("goes back") == 2
+    assert (tmp_path / "run" / "run.log").read_text().count("goes back") == 2
     # With more rollbacks allowed, the same run continues from there.
     more = {**values, "resume": True, "health": {"rollbacks": 6}}
     assert align(more, progress=False).steps == 16
@@ -182,7 +182,7 @@ def test_checkpoint_that_diverges_again_is_replaced_by_the_one_before(
     config = dataclasses.replace(configuration.from_mapping(values), objective=SpoiltUnseen(beta=100.0))
     with pytest.raises(UserError, match=r"step 4 is not finite.*after 2 rollbacks"):
         align(config, progress=False)
-    output = [line for line in capsys.readouterr().out.splitlines() if "goes back" in line]
+    output = [line for line in (tmp_path / "run" / "run.log").read_text().splitlines() if "goes back" in line]
     assert "step_000002 and on with 0.5 times" in output[0] and "step_000000 and on with 0.25 times" in output[1]
     assert [line["rollback"] for line in metrics(tmp_path / "run") if "rollback" in line] == [1, 2]
     name, _, state = last_state(tmp_path / "run")

@@ -156,6 +156,6 @@ def test_what_cannot_be_used_is_refused(sd_path: Path, pairs: Path, choices: Pat
     with pytest.raises(UserError, match=r"personal needs data\.cache=true"):
         configuration.from_mapping(values(sd_path, choices, clip, tmp_path / "b", data__cache=False))
     with pytest.raises(UserError, match="expected a CLIP-style scorer or vlm:MODEL"):
-        align(values(sd_path, choices, clip, tmp_path / "c", personal__embedder="smoothness"), progress=False)
+        align(values(sd_path, choices, clip, tmp_path / "c", personal__embedder="temporal_flickering"), progress=False)
     with pytest.raises(UserError, match=r"personal\.layers and personal\.pool are for a VLM"):
         configuration.from_mapping(values(sd_path, choices, clip, tmp_path / "d", personal__pool="mean"))
