@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
-import pipelines
-import reward_scorers
-from t2i_align import objectives, plugins
-from t2i_align.data import readers
 from tests.tiny import TINY
 
 # The suite draws the same examples every time, so that it passes or fails for the code alone; `make fuzz` draws others.
@@ -55,18 +49,3 @@ def sd_path(path: Callable[[str], Path]) -> Path:
 def sd_v_path(path: Callable[[str], Path]) -> Path:
     """The same with v-prediction."""
     return path("sd-v")
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """The tables as they were, and no module that a plugin was run as."""
-    tables: list[dict[str, Any]] = [
-        objectives.CLASSES, pipelines.FAMILIES, reward_scorers.registry.FACTORIES, readers.READERS, plugins.FILES,
-    ]  # fmt: skip
-    before = [dict(table) for table in tables]
-    yield
-    for name in {*plugins.FILES, "margin_helper"} & set(sys.modules):
-        del sys.modules[name]
-    for table, content in zip(tables, before, strict=True):
-        for name in set(table) - set(content):
-            del table[name]
