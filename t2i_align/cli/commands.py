@@ -18,6 +18,7 @@ import yaml
 from t2i_align.cli.streams import safe_streams
 from t2i_align.errors import UserError
 from t2i_align.plugins import load as load_plugin
+from t2i_align.plugins import load_installed
 
 if TYPE_CHECKING:
     from pipelines.check import Report
@@ -212,6 +213,7 @@ def objectives(name: str | None = None) -> str:
         keys = [f"  objective.{f.name} = {f.default!r}  ({expected(cls, f.name)})" for f in fields(cls)]  # type: ignore[arg-type]
         texts = [inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls), needs, "Hyper-parameters:"]
         return "\n\n".join([*map(str, texts), "\n".join(keys)])
+    load_installed()
     classes = sorted((name, registry.get(name)) for name in registry.CLASSES)
     rows = [("name", "paper", "needs", "in configs/")]
     rows += [(name, cls.paper, str(cls.needs), cls.config) for name, cls in classes]

@@ -21,6 +21,7 @@ import reward_scorers
 from reward_scorers import Scorer, ScorerError
 from t2i_align import align, cli, load_plugin, objectives, plugins
 from t2i_align import config as configuration
+from t2i_align.cli import commands
 from t2i_align.data import readers
 from t2i_align.data.spec import load as load_spec
 from t2i_align.errors import UserError
@@ -139,6 +140,7 @@ def test_plugins_in_the_configuration_and_as_entry_points(monkeypatch: pytest.Mo
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
     plugins.load_installed.cache_clear()
+    assert "\nmargin " in commands.objectives()
     assert configuration.from_mapping(values).objective.name == "margin"
     plugins.load_installed.cache_clear()
 
