@@ -31,6 +31,7 @@ def test_compare_side_by_side_and_blind(page: Any, served: Served) -> None:
     assert "base" not in page.locator("#results").inner_text()
 
 
+@pytest.mark.slow  # beside other work, the opening page can undo what is typed at once
 def test_votes_by_keys_survive_a_reload_and_are_trained_on(page: Any, served: Served) -> None:
     votes = served.demo.votes
     tab(page, "Vote")
