@@ -19,8 +19,8 @@ def contact_sheet(
     Samples lie side by side, strips of frames above each other.
     """
     wide = now[0].width > 2 * now[0].height
-    pictures = [[_scaled(image) for image in pair] for pair in (zip(before, now, strict=True) if before else zip(now))]
-    (width, height), count = pictures[0][0].size, len(pictures[0])
+    cells = [[_scaled(image) for image in pair] for pair in (zip(before, now, strict=True) if before else zip(now))]
+    (width, height), count = cells[0][0].size, len(cells[0])
     across, down = (1, count) if wide else (count, 1)
     cell = across * (width + GAP), down * (height + GAP)
     font = ImageFont.load_default(FONT)
@@ -32,12 +32,12 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     order = ("above: before, below" if wide else "left: before, right") if before else "all"
     draw.text((GAP, GAP), f"{order}: step {step}", fill="black", font=font)
-    for index, (prompt, pair) in enumerate(zip(prompts, pictures, strict=True)):
+    for index, (prompt, pair) in enumerate(zip(prompts, cells, strict=True)):
         left = GAP + index % columns * (cell[0] + GAP)
         top = head + index // columns * (cell[1] + text_height + GAP)
-        for place, picture in enumerate(pair):
+        for place, image in enumerate(pair):
             x, y = (0, place) if wide else (place, 0)
-            sheet.paste(picture, (left + x * (width + GAP), top + y * (height + GAP)))
+            sheet.paste(image, (left + x * (width + GAP), top + y * (height + GAP)))
         draw.text((left, top + cell[1]), _fitting(prompt, cell[0], font), fill="black", font=font)
     return sheet
 

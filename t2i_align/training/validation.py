@@ -93,29 +93,29 @@ class Validation:
         file = self.folder / f"step_{step:06d}.png"
         if pipeline.video:
             shown = pixels[:, :: math.ceil(pixels.shape[1] / FRAMES_SHOWN)]
-            pictures = [to_pil_image(torch.cat(list(clip), dim=-1)) for clip in to_bytes(shown)]
+            images = [to_pil_image(torch.cat(list(clip), dim=-1)) for clip in to_bytes(shown)]
             columns = max(1, round(len(pixels) ** 0.5))
             grids = torch.stack([make_grid(frame, nrow=columns) for frame in pixels.unbind(1)])
             save_clip(grids, file.with_suffix(".mp4"), pipeline.fps)
         else:
-            pictures = [to_pil_image(image) for image in to_bytes(pixels)]
-        before = self._before(pictures, first=step == 0)
-        sheet = contact_sheet(self.prompts, None if step == 0 else before, pictures, step)
+            images = [to_pil_image(image) for image in to_bytes(pixels)]
+        before = self._before(images, first=step == 0)
+        sheet = contact_sheet(self.prompts, None if step == 0 else before, images, step)
         with atomic_file(file, sync=False) as temporary:
             sheet.save(temporary, format="PNG")
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, **layout)
 
-    def _before(self, pictures: Sequence[Image.Image], first: bool) -> list[Image.Image] | None:
+    def _before(self, images: Sequence[Image.Image], first: bool) -> list[Image.Image] | None:
         """The samples before training, which are written at first; None where other ones were drawn then."""
         folder = self.folder / "before"
         made = {"prompts": self.prompts, "seed": self.options.seed, "steps": self.options.steps,
-                "guidance": self.options.guidance, "size": list(pictures[0].size)}  # fmt: skip
+                "guidance": self.options.guidance, "size": list(images[0].size)}  # fmt: skip
         if first:
             with atomic_folder(folder) as temporary:
-                for index, picture in enumerate(pictures):
-                    picture.save(temporary / f"{index:05d}.png")
+                for index, image in enumerate(images):
+                    image.save(temporary / f"{index:05d}.png")
                 write_json(temporary / "samples.json", made)
         if not (folder / "samples.json").is_file() or read_json(folder / "samples.json") != made:
             return None
