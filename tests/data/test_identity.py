@@ -44,7 +44,7 @@ def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> No
 
 def test_identity_of_large_sources_uses_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_parquet(tmp_path / "a.parquet", pick_rows(2))
-    monkeypatch.setattr("t2i_align.data.identity.CONTENT_HASHED_UP_TO", 10)
+    monkeypatch.setattr("t2i_align.data.survey.CONTENT_HASHED_UP_TO", 10)
     before = readers.survey(file, "pickapic").identity
     os.utime(file, ns=(1, 1))
     assert readers.survey(file, "pickapic").identity != before
