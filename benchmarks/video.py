@@ -30,11 +30,11 @@ from t2i_align.evaluation.stats import Comparison, compare
 from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers
-from t2i_align.labeling.curate import pairs
+from t2i_align.labeling.curate import PAIRS, pairs
 from t2i_align.testbed.clips import DIRECTIONS, describe, parse, write
 from t2i_align.testbed.world import CLIPS, prompts, split_of
 from t2i_align.training.run import align
-from t2i_align.utils.files import json_lines, write_json, write_text
+from t2i_align.utils.files import json_lines, read_json, write_json, write_text
 from tools.testbed.evaluate import grid
 from tools.testbed.faults import to_clip
 from tools.testbed.wan import is_easy
@@ -134,7 +134,7 @@ def label(folder: Path, count: int) -> list[dict[str, Any]]:
     (oracle,) = build_scorers("motion_oracle")
     (degree,) = build_scorers("dynamic_degree")
     rows = []
-    for line in (folder / "pairs.jsonl").read_text().splitlines():
+    for line in (folder / PAIRS).read_text().splitlines():
         row = json.loads(line)
         clips = torch.stack([whole_clip(folder / name) for name in row["videos"]]).float() / 255
         texts = [row["prompt"]] * 2
@@ -235,7 +235,8 @@ def run(options: argparse.Namespace) -> str:
     for kind in dict.fromkeys(arm.kind for arm in arms.values()):
         folder = work / kind
         made = {"steps": options.sampling_steps, "guidance": options.guidance, "fps": FPS, "lossless": True}
-        if not (work / f"{kind}.json").exists():
+        settings = folder / f"{PAIRS}.settings.json"
+        if not settings.exists() or not read_json(settings)["finished"]:
             pairs(work / "real", folder, model=options.base, independent=kind == "independent", progress=False, **made)
         data[kind] = kept(work / f"{kind}.json", lambda folder=folder: label(folder, options.pairs))
     base = kept(work / "base.json", lambda: judged(None, options, "base"))
