@@ -81,7 +81,7 @@ class Loop:
             self.weights.variants["ema"] = average = older_policy(self.weights)
             self.ema = EMAModel(self.parameters, decay=config.optim.ema, foreach=True)
             self.ema.shadow_params = list(average.tensors.values())
-        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash()}
+        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash}
         self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
         self.step = self.rollbacks = 0
         self.checked = False  # whether a step's gradient is known to reach what is trained
