@@ -291,8 +291,7 @@ def test_a_data_set_in_the_hubs_cache_is_read_without_a_connection(
         groups("hub:someone/others")
 
 
-def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+def test_a_format_in_a_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from t2i_align.data.readers import register\n"
         "from t2i_align.data.schema import Group\n"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,13 @@ import pytest
 from t2i_align.data.media import save_clip
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import whole_lines
-from tests.runs import moving_clip
+from tests.runs import command, moving_clip
 
 
 def test_batches_are_shared_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert [*Distributed().share(range(9), 2)] == [[2, 3], [6, 7]]
-
-
-def command(folder: Path, *arguments: object, processes: int = 1) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "t2i_align", "video", *map(str, arguments)], cwd=folder, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -45,10 +33,10 @@ def test_two_processes_make_and_label_the_pairs_of_one(path: Callable[[str], Pat
     def made(out: str, processes: int) -> tuple[dict[str, Any], ...]:
         table, labels = tmp_path / out / "pairs.jsonl", tmp_path / out / "labels.jsonl"
         options = ["--model", path("wan"), "--steps", 4, "--fps", 16, "--guidance", 1]
-        told = command(tmp_path, "pairs", real, "--out", tmp_path / out, *options, processes=processes)
+        told = command("video", "pairs", real, "--out", tmp_path / out, *options, processes=processes, cwd=tmp_path)
         assert told.count("4 groups") == 1 and "1 skipped" in told
         how = ["--scorers", "motion_smoothness", "--seconds", 0.25, "--fps", 16, "--least-decided", 0]
-        command(tmp_path, "segments", table, "--out", labels, *how, processes=processes)
+        command("video", "segments", table, "--out", labels, *how, processes=processes, cwd=tmp_path)
         assert not [*table.parent.glob(".*.[0-9].jsonl*")]
         assert json.loads(Path(f"{labels}.settings.json").read_text())["finished"]
         files = (table, Path(f"{table}.skipped.jsonl"), labels)

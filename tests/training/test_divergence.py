@@ -23,14 +23,7 @@ from t2i_align.training import checkpoint
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Diverged
 from t2i_align.utils.settings import settings
-from tests.runs import (
-    Killed,
-    align_killed,
-    metrics,
-    run_in_two_processes,
-    run_values,
-    same,
-)
+from tests.runs import Killed, align_killed, metrics, run_in_two_processes, run_values, same
 
 DIVERGING = (
     0.1  # a learning rate at which all the tiny model's weights are soon useless, and half or a quarter of it is not
