@@ -65,9 +65,8 @@ class PersonalConfig:
     other choices make an embedding: a number, or for CLIP [fewest, most], drawn anew for each sample. tokens: to which
     learned pooling reduces these (null: none, each row of the embedding is a token). width: of a token. dropout: share
     of samples without a user. few: groups of users with fewer choices are dropped, trained without a user (`null`), or
-    an error. pretrain: steps in which the pooling alone learns to tell the users in training apart, before the branch is
-    trained with it. layers: of the VLM's hidden states, 0 the embeddings and -1 the last (null: all). pool: `mean` averages
-    these.
+    an error. pretrain: steps in which the pooling alone first learns to tell the users in training apart. layers: of
+    the VLM's hidden states, 0 the embeddings and -1 the last (null: all). pool: `mean` averages these.
     """
 
     embedder: str

@@ -7,9 +7,9 @@ IP-Adapter's decoupled cross-attention (arXiv 2308.06721), and the joint attenti
 FLUX's those of its blocks with two streams. W'_v starts at zero and nothing has a bias, so that training starts at the
 base model exactly, and a user of zeros is no user.
 
-u is a few tokens that an encoder here makes of an embedder's rows of features (see `preferences`); before the branch
-trains it may learn to tell the users in training apart (`tell_apart`), as the denoiser's loss teaches it that slowly.
-All of it is a module on the denoiser that works through hooks, so that the genuine diffusers pipeline generates with it.
+u is a few tokens that an encoder here makes of an embedder's rows of features (see `preferences`). It may first learn
+to tell users apart (`tell_apart`), which the denoiser's loss teaches it slowly. All of it is a module on the denoiser
+that works through hooks, so that the genuine diffusers pipeline generates with it.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def places(denoiser: Any) -> dict[str, int]:
         blocks = denoiser.transformer_blocks
         return {f"transformer_blocks.{number}.attn": block.attn.inner_dim for number, block in enumerate(blocks)}
     raise UserError(
-        f"personal: for the UNets of SD and SDXL and the transformers of SD3 and FLUX, not for {type(denoiser).__name__}"
+        f"personal: for UNets of SD and SDXL and transformers of SD3 and FLUX, not for {type(denoiser).__name__}"
     )
 
 

@@ -106,7 +106,8 @@ class Users:
         """Teach a branch's encoder to tell these users apart, as the configuration says."""
         from t2i_align.conditioning.personal import tell_apart
 
-        rows, draw = {user: one.rows for user, one in self.histories.items()}, self.config.entries(self.embedding.together)
+        rows = {user: one.rows for user, one in self.histories.items()}
+        draw = self.config.entries(self.embedding.together)
         loss = tell_apart(encoder, rows, draw, steps=self.config.pretrain, seed=self.seed)
         if loss is None:
             logger.warning("personal.pretrain: fewer than two users have choices for two embeddings; it is left out")

@@ -72,7 +72,10 @@ def page(html: str, height: int = 600) -> str:
 
 
 def _chart(title: str, lines: Mapping[str, Points], across: str) -> str:
-    finite = {label: _thinned([point for point in points if all(map(math.isfinite, point))]) for label, points in lines.items()}
+    finite = {
+        label: _thinned([point for point in points if all(map(math.isfinite, point))])
+        for label, points in lines.items()
+    }
     drawn = {label: points for label, points in finite.items() if points}
     if not drawn:
         return ""
