@@ -19,6 +19,9 @@ let guest = "";  // also where the browser keeps nothing
 function keepVoter(typed) {
   try { localStorage.setItem(VOTER, typed.trim()); } catch { guest = typed.trim(); }
 }
+document.addEventListener("input", (event) => {
+  if (event.target.closest("#user")) keepVoter(event.target.value);
+});
 function voter(typed) {
   let kept = guest;
   try { kept = localStorage.getItem(VOTER) || ""; } catch { /* a private window */ }

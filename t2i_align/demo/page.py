@@ -51,7 +51,7 @@ class Page:
         return user_name(request.username if self.accounts and request.username else typed or "")
 
     def settle_name(self) -> None:
-        """Fill the box of the name and keep what is typed in it.
+        """Fill the box of the name; demo.js keeps what is typed in it.
 
         The page does this by itself: an answer of the server would come late and undo what was typed meanwhile.
         """
@@ -59,7 +59,6 @@ class Page:
             self.blocks.load(lambda request: request.username, None, self.name, api_visibility="private", queue=False)
             return
         gradio.on([self.blocks.load, self.name.blur], None, self.name, self.name, js=VOTER)
-        self.name.input(None, self.name, None, js="(typed) => keepVoter(typed)")
 
     def on_user(self, tab: gradio.Tab, function: Callable[..., Any], outputs: Sequence[Any], **options: Any) -> None:
         """Call a function of the user's name where a tab is opened and where the name has changed.

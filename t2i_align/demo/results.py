@@ -59,7 +59,8 @@ def add_training(page: Page, tab: gradio.Tab) -> None:
 def add_report(page: Page, tab: gradio.Tab) -> None:
     """Add the contents of the tab "Report"."""
     demo = page.demo
-    refresh = gradio.Button("Refresh", elem_id="refresh")
+    with gradio.Row(elem_classes="buttons"):
+        refresh = gradio.Button("Refresh", elem_id="refresh")
     shown = gradio.HTML(elem_id="report", elem_classes="scrolls")
     gradio.Markdown(
         f"All votes are in `{demo.votes.folder / 'votes.jsonl'}`: `t2i-align train … data.path=` reads them."
