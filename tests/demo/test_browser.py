@@ -112,7 +112,7 @@ def test_a_key_votes_on_the_pair_that_is_seen(page: Any, served: Served) -> None
 
 
 def test_keys_do_nothing_while_something_is_typed_or_another_tab_is_open(page: Any) -> None:
-    page.evaluate("document.addEventListener('keydown', event => { document.voted = event.defaultPrevented })")
+    page.evaluate("window.addEventListener('keydown', event => { document.voted = event.defaultPrevented })")
     page.locator("#prompts textarea").press("ArrowLeft")
     assert page.evaluate("document.voted") is False
     page.locator("h1").click()
