@@ -80,8 +80,8 @@ def sampling_inputs(defaults: Defaults, count: int = 1) -> tuple[gradio.componen
     """Boxes for seeds per prompt, first seed, steps and guidance; an empty one is the model's own."""
     with gradio.Row():
         return (
-            gradio.Slider(1, 8, count, step=1, precision=0, label="Seeds per prompt", min_width=140),
-            gradio.Number(0, label="First seed", precision=0, minimum=0, maximum=2**31, min_width=100),
+            gradio.Slider(1, 8, count, step=1, precision=0, label="Seeds per prompt", min_width=120),
+            gradio.Number(0, label="First seed", precision=0, minimum=0, maximum=2**31, min_width=120),
             gradio.Number(
                 defaults.steps,
                 label="Steps",
@@ -89,10 +89,10 @@ def sampling_inputs(defaults: Defaults, count: int = 1) -> tuple[gradio.componen
                 minimum=1,
                 maximum=MAX_SAMPLING,
                 placeholder="the model's",
-                min_width=100,
+                min_width=120,
             ),
             gradio.Number(
-                defaults.guidance, label="Guidance", minimum=0, maximum=50, placeholder="the model's", min_width=100
+                defaults.guidance, label="Guidance", minimum=0, maximum=50, placeholder="the model's", min_width=120
             ),
         )
 
