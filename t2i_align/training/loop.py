@@ -81,7 +81,7 @@ class Loop:
             self.weights.variants["ema"] = average = older_policy(self.weights)
             self.ema = EMAModel(self.parameters, decay=config.optim.ema, foreach=True)
             self.ema.shadow_params = list(average.tensors.values())
-        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash()}
+        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash}
         self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
         self.step = self.rollbacks = 0
         self.checked = False  # whether a step's gradient is known to reach what is trained
@@ -101,7 +101,9 @@ class Loop:
             UserError: the run has diverged too often. KeyboardInterrupt: it was interrupted, and its state is saved.
         """
         if self.log.trackers:
-            self.accelerator.init_trackers(self.log.project, config=flat(self.settings))
+            folder = Path(self.accelerator.project_dir)
+            options = {"wandb": {"dir": str(folder), "name": folder.name}}
+            self.accelerator.init_trackers(self.log.project, flat(self.settings), init_kwargs=options)
         if not self.resumed:
             for act in self.task.due(0, False):
                 self._record(act())

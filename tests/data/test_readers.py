@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from t2i_align.data import readers
-from t2i_align.data.readers import READERS, read, register
+from t2i_align.data.readers import read, register
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests.data.test_examples import jpeg, pick_rows, write_images, write_jsonl, write_parquet
@@ -264,9 +264,8 @@ def test_formats_are_found_or_listed(tmp_path: Path) -> None:
         read("testbed:pears")
 
 
-def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_your_own_format(tmp_path: Path) -> None:
     """One function makes a format; order, ids and prompts are seen to for it."""
-    monkeypatch.setattr(readers, "READERS", dict(READERS))
 
     @register("votes", detects=lambda path: path.suffix == ".votes")
     def read_votes(path: Path) -> Iterator[Group | Skipped]:

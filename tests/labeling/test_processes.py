@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,23 +13,13 @@ from t2i_align.labeling.curate import pairs
 from t2i_align.labeling.segments import label
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import whole_lines
-from tests.runs import moving_clip
+from tests.runs import command, moving_clip
 
 
 def test_batches_are_shared_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert [*Distributed().share(range(9), 2)] == [[2, 3], [6, 7]]
-
-
-def launch(*arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2i_align",
-         "video", *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -44,12 +31,13 @@ def test_two_processes_make_and_label_the_pairs_of_one(path: Callable[[str], Pat
         (real / f"{number}.txt").write_text("a fox runs")
     alone, both = tmp_path / "alone", tmp_path / "both"
     pairs(real, alone, model=path("wan"), steps=7, fps=16, guidance=1.0, progress=False)
-    told = launch("pairs", real, "--out", both, "--model", path("wan"), "--steps", 7, "--fps", 16, "--guidance", 1)
+    how = ["--model", path("wan"), "--steps", 7, "--fps", 16, "--guidance", 1]
+    told = command("video", "pairs", real, "--out", both, *how, processes=2, cwd=tmp_path)
     assert told.count("4 groups") == 1 and "1 skipped" in told
-    how = {"seconds": 0.25, "fps": 16.0, "least_decided": 0.0}
-    label(alone / "pairs.jsonl", alone / "labels.jsonl", scorers="motion_smoothness", progress=False, **how)
-    options = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", value)]
-    launch("segments", both / "pairs.jsonl", "--out", both / "labels.jsonl", "--scorers", "motion_smoothness", *options)
+    label(alone / "pairs.jsonl", alone / "labels.jsonl", scorers="motion_smoothness", seconds=0.25, fps=16.0,
+          least_decided=0.0, progress=False)  # fmt: skip
+    how = ["--scorers", "motion_smoothness", "--seconds", 0.25, "--fps", 16, "--least-decided", 0]
+    command("video", "segments", both / "pairs.jsonl", "--out", both / "labels.jsonl", *how, processes=2, cwd=tmp_path)
     for name in ("pairs.jsonl", "pairs.jsonl.skipped.jsonl", "labels.jsonl"):
         one, other = ({row["id"]: row for row in whole_lines(folder / name)} for folder in (alone, both))
         assert one == other and len(one) == (1 if "skipped" in name else 4)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from t2i_align.reward_models.preferences import open_preferences
 from t2i_align.utils.files import append_line, whole_lines
 from tests.labeling.conftest import listed
 from tests.reward_scorers.small import write_hf_clip
+from tests.runs import finished, start
 
 
 class Red(Scorer):
@@ -204,13 +202,7 @@ def test_two_processes_share_the_work(images: Path, tmp_path: Path) -> None:
         "os._exit(0)\n"  # gloo's threads may abort on the way out
     )
     (tmp_path / "work.py").write_text(code)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "work.py")],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = finished(start(tmp_path / "work.py", processes=2))
     rows = whole_lines(tmp_path / "both.jsonl")
     assert sorted(row["score"] for row in rows) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    assert done.stdout.count("over 5 images") == 1 and not list(tmp_path.glob(".both*"))
+    assert output.count("over 5 images") == 1 and not list(tmp_path.glob(".both*"))

@@ -13,25 +13,12 @@ from torch import Tensor
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.errors import UserError
-from t2i_align.objectives import (
-    DSPO,
-    NCPDPO,
-    SFT,
-    SoftREPA,
-)
+from t2i_align.objectives import DSPO, NCPDPO, SFT, SoftREPA
 from t2i_align.objectives.dspo import dspo_loss
 from t2i_align.objectives.ncp import posterior_step
 from t2i_align.objectives.pairwise import safeguard
 from t2i_align.objectives.softrepa import contrastive_loss, different_prompts, shifted
-from tests.objectives.toy import (
-    KINDS,
-    PROCESSES,
-    FeatureReference,
-    linear_model,
-    random_batch,
-    rng_for,
-    rows_of,
-)
+from tests.objectives.toy import KINDS, PROCESSES, FeatureReference, linear_model, random_batch, rng_for, rows_of
 
 LOG_2 = math.log(2)
 
@@ -265,5 +252,5 @@ def test_softrepa_shares_the_first_samples_noise_and_depends_on_its_batch() -> N
 
 def test_batch_of_one_is_refused() -> None:
     row, (policy, _) = rows_of(random_batch(), slice(1)), linear_model(0)
-    with pytest.raises(UserError, match=r"train\.batch_size must be 2 or more"):
+    with pytest.raises(UserError, match=r"^objective softrepa contrasts .*: train\.batch_size must be 2 or more$"):
         SoftREPA().step(policy, policy, row, rng_for(row, "epsilon"))

@@ -10,22 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from t2i_align.errors import UserError
-from t2i_align.objectives import (
-    TKTO,
-    DiffusionKTO,
-    RankDPO,
-)
+from t2i_align.objectives import TKTO, DiffusionKTO, RankDPO
 from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.kto import kto_loss, liked_candidates
 from t2i_align.objectives.listwise import list_metrics
 from t2i_align.objectives.lpo import plackett_luce_loss
 from t2i_align.objectives.rankdpo import dcg_weights, rankdpo_loss, win_rates
-from tests.objectives.toy import (
-    KINDS,
-    loss_and_gradient,
-    random_batch,
-    rich_batch,
-)
+from tests.objectives.toy import KINDS, loss_and_gradient, random_batch, rich_batch
 
 LOG_2 = math.log(2)
 
@@ -58,7 +49,7 @@ def test_rankdpo_sums_weighted_pairs() -> None:
 def test_gains_from_scores_must_be_win_rates() -> None:
     batch = random_batch(4, 4)
     batch = replace(batch, scores=torch.arange(3.0, -1, -1).expand(4, 4))
-    with pytest.raises(UserError, match=r"needs scores in \[0, 1\] .*found 0 to 3"):
+    with pytest.raises(UserError, match=r"^objective\.gain 'scores' needs scores in \[0, 1\] .*, found 0 to 3; use"):
         RankDPO(gain="scores").fit_to_data(DataStats(score_range=(0.0, 3.0)))
     as_rates = replace(batch, scores=batch.scores / 3)
     by_scores, _, _ = loss_and_gradient(RankDPO(gain="scores"), as_rates, "flow")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 import pipelines
 from pipelines import PipelineError
@@ -27,11 +26,7 @@ from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
 from t2i_align.training import checkpoint, optimizer
 from t2i_align.utils.settings import settings
-from tests.runs import jsonl_pairs, metrics, run_in_two_processes, run_values, same, winner_loser_folders
-
-
-def lora_of(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+from tests.runs import jsonl_pairs, lora_of, metrics, run_in_two_processes, run_values, same, winner_loser_folders
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,17 +12,7 @@ import numpy as np
 
 from t2i_align.testbed.captions import wrong_phrase
 from t2i_align.testbed.clips import FRAMES, SPEEDS, Clip, ClipStatement
-from t2i_align.testbed.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    Scene,
-    choose_other,
-    degrade,
-    fits,
-    render,
-    to_uint8,
-)
+from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, choose_other, degrade, fits, render, to_uint8
 
 TIME_FAULTS = ("flicker", "shape", "teleport")
 LENGTHS = {None: 2, "slowly": 2, "quickly": 4}  # frames of a faulty segment
