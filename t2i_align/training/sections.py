@@ -78,6 +78,7 @@ class TrainConfig:
     timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
     caption_dropout: share of groups trained with the empty prompt, decided once per group.
     store_reference: keep the reference's errors in the cache's folder, for other runs on the same noise.
+    shard: divide weights, gradients and optimiser states among the processes (FSDP2).
     """
 
     steps: Count = 1000
@@ -96,6 +97,7 @@ class TrainConfig:
     gradient_checkpointing: Bool = False
     attention: str = "native"
     compile: Bool = False
+    shard: Bool = False
 
 
 @settings
