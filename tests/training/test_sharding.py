@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -18,13 +18,19 @@ from t2i_align.config import from_mapping
 from t2i_align.errors import UserError
 from t2i_align.inference.models import load_pipeline
 from t2i_align.training import checkpoint, sharding
-from tests.runs import launch, metrics, run_in_two_processes, run_values
+from tests.runs import metrics, run_values, start_processes
 
 LORA = "pytorch_lora_weights.safetensors"
 
 
 def losses(output: Path) -> list[float]:
     return [line[name] for line in metrics(output) for name in ("loss", "grad_norm", "update_norm") if name in line]
+
+
+def finish(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.join(timeout=240)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -42,7 +48,7 @@ def test_two_processes_that_share_the_weights_train_as_one(sd_path: Path, pairs:
     }  # fmt: skip
     align(run_values(sd_path, pairs, tmp_path / "one", **changes), progress=False)
     two = run_values(sd_path, pairs, tmp_path / "two", train__batch_size=2, train__shard=True, **changes)
-    run_in_two_processes(two, tmp_path)
+    finish(start_processes(two, 2))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     held_out = [
         [line["held_out/loss"] for line in metrics(tmp_path / n) if "held_out/loss" in line] for n in ("one", "two")
@@ -79,9 +85,7 @@ def test_one_two_and_four_processes_and_a_kill(
         return run_values(sd_path, pairs, tmp_path / name, **sizes, **changes, **others)
 
     def run(name: str, processes: int, shard: bool, **others: Any) -> list[float]:
-        process = launch(values(name, processes, shard, **others), tmp_path, processes=processes)
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
+        finish(start_processes(values(name, processes, shard, **others), processes))
         return losses(tmp_path / name)
 
     expected = run("one", 1, False)
@@ -90,12 +94,13 @@ def test_one_two_and_four_processes_and_a_kill(
             assert run(f"{processes}{shard}", processes, shard) == pytest.approx(expected, rel=1e-3)
     for before, after in kills:
         name = f"{before}_{after}"
-        process = launch(values(name, before, True), tmp_path, processes=before)
-        while not checkpoint.all_steps(tmp_path / name)[1:] and process.poll() is None:
-            time.sleep(0.05)
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.kill()
-        process.wait()
+        started = start_processes(values(name, before, True), before)
+        while not checkpoint.all_steps(tmp_path / name)[1:] and all(process.is_alive() for process in started):
+            time.sleep(0.02)
+        for process in started:
+            process.kill()
+            process.join()
+        assert checkpoint.all_steps(tmp_path / name)[-1].name != "step_000006", "killed too late"
         assert run(name, after, True, resume=True) == pytest.approx(expected, rel=1e-3)
     if "lora" in changes:  # a checkpoint of shards is a model, too
         whole, sharded = (load_pipeline(checkpoint.all_steps(tmp_path / name)[-1]) for name in ("one", "4True"))
