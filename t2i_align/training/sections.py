@@ -33,12 +33,12 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 class OptimConfig:
     """The optimiser and its schedule.
 
-    optimizer: `adafactor` has no betas; `prodigy` finds the learning rate itself, and lr=1 is its factor; `lion` wants
+    optimizer: those named 8bit keep their states in 8 bits; `adafactor` has no betas; `prodigy` finds the learning rate itself, and lr=1 is its factor; `lion` wants
     a third to a tenth of AdamW's. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights.
     """
 
     lr: Positive = 1e-4
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adamw8bit_torchao", "adafactor", "prodigy", "lion"] = "adamw"
     betas: Annotated[tuple[Decay, Decay], Field(description="two numbers in [0, 1)")] = (0.9, 0.999)
     weight_decay: NonNegative = 1e-2
     schedule: Schedule = "constant_with_warmup"

@@ -67,6 +67,7 @@ def check(config: RunConfig | ScorerRun) -> None:
         "train.reference=offloaded_copy": train.reference == "offloaded_copy",
         "model.quantize": config.model.quantize,
         "validation.patience": config.validation.patience,
+        f"optim.optimizer={config.optim.optimizer}": config.optim.optimizer != "adamw",
         "soft_tokens, personal and model.segments.t5": config.trains not in ("lora", "model"),
         f"objective.name={config.objective.name}": needs.features or needs.uneven,
     }.items():
