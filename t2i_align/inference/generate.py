@@ -180,7 +180,7 @@ def generate(
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
         base = resolve_base(base_path, adapter, segments, **version)
-        pipeline = load_pipeline(base, precision, device or processes.device)
+        pipeline = load_pipeline(base, precision, device)
         columns: dict[str, Any] = {"model": base.path, "revision": base.revision}
         columns |= {"segments": base.segments.tokens} if base.segments else {}
     elif segments:

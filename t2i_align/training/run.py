@@ -17,6 +17,7 @@ from torch import Tensor
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
+from t2i_align.conditioning import personal
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
@@ -300,6 +301,8 @@ def prepare_denoiser(
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
     TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
+    if users is not None and users.config.pretrain:
+        users.pretrain(getattr(pipeline.denoiser, personal.NAME).encoder)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()

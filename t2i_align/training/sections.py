@@ -33,7 +33,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 class OptimConfig:
     """The optimiser and its schedule.
 
-    optimizer: those named 8bit keep their states in 8 bits; `adafactor` has no betas; `prodigy` finds the learning rate itself, and lr=1 is its factor; `lion` wants
+    optimizer: `adafactor` has no betas; `prodigy` finds the learning rate itself, and lr=1 is its factor; `lion` wants
     a third to a tenth of AdamW's. schedule: a name of diffusers' `get_scheduler`. ema: decay of averaged weights.
     """
 
