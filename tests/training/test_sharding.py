@@ -111,7 +111,8 @@ def test_one_two_and_four_processes_and_a_kill(
     "changes",
     [
         {"train__compile": True}, {"train__precision": "fp16"}, {"train__reference": "offloaded_copy"},
-        {"model__quantize": "int8"}, {"optim__optimizer": "adafactor"}, {"objective": {"name": "inpo"}}, {"objective": {"name": "ncp_dpo"}},
+        {"model__quantize": "int8"}, {"optim__optimizer": "adafactor"},
+        {"objective": {"name": "inpo"}}, {"objective": {"name": "ncp_dpo"}},
         {"objective": {"name": "sft"}, "lora": None, "soft_tokens": {}},
         {"validation": {"every": 1, "scorers": ["oracle"], "patience": 1}},
     ],
