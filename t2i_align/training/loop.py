@@ -103,7 +103,9 @@ class Loop:
             UserError: the run has diverged too often. KeyboardInterrupt: it was interrupted, and its state is saved.
         """
         if self.log.trackers:
-            self.accelerator.init_trackers(self.log.project, config=flat(self.settings))
+            folder = Path(self.accelerator.project_dir)
+            options = {"wandb": {"dir": str(folder), "name": folder.name}}
+            self.accelerator.init_trackers(self.log.project, flat(self.settings), init_kwargs=options)
         if not self.resumed:
             for act in self.task.due(0, False):
                 self._record(act())
