@@ -36,6 +36,7 @@ ClipFormat = Literal["mp4", "webm", "gif", "webp", "frames"]
 ENDINGS = (".png", *(f".{kind}" for kind in get_args(ClipFormat) if kind != "frames"), "")
 NAME = re.compile(rf"\d{{5,}}({'|'.join(map(re.escape, ENDINGS))})")
 FRAME = re.compile(r"\d{5,}\.png")
+PNG_END = b"IEND\xaeB`\x82"
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -291,6 +292,15 @@ def save_image(image: Image.Image, file: Path) -> None:
         image.save(temporary, format="PNG")
 
 
+def is_whole(file: Path) -> bool:
+    """Whether a sample that was saved is there, an image to its end: where the power fails, it may be cut."""
+    if not file.is_file() or file.suffix != ".png":
+        return file.exists()
+    with open(file, "rb") as stream:
+        stream.seek(max(0, file.stat().st_size - len(PNG_END)))
+        return stream.read() == PNG_END
+
+
 def _earlier_run(folder: Path, force: bool, new: Sequence[int]) -> list[Path]:
     """The files that an earlier run listed, and one that a kill kept out of its list.
 
@@ -329,8 +339,8 @@ def _done(folder: Path, rows: Sequence[tuple[str, int]], columns: Mapping[str, A
     for line, (text, seed) in zip(listed, rows, strict=False):
         wanted = {"prompt": text, "seed": seed, **columns}
         other = [name for name, value in wanted.items() if line.get(name) != value]
-        if other or not (folder / str(line["file"])).exists():
-            what = f"with another {other[0]}" if other else f"of which {line['file']} is missing"
+        if other or not is_whole(folder / str(line["file"])):
+            what = f"with another {other[0]}" if other else f"of which {line['file']} is missing or cut"
             raise UserError(
                 f"{folder}: not empty: it holds the beginning of a run {what}; choose another folder, or force "
                 "(--force) to replace its images"

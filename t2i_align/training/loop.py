@@ -81,7 +81,7 @@ class Loop:
             self.weights.variants["ema"] = average = older_policy(self.weights)
             self.ema = EMAModel(self.parameters, decay=config.optim.ema, foreach=True)
             self.ema.shadow_params = sharding.local(list(average.tensors.values()))
-        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash()}
+        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash}
         self.sharded = sharding.is_sharded(accelerator)  # in place, when the weights were named
         self.network = task.weights.network if self.sharded else accelerator.prepare_model(task.weights.network)
         self.optimizer = accelerator.prepare_optimizer(optimizer)

@@ -64,7 +64,7 @@ class Reference:
     def fingerprint(self) -> str:
         """A hash of its weights, before training: of the frozen base, and of an adapter that is part of it."""
         variant = self.weights.variants["reference"]
-        parts = [self.weights.base_hash()]
+        parts = [self.weights.base_hash]
         if variant.tensors:
             parts.append(tensors_hash(variant.tensors))
         return " ".join(parts)

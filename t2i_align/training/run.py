@@ -17,7 +17,7 @@ from torch import Tensor
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
-from t2i_align.conditioning import personal
+from t2i_align.conditioning import personal, segments
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
@@ -277,8 +277,8 @@ def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     model = checkpoint_options(config.model)
     del model["expert"], model["prediction_type"], model["quantize"]  # experts share their encoders
     parts = [pipelines.encoder_fingerprint(**model)]
-    if config.model.segments:
-        parts.append(f"segments {config.model.segments}")
+    if segmented := segments.fingerprint(pipeline):
+        parts.append(segmented)
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ class Weights:
         finally:
             self.variants[name] = before
 
+    @cached_property
     def base_hash(self) -> str:
-        """Of what the training starts from: the frozen parameters, or all where none is frozen."""
+        """Of what the training starts from, when it is first asked: the frozen parameters, or all if none is frozen."""
         parameters = dict(self.network.named_parameters())
         frozen = {name: parameter for name, parameter in parameters.items() if name not in self.policy}
         return tensors_hash(frozen or parameters)

@@ -133,7 +133,7 @@ def test_unknown_objective_error_lists_the_known_ones() -> None:
         ("lcpo", {"eta": 0.5}, r"eta must be a number in \(0.5, 1\)"),
         ("lcpo", {"label_smoothing": 0.1}, "no meaning for lcpo"),
         ("tdpo", {"limit": 0}, "limit must be a positive number"),
-        ("kto", {"desirable": 0, "undesirable": 0}, "not both 0"),
+        ("kto", {"desirable": 0, "undesirable": 0}, "^objective.desirable and .* must be 0 or more, and not both 0$"),
         ("kto", {"utility": "kahneman"}, "Did you mean 'kahneman_tversky'"),
         ("rankdpo", {"gain": "win"}, "Did you mean 'wins'"),
         ("dspo", {"beta": 1.0}, r"beta must be a number in \(0, 1\)"),
