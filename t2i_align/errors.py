@@ -44,11 +44,6 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name!r}.{nearest(name, known)} Choices: {', '.join(known) or 'none'}.")
 
 
-def shorten(text: str, length: int = 200) -> str:
-    """A text for a message: its beginning, where it is longer than so many characters."""
-    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
-
-
 def nearest(name: object, choices: Iterable[str]) -> str:
     """ " Did you mean 'x'?" with the choice most like `name`, or "" where none is."""
     near = difflib.get_close_matches(str(name), list(choices), n=1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i_align import config as configuration
+from t2i_align.cli.streams import Stream
 from t2i_align.errors import UserError
 from t2i_align.utils.files import atomic_folder, holds, output_lock, write_json, write_text
 
@@ -66,7 +68,8 @@ def quickstart(
 
         silence_libraries()
         compared = resolve_prompts(prompts)[:count]
-        run = align(replace(config, output_dir=str(temporary / ".run")), progress=progress)
+        with _named(temporary / ".run", folder / "run"):
+            run = align(replace(config, output_dir=str(temporary / ".run")), progress=progress)
         result = evaluate(
             base=config.model.path,
             aligned=run.weights,
@@ -113,6 +116,18 @@ def replacing(folder: Path) -> Iterator[Path]:
                 raise UserError(f"{folder / foreign[0]}: {reason}; move it, or choose another --output")
         yield temporary
         write_text(temporary / MARKER, "\n".join(sorted(_content(temporary))) + "\n")
+
+
+@contextmanager
+def _named(temporary: Path, final: Path) -> Iterator[None]:
+    """Inside the block, what is printed names the folder that the temporary one becomes."""
+
+    class Named(Stream):
+        def write(self, text: str) -> int:
+            return super().write(text.replace(str(temporary), str(final)))
+
+    with redirect_stdout(Named(sys.stdout)), redirect_stderr(Named(sys.stderr)):
+        yield
 
 
 def _content(folder: Path) -> set[str]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+import pipelines
+import reward_scorers
+import t2i_align.testbed.scorer  # noqa: F401  (registers the oracles, before any test could be the first to do it)
+from t2i_align import objectives, plugins
+from t2i_align.data import readers
 from tests.tiny import TINY
 
 # The suite draws the same examples every time, so that it passes or fails for the code alone; `make fuzz` draws others.
@@ -30,6 +37,21 @@ def _signals_are_heard() -> None:
     # Under `nohup` or in the background of a script they are ignored, which the processes that tests start inherit.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """What a test registers is gone after it, and so is any module that a plugin was run as."""
+    tables: list[dict[str, Any]] = [
+        objectives.CLASSES, pipelines.FAMILIES, reward_scorers.registry.FACTORIES, readers.READERS, plugins.FILES,
+    ]  # fmt: skip
+    before = [dict(table) for table in tables]
+    yield
+    for name in {*plugins.FILES, "margin_helper"} & set(sys.modules):
+        del sys.modules[name]
+    for table, content in zip(tables, before, strict=True):
+        for name in set(table) - set(content):
+            del table[name]
 
 
 @pytest.fixture(scope="session")

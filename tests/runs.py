@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i_align import align
@@ -105,30 +106,46 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def start(*arguments: object, processes: int = 1, **how: Any) -> subprocess.Popen[str]:
+    """`python` with arguments in processes of its own, under torchrun where there are several; how: see Popen."""
+    # Standalone: at a free port, so that tests may run side by side.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *torchrun, *map(str, arguments)], env=environment, **streams, **how)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """Its output, when it has ended; fails with that where it failed."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def command(*arguments: object, cwd: Path, processes: int = 1) -> str:
+    """The output of `t2i-align` in a process of its own, from another folder."""
+    return finished(start("-m", "t2i_align", *arguments, processes=processes, cwd=cwd))
+
+
 def launch(
-    values: dict[str, Any],
-    folder: Path,
-    *,
-    processes: int = 1,
-    module: Sequence[str] = ("t2i_align.train",),
+    values: dict[str, Any], folder: Path, *, processes: int = 1, module: Sequence[str] = ("t2i_align.train",),
     **how: Any,
-) -> subprocess.Popen[str]:
+) -> subprocess.Popen[str]:  # fmt: skip
     """`t2i-align train`, or another module with a command, in processes of its own; how: see Popen."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    # Standalone: at a free port, so that tests may run side by side.
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", *module, str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **streams, **how)
+    return start("-m", *module, config, processes=processes, **how)
 
 
 def run_in_two_processes(values: dict[str, Any], folder: Path, **options: Any) -> None:
     """The run under torchrun; fails with its output if it does."""
-    process = launch(values, folder, processes=2, **options)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    finished(launch(values, folder, processes=2, **options))
+
+
+def lora_of(output: Path) -> dict[str, Tensor]:
+    """The tensors of a run's LoRA."""
+    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
 
 
 class Killed(BaseException):

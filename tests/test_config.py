@@ -270,9 +270,7 @@ def test_aliases_and_dates_are_values(tmp_path: Path) -> None:
 
 
 def test_values_in_messages_are_short(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"^train\.steps must be a whole number of at least 1, found 'x+… \(100002 char"
-    ):
+    with pytest.raises(UserError, match=r"^train\.steps must be a whole number of at least 1, found 'x+\.\.\.x+'$"):
         config.from_mapping(with_overrides(VALUES, [f"train.steps={'x' * 100_000}"]))
 
 

@@ -113,7 +113,8 @@ def test_pipelines_and_scorers_import_nothing_of_the_toolkit(package: str) -> No
 
 def test_modules_are_few_at_the_top_and_short() -> None:
     assert len(list((ROOT / "t2i_align").glob("*.py"))) <= 8
-    assert not [name for name in modules() if len(file_of(name).read_text().splitlines()) > 350]
+    files = [file_of(name) for name in modules()] + list((ROOT / "tests").rglob("*.py"))
+    assert not [file for file in files if len(file.read_text().splitlines()) > 350]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "t2i_align" / "objectives").glob("*.py")), ids=lambda file: file.stem)

@@ -19,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from t2i_align.data import shards, tables
-from t2i_align.data.paths import media_of
+from t2i_align.data import tables
 from t2i_align.data.schema import COLUMNS, ID, Group, Items, Row, Skipped, finite
 from t2i_align.data.shards import TRAIN
 from t2i_align.data.votes import majority
@@ -127,7 +126,7 @@ def read(
         UserError: at once, where a file with a fixed schema lacks a column; while reading, a file that is broken as a
             whole, or a path that leads out of the folder.
     """
-    files = shards.files(path, split)
+    files = tables.files(path, split)
     for file in [part] if part else files:
         if tables.kind(file) not in tables.WITH_HEADER:
             continue
@@ -216,7 +215,8 @@ def group_of(row: Row, members: Sequence[Row], columns: Columns, root: Path) -> 
             id=row.id,
             prompt=_prompt(row, columns, scores, optional.get("captions")),
             candidates=tuple(
-                media_of(value, _key(columns.candidates, place), root, row.origin) for place, value in enumerate(values)
+                tables.media_of(value, _key(columns.candidates, place), root, row.origin)
+                for place, value in enumerate(values)
             ),
             scores=scores,
             origin=row.origin,

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from t2i_align.data.batches import latent_times
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
 from t2i_align.data.schema import Conditioning, Group, Media
-from t2i_align.data.segments import latent_times, unlabelled
+from t2i_align.data.segments import unlabelled
 from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
@@ -125,7 +126,7 @@ class Latents(Encoder):
         ]))  # fmt: skip
         return [
             # One result per candidate, good or bad: an image that fails cannot shift its neighbours.
-            self._row(size, list(islice(results, len(group.candidates))), unlabelled(group, self.times))
+            self._row(group, size, list(islice(results, len(group.candidates))))
             for group, size in zip(groups, sizes, strict=True)
         ]
 
@@ -137,8 +138,8 @@ class Latents(Encoder):
     def text_keys(self, texts: Sequence[str]) -> Sequence[Hashable]:
         return self.pipeline.tokens_read(texts)
 
-    def _row(self, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str], reason: str) -> Row | str:
-        if reasons := _reasons(results) or reason:
+    def _row(self, group: Group, size: MediaSize, results: Sequence[tuple[Tensor, Size] | str]) -> Row | str:
+        if reasons := _reasons(results) or (unlabelled(group, self.times) if group.segment_scores else ""):
             return reasons
         latents, originals = zip(*results, strict=True)
         content = b"".join(one.numpy().tobytes() for one in latents)
@@ -265,6 +266,31 @@ class Undecoded(Encoder):
         """A stored group's images or clips, best first."""
         stored = zip(columns["paths"][row].as_py(), columns["bytes"][row].as_py(), strict=True)
         return [content if path is None else Path(os.fsdecode(path)) for path, content in stored]
+
+
+class Texts:
+    """Encodes each text when it is met for the first time.
+
+    known: those met before, which this or another process stores. unusable: those whose encoding is not finite.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.known, self.unusable = set[str](), set[str]()
+
+    def encode_new(self, texts: Sequence[str]) -> list[Row]:
+        """Rows of the texts that are new and can be encoded."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known and text not in self.unusable]
+        rows = dict(zip(new, self.encoder.encode_texts(new), strict=True))
+        self.unusable.update(text for text, row in rows.items() if row is None)
+        self.known.update(rows.keys() - self.unusable)
+        return [row for row in rows.values() if row is not None]
+
+    def checked(self, group: Group, row: Row | str) -> Row | str:
+        """The row of a group, or all reasons why it cannot be used."""
+        bad = [text for text in group.texts if text in self.unusable]
+        reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
+        return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
 
 
 def check_space(out: Path, needed: float, advice: str = "Choose another folder.") -> None:

@@ -16,6 +16,7 @@ Without winners and losers, each image or clip with its caption is a group of it
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from t2i_align.data import tables
 from t2i_align.data.media import MEDIA_SUFFIXES, frame_files
-from t2i_align.data.paths import exists, inside, spellings
+from t2i_align.data.paths import inside, spellings
 from t2i_align.data.schema import Group, Items, Row, Skipped
 from t2i_align.data.shards import of_split
 from t2i_align.errors import UserError
@@ -135,7 +136,7 @@ def _caption(root: Path, winner_folder: Path, stem: str) -> str | None:
     """The text beside the winner or in captions/. Raises ValueError where it is not UTF-8."""
     for place, suffix, name in product((winner_folder, root / CAPTIONS), CAPTION_SUFFIXES, spellings(stem)):
         file = place / f"{name}{suffix}"
-        if exists(file) and file.is_file():
+        if os.path.isfile(file):
             try:
                 text = inside(root, str(file.relative_to(root)), str(file)).read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i_align.data import readers, shards, tables
+from t2i_align.data import readers, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.schema import Group, Items, Media, Skipped
@@ -157,7 +157,7 @@ def inspect(
     check_own("data inspect", target)
     path = readers.resolve(source)
     name = readers.detect(path, format)
-    names = [printable(column) for column in next(map(tables.columns, shards.files(path)), [])]
+    names = [printable(column) for column in next(map(tables.columns, tables.files(path)), [])]
     findings = Findings(source=printable(str(source)), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):

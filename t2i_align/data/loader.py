@@ -19,17 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data import readers
+from t2i_align.data import batches, readers
 from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
 from t2i_align.data.encode import Latents, bucket_sizes
 from t2i_align.data.flips import flipped, warn_of_sides
-from t2i_align.data.media import CROP, MediaSize, time_ids
-from t2i_align.data.order import micro_batches, steps
+from t2i_align.data.media import CROP, MediaSize
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning
 from t2i_align.data.segments import by_latent_frame
 from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
 from t2i_align.data.survey import Selection, Survey, counted
-from t2i_align.data.texts import encode_fields, texts_alike, warn_of_cut_texts, widened
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
 from t2i_align.utils.files import differences
@@ -78,8 +76,8 @@ class PreferenceDataset(Dataset[Item]):
         ordered = self.steps(seed=seed, size=batch_size * accumulate * world, start=start_step)
         loader: DataLoader[Item] = DataLoader(
             self,
-            batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
-            collate_fn=identity_collate,
+            batch_sampler=batches.micro_batches(ordered, batch_size, accumulate, rank, world),
+            collate_fn=batches.identity_collate,
             num_workers=workers,
             worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
@@ -132,7 +130,7 @@ class PreparedDataset(PreferenceDataset):
                 height, width = self.store.manifest["buckets"][bucket]["size"]
                 few = "bucket %d x %d: %d groups, fewer than a step's %d; they wait for some epochs, then come together"
                 logger.warning(few, height, width, groups, size)
-        return steps(self.numbers, buckets, seed=seed, size=size, start=start)
+        return batches.steps(self.numbers, buckets, seed=seed, size=size, start=start)
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:
         """The fields of a `Batch`, on the CPU and in the dtypes that are stored; its groups are of one bucket."""
@@ -151,12 +149,14 @@ class PreparedDataset(PreferenceDataset):
             latents += [content[place * size : (place + 1) * size] for place in places]
             if "sizes" in group:
                 originals = group["sizes"][row].as_py()
-                sizes.append([time_ids(originals[2 * place : 2 * place + 2], *bucket["size"]) for place in places])
+                own_sizes = [originals[2 * place : 2 * place + 2] for place in places]
+                sizes.append([batches.time_ids(one, *bucket["size"]) for one in own_sizes])
             for name, values in columns.items():  # of texts, their numbers
                 value = self.store.index[name][number] if COLUMNS[name].text else group[name][row]
                 values.append(COLUMNS[name].take(value.as_py(), places))
-        columns = by_latent_frame(columns, self.store.manifest.get("latent_times", [0.0]))
-        encoded = encode_fields(self._conditioning, prompts, columns)
+        if "segment_scores" in columns:
+            columns = by_latent_frame(columns, self.store.manifest.get("latent_times", [0.0]))
+        encoded = batches.encode_fields(self._conditioning, prompts, columns)
         return {
             "keys": keys,
             "scores": torch.from_numpy(np.array(scores, np.float32)),
@@ -166,7 +166,7 @@ class PreparedDataset(PreferenceDataset):
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
-        batch = Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
+        batch = Batch(**{**batches.widened(item, device), "keys": tuple(item["keys"])})
         return self.users.attached(batch) if self.users else batch
 
     def some_prompts(self, count: int) -> list[str]:
@@ -176,7 +176,7 @@ class PreparedDataset(PreferenceDataset):
         return [columns["text"][row].as_py() for columns, row in places]
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
-        conditioning: Conditioning = widened(self._conditioning([0]), device)
+        conditioning: Conditioning = batches.widened(self._conditioning([0]), device)
         return conditioning
 
     def _conditioning(self, numbers: Sequence[int]) -> Conditioning:
@@ -261,7 +261,7 @@ def open_dataset(
         needs.check(survey, data.path, alike=data.limit is None)
         sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
         encoder = Latents(pipeline(), sizes, frames, data.fps, data.encode_batch, survey.texts_per_group)
-        warn_of_cut_texts(encoder.pipeline, [*survey.texts])
+        batches.warn_of_cut_texts(encoder.pipeline, [*survey.texts])
         encoder.check_space(folder, survey)
         items, total = readers.read(path, format, annotations), survey.rows
         if data.flip:
@@ -310,7 +310,7 @@ def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDatas
     )
     needs.check(survey, data.path, alike=False)
     fitting = (store.k >= needs.candidates) & (needs.ties | ~store.tie) & ~(disliked & needs.likes_only)
-    alike = fitting & texts_alike(store, needs.compared_texts)
+    alike = fitting & batches.texts_alike(store, needs.compared_texts)
     usable = np.flatnonzero(fitting & ~alike)
     if not len(usable):
         raise UserError(f"{data.path}: no group is left: the encoder reads the same tokens of both texts of each group")
@@ -336,11 +336,6 @@ def source_fingerprint(survey: Survey, format: str, annotations: Sequence[str] =
 def digest(values: Any) -> str:
     """A short name for JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def identity_collate(item: Any) -> Any:
-    """For datasets whose `__getitems__` returns a whole micro-batch."""
-    return item
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -22,10 +22,9 @@ import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
 
-from t2i_align.data.colour import to_srgb
 from t2i_align.data.paths import natural
 from t2i_align.data.schema import Media
 from t2i_align.errors import PrintableError
@@ -136,16 +135,6 @@ def to_pixels(image: Image.Image, height: int, width: int) -> Tensor:
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     return _to_uint8(image).float() / 255
-
-
-def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
-    """SDXL micro-conditioning for an image of `size` (height, width) that `to_pixels` fitted (arXiv 2307.01952, 2.2).
-
-    Its own height and width, the top and left of the crop in pixels of the scaled image, and the target's size.
-    """
-    scale = max(height / size[0], width / size[1])
-    top, left = round((size[0] * scale - height) / 2), round((size[1] * scale - width) / 2)
-    return [*size, top, left, height, width]
 
 
 def whole_clip(media: Media, fps: float | None = None) -> Tensor:
@@ -262,11 +251,27 @@ def _upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
-    image = to_srgb(image)
+    image = _to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours of sRGB, where its profile is another; one that does not fit the image is ignored."""
+    if not (content := image.info.get("icc_profile")):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        if image.mode == "P" or image.has_transparency_data:
+            image = image.convert(mode)
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):
+        return image
 
 
 def _to_uint8(image: Image.Image) -> Tensor:

@@ -1,57 +1,20 @@
-"""Candidates by their names in rows: paths that stay in their folder, whatever system wrote them."""
+"""Paths in rows: they stay in their folder, whatever system wrote them."""
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t2i_align.data.schema import Media
 from t2i_align.errors import UserError, shown
-
-NO_PATH = re.compile(
-    r"(?P<uri>data:)|(?P<address>\w+://)|(/9j/|iVBORw0KGgo|[A-Za-z0-9+/\s]{512})[A-Za-z0-9+/\s]*=*$"
-)  # the last is base64, of JPEG, PNG or anything long
-
-
-def media_of(value: Any, key: str, root: Path, origin: str) -> Media:
-    """A candidate as a row has it under `key`: its bytes, or a path relative to `root`.
-
-    Raises:
-        ValueError: neither, or nothing there.
-        UserError: a path that leaves `root`.
-    """
-    if isinstance(value, dict) and {"bytes", "path"} >= value.keys():  # the Image feature of `datasets`
-        value = value.get("bytes") or value.get("path")
-    if not value:
-        raise ValueError(f"{key}: an image is missing")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"{key}: expected an image or its path, found {shown(value)}")
-    if match := NO_PATH.match(value):
-        what = "a data URI" if match["uri"] else "an address" if match["address"] else "base64 text"
-        raise ValueError(f"{key}: {what}, expected an image's bytes or its path; found {shown(value)}")
-    path = next((path for name in spellings(value) if exists(path := inside(root, name, origin))), None)
-    if path is None:
-        raise ValueError(f"no such image: {value}")
-    if not (path.is_file() or path.is_dir()):
-        raise ValueError(f"not a regular file: {value}")
-    return path
 
 
 def spellings(name: str) -> Iterator[str]:
     """A path as it is, with Windows' separators as ours, and in the two ways that Unicode writes accents."""
     for separated in dict.fromkeys((name, name.replace("\\", "/"))):
         yield from dict.fromkeys((separated, *(unicodedata.normalize(form, separated) for form in ("NFC", "NFD"))))
-
-
-def exists(path: Path) -> bool:
-    """Whether something is there; `Path.exists` raises where a name is too long to be one."""
-    return os.path.exists(path)
 
 
 def inside(root: Path, name: str, origin: str) -> Path:

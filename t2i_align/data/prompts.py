@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from t2i_align.data import readers
+from t2i_align.data.batches import steps, widened
 from t2i_align.data.loader import Item, PreferenceDataset
-from t2i_align.data.order import steps
 from t2i_align.data.schema import Batch, Conditioning, Group
 from t2i_align.data.survey import Survey
-from t2i_align.data.texts import widened
 from t2i_align.errors import UserError
 from t2i_align.inference.options import resolve_prompts
 

@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align import plugins
-from t2i_align.data import columns, folders, hub, shards, spec, tables
+from t2i_align.data import columns, folders, hub, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
 from t2i_align.data.columns import Columns
-from t2i_align.data.identity import Contents
 from t2i_align.data.layouts import KINDS, PUBLISHED
-from t2i_align.data.paths import exists
 from t2i_align.data.schema import Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
-from t2i_align.data.survey import EVERYTHING, Selection, Survey
+from t2i_align.data.survey import EVERYTHING, Contents, Selection, Survey
 from t2i_align.errors import UserError, unknown
 
 logger = logging.getLogger(__name__)
@@ -65,12 +63,12 @@ def _table(
     def read(path: Path, images: bool, part: Path | None = None) -> Items:
         return columns.read(path, maps(path), images, part, split)
 
-    return Reader(read=read, detects=detects, files=partial(shards.files, split=split))
+    return Reader(read=read, detects=detects, files=partial(tables.files, split=split))
 
 
 def _recognised(name: str, path: Path) -> bool:
     """Whether a table looks like the layout `name`."""
-    file = next(iter(shards.files(path)), None)
+    file = next(iter(tables.files(path)), None)
     if file is None or name in KINDS:
         return file is not None and tables.kind(file) in KINDS[name]
     if tables.kind(file) == ".tar" or (name == "pairs" and tables.kind(file) in tables.JSON):
@@ -202,7 +200,7 @@ def resolve(path: str | Path) -> Path:
     if str(path).startswith(hub.PREFIX):
         return hub.folder(str(path))
     file = Path(os.path.expanduser(path))
-    if not exists(file):
+    if not os.path.exists(file):  # `Path.exists` raises where a name is too long to be one
         raise UserError(f"{path}: no such file or folder")
     return file
 
@@ -245,7 +243,7 @@ def _hint(path: Path) -> str:
     """How a source that no reader recognises could be read."""
     if path.is_file() and _is_compressed(path):
         return " It is compressed: unpack it first."
-    if names := [name for file in shards.files(path)[:1] for name in tables.columns(file)]:
+    if names := [name for file in tables.files(path)[:1] for name in tables.columns(file)]:
         return f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
     below = [*path.rglob("*")] if path.is_dir() else []
     if any(file.name == "dataset_info.json" for file in below) and any(file.suffix == ".arrow" for file in below):

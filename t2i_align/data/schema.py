@@ -226,7 +226,7 @@ class Batch(WithColumns):
 
     keys: what each sample's randomness is keyed by ("epoch/group id"), [B].
     latents: [B, k, *latent shape], float32, best first. scores: [B, k].
-    sizes: each image's size and crop for the model, [B, k, 6] (see `media.time_ids`), float32; None for families
+    sizes: each image's size and crop for the model, [B, k, 6] (see `batches.time_ids`), float32; None for families
         that are not conditioned on it.
     conditioning: a dict of batch-first tensors [B, ...] that only the model family opens; the prompt's.
     columns: the optional columns that the objective requires. Of texts, their conditioning: `batch.captions` is

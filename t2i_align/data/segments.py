@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from t2i_align.data.schema import Group
-
-if TYPE_CHECKING:  # only entry points import `pipelines` at run time
-    from pipelines import TrainablePipeline
 
 ROUNDING = 1e-6  # segments; a frame that begins a segment must not fall short of it by float arithmetic
 
@@ -40,15 +37,8 @@ def latent_segments(times: Sequence[float], seconds: float) -> list[int]:
     return [math.floor(time / seconds + ROUNDING) for time in times]
 
 
-def latent_times(pipeline: TrainablePipeline, frames: int | None, fps: float | None) -> list[float]:
-    """The times of a clip's latent frames; an image is a clip of one frame."""
-    return [0.0] if frames is None else pipeline.latent_times(frames, fps)  # type: ignore[attr-defined]
-
-
 def unlabelled(group: Group, times: Sequence[float]) -> str:
     """Why a group's segment scores do not serve latent frames at these times, or ""."""
-    if group.segment_scores is None:
-        return ""
     if group.segment_seconds is None or group.segment_seconds <= 0:
         return f"segment_scores without segment_seconds above 0, found {group.segment_seconds!r}"
     found, needed = len(group.segment_scores[0]), latent_segments(times, group.segment_seconds)[-1] + 1
@@ -58,8 +48,6 @@ def unlabelled(group: Group, times: Sequence[float]) -> str:
 
 def by_latent_frame(columns: Mapping[str, Any], times: Sequence[float]) -> dict[str, Any]:
     """The columns of a batch, [B] each, with `segment_scores` as a tensor [B, k, f]: a number for each latent frame."""
-    if "segment_scores" not in columns:
-        return dict(columns)
     rows = zip(columns["segment_scores"], columns["segment_seconds"], strict=True)
     scores = [[[one[s] for s in latent_segments(times, seconds)] for one in group] for group, seconds in rows]
     return {**columns, "segment_scores": torch.tensor(scores)}

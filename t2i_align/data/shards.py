@@ -31,18 +31,16 @@ SPLITS = {
 
 
 def files(path: Path, split: str = TRAIN) -> list[Path]:
-    """The files that make up a table: itself, or all parquet files below a folder, or all webdataset shards.
+    """The files below a folder that make up a table: all parquet files, or all webdataset shards.
 
     Raises:
         UserError: no file of a split other than `train`.
     """
-    return [path] if path.is_file() else [path / name for name in of_split(_names(path), split, _declared(path))]
+    return [path / name for name in of_split(_names(path), split, _declared(path))]
 
 
 def left_out(path: Path, split: str = TRAIN) -> Iterator[Skipped]:
     """The splits of a folder that nobody asked for, and the shards that its numbers say should be there and are not."""
-    if path.is_file():
-        return
     names, declared = _names(path), _declared(path)
     kept = of_split(names, split, declared)
     others = {*names} - {*kept} if split == TRAIN else set()

@@ -30,7 +30,6 @@ from pydantic import Field
 
 from t2i_align.data import hub
 from t2i_align.data.columns import Columns
-from t2i_align.data.paths import exists
 from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
 from t2i_align.diffusion.randomness import stable_seed
@@ -151,7 +150,7 @@ def load(file: Path) -> tuple[DatasetSpec, Path]:
         source = (file.parent / os.path.expanduser(spec.path)).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
         raise UserError(f"{file}: path: {shown(spec.path)} is not a usable path: {error}") from error
-    if not exists(source):
+    if not os.path.exists(source):
         raise UserError(f"{file}: path: no such file or folder: {source}")
     if source == file.resolve() or is_spec(source):
         raise UserError(f"{file}: path: {source} is a dataset spec itself; name what it describes")

@@ -35,10 +35,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
-from t2i_align.data.encode import Encoder, Row
+from t2i_align.data.encode import Encoder, Row, Texts
 from t2i_align.data.schema import COLUMNS, PLAIN_SCORES, Group, Skipped
 from t2i_align.data.survey import EVERYTHING, REASONS_SHOWN, Selection
-from t2i_align.data.texts import Texts
 from t2i_align.errors import UserError
 from t2i_align.utils.arrow import intact, read_table, sha256, write_table
 from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, locked, write_json, write_text

@@ -22,13 +22,14 @@ import torch
 from t2i_align.config import DataConfig
 from t2i_align.data import hub, layouts, readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
+from t2i_align.data.batches import encode_fields, latent_times, time_ids, warn_of_cut_texts, widened
 from t2i_align.data.loader import Item, PreferenceDataset
-from t2i_align.data.media import ImageError, Loaded, MediaSize, load, time_ids, to_bytes
+from t2i_align.data.media import ImageError, Loaded, MediaSize, load, to_bytes
 from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
-from t2i_align.data.segments import by_latent_frame, latent_times, unlabelled
-from t2i_align.data.shards import SHARDED, files
+from t2i_align.data.segments import by_latent_frame, unlabelled
+from t2i_align.data.shards import SHARDED
 from t2i_align.data.survey import Selection, Survey
-from t2i_align.data.texts import encode_fields, warn_of_cut_texts, widened
+from t2i_align.data.tables import files
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
@@ -186,6 +187,11 @@ class Stream(PreferenceDataset):
         groups, decoded = zip(*(self._decoded(shard, row) for _, shard, row in positions), strict=True)
         if len({len(loaded) for loaded in decoded}) > 1:
             raise UserError("for this objective, groups must have the same number of candidates")
+        columns: dict[str, Any] = {
+            name: [group.columns[name] for group in groups] for name in self.needs.columns if name in COLUMNS
+        }
+        if "segment_scores" in columns:
+            columns = by_latent_frame(columns, self.times)
         sizes = [[time_ids(one.size, self.size.height, self.size.width) for one in loaded] for loaded in decoded]
         return {
             "keys": [f"{epoch}/{group.id}" for (epoch, _, _), group in zip(positions, groups, strict=True)],
@@ -193,10 +199,7 @@ class Stream(PreferenceDataset):
             "pixels": torch.stack([torch.stack([to_bytes(one.pixels) for one in loaded]) for loaded in decoded]),
             "sizes": torch.tensor(sizes).float() if self.size_conditioned else None,
             "prompts": [group.prompt for group in groups],
-            "columns": by_latent_frame(
-                {name: [group.columns[name] for group in groups] for name in self.needs.columns if name in COLUMNS},
-                self.times,
-            ),
+            "columns": columns,
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
@@ -284,7 +287,7 @@ class Stream(PreferenceDataset):
         for group in filter(self._accepts, (*window[at:], *window[:at])):
             group = group.take(self.needs.places(len(group.candidates)))
             try:
-                if reason := unlabelled(group, self.times):
+                if group.segment_scores and (reason := unlabelled(group, self.times)):
                     raise ImageError(reason)
                 return group, [load(media, self.size) for media in group.candidates]
             except ImageError as error:

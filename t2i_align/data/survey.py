@@ -1,8 +1,11 @@
-"""Which groups of a source an objective learns from, and counts over what a source holds."""
+"""What a source holds: which groups an objective learns from, counts, and a hash that it is known by."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
 from t2i_align.errors import UserError
 
 REASONS_SHOWN = 3  # rows that cannot be used, in a message
+CONTENT_HASHED_UP_TO = 256 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +110,34 @@ class Survey:
 def counted(k: np.ndarray) -> Counter[int]:
     """How many groups there are of each number of candidates, from all groups' numbers."""
     return +Counter(dict(enumerate(np.bincount(k).tolist())))  # without zeros
+
+
+class Contents:
+    """A hash of groups and their images; beyond CONTENT_HASHED_UP_TO, sizes and times of files stand for their content.
+
+    embedded: whether images lie in the source's own files, which then count instead.
+    """
+
+    def __init__(self) -> None:
+        self.digest, self.hashed, self.embedded = hashlib.sha256(), 0, False
+
+    def add(self, group: Group) -> None:
+        paths = [media for media in group.candidates if isinstance(media, Path)]
+        self.embedded |= len(paths) < len(group.candidates)
+        names = [os.fsencode(media.name).hex() for media in paths]
+        row = [group.id, group.prompt, group.scores, dict(group.columns), names]
+        self.digest.update(json.dumps(row, sort_keys=True).encode())
+        for media in paths:
+            if media.is_dir():
+                from t2i_align.data.media import frame_files  # objectives import this module, and it the decoders
+
+                for file in frame_files(media):
+                    self.add_file(file)
+            else:
+                self.add_file(media)
+
+    def add_file(self, file: Path) -> None:
+        stat = file.stat()
+        self.hashed += stat.st_size
+        large = f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+        self.digest.update(large if self.hashed > CONTENT_HASHED_UP_TO else hashlib.sha256(file.read_bytes()).digest())

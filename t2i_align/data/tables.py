@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2i_align.data import shards, webdataset
-from t2i_align.data.schema import LEFT_OUT, Row, Skipped, Values
-from t2i_align.errors import UserError
+from t2i_align.data.paths import inside, spellings
+from t2i_align.data.schema import LEFT_OUT, Media, Row, Skipped, Values
+from t2i_align.errors import UserError, shown
 from t2i_align.utils.files import as_object, parse_json
 
 JSON, CSV = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
@@ -25,6 +28,9 @@ DELIMITERS = ",;\t"  # spreadsheets of half of Europe write semicolons into a .c
 ROWS_AT_ONCE = 32  # images of so many rows are held in memory
 PROMPT_KEYS = ("prompt", "caption", "text")  # what prompts are called, in this order
 MAX_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not swallow a file of any size
+NO_PATH = re.compile(
+    r"(?P<uri>data:)|(?P<address>\w+://)|(/9j/|iVBORw0KGgo|[A-Za-z0-9+/\s]{512})[A-Za-z0-9+/\s]*=*$"
+)  # the last is base64, of JPEG, PNG or anything long
 ENTRY = "an object with keys such as 'prompt'"
 DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python has no value for
 
@@ -32,6 +38,11 @@ DAMAGED = (pa.ArrowException, OSError, ValueError)  # ValueError: what Python ha
 def kind(file: Path) -> str:
     """A file's ending in small letters, which says what it is."""
     return file.suffix.lower()
+
+
+def files(path: Path, split: str = shards.TRAIN) -> list[Path]:
+    """The files that make up a table: itself, or those of a folder. Raises UserError as `shards.files` does."""
+    return [path] if path.is_file() else shards.files(path, split)
 
 
 def columns(file: Path) -> list[str]:
@@ -71,11 +82,11 @@ def rows(
     Raises:
         UserError: no file of a known kind, or one that is broken as a whole.
     """
-    parts = [part] if part else shards.files(path, split)
+    parts = [part] if part else files(path, split)
     if not parts:
         raise UserError(f"{path}: no table in this folder (files ending in {' or '.join(shards.SHARDED)})")
     root = path if path.is_dir() else path.parent
-    yield from () if part else shards.left_out(path, split)
+    yield from () if part or path.is_file() else shards.left_out(path, split)
     for file in parts:
         yield from _rows(file, file.relative_to(root).as_posix(), names, images)
 
@@ -237,3 +248,32 @@ def _parquet_rows(file: Path, name: str, names: Sequence[str] | None, images: bo
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
+
+
+# Cells ----------------------------------------------------------------------------------------------------------------
+
+
+def media_of(value: Any, key: str, root: Path, origin: str) -> Media:
+    """A candidate as a row has it under `key`: its bytes, or a path relative to `root`.
+
+    Raises:
+        ValueError: neither, or nothing there.
+        UserError: a path that leaves `root`.
+    """
+    if isinstance(value, dict) and {"bytes", "path"} >= value.keys():  # the Image feature of `datasets`
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        raise ValueError(f"{key}: an image is missing")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: expected an image or its path, found {shown(value)}")
+    if match := NO_PATH.match(value):
+        what = "a data URI" if match["uri"] else "an address" if match["address"] else "base64 text"
+        raise ValueError(f"{key}: {what}, expected an image's bytes or its path; found {shown(value)}")
+    path = next((path for name in spellings(value) if os.path.exists(path := inside(root, name, origin))), None)
+    if path is None:
+        raise ValueError(f"no such image: {value}")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"not a regular file: {value}")
+    return path

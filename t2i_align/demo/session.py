@@ -15,7 +15,7 @@ from t2i_align.demo.pairs import Candidate, pair
 from t2i_align.demo.studio import Cancelled, Drawn, Job, Studio
 from t2i_align.demo.training import State, Training
 from t2i_align.demo.votes import VOTES, Votes
-from t2i_align.errors import UserError, shorten, unknown
+from t2i_align.errors import UserError, shown, unknown
 from t2i_align.inference.generate import sample_seed
 from t2i_align.inference.users import resolve_user
 
@@ -52,7 +52,7 @@ class Demo:
         if (count := len(rows) * len(weights)) > MAX_SAMPLES:
             raise UserError(f"{count} samples at once; at most {MAX_SAMPLES}: fewer prompts, seeds or models")
         if long := [prompt for prompt, _ in rows if len(prompt) > MAX_PROMPT]:
-            raise UserError(f"a prompt has at most {MAX_PROMPT} characters, found {shorten(long[0])}")
+            raise UserError(f"a prompt has at most {MAX_PROMPT} characters, found {shown(long[0])}")
         self.cancel(session)
         job = self.jobs[session] = Job()
         drawn: list[Drawn] = []

@@ -16,6 +16,7 @@ import torch
 from t2i_align.data import tables
 from t2i_align.errors import UserError, unknown
 from t2i_align.plugins import find_scorer
+from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import parse_json
 
 if TYPE_CHECKING:
@@ -197,13 +198,13 @@ def check_options(precision: str = "fp32", fps: float | None = None, **counts: i
 
 
 def pick_device(name: str | None) -> str:
-    """The device of this name, or for None the GPU if there is one.
+    """The device of this name, or for None the GPU if there is one, of several processes this one's.
 
     Raises:
         UserError: no such device in this machine.
     """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return Distributed().device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # no device name; torch built without it; no such number

@@ -7,6 +7,7 @@ candidates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from t2i_align.inference.options import build_scorers, check_options, pick_devic
 from t2i_align.labeling.groups import Annotate, Batch, Summary, by_scorer, fill
 from t2i_align.labeling.models import DRAWN, RULES, Captioner, Perturber, load_captioner, load_perturber
 from t2i_align.labeling.rules import KINDS, RulePerturber
-from t2i_align.utils.resumable import ResumableTable, Row
+from t2i_align.utils.distributed import Distributed
+from t2i_align.utils.resumable import SKIPPED, ResumableTable, Row
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer
@@ -237,7 +239,8 @@ class Job:
         pairs: bool = False, batch_size: int, force: bool,
     ) -> None:  # fmt: skip
         check_options(batch_size=batch_size)
-        self.table, self.batch_size, self.force = ResumableTable(out), batch_size, force
+        self.processes, self.batch_size, self.force = Distributed(), batch_size, force
+        self.table = ResumableTable(out, rank=self.processes.rank)
         self.path = readers.resolve(source).absolute()
         self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
         self.table.check_not_read([self.path, *annotations, *readers.READERS[self.format].files(self.path)])
@@ -251,15 +254,25 @@ class Job:
 
     def run(self, annotate: Annotate, settings: Row, *, images: bool = True, progress: bool) -> Summary:
         """Fill the table; `images` says whether they are read. Raises UserError if no group could be annotated."""
-        table = self.table
-        with table.begun({"source": self.identity, **settings}, force=self.force):
+        table, processes = self.table, self.processes
+        with ExitStack() as begun:
+            for first in (True, False):  # the first process begins the table, then the others join it
+                if first == (processes.rank == 0):
+                    begun.enter_context(table.begun({"source": self.identity, **settings}, force=self.force))
+                processes.gather(None)
             items = readers.read(self.path, self.format, self.annotations, best_first=False, images=images)
-            fill(table, items, annotate, total=self.total, batch=self.batch_size, progress=progress)
-            why = table.skipped_file if table.skipped else None
-            if not table.keys:
-                raise UserError(f"{table.out}: none of {len(table.skipped)} groups could be annotated; {why} says why")
-            table.finish()
-        return Summary(out=table.out, groups=len(table.keys), skipped=len(table.skipped), why_skipped=why)
+            share, total = processes.share(items, self.batch_size), self.total // processes.world
+            fill(table, share, annotate, total=total, progress=progress and processes.rank == 0)
+            written = processes.gather((table.keys, table.skipped))  # waits for all of them
+            keys, skipped = (set[Any]().union(*part) for part in zip(*written, strict=True))
+            if processes.rank == 0:
+                table.merge()
+            why = Path(f"{table.out}{SKIPPED}") if skipped else None
+            if not keys:
+                raise UserError(f"{table.out}: none of {len(skipped)} groups could be annotated; {why} says why")
+            if processes.rank == 0:
+                table.finish()
+        return Summary(out=table.out, groups=len(keys), skipped=len(skipped), why_skipped=why)
 
 
 def _model(load: Any, model: Any, device: str | None, options: Row, **recorded: Any) -> tuple[Any, Row]:

@@ -113,11 +113,10 @@ def totals(scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[str]) ->
 
 def fill(
     table: ResumableTable,
-    items: Iterable[Group | Skipped],
+    batches: Iterable[Sequence[Group | Skipped]],
     annotate: Annotate,
     *,
     total: int,
-    batch: int,
     progress: bool,
 ) -> None:
     """Write a row for each group, or why there is none.
@@ -127,11 +126,10 @@ def fill(
 
     Args:
         annotate: gives the rows of a batch by group id, and skips the groups for which there is none.
-        total: number of items. batch: items at a time.
+        total: number of items.
     """
-    items = iter(items)
     with progress_bar(total=total, unit="group", desc=table.out.name, disable=not progress) as bar:
-        while chunk := list(islice(items, batch)):
+        for chunk in batches:
             if not all(_is_done(table, item) for item in chunk):
                 groups = Batch([item for item in chunk if isinstance(item, Group)])
                 rows = annotate(groups)

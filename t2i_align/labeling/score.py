@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,15 +83,14 @@ def score(
     """
     check_options(precision, batch_size=batch_size)
     processes = Distributed()
-    place = pick_device(device or processes.device)
+    place = pick_device(device)
     found, total = candidates(images)
     table = None if out is None else ResumableTable(out, KEY, schema=SCHEMA, rank=processes.rank)
     with table.begun() if table else nullcontext():
         written = {table.key_of(row): row for row in table.rows()} if table else {}
         built = [scorer.to(place) for scorer in build_scorers(scorers)]
         totals, why = {scorer.name: np.zeros(3) for scorer in built}, ""  # sum, scored, not scored; a reason for that
-        batches = enumerate(iter(lambda: list(islice(found, batch_size)), []))
-        own = (batch for index, batch in batches if index % processes.world == processes.rank)
+        own = processes.share(found, batch_size)
         dtype = use_precision(precision)
         with (
             torch.no_grad(),

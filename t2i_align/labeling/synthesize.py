@@ -99,7 +99,7 @@ def synthesize(
     for name in names:
         resolve_aligned(name)
     processes = Distributed()
-    place = pick_device(device or processes.device)
+    place = pick_device(device)
     built = [scorer.to(place) for scorer in build_scorers(scorers)]
     work = _Work(Path(out).expanduser(), texts, names, per_prompt, seed, built, processes, progress)
     sampling = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "height": height,
@@ -129,8 +129,9 @@ class _Work:
         self.table = ResumableTable(self.out / SCORES, rank=self.processes.rank)
         self.margins = [scorer.tie_margin for scorer in self.scorers]
         self.groups = [self._group(number) for number in range(len(self.prompts))]
-        own = [i for i in range(len(self.groups)) if i // BLOCK % self.processes.world == self.processes.rank]
-        self.own = {i: unscorable(self.scorers, self.prompts[i]) for i in own}  # reason why it cannot be scored, or ""
+        share = self.processes.share(range(len(self.groups)), BLOCK)
+        # Blocks of this process's prompts: the reason why one cannot be scored, or "".
+        self.own = [{i: unscorable(self.scorers, self.prompts[i]) for i in block} for block in share]
 
     def begin(self, settings: Row) -> None:
         """Start the folder, or continue one that was begun with the same settings."""
@@ -150,7 +151,8 @@ class _Work:
     def draw(self, model: int, sampling: Row, precision: str, device: str) -> None:
         """This process's images by one model, which is loaded only where some are missing."""
         name = self.models[model]
-        wanted = [(i, k) for i, reason in self.own.items() if not reason for k in range(self.per_prompt)]
+        own = (i for block in self.own for i, reason in block.items() if not reason)
+        wanted = [(i, k) for i in own for k in range(self.per_prompt)]
         rows = [(i, k) for i, k in wanted if not self._image(i, model, k).exists()]
         if not rows:
             return
@@ -176,14 +178,17 @@ class _Work:
 
     def score(self, batch_size: int) -> None:
         """Record the scores [scorers, k] of this process's prompts, or why there are none."""
-        own = [(self.groups[i], reason) for i, reason in self.own.items()]
-        items = [Skipped(id=one.id, origin=one.origin, reason=reason) if reason else one for one, reason in own]
+
+        def item(group: Group, reason: str) -> Group | Skipped:
+            return Skipped(id=group.id, origin=group.origin, reason=reason) if reason else group
+
+        batches = [[item(self.groups[i], reason) for i, reason in block.items()] for block in self.own]
 
         def annotate(batch: Batch) -> dict[str, Row]:
             return {key: {"scores": raw.tolist()} for key, raw in batch.scores(self.scorers, batch_size).items()}
 
         with self.table.begun():
-            fill(self.table, items, annotate, total=len(items), batch=BLOCK, progress=self.progress)
+            fill(self.table, batches, annotate, total=sum(map(len, batches)), progress=self.progress)
 
     def finish(self, pairs: str | None, agree: float) -> Summary:
         """Write the groups, if all prompts are done."""

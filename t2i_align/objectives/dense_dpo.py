@@ -58,11 +58,10 @@ class DenseDPO(DiffusionDPO):
     def compared(
         self,
         residuals: Tensor,
-        ref_residuals: Tensor | None,
+        against: Tensor | None,
         timesteps: Tensor,
         batch: Batch,
         rng: SampleRNG,
-        ref_err: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         labels, channels = _labels(batch), batch.latents.shape[2]
 
@@ -71,8 +70,8 @@ class DenseDPO(DiffusionDPO):
             return torch.where(labels[:, :, None, None, None] < 0, frames.flip(2), frames).flatten(3).flatten(0, 1)
 
         times = timesteps.repeat_interleave(labels.shape[1])
-        ref = None if ref_residuals is None else pairs(ref_residuals)
-        loss, metrics = super().compared(pairs(residuals), ref, times, batch, rng)
+        against = None if against is None else pairs(against)
+        loss, metrics = super().compared(pairs(residuals), against, times, batch, rng)
         decided = labels != 0
         loss = decided_mean(loss.view_as(labels), decided)
         return loss, {name: decided_mean(of.view_as(labels), decided, torch.nan) for name, of in metrics.items()}

@@ -108,32 +108,33 @@ class DiffusionDPO(Objective):
     def step(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> tuple[Tensor, Metrics]:
         batch = self.paired(batch)
         noised = self.noised(policy, reference, batch, rng)
-        ref_residuals = ref_err = None
+        against = None
         if self.needs.reference:
             with torch.no_grad():  # first: its memory is free again before the policy's activations take theirs
-                ref_err = stored_errors(reference)
-                if ref_err is None:
-                    ref_residuals = noised.residuals(reference)
-                    keep_errors(reference, squared_error(ref_residuals, self.reduction))
+                against = stored_errors(reference)
+                if against is None:
+                    against = noised.residuals(reference)
+                    keep_errors(reference, squared_error(against, self.reduction))
         timesteps = noised.timesteps.view(len(batch.keys), -1)[:, 0]
-        return self.compared(noised.residuals(policy), ref_residuals, timesteps, batch, rng, ref_err)
+        return self.compared(noised.residuals(policy), against, timesteps, batch, rng)
 
     def compared(
         self,
         residuals: Tensor,
-        ref_residuals: Tensor | None,
+        against: Tensor | None,
         timesteps: Tensor,
         batch: Batch,
         rng: SampleRNG,
-        ref_err: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Loss and metrics, [B] each, of the winners' and losers' residuals, [B, 2, D], at timesteps [B].
 
-        ref_err: the reference's errors, [B, 2], where these are stored in place of its residuals.
+        against: the reference's residuals, or where these are stored its errors, [B, 2].
         """
         err = squared_error(residuals, self.reduction)
-        if ref_err is None:
-            ref_err = torch.zeros_like(err) if ref_residuals is None else squared_error(ref_residuals, self.reduction)
+        ref_residuals = against if against is not None and against.ndim == 3 else None
+        ref_err = torch.zeros_like(err) if against is None else against
+        if ref_residuals is not None:
+            ref_err = squared_error(ref_residuals, self.reduction)
         err_w, err_l, ref_err_w, ref_err_l = err[:, 0], err[:, -1], ref_err[:, 0], ref_err[:, -1]
         metrics: Metrics = {}
         if self.guard is not None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Distributed:
@@ -19,6 +24,12 @@ class Distributed:
         local = os.environ.get("LOCAL_RANK")
         self.device = f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
 
+    def share(self, items: Iterable[T], batch: int) -> Iterator[list[T]]:
+        """This process's batches, every `world`-th."""
+        items = iter(items)
+        batches = iter(lambda: list(islice(items, batch)), [])
+        return (own for index, own in enumerate(batches) if index % self.world == self.rank)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in every process; returns when all have called this."""
         if self.world == 1:
@@ -26,6 +37,7 @@ class Distributed:
         from accelerate import PartialState
         from accelerate.utils import gather_object
 
-        PartialState(cpu=not torch.accelerator.is_available())  # starts the process group
+        # Starts the process group. A process may have hours of work left when another one has done its share.
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
         values: list[Any] = gather_object([value])
         return values

@@ -19,7 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2i_align.errors import UserError
-from t2i_align.utils.files import append_line, atomic_file, claim, output_lock, read_json, whole_lines, write_json
+from t2i_align.utils.files import (
+    append_line,
+    atomic_file,
+    claim,
+    json_lines,
+    output_lock,
+    read_json,
+    whole_lines,
+    write_json,
+    write_text,
+)
 
 Row = dict[str, Any]
 JSONL, PARQUET, SKIPPED = ".jsonl", ".parquet", ".skipped.jsonl"
@@ -72,7 +82,7 @@ class ResumableTable:
 
         Args:
             settings: what the rows are made with; None keeps no record of it.
-            force: drop what is there.
+            force: drop what is there; of several processes, the first one does, before the others begin.
 
         Raises:
             UserError: it was begun with other settings, names them; it holds rows of another kind; or another run
@@ -80,8 +90,8 @@ class ResumableTable:
         """
         with output_lock(self.out if self.rank == 0 else self.file, file=True):
             claimed = self.settings_file.exists() and "settings" in read_json(self.settings_file)
-            if force or (claimed and not self.out.exists()):
-                for file in (self.out, self.skipped_file, self.settings_file):
+            if self.rank == 0 and (force or (claimed and not self.out.exists())):
+                for file in (self.out, self.skipped_file, self.settings_file, *self._parts(), *self._parts(SKIPPED)):
                     file.unlink(missing_ok=True)
             if settings is not None:
                 claim(self.settings_file, {"finished": False, "settings": settings}, advice=ADVICE)
@@ -106,8 +116,7 @@ class ResumableTable:
 
     def skips(self) -> Iterator[Row]:
         """What all processes have skipped: id, origin and reason."""
-        others = self.out.parent.glob(f".{escape(self.out.name)}.*{SKIPPED}")
-        for file in (Path(f"{self.out}{SKIPPED}"), *sorted(others)):
+        for file in (Path(f"{self.out}{SKIPPED}"), *self._parts(SKIPPED)):
             yield from _with(("id", "origin", "reason"), whole_lines(file, repair=False), file)
 
     def add(self, rows: Sequence[Row], skipped: Sequence[Row] = ()) -> None:
@@ -128,16 +137,21 @@ class ResumableTable:
         elif parts:
             there = {self.key_of(row) for row in self._read(self.out)}
             append_line(self.out, *(row for row in self.rows() if self.key_of(row) not in there))
-        for part in parts:
+        if others := self._parts(SKIPPED):
+            rows = {(row["id"], row["origin"]): row for row in self.skips()}
+            write_text(Path(f"{self.out}{SKIPPED}"), json_lines(rows.values()))
+        for part in (*parts, *others):
             part.unlink()
 
     def finish(self) -> None:
         """Record that all rows are there."""
         write_json(self.settings_file, read_json(self.settings_file) | {"finished": True})
 
-    def _parts(self) -> list[Path]:
-        files = self.out.parent.glob(f".{escape(self.out.name)}.*{JSONL}")
-        return sorted(file for file in files if file.suffixes[-2][1:].isdigit())
+    def _parts(self, ending: str = "") -> list[Path]:
+        """The part files of rows, or with the ending SKIPPED of what has none."""
+        start, ending = f".{self.out.name}.", f"{JSONL}{ending}"
+        files = self.out.parent.glob(f"{escape(start)}*{ending}")
+        return sorted(file for file in files if file.name.removeprefix(start).removesuffix(ending).isdigit())
 
     def _read(self, file: Path) -> list[Row]:
         if file.suffix == JSONL or not file.is_file():

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from t2i_align.errors import UserError, nearest, shorten
+from t2i_align.errors import UserError, nearest, shown
 from t2i_align.utils.files import read_bytes
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 bare_name = parents == ["objective"] and isinstance(node.get(parent), str)
                 node[parent] = {"name": node[parent]} if bare_name else {}
             node = node[parent]
-        value = parse_yaml(text, shorten(repr(override)))
+        value = parse_yaml(text, shown(override))
         if last.endswith("+"):
             last, value = last[:-1], [*(node.get(last[:-1]) or []), value]
         node[last] = value
@@ -209,13 +209,13 @@ def _line(cls: type, key: tuple[Any, ...], details: list[ErrorDetails], values: 
     if first["type"] == "missing" and len(first["loc"]) == len(key):
         return f"{name}: missing key"
     given = reduce(getitem, key, values)
-    shown = "null" if given is None else shorten(repr(given))
+    found = "null" if given is None else shown(given)
     description = _described(section, last)
     if not description and not first["msg"].startswith("Input should be"):
-        return f"{name}: {first['msg']}, found {shown}"
+        return f"{name}: {first['msg']}, found {found}"
     expected = description or " or ".join(dict.fromkeys(map(_expected, details)))
     hint = nearest(given, re.findall(r"'(.*?)'", expected))
-    return f"{name} must be {expected}, found {shown}{'.' * bool(hint)}{hint}"
+    return f"{name} must be {expected}, found {found}{'.' * bool(hint)}{hint}"
 
 
 def _described(section: Any, name: str) -> str | None:

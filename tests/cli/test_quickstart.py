@@ -98,7 +98,9 @@ def test_wrong_override_leaves_the_earlier_result(override: str, says: str, tmp_
     assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
 
 
-def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_job_runs_and_a_second_one_reuses_the_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = resolve_prompts("testbed:test")[:4]
     folder, sizes, sample = tmp_path / "q", [], sides.sample
 
@@ -108,7 +110,9 @@ def test_small_job_runs_and_a_second_one_reuses_the_latents(tmp_path: Path, monk
 
     monkeypatch.setattr(sides, "sample", recorded)
     for _ in range(2):
-        result = quickstart(SMALL, output=folder, prompts=prompts, progress=False)
+        result = quickstart(SMALL, output=folder, prompts=prompts)
+    printed = "".join(capsys.readouterr())
+    assert f"output     {folder / 'run'}\n" in printed and f"{WRITING}q" not in printed
     values = json.loads((folder / "result.json").read_text())
     for name in ("", "faithfulness_", "quality_"):
         low, high = values[f"{name}win_rate_ci"]

@@ -14,16 +14,7 @@ import torch
 from PIL import Image
 
 from t2i_align.data import media
-from t2i_align.data.media import (
-    ImageError,
-    MediaSize,
-    decode,
-    frame_files,
-    frames_of,
-    load,
-    save_clip,
-    whole_clip,
-)
+from t2i_align.data.media import ImageError, MediaSize, decode, frame_files, frames_of, load, save_clip, whole_clip
 from t2i_align.data.schema import Media
 
 LEVELS = (20, 60, 100, 140, 180, 220, 40, 200)  # grey level of each frame

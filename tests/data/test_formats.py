@@ -209,20 +209,6 @@ def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -
         list(read(tmp_path / "s.yaml"))
 
 
-def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
-    source = formats.write(tmp_path, "vote_counts")
-    seen = {readers.survey(source, "described").identity}
-    changes = [
-        (source, b"[for_left, for_right]", b"[for_right, for_left]"),
-        (tmp_path / "vote_counts" / "votes.tsv", b"\t7", b"\t8"),
-        (tmp_path / "vote_counts" / "p" / "1.png", b"PNG", b"png"),
-    ]
-    for file, old, new in changes:
-        file.write_bytes(file.read_bytes().replace(old, new))
-        seen.add(readers.survey(source, "described").identity)
-    assert len(seen) == 4
-
-
 def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:
     png = formats.png(0)
     good = {"chosen.png": png, "rejected.png": png, "txt": b"x"}
@@ -305,8 +291,7 @@ def test_a_data_set_in_the_hubs_cache_is_read_without_a_connection(
         groups("hub:someone/others")
 
 
-def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+def test_a_format_in_a_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from t2i_align.data.readers import register\n"
         "from t2i_align.data.schema import Group\n"
@@ -320,49 +305,3 @@ def test_a_format_in_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert [(group.prompt, group.candidates) for group in result] == [("one", (b"b", b"a")), ("two", (b"b", b"a"))]
     with pytest.raises(UserError, match=r"gone\.py: no such file"):
         read(tmp_path / "a.txt", f"{tmp_path}/gone.py:lines")
-
-
-# Splits -------------------------------------------------------------------------------------------------------------
-
-
-def test_no_prompt_of_the_held_out_part_is_in_the_other(tmp_path: Path) -> None:
-    """Prompts that differ in case and spaces only are one; the other part of a pair's rows is in the other file."""
-    images(tmp_path)
-    entries = [
-        {"prompt": text, "chosen": "0.png", "rejected": "1.png", "user": n % 7}
-        for n in range(60)
-        for text in (f"A fox  {n % 30}", f"a fox {n % 30} ")
-    ]
-    write_jsonl(tmp_path / "d.jsonl", entries)
-    parts = {}
-    for of in ("train", "held_out"):
-        (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.3}}\n")
-        parts[of] = groups(tmp_path / f"{of}.yaml")
-    assert sorted(group.id for part in parts.values() for group in part) == sorted(
-        group.id for group in groups(tmp_path / "d.jsonl")
-    )
-    texts = [{" ".join(group.prompt.lower().split()) for group in part} for part in parts.values()]
-    assert not texts[0] & texts[1] and 3 <= len(texts[1]) <= 16 and len(texts[0] | texts[1]) == 30
-    # More data and another order leave each prompt where it was.
-    more = [{"prompt": f"new {n}", "chosen": "0.png", "rejected": "1.png"} for n in range(20)]
-    write_jsonl(tmp_path / "d.jsonl", more + entries[::-1])
-    again = {" ".join(group.prompt.lower().split()) for group in groups(tmp_path / "held_out.yaml")}
-    assert {text for text in again if text.startswith("a fox")} == texts[1]
-
-
-def test_by_prompt_and_user_nothing_is_shared(tmp_path: Path) -> None:
-    images(tmp_path)
-    entries = [
-        {"prompt": f"fox {n % 12}", "chosen": "0.png", "rejected": "1.png", "user": n // 12, "id": str(n)}
-        for n in range(144)
-    ]
-    write_jsonl(tmp_path / "d.jsonl", entries)
-    parts, neither = {}, {}
-    for of in ("train", "held_out"):
-        (tmp_path / f"{of}.yaml").write_text(f"path: d.jsonl\npart: {{of: {of}, held_out: 0.4, by: [prompt, user]}}\n")
-        parts[of], neither[of] = groups(tmp_path / f"{of}.yaml"), skips(tmp_path / f"{of}.yaml")
-    assert parts["train"] and parts["held_out"] and neither["train"] == neither["held_out"]
-    for what in ("prompt", "user"):
-        assert not {getattr(g, what) for g in parts["train"]} & {getattr(g, what) for g in parts["held_out"]}
-    assert sum(map(len, parts.values())) + len(neither["train"]) == 144
-    assert set(neither["train"].values()) == {"its prompt and its user are on two sides of the split"}

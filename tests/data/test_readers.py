@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from t2i_align.data import readers
-from t2i_align.data.readers import READERS, read, register
+from t2i_align.data.readers import read, register
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
 from tests.data.test_examples import jpeg, pick_rows, write_images, write_jsonl, write_parquet
-from tests.formats import groups, skips, table
+from tests.formats import groups, skips
 
 # Pick-a-Pic ---------------------------------------------------------------------------------------------------------
 
@@ -228,83 +228,6 @@ def test_json_lines_by_other_names(tmp_path: Path, name: str) -> None:
     assert [(group.id, group.prompt) for group in groups(file)] == [(f"{name}:1", "x"), (f"{name}:2", "y")]
 
 
-# Folders ------------------------------------------------------------------------------------------------------------
-
-
-def test_folders(tmp_path: Path) -> None:
-    write_images(tmp_path / "Chosen", ["b.jpg", "a.png", "c.jpg", "d.jpg", "lonely.jpg", "e.jpg", "e.png"])
-    write_images(tmp_path / "rejected", ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "notes.doc"])
-    (tmp_path / "Chosen" / "a.txt").write_text(" beside \n")
-    (tmp_path / "captions").mkdir()
-    (tmp_path / "captions" / "b.txt").write_text("in captions")
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "chosen/c.jpg", "text": "listed"}])
-    result = groups(tmp_path)
-    assert [(group.id, group.prompt) for group in result] == [("a", "beside"), ("b", "in captions"), ("c", "listed")]
-    assert result[0].candidates == (tmp_path / "Chosen" / "a.png", tmp_path / "rejected" / "a.jpg")
-    assert result[0].scores == (1.0, 0.0)
-    reasons = skips(tmp_path)
-    assert set(reasons) == {"d", "e", "lonely", "rejected/notes.doc"}
-    assert "no caption" in reasons["d"] and "e.jpg, e.png" in reasons["e"] and "no loser" in reasons["lonely"]
-
-
-def test_folders_metadata_means_the_winner(tmp_path: Path) -> None:
-    """Its own entry comes before one without a folder, that before the loser's; another folder's is not meant."""
-    for folder in ("chosen", "rejected"):
-        write_images(tmp_path / folder, ["a.png", "b.png", "c.png", "d.png"])
-    listed = ["chosen/a.png", "a.png", "rejected/a.png", "b.png", "rejected/b.png", "rejected/c.png", "old/d.png"]
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": name} for name in listed])
-    assert [group.prompt for group in groups(tmp_path)] == ["chosen/a.png", "b.png", "rejected/c.png"]
-    assert "no caption" in skips(tmp_path)["d"]
-    write_jsonl(tmp_path / "chosen" / "metadata.jsonl", [{"file_name": "a.png", "text": "beside"}])
-    assert groups(tmp_path)[0].prompt == "beside"
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
-def test_folders_with_captions_in_a_table(tmp_path: Path, name: str) -> None:
-    for folder in ("chosen", "rejected"):
-        write_images(tmp_path / folder, ["a.png", "b.png"])
-    listed = [{"file_name": "chosen/a.png", "caption": "first"}, {"file_name": "chosen\\b.png", "caption": "second"}]
-    table(tmp_path / name, listed)
-    assert [group.prompt for group in groups(tmp_path)] == ["first", "second"]
-    table(tmp_path / name, [{"file_name": "chosen/a.png", "title": "x"}])
-    with pytest.raises(
-        UserError, match=rf"{name}, (line|row) \d: expected 'file_name' and one of prompt, caption, text"
-    ):
-        groups(tmp_path)
-
-
-def test_folders_names_and_captions_of_other_systems(tmp_path: Path) -> None:
-    """Accents apart and together are one name; a caption that is not UTF-8 costs its pair alone, as does a pipe."""
-    apart, together = "cafe\u0301", "caf\u00e9"
-    write_images(tmp_path / "chosen", [f"{apart}.png", "b.png", "c.png"])
-    write_images(tmp_path / "rejected", [f"{together}.png", "b.png"])
-    os.mkfifo(tmp_path / "rejected" / "c.png")
-    (tmp_path / "chosen" / f"{together}.txt").write_text("a cafe")
-    (tmp_path / "chosen" / "b.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    assert [(group.id, group.prompt) for group in groups(tmp_path)] == [(together, "a cafe")]
-    reasons = skips(tmp_path)
-    assert reasons["b"].startswith("b.txt must be UTF-8 text") and reasons["c"] == "no loser image of this name"
-    assert "rejected/c.png" in reasons
-
-
-def test_folders_that_are_unclear(tmp_path: Path) -> None:
-    for name in ("winner", "good", "loser"):
-        write_images(tmp_path / name, ["a.jpg"])
-    with pytest.raises(UserError, match=r"expected one winner folder .* found good, winner"):
-        list(read(tmp_path))
-    with pytest.raises(UserError, match=r"expected a folder .* found a file"):
-        list(read(tmp_path / "good" / "a.jpg", "folders"))
-
-
-def test_folder_links_stay_inside(tmp_path: Path) -> None:
-    write_images(tmp_path, ["secret.jpg"])
-    write_images(tmp_path / "data" / "winner", ["b.jpg"])
-    write_images(tmp_path / "data" / "loser", ["a.jpg"])
-    (tmp_path / "data" / "winner" / "a.jpg").symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(UserError, match="leads outside"):
-        list(read(tmp_path / "data"))
-
-
 # The registry -------------------------------------------------------------------------------------------------------
 
 
@@ -341,9 +264,8 @@ def test_formats_are_found_or_listed(tmp_path: Path) -> None:
         read("testbed:pears")
 
 
-def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_your_own_format(tmp_path: Path) -> None:
     """One function makes a format; order, ids and prompts are seen to for it."""
-    monkeypatch.setattr(readers, "READERS", dict(READERS))
 
     @register("votes", detects=lambda path: path.suffix == ".votes")
     def read_votes(path: Path) -> Iterator[Group | Skipped]:
@@ -363,41 +285,3 @@ def test_your_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (survey.rows, survey.candidates, survey.ties, len(survey.texts)) == (3, {2: 2}, {2: 1}, 2)
     with pytest.raises(UserError, match="there is a data format 'votes' already"):
         register("votes")(lambda path: read_votes(path))
-
-
-def test_identity_follows_the_contents(tmp_path: Path) -> None:
-    """An image changed in place changes its source, a copy elsewhere does not; both for small and for large ones."""
-    write_images(tmp_path / "one", ["a.jpg", "b.jpg"])
-    entry = {"prompt": "x", "chosen": "a.jpg", "rejected": "b.jpg"}
-    file = write_jsonl(tmp_path / "one" / "d.jsonl", [entry])
-    before = readers.survey(file, "jsonl").identity
-    write_images(tmp_path / "two", ["a.jpg", "b.jpg"])
-    assert readers.survey(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl").identity == before
-    (tmp_path / "one" / "b.jpg").write_bytes(jpeg(9))
-    assert readers.survey(file, "jsonl").identity != before
-
-
-def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> None:
-    """A run's output below the pairs, or what a file manager leaves there, does not make them another source."""
-    write_images(tmp_path / "chosen", ["fox.png"])
-    write_images(tmp_path / "rejected", ["fox.png"])
-    (tmp_path / "captions").mkdir()
-    before = readers.survey(tmp_path, "folders").identity
-    write_images(tmp_path / "run" / "validation", ["step_000100.png"])
-    for name in ("run.yaml", ".DS_Store", "chosen/.DS_Store", "chosen/._fox.png", "chosen/._fox.txt", "rejected/a.log"):
-        (tmp_path / name).write_text("?")
-    survey = readers.survey(tmp_path, "folders")
-    assert (survey.identity, survey.embedded_bytes) == (before, 0)
-    seen = {before}
-    for name in ("metadata.jsonl", "chosen/metadata.jsonl", "captions/fox.txt", "chosen/fox.txt", "rejected/fox.png"):
-        write_jsonl(tmp_path / name, [{"file_name": "fox.png", "text": name}])
-        seen.add(readers.survey(tmp_path, "folders").identity)
-    assert len(seen) == 6
-
-
-def test_identity_of_large_sources_uses_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_parquet(tmp_path / "a.parquet", pick_rows(2))
-    monkeypatch.setattr("t2i_align.data.identity.CONTENT_HASHED_UP_TO", 10)
-    before = readers.survey(file, "pickapic").identity
-    os.utime(file, ns=(1, 1))
-    assert readers.survey(file, "pickapic").identity != before

@@ -14,13 +14,8 @@ from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
 from t2i_align.inference.options import resolve_prompts
 from tests.data.test_examples import write_images
+from tests.formats import groups
 from tests.runs import image, run_values
-
-
-def groups(path: Path) -> list[Group]:
-    items = list(readers.read(path))
-    assert all(isinstance(item, Group) for item in items), items
-    return items  # type: ignore[return-value]
 
 
 def named(group: Group) -> tuple[str, list[str]]:

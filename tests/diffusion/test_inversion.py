@@ -15,15 +15,7 @@ from t2i_align.diffusion.inversion import advance, inverted_noise, level_grid
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from tests.objectives.toy import (
-    KINDS,
-    PROCESSES,
-    bounded_model,
-    linear_model,
-    random_batch,
-    rng_for,
-    rows_of,
-)
+from tests.objectives.toy import KINDS, PROCESSES, bounded_model, linear_model, random_batch, rng_for, rows_of
 
 LOG_2 = math.log(2)
 

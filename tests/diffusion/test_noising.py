@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from t2i_align.diffusion.noising import drop_captions, random_noise
-from tests.objectives.toy import (
-    random_batch,
-    rng_for,
-)
+from tests.objectives.toy import random_batch, rng_for
 
 LOG_2 = math.log(2)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pipelines
-from reward_scorers import Scorer, ScorerError
+from reward_scorers import ScorerError
 from t2i_align.errors import UserError
-from t2i_align.evaluation import compare as module
 from t2i_align.evaluation import sides
-from t2i_align.evaluation.compare import evaluate
 from t2i_align.evaluation.report import choose, verdict
-from t2i_align.evaluation.result import Evaluation
 from t2i_align.inference.generate import generate
-from tests.runs import Killed
-from tests.tiny import tiny_sd
+from tests.evaluation.conftest import FAST, PROMPTS, Red, Run
 
-PROMPTS = ["cat", "dog", "<script>alert(1)</script>", "a & b", "sun"]
-FAST = {"steps": 2, "guidance": 2.0, "progress": False}
-Run = Callable[..., Evaluation]
 NUMBERS = ("win_rate", "win_rate_ci", "mean_before", "mean_after", "mean_change", "mean_change_ci")
-
-
-class Red(Scorer):
-    """Mean red; parts: green, and blue for prompts without "a" only."""
-
-    name = "red"
-    version = "7"
-
-    def rate(self, inputs: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        red, green, blue = inputs.mean((2, 3)).unbind(1)
-        silent = torch.tensor(["a" in prompt for prompt in prompts])
-        return red, {"green": green, "blue": blue.masked_fill(silent, math.nan)}
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +38,6 @@ def lora(sd_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     pipeline.save_lora(run / "lora")
     return run
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sd(tmp_path_factory.mktemp("models") / "other", seed=1)
-
-
-@pytest.fixture
-def run(sd_path: Path, tmp_path: Path) -> Run:
-    """`evaluate` of the model against itself, with changes; `out` is relative to the test's folder."""
-
-    def evaluated(out: str = "out", **changes: Any) -> Evaluation:
-        options = {"base": sd_path, "aligned": sd_path, "prompts": PROMPTS, "scorers": [Red()], **FAST, **changes}
-        return evaluate(out=tmp_path / out, **options)
-
-    return evaluated
 
 
 def samples(folder: Path) -> list[dict]:
@@ -313,72 +277,6 @@ def test_bad_input_is_named_before_anything_is_generated(
         with pytest.raises(UserError, match=match):
             run(**change)
     assert not (tmp_path / "out").exists()
-
-
-STOPS: dict[str, tuple[Any, str, int]] = {
-    "second batch of the base": (sides, "sample", 2),
-    "first of the aligned": (sides, "sample", 4),
-    "scores": (sides, "judge", 2),
-    "report": (os, "replace", 1),
-    "pairs": (os, "replace", 2),
-    "result": (os, "replace", 3),
-}
-
-
-@pytest.mark.parametrize("stop", STOPS)
-def test_a_killed_evaluation_continues_and_ends_as_an_uninterrupted_one(
-    stop: str, run: Run, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Six samples in batches of two a side: each is made once."""
-    options = {"aligned": other, "prompts": [*PROMPTS, "moon"], "batch_size": 2}
-    whole = run("whole", **options)
-    where, name, number = STOPS[stop]
-    real, calls, made = getattr(where, name), [], []
-
-    def killed(*arguments: Any, **keywords: Any) -> Any:
-        calls.append(name)
-        if len(calls) == number:
-            raise Killed
-        return real(*arguments, **keywords)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(where, name, killed)
-        run(**options)
-    assert not (tmp_path / "out" / "result.json").exists()
-    real_sample = sides.sample
-    monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(a[1]) or real_sample(*a, **k))
-    again = run(**options)
-    assert len(made) == {"second batch of the base": 5, "first of the aligned": 3, "scores": 5}.get(stop, 0)
-    assert again.scorers == whole.scorers and samples(tmp_path / "out") == samples(tmp_path / "whole")
-    reports = [(tmp_path / name / "report.html").read_text().split("<dt>Time")[0] for name in ("out", "whole")]
-    assert reports[0] == reports[1]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "report.html", "result.json"]
-
-
-def test_an_unfinished_evaluation_with_other_settings_is_not_continued(
-    run: Run, sd_path: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other steps, then other weights of the aligned model."""
-    weights = tmp_path / "other"
-    shutil.copytree(other, weights)
-    options: dict[str, Any] = {"aligned": weights, "prompts": ["cat"]}
-
-    def killed(*arguments: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "render", killed)
-        run(**options)
-    made: list[int] = []
-    real = sides.sample
-    monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(k["steps"]) or real(*a, **k))
-    shutil.copytree(tmp_path / "out", tmp_path / "copy")
-    run("copy", **options, steps=3)
-    assert made == [3, 3]
-    shutil.rmtree(weights)
-    shutil.copytree(sd_path, weights)
-    assert run(**options).settings["identical_pairs"] == 1
-    assert made == [3, 3, 2]  # the base's sample is kept
 
 
 def test_the_report_draws_at_random_and_ranks_the_extremes() -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from reward_scorers import Scorer
 from t2i_align import cli
 from t2i_align.data.annotations import Annotations
-from t2i_align.data.media import save_clip
+from t2i_align.data.media import save_clip, whole_clip
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
@@ -24,7 +25,9 @@ from t2i_align.labeling.models import ClipJudge, Frames, verdict
 from t2i_align.labeling.segments import label
 from t2i_align.utils.files import whole_lines
 from tests.data.test_examples import write_jsonl
+from tests.labeling.test_curate import ffmpeg, vary
 from tests.labeling.test_models import blip, llava
+from tests.runs import moving_clip
 
 RATE = 8
 QUIET: dict[str, Any] = {"seconds": 0.5, "least_decided": 0.0, "progress": False}
@@ -159,13 +162,43 @@ def test_files_of_votes_count_like_a_labeller_each(source: Path, tmp_path: Path)
     assert reasons(tmp_path / "people.jsonl") == {"two": "none of the files of votes has it"}
 
 
-def test_a_language_model_judges_frames(source: Path, tmp_path: Path) -> None:
+def opinionated(folder: Path, asked: Sequence[tuple[Frames, Frames]]) -> Path:
+    """A random LLaVA that answers 1 or 2 and nothing else, by the projection of what it sees that varies most."""
     torch.manual_seed(0)
-    folder = llava(tmp_path / "llava")
-    label(source, tmp_path / "labels.jsonl", judge=str(folder), max_new_tokens=2, **{**QUIET, "seconds": 1.0})
-    assert len(rows(tmp_path / "labels.jsonl")["one"]["by_judge"]) == 2
+    judge, seen = ClipJudge(str(llava(folder)), max_new_tokens=1), []
+    head = judge.network.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0, -1]))
+    judge(asked, ["p"] * len(asked))
+    hook.remove()
+    hidden = torch.stack(seen)
+    way = torch.linalg.svd(hidden - (middle := hidden.mean(0))).Vh[0]
+    way -= (way @ middle) / (middle @ middle) * middle
+    one, two = (judge.tokenizer.convert_tokens_to_ids(name) for name in "12")
+    head.weight.data.zero_()[[one, two]] = 1e3 * torch.stack([way, -way])
+    judge.network.save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_judges_frames_in_both_orders(source: Path, tmp_path: Path) -> None:
+    """A genuine LLaVA of two layers: a vote where it names the same clip in both orders, a tie where it does not."""
+    noise = torch.randint(0, 256, (2, 32, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for name, frames in zip(CLIPS, noise, strict=False):
+        save_clip(frames, source.parent / f"{name}.mp4", RATE)
+    one, other = (whole_clip(source.parent / f"{name}.mp4") for name in list(CLIPS)[:2])
+    frames = [[[to_pil_image(clip[f]) for f in range(s, s + 2)] for s in range(0, 32, 2)] for clip in (one, other)]
+    straight, exchanged = (list(zip(*sides, strict=True)) for sides in (frames, frames[::-1]))
+    folder = opinionated(tmp_path / "llava", [*straight, *exchanged])
+    judge = ClipJudge(str(folder), max_new_tokens=1)
+    answers = [*zip(judge(straight, ["p"] * 16), judge(exchanged, ["p"] * 16), strict=True)]
+    assert {*answers} <= {(a, b) for a in "12" for b in "12"} and len({*answers}) > 2
+    label(source, tmp_path / "labels.jsonl", judge=str(folder), max_new_tokens=1, **{**QUIET, "seconds": 0.25})
+    wanted = [{("1", "2"): 1, ("2", "1"): -1}.get(pair, 0) for pair in answers]
+    assert rows(tmp_path / "labels.jsonl")["one"]["by_judge"] == wanted
     settings = json.loads((tmp_path / "labels.jsonl.settings.json").read_text())["settings"]
     assert settings["judge"]["name"] == str(folder)
+
+
+def test_a_judge_needs_a_chat_template(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
         ClipJudge(str(blip(tmp_path / "blip")))
 
@@ -197,6 +230,30 @@ def test_pairs_without_labels_are_skipped_with_a_reason(source: Path, tmp_path: 
         "5": "1 candidates; a preference is between two or more",
     }.items():
         assert reasons(out)[number].startswith(expected), reasons(out)[number]
+
+
+def test_damaged_files_are_skipped_and_odd_ones_are_read(source: Path, tmp_path: Path) -> None:
+    """Only sound, a tail that is cut off, nothing in it; a varying rate and odd sides: 26 frames in 1.6 s."""
+    save_clip(torch.rand(13, 3, 64, 64), tmp_path / "noise.mp4", RATE)
+    ffmpeg("-i", tmp_path / "noise.mp4", "-movflags", "+faststart", tmp_path / "start.mp4")
+    content = (tmp_path / "start.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    ffmpeg("-f", "lavfi", "-i", "sine=d=1", tmp_path / "sound.mp4")
+    (tmp_path / "empty.mp4").touch()
+    save_clip(moving_clip(2, 40), tmp_path / "plain.mp4", 32)
+    for number in range(2):
+        vary(tmp_path / "plain.mp4", tmp_path / f"vary{number}.mkv", f",scale=47:33,lutyuv=y=val*{1 - number / 4}")
+    pairs = [("cut.mp4", "a.mp4"), ("sound.mp4", "a.mp4"), ("empty.mp4", "a.mp4"), ("vary0.mkv", "vary1.mkv")]
+    lines = [{"id": pair[0], "prompt": "p", "videos": pair, "scores": [1, 0]} for pair in pairs]
+    lines.append({"id": "no caption", "videos": ["a.mp4", "b.mp4"], "scores": [1, 0]})
+    out = tmp_path / "labels.jsonl"
+    label(write_jsonl(tmp_path / "odd.jsonl", lines), out, scorers=[Bright()], **QUIET)
+    assert rows(out)["vary0.mkv"]["segment_scores"] == [[1] * 4, [0] * 4]
+    why = [*reasons(out).values()]
+    for found, expected in zip(
+        why, ("its clips have", "candidate 0: no video in it", "not a video", "expected the keys"), strict=True
+    ):
+        assert expected in found, why
 
 
 @pytest.mark.parametrize(

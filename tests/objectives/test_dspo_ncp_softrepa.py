@@ -13,25 +13,12 @@ from torch import Tensor
 from t2i_align.data.schema import Batch
 from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.errors import UserError
-from t2i_align.objectives import (
-    DSPO,
-    NCPDPO,
-    SFT,
-    SoftREPA,
-)
+from t2i_align.objectives import DSPO, NCPDPO, SFT, SoftREPA
 from t2i_align.objectives.dspo import dspo_loss
 from t2i_align.objectives.ncp import posterior_step
 from t2i_align.objectives.pairwise import safeguard
 from t2i_align.objectives.softrepa import contrastive_loss, different_prompts, shifted
-from tests.objectives.toy import (
-    KINDS,
-    PROCESSES,
-    FeatureReference,
-    linear_model,
-    random_batch,
-    rng_for,
-    rows_of,
-)
+from tests.objectives.toy import KINDS, PROCESSES, FeatureReference, linear_model, random_batch, rng_for, rows_of
 
 LOG_2 = math.log(2)
 

@@ -13,22 +13,10 @@ from pipelines import VariancePreserving
 from t2i_align.diffusion.inversion import inverted_noise, level_grid
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
-from t2i_align.objectives import (
-    DiffusionDPO,
-    InPO,
-    SmPO,
-    get,
-)
+from t2i_align.objectives import DiffusionDPO, InPO, SmPO, get
 from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.smpo import certainty
-from tests.objectives.toy import (
-    KINDS,
-    PROCESSES,
-    bounded_model,
-    random_batch,
-    rich_batch,
-    rng_for,
-)
+from tests.objectives.toy import KINDS, PROCESSES, bounded_model, random_batch, rich_batch, rng_for
 
 LOG_2 = math.log(2)
 

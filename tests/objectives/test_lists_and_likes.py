@@ -10,22 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from t2i_align.errors import UserError
-from t2i_align.objectives import (
-    TKTO,
-    DiffusionKTO,
-    RankDPO,
-)
+from t2i_align.objectives import TKTO, DiffusionKTO, RankDPO
 from t2i_align.objectives.base import DataStats
 from t2i_align.objectives.kto import kto_loss, liked_candidates
 from t2i_align.objectives.listwise import list_metrics
 from t2i_align.objectives.lpo import plackett_luce_loss
 from t2i_align.objectives.rankdpo import dcg_weights, rankdpo_loss, win_rates
-from tests.objectives.toy import (
-    KINDS,
-    loss_and_gradient,
-    random_batch,
-    rich_batch,
-)
+from tests.objectives.toy import KINDS, loss_and_gradient, random_batch, rich_batch
 
 LOG_2 = math.log(2)
 

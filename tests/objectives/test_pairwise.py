@@ -10,26 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import open_dataset
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.errors import UserError
-from t2i_align.objectives import (
-    DCPO,
-    LCPO,
-    SFT,
-    TDPO,
-    DiffusionDPO,
-    DiffusionLPO,
-    RankDPO,
-)
+from t2i_align.objectives import DCPO, LCPO, SFT, TDPO, DiffusionDPO, DiffusionLPO, RankDPO
 from t2i_align.objectives.base import Requirements
 from t2i_align.objectives.diffusion_dpo import dpo_logit, link_loss
 from t2i_align.objectives.dmpo import dmpo_loss
 from t2i_align.objectives.lcpo import trust
 from t2i_align.objectives.mapo import mapo_loss, shrinking
 from t2i_align.objectives.pairwise import safeguard, scale_gradient
-from tests.data.test_examples import StandIn, write_images, write_jsonl
+from tests.data.test_examples import write_images, write_jsonl
+from tests.data.test_loader import opened
 from tests.objectives.toy import (
     KINDS,
     assert_equal_objectives,
@@ -295,16 +286,7 @@ def test_sft_skips_disliked_samples_and_counts_them(cache: bool, tmp_path: Path)
     )
 
     def counts(needs: Requirements, limit: int | None = None) -> dict[str, int]:
-        return open_dataset(
-            DataConfig(path=str(data), cache=cache, limit=limit),
-            ModelConfig(path="a model"),
-            needs=needs,
-            pipeline=StandIn,
-            encoder_fingerprint=lambda: "e",
-            size=(8, 8),
-            cache_root=tmp_path / "cache",
-            progress=False,
-        ).counts
+        return opened(tmp_path, data, needs=needs, cache=cache, limit=limit).counts
 
     assert counts(SFT.needs) == {"groups": 2, "skipped": 0, "disliked_left_out": 3}
     assert counts(SFT.needs, limit=2) == {"groups": 2, "skipped": 0, "disliked_left_out": 2}

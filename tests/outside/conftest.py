@@ -1,38 +1,16 @@
-"""What a test registers is gone after it; a tiny model, a scorer and data for the files here."""
+"""A tiny model, a scorer and data for the files here."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 
-import pipelines
-import reward_scorers
-from t2i_align import objectives, plugins
-from t2i_align.data import readers
 from tests.outside.tiny_zimage import tiny_zimage
 from tests.runs import image
 from tests.tiny import letter_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """The tables as they were, and no module that a plugin was run as."""
-    tables: list[dict[str, Any]] = [
-        objectives.CLASSES, pipelines.FAMILIES, reward_scorers.registry.FACTORIES, readers.READERS, plugins.FILES,
-    ]  # fmt: skip
-    before = [dict(table) for table in tables]
-    yield
-    for name in {*plugins.FILES, "margin_helper"} & set(sys.modules):
-        del sys.modules[name]
-    for table, content in zip(tables, before, strict=True):
-        for name in set(table) - set(content):
-            del table[name]
 
 
 @pytest.fixture(scope="session")

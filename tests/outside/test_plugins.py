@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,22 +25,10 @@ from t2i_align.data.spec import load as load_spec
 from t2i_align.errors import UserError
 from t2i_align.inference.options import build_scorers
 from t2i_align.objectives import SFT
-from tests.runs import image, jsonl_pairs, metrics, run_in_two_processes, run_values, same
+from tests.runs import command, image, jsonl_pairs, metrics, run_in_two_processes, run_values, same
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-
-
-def command(*arguments: str, cwd: Path, processes: int = 1) -> str:
-    """`t2i-align` in a process of its own, from another folder; its output."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "t2i_align", *arguments], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def test_objective_of_a_file_trains_resumes_and_runs_in_two_processes(sd_path: Path, tmp_path: Path) -> None:

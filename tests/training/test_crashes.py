@@ -19,11 +19,7 @@ from safetensors.torch import load_file, save_file
 from t2i_align import align
 from t2i_align.errors import UserError
 from t2i_align.training import checkpoint
-from tests.runs import launch, metrics, run_values, same
-
-
-def lora_of(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+from tests.runs import launch, lora_of, metrics, run_values, same
 
 
 def newest(output: Path) -> int:

@@ -18,6 +18,7 @@ from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO
+from t2i_align.objectives.sft import SFT
 from t2i_align.training import checkpoint
 from t2i_align.training.loop import Loop
 from t2i_align.training.monitor import Diverged, check_finite, check_winners
@@ -197,3 +198,37 @@ def test_two_processes_roll_back_together(sd_path: Path, pairs: Path, tmp_path: 
     ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert ours[0] == theirs[0] == {"step": 0, "rollback": 1, "diverged_at": 4}
     assert theirs[-1]["step"] == 16 and theirs[-1]["loss"] > 0
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
+    sd_path: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """The first loss is log 2 whatever the rate; after a step of 1e36 the activations overflow float32."""
+    values = run_values(sd_path, pairs, tmp_path / "run", optim__lr=1e36, log__checkpoint_every=1, log__every=100)
+    values["optim"]["warmup_steps"] = 0
+    values["health"] = {"rollbacks": 0}
+    with pytest.raises(UserError, match=r"step 2 is not finite .loss (nan|inf).*so the run has stopped.*step_000001"):
+        align(values, progress=False)
+    weights, _ = checkpoint.load(checkpoint.all_steps(tmp_path / "run")[-1])
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@settings
+class FiniteLossWithoutFiniteGradient(SFT):
+    """sqrt at 0: the value is 0, the derivative infinite."""
+
+    def step(self, policy: Model, reference: Model, batch: Batch, draw: SampleRNG) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().step(policy, reference, batch, draw)
+        return loss + (loss - loss.detach()).clamp_min(0).sqrt(), metrics
+
+
+def test_weights_after_a_non_finite_gradient_are_never_saved(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
+    values = run_values(sd_path, pairs, tmp_path / "run", log__checkpoint_every=1, health__rollbacks=0)
+    config = dataclasses.replace(configuration.from_mapping(values), objective=FiniteLossWithoutFiniteGradient())
+    with pytest.raises(UserError, match=r"step 1 is not finite .loss 1\.\d+, gradient norm (nan|inf).*step_000000"):
+        align(config, progress=False)
+    (start,) = checkpoint.all_steps(tmp_path / "run")
+    assert start.name == "step_000000" and not (tmp_path / "run" / "lora").exists()
+    weights = checkpoint.load(start)[0]
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert all(tensor.eq(0).all() for name, tensor in weights.items() if "lora_B" in name)

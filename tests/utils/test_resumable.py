@@ -38,7 +38,21 @@ def test_processes_see_each_others_rows_and_the_first_merges_them(ending: str, t
             first.merge()
     rows = whole_lines(out) if ending == "jsonl" else pq.read_table(out).to_pylist(maps_as_pydicts="strict")
     assert {row["id"]: row.get("parts") for row in rows} == {"a": None, "b": {"x": 1.0}} and len(rows) == 2
-    assert not second.file.exists()
+    assert not second.file.exists() and not second.skipped_file.exists()
+    assert [row["id"] for row in whole_lines(Path(f"{out}.skipped.jsonl"))] == ["c"]
+
+
+def test_the_first_process_drops_what_all_have_written(tmp_path: Path) -> None:
+    """Another one that begins after it leaves what is there."""
+    first, second = (ResumableTable(tmp_path / "t.jsonl", rank=rank) for rank in (0, 1))
+    with first.begun({"a": 1}), second.begun({"a": 1}):
+        second.add([{"id": "b"}], [{"id": "c", "origin": "row 3", "reason": "damaged"}])
+    with first.begun({"a": 2}, force=True), second.begun({"a": 2}, force=True):
+        assert not first.keys and not first.skipped and not second.keys
+        first.add([{"id": "d"}])
+        second.add([{"id": "e"}])
+        first.merge()
+    assert [row["id"] for row in whole_lines(first.out)] == ["d", "e"]
 
 
 @pytest.mark.parametrize("text", FOREIGN)

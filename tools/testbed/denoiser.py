@@ -184,5 +184,6 @@ def train_denoiser(
         error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean()
         return {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
 
-    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, every=base.recipe.every, muon=recipe.muon)
+    warmup = max(1, min(200, recipe.steps // 10))
+    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, warmup=warmup, every=base.recipe.every, muon=recipe.muon)
     return fit(model, losses, loop, state_file, on_checkpoint)

@@ -12,22 +12,12 @@ import numpy as np
 
 from t2i_align.testbed.captions import wrong_phrase
 from t2i_align.testbed.clips import FRAMES, SPEEDS, Clip, ClipStatement
-from t2i_align.testbed.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    Scene,
-    choose_other,
-    degrade,
-    fits,
-    render,
-    to_uint8,
-)
+from t2i_align.testbed.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, choose_other, degrade, fits, render, to_uint8
 
 TIME_FAULTS = ("flicker", "shape", "teleport")
 LENGTHS = {None: 2, "slowly": 2, "quickly": 4}  # frames of a faulty segment
 JUMPS = {None: (6.0, 8.0), "slowly": (6.0, 8.0), "quickly": (10.0, 13.0)}  # pixels
-FAULT_RATES = {None: 0.25, "slowly": 0.4, "quickly": 0.8}  # how many clips of a faulty pool get a fault of time
+FAULT_RATES = {None: 0.1, "slowly": 0.15, "quickly": 0.9}  # how many clips of a faulty pool get a fault of time
 OTHER_WAY = {"right": "left", "up": "down", "clockwise": "anticlockwise", "sideways": "vertically"}
 OTHER_WAY |= {b: a for a, b in OTHER_WAY.items()}
 CAPTION_FAULTS = ("path", "speed", "background", "size", "colour", "shape")

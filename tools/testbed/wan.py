@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pipelines import RectifiedFlow
 from t2i_align.testbed.captions import CHOICES
-from t2i_align.testbed.clips import FRAMES, PATHS, SPEEDS, Clip, ClipStatement, sample_clip
+from t2i_align.testbed.clips import DIRECTIONS, FRAMES, PATHS, SPEEDS, Clip, ClipStatement, sample_clip
 from t2i_align.testbed.scenes import BACKGROUNDS, SIDE
 from t2i_align.testbed.world import CLIPS
 from tools.testbed.base import Base, class_of
@@ -26,6 +26,13 @@ from tools.testbed.vae import posterior_statistics, spread_to
 CHANNELS = 16
 EVENNESS = 0.4  # the power of its variance that a latent component keeps
 OBJECT_WEIGHT = 8.0
+EASY = 0.8  # share of clips of one large object on a straight path, beside what any clip may be: learned first
+
+
+def is_easy(clip: Clip) -> bool:
+    """Of one large object on a straight path."""
+    (mover, *others) = clip.movers
+    return not others and mover.item.size == "large" and mover.path in DIRECTIONS
 
 
 class Wan(Base):
@@ -45,7 +52,11 @@ class Wan(Base):
         self.process = RectifiedFlow()
 
     def draw(self, rng: np.random.Generator, faulty: float) -> Clip:
-        return sample_clip(rng)
+        clip = sample_clip(rng)
+        easy = rng.random() < EASY
+        while easy and not is_easy(clip):
+            clip = sample_clip(rng)
+        return clip
 
     def render(self, drawn: Clip, rng: np.random.Generator, faulty: float, degraded: float) -> np.ndarray:
         """`faulty` is relative to `faults.FAULT_RATES`, which depend on the speed."""

@@ -1,18 +1,23 @@
-"""Texts of groups: encoded once each, compared as the encoders read them, and gathered for a batch."""
+"""Which groups come when, and how their texts become the fields of a batch.
+
+The order is a function of the seed alone, whatever the batch size, the processes and the history.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_align.data.encode import Encoder, Row
-from t2i_align.data.schema import COLUMNS, Column, Conditioning, Group
+from t2i_align.data.schema import COLUMNS, Column, Conditioning
+from t2i_align.diffusion.randomness import permutation
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
@@ -21,29 +26,47 @@ if TYPE_CHECKING:  # only entry points import `pipelines` at run time
 logger = logging.getLogger(__name__)
 
 
-class Texts:
-    """Encodes each text when it is met for the first time.
+def steps(
+    numbers: np.ndarray, buckets: np.ndarray | None = None, *, seed: int, size: int, start: int = 0
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless. buckets: of each group.
 
-    known: those met before, which this or another process stores. unusable: those whose encoding is not finite.
+    An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
+    `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
     """
+    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch).numpy())
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.known, self.unusable = set[str](), set[str]()
+    def at(position: int) -> tuple[tuple[int, int], int]:
+        epoch, place = divmod(position, len(numbers))
+        index = order(epoch)[place]
+        return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
 
-    def encode_new(self, texts: Sequence[str]) -> list[Row]:
-        """Rows of the texts that are new and can be encoded."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known and text not in self.unusable]
-        rows = dict(zip(new, self.encoder.encode_texts(new), strict=True))
-        self.unusable.update(text for text, row in rows.items() if row is None)
-        self.known.update(rows.keys() - self.unusable)
-        return [row for row in rows.values() if row is not None]
+    if buckets is None or (buckets == buckets[0]).all():
+        for step in count(start):
+            yield [at(position)[0] for position in range(step * size, (step + 1) * size)]
+    waiting: dict[int, list[tuple[int, int]]] = {}
+    for position in count():
+        group, bucket = at(position)
+        waiting.setdefault(bucket, []).append(group)
+        if len(waiting[bucket]) == size:
+            ready = waiting.pop(bucket)
+            if start == 0:
+                yield ready
+            start = max(0, start - 1)
 
-    def checked(self, group: Group, row: Row | str) -> Row | str:
-        """The row of a group, or all reasons why it cannot be used."""
-        bad = [text for text in group.texts if text in self.unusable]
-        reasons = [f"the embedding of {text!r} is not finite in half precision" for text in bad]
-        return "; ".join([*([row] if isinstance(row, str) else []), *reasons]) or row
+
+def micro_batches(
+    ordered: Iterator[list[Any]], batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[list[Any]]:
+    """Each step's positions, cut for a process; see `PreferenceDataset.loader`."""
+    for step in ordered:
+        for micro in range(accumulate):
+            yield step[(micro * world + rank) * batch_size :][:batch_size]
+
+
+def identity_collate(item: Any) -> Any:
+    """For datasets whose `__getitems__` returns a whole micro-batch."""
+    return item
 
 
 def warn_of_cut_texts(pipeline: TrainablePipeline, texts: Sequence[str]) -> None:
@@ -51,10 +74,10 @@ def warn_of_cut_texts(pipeline: TrainablePipeline, texts: Sequence[str]) -> None
     names: dict[tuple[int, int], list[str]] = {}
     for (name, limit), tokens in pipeline.tokenize(texts).items():
         names.setdefault((sum(len(ids) > limit for ids in tokens), limit), []).append(name)
-    for (count, limit), tokenizers in names.items():
-        if count:
+    for (longer, limit), tokenizers in names.items():
+        if longer:
             message = "%d of %d texts are longer than %d tokens (%s); what is beyond is not read"
-            logger.warning(message, count, len(texts), limit, ", ".join(tokenizers))
+            logger.warning(message, longer, len(texts), limit, ", ".join(tokenizers))
 
 
 def texts_alike(store: Store, columns: Sequence[Column]) -> np.ndarray:
@@ -106,3 +129,18 @@ def widened(value: Any, device: torch.device) -> Any:
         return value
     moved = value.to(device, non_blocking=True)
     return moved.float() if moved.is_floating_point() else moved
+
+
+def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
+    """SDXL micro-conditioning for an image of `size` (height, width) that `to_pixels` fitted (arXiv 2307.01952, 2.2).
+
+    Its own height and width, the top and left of the crop in pixels of the scaled image, and the target's size.
+    """
+    scale = max(height / size[0], width / size[1])
+    top, left = round((size[0] * scale - height) / 2), round((size[1] * scale - width) / 2)
+    return [*size, top, left, height, width]
+
+
+def latent_times(pipeline: TrainablePipeline, frames: int | None, fps: float | None) -> list[float]:
+    """The times of a clip's latent frames; an image is a clip of one frame."""
+    return [0.0] if frames is None else pipeline.latent_times(frames, fps)  # type: ignore[attr-defined]
