@@ -86,7 +86,7 @@ def main() -> int:
     options.clip = options.clip or options.work / "clip"
     stages: list[Callable[[argparse.Namespace], None]] = [clip_stage, pairs_stage]
     for seed in range(options.seeds):
-        stages += [partial(stage, seed=seed) for stage in (ppd_stage, population_stage, served_stage)]
+        stages += [partial(stage, seed=seed) for stage in (ppd_stage, served_stage, population_stage)]
     for stage in [*stages, time_stage, table]:
         start = time.monotonic()
         stage(options)
