@@ -125,6 +125,8 @@ def pairs_stage(options: argparse.Namespace) -> None:
 def trained(options: argparse.Namespace, name: str, seed: int, rate: float, **more: Any) -> Path:
     """Diffusion-DPO on the pairs of the users in training; a run that was stopped continues."""
     output = options.work / f"{name}-{seed}"
+    if (output / ("personal" if "personal" in more else "lora")).exists():
+        return output
     align({
         "output_dir": str(output), "resume": True,
         "model": {"path": options.model}, "data": {"path": str(options.work / "seen.parquet")},
