@@ -81,13 +81,14 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--population-lr", type=float, default=1e-3)
     parser.add_argument("--beta", type=float, default=20.0)
+    parser.add_argument("--table", action="store_true", help="write the table of what is there and run nothing")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.clip = options.clip or options.work / "clip"
     stages: list[Callable[[argparse.Namespace], None]] = [clip_stage, pairs_stage]
     for seed in range(options.seeds):
         stages += [partial(stage, seed=seed) for stage in (ppd_stage, served_stage, population_stage)]
-    for stage in [*stages, time_stage, table]:
+    for stage in [table] if options.table else [*stages, time_stage, table]:
         start = time.monotonic()
         stage(options)
         print(f"{getattr(stage, 'func', stage).__name__}: {time.monotonic() - start:.0f} s", flush=True)
@@ -288,11 +289,16 @@ def table(options: argparse.Namespace) -> None:
     def pooled(name: str) -> Array:
         return np.stack([np.load(options.work / f"served-{seed}" / f"{name}.npy") for seed in range(options.seeds)])
 
-    def made_for(name: str) -> Array:
+    def made_for(name: str) -> Array | None:
+        """Of each run, how users like the images made for them; None where that is not run."""
+        if not all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds)):
+            return None
         likes = pooled(name)  # [runs, judges, made for, prompts]
         return likes[:, :, 0] if likes.shape[2] == 1 else np.stack([own(one) for one in likes])
 
-    def row(name: str, before: Array, after: Array) -> tuple[str, tuple[float, ...]]:
+    def row(name: str, before: Array | None, after: Array | None) -> tuple[str, tuple[float, ...]]:
+        if before is None or after is None:
+            return f"| {name} | not run | | |", ()
         found = win_rate(before, after, margin=MARGIN)
         by_run = ", ".join(f"{win_rate(*pair, margin=MARGIN).rate:.1%}" for pair in zip(before, after, strict=True))
         users = f"{min(found.by_user):.0%} … {max(found.by_user):.0%}"
@@ -301,6 +307,7 @@ def table(options: argparse.Namespace) -> None:
     base, base_seen = (np.repeat(np.load(options.work / f"{name}.npy")[None, :, 0], options.seeds, 0)
                        for name in ("base", "base seen"))  # fmt: skip
     by_count = [row(f"new users, {n} choice{'s' * (n > 1)}", base, made_for(f"new {n}")) for n in COUNTS]
+    timed = options.work / "time.json"
     mixes = pooled("mix").mean(0)  # [pairs, weights, prompts]
     means = [(float(one.mean()), *crossed_interval(one)) for one in mixes.swapaxes(0, 1)]
     rises = [(float(one.mean()), *crossed_interval(one)) for one in np.diff(mixes, axis=1).swapaxes(0, 1)]
@@ -326,7 +333,7 @@ def table(options: argparse.Namespace) -> None:
         "|---|" + "---|" * len(MIX),
         f"| how much more the first likes the image than the second, {len(mixes)} pairs | "
         + " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in means) + " |",
-        "| rise from the weight before | |"
+        "| rise from the weight before | | "
         + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*one) for one in rises) + " |", "",
         f"| identified among the {options.new_users} new users from four choices | by training seed | chance |",
         "|---|---|---|",
@@ -335,13 +342,13 @@ def table(options: argparse.Namespace) -> None:
         "| sampling, CPU seconds | without a user | with one | ratio, median and range of rounds |",
         "|---|---|---|---|",
         *("| {} | {:.2f} | {:.2f} | {:.3f} ({:.3f} to {:.3f}) |".format(name, *values)
-          for name, values in json.loads((options.work / "time.json").read_text()).items()), "",
+          for name, values in (json.loads(timed.read_text()) if timed.exists() else {}).items()), "",
         f"The branch of {options.model} has {int(pooled('parameters')[0]):,} parameters.", "",
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "personal.md", "\n".join(lines))
     curves = {"win rate over the base, new users": {"choices": [
-        (float(n), *values) for n, (_, values) in zip(COUNTS, by_count, strict=True)]},
+        (float(n), *values) for n, (_, values) in zip(COUNTS, by_count, strict=True) if values]},
         "how much more the first of two users likes a mix": {"weight of the first": [
             (weight, *values) for weight, values in zip(MIX, means, strict=True)]}}  # fmt: skip
     write_text(options.out / "personal.html", html.charts(curves, axis=""))
