@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from t2i_align.conditioning.adapter import files_of
 from t2i_align.config import ModelConfig
 from t2i_align.data.loader import digest as digest_of
 from t2i_align.data.spec import normalise
@@ -171,7 +172,7 @@ def evaluate(
     decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
     decisive += [served.recorded] if served else []
     decisive += [SAMPLES] if save_samples else []
-    adapter = None if other.kind == "model" else digest(Path(other.path))
+    adapter = None if other.kind == "model" else "-".join(map(digest, files_of(other.kind, other.path)))
     with output_lock(folder), progress_bar(total=2 * len(rows), unit="img", disable=not progress) as bar:
         _check_free(folder, force, save_samples)  # another run may have come and gone since the first check
         work = folder / f"{WORK}{digest_of(decisive)}"

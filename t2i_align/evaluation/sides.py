@@ -19,7 +19,7 @@ from tqdm import tqdm
 from t2i_align.data.media import save_clip
 from t2i_align.evaluation.report import keep
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST, Sample, in_background, judge, sample, save_image
+from t2i_align.inference.generate import LIST, Sample, in_background, is_whole, judge, sample, save_image
 from t2i_align.inference.options import memory_for
 from t2i_align.utils.files import WRITING, append_line, json_lines, whole_lines, write_text
 
@@ -46,7 +46,8 @@ def measure(
     saved: Path | None = None,
     **options: Any,
 ) -> list[Row]:
-    """The sha256 of each row's sample and its scores; what an earlier attempt has done is taken from its file.
+    """The sha256 of each row's sample and its scores; what an earlier attempt has done is taken from its file, up to
+    the first row whose image is lost.
 
     Args:
         side: "base" or "aligned". weights: what identifies its weights.
@@ -56,7 +57,15 @@ def measure(
     file = work / f"{side}-{weights}.jsonl"
     for other in {*work.glob(f"{side}-*.jsonl")} - {file}:  # the weights have changed meanwhile
         other.unlink()
-    done = whole_lines(file)
+    done, ending = whole_lines(file), ".mp4" if pipeline.video else ".png"
+
+    def kept(row: int) -> bool:
+        own = saved is None or is_whole(saved / side / f"{row:05d}{ending}")
+        return own and is_whole(work / f"{side}-{row:06d}{ending}")
+
+    if (whole := next((row for row in range(len(done)) if not kept(row)), len(done))) < len(done):
+        done = done[:whole]
+        write_text(file, json_lines(done))
     bar.set_description(side)
     bar.update(len(done))
 
