@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -98,6 +98,12 @@ def _entry(command: Command) -> Callable[..., None]:
         default = Parameter.empty if p.required else None if optional else False
         kind = Annotated[p.type | None if optional else p.type, info]  # type: ignore[valid-type]
         signature.append(Parameter(p.name, Parameter.KEYWORD_ONLY, annotation=kind, default=default))
+    if command.engines:
+        texts = {"engine": "what starts the processes, on one machine or many; torchrun needs none",
+                 "workers": "processes that Ray starts [default: one for each GPU of the cluster]"}  # fmt: skip
+        for name, kind in (("engine", Literal["ray"]), ("workers", int)):
+            noted = Annotated[kind | None, typer.Option(f"--{name}", help=texts[name])]  # type: ignore[operator]
+            signature.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=noted, default=None))
     text = "Python file or module to run first; what it registers is known by its name (may be given several times)"
     places = Annotated[list[str] | None, typer.Option("--plugin", help=text)]
     signature.append(Parameter("plugin", Parameter.KEYWORD_ONLY, annotation=places, default=None))
