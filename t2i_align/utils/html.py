@@ -105,14 +105,14 @@ def _chart(title: str, lines: Mapping[str, Points], across: str) -> str:
         legend.append(f"<span>{name}{points[0][1]:.3g} → {points[-1][1]:.3g}</span>")
     axis = 'font-size="10.5" fill="currentColor" fill-opacity=".6"'
     return (
-        f'<figure style="margin:0;width:{WIDTH + 56}px;max-width:100%"><figcaption><b>{escape(title)}</b></figcaption>'
-        f'<svg viewBox="-50 -8 {WIDTH + 56} {HEIGHT + 26}" style="width:100%" role="img" aria-label="{escape(title)}">'
+        f'<figure style="margin:0;width:{WIDTH + 62}px;max-width:100%"><figcaption><b>{escape(title)}</b></figcaption>'
+        f'<svg viewBox="-56 -8 {WIDTH + 62} {HEIGHT + 26}" style="width:100%" role="img" aria-label="{escape(title)}">'
         f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="currentColor" stroke-opacity=".25"/>{"".join(shapes)}'
-        f'<text x="-6" y="6" text-anchor="end" {axis}>{high:.3g}</text>'
-        f'<text x="-6" y="{HEIGHT}" text-anchor="end" {axis}>{low:.3g}</text>'
+        f'<text x="-6" y="6" text-anchor="end" {axis}>{high:.2g}</text>'
+        f'<text x="-6" y="{HEIGHT}" text-anchor="end" {axis}>{low:.2g}</text>'
         f'<text x="0" y="{HEIGHT + 14}" {axis}>{escape(across)} {left:g}</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end" {axis}>{right:g}</text></svg>'
-        f'<small style="display:flex;flex-wrap:wrap;gap:0 14px;padding-left:46px">{"".join(legend)}</small></figure>'
+        f'<small style="display:flex;flex-wrap:wrap;gap:0 14px;padding-left:52px">{"".join(legend)}</small></figure>'
     )
 
 
