@@ -37,20 +37,20 @@ from t2i_align.training.run import align
 from t2i_align.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
-BASE, SEGMENTS = "testbed:sd", {"tokens": 32}
+SEGMENTS = {"tokens": 32}
 DRAWING_SEED, SAMPLING_SEED = 11, 90_000
 OMEGAS = {"R-0.3": 0.3, "R-1.0": 1.0}
 SIDES = {
-    "base, truncated": "B", "base, segments, not trained": "B-S", "T: trained, truncated": "T",
+    "base, truncated": "B", "T: trained, truncated": "T",
     "S: trained, segments": "S", "S + R, omega 0.3": "R-0.3", "S + R, omega 1": "R-1.0",
 }  # fmt: skip
 COLUMNS = ("faithfulness", "sentences", "last", "strict", "colour", "shape", "size", "relation", "count", "background",
            "quality")  # fmt: skip
 DIFFERENCES = (
     ("S", "T", "last"), ("S", "T", "faithfulness"), ("S", "T", "sentences"), ("R-0.3", "S", "faithfulness"),
-    ("R-0.3", "S", "sentences"), ("R-0.3", "S", "quality"), ("R-0.3", "R-1.0", "faithfulness"),
-    ("R-0.3", "R-1.0", "quality"), ("R-0.3", "R-1.0", "diversity"), ("R-0.3", "S", "diversity"),
-    ("R-1.0", "S", "diversity"),
+    ("R-0.3", "S", "sentences"), ("R-0.3", "S", "last"), ("R-0.3", "S", "quality"), ("R-1.0", "S", "faithfulness"),
+    ("R-0.3", "R-1.0", "faithfulness"), ("R-0.3", "R-1.0", "quality"), ("R-0.3", "R-1.0", "diversity"),
+    ("R-0.3", "S", "diversity"), ("R-1.0", "S", "diversity"),
 )  # fmt: skip
 
 
@@ -87,10 +87,10 @@ def make_scorer(folder: Path, steps: int) -> dict[str, str]:
     return specs
 
 
-def train(output: Path, seed: int, steps: int, **changes: Any) -> Path:
+def train(output: Path, model: str, seed: int, steps: int, **changes: Any) -> Path:
     """A run that continues where it was killed; returns its LoRA."""
     values: dict[str, Any] = {
-        "output_dir": str(output), "model": {"path": BASE}, "lora": {"rank": 16, "alpha": 16, "targets": "all"},
+        "output_dir": str(output), "model": {"path": model}, "lora": {"rank": 16, "alpha": 16, "targets": "all"},
         "resume": True, "log": {"every": 5, "checkpoint_every": 20, "keep_checkpoints": 1},
     }  # fmt: skip
     for key, value in changes.items():
@@ -108,7 +108,7 @@ def fine_tune(work: Path, side: str, seed: int, options: argparse.Namespace) -> 
     if side in ("T", "S"):
         data = {"path": str(make_data(work / "data", options.images)), "cache_dir": str(work / "cache")}
         train(
-            work / f"{side}-{seed}", seed, options.steps, data=data, objective={"name": "sft"},
+            work / f"{side}-{seed}", options.model, seed, options.steps, data=data, objective={"name": "sft"},
             model={} if side == "T" else {"segments": SEGMENTS},
             optim={"lr": options.lr, "schedule": "cosine", "warmup_steps": 5},
             train={"batch_size": options.batch_size, "caption_dropout": 0.1},
@@ -117,7 +117,7 @@ def fine_tune(work: Path, side: str, seed: int, options: argparse.Namespace) -> 
     reward = {"name": "reward", "scorer": make_scorer(work, options.scorer_steps)[side], "schedule": "longalign",
               "sampling_steps": 5, "every": 2, "guidance": 1.0, "drift": True}  # fmt: skip
     train(
-        work / f"{side}-{seed}", seed, options.reward_steps, model={"segments": SEGMENTS},
+        work / f"{side}-{seed}", options.model, seed, options.reward_steps, model={"segments": SEGMENTS},
         data={"path": "testbed:long-train"}, objective=reward,
         lora={"init": str(resolve_aligned(work / f"S-{seed}").path)},
         optim={"lr": options.reward_lr, "warmup_steps": 2, "max_grad_norm": 0.3},
@@ -130,10 +130,10 @@ def judge(work: Path, side: str, seed: int, options: argparse.Namespace) -> dict
     file = work / f"scores-{side}-{seed}.json"
     if not file.exists():
         segments = None if side in ("B", "T") else SegmentsConfig(**SEGMENTS)
-        pipeline = load_pipeline(ModelConfig(path=BASE, segments=segments))
-        adapter = None if side in ("B", "B-S") else resolve_aligned(work / f"{side}-{seed}")
+        pipeline = load_pipeline(ModelConfig(path=options.model, segments=segments))
+        adapter = None if side == "B" else resolve_aligned(work / f"{side}-{seed}")
         texts = prompts("long-test")[: options.prompts]
-        sampling: dict[str, Any] = {"steps": options.sampling_steps, "guidance": 2.0, "batch_size": 32}
+        sampling: dict[str, Any] = {"steps": options.sampling_steps, "guidance": options.guidance, "batch_size": 32}
         with adapter_on(pipeline, adapter):
             images = sample(pipeline, texts, [sample_seed(SAMPLING_SEED, i, 0) for i in range(len(texts))], **sampling)
             several = [(i, k) for i in range(options.diverse) for k in range(1, 4)]
@@ -181,8 +181,8 @@ def report(work: Path, options: argparse.Namespace) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = ["# Long prompts on the testbed", "", f"`python benchmarks/long_prompts.py {arguments}`", "",
              f"At commit {commit.strip()}, torch {torch.__version__}, {torch.get_num_threads()} thread. "
-             f"{options.prompts} test prompts, {options.sampling_steps} steps, guidance 2; means with 95 % intervals "
-             "over prompts, training seeds pooled.", ""]  # fmt: skip
+             f"{options.prompts} test prompts, {options.sampling_steps} steps, guidance {options.guidance:g}; means, "
+             "95 % intervals over prompts, training seeds pooled.", ""]  # fmt: skip
     lines += ["| model | seeds | " + " | ".join(COLUMNS[:4]) + " | diversity |", "|---" * 7 + "|"]
     for label, columns in judged.items():
         cells = [figure(np.array([*columns[name].values()], float)) for name in (*COLUMNS[:4], "diversity")]
@@ -204,26 +204,30 @@ def report(work: Path, options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/long_prompts"))
+    parser.add_argument("--model", default="testbed:sd")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=512, help="drawn, with long captions")
+    parser.add_argument("--images", type=int, default=384, help="drawn, with long captions")
     parser.add_argument("--steps", type=int, default=60, help="of the fine-tunings on them")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--scorer-steps", type=int, default=400)
-    parser.add_argument("--reward-steps", type=int, default=12)
+    parser.add_argument("--scorer-steps", type=int, default=300)
+    parser.add_argument("--reward-steps", type=int, default=30)
     parser.add_argument("--reward-batch-size", type=int, default=4)
     parser.add_argument("--reward-lr", type=float, default=1e-3)
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--diverse", type=int, default=4, help="prompts of which four images are sampled")
-    parser.add_argument("--sampling-steps", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=150)
+    parser.add_argument("--diverse", type=int, default=12, help="prompts of which four images are sampled")
+    parser.add_argument("--sampling-steps", type=int, default=5)
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the images that are judged")
     options = parser.parse_args()
     options.work = options.work.resolve()
     (options.work / "data").mkdir(parents=True, exist_ok=True)
-    for side in SIDES.values():
-        for seed in range(options.seeds if side[0] != "B" else 1):
-            if side[0] != "B":
+    for seed in range(options.seeds):  # seed by seed, so that a run that is ended has all arms of some seeds
+        for side in SIDES.values():
+            judged = (options.work / f"scores-{side}-{seed}.json").exists()
+            if side != "B" and not judged:
                 fine_tune(options.work, side, seed, options)
-            judge(options.work, side, seed, options)
+            if side != "B" or seed == 0:
+                judge(options.work, side, seed, options)
     text = report(options.work, options)
     (ROOT / "benchmarks" / "results" / "long_prompts.md").write_text(text)
     print(text)

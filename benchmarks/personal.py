@@ -8,10 +8,12 @@ the left or on the right: eight tastes in opposed pairs, with deviations of each
 
 - clip: `python -m tools.testbed clip`, which has seen captions and no preference, as the embedder;
 - pairs: choices of the users in training, and of new ones;
-- ppd: Diffusion-DPO with a personal branch;
-- served: images for each user, judged by that user: against the base, with 1 to 16 choices, with choices shuffled
-  between users, for users seen in training; mixes of two users; identification; time;
-- population: Diffusion-DPO on the same pairs as a LoRA for all, judged by the same users.
+- runs: with each training seed, Diffusion-DPO with a personal branch and, on the same pairs, as a LoRA for all;
+- served: images for each user, judged by that user: with 1 to 16 choices, with choices shuffled between users, for
+  users seen in training, of the base and of the LoRA for all; mixes of two users; identification;
+- time: of sampling without and with a user, of SD and SD3.
+
+Training times are drawn from high noise (`geometric`), where a background and sizes are decided.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +37,19 @@ from torch import Tensor
 
 from t2i_align import align
 from t2i_align.conditioning import personal
-from t2i_align.conditioning.preferences import rebuilt
+from t2i_align.conditioning.config import PersonalConfig
+from t2i_align.conditioning.preferences import build_embedder, describe, rebuilt
 from t2i_align.data import readers
 from t2i_align.data.schema import Group
 from t2i_align.data.users import choices_by_user
-from t2i_align.evaluation.personal import UserRate, identification, liked, win_rate
+from t2i_align.evaluation.personal import crossed_interval, identification, liked, win_rate
 from t2i_align.inference.generate import sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_adapter
 from t2i_align.inference.users import tokens_of
 from t2i_align.testbed.captions import write
-from t2i_align.testbed.oracle import Oracle
+from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.utils import html
-from t2i_align.utils.files import write_json, write_text
+from t2i_align.utils.files import atomic_file, write_json, write_text
 from tools.testbed.annotators import TRAITS, Annotator
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,9 +57,11 @@ AXES: tuple[dict[str, float], ...] = ({"white": 0.7, "black": -0.7}, {"big": 0.9
 SPREAD = 0.1  # standard deviation between users of a taste
 EXAMPLES, COUNTS = 4, (1, 4, 16)
 MIX = (0.0, 0.25, 0.5, 0.75, 1.0)
-SERVED = "served.json"
+PAIRS = 4  # of opposed users, whose mixes are made
+TIMED, ROUNDS = ("testbed:sd", "testbed:sd3"), 7
 MARGIN = 0.02  # of scores that are a tie, as the annotators have it
-SAMPLING = {"steps": 10, "guidance": 1.0, "batch_size": 16}
+SAMPLING = {"guidance": 1.0, "batch_size": 16}
+Array = NDArray[np.float64]
 
 
 def main() -> int:
@@ -66,26 +72,26 @@ def main() -> int:
     parser.add_argument("--clip", type=Path, help="folder of a CLIP (default: one is trained)")
     parser.add_argument("--users", type=int, default=52, help="users in training")
     parser.add_argument("--new-users", type=int, default=12, help="users who are not")
-    parser.add_argument("--pairs", type=int, default=16, help="choices of each user in training")
+    parser.add_argument("--pairs", type=int, default=10, help="choices of each user in training")
     parser.add_argument("--prompts", type=int, default=12, help="test prompts, of which each user gets an image")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--sampling-steps", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=1, help="of training")
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--population-lr", type=float, default=1e-3)
-    parser.add_argument("--beta", type=float, default=200.0)
-    parser.add_argument("--stage", choices=("clip", "pairs", "ppd", "served", "population", "table"))
+    parser.add_argument("--beta", type=float, default=20.0)
+    parser.add_argument("--table", action="store_true", help="write the table of what is there and run nothing")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.clip = options.clip or options.work / "clip"
-    stages: dict[str, Callable[[argparse.Namespace], None]] = {
-        "clip": clip_stage, "pairs": pairs_stage, "ppd": ppd_stage, "served": served_stage,
-        "population": population_stage, "table": table,
-    }  # fmt: skip
-    for name, stage in stages.items():
-        if options.stage in (None, name):
-            start = time.monotonic()
-            stage(options)
-            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    stages: list[Callable[[argparse.Namespace], None]] = [clip_stage, pairs_stage]
+    for seed in range(options.seeds):
+        stages += [partial(stage, seed=seed) for stage in (ppd_stage, served_stage, population_stage)]
+    for stage in [table] if options.table else [*stages, time_stage, table]:
+        start = time.monotonic()
+        stage(options)
+        print(f"{getattr(stage, 'func', stage).__name__}: {time.monotonic() - start:.0f} s", flush=True)
     return 0
 
 
@@ -98,11 +104,6 @@ def person(number: int) -> Annotator:
             weights[trait] = (1 if number >> bit & 1 else -1) * weight
     return Annotator(user_id=number, care=0.2, margin=MARGIN,
                      weights=tuple(weights[trait] + SPREAD * rng.standard_normal() for trait in TRAITS))  # fmt: skip
-
-
-def judge(user: str, pixels: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
-    """How much a user likes images."""
-    return person(int(user)).score(Oracle().judge(pixels, prompts))
 
 
 def clip_stage(options: argparse.Namespace) -> None:
@@ -122,37 +123,125 @@ def pairs_stage(options: argparse.Namespace) -> None:
             write_pairs(file, drawn, [person(number) for number in users], [str(number) for number in users])
 
 
-def trained(options: argparse.Namespace, name: str, rate: float, **more: Any) -> None:
+def trained(options: argparse.Namespace, name: str, seed: int, rate: float, **more: Any) -> Path:
     """Diffusion-DPO on the pairs of the users in training; a run that was stopped continues."""
+    output = options.work / f"{name}-{seed}"
+    if (output / ("personal" if "personal" in more else "lora")).exists():
+        return output
     align({
-        "output_dir": str(options.work / name), "resume": True,
+        "output_dir": str(output), "resume": True,
         "model": {"path": options.model}, "data": {"path": str(options.work / "seen.parquet")},
         "objective": {"name": "diffusion_dpo", "beta": options.beta},
         "optim": {"lr": rate, "schedule": "cosine", "warmup_steps": 10},
-        "train": {"steps": options.steps, "batch_size": options.batch},
-        "log": {"every": 5, "checkpoint_every": 25}, **more,
+        "train": {"steps": options.steps, "batch_size": options.batch, "seed": seed, "timestep_sampling": "geometric"},
+        "log": {"every": 10, "checkpoint_every": 20, "keep_checkpoints": 1}, **more,
     })  # fmt: skip
+    return output
 
 
-def ppd_stage(options: argparse.Namespace) -> None:
+class Gallery:
+    """The oracle's verdicts of the images made for users, which any user can judge."""
+
+    def __init__(self, options: argparse.Namespace, pipeline: Any, prompts: list[str], seeds: list[int]) -> None:
+        self.pipeline, self.prompts, self.seeds = pipeline, prompts, seeds
+        self.sampling = {**SAMPLING, "steps": options.sampling_steps}
+
+    def __call__(self, users: dict[str, Any]) -> dict[str, Verdict]:
+        """Of images for users by their tokens, None for nobody."""
+        seen: dict[str, Verdict] = {}
+
+        def judge(user: str, pixels: Tensor, prompts: Sequence[str]) -> Array:
+            seen[user] = Oracle().judge(pixels, prompts)
+            return seen[user].reward
+
+        liked(self.pipeline, users, self.prompts, self.seeds, judge, **self.sampling)
+        return seen
+
+
+def judged(seen: dict[str, Verdict], judges: Sequence[str]) -> Array:
+    """How much users like images, [judges, made for, prompts]."""
+    return np.array([[person(int(judge)).score(verdict) for verdict in seen.values()] for judge in judges])
+
+
+def kept(folder: Path, name: str, make: Callable[[], Array]) -> Array:
+    """A result that is made once."""
+    file = folder / f"{name}.npy"
+    if not file.exists():
+        folder.mkdir(exist_ok=True)
+        with atomic_file(file) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, make())
+    return np.asarray(np.load(file))
+
+
+@torch.no_grad()
+def served_stage(options: argparse.Namespace, seed: int) -> None:
+    """What users think of the images that the branch makes for them."""
+    folder, (prompts, seeds, new, seen) = options.work / f"served-{seed}", tests(options)
+    pipeline, rng = load_pipeline(options.model, device="cpu"), np.random.default_rng(29)
+    made = Gallery(options, pipeline, prompts, seeds)
+    kept(options.work, "base", lambda: judged(made({"": None}), [*new]))
+    kept(options.work, "base seen", lambda: judged(made({"": None}), [*seen]))
+    with adapter_on(pipeline, resolve_adapter(options.work / f"ppd-{seed}")):
+        branch: personal.Personal = pipeline.denoiser.personal
+        embedder = rebuilt(branch.embedding)
+
+        def tokens(choices: dict[str, list[Group]], count: int, start: int = 0) -> dict[str, Tensor]:
+            return {
+                user: tokens_of(branch, embedder, all[start : start + count], user) for user, all in choices.items()
+            }
+
+        def serve(name: str, choices: dict[str, list[Group]], count: int) -> Array:
+            likes = kept(folder, name, lambda: judged(made(tokens(choices, count)), [*choices]))
+            base = np.load(options.work / f"base{' seen' * (name == 'seen')}.npy")[:, 0]
+            print(f"{name}: {win_rate(base, own(likes), margin=MARGIN)}", flush=True)
+            return likes
+
+        few = serve(f"new {EXAMPLES}", new, EXAMPLES)
+        serve("shuffled", shuffled(new, rng), EXAMPLES)
+        names, few_tokens = [*new], tokens(new, EXAMPLES)
+
+        def mixed(first: str, other: str) -> Array:
+            parts = {str(w): w * few_tokens[first] + (1 - w) * few_tokens[other] for w in MIX[1:-1]}
+            a, b = names.index(first), names.index(other)
+            inner = judged(made(parts), [first, other])
+            all = np.concatenate([few[[a, b]][:, [b]], inner, few[[a, b]][:, [a]]], axis=1)
+            return np.asarray(all[0] - all[1])
+
+        opposed = [(one, next(two for two in names if int(two) % 8 == 7 - int(one) % 8)) for one in names[:PAIRS]]
+        kept(folder, "mix", lambda: np.stack([mixed(*pair) for pair in opposed]))
+        parts = [tokens(new, EXAMPLES, start) for start in range(0, COUNTS[-1], EXAMPLES)]
+        users = [torch.stack([part[user] for part in parts]) for user in new]
+        for top in (1, 5):
+            share, bounds = identification(users, top)
+            kept(folder, f"top {top}", partial(np.array, (share, *bounds)))
+        kept(folder, "parameters", lambda: np.array(sum(parameter.numel() for parameter in branch.parameters())))
+        serve("seen", seen, EXAMPLES)
+        for count in COUNTS:
+            serve(f"new {count}", new, count)
+
+
+def own(likes: Array) -> Array:
+    """How much each user likes the images made for them, [users, prompts], of [judges, made for, prompts]."""
+    return np.einsum("uup->up", likes)
+
+
+def ppd_stage(options: argparse.Namespace, seed: int) -> None:
+    """The personal branch alone."""
     embedder = {"embedder": f"hf-clip:{options.clip}", "examples": [1, 8], "dropout": 0.05}
-    trained(options, "ppd", options.lr, lora=None, personal=embedder)
+    trained(options, "ppd", seed, options.lr, lora=None, personal=embedder)
 
 
-def population_stage(options: argparse.Namespace) -> None:
-    """At the rate of the quickstart's LoRA."""
-    trained(options, "population", options.population_lr, lora={"rank": 16, "alpha": 16.0, "targets": "all"})
-    likes, out = np.load(options.work / "likes.npz"), json.loads((options.work / SERVED).read_text())
+def population_stage(options: argparse.Namespace, seed: int) -> None:
+    """A LoRA for all, at the rate of the quickstart's."""
+    lora = {"rank": 16, "alpha": 16.0, "targets": "all"}
+    run = trained(options, "population", seed, options.population_lr, lora=lora)
     prompts, seeds, new, seen = tests(options)
     pipeline = load_pipeline(options.model, device="cpu")
-    with adapter_on(pipeline, resolve_adapter(options.work / "population")):
-        population, population_seen = (
-            liked(pipeline, dict.fromkeys(users), prompts, seeds, judge, **SAMPLING) for users in (new, seen)
-        )
-    out["population over base"] = rate(likes["base"], population)
-    out["new users over population"] = rate(population, likes["new"])
-    out["seen users over population"] = rate(population_seen, likes["seen"])
-    write_json(options.work / SERVED, out)
+    with adapter_on(pipeline, resolve_adapter(run)):
+        made = Gallery(options, pipeline, prompts, seeds)
+        for name, users in (("new", new), ("seen", seen)):
+            make = partial(judged, made({"": None}), [*users])
+            kept(options.work / f"served-{seed}", f"population {name}", make)
 
 
 def tests(options: argparse.Namespace) -> tuple[list[str], list[int], dict[str, list[Group]], dict[str, list[Group]]]:
@@ -164,51 +253,6 @@ def tests(options: argparse.Namespace) -> tuple[list[str], list[int], dict[str, 
     return prompts, seeds, new, {user: seen[user] for user in [*seen][: len(new)]}
 
 
-@torch.no_grad()
-def served_stage(options: argparse.Namespace) -> None:
-    """Images for all users, and what they think of them."""
-    prompts, seeds, new, seen = tests(options)
-    rng, pipeline = np.random.default_rng(29), load_pipeline(options.model, device="cpu")
-
-    def scores(users: dict[str, Any]) -> NDArray[np.float64]:
-        return liked(pipeline, users, prompts, seeds, judge, **SAMPLING)
-
-    base, base_seen = scores(dict.fromkeys(new)), scores(dict.fromkeys(seen))
-    out: dict[str, Any] = {}
-    with adapter_on(pipeline, resolve_adapter(options.work / "ppd")):
-        branch: personal.Personal = pipeline.denoiser.personal
-        embedder = rebuilt(branch.embedding)
-
-        def tokens(choices: dict[str, list[Group]], count: int, start: int = 0) -> dict[str, Tensor]:
-            return {
-                user: tokens_of(branch, embedder, all[start : start + count], user) for user, all in choices.items()
-            }
-
-        likes: dict[int, NDArray[np.float64]] = {}
-        for count in COUNTS:
-            likes[count] = scores(tokens(new, count))
-            out[f"new users, {count}"] = rate(base, likes[count])
-        likes_seen = scores(tokens(seen, EXAMPLES))
-        out["seen users"] = rate(base_seen, likes_seen)
-        out["shuffled"] = rate(base, scores(tokens(shuffled(new, rng), EXAMPLES)))
-        out["mix"] = mix(new, scores, tokens(new, EXAMPLES))
-        parts = [tokens(new, EXAMPLES, start) for start in range(0, COUNTS[-1], EXAMPLES)]
-        for top in (1, 5):
-            found = identification([torch.stack([part[user] for part in parts]) for user in new], top)
-            out[f"identification, top {top}"] = [found[0], *found[1]]
-        out["time"] = overhead(pipeline, prompts, seeds, next(iter(tokens(new, EXAMPLES).values())))
-        out["parameters"] = sum(parameter.numel() for parameter in branch.parameters())
-    np.savez(options.work / "likes.npz", base=base, new=likes[EXAMPLES], seen=likes_seen)
-    write_json(options.work / SERVED, out)
-    table(options)
-
-
-def rate(before: NDArray[np.float64], after: NDArray[np.float64]) -> list[float]:
-    """Win rate, its interval, and the lowest and highest of a user."""
-    found: UserRate = win_rate(before, after, margin=MARGIN)
-    return [found.rate, *found.interval, min(found.by_user), max(found.by_user)]
-
-
 def shuffled(choices: dict[str, list[Group]], rng: np.random.Generator) -> dict[str, list[Group]]:
     """Each user with as many choices as before, of all users at random."""
     everything = [group for own in choices.values() for group in own]
@@ -216,73 +260,98 @@ def shuffled(choices: dict[str, list[Group]], rng: np.random.Generator) -> dict[
     return {user: [everything[next(order)] for _ in own] for user, own in choices.items()}
 
 
-def mix(
-    users: dict[str, list[Group]], scores: Callable[[dict[str, Any]], NDArray[np.float64]], tokens: dict[str, Tensor]
-) -> dict[str, list[list[float]]]:
-    """How much the first of two opposed users likes images for mixes of both, beside its taste for its own: [mean of
-    each weight] by pair."""
-    names, out = [*users], {}
-    for first in names[:3]:
-        other = next(name for name in names if int(name) % 8 == 7 - int(first) % 8)
-        means = [scores({first: weight * tokens[first] + (1 - weight) * tokens[other]}).mean() for weight in MIX]
-        out[f"{other} to {first}"] = [float(mean) for mean in means]
-    return out  # type: ignore[return-value]
-
-
-def overhead(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], tokens: Tensor) -> list[float]:
-    """Seconds of sampling for nobody and for a user, medians of five in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(5):
-        for own, whose in zip(times, (None, tokens), strict=True):
-            branch = pipeline.denoiser.personal
-            branch.off = whose is None
-            with personal.serving(pipeline.denoiser, whose, guided=False):
-                start = time.process_time()
-                pipeline.generate(prompts[:8], seeds[:8], **SAMPLING)
-                own.append(time.process_time() - start)
-            branch.off = False
-    return [statistics.median(own) for own in times]
+def time_stage(options: argparse.Namespace) -> None:
+    """CPU seconds of sampling for nobody and for a user, in turn."""
+    file, prompts = options.work / "time.json", tests(options)[0][:4]
+    if file.exists():
+        return
+    config, out = PersonalConfig(embedder=f"hf-clip:{options.clip}", examples=(1, 8)), {}
+    embedding = describe(config, build_embedder(config))
+    for name in TIMED:
+        pipeline, times = load_pipeline(name, device="cpu"), ([], [])
+        branch = personal.install(pipeline, embedding)
+        tokens = torch.randn(config.tokens, config.width, generator=torch.Generator().manual_seed(0))
+        for _ in range(ROUNDS):
+            for own, whose in zip(times, (None, tokens), strict=True):
+                branch.off = whose is None
+                with personal.serving(pipeline.denoiser, whose, guided=False):
+                    start = time.process_time()
+                    pipeline.generate(prompts, range(len(prompts)), **SAMPLING, steps=options.sampling_steps)
+                    own.append(time.process_time() - start)
+        ratios = [with_user / without for without, with_user in zip(*times, strict=True)]
+        out[name] = [*map(statistics.median, times), statistics.median(ratios), min(ratios), max(ratios)]
+    write_json(file, out)
 
 
 def table(options: argparse.Namespace) -> None:
-    """Write the tables as markdown, and the curves as a page in --work."""
-    out = json.loads((options.work / SERVED).read_text())
+    """Write the tables as markdown, and the curves as a page beside it."""
 
-    def row(name: str, key: str) -> str:
-        if key not in out:
-            return f"| {name} | not run | |"
-        found, low, high, least, most = out[key]
-        return f"| {name} | {found:.1%} [{low:.1%}, {high:.1%}] | {least:.0%} … {most:.0%} |"
+    def pooled(name: str) -> Array:
+        return np.stack([np.load(options.work / f"served-{seed}" / f"{name}.npy") for seed in range(options.seeds)])
 
-    names = ("users", "new_users", "pairs", "prompts", "steps", "batch", "lr", "population_lr", "beta", "model")
+    def made_for(name: str) -> Array | None:
+        """Of each run, how users like the images made for them; None where that is not run."""
+        if not all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds)):
+            return None
+        likes = pooled(name)  # [runs, judges, made for, prompts]
+        return likes[:, :, 0] if likes.shape[2] == 1 else np.stack([own(one) for one in likes])
+
+    def row(name: str, before: Array | None, after: Array | None) -> tuple[str, tuple[float, ...]]:
+        if before is None or after is None:
+            return f"| {name} | not run | | |", ()
+        found = win_rate(before, after, margin=MARGIN)
+        by_run = ", ".join(f"{win_rate(*pair, margin=MARGIN).rate:.1%}" for pair in zip(before, after, strict=True))
+        users = f"{min(found.by_user):.0%} … {max(found.by_user):.0%}"
+        return f"| {name} | {found} | {by_run} | {users} |", (found.rate, *found.interval)
+
+    base, base_seen = (np.repeat(np.load(options.work / f"{name}.npy")[None, :, 0], options.seeds, 0)
+                       for name in ("base", "base seen"))  # fmt: skip
+    by_count = [row(f"new users, {n} choice{'s' * (n > 1)}", base, made_for(f"new {n}")) for n in COUNTS]
+    timed = options.work / "time.json"
+    mixes = pooled("mix").mean(0)  # [pairs, weights, prompts]
+    means = [(float(one.mean()), *crossed_interval(one)) for one in mixes.swapaxes(0, 1)]
+    rises = [(float(one.mean()), *crossed_interval(one)) for one in np.diff(mixes, axis=1).swapaxes(0, 1)]
+    names = ("users", "new_users", "pairs", "prompts", "sampling_steps", "seeds", "steps", "batch", "lr",
+             "population_lr", "beta", "model")  # fmt: skip
     command = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lines = [
         "# Personal preferences on the testbed", "", f"`python benchmarks/personal.py {command}`", "",
-        f"{options.users} users in training, {options.new_users} new, eight tastes; {options.prompts} test prompts. "
-        "Users judge the images made for them, at the same seeds. Intervals of 95 % over users and prompts.", "",
-        "| images for each user, of these choices | win rate over the base | of single users |", "|---|---|---|",
-        *(row(f"new users, {count} choice{'s' * (count > 1)}", f"new users, {count}") for count in COUNTS),
-        row(f"seen users, {EXAMPLES} choices", "seen users"),
-        row(f"new users, {EXAMPLES} choices shuffled between them", "shuffled"),
-        row("new users, population DPO", "population over base"), "",
-        f"| {EXAMPLES} choices | win rate over population DPO | of single users |", "|---|---|---|",
-        row("new users", "new users over population"), row("seen users", "seen users over population"), "",
+        f"At commit {commit}. {options.users} users in training, {options.new_users} new, eight tastes; "
+        f"{options.prompts} test prompts, {options.seeds} training seeds. Users judge the images made for them, at the "
+        "same seeds of sampling. Intervals of 95 % over users and prompts, training seeds averaged.", "",
+        "| images for each user, of these choices | win rate over the base | by training seed | of single users |",
+        "|---|---|---|---|", *(text for text, _ in by_count),
+        row(f"seen users, {EXAMPLES} choices", base_seen, made_for("seen"))[0],
+        row(f"new users, {EXAMPLES} choices shuffled between them", base, made_for("shuffled"))[0],
+        row("new users, population DPO", base, made_for("population new"))[0], "",
+        f"| {EXAMPLES} choices | win rate over population DPO | by training seed | of single users |",
+        "|---|---|---|---|",
+        row("new users", made_for("population new"), made_for(f"new {EXAMPLES}"))[0],
+        row("seen users", made_for("population seen"), made_for("seen"))[0], "",
         f"| mix of two users with opposed tastes: weight of the first | {' | '.join(map(str, MIX))} |",
         "|---|" + "---|" * len(MIX),
-        *(f"| how much the first of {name} likes it | {' | '.join(f'{one:.3f}' for one in means)} |"
-          for name, means in out["mix"].items()),
-        f"| mean | {' | '.join(f'{one:.3f}' for one in np.mean([*out['mix'].values()], axis=0))} |", "",
-        "| identified among the new users from four choices | share |", "|---|---|",
-        *("| top {} | {:.1%} [{:.1%}, {:.1%}] |".format(n, *out[f"identification, top {n}"]) for n in (1, 5)), "",
-        f"The branch has {out['parameters']:,} parameters. Sampling took {out['time'][0]:.2f} s of one core without a "
-        f"user and {out['time'][1]:.2f} s with one ({out['time'][1] / out['time'][0] - 1:+.1%}).", "",
+        f"| how much more the first likes the image than the second, {len(mixes)} pairs | "
+        + " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in means) + " |",
+        "| rise from the weight before | | "
+        + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*one) for one in rises) + " |", "",
+        f"| identified among the {options.new_users} new users from four choices | by training seed | chance |",
+        "|---|---|---|",
+        *(f"| top {n} | {', '.join('{:.1%} [{:.1%}, {:.1%}]'.format(*one) for one in pooled(f'top {n}'))} | "
+          f"{n / options.new_users:.1%} |" for n in (1, 5)), "",
+        "| sampling, CPU seconds | without a user | with one | ratio, median and range of rounds |",
+        "|---|---|---|---|",
+        *("| {} | {:.2f} | {:.2f} | {:.3f} ({:.3f} to {:.3f}) |".format(name, *values)
+          for name, values in (json.loads(timed.read_text()) if timed.exists() else {}).items()), "",
+        f"The branch of {options.model} has {int(pooled('parameters')[0]):,} parameters.", "",
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "personal.md", "\n".join(lines))
-    points = {"win rate": [(float(count), out[f"new users, {count}"][0]) for count in COUNTS]}
-    curves = {"new users, by number of choices": points}
-    curves["mix of two users"] = {name: list(zip(MIX, means, strict=True)) for name, means in out["mix"].items()}
-    write_text(options.work / "curves.html", html.charts(curves))
+    curves = {"win rate over the base, new users": {"choices": [
+        (float(n), *values) for n, (_, values) in zip(COUNTS, by_count, strict=True) if values]},
+        "how much more the first of two users likes a mix": {"weight of the first": [
+            (weight, *values) for weight, values in zip(MIX, means, strict=True)]}}  # fmt: skip
+    write_text(options.out / "personal.html", html.charts(curves, axis=""))
     print((options.out / "personal.md").read_text())
 
 

@@ -28,6 +28,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -94,7 +95,7 @@ COMMANDS = {  # in words, and what is added when it runs again after a fault
     "prepare": ("prepare inputs/run.yaml output_dir=out/made data.cache_dir=out/cache", ""),
     "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache resume=true", ""),
     "train-scorer": ("train-scorer inputs/scorer.yaml output_dir=out/made resume=true", ""),
-    "export-lora": ("export-lora inputs/run --format kohya --out out/lora.safetensors", "--force"),
+    "export-lora": ("export-lora inputs/run --format kohya --out out/lora.safetensors", ""),
     "generate": ("generate inputs/model --prompts inputs/prompts.txt --out out/made --steps 2", "--force"),
     "evaluate": ("evaluate --base inputs/model --aligned inputs/run --prompts inputs/prompts.txt --scorers oracle "
                  "--out out/made --steps 2", ""),
@@ -237,13 +238,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def content(file: Path) -> bytes:
-    """What a file holds: safetensors orders the metadata in its header at random, and pickles tell equal from same."""
+    """What a file holds but how long it took; safetensors orders its header at random, pickles tell equal from same."""
     if file.name == SUMS:  # of such bytes; the program checks it
         return b""
     data = file.read_bytes()
     if file.suffix == ".pt" and data:
         with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):  # damaged
             return repr(plain(torch.load(file, weights_only=True))).encode()
+    if file.suffix in (".json", ".html"):
+        data = re.sub(rb'"seconds": [\d.]+|\d+ seconds', b"", data)
     if file.suffix != ".safetensors" or len(data) < 8:
         return data
     start = 8 + int.from_bytes(data[:8], "little")

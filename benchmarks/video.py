@@ -30,11 +30,11 @@ from t2i_align.evaluation.stats import Comparison, compare
 from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers
-from t2i_align.labeling.curate import pairs
+from t2i_align.labeling.curate import PAIRS, pairs
 from t2i_align.testbed.clips import DIRECTIONS, describe, parse, write
 from t2i_align.testbed.world import CLIPS, prompts, split_of
 from t2i_align.training.run import align
-from t2i_align.utils.files import json_lines, write_json, write_text
+from t2i_align.utils.files import json_lines, read_json, write_json, write_text
 from tools.testbed.evaluate import grid
 from tools.testbed.faults import to_clip
 from tools.testbed.wan import is_easy
@@ -134,7 +134,7 @@ def label(folder: Path, count: int) -> list[dict[str, Any]]:
     (oracle,) = build_scorers("motion_oracle")
     (degree,) = build_scorers("dynamic_degree")
     rows = []
-    for line in (folder / "pairs.jsonl").read_text().splitlines():
+    for line in (folder / PAIRS).read_text().splitlines():
         row = json.loads(line)
         clips = torch.stack([whole_clip(folder / name) for name in row["videos"]]).float() / 255
         texts = [row["prompt"]] * 2
@@ -235,18 +235,20 @@ def run(options: argparse.Namespace) -> str:
     for kind in dict.fromkeys(arm.kind for arm in arms.values()):
         folder = work / kind
         made = {"steps": options.sampling_steps, "guidance": options.guidance, "fps": FPS, "lossless": True}
-        if not (work / f"{kind}.json").exists():
+        settings = folder / f"{PAIRS}.settings.json"
+        if not settings.exists() or not read_json(settings)["finished"]:
             pairs(work / "real", folder, model=options.base, independent=kind == "independent", progress=False, **made)
         data[kind] = kept(work / f"{kind}.json", lambda folder=folder: label(folder, options.pairs))
     base = kept(work / "base.json", lambda: judged(None, options, "base"))
     for name, arm in arms.items():
         write_text(work / f"{slug(name)}.jsonl", json_lines(labelled(data[arm.kind], arm)))
     scores: dict[str, list[Scores]] = {name: [] for name in arms}
-    for seed in range(options.seeds):
-        for name in arms:
-            made = kept(work / f"{slug(name)}_{seed}.json", lambda name=name, seed=seed: train(name, seed, options))
-            scores[name].append(made)
-            write_text(options.out, report(base, scores, data, options))
+    # The three methods first, then fewer labels, then flipped ones: what there is no time for is the least important.
+    stage = {name: (arm.share < 1) + 2 * (arm.flipped > 0) for name, arm in arms.items()}
+    for _, seed, name in sorted((stage[name], seed, name) for seed in range(options.seeds) for name in arms):
+        made = kept(work / f"{slug(name)}_{seed}.json", lambda name=name, seed=seed: train(name, seed, options))
+        scores[name].append(made)
+        write_text(options.out, report(base, scores, data, options))
     return options.out.read_text()
 
 
@@ -277,8 +279,8 @@ def report(base: Scores, scores: Mapping[str, Sequence[Scores]], data: Any, opti
         "(`dynamic_degree`).", "",
         "## What the labels prefer", "",
         "| pairs | flow of the winner | of the loser | difference | quality of the winner | of the loser | "
-        "latent frames: decided | pairs with both signs |",
-        "|---|---|---|---|---|---|---|---|",
+        "correlation within a pair | latent frames: decided | pairs with both signs |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(preferred(kind, rows) for kind, rows in data.items()), "",
         "## What the models do", "",
         "| | seeds | quality: win rate over the base | mean quality | change | dynamic degree | mean flow | change | "
@@ -317,10 +319,13 @@ def preferred(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
         np.array([np.array(row[key])[of] for row, of in zip(rows, order, strict=True)]) for key in ("flow", "quality")
     )
     signs = np.array([np.sign(np.subtract(*row["segment_scores"])) for row in rows])
+    moved, better = np.diff(flow)[:, 0], np.diff(quality)[:, 0]
+    together = (moved @ better) / np.sqrt((moved @ moved) * (better @ better))
     both = ((signs > 0).any(1) & (signs < 0).any(1)).mean()
     return (
         f"| {kind} | {flow[:, 0].mean():.1f} | {flow[:, 1].mean():.1f} | {interval(compare(flow[:, 1], flow[:, 0]))} | "
-        f"{quality[:, 0].mean():.3f} | {quality[:, 1].mean():.3f} | {(signs != 0).mean():.2f} | {both:.2f} |"
+        f"{quality[:, 0].mean():.3f} | {quality[:, 1].mean():.3f} | {together:+.2f} | {(signs != 0).mean():.2f} | "
+        f"{both:.2f} |"
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 WEIGHT_ENDINGS = (".safetensors", ".bin")  # in order of preference
+CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
 
 
 def variant_of(file: Path) -> str:
@@ -21,3 +24,21 @@ def weights_of(files: list[Path], variant: str | None) -> list[Path]:
             by_variant[variant_of(file)].append(file)
     weights = by_variant.get(variant or "") or by_variant[""]
     return [file for file in weights if file.suffix == WEIGHT_ENDINGS[0]] or weights
+
+
+def component_files(folder: Path, variant: str | None = None, *, weights: bool = True) -> list[Path]:
+    """What `from_pretrained` reads of a component: its configuration or tokenizer, and its weights."""
+    present = [file for file in folder.glob("*") if file.is_file()]
+    configs = [file for file in present if file.suffix in CONFIG_ENDINGS and ".index." not in file.name]
+    return configs + (weights_of(present, variant) if weights else [])
+
+
+def files_digest(files: Mapping[str, Path]) -> str:
+    """A hash of files by name, and of what is in them."""
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Collection, Iterator
@@ -23,7 +22,7 @@ from huggingface_hub import snapshot_download
 from pipelines.base import PipelineError
 from pipelines.blank import blank_component
 from pipelines.cogvideox import CogVideoX
-from pipelines.files import WEIGHT_ENDINGS, variant_of, weights_of
+from pipelines.files import CONFIG_ENDINGS, WEIGHT_ENDINGS, component_files, files_digest, variant_of
 from pipelines.flux import Flux
 from pipelines.hub import reason
 from pipelines.ltx import LTXVideo
@@ -39,7 +38,6 @@ FAMILIES: dict[str, type[TrainablePipeline]] = {
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Wan, CogVideoX, LTXVideo)
 }
 AnyFamily = TypeVar("AnyFamily", bound=type[TrainablePipeline])
-CONFIG_ENDINGS = (".json", ".txt", ".model")  # of configurations and tokenizers
 
 
 def register(family: AnyFamily) -> AnyFamily:
@@ -312,13 +310,7 @@ def encoder_fingerprint(
             files |= _encoder_files(single_file_config, weights=False)
     else:
         files = _encoder_files(path, revision, variant)
-    digest = hashlib.sha256()
-    for name, file in sorted(files.items()):
-        digest.update(name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    return files_digest(files)
 
 
 def _encoder_files(
@@ -333,9 +325,5 @@ def _encoder_files(
     elif not root.is_dir():
         wanted = [f"{name}/*{ending}" for name in names for ending in CONFIG_ENDINGS]
         root = Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
-    files: list[Path] = []
-    for name in names:
-        present = [file for file in (root / name).glob("*") if file.is_file()]
-        files += [file for file in present if file.suffix in CONFIG_ENDINGS and ".index." not in file.name]
-        files += weights_of(present, variant) if weights else []
+    files = [file for name in names for file in component_files(root / name, variant, weights=weights)]
     return {f"{file.parent.name}/{file.name}": file for file in files}

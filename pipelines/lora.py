@@ -104,7 +104,7 @@ class LoRAMixin(Family):
 
     def save_lora(
         self,
-        directory: str | Path,
+        path: str | Path,
         naming: str = "diffusers",
         *,
         dtype: torch.dtype | None = None,
@@ -113,6 +113,7 @@ class LoRAMixin(Family):
         """Write the LoRA as safetensors; returns the file.
 
         Args:
+            path: folder, or a file that ends in `.safetensors`.
             naming: of its keys, one of `lora_namings`. dtype: of its tensors (default: as trained).
             metadata: more entries of the file's header.
 
@@ -154,7 +155,7 @@ class LoRAMixin(Family):
                 for key, value in described.items()
             }
             header[LORA_ADAPTER_METADATA_KEY] = json.dumps(described, indent=2, sort_keys=True)
-        file = Path(directory) / LORA_FILE
+        file = Path(path) if str(path).endswith(".safetensors") else Path(path) / LORA_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(_serialised(tensors, header))  # safetensors' own files are readable by their owner alone
         return file

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 # X.lora_A.weight, X.lora_down.weight, X.lora.down.weight, X_lora.down.weight, X.lora_linear_layer.down.weight …
 PAIR = re.compile(
     r"(?P<module>.+?)(?P<infix>\.lora_|\.lora\.|_lora\d?\.|\.lora_linear_layer\.)(?P<side>A|B|down|up)\.weight"
@@ -39,8 +39,8 @@ def read_lora(path: str | Path, component: str, modules: Collection[str]) -> dic
     """
     file = _file(path)
     with safe_open(file, framework="pt") as opened:
-        state = {_named(key, component, modules): opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
-        header = opened.metadata() or {}
+        keys, header = list(opened.keys()), opened.metadata() or {}
+        state = {_named(key, component, modules): opened.get_tensor(key).float() for key in keys}
     pairs = {key: match for key in state if (match := PAIR.fullmatch(key))}
     alphas = {key.removesuffix(".alpha"): float(state[key]) for key in state if key.endswith(".alpha")}
     owners = {owner for match in pairs.values() for owner in _owners(match)}
@@ -51,7 +51,7 @@ def read_lora(path: str | Path, component: str, modules: Collection[str]) -> dic
         raise ValueError(f"{len(lost)} of its {len(state)} tensors are not a LoRA's, such as {example!r} ({kinds})")
     if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{len(bad)} of its {len(state)} tensors hold NaN or infinite values, such as {bad[0]!r}")
-    scales = _scales(file, header)
+    scales = _scales(file, header, any(key.startswith(PEFT_PREFIX) for key in keys))
     for key, match in pairs.items():
         if match["side"] in ("A", "down"):
             continue
@@ -95,11 +95,13 @@ def _named(key: str, component: str, modules: Collection[str]) -> str:
     return f"{component}.{bare}" if module in modules else bare
 
 
-def _scales(file: Path, header: dict[str, str]) -> Scales:
+def _scales(file: Path, header: dict[str, str], by_peft: bool) -> Scales:
     """alpha / rank by module from peft's description: in a header of diffusers, or in the file beside peft's own."""
     if LORA_ADAPTER_METADATA_KEY in header:
         described = json.loads(header[LORA_ADAPTER_METADATA_KEY])
-    elif file.name == PEFT_FILE and (beside := file.with_name(PEFT_CONFIG)).is_file():
+    elif by_peft:
+        if not (beside := file.with_name(PEFT_CONFIG)).is_file():
+            raise ValueError(f"a file of peft without the {PEFT_CONFIG} beside it, which tells its strength")
         described = {f".{key}": value for key, value in json.loads(beside.read_text(encoding="utf-8")).items()}
     else:
         return lambda module, rank: 1.0

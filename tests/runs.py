@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,28 @@ def run_in_two_processes(values: dict[str, Any], folder: Path, **options: Any) -
 def lora_of(output: Path) -> dict[str, Tensor]:
     """The tensors of a run's LoRA."""
     return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def start_processes(values: dict[str, Any], count: int) -> list[BaseProcess]:
+    """The run in processes that import everything once between them, which torchrun's each do for themselves."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["t2i_align.training.run", "diffusers.pipelines.stable_diffusion", "peft"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_rank, args=(rank, count, port, values)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _rank(rank: int, count: int, port: int, values: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port, "MASTER_ADDR": "localhost"}
+    if count > 1:
+        os.environ |= {name: str(value) for name, value in place.items()}
+    align(values, progress=False)
+    os._exit(0)  # gloo's threads may abort on the way out
 
 
 class Killed(BaseException):

@@ -23,7 +23,7 @@ from tests.objectives.test_identities import CASES, build
 from tests.objectives.toy import as_required, loss_and_gradient, rich_batch
 from tests.test_house import DOCUMENTS, ROOT
 
-SHELL = {"accelerate", "cd", "docker", "git", "make", "pip", "python", "t2i-align", "torchrun"}
+SHELL = {"accelerate", "cd", "docker", "git", "make", "pip", "python", "ray", "t2i-align", "torchrun"}
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 
 

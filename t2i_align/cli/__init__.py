@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from t2i_align.cli.commands import GROUPS
     from t2i_align.cli.parser import app
 
+    # Before torch is imported: beside other work, threads of OpenMP that spin while they wait take others' time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (len(arguments) == 1 and arguments[0] in GROUPS):
         arguments.append("--help")

@@ -48,6 +48,7 @@ class Command:
     interrupted: str = "Nothing needs cleaning up; run the same command again."
     single: Sequence[str] = ()
     every_process: bool = False
+    engines: bool = False
     silent: bool = True
 
     def run(self, options: dict[str, Any], *, plugins: Sequence[str] = (), debug: bool = False) -> int:
@@ -66,12 +67,19 @@ class Command:
             if self.check:  # a wrong key is answered before torch is imported
                 load(self.check)(options["config"], options.get("overrides", ()))
             check_inputs(options)  # and so is a wrong path
-            function = load(self.function)
-            if self.silent:
-                from t2i_align.utils.logging import silence_libraries
+            engine, workers = options.pop("engine", None), options.pop("workers", None)
+            if engine:
+                from t2i_align.utils.ray_engine import run
 
-                silence_libraries()
-            self.print_report(function(**options), options)
+                result = run(self.function, options, workers=workers, plugins=plugins, silent=self.silent)
+            else:
+                function = load(self.function)
+                if self.silent:
+                    from t2i_align.utils.logging import silence_libraries
+
+                    silence_libraries()
+                result = function(**options)
+            self.print_report(result, options)
             return 0
         except KeyboardInterrupt as interrupt:
             after = f": {interrupt}" if str(interrupt) else "."

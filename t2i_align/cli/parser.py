@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -98,6 +98,14 @@ def _entry(command: Command) -> Callable[..., None]:
         default = Parameter.empty if p.required else None if optional else False
         kind = Annotated[p.type | None if optional else p.type, info]  # type: ignore[valid-type]
         signature.append(Parameter(p.name, Parameter.KEYWORD_ONLY, annotation=kind, default=default))
+    if command.engines:
+        engine = typer.Option("--engine", help="what starts the processes, on one machine or many; torchrun needs none")
+        workers = typer.Option("--workers", help="processes that Ray starts [default: one for each GPU of the cluster]")
+        kinds: dict[str, Any] = {
+            "engine": Annotated[Literal["ray"] | None, engine],
+            "workers": Annotated[int | None, workers],
+        }
+        signature += [Parameter(n, Parameter.KEYWORD_ONLY, annotation=kind, default=None) for n, kind in kinds.items()]
     text = "Python file or module to run first; what it registers is known by its name (may be given several times)"
     places = Annotated[list[str] | None, typer.Option("--plugin", help=text)]
     signature.append(Parameter("plugin", Parameter.KEYWORD_ONLY, annotation=places, default=None))

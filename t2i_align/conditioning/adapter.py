@@ -184,3 +184,9 @@ ADAPTERS: dict[Kind, Adapter] = {
     "personal": PersonalAdapter(), "t5": T5(), "lora": LoRA(), "soft_tokens": SoftTokensAdapter(),
 }  # fmt: skip
 TRAINED: dict[Kind, Trained] = {**ADAPTERS, "model": WholeModel()}
+
+
+def files_of(kind: Kind, path: str | Path) -> list[Path]:
+    """The files that an adapter is loaded from: its own, and that of a LoRA which belongs to it."""
+    beside = Path(path).with_name(LORA_FILE)
+    return [Path(path), beside] if isinstance(ADAPTERS[kind], BesideLoRA) and beside.is_file() else [Path(path)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from t2i_align.errors import UserError
-from t2i_align.utils.settings import Count, Int, Share, UserPath, settings
+from t2i_align.utils.settings import Count, Int, Share, UserPath, Whole, settings
 
 if TYPE_CHECKING:
     from t2i_align.config import RunConfig
@@ -65,8 +65,8 @@ class PersonalConfig:
     other choices make an embedding: a number, or for CLIP [fewest, most], drawn anew for each sample. tokens: to which
     learned pooling reduces these (null: none, each row of the embedding is a token). width: of a token. dropout: share
     of samples without a user. few: groups of users with fewer choices are dropped, trained without a user (`null`), or
-    an error. layers: of the VLM's hidden states, 0 the embeddings and -1 the last (null: all). pool: `mean` averages
-    these.
+    an error. pretrain: steps in which the pooling alone first learns to tell the users in training apart. layers: of
+    the VLM's hidden states, 0 the embeddings and -1 the last (null: all). pool: `mean` averages these.
     """
 
     embedder: str
@@ -77,6 +77,7 @@ class PersonalConfig:
     width: Count = 64
     dropout: Share = 0.1
     few: Literal["drop", "null", "error"] = "drop"
+    pretrain: Whole = 200
     layers: list[Int] | None = None
     pool: Literal["none", "mean"] = "none"
 

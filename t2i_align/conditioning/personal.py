@@ -3,11 +3,13 @@
     softmax(Q K^T / sqrt d) V + scale softmax(Q K_u^T / sqrt d) V_u,    K_u = u W'_k,  V_u = u W'_v
 
 beside each attention of the image to the text, with its own queries: a UNet's cross-attentions, where this is
-IP-Adapter's decoupled cross-attention (arXiv 2308.06721), and the joint attentions of SD3's transformer. W'_v starts at
-zero and nothing has a bias, so that training starts at the base model exactly, and a user of zeros is no user.
+IP-Adapter's decoupled cross-attention (arXiv 2308.06721), and the joint attentions of SD3's and FLUX's transformers, of
+FLUX's those of its blocks with two streams. W'_v starts at zero and nothing has a bias, so that training starts at the
+base model exactly, and a user of zeros is no user.
 
-u is a few tokens that an encoder here makes of an embedder's rows of features (see `preferences`). All of it is a
-module on the denoiser that works through hooks, so that the genuine diffusers pipeline generates with it.
+u is a few tokens that an encoder here makes of an embedder's rows of features (see `preferences`). It may first learn
+to tell users apart (`tell_apart`), which the denoiser's loss teaches it slowly. All of it is a module on the denoiser
+that works through hooks, so that the genuine diffusers pipeline generates with it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from t2i_align.errors import UserError
 NAME = "personal"  # of the module on the denoiser
 FILE = "personal.safetensors"
 HEADER = "t2i_align.personal"  # the entry of the file's metadata
+TEMPERATURE, RATE, USERS_AT_ONCE = 0.1, 3e-3, 64  # of `tell_apart`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,52 @@ class Encoder(nn.Module):
             values = torch.einsum("bnt,bntw->btw", weights, values.unflatten(-1, (self.tokens, -1)))
             present = present.any(1, keepdim=True)
         return F.layer_norm(values, values.shape[-1:]) * present
+
+
+def tell_apart(
+    encoder: Encoder, histories: Mapping[str, Tensor], draw: tuple[int, int], *, steps: int, seed: int
+) -> float | None:
+    """Train an encoder so that disjoint draws of one user's entries are alike and those of two users are not.
+
+    InfoNCE (arXiv 1807.03748) over up to USERS_AT_ONCE users: of e_i and e'_i from two draws of user i,
+
+        loss = -mean log softmax_j(cos(e_i, e'_j) / TEMPERATURE)_i,  both ways
+
+    Args:
+        histories: entries [n, rows, features] by user. draw: how many entries make an embedding, fewest and most.
+        steps: of AdamW. seed: of the draws; on the CPU, so that all processes get the same encoder.
+
+    Returns the last loss; None where fewer than two users have entries for two draws, and nothing is learned.
+    """
+    fewest, most = draw
+    own = [rows.float() for _, rows in sorted(histories.items()) if len(rows) >= 2 * fewest]
+    if len(own) < 2:
+        return None
+    device, generator = next(encoder.parameters()).device, torch.Generator().manual_seed(seed)
+    encoder.cpu()
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        users = [own[i] for i in torch.randperm(len(own), generator=generator)[:USERS_AT_ONCE].tolist()]
+        count = int(torch.randint(fewest, most + 1, (), generator=generator))
+        draws: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for rows in users:
+            order = torch.randperm(len(rows), generator=generator)
+            taken = min(count, len(rows) // 2)
+            for part, places in zip(draws, (order[:taken], order[taken : 2 * taken]), strict=True):
+                part.append(rows[places].flatten(0, 1))
+        first, second = (
+            F.normalize(tokens.flatten(1) if encoder.tokens else tokens.mean(1), dim=-1)
+            for tokens in (encoder(nn.utils.rnn.pad_sequence(part, batch_first=True)) for part in draws)
+        )
+        alike = first @ second.T / TEMPERATURE
+        loss = (F.cross_entropy(alike, right := torch.arange(len(users))) + F.cross_entropy(alike.T, right)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    encoder.to(device).zero_grad()
+    return loss.item()
 
 
 class Personal(nn.Module):
@@ -179,14 +228,16 @@ def places(denoiser: Any) -> dict[str, int]:
     """The attentions of the image to the text by name, with the width of their queries.
 
     Raises:
-        UserError: neither a UNet with cross-attention nor SD3's transformer.
+        UserError: neither a UNet with cross-attention nor the transformer of SD3 or FLUX.
     """
     if isinstance(denoiser, UNet2DConditionModel):
         return {name: m.inner_dim for name, m in denoiser.named_modules() if name.endswith(".attn2")}
-    if isinstance(denoiser, SD3Transformer2DModel):
+    if isinstance(denoiser, SD3Transformer2DModel | FluxTransformer2DModel):
         blocks = denoiser.transformer_blocks
         return {f"transformer_blocks.{number}.attn": block.attn.inner_dim for number, block in enumerate(blocks)}
-    raise UserError(f"personal: for the UNets of SD and SDXL and SD3's transformer, not for {type(denoiser).__name__}")
+    raise UserError(
+        f"personal: for UNets of SD and SDXL and transformers of SD3 and FLUX, not for {type(denoiser).__name__}"
+    )
 
 
 def install(pipeline: Any, embedding: Embedding) -> Personal:

@@ -59,6 +59,15 @@ def install(pipeline: TrainablePipeline, options: SegmentsConfig) -> None:
         t5_adapter.load(pipeline, options.adapter, base=True)
 
 
+def fingerprint(pipeline: TrainablePipeline) -> str:
+    """What decides how this pipeline's prompts are encoded beside its text encoders; empty without `install`."""
+    way = pipeline.long_prompts
+    if not isinstance(way, partial) or way.func is not encode:
+        return ""
+    t5 = way.keywords["t5"]
+    return f"segments {way.args[1]}" + (f" T5 {t5.fingerprint()}" if t5 else "")
+
+
 @torch.no_grad()
 def encode(
     pipeline: TrainablePipeline, options: SegmentsConfig, prompts: Sequence[str], t5: t5_adapter.T5 | None = None

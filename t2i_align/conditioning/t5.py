@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+from transformers.utils import cached_file
 
+from pipelines.files import component_files, files_digest
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +72,12 @@ class T5:
         if config.model_type != "t5":
             raise UserError(f"model.segments.t5: {path}: expected a T5, found {config.model_type!r}")
         self.features = int(config.d_model)
+
+    def fingerprint(self) -> str:
+        """A hash of its files; of a Hub id, its commit."""
+        if (folder := Path(self.path)).is_dir():
+            return files_digest({file.name: file for file in component_files(folder)})
+        return Path(str(cached_file(self.path, "config.json"))).parent.name
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], like: Tensor) -> list[Tensor]:

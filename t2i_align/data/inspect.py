@@ -92,8 +92,8 @@ class Findings(Survey):
             f"{self.source}: {self.format}, columns {', '.join(self.names) or 'none'}",
             f"{self.groups} groups, {self.skips.total()} rows skipped, {self.ties.total()} ties, "
             f"{len(self.prompts)} prompts, {len(self.users)} users",
-            f"{self.opened} groups opened: {self.sizes.total()} images, {self.duplicates} seen before, "
-            f"{self.twins} groups with the same image twice, {self.unreadable.total()} unreadable",
+            f"{self.opened} groups opened: {self.sizes.total()} images, {self.duplicates} like an earlier one, "
+            f"{self.twins} groups with two that look alike, {self.unreadable.total()} unreadable",
         ]
         for name, limit in self.limits.items():
             lines.append(f"{sum(length > limit for length in self.lengths[name])} prompts exceed {limit} {name}")

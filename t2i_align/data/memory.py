@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from t2i_align.conditioning import segments
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.loader import open_dataset
 from t2i_align.data.schema import Batch
@@ -156,7 +157,7 @@ def batches(
 
 def encoders_digest(pipeline: TrainablePipeline) -> str:
     """A fingerprint of the encoders that a pipeline has in memory."""
-    digest = hashlib.sha256(pipeline.family.encode())
+    digest = hashlib.sha256(f"{pipeline.family}{segments.fingerprint(pipeline)}".encode())
     for name in pipeline.encoder_names:
         part = getattr(pipeline.pipe, name)
         for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():

@@ -183,8 +183,7 @@ class _Writer:
         with atomic_folder(self.out / shard_name(number)) as folder:
             write_table(folder / GROUPS, pa.Table.from_pylist(rows, pa.schema(types | self.encoder.columns)))
             write_table(folder / TEXTS, pa.Table.from_pylist(texts, pa.schema(self.encoder.text_columns)))
-            state["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-            state["sha256"] = {name: sha256(folder / name) for name in state["files"]}
+            state["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
             # In ASCII: an id or a file's name may hold what is not valid Unicode, and that is why its row was skipped.
             (folder / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped))
             (folder / STATE).write_text(json.dumps(state, indent=1))
@@ -202,7 +201,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
         shard = out / shard_name(len(states))
         if not shard.is_dir():
             raise UserError(f"{out}: another process was stopped while it wrote {shard.name}; run again to continue")
-        states.append(_state(shard))
+        states.append(_state(shard) | {"files": {file.name: file.stat().st_size for file in sorted(shard.iterdir())}})
     folders = [out / shard_name(number) for number in range(len(states))]
     skipped = "".join((folder / SKIPPED).read_text(errors="replace") for folder in folders)
     sums = {name: sum(state[name] for state in states) for name in ("groups", "skipped", "texts")}
@@ -220,6 +219,7 @@ def _finish(out: Path, fingerprint: Mapping[str, Any], encoder: Encoder) -> None
         **encoder.description,
         "buckets": buckets,
         "sha256": sha256(out / INDEX),
+        "files": {name: (out / name).stat().st_size for name in (FINGERPRINT, SKIPPED)},
         "shards": [{name: state[name] for name in ("groups", "texts", "files", "sha256")} for state in states],
     }
     write_json(out / MANIFEST, manifest)
@@ -290,7 +290,7 @@ def shard_name(number: int) -> str:
 def _state(shard: Path) -> dict[str, Any]:
     with intact(file := shard / STATE):
         state = {"sha256": {}, **json.loads(file.read_bytes())}
-        return {n: state[n] for n in ("rows", "last", "groups", "skipped", "texts", "usable", "files", "sha256")}
+        return {n: state[n] for n in ("rows", "last", "groups", "skipped", "texts", "usable", "sha256")}
 
 
 class Store:
@@ -340,10 +340,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(file.read_bytes())
     if (layout := manifest.get("layout")) != LAYOUT:
         raise UserError(f"{path}: prepared with layout {layout!r}, this version reads {LAYOUT}; prepare it again")
-    for number, shard in enumerate(manifest["shards"]):
-        for name, size in shard["files"].items():
-            part = path / shard_name(number) / name
-            if (own := part.stat().st_size if part.is_file() else None) != size:
+    parts = {path: manifest} | {path / shard_name(number): one for number, one in enumerate(manifest["shards"])}
+    for folder, part in parts.items():
+        for name, size in part.get("files", {}).items():
+            file = folder / name
+            if (own := file.stat().st_size if file.is_file() else None) != size:
                 state = "is missing" if own is None else f"has {own} bytes instead of {size}"
-                raise UserError(f"{part}: this part of the prepared data {state}; delete the folder and prepare again")
+                raise UserError(f"{file}: this part of the prepared data {state}; delete the folder and prepare again")
     return manifest

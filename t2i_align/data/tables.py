@@ -19,7 +19,7 @@ from t2i_align.data import shards, webdataset
 from t2i_align.data.paths import inside, spellings
 from t2i_align.data.schema import LEFT_OUT, Media, Row, Skipped, Values
 from t2i_align.errors import UserError, shown
-from t2i_align.utils.files import as_object, parse_json
+from t2i_align.utils.parsing import as_object, parse_json
 
 JSON, CSV = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 WITH_HEADER = (*CSV, ".parquet", ".xlsx")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from t2i_align.errors import UserError
 from t2i_align.utils.files import atomic_file
 
 if TYPE_CHECKING:
-    from t2i_align.conditioning.personal import Embedding
+    from t2i_align.conditioning.personal import Embedding, Encoder
     from t2i_align.conditioning.preferences import Choice, Embedder
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,18 @@ class Users:
 
         columns = {name: with_rows(name, value) for name, value in batch.columns.items()}
         return replace(batch, conditioning={**batch.conditioning, USER: rows}, columns=columns)
+
+    def pretrain(self, encoder: Encoder) -> None:
+        """Teach a branch's encoder to tell these users apart, as the configuration says."""
+        from t2i_align.conditioning.personal import tell_apart
+
+        rows = {user: one.rows for user, one in self.histories.items()}
+        draw = self.config.entries(self.embedding.together)
+        loss = tell_apart(encoder, rows, draw, steps=self.config.pretrain, seed=self.seed)
+        if loss is None:
+            logger.warning("personal.pretrain: fewer than two users have choices for two embeddings; it is left out")
+        else:
+            logger.info("users are told apart by choices: InfoNCE %.2f, chance %.2f", loss, math.log(len(rows)))
 
     def _share(self, key: str, name: str) -> float:
         return stable_seed(self.seed, key, USER, name) / 2**63

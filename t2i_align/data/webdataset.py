@@ -24,7 +24,7 @@ from t2i_align.data.media import MEDIA_SUFFIXES
 from t2i_align.data.paths import natural
 from t2i_align.data.schema import LEFT_OUT, Row, Skipped, Values, finite
 from t2i_align.errors import UserError
-from t2i_align.utils.files import as_object, parse_json
+from t2i_align.utils.parsing import as_object, parse_json
 
 MAX_MEMBER = 256 << 20  # bytes; what a tar header claims is not read into memory unseen
 TEXTS = ("txt", "caption", "prompt")  # endings of text members

@@ -167,13 +167,15 @@ def build(gradio: Any, shared: Demo, defaults: Defaults, *, accounts: bool = Fal
     from t2i_align.demo.page import Page
 
     with gradio.Blocks(title="t2i-align", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        name = gradio.Textbox(
-            label="Your name", max_length=64, interactive=not accounts, elem_id="user", render=False, scale=1
-        )
-        # Outside the tabs: what lies in one is not there before it is opened.
-        known = gradio.BrowserState("", storage_key="t2i-align-user", secret="t2i-align")
-        page = Page(blocks, shared, defaults, accounts, name, known)
-        gradio.Markdown("# t2i-align\nCompare models, vote, train on the votes, and read the result.")
+        with gradio.Row():
+            with gradio.Column(scale=3):
+                gradio.Markdown("# t2i-align\nCompare models, vote, train on the votes, and read the result.")
+            # Outside the tabs: what lies in one is not there before it is opened.
+            name = gradio.Textbox(
+                label="Your name", max_length=64, interactive=not accounts, elem_id="user", min_width=200
+            )
+        page = Page(blocks, shared, defaults, accounts, name)
+        page.settle_name()
         with gradio.Tabs():
             for title, add in (
                 ("Compare", compare.add),
@@ -228,6 +230,7 @@ def launch(
             theme=gradio.themes.Default(**fonts),
             css=view.STYLE,
             head=f"<script>{view.SCRIPT}</script>",
+            _frontend=False,  # a second look at the server, which gives up after three seconds on a busy machine
         )
     except OSError as error:
         raise UserError(f"{host}, port {port or 'from 7860 on'}: cannot be served on: {error}") from error

@@ -12,3 +12,21 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   button.click();
 });
+
+// Who votes: what is typed in the box, what it was the last time, or a guest, so that two people's votes do not mix.
+const VOTER = "t2i-align-name";
+let guest = "";  // also where the browser keeps nothing
+function keepVoter(typed) {
+  try { localStorage.setItem(VOTER, typed.trim()); } catch { guest = typed.trim(); }
+}
+document.addEventListener("input", (event) => {
+  if (event.target.closest("#user")) keepVoter(event.target.value);
+});
+function voter(typed) {
+  let kept = guest;
+  try { kept = localStorage.getItem(VOTER) || ""; } catch { /* a private window */ }
+  const random = () => Array.from(crypto.getRandomValues(new Uint8Array(3)), (byte) => byte.toString(16).padStart(2, "0"));
+  const name = (typed || "").trim() || kept || `guest-${random().join("")}`;
+  keepVoter(name);
+  return name;
+}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from t2i_align.demo.session import Demo
 
 MAX_SAMPLING = 200  # steps
+VOTER = "(typed) => voter(typed)"  # in demo.js
 DEVICE: dict[str, Any] = {
     "concurrency_id": "device",
     "concurrency_limit": 4,
@@ -32,8 +32,8 @@ DEVICE: dict[str, Any] = {
 class Page:
     """The pages of one demo.
 
-    accounts: users have logged in, and vote under that name. name: the box with the name of those who have not. known:
-    that name as the browser keeps it, so that a reload, or the next day, goes on where it was.
+    accounts: users have logged in, and vote under that name. name: the box with the name of those who have not, which
+    the browser keeps, so that a reload, or the next day, goes on where it was.
     """
 
     blocks: gradio.Blocks
@@ -41,7 +41,6 @@ class Page:
     defaults: Defaults
     accounts: bool
     name: gradio.Textbox
-    known: gradio.BrowserState
 
     def user(self, typed: str | None, request: gradio.Request) -> str:
         """Who is voting: the account, or the name in the box.
@@ -50,6 +49,31 @@ class Page:
             UserError: a name that cannot be used.
         """
         return user_name(request.username if self.accounts and request.username else typed or "")
+
+    def settle_name(self) -> None:
+        """Fill the box of the name; demo.js keeps what is typed in it.
+
+        The page does this by itself: an answer of the server would come late and undo what was typed meanwhile.
+        """
+
+        def account(request: gradio.Request) -> str | None:
+            return request.username
+
+        if self.accounts:
+            self.blocks.load(account, None, self.name, api_visibility="private", queue=False)
+            return
+        gradio.on([self.blocks.load, self.name.blur], None, self.name, self.name, js=VOTER)
+
+    def on_user(self, tab: gradio.Tab, function: Callable[..., Any], outputs: Sequence[Any], **options: Any) -> None:
+        """Call a function of the user's name where a tab is opened and where the name has changed.
+
+        The last one counts: it waits for an answer that is under way instead of being dropped.
+        """
+        gradio.on(
+            [tab.select, self.name.submit, self.name.blur], answered(function), self.name, outputs,
+            js=None if self.accounts else VOTER, trigger_mode="always_last", queue=False, show_progress="hidden",
+            **options,
+        )  # fmt: skip
 
     def left(self, request: gradio.Request) -> None:
         """Somebody closed the page: nobody waits for what they were drawing."""
@@ -60,8 +84,8 @@ def sampling_inputs(defaults: Defaults, count: int = 1) -> tuple[gradio.componen
     """Boxes for seeds per prompt, first seed, steps and guidance; an empty one is the model's own."""
     with gradio.Row():
         return (
-            gradio.Slider(1, 8, count, step=1, precision=0, label="Seeds per prompt", min_width=140),
-            gradio.Number(0, label="First seed", precision=0, minimum=0, maximum=2**31, min_width=100),
+            gradio.Slider(1, 8, count, step=1, precision=0, label="Seeds per prompt", min_width=120),
+            gradio.Number(0, label="First seed", precision=0, minimum=0, maximum=2**31, min_width=120),
             gradio.Number(
                 defaults.steps,
                 label="Steps",
@@ -69,17 +93,12 @@ def sampling_inputs(defaults: Defaults, count: int = 1) -> tuple[gradio.componen
                 minimum=1,
                 maximum=MAX_SAMPLING,
                 placeholder="the model's",
-                min_width=100,
+                min_width=120,
             ),
             gradio.Number(
-                defaults.guidance, label="Guidance", minimum=0, maximum=50, placeholder="the model's", min_width=100
+                defaults.guidance, label="Guidance", minimum=0, maximum=50, placeholder="the model's", min_width=120
             ),
         )
-
-
-def guest() -> str:
-    """A name for somebody who has not given one, so that two people's votes do not mix."""
-    return f"guest-{secrets.token_hex(3)}"
 
 
 def answered(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ import gradio
 from t2i_align.demo import view
 from t2i_align.demo.page import DEVICE, Page, answered, sampling_inputs
 from t2i_align.demo.session import prompts_of, rows_of
-from t2i_align.demo.votes import Shown
 
 PICKS = 4
 NONE = """No model here has a personal branch. Train one on the votes of several users, and name it on the command line:
@@ -28,7 +27,7 @@ def add(page: Page, tab: gradio.Tab) -> None:
         gradio.Markdown(NONE)
         return
     gradio.Markdown("Pick a favourite of each pair; they count as votes. The model reads all your votes as your taste.")
-    pairs = gradio.State([])
+    pairs = gradio.JSON(visible="hidden")  # as in the tab "Vote", what the page shows
     favourites, pages = [], []
     with gradio.Row():
         for number in range(PICKS):
@@ -52,25 +51,22 @@ def add(page: Page, tab: gradio.Tab) -> None:
         upcoming = demo.votes.upcoming(user, PICKS)
         shown = [view.pair(demo.votes.images, one, 1) for one in upcoming]
         return (
-            upcoming,
+            [one.key for one in upcoming],
             *(shown + [""] * PICKS)[:PICKS],
             *(gradio.Radio(value=None, visible=number < len(upcoming)) for number in range(PICKS)),
         )
 
-    @answered
     def enter(typed: str, request: gradio.Request) -> tuple[Any, ...]:
-        if not typed and not page.accounts:  # the page is loading: the name comes with a change
-            return tuple(gradio.skip() for _ in shown)
         return show(page.user(typed, request))
 
     def drawn(
-        upcoming: Sequence[Shown], name: str, strength: float, text: str, count: int, seed: int, steps: Any,
+        keys: Sequence[str], name: str, strength: float, text: str, count: int, seed: int, steps: Any,
         guidance: Any, typed: str, request: gradio.Request, *picked: str | None,
     ) -> Iterator[Any]:  # fmt: skip
         user = page.user(typed, request)
-        for one, side in zip(upcoming, picked, strict=False):
+        for key, side in zip(keys, picked, strict=False):
             if side:
-                demo.votes.vote(user, one, side)
+                demo.votes.vote(user, demo.votes.shown(key), side)
         following = show(user)
         rows = rows_of(prompts_of(text), count, seed)
         job = demo.draw_for(str(request.session_hash), name, user, rows, scale=strength, steps=steps, guidance=guidance)
@@ -82,16 +78,8 @@ def add(page: Page, tab: gradio.Tab) -> None:
         demo.cancel(str(request.session_hash))
 
     shown = [pairs, *pages, *favourites]
-    gradio.on(
-        [tab.select, page.known.change],
-        enter,
-        page.known,
-        shown,
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
-    )
-    inputs = [pairs, model, scale, prompts, count, seed, steps, guidance, page.known, *favourites]
+    page.on_user(tab, enter, shown, api_visibility="private")
+    inputs = [pairs, model, scale, prompts, count, seed, steps, guidance, page.name, *favourites]
     draw.click(
         answered(drawn), inputs, [status, results, *shown], show_progress="hidden", api_name="draw_for_me", **DEVICE
     )

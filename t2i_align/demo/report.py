@@ -15,6 +15,7 @@ from t2i_align.evaluation.stats import Comparison, Interval, compare
 from t2i_align.utils import html
 
 LEFT = {"left": 1.0, "right": 0.0, "tie": 0.5, "neither": 0.5}  # the left one's share of a vote
+NAMES = {"neither": "both bad"}  # on the page
 Votes = Sequence[Mapping[str, Any]]
 
 
@@ -51,7 +52,9 @@ class Report:
             ]
         else:
             parts.append("<p>All votes are between samples of one model: they train it, but there is no win rate.</p>")
-        parts.append(html.table(["vote", "count"], [(name, str(self.counts.get(name, 0))) for name in LEFT]))
+        parts.append(
+            html.table(["vote", "count"], [(NAMES.get(name, name), str(self.counts.get(name, 0))) for name in LEFT])
+        )
         parts.append(html.table(["user", "votes"], [(name, str(n)) for name, n in self.users.items()]))
         if self.judged_twice:
             text = "unknown (ties only)" if math.isnan(self.agreement) else f"{self.agreement:.0%}"

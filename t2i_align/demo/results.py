@@ -49,7 +49,7 @@ def add_training(page: Page, tab: gradio.Tab) -> None:
     def exported() -> Any:
         return gradio.File(str(demo.training.export()), visible=True)
 
-    start.click(started, [objective, steps, rate, mine, page.known], [shown, timer], api_name="train")
+    start.click(started, [objective, steps, rate, mine, page.name], [shown, timer], api_name="train")
     stop.click(demo.training.stop, queue=False, api_visibility="private")
     make.click(exported, None, file, api_name="export")
     at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -59,7 +59,8 @@ def add_training(page: Page, tab: gradio.Tab) -> None:
 def add_report(page: Page, tab: gradio.Tab) -> None:
     """Add the contents of the tab "Report"."""
     demo = page.demo
-    refresh = gradio.Button("Refresh", elem_id="refresh")
+    with gradio.Row(elem_classes="buttons"):
+        refresh = gradio.Button("Refresh", elem_id="refresh")
     shown = gradio.HTML(elem_id="report", elem_classes="scrolls")
     gradio.Markdown(
         f"All votes are in `{demo.votes.folder / 'votes.jsonl'}`: `t2i-align train … data.path=` reads them."

@@ -9,7 +9,7 @@ import gradio
 
 from t2i_align.data.media import MEDIA_SUFFIXES
 from t2i_align.demo import view
-from t2i_align.demo.page import DEVICE, Page, answered, guest, sampling_inputs
+from t2i_align.demo.page import DEVICE, Page, answered, sampling_inputs
 from t2i_align.demo.session import prompts_of, rows_of
 from t2i_align.demo.studio import BASE, Drawn
 from t2i_align.demo.votes import MAX_SEGMENTS, Shown, segment_columns
@@ -21,11 +21,10 @@ DRAWN_FIRST = 6  # prompts that are there to draw pairs for
 
 def add(page: Page, tab: gradio.Tab) -> None:
     """Add the tab's contents."""
-    demo, name, known = page.demo, page.name, page.known
-    pair: gradio.State = gradio.State(None)
-    with gradio.Row():
-        page.name.render()
-        progress = gradio.HTML(elem_id="progress", scale=2)
+    demo, name = page.demo, page.name
+    # The page sends back which pair it shows: the server's idea of it may already be the next one.
+    pair = gradio.Textbox(visible="hidden")
+    progress = gradio.HTML(elem_id="progress")
     shown = gradio.HTML(elem_id="pair", elem_classes="pair-area")
     with gradio.Row(visible=False, elem_id="segments") as segments:
         labels = [
@@ -41,25 +40,25 @@ def add(page: Page, tab: gradio.Tab) -> None:
         undo = gradio.Button("⌫ Undo", elem_id="vote-undo")
     keys = "Keys: ← → for a side, ↑ tie, ↓ both bad, ⌫ takes the last vote back. Each vote is saved at once."
     gradio.Markdown(keys, elem_classes="keys")
-    outputs = [known, name, pair, shown, progress, segments, *labels]
+    outputs = [pair, shown, progress, segments, *labels]
 
     def show(user: str) -> tuple[Any, ...]:
         following = demo.votes.next(user)
         done, total = demo.votes.progress(user)
         html = view.pair(demo.votes.images, following, total)
-        return user, user, following, html, view.progress(done, total), *_segments(following)
+        return following.key if following else "", html, view.progress(done, total), *_segments(following)
 
-    @answered
-    def enter(stored: str | None, request: gradio.Request) -> tuple[Any, ...]:
-        return show(page.user(stored or guest(), request))
+    def enter(typed: str, request: gradio.Request) -> tuple[Any, ...]:
+        return show(page.user(typed, request))
 
     def voting(choice: str) -> Any:
         @answered
-        def vote(following: Shown | None, typed: str, request: gradio.Request, *chosen: str | None) -> tuple[Any, ...]:
+        def vote(key: str, typed: str, request: gradio.Request, *chosen: str | None) -> tuple[Any, ...]:
             user = page.user(typed, request)
-            if following is not None:
-                own = segment_columns(chosen[: following.segments], following.segment_seconds)
-                demo.votes.vote(user, following, choice, own)
+            if key:
+                voted = demo.votes.shown(key)
+                own = segment_columns(chosen[: voted.segments], voted.segment_seconds)
+                demo.votes.vote(user, voted, choice, own)
             return show(user)
 
         return vote
@@ -73,8 +72,7 @@ def add(page: Page, tab: gradio.Tab) -> None:
 
     # Votes do not wait in the queue behind drawings.
     at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    gradio.on([page.blocks.load, tab.select], enter, known, outputs, api_name="enter", **at_once)
-    gradio.on([name.submit, name.blur], enter, name, outputs, api_visibility="private", **at_once)
+    page.on_user(tab, enter, outputs, api_name="enter")
     for choice, button in buttons.items():
         button.click(voting(choice), [pair, name, *labels], outputs, api_name=f"vote_{choice}", **at_once)
     undo.click(take_back, name, outputs, api_name="undo", **at_once)

@@ -66,6 +66,11 @@ class Shown:
     segments: int = 0
     segment_seconds: float = 0.0
 
+    @property
+    def key(self) -> str:
+        """What a page sends back with a vote: the pair and which candidate was on the left."""
+        return f"{self.id} {self.left}"
+
 
 class Votes:
     """The votes in `folder`, which this process alone writes; see `opened`."""
@@ -124,20 +129,28 @@ class Votes:
         with self._lock:
             waiting = [key for key in self._pairs if key not in self._voted.get(user, ()) and key not in self.unusable]
             for key in sorted(waiting, key=lambda key: stable_seed("order", user, key)):
-                pair = self._pairs[key]
                 try:
-                    left, right = self._shown(pair)
-                    parts, seconds = self._segments(left, right)
+                    found.append(self._shown(self._pairs[key], swapped=stable_seed("side", user, key) % 2 == 1))
                 except (ImageError, OSError) as error:
                     self.unusable[key] = str(error)
                     continue
-                models = pair.models
-                if stable_seed("side", user, key) % 2:
-                    left, right, models = right, left, (models[1], models[0])
-                found.append(Shown(key, pair.prompt, left, right, models, parts, seconds))
                 if len(found) == count:
                     break
         return found
+
+    def shown(self, key: str) -> Shown:
+        """The pair that a page shows, by its `Shown.key`.
+
+        Raises:
+            UserError: there is no such pair.
+        """
+        name, _, left = key.partition(" ")
+        with self._lock:
+            if name in self._pairs:
+                sides = [self._shown(self._pairs[name], swapped=swapped) for swapped in (False, True)]
+                if found := next((one for one in sides if one.left == left), None):
+                    return found
+        raise UserError(f"no pair {shown(key)} to vote on")
 
     def vote(self, user: str, pair: Shown, choice: str, columns: Mapping[str, Any] | None = None) -> bool:
         """Record a vote; False where this user has voted on the pair already, as from two windows.
@@ -197,12 +210,14 @@ class Votes:
         with self._lock:
             return list(self.rows)
 
-    def _shown(self, pair: Pair) -> tuple[str, str]:
-        """The names in `images/` of a pair's two candidates."""
+    def _shown(self, pair: Pair, *, swapped: bool) -> Shown:
+        """A pair with its second candidate on the left where it is swapped."""
         if pair.id not in self._names:
             left, right = (m if isinstance(m, str) else self.images.add(m) for m in pair.media)
             self._names[pair.id] = left, right
-        return self._names[pair.id]
+        step = -1 if swapped else 1
+        left, right = self._names[pair.id][::step]
+        return Shown(pair.id, pair.prompt, left, right, pair.models[::step], *self._segments(left, right))
 
     def _segments(self, left: str, right: str) -> tuple[int, float]:
         """How many segments a pair's clips have, and their length, which grows where they would be too many."""

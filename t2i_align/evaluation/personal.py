@@ -71,18 +71,26 @@ def liked(
 def win_rate(
     before: NDArray[np.float64], after: NDArray[np.float64], *, margin: float = 0.0, seed: int = 0
 ) -> UserRate:
-    """How often users prefer the one to the other, of scores [users, prompts]; ties are half a win.
+    """How often users prefer the one to the other; ties are half a win.
+
+    before, after: scores [users, prompts], or [runs, users, prompts] of several training seeds, which are averaged.
 
     Raises:
         UserError: shapes that differ, or fewer than two users or prompts.
     """
-    if before.shape != after.shape or before.ndim != 2 or min(before.shape) < 2:
+    if before.shape != after.shape or before.ndim not in (2, 3) or min(before.shape[-2:]) < 2:
         raise UserError(f"scores: expected two arrays of users x prompts, found {before.shape} and {after.shape}")
     won = outcomes(before, after, margin=margin)
+    won = won.mean(0) if won.ndim == 3 else won
+    return UserRate(rate=float(won.mean()), interval=crossed_interval(won, seed), by_user=tuple(won.mean(1)))
+
+
+def crossed_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
+    """95 % interval of the mean of values [users, prompts] over other users and other prompts."""
     rng = np.random.default_rng(seed)
-    users, prompts = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in won.shape)
-    low, high = np.quantile(np.einsum("ru,up,rp->r", users, won, prompts, optimize=True), [1 - TAIL, TAIL])
-    return UserRate(rate=float(won.mean()), interval=(float(low), float(high)), by_user=tuple(won.mean(1)))
+    users, prompts = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in values.shape)
+    low, high = np.quantile(np.einsum("ru,up,rp->r", users, values, prompts, optimize=True), [1 - TAIL, TAIL])
+    return float(low), float(high)
 
 
 def identification(embeddings: Sequence[Tensor], top: int = 1) -> tuple[float, Interval]:

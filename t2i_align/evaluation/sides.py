@@ -7,6 +7,7 @@ FOLDER/.writing_evaluation-SETTINGS/SIDE-WEIGHTS.jsonl    a line per sample: its
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from t2i_align.data.media import save_clip
 from t2i_align.evaluation.report import keep
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST, Sample, in_background, judge, sample, save_image
+from t2i_align.inference.generate import LIST, Sample, in_background, is_whole, judge, sample, save_image
 from t2i_align.inference.options import memory_for
 from t2i_align.utils.files import WRITING, append_line, json_lines, whole_lines, write_text
 
@@ -46,7 +47,8 @@ def measure(
     saved: Path | None = None,
     **options: Any,
 ) -> list[Row]:
-    """The sha256 of each row's sample and its scores; what an earlier attempt has done is taken from its file.
+    """The sha256 of each row's sample and its scores; what an earlier attempt has done is taken from its file, up to
+    the first row whose image is lost.
 
     Args:
         side: "base" or "aligned". weights: what identifies its weights.
@@ -56,7 +58,15 @@ def measure(
     file = work / f"{side}-{weights}.jsonl"
     for other in {*work.glob(f"{side}-*.jsonl")} - {file}:  # the weights have changed meanwhile
         other.unlink()
-    done = whole_lines(file)
+    done, ending = whole_lines(file), ".mp4" if pipeline.video else ".png"
+
+    def kept(row: int) -> bool:
+        own = saved is None or is_whole(saved / side / f"{row:05d}{ending}")
+        return own and is_whole(work / f"{side}-{row:06d}{ending}")
+
+    if (whole := next((row for row in range(len(done)) if not kept(row)), len(done))) < len(done):
+        done = done[:whole]
+        write_text(file, json_lines(done))
     bar.set_description(side)
     bar.update(len(done))
 
@@ -82,6 +92,12 @@ def measure(
             done += new
             bar.update(len(part))
     return done
+
+
+def copy_side(side: str, source: Path, folder: Path) -> None:
+    """Copy what `measure` has left of a side, if anything, from one folder to another."""
+    for file in source.glob(f"{side}-*"):
+        shutil.copyfile(file, folder / file.name)
 
 
 def save_sample(sample: Sample, folder: Path, row: int, fps: float) -> None:

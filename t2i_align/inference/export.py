@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from t2i_align import __version__
 from t2i_align.errors import UserError
 from t2i_align.inference.models import LORA_ENDING, adapter_on, load_pipeline, resolve_adapter, resolve_base, run_of
 from t2i_align.inference.options import PRECISIONS
+from t2i_align.utils.files import atomic_file
 
 
 def export_lora(
@@ -47,8 +46,6 @@ def export_lora(
     origin = {"t2i_align.base": base.path, "t2i_align.version": __version__}
     if isinstance(objective := (run_of(adapter) or {}).get("objective"), dict):
         origin["t2i_align.objective"] = str(objective.get("name"))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with adapter_on(pipeline, adapter), tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        options: dict[str, Any] = {"dtype": PRECISIONS[precision], "metadata": origin}
-        os.replace(pipeline.save_lora(folder, naming=format, **options), file)
+    with adapter_on(pipeline, adapter), atomic_file(file) as temporary:
+        pipeline.save_lora(temporary, format, dtype=PRECISIONS[precision], metadata=origin)
     return file

@@ -21,6 +21,7 @@ from t2i_align.errors import UserError
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_base, with_base
 from t2i_align.inference.options import check_options, memory_for, resolve_prompts, use_precision
 from t2i_align.inference.users import resolve_user, user_on
+from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from reward_scorers import Scorer
 
 TOTAL = ""  # the key of a score itself, beside the names of its parts
-LIST = "samples.jsonl"
+LIST, PART = "samples.jsonl", ".part-"
 ClipFormat = Literal["mp4", "webm", "gif", "webp", "frames"]
 ENDINGS = (".png", *(f".{kind}" for kind in get_args(ClipFormat) if kind != "frames"), "")
 NAME = re.compile(rf"\d{{5,}}({'|'.join(map(re.escape, ENDINGS))})")
 FRAME = re.compile(r"\d{5,}\.png")
+PNG_END = b"IEND\xaeB`\x82"
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -122,7 +124,8 @@ def generate(
     With `out=None` nothing is written, and the images are returned: PIL images, or clips [F, 3, H, W] of 8 bits.
 
     Models that make clips write `00000.mp4` … or another `format`. Each file is complete before its line is written,
-    so an interrupted run leaves a usable shorter list.
+    so an interrupted run leaves a usable shorter list. Under torchrun the processes share the batches, each in a hidden
+    folder of its own, and the first one joins them at the end; as many have to continue an interrupted run.
 
     Args:
         model: diffusers folder, single file, Hub id, `testbed:sd`, a loaded pipeline, or the folder of a training run
@@ -171,9 +174,9 @@ def generate(
     run_or_model = model if isinstance(model, str | Path) else None
     base_path, adapter = with_base(run_or_model, lora)
     served = resolve_user(adapter, user, users, user_scale)
-    folder, autocast = None if out is None else Path(out).expanduser(), None
+    folder, autocast, processes = None if out is None else Path(out).expanduser(), None, Distributed()
     if folder is not None:
-        _earlier_run(folder, force, len(texts) * per_prompt)
+        _earlier_run(folder, force, range(len(texts) * per_prompt))
     if isinstance(model, str | Path):
         version = {"revision": revision, "variant": variant, "single_file_config": single_file_config}
         version |= {"expert": expert, "prediction_type": prediction_type}
@@ -201,12 +204,17 @@ def generate(
         with adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
             drawn = _drawn(pipeline, rows, 0, batch_size, progress, options)
             return [item for _, _, samples in drawn for item in samples]
+    whole = folder
+    if processes.world > 1:
+        folder = whole / f"{PART}{processes.rank}-of-{processes.world}"
+    own = [i for i in range(len(rows)) if i // batch_size % processes.world == processes.rank]
+    rows = [rows[i] for i in own]
     with output_lock(folder), adapter_on(pipeline, adapter, lora_scale), user_on(pipeline, served, guidance):
-        earlier = _earlier_run(folder, force, len(rows))  # another one may have come and gone meanwhile
+        earlier = _earlier_run(folder, force, own)  # another one may have come and gone meanwhile
         done = 0 if force else _done(folder, rows, columns)
 
         def save(start: int, batch: Sequence[tuple[str, int]], samples: Sequence[Sample]) -> None:
-            for index, ((text, number), item) in enumerate(zip(batch, samples, strict=True), start):
+            for index, (text, number), item in zip(own[start:], batch, samples, strict=False):
                 file = folder / f"{index:05d}{ending if isinstance(item, Tensor) else '.png'}"
                 if isinstance(item, Tensor):
                     save_clip(item, file, fps or pipeline.fps)
@@ -221,7 +229,25 @@ def generate(
                         shutil.rmtree(file) if file.is_dir() else file.unlink()
                     (folder / LIST).write_bytes(b"")
                 run(save, start, batch, samples)
-    return folder / LIST
+    processes.gather(None)  # waits for all of them
+    if processes.rank == 0:
+        if processes.world > 1:
+            _join(whole, f"{PART}*-of-{processes.world}", _earlier_run(whole, force, range(len(texts) * per_prompt)))
+        for part in whole.glob(f"{PART}*"):
+            shutil.rmtree(part)
+    return whole / LIST
+
+
+def _join(folder: Path, parts: str, earlier: Sequence[Path]) -> None:
+    """Copy what the processes have made, each in its own folder, as one would have made it; a kill leaves both."""
+    for file in earlier:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    (folder / LIST).write_bytes(b"")
+    made = [(part / row["file"], row) for part in folder.glob(parts) for row in whole_lines(part / LIST)]
+    for file, row in sorted(made, key=lambda one: int(one[0].stem)):
+        copy: Callable[..., Any] = shutil.copytree if file.is_dir() else shutil.copyfile
+        copy(file, folder / file.name)
+        append_line(folder / LIST, row)
 
 
 def _drawn(
@@ -266,17 +292,26 @@ def save_image(image: Image.Image, file: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
+def is_whole(file: Path) -> bool:
+    """Whether a sample that was saved is there, an image to its end: where the power fails, it may be cut."""
+    if not file.is_file() or file.suffix != ".png":
+        return file.exists()
+    with open(file, "rb") as stream:
+        stream.seek(max(0, file.stat().st_size - len(PNG_END)))
+        return stream.read() == PNG_END
+
+
+def _earlier_run(folder: Path, force: bool, new: Sequence[int]) -> list[Path]:
     """The files that an earlier run listed, and one that a kill kept out of its list.
 
     Raises:
         UserError: the folder holds something else than the beginning of `new` samples and `force` is not set, or one of
-            them would replace a file that is not of such a run.
+            them would replace a file that is not of such a run. new: their numbers.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; expected a folder")
     names = {file.name for file in folder.iterdir() if file.name[0] != "."} if folder.is_dir() else set()
-    unfinished = LIST in names and len(whole_lines(folder / LIST, repair=False)) < new
+    unfinished = LIST in names and len(whole_lines(folder / LIST, repair=False)) < len(new)
     if names and not (force or unfinished):
         raise UserError(f"{folder}: not empty; choose another folder, or force (--force) to replace its images")
     own: set[str] = set()
@@ -285,9 +320,10 @@ def _earlier_run(folder: Path, force: bool, new: int) -> list[Path]:
         if any(not row.keys() >= {"prompt", "seed", "file", "model", "lora"} for row in rows):
             raise UserError(f"{folder / LIST}: is not the list of an earlier run; choose another folder")
         listed = {str(row["file"]) for row in rows if NAME.fullmatch(str(row["file"]))}
-        own = names & {*listed, *(f"{len(rows):05d}{ending}" for ending in ENDINGS)}
+        coming = new[len(rows)] if len(rows) < len(new) else len(rows)
+        own = names & {*listed, *(f"{coming:05d}{ending}" for ending in ENDINGS)}
         own -= {name for name in own if (folder / name).is_dir() and not _only_frames(folder / name)}
-    wanted = {f"{index:05d}{ending}" for index in range(new) for ending in ENDINGS}
+    wanted = {f"{index:05d}{ending}" for index in new for ending in ENDINGS}
     if foreign := sorted(names & wanted - own):
         raise UserError(f"{folder / foreign[0]}: is not of an earlier run; choose another folder")
     return [folder / name for name in own]
@@ -303,8 +339,8 @@ def _done(folder: Path, rows: Sequence[tuple[str, int]], columns: Mapping[str, A
     for line, (text, seed) in zip(listed, rows, strict=False):
         wanted = {"prompt": text, "seed": seed, **columns}
         other = [name for name, value in wanted.items() if line.get(name) != value]
-        if other or not (folder / str(line["file"])).exists():
-            what = f"with another {other[0]}" if other else f"of which {line['file']} is missing"
+        if other or not is_whole(folder / str(line["file"])):
+            what = f"with another {other[0]}" if other else f"of which {line['file']} is missing or cut"
             raise UserError(
                 f"{folder}: not empty: it holds the beginning of a run {what}; choose another folder, or force "
                 "(--force) to replace its images"

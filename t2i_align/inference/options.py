@@ -17,7 +17,7 @@ from t2i_align.data import tables
 from t2i_align.errors import UserError, unknown
 from t2i_align.plugins import find_scorer
 from t2i_align.utils.distributed import Distributed
-from t2i_align.utils.files import parse_json
+from t2i_align.utils.parsing import parse_json
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer

@@ -9,7 +9,7 @@ from typing import Any
 
 from t2i_align import __version__
 from t2i_align.errors import UserError
-from t2i_align.inference.models import resolve_aligned, run_of
+from t2i_align.inference.models import is_checkpoint, load_pipeline, resolve_aligned, run_of
 from t2i_align.utils.files import atomic_folder
 
 README = "README.md"
@@ -69,7 +69,9 @@ def push(
 
 
 def _fill(folder: Path, weights: Path, card: str) -> None:
-    if weights.is_dir():
+    if is_checkpoint(weights):  # of all weights: what resumes a run is of no use to others
+        load_pipeline(weights, device="cpu").save(folder)
+    elif weights.is_dir():
         shutil.copytree(weights, folder, dirs_exist_ok=True)
     else:
         shutil.copy(weights, folder / weights.name)

@@ -28,7 +28,7 @@ from PIL import Image
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import in_background, sample, sample_seed, save_image
+from t2i_align.inference.generate import in_background, is_whole, sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
@@ -153,7 +153,7 @@ class _Work:
         name = self.models[model]
         own = (i for block in self.own for i, reason in block.items() if not reason)
         wanted = [(i, k) for i in own for k in range(self.per_prompt)]
-        rows = [(i, k) for i, k in wanted if not self._image(i, model, k).exists()]
+        rows = [(i, k) for i, k in wanted if not is_whole(self._image(i, model, k))]
         if not rows:
             return
         aligned = resolve_aligned(name)

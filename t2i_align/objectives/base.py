@@ -43,6 +43,7 @@ class Requirements:
     reference: the reference is called. features: `reference.features` is called.
     lists: whole groups are passed. columns: optional columns (`schema.COLUMNS`) that the batch must have.
     scorer: the objective has a `scorer`, and learns from prompts alone.
+    uneven: how often the denoiser runs depends on the samples.
     """
 
     candidates: int = 1
@@ -53,6 +54,7 @@ class Requirements:
     lists: bool = False
     columns: tuple[str, ...] = ()
     scorer: bool = False
+    uneven: bool = False
 
     def __str__(self) -> str:
         """One phrase for `t2i-align objectives`: the kind of data, its columns, the reference."""

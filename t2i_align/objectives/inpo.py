@@ -10,6 +10,7 @@ by up to `levels` calls without gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from t2i_align.data.schema import Batch, Model
@@ -41,6 +42,7 @@ class InPO(DiffusionDPO):
     name = "inpo"
     paper = "arXiv 2503.18454"
     config = "sd15_inpo.yaml"
+    needs = replace(DiffusionDPO.needs, uneven=True)
 
     def noised(self, policy: Model, reference: Model, batch: Batch, rng: SampleRNG) -> Noised:
         return inverted_noise(

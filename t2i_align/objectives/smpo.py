@@ -44,7 +44,7 @@ class SmPO(InPO):
     name = "smpo"
     paper = "arXiv 2506.02698"
     config = "sd15_smpo.yaml"
-    needs = Requirements(candidates=2, ties=False, reference=True, columns=("scores",))
+    needs = Requirements(candidates=2, ties=False, reference=True, columns=("scores",), uneven=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

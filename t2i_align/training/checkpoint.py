@@ -2,7 +2,8 @@
 
 checkpoints/step_000500/weights.safetensors    the trained parameters, and other weights that change (`ema.NAME`)
                         state.pt               optimiser, schedule, scaler, logged sums: plain tensors and numbers
-                        sha256.json            of both files: a damaged or exchanged one is refused
+                        sha256.json            of both: a damaged or exchanged file is refused
+                        shards/                where they are sharded, in place of weights and the optimiser's tensors
                         lora/ or soft_tokens/  the adapter as it was then, for use
 """
 
@@ -11,23 +12,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from t2i_align.errors import UserError
+from t2i_align.training import sharding
 from t2i_align.utils.arrow import sha256
 from t2i_align.utils.files import WRITING, atomic_folder, read_json, whole_lines, write_json, write_text
 
 FOLDER, KEPT = "checkpoints", "weights"  # KEPT: what `log.keep_weights` asks for, a folder a step, without a state
 NAME = re.compile(r"step_\d{6,}")
-WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256.json"
+WEIGHTS, STATE, SUMS, SHARDS = "weights.safetensors", "state.pt", "sha256.json", "shards"
+NOT_WRITTEN = "the checkpoint could not be written; earlier ones are untouched"
 LAYOUT = 6  # raised when the state gets other entries
 
 
@@ -44,24 +49,45 @@ def writing(folder: Path, what: str = "could not be written; resume=true writes 
 def save(
     run: Path,
     step: int,
-    weights: dict[str, Tensor],
+    weights: dict[str, Tensor] | Path,
     state: dict[str, Any],
     keep: int,
     export: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep`; returns its folder.
 
-    export: writes more into it.
+    weights: or the folder in which `save_shards` has written them. export: writes more into it.
     """
     folder = run / FOLDER / name_of(step)
-    with writing(folder, "the checkpoint could not be written; earlier ones are untouched") as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
+    with writing(folder, NOT_WRITTEN) as temporary:
+        if isinstance(weights, Path):
+            weights.rename(temporary / SHARDS)
+        else:
+            save_file({name: part.detach().cpu().contiguous() for name, part in weights.items()}, temporary / WEIGHTS)
         torch.save({"layout": LAYOUT, "step": step, **state}, temporary / STATE)
         write_json(temporary / SUMS, _sums(temporary))
         if export:
             export(temporary)
     for old in all_steps(run)[:-keep]:
         remove(old)
+    return folder
+
+
+def save_shards(run: Path, accelerator: Accelerator, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> Path:
+    """Write what is sharded, each process its part, and take the tensors out of the optimiser's state.
+
+    All processes call it; returns the folder, for `save`.
+    """
+    folder = run / FOLDER / f"{WRITING}{SHARDS}"
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        sharding.write(folder, weights, optimizer["state"])
+    except CheckpointException as error:
+        raise UserError(f"{folder}: {NOT_WRITTEN} ({error})") from error
+    optimizer["state"] = {}
     return folder
 
 
@@ -91,13 +117,15 @@ def run_of(path: Path) -> Path | None:
 
 def result(folder: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint that its run would end with: the average where it has one, else the policy's."""
-    weights = load_file(folder / WEIGHTS)
+    weights = sharding.read(folder / SHARDS)[0] if (folder / SHARDS).is_dir() else load_file(folder / WEIGHTS)
     average = {name.removeprefix("ema."): tensor for name, tensor in weights.items() if name.startswith("ema.")}
     return average or {name: tensor for name, tensor in weights.items() if not name.startswith("reference.")}
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and state of one checkpoint.
+def load(
+    folder: Path, own: Mapping[str, Tensor] | None = None, trained: Sequence[Tensor] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and state of one checkpoint. own, trained: see `sharding.read`.
 
     Raises:
         UserError: it is damaged, or was written by another version.
@@ -106,7 +134,10 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         if current := state["layout"] == LAYOUT:
             _check_unchanged(folder, state["step"])
-        weights = load_file(folder / WEIGHTS)
+        if (folder / SHARDS).is_dir():
+            weights, state["optimizer"]["state"] = sharding.read(folder / SHARDS, own or {}, trained)
+        else:
+            weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors, pickle and the file system each raise their own
         reason = str(error) or type(error).__name__
         raise UserError(
@@ -170,4 +201,5 @@ def _check_unchanged(folder: Path, step: int) -> None:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    return {name: sha256(folder / name) for name in (WEIGHTS, STATE)}
+    shards = sorted(f"{SHARDS}/{file.name}" for file in (folder / SHARDS).glob("*"))
+    return {name: sha256(folder / name) for name in (*(shards or [WEIGHTS]), STATE)}

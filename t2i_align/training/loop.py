@@ -20,7 +20,7 @@ from torch import Tensor
 from t2i_align.config import RunConfig
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
-from t2i_align.training import checkpoint
+from t2i_align.training import checkpoint, sharding
 from t2i_align.training.monitor import (
     Callbacks,
     Diverged,
@@ -80,9 +80,11 @@ class Loop:
         if config.optim.ema is not None:
             self.weights.variants["ema"] = average = older_policy(self.weights)
             self.ema = EMAModel(self.parameters, decay=config.optim.ema, foreach=True)
-            self.ema.shadow_params = list(average.tensors.values())
-        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash()}
-        self.network, self.optimizer = accelerator.prepare(task.weights.network, optimizer)
+            self.ema.shadow_params = sharding.local(list(average.tensors.values()))
+        self.same = {"data": task.fingerprint, "base model": task.weights.base_hash}
+        self.sharded = sharding.is_sharded(accelerator)  # in place, when the weights were named
+        self.network = task.weights.network if self.sharded else accelerator.prepare_model(task.weights.network)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.step = self.rollbacks = 0
         self.checked = False  # whether a step's gradient is known to reach what is trained
         self.went_back = False  # whether a rollback has led here
@@ -101,7 +103,9 @@ class Loop:
             UserError: the run has diverged too often. KeyboardInterrupt: it was interrupted, and its state is saved.
         """
         if self.log.trackers:
-            self.accelerator.init_trackers(self.log.project, config=flat(self.settings))
+            folder = Path(self.accelerator.project_dir)
+            options = {"wandb": {"dir": str(folder), "name": folder.name}}
+            self.accelerator.init_trackers(self.log.project, flat(self.settings), init_kwargs=options)
         if not self.resumed:
             for act in self.task.due(0, False):
                 self._record(act())
@@ -179,11 +183,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if report:
             torch._foreach_sub_(before, [parameter.detach() for parameter in self.parameters])  # needs no third copy
-            self.update_norm = torch.nn.utils.get_total_norm(before)
+            self.update_norm = sharding.whole(torch.nn.utils.get_total_norm(before))
         self.schedule.step()
         if self.ema:
-            self.ema.step(self.parameters)
-        norm = torch.as_tensor(norm, device=total.device).detach()
+            self.ema.step(sharding.local(self.parameters))
+        norm = torch.as_tensor(sharding.whole(norm), device=total.device).detach()
         if self.optimizer.step_was_skipped:  # fp16: the scaler met an infinite gradient, took no step and backs off
             norm = torch.zeros_like(norm)
         self.task.stepped(lambda: metrics.means(self.accelerator))
@@ -211,7 +215,7 @@ class Loop:
     def _resume(self) -> bool:
         """Continue from the newest complete checkpoint; whether there is one."""
         if saved := checkpoint.all_steps(self.output):
-            weights, state = checkpoint.load(saved[-1])
+            weights, state = self._load(saved[-1])
             checkpoint.check_continues(saved[-1], state, self.same, self.groups_per_step, self.train.steps)
             self._restore(weights, state)
         if self.accelerator.is_main_process:
@@ -236,7 +240,7 @@ class Loop:
         # Where the newest has led to divergence once more, it was spoilt before anything showed.
         spoilt = saved.pop() if self.went_back and len(saved) > 1 else None
         rollbacks = self.rollbacks + 1
-        self._restore(*checkpoint.load(saved[-1]))
+        self._restore(*self._load(saved[-1]))
         factor = 0.5 ** (rollbacks - self.rollbacks)  # from here on: schedule and optimiser keep it in their state
         self.schedule.base_lrs = [rate * factor for rate in self.schedule.base_lrs]
         for group in self.optimizer.param_groups:
@@ -264,27 +268,39 @@ class Loop:
         return {"optimizer": self.optimizer, "schedule": self.schedule, **scaler}
 
     def _save(self, stopping: bool = False, last: bool = False) -> None:
-        window = self.window.reduced(self.accelerator)
-        if self.accelerator.is_main_process:
-            state: dict[str, Any] = {
-                **{name: part.state_dict() for name, part in self._parts.items()},
-                "rollbacks": self.rollbacks,
-                "window": window,
-                "task": self.task.state(),
-                "same": self.same,
-                "groups_per_step": self.groups_per_step,
-            }
-            export = self.task.export if self.step else None  # at first there is nothing to use
-            keep = self.log.keep_checkpoints
-            saved = checkpoint.save(self.output, self.step, self.weights.state(), state, keep, export)
-            if export and not last:  # when the run has ended, it writes that itself
-                export(self.output, whole=stopping)
-            if self.callbacks.on_save:
-                self.callbacks.on_save(self.step, saved)
+        window, weights = self.window.reduced(self.accelerator), self.weights.state()
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        shards: Path | None = None
+        if self.sharded:
+            shards = checkpoint.save_shards(self.output, self.accelerator, weights, parts["optimizer"])
+        with self.task.exporting(whole=stopping):
+            if self.accelerator.is_main_process:
+                state: dict[str, Any] = {
+                    **parts,
+                    "rollbacks": self.rollbacks,
+                    "window": window,
+                    "task": self.task.state(),
+                    "same": self.same,
+                    "groups_per_step": self.groups_per_step,
+                }
+                export = self.task.export if self.step else None  # at first there is nothing to use
+                keep = self.log.keep_checkpoints
+                saved = checkpoint.save(self.output, self.step, shards or weights, state, keep, export)
+                if export and not last:  # when the run has ended, it writes that itself
+                    export(self.output, whole=stopping)
+                if self.callbacks.on_save:
+                    self.callbacks.on_save(self.step, saved)
         self.accelerator.wait_for_everyone()
+
+    def _load(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return checkpoint.load(folder, self.weights.state(), self.parameters)
 
     def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.weights.load_state(weights)
+        states = state["optimizer"]["state"]
+        for i, values in states.items():
+            like = self.parameters[i]
+            states[i] = {key: sharding.placed(value, like) for key, value in values.items()}
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         device = self.accelerator.device

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Those that are not torch's own: where they are found, and the extra that brings them.
 OTHERS = {
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "adamw8bit_torchao": ("torchao.optim", "AdamW8bit", "torchao"),
     "prodigy": ("pytorch_optimizer", "Prodigy", "optimizers"),
     "lion": ("pytorch_optimizer", "Lion", "optimizers"),
 }

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.options import use_precision
-from t2i_align.training import checkpoint
+from t2i_align.training import checkpoint, sharding
 from t2i_align.training.progress import LOG_FILE, write
 from t2i_align.utils.files import WRITING, differences, holds, output_lock, write_text
 from t2i_align.utils.settings import read_yaml
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
 
 RUN_FILE = "run.yaml"
-# These replace the parameters that optimiser, reference and checkpoints hold.
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @contextmanager
@@ -55,8 +53,7 @@ def open_run(
         log_with=list(config.log.trackers) or None,
         project_dir=output,
     )
-    if accelerator.distributed_type in SHARDED:
-        raise UserError(f"launched as {accelerator.distributed_type.value}, expected one process or several under DDP")
+    sharding.start(accelerator, config)
     # The main process holds the folder for all; they wait until it has checked that it may.
     with output_lock(output, first=accelerator.is_main_process):
         try:

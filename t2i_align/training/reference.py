@@ -18,13 +18,13 @@ same noise the difference is known far better than either error, and only the in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i_align.conditioning.personal import NAME as PERSONAL
 from t2i_align.config import RunConfig, TrainConfig
@@ -34,7 +34,15 @@ from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.kto import liked_candidates
-from t2i_align.training.weights import Weights, adapters_off, dropout_off, frozen_copy, older_policy, tensors_hash
+from t2i_align.training.weights import (
+    Variant,
+    Weights,
+    adapters_off,
+    dropout_off,
+    frozen_copy,
+    older_policy,
+    tensors_hash,
+)
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -56,7 +64,7 @@ class Reference:
     def fingerprint(self) -> str:
         """A hash of its weights, before training: of the frozen base, and of an adapter that is part of it."""
         variant = self.weights.variants["reference"]
-        parts = [self.weights.base_hash()]
+        parts = [self.weights.base_hash]
         if variant.tensors:
             parts.append(tensors_hash(variant.tensors))
         return " ".join(parts)
@@ -68,21 +76,28 @@ class Reference:
 
 
 def build_reference(
-    train: TrainConfig, pipeline: TrainablePipeline, *, needed: bool = True, adapted: bool = False
+    train: TrainConfig,
+    pipeline: TrainablePipeline,
+    *,
+    needed: bool = True,
+    adapted: bool = False,
+    shard: Callable[[nn.Module], None] = lambda network: None,
 ) -> Reference:
     """The reference, of the base weights: build it before a checkpoint is loaded into the policy.
 
     needed: False for objectives without one, so that no second denoiser is kept. adapted: the model before training is
-    the base with the LoRA as it is now.
+    the base with the LoRA as it is now. shard: divides the denoiser, and a copy of it, among processes.
     """
-    reference, denoiser, updated = Reference(pipeline), pipeline.denoiser, train.reference_update is not None
+    denoiser, updated = pipeline.denoiser, train.reference_update is not None
     adapter = bool(getattr(denoiser, "peft_config", None)) or hasattr(denoiser, PERSONAL)
+    copied: Variant | None = None
     if needed and (train.reference in ("copy", "offloaded_copy") or not adapter):
         options = {"offload": train.reference == "offloaded_copy", "compile": train.compile, "updated": updated}
-        variant = frozen_copy(denoiser, dtype=PRECISIONS[train.precision], **options)
-        reference.weights.variants["reference"] = variant
-    elif needed:
-        older = older_policy(reference.weights) if updated or adapted else adapters_off(denoiser)
+        copied = frozen_copy(denoiser, dtype=PRECISIONS[train.precision], shard=shard, **options)
+    shard(denoiser)
+    reference = Reference(pipeline)
+    if needed:
+        older = copied or (older_policy(reference.weights) if updated or adapted else adapters_off(denoiser))
         reference.weights.variants["reference"] = older
     return reference
 

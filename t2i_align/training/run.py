@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import config as configuration
+from t2i_align.conditioning import personal, segments
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
@@ -39,6 +41,7 @@ from t2i_align.training.reference import build_reference
 from t2i_align.training.report import write_report
 from t2i_align.training.result import RunResult
 from t2i_align.training.rewards import Rewarder, differentiable_scorer
+from t2i_align.training.sharding import shard
 from t2i_align.training.stored_errors import check_stored, open_errors
 from t2i_align.training.trainer import Alignment
 from t2i_align.training.validation import Validation
@@ -49,7 +52,7 @@ LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders suc
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
     "resume", "plugins", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
-    "train.batch_size", "train.accumulate",
+    "train.batch_size", "train.accumulate", "train.shard",
 )  # fmt: skip
 MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
@@ -145,7 +148,10 @@ def _align(
     elif config.data.cache and not config.data.stream and loaded is None:
         pipeline.drop_encoders()
     adapted = config.lora is not None and config.lora.init is not None
-    reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted)
+    reference = build_reference(
+        config.train, pipeline, needed=config.objective.needs.reference, adapted=adapted,
+        shard=partial(shard, accelerator),
+    )  # fmt: skip
     if config.train.compile:
         pipeline.denoiser.compile()  # in place, so that policy and adapter-off reference are the same compiled module
     rewarder = Rewarder(pipeline, scorer, getattr(config.objective, "latent_frames", None)) if scorer else None
@@ -164,9 +170,10 @@ def _align(
     if task.best:
         task.best.restore()
     weights = None
-    if accelerator.is_main_process:
-        weights = task.export(output, whole=True)
-        write_report(output)
+    with task.exporting(whole=True):
+        if accelerator.is_main_process:
+            weights = task.export(output, whole=True)
+            write_report(output)
     accelerator.wait_for_everyone()  # gloo aborts when one process leaves while another still talks
     return RunResult(output_dir=output, weights=weights or output / config.trains, steps=loop.step, metrics=metrics)
 
@@ -270,8 +277,8 @@ def _encoders(config: RunConfig, pipeline: TrainablePipeline) -> str:
     model = checkpoint_options(config.model)
     del model["expert"], model["prediction_type"], model["quantize"]  # experts share their encoders
     parts = [pipelines.encoder_fingerprint(**model)]
-    if config.model.segments:
-        parts.append(f"segments {config.model.segments}")
+    if segmented := segments.fingerprint(pipeline):
+        parts.append(segmented)
     if pipeline.large_encoders and LARGE_DTYPES[config.train.precision] != torch.float32:
         parts.append(f"{' and '.join(pipeline.large_encoders)} in bf16")
     return ", ".join([*parts, "with sizes"] if pipeline.size_conditioned else parts)
@@ -294,6 +301,8 @@ def prepare_denoiser(
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
     TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
+    if users is not None and users.config.pretrain:
+        users.pretrain(getattr(pipeline.denoiser, personal.NAME).encoder)
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
@@ -322,6 +331,8 @@ def describe(
     warning = "fewer train.steps or more data; validation.data with other pairs shows when that begins"
     many = passes > MANY_PASSES and not isinstance(source, PromptDataset)
     note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if many else ""
+    if 0 < train.steps <= (warm := config.optim.warmup_steps):
+        note += f"\nwarning    optim.lr is not reached: optim.warmup_steps={warm}, train.steps={train.steps}"
     watched = f"\nheld out   {config.validation.data}: {held_out.counts['groups']} groups" if held_out else ""
     left_out = f", without {len(unreached)} that get no gradient, as {min(unreached)}" if unreached else ""
     return f"""\

@@ -38,7 +38,7 @@ class OptimConfig:
     """
 
     lr: Positive = 1e-4
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adamw8bit_torchao", "adafactor", "prodigy", "lion"] = "adamw"
     betas: Annotated[tuple[Decay, Decay], Field(description="two numbers in [0, 1)")] = (0.9, 0.999)
     weight_decay: NonNegative = 1e-2
     schedule: Schedule = "constant_with_warmup"
@@ -78,6 +78,7 @@ class TrainConfig:
     timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
     caption_dropout: share of groups trained with the empty prompt, decided once per group.
     store_reference: keep the reference's errors in the cache's folder, for other runs on the same noise.
+    shard: divide weights, gradients and optimiser states among the processes (FSDP2).
     """
 
     steps: Count = 1000
@@ -96,6 +97,7 @@ class TrainConfig:
     gradient_checkpointing: Bool = False
     attention: str = "native"
     compile: Bool = False
+    shard: Bool = False
 
 
 @settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class Task(ABC):
         whole: also what takes long to write.
         """
         return None
+
+    def exporting(self, whole: bool = False) -> AbstractContextManager[None]:
+        """Entered by all processes where the main one calls `export`, so that they can gather what is sharded."""
+        return nullcontext()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides weights and optimiser: tensors and plain values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from t2i_align.training.guards import Best
 from t2i_align.training.monitor import MetricAverager
 from t2i_align.training.reference import Reference, ReferenceUpdate, Winners
 from t2i_align.training.report import write_report
+from t2i_align.training.sharding import is_sharded
 from t2i_align.training.stored_errors import RecallingReference, StoredErrors
 from t2i_align.training.task import Task
 from t2i_align.training.weights import dropout_off
@@ -141,9 +143,16 @@ class Alignment(Task):
             written = TRAINED[name].save(self.pipeline, temporary, PRECISIONS[lora.save_precision] if lora else None)
         return folder / name / written.relative_to(temporary)
 
+    def exporting(self, whole: bool = False) -> AbstractContextManager[None]:
+        model = self.config.trains == "model"
+        if model and not whole:
+            return nullcontext()
+        return self.weights.gathered(keep=self.accelerator.is_main_process, everything=model)
+
     def _keep(self, step: int) -> dict[str, float]:
-        if self.accelerator.is_main_process:
-            self.export(Path(self.config.output_dir) / KEPT / name_of(step), whole=True)
+        with self.exporting(whole=True):
+            if self.accelerator.is_main_process:
+                self.export(Path(self.config.output_dir) / KEPT / name_of(step), whole=True)
         self.accelerator.wait_for_everyone()
         return {}
 
@@ -159,7 +168,7 @@ class Alignment(Task):
 
     def _validate(self, step: int) -> dict[str, float]:
         scores: dict[str, float] = {}
-        if self.validate and self.accelerator.is_main_process:
+        if self.validate and (self.accelerator.is_main_process or is_sharded(self.accelerator)):
             with self.weights.using(self.weights.result):
                 scores = self.validate(self.pipeline, step)
         self.accelerator.wait_for_everyone()

@@ -75,8 +75,10 @@ class Validation:
             frames=self.frames,
             autocast=self.autocast,
         )
+        scores: dict[str, float] = {}
+        if not self.accelerator.is_main_process:  # which draws only to give its part of sharded weights
+            return scores
         self._show(pixels, step, pipeline)
-        scores = {}
         for scorer in self.scorers:
             with torch.no_grad():
                 total, parts = scorer.judge(pixels, self.prompts)

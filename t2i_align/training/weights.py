@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import cpu_offload
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from t2i_align.conditioning.personal import Personal
 from t2i_align.errors import UserError
+from t2i_align.training.sharding import exchanged, placed, whole
 
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # autocast rounds their weights at each call
 
@@ -34,12 +37,14 @@ class Variant:
 
     network: that has them, with `changes`: (owner, attribute, value), collected once, as a walk over the modules of a
     large network takes as long as many of its kernels. tensors: those that change during training, and so belong in a
-    checkpoint, by the names of the trained parameters.
+    checkpoint, by the names of the trained parameters. replaced: the parameters that take their values, where these are
+    sharded.
     """
 
     network: nn.Module
     changes: Sequence[tuple[object, str, Any]] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
@@ -48,7 +53,9 @@ class Variant:
         try:
             for owner, name, value in self.changes:
                 setattr(owner, name, value)
-            yield self.network
+            own = [self.tensors[name] for name in self.replaced]
+            with exchanged(list(self.replaced.values()), own) if own else nullcontext():
+                yield self.network
         finally:
             for (owner, name, _), value in zip(self.changes, before, strict=True):
                 setattr(owner, name, value)
@@ -82,8 +89,27 @@ class Weights:
         for key, tensor in self.variants[name].tensors.items():
             tensor.copy_(tensors[key])
 
+    @contextmanager
+    def gathered(self, *, keep: bool, everything: bool = False) -> Iterator[None]:
+        """Inside, `using(self.result)` has whole tensors in CPU memory in place of sharded ones, to be saved.
+
+        All processes enter it together. keep: this one saves. everything: not only what is trained.
+        """
+        name, policy = self.result, dict(self.network.named_parameters()) if everything else self.policy
+        tensors = {**policy, **self.variants[name].tensors}
+        parts = {key: tensor.detach() for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        all_of = ((key, whole(part)) for key, part in parts.items())
+        full = {key: nn.Parameter(tensor.cpu(), requires_grad=False) for key, tensor in all_of if keep}
+        before = self.variants[name]
+        self.variants[name] = Variant(self.network, in_place_of(self.network, full)) if full else before
+        try:
+            yield
+        finally:
+            self.variants[name] = before
+
+    @cached_property
     def base_hash(self) -> str:
-        """Of what the training starts from: the frozen parameters, or all where none is frozen."""
+        """Of what the training starts from, when it is first asked: the frozen parameters, or all if none is frozen."""
         parameters = dict(self.network.named_parameters())
         frozen = {name: parameter for name, parameter in parameters.items() if name not in self.policy}
         return tensors_hash(frozen or parameters)
@@ -100,16 +126,23 @@ class Weights:
         if missing := set(own) - set(state):
             raise UserError(f"the checkpoint lacks {len(missing)} trained tensors, as {min(missing)}")
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(placed(state[name], tensor))
 
 
 def older_policy(weights: Weights) -> Variant:
     """The network without dropout and with other tensors in place of the trained ones, at first copies of these."""
     network = weights.network
     tensors = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in weights.policy.items()}
-    places = [(*name.rpartition("."), parameter) for name, parameter in tensors.items()]
-    swapped = [(network.get_submodule(path), leaf, parameter) for path, _, leaf, parameter in places]
-    return Variant(network, [*swapped, *dropout_off(network).changes], tensors)
+    still = dropout_off(network).changes
+    if any(isinstance(parameter, DTensor) for parameter in tensors.values()):
+        return Variant(network, still, tensors, weights.policy)
+    return Variant(network, [*in_place_of(network, tensors), *still], tensors)
+
+
+def in_place_of(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[tuple[object, str, Any]]:
+    """The changes that put parameters in the places of the network's own of these names."""
+    places = [(*name.rpartition("."), parameter) for name, parameter in parameters.items()]
+    return [(network.get_submodule(path), leaf, parameter) for path, _, leaf, parameter in places]
 
 
 def adapters_off(network: nn.Module) -> Variant:
@@ -132,7 +165,7 @@ def dropout_off(network: nn.Module) -> Variant:
 
 def frozen_copy(
     network: nn.Module, *, offload: bool = False, compile: bool = False, updated: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, shard: Callable[[nn.Module], None] | None = None,
 ) -> Variant:  # fmt: skip
     """A copy of the network without its adapters, on its device or in CPU memory and streamed there layer by layer.
 
@@ -140,6 +173,7 @@ def frozen_copy(
         compile: the policy is compiled, so the copy has to be: equal weights must give equal predictions.
         updated: it will be overwritten.
         dtype: that of autocast: what it would round to this at each call is kept so, in half the memory.
+        shard: divides the copy among processes.
     """
     device = next(network.parameters()).device
     # In the policy's own mode, so that equal weights give equal predictions to the last bit.
@@ -151,6 +185,8 @@ def frozen_copy(
             module.off = True
         elif isinstance(module, CAST) and dtype != torch.float32:
             module.to(dtype)
+    if shard:
+        shard(twin)
     tensors = {name: parameter.detach() for name, parameter in twin.named_parameters()}
     if offload:
         # What is streamed is read from here, so that it can be overwritten, too.
@@ -175,7 +211,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """A quantised tensor's parts, or the tensor itself."""
+    """A quantised tensor's parts, or the tensor itself, gathered from all processes."""
+    tensor = whole(tensor)
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from t2i_align.errors import UserError
+from t2i_align.utils.parsing import as_object, parse_json
 
 WRITING = ".writing_"
 LOCK = f"{WRITING}lock"
@@ -229,21 +230,6 @@ def read_bytes(file: str | Path) -> bytes:
         return Path(file).read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def parse_json(text: str | bytes, origin: str) -> Any:
-    """A JSON value, in UTF-8 where it is bytes; raises UserError, which names `origin`, for anything else."""
-    try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON: {error}") from error
-
-
-def as_object(value: Any, origin: str, expected: str = "an object") -> dict[str, Any]:
-    """The value if it is a JSON object; raises UserError, which names `origin`, for anything else."""
-    if not isinstance(value, dict):
-        raise UserError(f"{origin}: expected {expected}, found {type(value).__name__}")
-    return value
 
 
 @contextmanager

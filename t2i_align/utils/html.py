@@ -19,7 +19,7 @@ MOST_POINTS = 150  # of a line; longer ones are averaged down to so many
 NAMED = {"winner": "#12986a", "loser": "#d0493f"}
 COLOURS = ("#3b7dc4", "#c77d0a", "#8a6bc9", "#0f8f96", "#8a94a3")
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, ...]]  # (x, y), or (x, y, low, high) with the bounds of an interval
 
 # Templates lie beside the modules that fill them in, and extend `utils/page.html.jinja`.
 ENVIRONMENT = jinja2.Environment(
@@ -39,7 +39,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def charts(curves: Mapping[str, Mapping[str, Points]], axis: str = "step") -> str:
-    """Charts side by side, by title: lines by label, of points (step, value). What has no finite point is left out."""
+    """Charts side by side, by title: lines by label, of points (step, value) or (step, value, low, high).
+
+    What has no finite point is left out.
+    """
     drawn = "".join(_chart(title, lines, axis) for title, lines in curves.items())
     return f'<div style="display:flex;flex-wrap:wrap;gap:20px 28px">{drawn}</div>'
 
@@ -69,11 +72,15 @@ def page(html: str, height: int = 600) -> str:
 
 
 def _chart(title: str, lines: Mapping[str, Points], across: str) -> str:
-    finite = {label: _thinned([(x, y) for x, y in points if math.isfinite(y)]) for label, points in lines.items()}
+    finite = {
+        label: _thinned([point for point in points if all(map(math.isfinite, point))])
+        for label, points in lines.items()
+    }
     drawn = {label: points for label, points in finite.items() if points}
     if not drawn:
         return ""
-    xs, ys = zip(*(point for points in drawn.values() for point in points), strict=True)
+    every = [point for points in drawn.values() for point in points]
+    xs, ys = [point[0] for point in every], [y for point in every for y in point[1:]]
     (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
 
     def place(x: float, y: float) -> str:
@@ -86,26 +93,30 @@ def _chart(title: str, lines: Mapping[str, Points], across: str) -> str:
         shapes.append(f'<path d="M0 {level}H{WIDTH}" stroke="currentColor" stroke-opacity=".35" stroke-dasharray="3"/>')
     for number, (label, points) in enumerate(drawn.items()):
         colour = NAMED.get(label, COLOURS[number % len(COLOURS)])
-        places = " ".join(place(*point) for point in points)
+        places = " ".join(place(*point[:2]) for point in points)
+        for x, _, *bounds in points:
+            if bounds:
+                ends = "L".join(place(x, bound) for bound in bounds)
+                shapes.append(f'<path d="M{ends}" stroke="{colour}" stroke-opacity=".5" stroke-width="1.2"/>')
         shapes.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        end = place(*points[-1]).split(",")
+        end = place(*points[-1][:2]).split(",")
         shapes.append(f'<circle cx="{end[0]}" cy="{end[1]}" r="2.6" fill="{colour}"/>')
         name = f'<b style="color:{colour}">{escape(label)}</b> ' if len(drawn) > 1 else ""
         legend.append(f"<span>{name}{points[0][1]:.3g} → {points[-1][1]:.3g}</span>")
     axis = 'font-size="10.5" fill="currentColor" fill-opacity=".6"'
     return (
-        f'<figure style="margin:0;width:{WIDTH + 56}px;max-width:100%"><figcaption><b>{escape(title)}</b></figcaption>'
-        f'<svg viewBox="-50 -8 {WIDTH + 56} {HEIGHT + 26}" style="width:100%" role="img" aria-label="{escape(title)}">'
+        f'<figure style="margin:0;width:{WIDTH + 62}px;max-width:100%"><figcaption><b>{escape(title)}</b></figcaption>'
+        f'<svg viewBox="-56 -8 {WIDTH + 62} {HEIGHT + 26}" style="width:100%" role="img" aria-label="{escape(title)}">'
         f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="currentColor" stroke-opacity=".25"/>{"".join(shapes)}'
-        f'<text x="-6" y="6" text-anchor="end" {axis}>{high:.3g}</text>'
-        f'<text x="-6" y="{HEIGHT}" text-anchor="end" {axis}>{low:.3g}</text>'
+        f'<text x="-6" y="6" text-anchor="end" {axis}>{high:.2g}</text>'
+        f'<text x="-6" y="{HEIGHT}" text-anchor="end" {axis}>{low:.2g}</text>'
         f'<text x="0" y="{HEIGHT + 14}" {axis}>{escape(across)} {left:g}</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end" {axis}>{right:g}</text></svg>'
-        f'<small style="display:flex;flex-wrap:wrap;gap:0 14px;padding-left:46px">{"".join(legend)}</small></figure>'
+        f'<small style="display:flex;flex-wrap:wrap;gap:0 14px;padding-left:52px">{"".join(legend)}</small></figure>'
     )
 
 
 def _thinned(points: Points) -> Points:
     every = math.ceil(len(points) / MOST_POINTS)
     parts = (points[start : start + every] for start in range(0, len(points), every or 1))
-    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+    return [(part[-1][0], *(sum(ys) / len(part) for ys in [*zip(*part, strict=True)][1:])) for part in parts]

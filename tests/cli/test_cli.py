@@ -111,7 +111,8 @@ def test_help_completion_and_wrong_paths_import_nothing_heavy() -> None:
 def test_every_parameter_of_the_function_is_an_option_with_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = inspect.signature(function_of(name)).parameters.keys() - set(PYTHON_ONLY)
     params = {param.name: param for param in build(name).params}
-    assert params.keys() == wanted | {"debug", "plugin"}
+    engine = {"engine", "workers"} if COMMANDS[name].engines else set()
+    assert params.keys() == wanted | engine | {"debug", "plugin"}
     assert all(param.help for param in params.values()), "a parameter that no docstring describes"
     assert cli.main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out

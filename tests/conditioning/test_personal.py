@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pipelines
 from pipelines import TrainablePipeline
 from t2i_align.conditioning import personal
 from t2i_align.conditioning.adapter import ADAPTERS
-from t2i_align.conditioning.personal import Embedding, Encoder, Personal, serving
+from t2i_align.conditioning.personal import Embedding, Encoder, Personal, serving, tell_apart
 from t2i_align.errors import UserError
+from t2i_align.evaluation.personal import identification
 from t2i_align.inference.models import adapter_on, resolve_adapter
 from tests.tiny import example, randomise_lora
 
@@ -38,7 +40,7 @@ def trained(pipeline: TrainablePipeline) -> Personal:
     return branch
 
 
-@pytest.fixture(params=["sd", "sdxl", "sd3"])
+@pytest.fixture(params=["sd", "sdxl", "sd3", "flux"])
 def pipeline(request: pytest.FixtureRequest, path: Callable[[str], Path]) -> TrainablePipeline:
     return pipelines.load(path(request.param))
 
@@ -76,15 +78,16 @@ def test_the_genuine_pipeline_serves_a_user_and_guides_away_from_none(pipeline: 
     with torch.no_grad():
         (tokens,) = branch.encoder(rows(1))
     for guidance in (1.0, 3.0):
-        with serving(pipeline.denoiser, tokens, guided=guidance > 1):
+        guided = guidance > 1 and not pipeline.distilled_guidance
+        with serving(pipeline.denoiser, tokens, guided=guided):
             seen: list[Tensor] = []
             handle = branch.user_v[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
             user = sampled(pipeline, guidance)
             handle.remove()
         halves = torch.cat([torch.zeros(2, *tokens.shape), tokens.expand(2, -1, -1)])
-        assert torch.equal(seen[0], halves if guidance > 1 else halves[2:])
+        assert torch.equal(seen[0], halves if guided else halves[2:])
     assert (user - base).abs().max() > 1e-3
-    with serving(pipeline.denoiser, tokens, guided=True, scale=0.0):
+    with serving(pipeline.denoiser, tokens, guided=guided, scale=0.0):
         assert torch.equal(sampled(pipeline), base)
     assert torch.equal(sampled(pipeline), base)
 
@@ -172,16 +175,40 @@ def test_pooling_ignores_order_and_absent_rows_and_takes_any_number() -> None:
 
 
 def test_files_and_models_that_do_not_fit_are_refused(path: Callable[[str], Path], tmp_path: Path) -> None:
-    sd, sdxl, flux = (pipelines.load(path(name)) for name in ("sd", "sdxl", "flux"))
+    sd, sdxl, wan = (pipelines.load(path(name)) for name in ("sd", "sdxl", "wan"))
     trained(sdxl)
     file = ADAPTER.save(sdxl, tmp_path)
     blocks = len(personal.places(sd.denoiser))
     if blocks == len(personal.places(sdxl.denoiser)):
         ADAPTER.load(sd, file)  # of the same widths: it fits
         ADAPTER.remove(sd)
-    with pytest.raises(UserError, match="not for FluxTransformer2DModel"):
-        personal.install(flux, EMBEDDING)
+    with pytest.raises(UserError, match="not for WanTransformer3DModel"):
+        personal.install(wan, EMBEDDING)
     with pytest.raises(UserError, match="this personal branch is for another model: "):
         ADAPTER.load(pipelines.load(path("sd3")), file)
     with pytest.raises(UserError, match="already"):
         personal.install(sdxl, EMBEDDING)
+
+
+def test_pretraining_tells_apart_users_who_were_not_in_it() -> None:
+    """Users differ in 4 of 32 features, and choices more so in the others: four choices then name a user."""
+    rng = torch.Generator().manual_seed(0)
+
+    def histories(count: int) -> dict[str, Tensor]:
+        tastes = torch.randn(count, 1, 1, 4, generator=rng)
+        own = tastes + 0.5 * torch.randn(count, 16, 1, 4, generator=rng)
+        rows = torch.cat([own, 2 * torch.randn(count, 16, 1, 28, generator=rng)], dim=-1)
+        return {str(number): user for number, user in enumerate(rows)}
+
+    def named(encoder: Encoder) -> float:
+        with torch.no_grad():
+            return identification([encoder(user.view(4, 4, 32)) for user in new])[0]
+
+    seen, new = histories(40), list(histories(12).values())
+    torch.manual_seed(0)
+    encoder = Encoder(32, 16, tokens=2)
+    twin, before = copy.deepcopy(encoder), named(encoder)
+    loss = tell_apart(encoder, seen, (1, 4), steps=100, seed=0)
+    assert loss is not None and loss < math.log(40) - 1 and named(encoder) > before + 0.3
+    assert tell_apart(twin, dict(reversed(seen.items())), (1, 4), steps=100, seed=0) == loss
+    assert tell_apart(twin, {"0": seen["0"], "1": seen["1"][:1]}, (1, 4), steps=1, seed=0) is None

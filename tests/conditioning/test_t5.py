@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines import TrainablePipeline
 from t2i_align import align
 from t2i_align.conditioning import segments, t5
+from t2i_align.conditioning.adapter import files_of
 from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.config import ModelConfig
+from t2i_align.data.memory import encoders_digest
 from t2i_align.errors import UserError
 from t2i_align.inference.generate import generate
 from t2i_align.inference.models import adapter_on, open_model, resolve_aligned
@@ -108,6 +110,8 @@ def test_an_adapter_is_trained_saved_and_generates(
     assert result.weights.with_name("pytorch_lora_weights.safetensors").exists() == bool(lora)
     aligned = resolve_aligned(tmp_path / "run")
     assert (aligned.kind, aligned.path) == ("t5", str(result.weights))
+    files = ["t5_adapter.safetensors", *(["pytorch_lora_weights.safetensors"] if lora else [])]
+    assert [file.name for file in files_of(aligned.kind, aligned.path)] == files  # of which `evaluate` keeps hashes
     options: dict[str, Any] = {"out": None, "steps": 2, "progress": False}
     alone = generate(sd_path, PROMPTS[2:], lora=tmp_path / "run", **options)
     images = generate(sd_path, [PROMPTS[2], "a cat"], lora=tmp_path / "run", **options)
@@ -138,6 +142,22 @@ def test_a_lora_is_trained_on_a_trained_adapter(sd_path: Path, t5_path: Path, tm
     assert pipeline.denoiser.t5_adapter.base
     (other,) = generate(pipeline, [LONG], lora=result.weights, out=None, steps=2, progress=False)
     assert image.tobytes() == other.tobytes()
+
+
+def test_another_t5_at_the_same_path_is_noticed(sd_path: Path, t5_path: Path, tmp_path: Path) -> None:
+    """By a run, whose cache holds its states, and by one of a model in memory."""
+    folder = Path(shutil.copytree(t5_path, tmp_path / "t5"))
+    values = run_values(sd_path, long_pairs(tmp_path), tmp_path / "run", objective={"name": "sft"}, lora=None,
+                        train__steps=1)  # fmt: skip
+    values["model"]["segments"] = {"tokens": 24, "t5": str(folder)}
+    align(values, progress=False)
+    config = ModelConfig(path=str(sd_path), segments=SegmentsConfig(tokens=24, t5=str(folder)))
+    before = encoders_digest(open_model(config))
+    weights = folder / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="data"):
+        align({**values, "resume": True}, progress=False)
+    assert encoders_digest(open_model(config)) != before != encoders_digest(open_model(ModelConfig(path=str(sd_path))))
 
 
 def test_what_does_not_fit_is_refused(

@@ -245,6 +245,34 @@ def test_columns_of_the_same_name_in_parquet(tmp_path: Path) -> None:
     assert "two columns of the same name" in outcome(tmp_path / "a.parquet")
 
 
+def test_keys_that_are_there_twice(tmp_path: Path) -> None:
+    images(tmp_path)
+    twice = '{"prompt": "x", "chosen": "0.png", "rejected": "1.png", "chosen": "1.png"}'
+    (tmp_path / "a.jsonl").write_text(twice)
+    (tmp_path / "a.json").write_text(f"[{twice}]")
+    for file in ("a.jsonl, line 1", "a.json"):
+        assert f"{file}: not valid JSON: the key 'chosen' is there twice" in outcome(tmp_path / file.split(",")[0])
+    shard(tmp_path / "a.tar", {"0.0.png": png(0), "0.1.png": png(1), "0.json": b'{"scores": [0, 1], "scores": [1, 0]}'})
+    assert "the key 'scores' is there twice" in str(outcome(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize("name", [*OF_PAIRS, *OF_RANKINGS])
+def test_files_that_windows_wrote_say_the_same(tmp_path: Path, name: str) -> None:
+    """With a mark of the order of bytes and other ends of lines."""
+
+    def said(source: Path) -> list[Any]:
+        groups = formats.groups(source)
+        contents = [[one if isinstance(one, bytes) else one.read_bytes() for one in g.candidates] for g in groups]
+        return [(group.prompt, group.scores, content) for group, content in zip(groups, contents, strict=True)]
+
+    plain = said(formats.write(tmp_path / "plain", name))
+    source = formats.write(tmp_path / "windows", name)
+    for file in (tmp_path / "windows").rglob("*"):
+        if file.suffix in (".json", ".jsonl", ".csv", ".tsv", ".yaml", ".txt", ".caption"):
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert said(source) == plain and len(plain) == 2
+
+
 def test_a_folder_named_like_a_file(tmp_path: Path) -> None:
     formats.example(tmp_path, "pickapic")
     (tmp_path / "all.parquet").mkdir()

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from t2i_align.data import readers
+from t2i_align.data.columns import Columns
 from t2i_align.data.media import decode
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
 from tests import formats
 from tests.data.test_examples import colour, write_images, write_jsonl
-from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, shard, sheet, skips, table
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, png, shard, sheet, skips, table
 
 
 def seen(group: Group) -> list[int]:
@@ -104,7 +105,8 @@ def test_places_that_count_from_one_are_an_error(tmp_path: Path, votes: tuple[An
     entries = [{"prompt": "x", "left": "p/0.png", "right": "p/1.png", "vote": vote} for vote in votes]
     for name in ("votes.jsonl", "votes.csv"):
         source = table(tmp_path / name, entries)
-        with pytest.raises(UserError, match=r"(line 2|row 1): 'vote' is 2(\.0)?, but places count from 0 to 1"):
+        advice = r"If this source counts from 1, subtract 1, or name columns or paths\.$"
+        with pytest.raises(UserError, match=rf"(line 2|row 1): 'vote' is 2(\.0)?, but .* from 0 to 1\. {advice}"):
             readers.survey(source, "demo")
 
 
@@ -126,7 +128,7 @@ def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
         stream.write('only one field\n"and, one", [2], 3, 4\n')
     reasons = skips(source)
     for number, (_, reason) in enumerate(changed):
-        assert (f"a.csv:{number}" in reasons) == bool(reason) and reason in reasons.get(f"a.csv:{number}", "")
+        assert reasons.get(f"a.csv:{number}", "").startswith(reason) and (f"a.csv:{number}" in reasons) == bool(reason)
     assert reasons["a.csv:8"] == "1 fields, but 3 columns" and reasons["a.csv:9"] == "4 fields, but 3 columns"
 
 
@@ -174,6 +176,11 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     assert [(group.id, seen(group), group.scores) for group in groups(source)] == [("b", [4, 1], (1.0, 0.0))]
     assert skips(source) == {"a.jsonl:4": "no 'prompt_id'", "a": "its 2 rows have different prompts"}
+    source = table(tmp_path / "a.parquet", [{**rows[0], "image_path": png(0)}])
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row 0: with a group column, images must be paths, not part of the"
+    ):
+        list(read(source))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,15 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ("path: a.csv\ncolumns: {candidates: [left, right], scores: [s]}", "scores names 1 columns"),
         (
             "path: a.csv\ncolumns: {candidates: [left, right], winner: won, prompt: text}",
-            r"'won' is missing. Columns found: text",
+            r"'won' is missing. Columns found: text, left, right\. A dataset spec can say which column holds",
+        ),
+        (
+            "path: a.csv\ncolumns: {candidates: [left, right], best_first: true, prompt: null}",
+            "columns: prompt names no column, and there are no captions that could stand in for it$",
+        ),
+        (
+            "path: a.csv\ncolumns: {candidates: left, winner: text, group: text}",
+            "columns: with group, candidates is one column and scores, ranks or votes another$",
         ),
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a dataset spec itself"),
@@ -207,6 +222,11 @@ def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=expected):
         list(read(tmp_path / "s.yaml"))
+
+
+def test_columns_that_do_not_exist() -> None:
+    with pytest.raises(UserError, match=r"^unknown column 'usr'\. Did you mean 'user'"):
+        Columns(candidates="images", scores="scores", columns={"usr": "who", "zone": "where"})
 
 
 def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def opened(
     pipeline: Callable[[], Any] = StandIn,
     encoders: str = "e1",
     size: tuple[int, int] = (8, 8),
+    frames: int | None = None,
     **data: Any,
 ) -> PreferenceDataset:
     return open_dataset(
@@ -50,6 +51,7 @@ def opened(
         pipeline=pipeline,
         encoder_fingerprint=lambda: encoders,
         size=size,
+        frames=frames,
         cache_root=tmp_path / "cache",
         progress=False,
     )

@@ -145,6 +145,7 @@ def zeroed(content: bytes) -> bytes:
         ("manifest.json", lambda content: b"\xff", "damaged"),
         ("fingerprint.json", lambda content: b"", "not valid JSON"),
         ("fingerprint.json", lambda content: b"[]", "expected an object"),
+        ("shard-00001/state.json", lambda content: content[:9], r"has 9 bytes instead of \d+"),  # it is not read
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, file: str, damage: Any, message: str) -> None:
@@ -160,6 +161,14 @@ def test_damaged_files_are_named(tmp_path: Path, file: str, damage: Any, message
         fetched(make(source, out), *range(12))
     damaged.write_bytes(content)
     assert torch.equal(fetched(make(source, out), *range(12)).latents, everything.latents)
+
+
+def test_a_finished_cache_with_a_cut_fingerprint_is_refused(tmp_path: Path) -> None:
+    """Also where it is opened without being made."""
+    out = make(write_parquet(tmp_path / "a.parquet", pick_rows(12)), tmp_path / "out").path
+    os.truncate(out / "fingerprint.json", 5)
+    with pytest.raises(UserError, match=r"fingerprint\.json: this part .* has 5 bytes instead of \d+"):
+        Store(out)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.runs import image
 
 SHOTS = os.environ.get("DEMO_SCREENSHOTS")  # folder to leave screenshots in
 WIDTHS = (1400, 420)
+TIMEOUT = 60  # seconds
 PROMPTS = ("a red circle on a white background", "there is a green square")
 
 
@@ -80,7 +82,7 @@ def opened(browser: Any, url: str, name: str) -> Iterator[Any]:
     errors: list[str] = []
     outside: list[str] = []
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * TIMEOUT)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda one: None if one.url.startswith((url, "data:", "blob:")) else outside.append(one.url))
     page.goto(url)
@@ -97,11 +99,36 @@ def shoot(page: Any, name: str) -> None:
     """Screenshots at both widths; nothing may be wider than the page."""
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 1000})
-        page.wait_for_timeout(300)
+        page.evaluate("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         if SHOTS:
             page.screenshot(path=Path(SHOTS) / f"{name}-{width}.png", full_page=True)
     page.set_viewport_size({"width": WIDTHS[0], "height": 1000})
+
+
+@contextmanager
+def held(page: Any) -> Iterator[list[Any]]:
+    """Let nothing that the page asks of its functions reach the server inside the block, as on a slow connection."""
+    routes: list[Any] = []
+    released = False
+    page.route("**/gradio_api/run/**", lambda route: route.continue_() if released else routes.append(route))
+    yield routes
+    released = True
+    for route in routes:
+        route.continue_()
+
+
+def until(page: Any, condition: Callable[[], Any]) -> None:
+    """Wait until something is so that the page does not show."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, "not so within a minute"
+        page.wait_for_timeout(50)
+
+
+def name(page: Any) -> Any:
+    """The box with the user's name."""
+    return page.locator("#user :is(input, textarea)").first
 
 
 def tab(page: Any, name: str) -> None:

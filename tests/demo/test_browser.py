@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.demo.conftest import Served, opened, shoot, tab
+from t2i_align.demo import app
+from tests.demo.conftest import Served, generated, held, name, opened, shoot, tab, until
 
 
 @pytest.fixture
@@ -31,12 +33,11 @@ def test_compare_side_by_side_and_blind(page: Any, served: Served) -> None:
     assert "base" not in page.locator("#results").inner_text()
 
 
-@pytest.mark.slow  # beside other work, the opening page can undo what is typed at once
 def test_votes_by_keys_survive_a_reload_and_are_trained_on(page: Any, served: Served) -> None:
     votes = served.demo.votes
     tab(page, "Vote")
-    page.locator("#user input, #user textarea").first.fill("dora")
-    page.locator("#user input, #user textarea").first.press("Enter")
+    name(page).fill("dora")
+    name(page).press("Enter")
     page.locator("#progress", has_text=f"0 of {votes.progress('dora')[1]}").wait_for()
     shoot(page, "vote")
     page.locator("#pair").click()  # out of the box, in which keys are letters
@@ -72,11 +73,75 @@ def test_votes_by_keys_survive_a_reload_and_are_trained_on(page: Any, served: Se
     shoot(page, "report")
 
 
-def test_keys_do_nothing_while_something_is_typed_or_another_tab_is_open(page: Any, served: Served) -> None:
-    before = len(served.demo.votes.snapshot())
+def test_a_name_that_is_typed_at_once_is_kept(page: Any, served: Served) -> None:
+    """Also where answers for the guest that somebody was before come late."""
+    with held(page) as requests:
+        tab(page, "Vote")
+        until(page, lambda: requests)
+        name(page).fill("emil")
+        name(page).press("Enter")
+    page.locator("#progress", has_text="of").wait_for()
+    first = served.demo.votes.next("emil")
+    assert first
+    page.locator(f"#pair img[src*='{first.left}']").first.wait_for()
+    assert name(page).input_value() == "emil"
+    name(page).fill("fred")
+    page.reload()
+    until(page, lambda: name(page).input_value() == "fred")
+    name(page).fill("")
+    page.locator("h1").click()
+    until(page, lambda: name(page).input_value().startswith("guest-"))
+
+
+def test_an_account_votes_under_its_name(browser: Any, tmp_path: Path) -> None:
+    source = generated(tmp_path / "source", prompts=2)
+    with app.opened("testbed:sd", sources=[source], out=tmp_path / "demo") as demo:
+        blocks = app.build(app.import_gradio(), demo, app.Defaults(), accounts=True)
+        url = app.launch(blocks, demo, accounts=[("anna", "secret")])
+        with opened(browser, url, "account") as page:
+            page.get_by_label("username").fill("anna")
+            page.get_by_label("password").fill("secret")
+            page.get_by_role("button", name="Login").click()
+            tab(page, "Vote")
+            until(page, lambda: name(page).input_value() == "anna")
+            page.locator("#pair img").first.wait_for()
+            page.locator("#vote-left").click()
+            page.locator("#progress", has_text="1 of 2").wait_for()
+        assert [row["user"] for row in demo.votes.snapshot()] == ["anna"]
+        blocks.close(verbose=False)
+
+
+def test_a_key_votes_on_the_pair_that_is_seen(page: Any, served: Served) -> None:
+    """A second key before the next pair is there is no vote on that pair."""
+    votes = served.demo.votes
+    name(page).fill("gail")
+    tab(page, "Vote")
+    shown = votes.next("gail")
+    assert shown
+    page.locator(f"#pair img[src*='{shown.left}']").first.wait_for()
+    with held(page) as requests:
+        for count, key in enumerate(("ArrowLeft", "ArrowRight"), 1):
+            page.keyboard.press(key)
+            until(page, lambda count=count: len(requests) == count)
+    following = votes.upcoming("gail", 2)[-1]
+    page.locator(f"#pair img[src*='{following.left}']").first.wait_for()
+    page.locator("#vote-tie").click()
+    until(page, lambda: len([row for row in votes.snapshot() if row["user"] == "gail"]) == 2)
+    own = [(row["pair"], row["vote"]) for row in votes.snapshot() if row["user"] == "gail"]
+    assert own[0][0] == shown.id and own[1] == (following.id, "tie")
+
+
+def test_keys_do_nothing_while_something_is_typed_or_another_tab_is_open(page: Any) -> None:
+    page.evaluate("window.addEventListener('keydown', event => { document.voted = event.defaultPrevented })")
     page.locator("#prompts textarea").press("ArrowLeft")
-    page.keyboard.press("Escape")
+    assert page.evaluate("document.voted") is False
     page.locator("h1").click()
     page.keyboard.press("ArrowLeft")
-    page.wait_for_timeout(500)
-    assert len(served.demo.votes.snapshot()) == before
+    assert page.evaluate("document.voted") is False
+    tab(page, "Vote")
+    page.locator("#pair img").first.wait_for()
+    page.locator("h1").click()
+    page.keyboard.press("Shift")
+    assert page.evaluate("document.voted") is False
+    page.keyboard.press("Backspace")
+    assert page.evaluate("document.voted") is True

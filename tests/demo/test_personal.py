@@ -53,7 +53,6 @@ def test_a_user_without_votes_is_told_so(demo: Demo) -> None:
         list(demo.draw_for("s", "elsewhere", "ann", [("a fox", 1)], steps=1))
 
 
-@pytest.mark.slow  # as in test_browser
 def test_picked_favourites_bend_the_model(demo: Demo, browser: Any) -> None:
     defaults = app.Defaults(prompts=["a fox", "a hen"], steps=2, guidance=2.0)
     with serving(demo, defaults) as served, opened(browser, served.url, "personal") as page:

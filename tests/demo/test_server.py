@@ -41,9 +41,9 @@ def test_many_clients_at_once_lose_and_mix_no_vote(served: Served) -> None:
 
     def work(number: int) -> None:
         user, button = f"client {number}", ("left", "right", "tie", "neither")[number % 4]
-        clients[number].predict(user, api_name="/enter")
+        shown = clients[number].predict(user, api_name="/enter")
         while acknowledged[user] < VOTES or (time.monotonic() < end and acknowledged[user] < pairs):
-            clients[number].predict(user, *NO_SEGMENTS, api_name=f"/vote_{button}")
+            shown = clients[number].predict(shown[0], user, *NO_SEGMENTS, api_name=f"/vote_{button}")
             acknowledged[user] += 1
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(CLIENTS)]
@@ -140,8 +140,8 @@ def test_only_those_with_an_account_come_in_and_vote_under_its_name(tmp_path: Pa
         with pytest.raises(Exception, match=r"(?i)auth|login|credentials"):
             gradio_client.Client(url, verbose=False)
         api = gradio_client.Client(url, verbose=False, auth=("anna", "secret"))
-        api.predict("ben", api_name="/enter")
-        api.predict("ben", *NO_SEGMENTS, api_name="/vote_left")
+        shown = api.predict("ben", api_name="/enter")
+        api.predict(shown[0], "ben", *NO_SEGMENTS, api_name="/vote_left")
         assert [row["user"] for row in demo.votes.snapshot()] == ["anna"]
         blocks.close(verbose=False)
 

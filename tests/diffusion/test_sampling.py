@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines import ForwardProcess
 from t2i_align.data.schema import Conditioning
 from t2i_align.diffusion.randomness import SampleRNG
-from t2i_align.diffusion.sampling import Sampler, Schedule, schedule
+from t2i_align.diffusion.sampling import Sampler, Schedule, schedule, without_gradient
 from tests.objectives.toy import KINDS, PROCESSES
 
 STEPS = 3
@@ -143,3 +143,24 @@ def test_slopes_of_longaligns_path_are_those_of_its_sampler() -> None:
     weights = Sampler(process=process, steps=50, equalise=True).step_weights()
     assert weights[25] / weights[0] == pytest.approx(1.65 / 0.10, rel=0.1)
     assert weights[40] / weights[49] == pytest.approx(0.13 / 0.05, rel=0.2)
+    assert sum(1 / weight for weight in weights) / 50 == pytest.approx(1)  # of the mean step nothing changes
+    straight = Sampler(process=PROCESSES["flow"], steps=7, equalise=True).step_weights()
+    assert straight == pytest.approx([1.0] * 7)  # Euler's steps along a line all have the slope 1/7
+
+
+def test_defaults_and_sampling_without_gradients() -> None:
+    """One step of refl, draft and draft_lv; every tenth of longalign; never more steps than there are."""
+    rng = SampleRNG(0, KEYS, PROCESSES["epsilon"])
+    assert torch.equal(schedule("longalign", 30, rng).gradient, schedule("longalign", 30, rng, every=10).gradient)
+    assert (schedule("refl", 4, rng).stop == 3).all() and schedule("draft_lv", 4, rng).noisings == 1
+    assert schedule("draft", 4, rng).gradient.sum(0).tolist() == [1] * 5
+    assert 0 <= schedule("refl", 4, rng, last=99).stop.min() < 3
+    noise, text, empty = inputs()
+    plan = without_gradient(STEPS, noise)
+    assert plan.gradient.shape == (STEPS, 5) and not plan.gradient.any() and plan.stop.tolist() == [STEPS - 1] * 5
+    process, model = PROCESSES["flow"], toy(torch.tensor([0.3, 0.1], dtype=torch.float64))
+    x = noise
+    for now, to in ((2000 / 3, 1000 / 3), (1000 / 3, 0)):  # two Euler steps by hand, from the second of three
+        x = x + (to - now) / 1000 * model(x, torch.full((5,), now), text)
+    plain = Sampler(process=process, steps=STEPS)
+    torch.testing.assert_close(plain.sample(model, noise, text, empty, plan, rng, start=1), x)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pipelines
 from reward_scorers import ScorerError
+from reward_scorers.weights import digest
 from t2i_align.errors import UserError
 from t2i_align.evaluation import sides
 from t2i_align.evaluation.report import choose, verdict
@@ -114,7 +115,7 @@ def test_a_runs_lora_is_found_applied_and_taken_off_again(run: Run, sd_path: Pat
     base, file = pipelines.load(sd_path), lora / "lora" / "pytorch_lora_weights.safetensors"
     by_folder, by_file = run("a", base=base, aligned=lora), run("b", base=base, aligned=file)
     assert by_folder.headline == by_file.headline  # so the first left the loaded base as it was
-    assert by_folder.settings["aligned_kind"] == "lora" and by_folder.settings["adapter_sha256"]
+    assert by_folder.settings["aligned_kind"] == "lora" and by_folder.settings["adapter_sha256"] == digest(file)
     assert by_folder.headline.total.mean_change != 0
     assert by_folder.settings["base"] == str(sd_path)
     plain = pipelines.load(sd_path)
@@ -190,11 +191,7 @@ def test_the_base_is_loaded_as_the_training_run_had_it(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "run.yaml: expected a run's settings, found NoneType"),
-        (b"- model", "run.yaml: expected a run's settings, found list"),
         (b"lora: 3", "run.yaml: expected a run's settings, found no 'model'"),
-        (b"model: [", r"run.yaml: not valid YAML"),
-        (b"model: \xff", r"run.yaml: not UTF-8"),
         (b"model: {path: 3}", r"run.yaml of .*: model.path must be a string, found 3"),
     ],
 )

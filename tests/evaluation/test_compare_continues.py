@@ -22,6 +22,7 @@ STOPS: dict[str, tuple[Any, str, int]] = {
     "report": (os, "replace", 1),
     "pairs": (os, "replace", 2),
     "result": (os, "replace", 3),
+    "report, and an image is cut": (os, "replace", 1),
 }
 
 
@@ -45,10 +46,13 @@ def test_a_killed_evaluation_continues_and_ends_as_an_uninterrupted_one(
         patch.setattr(where, name, killed)
         run(**options)
     assert not (tmp_path / "out" / "result.json").exists()
+    if "cut" in stop:  # by a loss of power, as the end of a batch; what was made after it is made again
+        os.truncate(next((tmp_path / "out").glob("*/aligned-000002.png")), 40)
     real_sample = sides.sample
     monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(a[1]) or real_sample(*a, **k))
     again = run(**options)
-    assert len(made) == {"second batch of the base": 5, "first of the aligned": 3, "scores": 5}.get(stop, 0)
+    batches = {"second batch of the base": 5, "first of the aligned": 3, "scores": 5, "report, and an image is cut": 2}
+    assert len(made) == batches.get(stop, 0)
     assert again.scorers == whole.scorers and samples(tmp_path / "out") == samples(tmp_path / "whole")
     reports = [(tmp_path / name / "report.html").read_text().split("<dt>Time")[0] for name in ("out", "whole")]
     assert reports[0] == reports[1]
@@ -79,3 +83,22 @@ def test_an_unfinished_evaluation_with_other_settings_is_not_continued(
     shutil.copytree(sd_path, weights)
     assert run(**options).settings["identical_pairs"] == 1
     assert made == [3, 3, 2]  # the base's sample is kept
+
+
+def test_a_base_that_was_drawn_is_not_drawn_again(
+    run: Run, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same prompts and options; with an image lost, or other steps, it is."""
+    made: list[str] = []
+    real = sides.sample
+    monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(a[0].source) or real(*a, **k))
+    options: dict[str, Any] = {"aligned": other, "prompts": PROMPTS, "keep_base": tmp_path / "kept"}
+    first, count = run("first", **options), len(made)
+    second = run("second", **options)
+    assert len(made) == count + count // 2 and second.scorers == first.scorers
+    assert samples(tmp_path / "first") == samples(tmp_path / "second")
+    next((tmp_path / "kept").glob("*/base-000000.png")).unlink()
+    for name, steps in (("third", {}), ("fourth", {"steps": 3})):
+        made.clear()
+        run(name, **options, **steps)
+        assert len(made) == count

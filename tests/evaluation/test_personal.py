@@ -17,6 +17,8 @@ def test_win_rate_by_hand() -> None:
     rate = win_rate(before, after, margin=0.05)
     assert rate.rate == pytest.approx(3.5 / 6) and rate.by_user == pytest.approx((2 / 3, 0.5))
     assert rate.interval[0] <= rate.rate <= rate.interval[1]
+    twice = win_rate(np.stack([before, before]), np.stack([after, before]), margin=0.05)  # a run that changes nothing
+    assert twice.rate == pytest.approx((3.5 / 6 + 0.5) / 2) and twice.by_user == pytest.approx((7 / 12, 0.5))
     with pytest.raises(UserError, match="expected two arrays of users x prompts"):
         win_rate(before, after[:1])
 

@@ -82,11 +82,33 @@ def test_few_prompts_have_wilsons_and_students_intervals() -> None:
     2.2622 √(0.21 / 9 + 0.5686 / 36) / 1.5686 = 0.2853.
 
     Changes 1, 2, -1, 1 have the mean 0.75 and standard deviation 1.2583; t = 3.1824 at 3 degrees of freedom.
+
+    Prompts with the changes 1, 2, 3 and 4: mean 10/4, residuals 6 - 3 · 2.5 = -1.5 and 4 - 2.5 = 1.5, variance
+    2/1 · 4.5 / 4² = 0.75²; t = 12.7062 at 1 degree of freedom.
+
+    Of four prompts 2, 2, 2 and 3 of 4 won: the variance of their means, 0.0039, is below that of 16 independent pairs,
+    0.0154, and more than all of them cannot be counted: Wilson's interval of 9/16, n = 16, t = 3.1824.
     """
     result = compare(np.zeros(10), [1.0] * 7 + [-1.0] * 3)
     assert result.win_rate_ci == pytest.approx((0.3422, 0.9128), abs=1e-4)
     result = compare(np.zeros(4), [1, 2, -1, 1])
     assert result.mean_change_ci == pytest.approx((0.75 - 2.0022, 0.75 + 2.0022), abs=1e-4)
+    result = compare(np.zeros(4), [1, 2, 3, 4], clusters=[0, 0, 0, 1])
+    assert result.mean_change_ci == pytest.approx((2.5 - 9.52965, 2.5 + 9.52965), abs=1e-4)
+    won = [1, 1, -1, -1] * 3 + [1, 1, 1, -1]
+    result = compare(np.zeros(16), won, clusters=np.repeat(range(4), 4))
+    assert result.win_rate_ci == pytest.approx((0.228467, 0.848080), abs=1e-5)
+
+
+def test_the_bootstrap_begins_at_thirty_prompts() -> None:
+    change = np.random.default_rng(5).normal(size=30)
+    for count in (29, 30):
+        few = compare(np.zeros(count), change[:count]).mean_change_ci
+        half = theory.t.ppf(0.975, count - 1) * change[:count].std(ddof=1) / math.sqrt(count)
+        student = (change[:count].mean() - half, change[:count].mean() + half)
+        assert (few == pytest.approx(student)) == (count == 29)
+        share = compare(np.zeros(count), [1] * 9 + [-1] * (count - 9)).win_rate_ci
+        assert (round(share[0] * count, 6) % 1 == 0) == (count == 30)  # of a bootstrap, a number of wins
 
 
 @pytest.mark.parametrize(("prompts", "low"), [(2, 0.3424), (10, 0.7225), (30, 0.8865), (400, 0.9905)])
@@ -131,7 +153,7 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_block_size(monkeypat
     rng = np.random.default_rng(3)
     before, after = rng.normal(size=(2, 50))
     one = compare(before, after)
-    assert one == compare(before, after) and one != compare(before, after, seed=1)
+    assert one == compare(before, after, seed=0, resamples=10_000) and one != compare(before, after, seed=1)
     monkeypatch.setattr("t2i_align.evaluation.stats.BLOCK", 1000)
     assert compare(before, after) == one
 
@@ -140,6 +162,7 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_block_size(monkeypat
     ("arguments", "match"),
     [
         ({"margin": -0.1}, "tie_margin must be a number of at least 0, found -0.1"),
+        ({"margin": "0.1"}, "tie_margin must be a number of at least 0, found '0.1'"),
         ({"margin": math.nan}, "tie_margin must be a number of at least 0, found nan"),
         ({"ties": "lose"}, "ties must be 'half' or 'drop', found 'lose'"),
         ({"clusters": [1]}, r"lengths differ: before \(2,\), after \(2,\), prompts \(1,\)"),

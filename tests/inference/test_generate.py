@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -85,9 +86,11 @@ def test_an_interrupted_run_is_continued_and_another_one_is_not(sd_path: Path, t
         np.testing.assert_array_equal(np.asarray(Image.open(out / file.name)), np.asarray(Image.open(file)))
     assert (out / "00000.png").stat().st_mtime_ns == before
     (out / "samples.jsonl").write_text("\n".join(listed[:3]) + "\n")
-    (out / "00000.png").unlink()
-    with pytest.raises(UserError, match=r"of which 00000\.png is missing"):
-        generate(sd_path, ["cat", "dog"], out, **options)
+    os.truncate(out / "00000.png", 40)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"of which 00000\.png is missing or cut"):
+            generate(sd_path, ["cat", "dog"], out, **options)
+        (out / "00000.png").unlink(missing_ok=True)
 
 
 def test_images_are_written_beside_the_sampling(sd_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

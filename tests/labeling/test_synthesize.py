@@ -69,7 +69,7 @@ def test_groups_record_scorers_seeds_and_models(synthesis: Path) -> None:
 
 
 def test_existing_images_and_scores_are_kept(synthesis: Path, sd_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image and the scores lost: one image is drawn and the result is the same, byte for byte."""
+    """An image and the scores lost, another image cut: two are drawn, and the result is the same, byte for byte."""
     before = (synthesis / "groups.jsonl").read_bytes()
     drawn: list[int] = []
     genuine = module.sample
@@ -77,10 +77,11 @@ def test_existing_images_and_scores_are_kept(synthesis: Path, sd_path: Path, mon
     (synthesis / "groups.jsonl").unlink()
     (synthesis / "scores.jsonl").write_bytes((synthesis / "scores.jsonl").read_bytes()[:-9])
     (synthesis / "images" / "000001" / "0-2.png").unlink()
+    os.truncate(synthesis / "images" / "000000" / "0-1.png", 0)
     make(synthesis, sd_path)
-    assert drawn == [1] and (synthesis / "groups.jsonl").read_bytes() == before
+    assert sum(drawn) == 2 and (synthesis / "groups.jsonl").read_bytes() == before
     make(synthesis, sd_path)
-    assert drawn == [1]
+    assert sum(drawn) == 2
     with pytest.raises(UserError, match=r"begun with other settings: steps is 1 there, 2 here"):
         make(synthesis, sd_path, steps=2)
 

@@ -252,5 +252,5 @@ def test_softrepa_shares_the_first_samples_noise_and_depends_on_its_batch() -> N
 
 def test_batch_of_one_is_refused() -> None:
     row, (policy, _) = rows_of(random_batch(), slice(1)), linear_model(0)
-    with pytest.raises(UserError, match=r"train\.batch_size must be 2 or more"):
+    with pytest.raises(UserError, match=r"^objective softrepa contrasts .*: train\.batch_size must be 2 or more$"):
         SoftREPA().step(policy, policy, row, rng_for(row, "epsilon"))

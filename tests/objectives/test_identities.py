@@ -133,7 +133,7 @@ def test_unknown_objective_error_lists_the_known_ones() -> None:
         ("lcpo", {"eta": 0.5}, r"eta must be a number in \(0.5, 1\)"),
         ("lcpo", {"label_smoothing": 0.1}, "no meaning for lcpo"),
         ("tdpo", {"limit": 0}, "limit must be a positive number"),
-        ("kto", {"desirable": 0, "undesirable": 0}, "not both 0"),
+        ("kto", {"desirable": 0, "undesirable": 0}, "^objective.desirable and .* must be 0 or more, and not both 0$"),
         ("kto", {"utility": "kahneman"}, "Did you mean 'kahneman_tversky'"),
         ("rankdpo", {"gain": "win"}, "Did you mean 'wins'"),
         ("dspo", {"beta": 1.0}, r"beta must be a number in \(0, 1\)"),
@@ -155,3 +155,16 @@ def test_unknown_objective_error_lists_the_known_ones() -> None:
 def test_hyper_parameter_out_of_range_is_refused(name: str, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         get(name)(**values)
+
+
+def test_what_an_objective_needs_is_said_in_a_phrase() -> None:
+    needs = {
+        "sft": "winners or liked images",
+        "kto": "likes and dislikes, or groups, with a reference",
+        "mapo": "pairs",
+        "rankdpo": "rankings, with a reference",
+        "dense_dpo": "pairs, with segment scores and segment seconds and a reference",
+        "ncp_dpo": "pairs, with a reference's features",
+        "reward": "prompts, with a scorer",
+    }
+    assert {name: str(get(name).needs) for name in needs} == needs

@@ -49,7 +49,7 @@ def test_rankdpo_sums_weighted_pairs() -> None:
 def test_gains_from_scores_must_be_win_rates() -> None:
     batch = random_batch(4, 4)
     batch = replace(batch, scores=torch.arange(3.0, -1, -1).expand(4, 4))
-    with pytest.raises(UserError, match=r"needs scores in \[0, 1\] .*found 0 to 3"):
+    with pytest.raises(UserError, match=r"^objective\.gain 'scores' needs scores in \[0, 1\] .*, found 0 to 3; use"):
         RankDPO(gain="scores").fit_to_data(DataStats(score_range=(0.0, 3.0)))
     as_rates = replace(batch, scores=batch.scores / 3)
     by_scores, _, _ = loss_and_gradient(RankDPO(gain="scores"), as_rates, "flow")

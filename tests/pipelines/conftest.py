@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline
 
 import pipelines
 from pipelines import TrainablePipeline
-from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import PreferenceDataset, open_dataset
+from t2i_align.data.loader import PreferenceDataset
 from t2i_align.data.schema import Batch
 from t2i_align.objectives.base import Requirements
+from tests.data import test_loader
 
 PathOf = Callable[[str], Path]  # name in tests.tiny.TINY -> folder
 Load = Callable[[str], TrainablePipeline]
@@ -26,19 +24,15 @@ PAIRS = Requirements(candidates=2)
 
 
 def opened(
-    folder: Path, data: Path, pipeline: Any, size: tuple[int, int], frames: int | None = None,
-    needs: Requirements = PAIRS, **options: Any,
-) -> PreferenceDataset:  # fmt: skip
+    folder: Path, data: Path, pipeline: Any, size: tuple[int, int], frames: int | None = None, **options: Any
+) -> PreferenceDataset:
     """Preference data encoded by a stand-in for a family, or on the fly with cache=False."""
-    return open_dataset(
-        DataConfig(path=str(data), **options), ModelConfig(), needs=needs, pipeline=lambda: pipeline, size=size,
-        frames=frames, encoder_fingerprint=lambda: type(pipeline).__name__, cache_root=folder / "cache", progress=False,
-    )  # fmt: skip
+    how = {"needs": PAIRS, "pipeline": lambda: pipeline, "encoders": type(pipeline).__name__, "frames": frames}
+    return test_loader.opened(folder, data, size=size, **how | options)
 
 
 def first_batch(source: PreferenceDataset, batch_size: int) -> Batch:
-    loader = source.loader(seed=0, start_step=0, batch_size=batch_size, accumulate=1, rank=0, world=1, workers=0)
-    return source.to_batch(next(islice(loader, 1)), torch.device("cpu"))
+    return test_loader.batches(source, 1, batch_size)[0]
 
 
 @pytest.fixture(scope="module")

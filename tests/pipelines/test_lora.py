@@ -229,6 +229,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "textual inversion": (lambda w: {**w, "bundle_emb.fox": torch.ones(4)}, r"'bundle_emb\.fox'"),
     "an alpha of nothing": (lambda w: {**w, "lora_unet_x.alpha": torch.ones(())}, r"'lora_unet_x\.alpha'"),
     "not finite": (lambda w: {k: v * math.nan for k, v in w.items()}, r"\d+ of its \d+ tensors hold NaN"),
+    "peft's own without its description": (
+        lambda w: {key.replace("unet", "base_model.model", 1): value for key, value in w.items()},
+        r"a file of peft without the adapter_config\.json beside it, which tells its strength",
+    ),
     "a module that is not there": (
         lambda w: {**w, "unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2)},
         r"\d+ of its \d+ unet tensors fit|not found in the base model|x",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -17,7 +18,7 @@ from diffusers import (
 )
 
 from pipelines import RectifiedFlow, VariancePreserving
-from pipelines.process import process_of
+from pipelines.process import process_of, resolution_shift, scheduler_shift
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True}
@@ -100,10 +101,35 @@ def test_timesteps_cover_the_table_uniformly_and_flow_shift_moves_them_to_noise(
     assert middle.item() == pytest.approx(750)
 
 
+def test_times_of_an_expert_lie_in_its_span_and_those_of_a_sampler_are_shifted() -> None:
+    """A quarter of the way through [0.25, 0.75] is 0.375; a shift of 3 takes 1/4 to 1/2, 1/2 to 3/4, 3/4 to 0.9."""
+    assert RectifiedFlow(span=(0.25, 0.75)).timesteps(torch.tensor([0.0, 0.25])).tolist() == [250, 375]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    times = process_of(scheduler, flow=True).sampling_times(4)
+    torch.testing.assert_close(times, torch.tensor([1000.0, 900.0, 750.0, 500.0]).double())
+    assert process_of(scheduler, flow=True, span=(0.0, 0.5)).sampling_times(4)[0] == 500
+
+
+def test_the_shift_of_samplers_is_a_line_through_two_lengths() -> None:
+    """FLUX's: e^0.5 at 256 tokens, e^1.15 at 4096, between them the mean of 0.5 and 1.15; Qwen's line is another."""
+    assert resolution_shift({}, 256) == pytest.approx(math.exp(0.5))
+    assert resolution_shift({}, 4096) == pytest.approx(math.exp(1.15))
+    assert resolution_shift({"time_shift_type": "linear"}, 2176) == pytest.approx(0.825)
+    line = {"base_image_seq_len": 100, "max_image_seq_len": 300, "base_shift": 1.0, "max_shift": 2.0}
+    assert resolution_shift(line, 150) == pytest.approx(math.exp(1.25))
+    for config, shift in (({"shift": 3}, 3.0), ({"flow_shift": 5}, 5.0), ({}, 1.0)):
+        assert scheduler_shift(config) == shift
+        assert scheduler_shift({**config, "use_dynamic_shifting": True}) == 1.0
+
+
 def test_logit_normal_has_the_quantiles_of_a_logistic_of_a_normal() -> None:
     u = torch.tensor([0.15865525, 0.5, 0.84134475])  # normal quantiles -1, 0, 1
     expected = 1000 * torch.tensor([-1.0, 0.0, 1.0]).sigmoid()
     torch.testing.assert_close(RectifiedFlow().timesteps(u, "logit_normal"), expected, rtol=1e-5, atol=1e-2)
+    ends = RectifiedFlow().timesteps(torch.tensor([0.0, 1 - 2**-24], dtype=torch.float64), "logit_normal")
+    assert ends.tolist() == pytest.approx(
+        [5.4901, 994.5099], abs=1e-3
+    )  # the sigmoid of the quantiles of 1e-7, 1 - 1e-7
 
 
 def test_geometric_times_fall_into_50_bins_whose_share_decays_from_the_noisy_end() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def test_the_vote_and_the_conjunction_are_against_the_centre() -> None:
     assert both.item() == pytest.approx(-1.313262 - math.log(2) - 0.006715, abs=1e-4)
     close = [{"scorer": Channel(0, margin=1.5), "centre": 2}, {"scorer": Channel(2), "centre": 2}]
     assert from_mapping({"rule": "majority", "scorers": close}).score(PIXELS, ["a", "b"])[0] == 0.75
+    spread = [{"scorer": Channel(2, margin=3.0), "centre": 2, "spread": 2}]  # 7 is 5 above, more than the margin
+    assert from_mapping({"rule": "majority", "scorers": spread}).score(PIXELS, ["a", "b"]).tolist() == [1.0, 0.5]
 
 
 def test_a_reference_gives_each_prompt_its_own_centre(tmp_path: Path) -> None:
@@ -109,6 +112,7 @@ def test_scores_under_autocast_are_measured_against_a_reference_scored_so(tmp_pa
 def test_parts_are_the_members_and_images_go_through_their_own_path() -> None:
     scorer = combined("min")
     total, parts = scorer.judge([Image.new("RGB", (4, 4), (51, 102, 204))], ["a"])
+    assert scorer.name == "combine:min" and scorer.differentiable
     assert total.item() == pytest.approx(2.0) and parts["channel-2"].item() == pytest.approx(8.0)
     clips = PIXELS[None].repeat(1, 1, 1, 1, 1)  # one clip of two frames
     torch.testing.assert_close(scorer.score(clips, ["a"]), torch.tensor([3.0]))  # min of the means (3, 4.5, 6)
@@ -124,7 +128,11 @@ def test_gradients_go_through_every_smooth_rule() -> None:
 def test_the_version_tells_every_setting_apart() -> None:
     versions = {combined("min").version, combined("mean_minus_std").version}
     versions |= {combined("mean_minus_std", strength=2.0).version}
-    assert len(versions) == 3 and combined("min").version == combined("min").version
+    for change in ({}, {"weight": 2}, {"centre": 2}, {"spread": 2}):
+        sum_of = from_mapping({"rule": "weighted_sum", "scorers": [{"scorer": Channel(0), **change}, Channel(1)]})
+        assert re.fullmatch(r"weighted_sum of channel-0, channel-1, sha256 [0-9a-f]{12}", sum_of.version)
+        versions.add(sum_of.version)
+    assert len(versions) == 7 and combined("min").version == combined("min").version
 
 
 @pytest.mark.parametrize(
@@ -142,7 +150,10 @@ def test_the_version_tells_every_setting_apart() -> None:
             "rule: min\nstrength: 1\nscorers: [temporal_flickering]",
             "strength belongs to the rule mean_minus_std, not to 'min'",
         ),
-        ("rule: min\nquantile: 0.2\nscorers: [temporal_flickering]", "no scorer has a reference"),
+        (
+            "rule: min\nquantile: 0.2\nscorers: [temporal_flickering]",
+            "^combine: quantile is of a reference's scores, and no scorer has a reference$",
+        ),
         (
             "rule: min\nscorers: [{scorer: temporal_flickering, spread: 0}]",
             r"scorers\[0\].spread: must be greater than 0",
@@ -171,6 +182,18 @@ def test_the_version_tells_every_setting_apart() -> None:
             "rule: min\nscorers: [{scorer: temporal_flickering, reference: no.jsonl}]",
             "no such file of reference scores",
         ),
+        (
+            "rule: min\nscorers: [{scorer: temporal_flickering, centre: 1, reference: no.jsonl}]",
+            r"^combine: scorers\[0\]: centre and reference are alternatives$",
+        ),
+        (
+            "rule: min\nstrenght: 1\nscorers: [temporal_flickering]",
+            "^combine: unknown key 'strenght'. Choices: name, quantile, rule, scorers, strength$",
+        ),
+        (
+            "rule: 3\nname: 4\nscorers: [motion]",
+            "^combine: name: must be a valid string, found 4; rule: must be a valid string, found 3$",
+        ),
         ("rule: min\nscorers: [motoin]", "unknown scorer 'motoin'"),
         ("[1]", "expected a mapping of keys, found list"),
         ("{", "not valid YAML"),
@@ -185,8 +208,9 @@ def test_files_that_cannot_be_used_are_named(text: str, match: str, tmp_path: Pa
 def test_a_file_gives_the_scorer_its_name(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("rule: min\nscorers: [temporal_flickering, motion_smoothness]")
     assert reward_scorers.build(f"combine:{tmp_path / 'both.yaml'}").name == "combine:both"
-    with pytest.raises(ScorerError, match=r"expected combine:FILE.yaml"):
-        reward_scorers.build("combine")
+    for spec, what in (("combine", "nothing"), ("combine:nowhere.yaml", "nowhere.yaml")):
+        with pytest.raises(ScorerError, match=rf"combine: {what}: no such file; expected combine:FILE\.yaml"):
+            reward_scorers.build(spec)
 
 
 def test_files_that_never_end_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -95,11 +96,16 @@ def test_held_out_prompts_that_are_trained_on_are_reported(
 
 
 def test_samples_are_of_the_runs_own_prompts_with_the_base_beside_them(
-    sd_path: Path, pairs: Path, tmp_path: Path
+    sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """5 distinct prompts in 2 columns of pairs; samples of 32 pixels are shown 6 times as large."""
+    """5 distinct prompts in 2 columns of pairs; samples of 32 pixels are shown 6 times as large.
+
+    Trackers get them as well, with the settings; W&B, where it is installed, without its server.
+    """
     values = run_values(sd_path, pairs, tmp_path / "run", validation={"every": 4, "steps": 1}, optim__lr=1e-1)
-    values["log"]["trackers"] = ["tensorboard"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb = importlib.util.find_spec("wandb") is not None
+    values["log"]["trackers"] = ["tensorboard", *(["wandb"] if wandb else [])]
     folder = align(values, progress=False).output_dir / "validation"
     prompts = json.loads((folder / "before/samples.json").read_text())["prompts"]
     assert sorted(prompts) == [f"prompt {i}" for i in range(5)]
@@ -119,3 +125,7 @@ def test_samples_are_of_the_runs_own_prompts_with_the_base_beside_them(
     events = EventAccumulator(str(log)).Reload()
     assert [image.step for image in events.Images("validation")] == [0, 4]
     assert "train.steps: 4" in "".join(file.read_text() for file in log.rglob("hparams.yml"))
+    if wandb:
+        (file,) = (tmp_path / "run" / "wandb").rglob("*.wandb")
+        assert b"train.steps" in file.read_bytes() and b"rewards/margins" in file.read_bytes()
+        assert len([*file.parent.rglob("validation*.png")]) == 2

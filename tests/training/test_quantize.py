@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import is_torchao_available
 
 import pipelines
 from pipelines import PipelineError
@@ -16,7 +17,7 @@ from t2i_align.errors import UserError
 from t2i_align.training.weights import tensors_hash
 from tests.runs import metrics, run_values
 
-needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs the extra torchao")
+needs_torchao = pytest.mark.skipif(not is_torchao_available(), reason="needs the extra torchao")
 
 
 @needs_torchao

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipelines
 from t2i_align import align
 from t2i_align.config import TrainConfig
-from t2i_align.errors import UserError
 from t2i_align.inference.models import load_pipeline
 from t2i_align.inference.options import PRECISIONS, use_precision
 from t2i_align.objectives import OBJECTIVES
@@ -112,9 +110,3 @@ def test_tf32_is_on_where_it_is_asked_for(sd_path: Path, pairs: Path, tmp_path: 
     load_pipeline(sd_path, "tf32")
     assert torch.get_float32_matmul_precision() == "high"
     use_precision("fp32")
-
-
-def test_sharded_launch_is_refused(sd_path: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(UserError, match="launched as FSDP, expected one process or several under DDP"):
-        align(run_values(sd_path, pairs, tmp_path / "run"), progress=False)

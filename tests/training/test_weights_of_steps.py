@@ -16,6 +16,7 @@ from t2i_align.errors import UserError
 from t2i_align.evaluation.compare import evaluate
 from t2i_align.inference.export import export_lora
 from t2i_align.inference.models import resolve_aligned, resolve_base, resolve_model
+from t2i_align.inference.push import push
 from t2i_align.training import checkpoint
 from tests.runs import metrics, run_values, same
 
@@ -87,6 +88,8 @@ def test_a_checkpoint_of_all_weights_is_its_model(full_run: Path, sd_path: Path,
         compared = evaluate(aligned=full_run / name, base=sd_path, prompts=["a red circle"], scorers=["oracle"],
                             out=tmp_path / name, steps=1, progress=False)  # fmt: skip
         assert compared.settings["aligned_kind"] == "model" and compared.settings["identical_pairs"] == 0
+    push(full_run / "checkpoints" / "step_000002", "me/foxes", out=tmp_path / "card")
+    assert np.array_equal(whole, samples(tmp_path / "card")) and not (tmp_path / "card" / checkpoint.STATE).exists()
 
 
 def test_a_lora_or_a_run_in_place_of_a_model_is_named(lora_run: Path, sd_path: Path) -> None:
