@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from t2i_align.data import readers
+from t2i_align.data.columns import Columns
 from t2i_align.data.media import decode
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
@@ -221,6 +222,11 @@ def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=expected):
         list(read(tmp_path / "s.yaml"))
+
+
+def test_columns_that_do_not_exist() -> None:
+    with pytest.raises(UserError, match=r"^unknown column 'usr'\. Did you mean 'user'"):
+        Columns(candidates="images", scores="scores", columns={"usr": "who", "zone": "where"})
 
 
 def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
         for text in (tmp_path / "out/held_out_prompts.txt").read_text().splitlines()
     )
     written = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
-    assert written["columns"]["prompt"] == "text" and Path(written["path"]).is_absolute()
+    assert (
+        written["columns"]["prompt"] == "text" and Path(written["path"]).is_absolute() and next(iter(written)) == "path"
+    )
     assert written["part"] == {"of": "train", "held_out": 0.3, "by": ["prompt"], "seed": 0}
     files = contents(tmp_path / "out")
     for other in ({"held_out": 0.3, "seed": 1}, {"held_out": 0.4}, {"held_out": 0.3, "by": ["prompt", "user"]}):
