@@ -80,6 +80,7 @@ def quickstart(
             steps=config.validation.steps,
             guidance=config.validation.guidance,
             batch_size=BATCH_SIZE,
+            keep_base=folder.parent / "cache" / "base",
             progress=progress,
             settings={
                 "aligned": str(folder / "run" / run.weights.relative_to(run.output_dir)),  # where it will lie

@@ -227,14 +227,17 @@ TINY: dict[str, Callable[[Path], Path]] = {
 
 
 def in_plain_diffusers(
-    pipe: Any, like: TrainablePipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, **options: Any
-) -> torch.Tensor:
+    pipe: Any, like: TrainablePipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int,
+    guidance: float | None = None, **options: Any,
+) -> torch.Tensor:  # fmt: skip
     """Samples of a diffusers pipeline that is called with text, at the size of `like` and its tokenizers' length."""
     size = dict(zip(("height", "width"), like.default_size, strict=True))
     if like.video:
         size["num_frames"] = like.default_frames
     if any(isinstance(part, transformers.T5Tokenizer) for part in pipe.components.values()):
         size["max_sequence_length"] = 16
+    if guidance is not None:
+        options["guidance_scale"] = guidance - 1 + like.unguided
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     arguments = {"num_inference_steps": steps, "generator": generators, "output_type": "pt", **size, **options}
     output = pipe(list(prompts), **arguments)
@@ -258,7 +261,7 @@ def random_lora(model: Path, folder: Path, **options: Any) -> Path:
 
 def sample_latents(pipeline: TrainablePipeline, pipe: Any = None) -> torch.Tensor:
     """Latents of one sample in plain diffusers, without the VAE's time; pipe: another than the pipeline's own."""
-    options = {"steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    options = {"steps": 3, "guidance": 3.0, "output_type": "latent"}
     return in_plain_diffusers(pipe or pipeline.pipe, pipeline, ["a fox"], [3], **options)
 
 

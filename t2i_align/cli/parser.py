@@ -99,11 +99,13 @@ def _entry(command: Command) -> Callable[..., None]:
         kind = Annotated[p.type | None if optional else p.type, info]  # type: ignore[valid-type]
         signature.append(Parameter(p.name, Parameter.KEYWORD_ONLY, annotation=kind, default=default))
     if command.engines:
-        texts = {"engine": "what starts the processes, on one machine or many; torchrun needs none",
-                 "workers": "processes that Ray starts [default: one for each GPU of the cluster]"}  # fmt: skip
-        for name, kind in (("engine", Literal["ray"]), ("workers", int)):
-            noted = Annotated[kind | None, typer.Option(f"--{name}", help=texts[name])]  # type: ignore[operator]
-            signature.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=noted, default=None))
+        engine = typer.Option("--engine", help="what starts the processes, on one machine or many; torchrun needs none")
+        workers = typer.Option("--workers", help="processes that Ray starts [default: one for each GPU of the cluster]")
+        kinds: dict[str, Any] = {
+            "engine": Annotated[Literal["ray"] | None, engine],
+            "workers": Annotated[int | None, workers],
+        }
+        signature += [Parameter(n, Parameter.KEYWORD_ONLY, annotation=kind, default=None) for n, kind in kinds.items()]
     text = "Python file or module to run first; what it registers is known by its name (may be given several times)"
     places = Annotated[list[str] | None, typer.Option("--plugin", help=text)]
     signature.append(Parameter("plugin", Parameter.KEYWORD_ONLY, annotation=places, default=None))

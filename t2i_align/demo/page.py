@@ -55,8 +55,12 @@ class Page:
 
         The page does this by itself: an answer of the server would come late and undo what was typed meanwhile.
         """
+
+        def account(request: gradio.Request) -> str | None:
+            return request.username
+
         if self.accounts:
-            self.blocks.load(lambda request: request.username, None, self.name, api_visibility="private", queue=False)
+            self.blocks.load(account, None, self.name, api_visibility="private", queue=False)
             return
         gradio.on([self.blocks.load, self.name.blur], None, self.name, self.name, js=VOTER)
 

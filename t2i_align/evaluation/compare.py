@@ -19,7 +19,7 @@ from t2i_align.data.spec import normalise
 from t2i_align.errors import UserError, unknown
 from t2i_align.evaluation.report import render
 from t2i_align.evaluation.result import Evaluation, ScorerResult, number
-from t2i_align.evaluation.sides import WORK, Row, columns, measure, write_lists
+from t2i_align.evaluation.sides import WORK, Row, columns, copy_side, measure, write_lists
 from t2i_align.evaluation.stats import Ties, check_policy, compare, outcomes
 from t2i_align.inference.generate import LIST, TOTAL, sample_seed
 from t2i_align.inference.models import (
@@ -33,7 +33,7 @@ from t2i_align.inference.models import (
 )
 from t2i_align.inference.options import build_scorers, check_options, resolve_prompts, use_precision
 from t2i_align.inference.users import resolve_user, user_on
-from t2i_align.utils.files import check_own, holds, json_lines, json_text, output_lock, write_files
+from t2i_align.utils.files import atomic_folder, check_own, holds, json_lines, json_text, output_lock, write_files
 from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 
@@ -76,6 +76,7 @@ def evaluate(
     precision: str = "fp32",
     device: str | None = None,
     save_samples: bool = False,
+    keep_base: str | Path | None = None,
     force: bool = False,
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
@@ -101,6 +102,8 @@ def evaluate(
         revision: branch, tag or commit of the base on the Hub (default: that of the training run `aligned` is from, if
             any; the same for variant, single_file_config, expert, prediction_type and segments).
         save_samples: also keep all samples, in `samples/base` and `samples/aligned`, for `score` with other scorers.
+        keep_base: folder that keeps the base's numbers and images for the next comparison with it, on the same prompts,
+            seeds, scorers and options, which then draws the aligned side alone.
         force: replace the evaluation that `out` holds.
         settings: further entries for `result.json`, such as how the model was trained; they win over its own.
 
@@ -170,6 +173,7 @@ def evaluate(
     autocast = use_precision(precision) if loaded else None
     origin: dict[str, Any] = asdict(model) if model else {"path": pipeline.source, **version}
     decisive = [origin, other.path, rows, sampling, precision, loaded, {s.name: s.recorded_version for s in judges}]
+    kept = keep_base and Path(keep_base).expanduser() / digest_of([*decisive[:1], *decisive[2:]])
     decisive += [served.recorded] if served else []
     decisive += [SAMPLES] if save_samples else []
     adapter = None if other.kind == "model" else "-".join(map(digest, files_of(other.kind, other.path)))
@@ -180,7 +184,13 @@ def evaluate(
         what: Any = {"rows": rows, "scorers": judges, "work": work, "bar": bar, "batch_size": batch_size, "fps": fps}
         what |= sampling | {"saved": work / SAMPLES if save_samples else None}
         weights = digest_of_tensors(pipeline.denoiser.state_dict())
+        if kept and not any(work.iterdir()):
+            copy_side("base", kept, work)
         before = measure("base", pipeline, weights, **what, autocast=autocast)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(kept) as temporary:
+                copy_side("base", work, temporary)
         if adapter:
             with adapter_on(pipeline, other), user_on(pipeline, served, guidance):
                 whose = f"-{digest_of_tensors({'tokens': served.tokens(pipeline)})}" if served else ""

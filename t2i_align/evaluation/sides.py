@@ -7,6 +7,7 @@ FOLDER/.writing_evaluation-SETTINGS/SIDE-WEIGHTS.jsonl    a line per sample: its
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,12 @@ def measure(
             done += new
             bar.update(len(part))
     return done
+
+
+def copy_side(side: str, source: Path, folder: Path) -> None:
+    """Copy what `measure` has left of a side, if anything, from one folder to another."""
+    for file in source.glob(f"{side}-*"):
+        shutil.copyfile(file, folder / file.name)
 
 
 def save_sample(sample: Sample, folder: Path, row: int, fps: float) -> None:

@@ -331,6 +331,8 @@ def describe(
     warning = "fewer train.steps or more data; validation.data with other pairs shows when that begins"
     many = passes > MANY_PASSES and not isinstance(source, PromptDataset)
     note = f"\nwarning    {passes:.0f} passes learn the groups by heart: {warning}" if many else ""
+    if 0 < train.steps <= (warm := config.optim.warmup_steps):
+        note += f"\nwarning    optim.lr is not reached: optim.warmup_steps={warm}, train.steps={train.steps}"
     watched = f"\nheld out   {config.validation.data}: {held_out.counts['groups']} groups" if held_out else ""
     left_out = f", without {len(unreached)} that get no gradient, as {min(unreached)}" if unreached else ""
     return f"""\

@@ -1,12 +1,14 @@
-"""Folders of winners and losers: pairs by name, captions from files and tables, and what is unclear."""
+"""Folders of winners and losers, and of captioned images: pairs by name, captions beside or listed, what is unclear."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from t2i_align.data import readers
 from t2i_align.data.readers import read
 from t2i_align.errors import UserError
 from tests.data.test_examples import write_images, write_jsonl
@@ -42,7 +44,7 @@ def test_metadata_means_the_winner(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
-def test_with_captions_in_a_table(tmp_path: Path, name: str) -> None:
+def test_captions_in_a_table(tmp_path: Path, name: str) -> None:
     for folder in ("chosen", "rejected"):
         write_images(tmp_path / folder, ["a.png", "b.png"])
     listed = [{"file_name": "chosen/a.png", "caption": "first"}, {"file_name": "chosen\\b.png", "caption": "second"}]
@@ -69,7 +71,7 @@ def test_names_and_captions_of_other_systems(tmp_path: Path) -> None:
     assert "rejected/c.png" in reasons
 
 
-def test_that_are_unclear(tmp_path: Path) -> None:
+def test_unclear_folders_are_refused(tmp_path: Path) -> None:
     for name in ("winner", "good", "loser"):
         write_images(tmp_path / name, ["a.jpg"])
     with pytest.raises(UserError, match=r"expected one winner folder .* found good, winner"):
@@ -85,3 +87,28 @@ def test_links_stay_inside(tmp_path: Path) -> None:
     (tmp_path / "data" / "winner" / "a.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(UserError, match="leads outside"):
         list(read(tmp_path / "data"))
+
+
+def test_captions_beside_in_a_folder_or_listed(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "d.png"])
+    (tmp_path / "clip").mkdir()
+    write_images(tmp_path / "clip", ["0.jpg", "1.jpg"])
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "a.txt").write_text("a fox\n")
+    (tmp_path / "captions" / "clip.caption").write_text("an owl flies")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b.jpg", "text": "a cat"}) + "\n")
+    (tmp_path / "notes.pdf").write_text("x")
+    assert readers.detect(tmp_path) == "captioned"
+    liked = {group.id: (group.prompt, group.scores) for group in groups(tmp_path)}
+    assert liked == {"a": ("a fox", (1.0,)), "b": ("a cat", (1.0,)), "clip": ("an owl flies", (1.0,))}
+    reasons = skips(tmp_path)
+    assert reasons["c"].startswith("no caption: neither c.txt beside it")
+    assert reasons["d"] == "several of this name: d.jpg, d.png"
+    assert reasons["notes.pdf"].startswith("no image or clip") and len(reasons) == 3
+
+
+def test_images_without_any_caption_are_not_recognised(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg"])
+    (tmp_path / "other.txt").write_text("a caption of nothing")
+    with pytest.raises(UserError, match="no reader recognises this folder"):
+        readers.detect(tmp_path)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from t2i_align.data import readers
+from t2i_align.data.columns import Columns
 from t2i_align.data.media import decode
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
 from tests import formats
 from tests.data.test_examples import colour, write_images, write_jsonl
-from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, shard, sheet, skips, table
+from tests.formats import OF_PAIRS, OF_RANKINGS, PAIRS, RANKINGS, groups, images, png, shard, sheet, skips, table
 
 
 def seen(group: Group) -> list[int]:
@@ -175,6 +176,11 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     assert [(group.id, seen(group), group.scores) for group in groups(source)] == [("b", [4, 1], (1.0, 0.0))]
     assert skips(source) == {"a.jsonl:4": "no 'prompt_id'", "a": "its 2 rows have different prompts"}
+    source = table(tmp_path / "a.parquet", [{**rows[0], "image_path": png(0)}])
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row 0: with a group column, images must be paths, not part of the"
+    ):
+        list(read(source))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +196,15 @@ def test_a_group_column_gathers_rows(tmp_path: Path) -> None:
         ("path: a.csv\ncolumns: {candidates: [left, right], scores: [s]}", "scores names 1 columns"),
         (
             "path: a.csv\ncolumns: {candidates: [left, right], winner: won, prompt: text}",
-            r"'won' is missing. Columns found: text",
+            r"'won' is missing. Columns found: text, left, right\. A dataset spec can say which column holds",
+        ),
+        (
+            "path: a.csv\ncolumns: {candidates: [left, right], best_first: true, prompt: null}",
+            "columns: prompt names no column, and there are no captions that could stand in for it$",
+        ),
+        (
+            "path: a.csv\ncolumns: {candidates: left, winner: text, group: text}",
+            "columns: with group, candidates is one column and scores, ranks or votes another$",
         ),
         ("path: a.csv\npart: {of: train, held_out: 2}", "part.held_out must be a number in .0, 1., found 2"),
         ("path: s.yaml", "a dataset spec itself"),
@@ -208,6 +222,11 @@ def test_source_files_that_are_wrong(tmp_path: Path, text: str, expected: str) -
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=expected):
         list(read(tmp_path / "s.yaml"))
+
+
+def test_columns_that_do_not_exist() -> None:
+    with pytest.raises(UserError, match=r"^unknown column 'usr'\. Did you mean 'user'"):
+        Columns(candidates="images", scores="scores", columns={"usr": "who", "zone": "where"})
 
 
 def test_webdataset_samples_that_cannot_be_used(tmp_path: Path) -> None:

@@ -132,12 +132,21 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
     images(tmp_path)
-    formats.sheet(tmp_path / "v.csv", [{"text": f"p {n}", "a": "0.png", "b": "1.png", "won": "a"} for n in range(30)])
+    rows = [{"text": f"été  {n}" if n < 30 else "", "a": "0.png", "b": "1.png", "won": "a"} for n in range(31)]
+    formats.sheet(tmp_path / "v.csv", rows)
     (tmp_path / "v.yaml").write_text("path: v.csv\ncolumns: {candidates: [a, b], winner: won, prompt: text}\n")
     counts = split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3)
     assert counts["train"] + counts["held_out"] == 30 and counts["held_out"] == counts["held_out_prompts"]
+    assert (counts["on_neither_side"], counts["skipped"]) == (0, 1)
+    assert all(
+        text.startswith("été ") and "  " not in text
+        for text in (tmp_path / "out/held_out_prompts.txt").read_text().splitlines()
+    )
     written = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
-    assert written["columns"]["prompt"] == "text" and Path(written["path"]).is_absolute()
+    assert (
+        written["columns"]["prompt"] == "text" and Path(written["path"]).is_absolute() and next(iter(written)) == "path"
+    )
+    assert written["part"] == {"of": "train", "held_out": 0.3, "by": ["prompt"], "seed": 0}
     files = contents(tmp_path / "out")
     for other in ({"held_out": 0.3, "seed": 1}, {"held_out": 0.4}, {"held_out": 0.3, "by": ["prompt", "user"]}):
         with pytest.raises(UserError, match=r"train\.yaml: this split was made with other settings"):
@@ -148,7 +157,9 @@ def test_a_described_source_is_split_with_what_it_says(tmp_path: Path) -> None:
     assert split(tmp_path / "v.yaml", tmp_path / "out", held_out=0.3) == counts and contents(tmp_path / "out") == files
     with pytest.raises(UserError, match="one part of a split already"):
         split(tmp_path / "out" / "train.yaml", tmp_path / "again")
-    with pytest.raises(UserError, match="held_out is empty"):
+    with pytest.raises(
+        UserError, match=r"with held_out=1e-09 and seed=0, held_out is empty; choose others\. Skipped rows: 1, such as "
+    ):
         split(tmp_path / "v.yaml", tmp_path / "again", held_out=1e-9)
     formats.sheet(tmp_path / "v.csv", [{"text": "", "a": "0.png", "b": "1.png", "won": "a"}])
     with pytest.raises(UserError, match=r"no usable group among 1 rows.*v\.csv, row 0: no 'text'"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.demo.conftest import Served, held, name, opened, shoot, tab, until
+from t2i_align.demo import app
+from tests.demo.conftest import Served, generated, held, name, opened, shoot, tab, until
 
 
 @pytest.fixture
@@ -89,6 +91,24 @@ def test_a_name_that_is_typed_at_once_is_kept(page: Any, served: Served) -> None
     name(page).fill("")
     page.locator("h1").click()
     until(page, lambda: name(page).input_value().startswith("guest-"))
+
+
+def test_an_account_votes_under_its_name(browser: Any, tmp_path: Path) -> None:
+    source = generated(tmp_path / "source", prompts=2)
+    with app.opened("testbed:sd", sources=[source], out=tmp_path / "demo") as demo:
+        blocks = app.build(app.import_gradio(), demo, app.Defaults(), accounts=True)
+        url = app.launch(blocks, demo, accounts=[("anna", "secret")])
+        with opened(browser, url, "account") as page:
+            page.get_by_label("username").fill("anna")
+            page.get_by_label("password").fill("secret")
+            page.get_by_role("button", name="Login").click()
+            tab(page, "Vote")
+            until(page, lambda: name(page).input_value() == "anna")
+            page.locator("#pair img").first.wait_for()
+            page.locator("#vote-left").click()
+            page.locator("#progress", has_text="1 of 2").wait_for()
+        assert [row["user"] for row in demo.votes.snapshot()] == ["anna"]
+        blocks.close(verbose=False)
 
 
 def test_a_key_votes_on_the_pair_that_is_seen(page: Any, served: Served) -> None:

@@ -24,6 +24,8 @@ def test_noise_is_shared_or_independent_and_time_is_per_group() -> None:
         times = noised.timesteps.view(4, 3)
         assert (times == times[:, :1]).all()
     assert not torch.equal(shared.target[0], shared.target[3])
+    drawn = rng_for(batch, "epsilon").normal("noise", (3, 4, 3, 3))  # by this name, so that runs can be drawn again
+    assert torch.equal(apart.target, drawn.flatten(0, 1).to(apart.target)) and not torch.equal(*drawn[0, :2])
 
 
 def test_captions_are_dropped_for_whole_groups_at_the_given_rate() -> None:

@@ -83,3 +83,22 @@ def test_an_unfinished_evaluation_with_other_settings_is_not_continued(
     shutil.copytree(sd_path, weights)
     assert run(**options).settings["identical_pairs"] == 1
     assert made == [3, 3, 2]  # the base's sample is kept
+
+
+def test_a_base_that_was_drawn_is_not_drawn_again(
+    run: Run, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same prompts and options; with an image lost, or other steps, it is."""
+    made: list[str] = []
+    real = sides.sample
+    monkeypatch.setattr(sides, "sample", lambda *a, **k: made.append(a[0].source) or real(*a, **k))
+    options: dict[str, Any] = {"aligned": other, "prompts": PROMPTS, "keep_base": tmp_path / "kept"}
+    first, count = run("first", **options), len(made)
+    second = run("second", **options)
+    assert len(made) == count + count // 2 and second.scorers == first.scorers
+    assert samples(tmp_path / "first") == samples(tmp_path / "second")
+    next((tmp_path / "kept").glob("*/base-000000.png")).unlink()
+    for name, steps in (("third", {}), ("fourth", {"steps": 3})):
+        made.clear()
+        run(name, **options, **steps)
+        assert len(made) == count

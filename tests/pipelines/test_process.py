@@ -126,6 +126,10 @@ def test_logit_normal_has_the_quantiles_of_a_logistic_of_a_normal() -> None:
     u = torch.tensor([0.15865525, 0.5, 0.84134475])  # normal quantiles -1, 0, 1
     expected = 1000 * torch.tensor([-1.0, 0.0, 1.0]).sigmoid()
     torch.testing.assert_close(RectifiedFlow().timesteps(u, "logit_normal"), expected, rtol=1e-5, atol=1e-2)
+    ends = RectifiedFlow().timesteps(torch.tensor([0.0, 1 - 2**-24], dtype=torch.float64), "logit_normal")
+    assert ends.tolist() == pytest.approx(
+        [5.4901, 994.5099], abs=1e-3
+    )  # the sigmoid of the quantiles of 1e-7, 1 - 1e-7
 
 
 def test_geometric_times_fall_into_50_bins_whose_share_decays_from_the_noisy_end() -> None:

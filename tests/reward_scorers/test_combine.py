@@ -208,8 +208,9 @@ def test_files_that_cannot_be_used_are_named(text: str, match: str, tmp_path: Pa
 def test_a_file_gives_the_scorer_its_name(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("rule: min\nscorers: [temporal_flickering, motion_smoothness]")
     assert reward_scorers.build(f"combine:{tmp_path / 'both.yaml'}").name == "combine:both"
-    with pytest.raises(ScorerError, match=r"expected combine:FILE.yaml"):
-        reward_scorers.build("combine")
+    for spec, what in (("combine", "nothing"), ("combine:nowhere.yaml", "nowhere.yaml")):
+        with pytest.raises(ScorerError, match=rf"combine: {what}: no such file; expected combine:FILE\.yaml"):
+            reward_scorers.build(spec)
 
 
 def test_files_that_never_end_are_refused(tmp_path: Path) -> None:

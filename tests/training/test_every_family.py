@@ -71,7 +71,7 @@ def test_run_resumes_exactly_and_samples_the_same_in_plain_diffusers(
     plain = DiffusionPipeline.from_pretrained(str(model if trained == "lora" else through.weights))
     if trained == "lora":
         plain.load_lora_weights(str(through.weights.parent), weight_name=through.weights.name)
-    theirs = in_plain_diffusers(plain, ours, ["prompt 1"], [3], steps=2, guidance_scale=3.0)
+    theirs = in_plain_diffusers(plain, ours, ["prompt 1"], [3], steps=2, guidance=3.0)
     torch.testing.assert_close(theirs.clamp(0, 1), samples, rtol=0, atol=1e-6)
 
 

@@ -277,10 +277,12 @@ def test_passes_over_the_data_are_printed_and_many_are_warned_of(
     data = jsonl_pairs(tmp_path / "data", 2)
     for steps in (1, 2):
         changes = {"train__steps": steps, "train__batch_size": 32, "data__cache_dir": str(tmp_path / "cache")}
+        changes |= {"optim__warmup_steps": 1}
         align(run_values(sd_path, data, tmp_path / f"run{steps}", **changes), progress=True)
         out = capsys.readouterr().out
         assert f"({16 * steps} passes over the data)" in out
         assert ("32 passes learn the groups by heart: fewer train.steps or more data" in out) == (steps == 2)
+        assert ("optim.lr is not reached: optim.warmup_steps=1, train.steps=1" in out) == (steps == 1)
 
 
 def test_validation_writes_images_and_scores(sd_path: Path, pairs: Path, tmp_path: Path) -> None:

@@ -9,35 +9,50 @@ import pytest
 import yaml
 
 from t2i_align.cli import main
+from t2i_align.data import encode, store
+from t2i_align.inference import generate
+from t2i_align.labeling import score, synthesize
 from t2i_align.utils.distributed import Distributed
 from tests.runs import jsonl_pairs, run_values
 
 pytest.importorskip("ray", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
 
-# Once, in the second process and in the middle of its work.
+BRIGHT = """
+from reward_scorers import Scorer
+
+class Bright(Scorer):
+    name, version = "bright", "1"
+
+    def rate(self, inputs, prompts):
+        return inputs.mean((1, 2, 3))
+"""
+Both = Callable[..., tuple[dict[str, bytes], dict[str, bytes]]]
+
+# Once, in the middle of its work.
 KILLER = """
 import os, signal
 from pathlib import Path
-from t2i_align.data import store
+from t2i_align.data import encode, store
 from t2i_align.inference import generate
 from t2i_align.labeling import score, synthesize
 
-def deadly(function, after):
+def deadly(function, after, ranks):
     calls = []
     def called(*arguments, **options):
         result = function(*arguments, **options)
         calls.append(1)
         mark = Path({mark!r})
-        if os.environ.get("RANK") == "1" and len(calls) == after and not mark.exists():
+        if os.environ.get("RANK", "none") in ranks and len(calls) == after and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return called
 
-generate.sample = synthesize.sample = deadly(generate.sample, 2)
-score.judge = deadly(score.judge, 2)
-store.write_table = deadly(store.write_table, 2)
+generate.sample = synthesize.sample = deadly(generate.sample, 2, "1")
+score.judge = deadly(score.judge, 2, "1")
+store.write_table = deadly(store.write_table, 2, "01")  # whichever comes to write a shard
+encode.MAX_ROWS_PER_SHARD = 4
 """
 
 
@@ -48,11 +63,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, bytes], dict[str, bytes]]]:
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Both:
     """What a command leaves in {out} by itself, and with two actors of which one is killed."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(encode, "MAX_ROWS_PER_SHARD", 4)
+    for module, name in ((generate, "sample"), (synthesize, "sample"), (score, "judge"), (store, "write_table")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # which the plugin replaces in this process, too
     mark, plugin = tmp_path / "killed", tmp_path / "killer.py"
+    (tmp_path / "bright.py").write_text(BRIGHT)
     plugin.write_text(KILLER.format(mark=str(mark)))
 
     def run(*arguments: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -69,9 +88,7 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     return run
 
 
-def test_generate(
-    both: Callable[..., tuple[dict[str, bytes], dict[str, bytes]]], sd_path: Path, tmp_path: Path
-) -> None:
+def test_generate(both: Both, sd_path: Path, tmp_path: Path) -> None:
     (prompts := tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(5)))
     sizes = ("--per-prompt", "2", "--batch-size", "2", "--steps", "2")
     one, two = both("generate", str(sd_path), "--prompts", str(prompts), "--out", "{out}/images", *sizes)
@@ -79,29 +96,35 @@ def test_generate(
     assert len(one) == 11
 
 
-def test_score(both: Callable[..., tuple[dict[str, bytes], dict[str, bytes]]], tmp_path: Path) -> None:
+def test_score(both: Both, tmp_path: Path) -> None:
     pairs = jsonl_pairs(tmp_path / "pairs")
-    scored = ("--scorers", "oracle", "--batch-size", "4", "--out", "{out}/scores.jsonl")
+    scored = ("--scorers", f"{tmp_path / 'bright.py'}:Bright", "--batch-size", "4", "--out", "{out}/scores.jsonl")
     one, two = both("score", str(pairs), *scored)
     lines = [sorted(files["scores.jsonl"].splitlines()) for files in (one, two)]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 24
 
 
-def test_synthesize(
-    both: Callable[..., tuple[dict[str, bytes], dict[str, bytes]]], sd_path: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    (prompts := tmp_path / "prompts.txt").write_text("".join(f"a red square {i}\n" for i in range(40)))
+def test_synthesize(both: Both, sd_path: Path, tmp_path: Path) -> None:
+    (prompts := tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(40)))
     drawn = ("--per-prompt", "2", "--steps", "2", "--batch-size", "4")
     one, two = both(
-        "synthesize", str(prompts), "--models", str(sd_path), "--scorers", "oracle", "--out", "{out}", *drawn
+        "synthesize",
+        str(prompts),
+        "--models",
+        str(sd_path),
+        "--scorers",
+        f"{tmp_path / 'bright.py'}:Bright",
+        "--out",
+        "{out}",
+        *drawn,
     )
-    scores = [sorted(files.pop("scores.jsonl").splitlines()) for files in (one, two)]
-    assert one == two and scores[0] == scores[1]
+    for files in (one, two):
+        del files["scores.jsonl"]  # each process has one; the groups have them all
+    assert one == two and "groups.jsonl" in one
 
 
-def test_prepare(both: Callable[..., tuple[dict[str, bytes], dict[str, bytes]]], sd_path: Path, tmp_path: Path) -> None:
+def test_prepare(both: Both, sd_path: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, jsonl_pairs(tmp_path / "pairs"), tmp_path / "run")
     (config := tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     one, two = both("prepare", str(config), "data.cache_dir={out}")
