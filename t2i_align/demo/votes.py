@@ -215,9 +215,10 @@ class Votes:
         if pair.id not in self._names:
             left, right = (m if isinstance(m, str) else self.images.add(m) for m in pair.media)
             self._names[pair.id] = left, right
-        step = -1 if swapped else 1
-        left, right = self._names[pair.id][::step]
-        return Shown(pair.id, pair.prompt, left, right, pair.models[::step], *self._segments(left, right))
+        names, models = self._names[pair.id], pair.models
+        if swapped:
+            names, models = names[::-1], models[::-1]
+        return Shown(pair.id, pair.prompt, *names, models, *self._segments(*names))
 
     def _segments(self, left: str, right: str) -> tuple[int, float]:
         """How many segments a pair's clips have, and their length, which grows where they would be too many."""
