@@ -41,7 +41,7 @@ SEGMENTS = {"tokens": 32}
 DRAWING_SEED, SAMPLING_SEED = 11, 90_000
 OMEGAS = {"R-0.3": 0.3, "R-1.0": 1.0}
 SIDES = {
-    "base, truncated": "B", "base, segments, not trained": "B-S", "T: trained, truncated": "T",
+    "base, truncated": "B", "T: trained, truncated": "T",
     "S: trained, segments": "S", "S + R, omega 0.3": "R-0.3", "S + R, omega 1": "R-1.0",
 }  # fmt: skip
 COLUMNS = ("faithfulness", "sentences", "last", "strict", "colour", "shape", "size", "relation", "count", "background",
@@ -131,7 +131,7 @@ def judge(work: Path, side: str, seed: int, options: argparse.Namespace) -> dict
     if not file.exists():
         segments = None if side in ("B", "T") else SegmentsConfig(**SEGMENTS)
         pipeline = load_pipeline(ModelConfig(path=options.model, segments=segments))
-        adapter = None if side in ("B", "B-S") else resolve_aligned(work / f"{side}-{seed}")
+        adapter = None if side == "B" else resolve_aligned(work / f"{side}-{seed}")
         texts = prompts("long-test")[: options.prompts]
         sampling: dict[str, Any] = {"steps": options.sampling_steps, "guidance": options.guidance, "batch_size": 32}
         with adapter_on(pipeline, adapter):
@@ -221,11 +221,13 @@ def main() -> None:
     options = parser.parse_args()
     options.work = options.work.resolve()
     (options.work / "data").mkdir(parents=True, exist_ok=True)
-    for side in SIDES.values():
-        for seed in range(options.seeds if side[0] != "B" else 1):
-            if side[0] != "B":
+    for seed in range(options.seeds):  # seed by seed, so that a run that is ended has all arms of some seeds
+        for side in SIDES.values():
+            judged = (options.work / f"scores-{side}-{seed}.json").exists()
+            if side != "B" and not judged:
                 fine_tune(options.work, side, seed, options)
-            judge(options.work, side, seed, options)
+            if side != "B" or seed == 0:
+                judge(options.work, side, seed, options)
     text = report(options.work, options)
     (ROOT / "benchmarks" / "results" / "long_prompts.md").write_text(text)
     print(text)

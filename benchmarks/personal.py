@@ -70,24 +70,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     parser.add_argument("--model", default="testbed:sd", help="base model")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP (default: one is trained)")
-    parser.add_argument("--users", type=int, default=64, help="users in training")
-    parser.add_argument("--new-users", type=int, default=16, help="users who are not")
-    parser.add_argument("--pairs", type=int, default=16, help="choices of each user in training")
+    parser.add_argument("--users", type=int, default=52, help="users in training")
+    parser.add_argument("--new-users", type=int, default=12, help="users who are not")
+    parser.add_argument("--pairs", type=int, default=10, help="choices of each user in training")
     parser.add_argument("--prompts", type=int, default=12, help="test prompts, of which each user gets an image")
     parser.add_argument("--sampling-steps", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=2, help="of training")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=1, help="of training")
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--population-lr", type=float, default=1e-3)
-    parser.add_argument("--beta", type=float, default=200.0)
+    parser.add_argument("--beta", type=float, default=20.0)
+    parser.add_argument("--table", action="store_true", help="write the table of what is there and run nothing")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.clip = options.clip or options.work / "clip"
     stages: list[Callable[[argparse.Namespace], None]] = [clip_stage, pairs_stage]
     for seed in range(options.seeds):
-        stages += [partial(stage, seed=seed) for stage in (served_stage, population_stage)]
-    for stage in [*stages, time_stage, table]:
+        stages += [partial(stage, seed=seed) for stage in (ppd_stage, served_stage, population_stage)]
+    for stage in [table] if options.table else [*stages, time_stage, table]:
         start = time.monotonic()
         stage(options)
         print(f"{getattr(stage, 'func', stage).__name__}: {time.monotonic() - start:.0f} s", flush=True)
@@ -125,6 +126,8 @@ def pairs_stage(options: argparse.Namespace) -> None:
 def trained(options: argparse.Namespace, name: str, seed: int, rate: float, **more: Any) -> Path:
     """Diffusion-DPO on the pairs of the users in training; a run that was stopped continues."""
     output = options.work / f"{name}-{seed}"
+    if (output / ("personal" if "personal" in more else "lora")).exists():
+        return output
     align({
         "output_dir": str(output), "resume": True,
         "model": {"path": options.model}, "data": {"path": str(options.work / "seen.parquet")},
@@ -148,33 +151,37 @@ class Gallery:
         seen: dict[str, Verdict] = {}
 
         def judge(user: str, pixels: Tensor, prompts: Sequence[str]) -> Array:
-            same = next((one for one, tokens in users.items() if tokens is None and one in seen), None)
-            seen[user] = seen[same] if same and users[user] is None else Oracle().judge(pixels, prompts)
-            return np.zeros(len(prompts))
+            seen[user] = Oracle().judge(pixels, prompts)
+            return seen[user].reward
 
         liked(self.pipeline, users, self.prompts, self.seeds, judge, **self.sampling)
         return seen
 
 
-def scores(seen: dict[str, Verdict]) -> Array:
-    """How much each user likes the images made for them, [users, prompts]."""
-    return np.stack([person(int(user)).score(verdict) for user, verdict in seen.items()])
+def judged(seen: dict[str, Verdict], judges: Sequence[str]) -> Array:
+    """How much users like images, [judges, made for, prompts]."""
+    return np.array([[person(int(judge)).score(verdict) for verdict in seen.values()] for judge in judges])
+
+
+def kept(folder: Path, name: str, make: Callable[[], Array]) -> Array:
+    """A result that is made once."""
+    file = folder / f"{name}.npy"
+    if not file.exists():
+        folder.mkdir(exist_ok=True)
+        with atomic_file(file) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, make())
+    return np.asarray(np.load(file))
 
 
 @torch.no_grad()
 def served_stage(options: argparse.Namespace, seed: int) -> None:
-    """Train the branch, and what users think of the images that it makes for them."""
-    file = options.work / f"served-{seed}.npz"
-    if file.exists():
-        return
-    prompts, seeds, new, seen = tests(options)
-    with torch.enable_grad():
-        embedder_of = {"embedder": f"hf-clip:{options.clip}", "examples": [1, 8], "dropout": 0.05}
-        run = trained(options, "ppd", seed, options.lr, lora=None, personal=embedder_of)
+    """What users think of the images that the branch makes for them."""
+    folder, (prompts, seeds, new, seen) = options.work / f"served-{seed}", tests(options)
     pipeline, rng = load_pipeline(options.model, device="cpu"), np.random.default_rng(29)
     made = Gallery(options, pipeline, prompts, seeds)
-    out: dict[str, Any] = {"base": scores(made(dict.fromkeys(new))), "base seen": scores(made(dict.fromkeys(seen)))}
-    with adapter_on(pipeline, resolve_adapter(run)):
+    kept(options.work, "base", lambda: judged(made({"": None}), [*new]))
+    kept(options.work, "base seen", lambda: judged(made({"": None}), [*seen]))
+    with adapter_on(pipeline, resolve_adapter(options.work / f"ppd-{seed}")):
         branch: personal.Personal = pipeline.denoiser.personal
         embedder = rebuilt(branch.embedding)
 
@@ -183,43 +190,58 @@ def served_stage(options: argparse.Namespace, seed: int) -> None:
                 user: tokens_of(branch, embedder, all[start : start + count], user) for user, all in choices.items()
             }
 
-        own, verdicts = tokens(new, EXAMPLES), {}
-        for count in COUNTS:
-            verdicts[count] = made(tokens(new, count))
-            out[f"new {count}"] = scores(verdicts[count])
-            print(f"{count}: {win_rate(out['base'], out[f'new {count}'], margin=MARGIN)}", flush=True)
-        out["shuffled"] = scores(made(tokens(shuffled(new, rng), EXAMPLES)))
-        out["seen"] = scores(made(tokens(seen, EXAMPLES)))
-        curves = []
-        for first in [*new][:PAIRS]:
-            other = next(name for name in new if int(name) % 8 == 7 - int(first) % 8)
-            mixed = made({str(weight): weight * own[first] + (1 - weight) * own[other] for weight in MIX[1:-1]})
-            at = [verdicts[EXAMPLES][other], *mixed.values(), verdicts[EXAMPLES][first]]
-            curves.append([person(int(first)).score(one) - person(int(other)).score(one) for one in at])
-        out["mix"] = np.array(curves)
+        def serve(name: str, choices: dict[str, list[Group]], count: int) -> Array:
+            likes = kept(folder, name, lambda: judged(made(tokens(choices, count)), [*choices]))
+            base = np.load(options.work / f"base{' seen' * (name == 'seen')}.npy")[:, 0]
+            print(f"{name}: {win_rate(base, own(likes), margin=MARGIN)}", flush=True)
+            return likes
+
+        few = serve(f"new {EXAMPLES}", new, EXAMPLES)
+        serve("shuffled", shuffled(new, rng), EXAMPLES)
+        names, few_tokens = [*new], tokens(new, EXAMPLES)
+
+        def mixed(first: str, other: str) -> Array:
+            parts = {str(w): w * few_tokens[first] + (1 - w) * few_tokens[other] for w in MIX[1:-1]}
+            a, b = names.index(first), names.index(other)
+            inner = judged(made(parts), [first, other])
+            all = np.concatenate([few[[a, b]][:, [b]], inner, few[[a, b]][:, [a]]], axis=1)
+            return np.asarray(all[0] - all[1])
+
+        opposed = [(one, next(two for two in names if int(two) % 8 == 7 - int(one) % 8)) for one in names[:PAIRS]]
+        kept(folder, "mix", lambda: np.stack([mixed(*pair) for pair in opposed]))
         parts = [tokens(new, EXAMPLES, start) for start in range(0, COUNTS[-1], EXAMPLES)]
+        users = [torch.stack([part[user] for part in parts]) for user in new]
         for top in (1, 5):
-            found = identification([torch.stack([part[user] for part in parts]) for user in new], top)
-            out[f"top {top}"] = np.array([found[0], *found[1]])
-        out["parameters"] = np.array(sum(parameter.numel() for parameter in branch.parameters()))
-    with atomic_file(file) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **out)
+            share, bounds = identification(users, top)
+            kept(folder, f"top {top}", partial(np.array, (share, *bounds)))
+        kept(folder, "parameters", lambda: np.array(sum(parameter.numel() for parameter in branch.parameters())))
+        serve("seen", seen, EXAMPLES)
+        for count in COUNTS:
+            serve(f"new {count}", new, count)
+
+
+def own(likes: Array) -> Array:
+    """How much each user likes the images made for them, [users, prompts], of [judges, made for, prompts]."""
+    return np.einsum("uup->up", likes)
+
+
+def ppd_stage(options: argparse.Namespace, seed: int) -> None:
+    """The personal branch alone."""
+    embedder = {"embedder": f"hf-clip:{options.clip}", "examples": [1, 8], "dropout": 0.05}
+    trained(options, "ppd", seed, options.lr, lora=None, personal=embedder)
 
 
 def population_stage(options: argparse.Namespace, seed: int) -> None:
-    """At the rate of the quickstart's LoRA."""
-    file = options.work / f"population-{seed}.npz"
-    if file.exists():
-        return
-    run = trained(options, "population", seed, options.population_lr,
-                  lora={"rank": 16, "alpha": 16.0, "targets": "all"})  # fmt: skip
+    """A LoRA for all, at the rate of the quickstart's."""
+    lora = {"rank": 16, "alpha": 16.0, "targets": "all"}
+    run = trained(options, "population", seed, options.population_lr, lora=lora)
     prompts, seeds, new, seen = tests(options)
     pipeline = load_pipeline(options.model, device="cpu")
     with adapter_on(pipeline, resolve_adapter(run)):
         made = Gallery(options, pipeline, prompts, seeds)
-        out = {name: scores(made(dict.fromkeys(users))) for name, users in (("new", new), ("seen", seen))}
-    with atomic_file(file) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **out)
+        for name, users in (("new", new), ("seen", seen)):
+            make = partial(judged, made({"": None}), [*users])
+            kept(options.work / f"served-{seed}", f"population {name}", make)
 
 
 def tests(options: argparse.Namespace) -> tuple[list[str], list[int], dict[str, list[Group]], dict[str, list[Group]]]:
@@ -263,21 +285,30 @@ def time_stage(options: argparse.Namespace) -> None:
 
 def table(options: argparse.Namespace) -> None:
     """Write the tables as markdown, and the curves as a page beside it."""
-    served, population = ([np.load(options.work / f"{name}-{seed}.npz") for seed in range(options.seeds)]
-                          for name in ("served", "population"))  # fmt: skip
 
-    def pooled(runs: Sequence[Any], key: str) -> Array:
-        return np.stack([run[key] for run in runs])
+    def pooled(name: str) -> Array:
+        return np.stack([np.load(options.work / f"served-{seed}" / f"{name}.npy") for seed in range(options.seeds)])
 
-    def row(name: str, before: Array, after: Array) -> tuple[str, tuple[float, ...]]:
+    def made_for(name: str) -> Array | None:
+        """Of each run, how users like the images made for them; None where that is not run."""
+        if not all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds)):
+            return None
+        likes = pooled(name)  # [runs, judges, made for, prompts]
+        return likes[:, :, 0] if likes.shape[2] == 1 else np.stack([own(one) for one in likes])
+
+    def row(name: str, before: Array | None, after: Array | None) -> tuple[str, tuple[float, ...]]:
+        if before is None or after is None:
+            return f"| {name} | not run | | |", ()
         found = win_rate(before, after, margin=MARGIN)
         by_run = ", ".join(f"{win_rate(*pair, margin=MARGIN).rate:.1%}" for pair in zip(before, after, strict=True))
         users = f"{min(found.by_user):.0%} … {max(found.by_user):.0%}"
         return f"| {name} | {found} | {by_run} | {users} |", (found.rate, *found.interval)
 
-    base, base_seen = pooled(served, "base"), pooled(served, "base seen")
-    by_count = [row(f"new users, {n} choice{'s' * (n > 1)}", base, pooled(served, f"new {n}")) for n in COUNTS]
-    mixes = pooled(served, "mix").mean(0)  # [pairs, weights, prompts]
+    base, base_seen = (np.repeat(np.load(options.work / f"{name}.npy")[None, :, 0], options.seeds, 0)
+                       for name in ("base", "base seen"))  # fmt: skip
+    by_count = [row(f"new users, {n} choice{'s' * (n > 1)}", base, made_for(f"new {n}")) for n in COUNTS]
+    timed = options.work / "time.json"
+    mixes = pooled("mix").mean(0)  # [pairs, weights, prompts]
     means = [(float(one.mean()), *crossed_interval(one)) for one in mixes.swapaxes(0, 1)]
     rises = [(float(one.mean()), *crossed_interval(one)) for one in np.diff(mixes, axis=1).swapaxes(0, 1)]
     names = ("users", "new_users", "pairs", "prompts", "sampling_steps", "seeds", "steps", "batch", "lr",
@@ -291,33 +322,33 @@ def table(options: argparse.Namespace) -> None:
         "same seeds of sampling. Intervals of 95 % over users and prompts, training seeds averaged.", "",
         "| images for each user, of these choices | win rate over the base | by training seed | of single users |",
         "|---|---|---|---|", *(text for text, _ in by_count),
-        row(f"seen users, {EXAMPLES} choices", base_seen, pooled(served, "seen"))[0],
-        row(f"new users, {EXAMPLES} choices shuffled between them", base, pooled(served, "shuffled"))[0],
-        row("new users, population DPO", base, pooled(population, "new"))[0], "",
+        row(f"seen users, {EXAMPLES} choices", base_seen, made_for("seen"))[0],
+        row(f"new users, {EXAMPLES} choices shuffled between them", base, made_for("shuffled"))[0],
+        row("new users, population DPO", base, made_for("population new"))[0], "",
         f"| {EXAMPLES} choices | win rate over population DPO | by training seed | of single users |",
         "|---|---|---|---|",
-        row("new users", pooled(population, "new"), pooled(served, f"new {EXAMPLES}"))[0],
-        row("seen users", pooled(population, "seen"), pooled(served, "seen"))[0], "",
+        row("new users", made_for("population new"), made_for(f"new {EXAMPLES}"))[0],
+        row("seen users", made_for("population seen"), made_for("seen"))[0], "",
         f"| mix of two users with opposed tastes: weight of the first | {' | '.join(map(str, MIX))} |",
         "|---|" + "---|" * len(MIX),
         f"| how much more the first likes the image than the second, {len(mixes)} pairs | "
         + " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in means) + " |",
-        "| rise from the weight before | |"
+        "| rise from the weight before | | "
         + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*one) for one in rises) + " |", "",
         f"| identified among the {options.new_users} new users from four choices | by training seed | chance |",
         "|---|---|---|",
-        *(f"| top {n} | {', '.join('{:.1%} [{:.1%}, {:.1%}]'.format(*run[f'top {n}']) for run in served)} | "
+        *(f"| top {n} | {', '.join('{:.1%} [{:.1%}, {:.1%}]'.format(*one) for one in pooled(f'top {n}'))} | "
           f"{n / options.new_users:.1%} |" for n in (1, 5)), "",
         "| sampling, CPU seconds | without a user | with one | ratio, median and range of rounds |",
         "|---|---|---|---|",
         *("| {} | {:.2f} | {:.2f} | {:.3f} ({:.3f} to {:.3f}) |".format(name, *values)
-          for name, values in json.loads((options.work / "time.json").read_text()).items()), "",
-        f"The branch of {options.model} has {int(served[0]['parameters']):,} parameters.", "",
+          for name, values in (json.loads(timed.read_text()) if timed.exists() else {}).items()), "",
+        f"The branch of {options.model} has {int(pooled('parameters')[0]):,} parameters.", "",
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "personal.md", "\n".join(lines))
     curves = {"win rate over the base, new users": {"choices": [
-        (float(n), *values) for n, (_, values) in zip(COUNTS, by_count, strict=True)]},
+        (float(n), *values) for n, (_, values) in zip(COUNTS, by_count, strict=True) if values]},
         "how much more the first of two users likes a mix": {"weight of the first": [
             (weight, *values) for weight, values in zip(MIX, means, strict=True)]}}  # fmt: skip
     write_text(options.out / "personal.html", html.charts(curves, axis=""))

@@ -102,7 +102,7 @@ def main() -> None:
         lines.append(f"| {case} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     RESULTS.mkdir(exist_ok=True)
-    command = f"python benchmarks/reward.py --steps {' '.join(map(str, arguments.steps))}"
+    command = f"python benchmarks/reward.py --steps {' '.join(map(str, arguments.steps))} --rounds {arguments.rounds}"
     head = (
         f"`{command}`: {arguments.model}, batch {arguments.batch_size}, guidance 2, LoRA 16, fp32, {platform.machine()}"
     )
