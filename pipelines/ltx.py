@@ -31,6 +31,10 @@ class LTXVideo(VideoPipeline):
     t5_tokens = 128
     trained_size = (161, 512, 704)
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super().text_shapes()
+        return {**shapes, "prompt_attention_mask": shapes["prompt_embeds"][:1]}
+
     def denoiser_inputs(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         latents = self.pipe._pack_latents(noisy_latents, *self._patches)
         return {

@@ -37,6 +37,13 @@ def test_generate_equals_plain_diffusers(name: str, shared: Load, plain: Callabl
     assert (samples[0] - samples[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_of_conditioning_are_known_without_encoders(name: str, shared: Load) -> None:
+    ours = shared(name)
+    encoded, masks = ours.encode_prompts(PROMPTS), ours.conditioning_masks.values()
+    assert ours.text_shapes() == {key: tuple(t.shape[1:]) for key, t in encoded.items() if key not in masks}
+
+
 def test_default_steps_and_guidance_are_the_diffusers_pipelines(shared: Load, plain: Callable[[str], Any]) -> None:
     expected = {
         "sd": (50, 7.5, 8), "sdxl": (50, 5, 8), "sd3": (28, 7, 8), "flux": (28, 3.5, 8),

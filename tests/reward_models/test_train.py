@@ -137,6 +137,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     values["train"]["batch_size"] = 4
     run_in_two_processes(values, tmp_path, module=("t2i_align", "train-scorer"))
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        # Adam takes whole steps along gradients that are rounding alone: their order shows in the update's length.
+        assert ours.pop("update_norm") == pytest.approx(theirs.pop("update_norm"), rel=1e-2)
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
