@@ -4,7 +4,8 @@
     python benchmarks/reward.py --steps 5 10 20 --batch-size 4
 
 Seconds are of the CPU, or of the clock with CUDA. The memory is that of the tensors that are alive between the forward
-and the backward pass and were not before it, each storage once. `no checkpoints` is DRaFT through all steps without checkpointing.
+and the backward pass and were not before it, each storage once. `no checkpoints` is DRaFT
+through all steps without checkpointing.
 """
 
 from __future__ import annotations
