@@ -215,7 +215,6 @@ def served_stage(options: argparse.Namespace, seed: int) -> None:
         for top in (1, 5):
             share, bounds = identification(users, top)
             kept(folder, f"top {top}", partial(np.array, (share, *bounds)))
-        kept(folder, "parameters", lambda: np.array(sum(parameter.numel() for parameter in branch.parameters())))
         serve("seen", seen, EXAMPLES)
         for count in COUNTS:
             serve(f"new {count}", new, count)
@@ -290,12 +289,19 @@ def table(options: argparse.Namespace) -> None:
     def pooled(name: str) -> Array:
         return np.stack([np.load(options.work / f"served-{seed}" / f"{name}.npy") for seed in range(options.seeds)])
 
+    def there(name: str) -> bool:
+        return all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds))
+
     def made_for(name: str) -> Array | None:
         """Of each run, how users like the images made for them; None where that is not run."""
-        if not all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds)):
+        if not there(name):
             return None
         likes = pooled(name)  # [runs, judges, made for, prompts]
         return likes[:, :, 0] if likes.shape[2] == 1 else np.stack([own(one) for one in likes])
+
+    def named(top: int) -> str:
+        runs = pooled(f"top {top}") if there(f"top {top}") else []
+        return ", ".join("{:.1%} [{:.1%}, {:.1%}]".format(*run) for run in runs) or "not run"
 
     def row(name: str, before: Array | None, after: Array | None) -> tuple[str, tuple[float, ...]]:
         if before is None or after is None:
@@ -309,7 +315,7 @@ def table(options: argparse.Namespace) -> None:
                        for name in ("base", "base seen"))  # fmt: skip
     by_count = [row(f"new users, {n} choice{'s' * (n > 1)}", base, made_for(f"new {n}")) for n in COUNTS]
     timed = options.work / "time.json"
-    mixes = pooled("mix").mean(0)  # [pairs, weights, prompts]
+    mixes = pooled("mix").mean(0) if there("mix") else np.full((2, len(MIX), 2), np.nan)  # [pairs, weights, prompts]
     means = [(float(one.mean()), *crossed_interval(one)) for one in mixes.swapaxes(0, 1)]
     rises = [(float(one.mean()), *crossed_interval(one)) for one in np.diff(mixes, axis=1).swapaxes(0, 1)]
     names = ("users", "new_users", "pairs", "prompts", "sampling_steps", "seeds", "steps", "batch", "lr",
@@ -338,13 +344,11 @@ def table(options: argparse.Namespace) -> None:
         + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*one) for one in rises) + " |", "",
         f"| identified among the {options.new_users} new users from four choices | by training seed | chance |",
         "|---|---|---|",
-        *(f"| top {n} | {', '.join('{:.1%} [{:.1%}, {:.1%}]'.format(*one) for one in pooled(f'top {n}'))} | "
-          f"{n / options.new_users:.1%} |" for n in (1, 5)), "",
+        *(f"| top {n} | {named(n)} | {n / options.new_users:.1%} |" for n in (1, 5)), "",
         "| sampling, CPU seconds | without a user | with one | ratio, median and range of rounds |",
         "|---|---|---|---|",
         *("| {} | {:.2f} | {:.2f} | {:.3f} ({:.3f} to {:.3f}) |".format(name, *values)
           for name, values in (json.loads(timed.read_text()) if timed.exists() else {}).items()), "",
-        f"The branch of {options.model} has {int(pooled('parameters')[0]):,} parameters.", "",
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "personal.md", "\n".join(lines))
