@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import fsdp2_prepare_model
 from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from t2i_align.errors import UserError
@@ -48,7 +48,7 @@ def start(accelerator: Accelerator, config: RunConfig | ScorerRun) -> bool:
         raise UserError(f"launched as FSDP {version}, expected FSDP2: fsdp_version: 2 in accelerate's configuration")
     if not (asked or by_launch) or accelerator.num_processes == 1:
         return False
-    check(config)
+    check(cast("RunConfig", config))
     disable_fsdp_ram_efficient_loading()  # each process reads all weights; encoders would come out empty
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=policy, cpu_ram_efficient_loading=False)
@@ -58,7 +58,7 @@ def start(accelerator: Accelerator, config: RunConfig | ScorerRun) -> bool:
     return True
 
 
-def check(config: RunConfig | ScorerRun) -> None:
+def check(config: RunConfig) -> None:
     """Raise UserError for what does not work with sharded weights, naming the key."""
     train, needs = config.train, config.objective.needs
     for key, found in {
@@ -80,7 +80,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
-def shard(accelerator: Accelerator, network: nn.Module) -> None:
+def shard(accelerator: Accelerator, network: Any) -> None:
     """Divide a network's parameters among processes, in place, block by block; nothing where that was not asked for."""
     if not is_sharded(accelerator):
         return
@@ -149,7 +149,7 @@ def read(folder: Path, own: Mapping[str, Tensor] = {}, trained: Sequence[Tensor]
         own: this run's weights; those of other names are read whole. trained: the optimiser's parameters, in order; of
             none, no states are read.
     """
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries: Mapping[str, Any] = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if state := name.startswith(f"{OPTIMIZER}."):
@@ -158,11 +158,11 @@ def read(folder: Path, own: Mapping[str, Tensor] = {}, trained: Sequence[Tensor]
             like = own.get(name)
         if state and like is None:
             continue
-        kind = {"dtype": entry.properties.dtype}
+        dtype = entry.properties.dtype
         if like is not None and like.shape == entry.size:
-            tensors[name] = torch.zeros_like(like, requires_grad=False, **kind)
+            tensors[name] = torch.zeros_like(like, requires_grad=False, dtype=dtype)
         else:
-            tensors[name] = torch.zeros(entry.size, **kind)
+            tensors[name] = torch.zeros(entry.size, dtype=dtype)
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
     dcp.load(tensors, checkpoint_id=folder, no_dist=alone)
     states: dict[int, dict[str, Tensor]] = {}

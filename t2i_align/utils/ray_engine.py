@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import os
 import sys
 from collections import Counter, defaultdict
@@ -88,7 +89,7 @@ def run(
     ours = not ray.is_initialized()
     if ours:
         environment = {"env_vars": {"PYTHONPATH": paths, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
-        ray.init(include_dashboard=False, logging_level="error", runtime_env=environment)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, runtime_env=environment)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     world = workers or gpus or 1
     meeting = ray.remote(num_cpus=0)(Meeting).remote(world)
@@ -100,7 +101,7 @@ def run(
         tries[rank] += 1
         if tries[rank] > ATTEMPTS:
             raise UserError(f"process {rank} of {world} died {ATTEMPTS} times; out of memory? Run again to continue.")
-        process = actor.remote(rank, world, meeting, os.getcwd())
+        process: Any = actor.remote(rank, world, meeting, os.getcwd())
         running[process.run.remote(function, dict(options), list(plugins), silent)] = rank, process
 
     try:

@@ -203,6 +203,9 @@ def test_every_student_learns_and_becomes_a_pipeline(sd, name):
     assert family.process.prediction_type == student.process.prediction_type
     again = family.predict(noisy, timesteps, family.encode_prompts(texts))
     torch.testing.assert_close(again, prediction.detach(), rtol=1e-4, atol=1e-4)
+    further = STUDENTS[name](teacher)  # its own random weights give way to those of the base it starts from
+    further.start_from(student.assemble(average))
+    torch.testing.assert_close(further.predict(noisy, timesteps, texts, np.random.default_rng(0)), prediction)
 
 
 # The loop -----------------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def options(p: argparse.ArgumentParser, video: bool) -> None:
     p.add_argument("--student", choices=list(STUDENTS), default="sd-eps", help="which base to make")
     output_options(p, "folder of the finished pipeline, e.g. tiny-sd-eps")
     recipe_options(p, work="distill")
+    p.add_argument("--start", type=model_folder, help="a base of the student's kind to train further")
     p.add_argument("--teacher", type=model_folder, default=base_path("sd"), help="a v base; testbed:sd by default")
 
 
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
     pools = make_pools(base, teacher.pipe.vae, args.work)
     torch.manual_seed(recipe.seed)
     student = STUDENTS[args.student](teacher.pipe)
+    if args.start:
+        student.start_from(pipelines.load(args.start).pipe)
     # Plain matrix products: at these sizes the fused kernel takes longer on a CPU.
     teacher.denoiser.set_attn_processor(AttnProcessor())
 

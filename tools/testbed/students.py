@@ -29,6 +29,11 @@ class Student:
         self.process = self.family.process
         self.trained = nn.ModuleDict({name: getattr(pipeline, name) for name in trained}).requires_grad_(True)
 
+    def start_from(self, pipeline: Any) -> None:
+        """Take the weights of what is trained from another pipeline of its kind."""
+        for name, module in self.trained.items():
+            module.load_state_dict(getattr(pipeline, name).state_dict())
+
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
         """The student's native prediction [B, 4, 16, 16]. Unlike `encode_texts`, gradients reach text encoders."""
         conditioning = Family.encode_texts.__wrapped__(self.family, captions)  # type: ignore[attr-defined]
