@@ -110,7 +110,7 @@ def person(number: int) -> Annotator:
 def clip_stage(options: argparse.Namespace) -> None:
     if not options.clip.exists():
         command = [sys.executable, "-m", "tools.testbed", "clip", "--out", str(options.clip)]
-        subprocess.run([*command, "--look", "300", "--steps", "250", "--batch", "32"], check=True)
+        subprocess.run([*command, "--look", "200", "--steps", "60", "--batch", "24"], check=True)
 
 
 def pairs_stage(options: argparse.Namespace) -> None:
