@@ -55,6 +55,7 @@ from tools.testbed.annotators import TRAITS, Annotator
 RESULTS = Path(__file__).parent / "results"
 AXES: tuple[dict[str, float], ...] = ({"white": 0.7, "black": -0.7}, {"big": 0.9}, {"left": 0.4})  # a taste's signs
 SPREAD = 0.1  # standard deviation between users of a taste
+NEW = 1000  # the first new user
 EXAMPLES, COUNTS = 4, (1, 4, 16)
 MIX = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS = 4  # of opposed users, whose mixes are made
@@ -109,13 +110,13 @@ def person(number: int) -> Annotator:
 def clip_stage(options: argparse.Namespace) -> None:
     if not options.clip.exists():
         command = [sys.executable, "-m", "tools.testbed", "clip", "--out", str(options.clip)]
-        subprocess.run([*command, "--look", "300", "--steps", "250", "--batch", "32"], check=True)
+        subprocess.run([*command, "--look", "200", "--steps", "60", "--batch", "24"], check=True)
 
 
 def pairs_stage(options: argparse.Namespace) -> None:
     """Choices of the users 0 … in training, and of new ones after them."""
     for name, first, count, each in (("seen", 0, options.users, options.pairs),
-                                     ("new", options.users, options.new_users, COUNTS[-1])):  # fmt: skip
+                                     ("new", NEW, options.new_users, COUNTS[-1])):  # fmt: skip
         file = options.work / f"{name}.parquet"
         if not file.exists():
             users = [number for number in range(first, first + count) for _ in range(each)]
@@ -214,7 +215,6 @@ def served_stage(options: argparse.Namespace, seed: int) -> None:
         for top in (1, 5):
             share, bounds = identification(users, top)
             kept(folder, f"top {top}", partial(np.array, (share, *bounds)))
-        kept(folder, "parameters", lambda: np.array(sum(parameter.numel() for parameter in branch.parameters())))
         serve("seen", seen, EXAMPLES)
         for count in COUNTS:
             serve(f"new {count}", new, count)
@@ -246,7 +246,7 @@ def population_stage(options: argparse.Namespace, seed: int) -> None:
 
 def tests(options: argparse.Namespace) -> tuple[list[str], list[int], dict[str, list[Group]], dict[str, list[Group]]]:
     """Test prompts and their seeds, and the choices of new users and of as many in training."""
-    rng = np.random.default_rng(23)
+    rng = np.random.default_rng(31)
     prompts = [write(one, rng) for one in statements("test", options.prompts, rng, p_size=0.0, p_background=0.0)]
     new, seen = (choices_by_user(readers.read(options.work / f"{name}.parquet"), name) for name in ("new", "seen"))
     seeds = [sample_seed(0, index, 0) for index in range(len(prompts))]
@@ -289,12 +289,19 @@ def table(options: argparse.Namespace) -> None:
     def pooled(name: str) -> Array:
         return np.stack([np.load(options.work / f"served-{seed}" / f"{name}.npy") for seed in range(options.seeds)])
 
+    def there(name: str) -> bool:
+        return all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds))
+
     def made_for(name: str) -> Array | None:
         """Of each run, how users like the images made for them; None where that is not run."""
-        if not all((options.work / f"served-{seed}" / f"{name}.npy").exists() for seed in range(options.seeds)):
+        if not there(name):
             return None
         likes = pooled(name)  # [runs, judges, made for, prompts]
         return likes[:, :, 0] if likes.shape[2] == 1 else np.stack([own(one) for one in likes])
+
+    def named(top: int) -> str:
+        runs = pooled(f"top {top}") if there(f"top {top}") else []
+        return ", ".join("{:.1%} [{:.1%}, {:.1%}]".format(*run) for run in runs) or "not run"
 
     def row(name: str, before: Array | None, after: Array | None) -> tuple[str, tuple[float, ...]]:
         if before is None or after is None:
@@ -308,7 +315,7 @@ def table(options: argparse.Namespace) -> None:
                        for name in ("base", "base seen"))  # fmt: skip
     by_count = [row(f"new users, {n} choice{'s' * (n > 1)}", base, made_for(f"new {n}")) for n in COUNTS]
     timed = options.work / "time.json"
-    mixes = pooled("mix").mean(0)  # [pairs, weights, prompts]
+    mixes = pooled("mix").mean(0) if there("mix") else np.full((2, len(MIX), 2), np.nan)  # [pairs, weights, prompts]
     means = [(float(one.mean()), *crossed_interval(one)) for one in mixes.swapaxes(0, 1)]
     rises = [(float(one.mean()), *crossed_interval(one)) for one in np.diff(mixes, axis=1).swapaxes(0, 1)]
     names = ("users", "new_users", "pairs", "prompts", "sampling_steps", "seeds", "steps", "batch", "lr",
@@ -337,13 +344,11 @@ def table(options: argparse.Namespace) -> None:
         + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*one) for one in rises) + " |", "",
         f"| identified among the {options.new_users} new users from four choices | by training seed | chance |",
         "|---|---|---|",
-        *(f"| top {n} | {', '.join('{:.1%} [{:.1%}, {:.1%}]'.format(*one) for one in pooled(f'top {n}'))} | "
-          f"{n / options.new_users:.1%} |" for n in (1, 5)), "",
+        *(f"| top {n} | {named(n)} | {n / options.new_users:.1%} |" for n in (1, 5)), "",
         "| sampling, CPU seconds | without a user | with one | ratio, median and range of rounds |",
         "|---|---|---|---|",
         *("| {} | {:.2f} | {:.2f} | {:.3f} ({:.3f} to {:.3f}) |".format(name, *values)
           for name, values in (json.loads(timed.read_text()) if timed.exists() else {}).items()), "",
-        f"The branch of {options.model} has {int(pooled('parameters')[0]):,} parameters.", "",
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "personal.md", "\n".join(lines))
