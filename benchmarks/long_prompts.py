@@ -87,10 +87,10 @@ def make_scorer(folder: Path, steps: int) -> dict[str, str]:
     return specs
 
 
-def train(output: Path, model: str, seed: int, steps: int, **changes: Any) -> Path:
+def train(output: Path, base: str, seed: int, steps: int, **changes: Any) -> Path:
     """A run that continues where it was killed; returns its LoRA."""
     values: dict[str, Any] = {
-        "output_dir": str(output), "model": {"path": model}, "lora": {"rank": 16, "alpha": 16, "targets": "all"},
+        "output_dir": str(output), "model": {"path": base}, "lora": {"rank": 16, "alpha": 16, "targets": "all"},
         "resume": True, "log": {"every": 5, "checkpoint_every": 20, "keep_checkpoints": 1},
     }  # fmt: skip
     for key, value in changes.items():

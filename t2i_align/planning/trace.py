@@ -307,7 +307,10 @@ def _batch(config: RunConfig, pipeline: TrainablePipeline, k: int) -> tuple[Batc
         if name in COLUMNS:
             column = COLUMNS[name]
             leading = (count, k) if column.per_candidate else (count,)
-            columns[name] = conditioning(*leading) if column.text else ("",) * count
+            if column.per_segment:  # of each latent frame; the first candidate is the better one
+                columns[name] = torch.linspace(1, 0, k)[:, None].expand(count, k, shape[1])
+            else:
+                columns[name] = conditioning(*leading) if column.text else ("",) * count
     keys = tuple(f"0/{i}" for i in range(count))
     batch = Batch(
         keys=keys,

@@ -67,6 +67,14 @@ def test_planned_memory_is_within_a_tenth_of_the_measured(changes: dict[str, Any
     assert (planned.memory["reference"] > 0) == (config.lora is None)
 
 
+@pytest.mark.parametrize(("objective", "model"), [("dense_dpo", "wan"), ("dcpo", "sd"), ("kto", "sd"), ("lpo", "sd")])
+def test_steps_of_objectives_with_columns_and_other_groups_are_traced(
+    objective: str, model: str, tmp_path: Path
+) -> None:
+    planned = trace(run(tmp_path, objective=objective, model={"path": f"testbed:{model}"}, train={"batch_size": 2}))
+    assert planned.memory["activations"] > 0
+
+
 @pytest.mark.parametrize(
     ("model", "parameters"),
     [
