@@ -70,9 +70,9 @@ def main() -> int:
             "# Memory of published models", "",
             f"`{shlex.join(['python', 'benchmarks/vram.py', *sys.argv[1:]])}`", "",
             "Diffusion-DPO in bf16 at the model's own size, from the cache, by `t2i-align plan` "
-            "([training.md](training.md#memory)); nothing here was measured on a GPU. A pair is two images or clips; "
-            "activations grow with the pairs of a micro-batch, and the pairs that fit leave 1 GiB for the CUDA context "
-            "and 5 % for fragmentation.", "",
+            "([training.md](training.md#memory));\nnothing here was measured on a GPU. A pair is two images or clips; "
+            "activations grow with the pairs of a micro-batch, and\nthe pairs that fit leave 1 GiB for the CUDA "
+            "context and 5 % for fragmentation.", "",
             *("| " + " | ".join(line) + " |" for line in table), "",
         ]))  # fmt: skip
     return 0
