@@ -250,7 +250,9 @@ def content(file: Path) -> bytes:
     if file.suffix != ".safetensors" or len(data) < 8:
         return data
     start = 8 + int.from_bytes(data[:8], "little")
-    return json.dumps(json.loads(data[8:start]), sort_keys=True).encode() + data[start:]
+    with contextlib.suppress(ValueError):  # damaged
+        return json.dumps(json.loads(data[8:start]), sort_keys=True).encode() + data[start:]
+    return data
 
 
 def plain(state: Any) -> Any:
