@@ -68,6 +68,7 @@ def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     signature, calls = inspect.signature(function_of(name)), []
     module, _, function = COMMANDS[name].function.partition(":")
     monkeypatch.setattr(importlib.import_module(module), function, lambda **keywords: calls.append(keywords))
+    monkeypatch.setattr("t2i_align.utils.ray_engine.run", lambda function, options, **engine: calls.append(options))
     monkeypatch.setattr("t2i_align.cli.commands.load_plugin", lambda place: None)
     monkeypatch.setattr("t2i_align.cli.commands.check_inputs", lambda options: None)
     monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], report="", check=""))
