@@ -230,20 +230,20 @@ def generate(
                     (folder / LIST).write_bytes(b"")
                 run(save, start, batch, samples)
     processes.gather(None)  # waits for all of them
-    if processes.rank == 0:
-        if processes.world > 1:
-            _join(whole, f"{PART}*-of-{processes.world}", _earlier_run(whole, force, range(len(texts) * per_prompt)))
-        for part in whole.glob(f"{PART}*"):
+    if processes.rank == 0 and processes.world > 1:
+        parts = [whole / f"{PART}{rank}-of-{processes.world}" for rank in range(processes.world)]
+        _join(whole, parts, _earlier_run(whole, force, range(len(texts) * per_prompt)))
+        for part in filter(Path.exists, parts):  # without samples of its own, a process makes none
             shutil.rmtree(part)
     return whole / LIST
 
 
-def _join(folder: Path, parts: str, earlier: Sequence[Path]) -> None:
+def _join(folder: Path, parts: Sequence[Path], earlier: Sequence[Path]) -> None:
     """Copy what the processes have made, each in its own folder, as one would have made it; a kill leaves both."""
     for file in earlier:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     (folder / LIST).write_bytes(b"")
-    made = [(part / row["file"], row) for part in folder.glob(parts) for row in whole_lines(part / LIST)]
+    made = [(part / row["file"], row) for part in parts for row in whole_lines(part / LIST)]
     for file, row in sorted(made, key=lambda one: int(one[0].stem)):
         copy: Callable[..., Any] = shutil.copytree if file.is_dir() else shutil.copyfile
         copy(file, folder / file.name)

@@ -51,7 +51,12 @@ def test_each_image_has_its_line_and_equals_the_pipelines(sd_path: Path, tmp_pat
 
 def test_an_existing_folder_is_kept_unless_forced(sd_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    hidden = out / ".part-one" / "notes.txt"  # named nearly as the folder of one of several processes
+    hidden.parent.mkdir(parents=True)
+    hidden.write_text("mine")
     generate(sd_path, ["cat", "dog"], out, **FAST)
+    assert hidden.read_text() == "mine"
+    shutil.rmtree(hidden.parent)
     (out / "notes.txt").write_text("mine")
     before = (out / "samples.jsonl").read_bytes()
     with pytest.raises(UserError, match="not empty"):

@@ -1,4 +1,4 @@
-"""A quantised frozen denoiser under a LoRA; what runs needs torchao, which is an extra."""
+"""A quantised frozen denoiser under a LoRA; what runs needs torchao, which the tests install."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.utils import is_torchao_available
 
 import pipelines
 from pipelines import PipelineError
@@ -17,10 +16,7 @@ from t2i_align.errors import UserError
 from t2i_align.training.weights import tensors_hash
 from tests.runs import metrics, run_values
 
-needs_torchao = pytest.mark.skipif(not is_torchao_available(), reason="needs the extra torchao")
 
-
-@needs_torchao
 def test_int8_base_predicts_nearly_the_same(path: Callable[[str], Path]) -> None:
     plain = pipelines.load(path("sd3"), encoders=False)
     small = pipelines.load(path("sd3"), encoders=False, quantize="int8")
@@ -37,7 +33,6 @@ def test_int8_base_predicts_nearly_the_same(path: Callable[[str], Path]) -> None
     assert len(hashes) == 2
 
 
-@needs_torchao
 def test_lora_on_an_int8_base_trains_and_resumes(sd_path: Path, pairs: Path, tmp_path: Path) -> None:
     values = run_values(sd_path, pairs, tmp_path / "run", model__quantize="int8", train__steps=2)
     align(values, progress=False)
