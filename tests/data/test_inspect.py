@@ -126,6 +126,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not set(prompts) & {group.prompt for group in parts["train"]}
     assert main(["data", "inspect", str(out / "train.yaml"), "--out", str(tmp_path / "r.html")]) == 0
     assert f"{len(parts['train'])} groups" in capsys.readouterr().out
+    assert main(["data", "split", str(source), "--out", str(out / "none"), "--held-out", "1e-9"]) == 2
+    assert capsys.readouterr().err.endswith("with held_out=1e-09 and seed=0, held_out is empty; choose others.\n")
     assert main(["data", "inspekt"]) == 2 and "Did you mean 'inspect'" in capsys.readouterr().err
     assert main(["data", "inspect", str(source), "--out", "r.txt"]) == 2
 

@@ -61,6 +61,12 @@ def test_groups_of_a_seed_come_as_they_always_have() -> None:
     assert list(islice(ordered, 2)) == [[(0, 3), (0, 5), (0, 1), (0, 2)], [(0, 4), (0, 0), (0, 6), (1, 3)]]
 
 
+def test_one_process_takes_whole_steps_in_micro_batches() -> None:
+    assert list(micro_batches(iter([[3, 1], [0, 2]]), 2)) == [[3, 1], [0, 2]]
+    assert list(micro_batches(iter([[3, 1, 0, 2]]), 1, accumulate=4)) == [[3], [1], [0], [2]]
+    assert list(micro_batches(iter([[3, 1, 0, 2]]), 1, 2, rank=1, world=2)) == [[1], [2]]
+
+
 @pytest.mark.parametrize("cut", [(1, 1, 4), (4, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_a_step_is_of_one_bucket_however_it_is_cut(cut: tuple[int, int, int]) -> None:
     """Steps of four groups: the same for any batch size, processes and accumulation, and resumed at any of them."""

@@ -36,6 +36,17 @@ def test_pairs_with_a_missing_side_are_left_out() -> None:
     assert np.isnan(outcomes([math.nan], [1.0]))[0]
 
 
+def test_scores_of_any_type_are_compared_in_double_precision() -> None:
+    """40 scores of 2000 add up to 80000, beyond float16; null in JSON is a missing score."""
+    result = compare(np.full(40, 1000, np.float16), np.full(40, 2000, np.float16))
+    assert (result.mean_before, result.mean_after, result.mean_change) == (1000, 2000, 1000)
+    assert compare(np.full(40, 2000, np.float16), np.full(40, 1000, np.float16)).mean_before == 2000
+    result = compare([0, None, 1], [1, 1, None])  # type: ignore[list-item]
+    assert (result.n, result.wins) == (1, 1)
+    for before, after in (([1.0, None], [2.0, 2.0]), ([1.0, 1.0], [2.0, None])):
+        assert outcomes(before, after)[0] == 1 and math.isnan(outcomes(before, after)[1])
+
+
 def test_nothing_to_compare_is_nan_and_one_prompt_has_no_interval() -> None:
     empty = compare([math.nan], [1.0])
     assert empty.n == 0 and math.isnan(empty.win_rate) and math.isnan(empty.mean_change)
