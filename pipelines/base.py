@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from pipelines.offload import by_groups
 from pipelines.process import ForwardProcess, process_of
 
 Conditioning = dict[str, Tensor]
@@ -75,6 +76,7 @@ class Family:
         self.source = source
         self.vae_config: Mapping[str, Any] = pipe.vae.config if vae_config is None else vae_config
         self.reload: Callable[[nn.Module], DiffusionPipeline] | None = None  # the whole pipeline around this denoiser
+        self.offloads_encoders = False  # whether VAE and text encoders lie in CPU memory (see `pipelines.offload`)
         self.adapter_inputs: Sequence[str] = ()  # of the conditioning, what an adapter takes from the denoiser's call
         self.long_prompts: Callable[[Sequence[str]], Conditioning] | None = None  # in place of `encode_texts`
         self._process: ForwardProcess | PipelineError
@@ -126,9 +128,15 @@ class Family:
 
     def to(self, device: torch.device | str) -> Self:
         """Move every loaded network. Returns itself."""
-        for module in self.modules().values():
-            module.to(device)
+        for name, module in self.modules().items():
+            self._place(name, module, torch.device(device))
         return self
+
+    def _place(self, name: str, module: nn.Module, device: torch.device) -> None:
+        if self.offloads_encoders and name in self.encoder_names:
+            by_groups(module, device, ahead=name != "vae")
+        else:
+            module.to(device)
 
     @property
     def has_encoders(self) -> bool:
@@ -147,7 +155,7 @@ class Family:
         self.pipe.set_progress_bar_config(disable=True)
         for name in self.encoder_names:
             if isinstance(part := getattr(self.pipe, name), nn.Module):
-                part.requires_grad_(False).to(self.device)
+                self._place(name, part.requires_grad_(False), self.device)
         return self
 
     def drop_encoders(self) -> None:

@@ -203,10 +203,29 @@ class RunConfig:
                 f"health.max_drift: {self.objective.name} measures no drift from a reference"
                 + "; set objective.drift=true" * hasattr(self.objective, "drift")
             )
+        if self.train.offload:
+            self._check_offload()
         if self.objective.needs.features and self.train.reference_update:
             raise UserError(
                 f"train.reference_update: {self.objective.name} compares in the features of the model before training"
             )
+
+    def _check_offload(self) -> None:
+        train = self.train
+        if self.objective.needs.scorer:
+            raise UserError(f"train.offload: the gradient of {self.objective.name} passes the VAE; leave it null")
+        kept = "autograd would keep a copy of each layer until the backward pass"
+        for key, (found, why) in {
+            "lora=null": (self.lora is None, "weights that are trained stay on the device"),
+            "train.gradient_checkpointing=false": (not train.gradient_checkpointing, kept),
+            "lora.dora": (self.lora is not None and self.lora.dora, "it reads the weights beside their layers"),
+            "model.quantize": (self.model.quantize is not None, "choose one of the two"),
+            "train.compile": (train.compile, "compiled code keeps its weights where they are"),
+            "train.shard": (train.shard, "choose one of the two"),
+            f"train.reference={train.reference}": ("copy" in train.reference, "use 'auto', the LoRA switched off"),
+        }.items():
+            if found and train.offload == "base":
+                raise UserError(f"train.offload=base does not work with {key}: {why}")
 
     @property
     def trains(self) -> Literal["personal", "t5", "lora", "soft_tokens", "model"]:

@@ -75,8 +75,10 @@ class Plan:
             if size_in_bytes:
                 yield "", f"{size_in_bytes / GIB:8.2f} GiB {name}"
         if parts.host:
-            yield "", f"{parts.host / GIB:8.2f} GiB of CPU memory for the reference"
-        yield "encoders", f"{self.encoders / GIB:.2f} GiB, on the card while the cache is made and for `validation`"
+            what = "the base, which every pass fetches (not in the times)" if train.offload else "the reference"
+            yield "", f"{parts.host / GIB:8.2f} GiB of CPU memory for {what}"
+        where = "in CPU memory" if train.offload else "on the card"
+        yield "encoders", f"{self.encoders / GIB:.2f} GiB, {where} while the cache is made and for `validation`"
         yield "cache", f"{1000 * self.pair / 2**20:.1f} MiB per 1,000 groups with a prompt each"
         yield "fits", self.verdict()
         rate = "fp32" if train.precision == "fp32" else train.precision
@@ -214,6 +216,16 @@ def _offloaded(config: RunConfig, traced: Trace, card: Card) -> Change | None:
     return "train.reference=offloaded_copy", _with(config, "train", reference="offloaded_copy")
 
 
+def _streamed(config: RunConfig, traced: Trace, card: Card) -> Change | None:
+    train = config.train
+    if not config.lora or train.offload == "base" or not train.gradient_checkpointing or train.compile or train.shard:
+        return None
+    if not _matters("weights", traced) or config.lora.dora or "copy" in train.reference:
+        return None
+    changed = _with(_with(config, "model", quantize=None), "train", offload="base")
+    return "model.quantize=null train.offload=base", changed
+
+
 def _lora(config: RunConfig, traced: Trace, card: Card) -> Change | None:
     if config.trains != "model":
         return None
@@ -222,7 +234,7 @@ def _lora(config: RunConfig, traced: Trace, card: Card) -> Change | None:
 
 
 CHANGES: Sequence[Callable[[RunConfig, Trace, Card], Change | None]] = (
-    _bf16, _checkpointing, _smaller_batch, _quantised, _eight_bit, _offloaded, _lora,
+    _bf16, _checkpointing, _smaller_batch, _quantised, _eight_bit, _offloaded, _streamed, _lora,
 )  # fmt: skip
 
 

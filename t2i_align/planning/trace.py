@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pipelines import TrainablePipeline
+from pipelines.offload import stream, streamable
 from pipelines.quantize import BITS
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
@@ -56,7 +57,7 @@ class Trace:
     """What a step takes.
 
     memory: bytes by part at the moment of the greatest sum. flops: of all its micro-batches. parameters, trained:
-    numbers. host: bytes of a reference that is kept in CPU memory.
+    numbers. host: bytes in CPU memory, of an offloaded base or reference.
     """
 
     memory: dict[str, int]
@@ -180,7 +181,10 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         plain = replace(train, compile=False, precision="fp32", reference="copy" if kept else train.reference)
         reference = build_reference(plain, pipeline, needed=objective.needs.reference, adapted=adapted)
         weights = Weights(pipeline.denoiser)
-        follower.assign("weights", _tensors(pipeline.denoiser))
+        streamed = [p for layer in streamable(pipeline.denoiser) for p in layer.parameters()]
+        host = stream(pipeline.denoiser, "cpu") if train.offload == "base" else 0
+        outside = set(streamed) if host else set()
+        follower.assign("weights", [tensor for tensor in _tensors(pipeline.denoiser) if tensor not in outside])
         follower.now["weights"] -= _saved(pipeline.denoiser, config.model.quantize)
         follower.peak = follower.now.copy()
         copy = reference.weights.variants.get("reference")
@@ -216,7 +220,7 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         flops=follower.flops // micro * train.accumulate,
         parameters=sum(parameter.numel() for parameter in pipeline.denoiser.parameters()),
         trained=reached,
-        host=sum(tensor.untyped_storage().nbytes() for tensor in frozen) if kept else 0,
+        host=host + (sum(tensor.untyped_storage().nbytes() for tensor in frozen) if kept else 0),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 
 from t2i_align.errors import UserError
+from t2i_align.utils.distributed import Distributed
 
 if TYPE_CHECKING:
     from t2i_align.config import RunConfig
@@ -28,6 +29,8 @@ def check_machine(config: RunConfig | ScorerRun) -> None:
     """Raise UserError for a precision that this machine cannot train in, or a package that is not installed."""
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision 'fp16' needs a CUDA GPU; use 'bf16' or 'fp32'")
+    if getattr(config.train, "offload", None) == "base" and (found := Distributed().world) > 1:
+        raise UserError(f"train.offload=base is for one process, found {found}; use 'encoders', or train.shard=true")
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in config.log.trackers:
         if tracker not in installed:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
+from pipelines.offload import stream
 from t2i_align import config as configuration
 from t2i_align.conditioning import personal, segments
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
@@ -52,7 +53,7 @@ LARGE_DTYPES = {**PRECISIONS, "fp16": torch.bfloat16}  # large text encoders suc
 # the loop checks that a step takes as many groups as before.
 FREE_ON_RESUME = (
     "resume", "plugins", "log", "validation", "health", "data.workers", "data.cache_dir", "data.encode_batch",
-    "train.batch_size", "train.accumulate", "train.shard",
+    "train.batch_size", "train.accumulate", "train.shard", "train.offload",
 )  # fmt: skip
 MANY_PASSES = 30  # over the data
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # only these do not depend on how many steps there are
@@ -236,6 +237,9 @@ def load_model(config: RunConfig, device: torch.device, loaded: TrainablePipelin
             f"{config.model.path}: its scheduler has no signal at the last timestep (rescale_betas_zero_snr) and "
             "prediction type 'epsilon', which then implies no image; expected 'v_prediction'"
         )
+    pipeline.offloads_encoders = config.train.offload is not None
+    if config.train.offload == "base":
+        stream(pipeline.denoiser, device)
     return pipeline.to(device)
 
 
@@ -301,6 +305,8 @@ def prepare_denoiser(
     torch.manual_seed(train.seed)
     users = source.users if isinstance(source, PreparedDataset) else None
     TRAINED[config.trains].install(pipeline, config, unreached, users.embedding if users else None)
+    if train.offload == "base":
+        pipeline.denoiser.to(device)  # beside weights in CPU memory an adapter is made there
     if users is not None and users.config.pretrain:
         users.pretrain(getattr(pipeline.denoiser, personal.NAME).encoder)
     if train.gradient_checkpointing:

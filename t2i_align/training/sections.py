@@ -78,6 +78,8 @@ class TrainConfig:
     timestep_sampling: `geometric` prefers high noise; of arXiv 2505.18736, to be used with `reference_update`.
     caption_dropout: share of groups trained with the empty prompt, decided once per group.
     store_reference: keep the reference's errors in the cache's folder, for other runs on the same noise.
+    offload: what lies in CPU memory and passes through the device layer by layer: VAE and text encoders (`encoders`),
+    or also the frozen denoiser under a LoRA (`base`).
     shard: divide weights, gradients and optimiser states among the processes (FSDP2).
     """
 
@@ -97,6 +99,7 @@ class TrainConfig:
     gradient_checkpointing: Bool = False
     attention: str = "native"
     compile: Bool = False
+    offload: Literal["encoders", "base"] | None = None
     shard: Bool = False
 
 

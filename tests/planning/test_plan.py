@@ -27,6 +27,7 @@ from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Alignment
 
 CHECKPOINTED = {"train": {"batch_size": 4, "gradient_checkpointing": True}}
+OFFLOADED = {"train": {**CHECKPOINTED["train"], "offload": "base"}}
 
 
 def run(folder: Path, **values: Any) -> RunConfig:
@@ -58,11 +59,15 @@ def measured(config: RunConfig, file: Path) -> int:
     return sum(resting.values()) + max(totals)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": None}, CHECKPOINTED], ids=["lora", "full", "checkpointing"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": None}, CHECKPOINTED, OFFLOADED], ids=["lora", "full", "checkpointing", "offload"]
+)
 def test_planned_memory_is_within_a_tenth_of_the_measured(changes: dict[str, Any], tmp_path: Path) -> None:
     config = run(tmp_path, **changes)
     planned = trace(config, device="cpu")
-    assert planned.peak == pytest.approx(measured(config, tmp_path / "trace.json"), rel=0.1)
+    peak = measured(config, tmp_path / "trace.json")  # on a CPU, with what is offloaded
+    assert planned.peak + planned.host == pytest.approx(peak, rel=0.1)
+    assert (planned.host > planned.memory["weights"]) == (config.train.offload == "base")
     assert all(size >= 0 for size in planned.memory.values())
     assert (planned.memory["reference"] > 0) == (config.lora is None)
 
@@ -98,6 +103,19 @@ def test_keys_that_make_a_run_fit_are_found_and_traced(tmp_path: Path) -> None:
     assert planned.keys.startswith("train.gradient_checkpointing=true") and planned.keys in str(planned)
     assert narrow.fits(planned.fitting.peak) and not narrow.fits(planned.trace.peak)
     assert configuration.changed(config, {}, planned.keys.split()).train.gradient_checkpointing
+
+
+def test_a_base_that_fits_in_no_bits_is_offloaded(tmp_path: Path) -> None:
+    config = run(tmp_path, train={"batch_size": 1, "precision": "bf16", "gradient_checkpointing": True})
+    quantised, offloaded = (
+        trace(configuration.changed(config, {}, keys))
+        for keys in (["model.quantize=nf4", "optim.optimizer=adamw8bit"], ["train.offload=base"])
+    )
+    assert offloaded.memory["weights"] < quantised.memory["weights"]
+    between = Card("between", (offloaded.peak + quantised.peak) / 2 * 1.05 / 2**30 + 1, 100, 50)
+    planned = plan(config, card=between)
+    assert planned.keys and planned.keys.endswith("model.quantize=null train.offload=base")
+    assert configuration.changed(config, {}, planned.keys.split()).train.offload == "base"
 
 
 def test_warning_names_the_card_only_where_the_run_does_not_fit(tmp_path: Path) -> None:
