@@ -22,6 +22,7 @@ PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_conf
 PAIR = re.compile(
     r"(?P<module>.+?)(?P<infix>\.lora_|\.lora\.|_lora\d?\.|\.lora_linear_layer\.)(?P<side>A|B|down|up)\.weight"
 )
+DOWN = {"B": "A", "up": "down"}
 KEPT = re.compile(r".+\.lora_magnitude_vector(\.weight)?")  # peft's DoRA, which diffusers loads
 # Of peft's `init_lora_weights`; the others (pissa, olora, corda, loftq, lora_ga) take from the base what they put in.
 KEEP_THE_BASE = ("True", "False", "gaussian", "eva", "orthogonal", "mica")
@@ -57,6 +58,9 @@ def read_lora(path: str | Path, component: str, modules: Collection[str]) -> dic
     for key, match in pairs.items():
         if match["side"] in ("A", "down"):
             continue
+        down = state.get(f"{key[: match.start('side')]}{DOWN[match['side']]}.weight")
+        if down is not None and down.ndim > state[key].ndim == 2:  # LyCORIS's DyLoRA leaves out the kernel of one
+            state[key] = state[key].view(*state[key].shape, *[1] * (down.ndim - 2))
         rank, given = state[key].shape[1], [owner for owner in _owners(match) if owner in alphas]
         state[key] = state[key] * (alphas[given[0]] / rank if given else scales(match["module"], rank))
         if given:

@@ -34,28 +34,28 @@ def stem(module: str) -> str:
     return f"lora_{'te' if module == TEXT else 'unet'}_{module.replace('.', '_')}"
 
 
-def pair(module: str, weight: Tensor, alpha: float | None = ALPHA) -> Tensors:
-    """kohya's names; of a convolution, its kernel is in the first of two, as in LoCon."""
+def pair(module: str, weight: Tensor, alpha: float | None = ALPHA, flat: bool = False) -> Tensors:
+    """kohya's names; of a convolution, its kernel is in the first of two, as in LoCon; flat: the other is a matrix."""
     out, inner, *kernel = weight.shape
     name = stem(module)
     tensors = {
         f"{name}.lora_down.weight": noise(RANK, inner, *kernel),
-        f"{name}.lora_up.weight": noise(out, RANK, *(1 for _ in kernel)),
+        f"{name}.lora_up.weight": noise(out, RANK, *(1 for _ in kernel if not flat)),
     }
     return tensors if alpha is None else {**tensors, f"{name}.alpha": torch.tensor(alpha)}
 
 
-# LoRA, LoCon, DyLoRA, rsLoRA, bypass and a trained scalar all write these names; what differs is in the tensors.
+# LoRA, LoCon, rsLoRA, bypass and a trained scalar all write these names, and DyLoRA, of LyCORIS with flat ones.
 @pytest.mark.parametrize("modules", [(LINEAR,), (CONV,), (LINEAR, CONV), (TEXT,), (LINEAR, TEXT)])
-@pytest.mark.parametrize("alpha", [ALPHA, None, 0.25])
+@pytest.mark.parametrize(("alpha", "flat"), [(ALPHA, False), (None, False), (0.25, True)])
 def test_pairs_add_alpha_by_rank_times_their_product(
-    modules: tuple[str, ...], alpha: float | None, fresh: Load, tmp_path: Path
+    modules: tuple[str, ...], alpha: float | None, flat: bool, fresh: Load, tmp_path: Path
 ) -> None:
     """W + alpha / rank up down, merged by hand into a copy of the model, draws the same."""
     loaded, merged = fresh("sd"), fresh("sd")
     tensors: Tensors = {}
     for module in modules:
-        tensors |= pair(module, weight_of(loaded, module), alpha)
+        tensors |= pair(module, weight_of(loaded, module), alpha, flat)
         down, up = (tensors[f"{stem(module)}.lora_{side}.weight"] for side in ("down", "up"))
         strength = 1.0 if alpha is None else alpha / RANK
         weight_of(merged, module).data += strength * torch.einsum("or,r...->o...", up.flatten(1), down)
