@@ -24,11 +24,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from pipelines import TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align.config import RunConfig
+from t2i_align.planning.inputs import Brightness
 from t2i_align.planning.trace import trace
 from t2i_align.training.loop import Loop
 from t2i_align.training.reference import build_reference
+from t2i_align.training.rewards import Rewarder
 from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Alignment
 from t2i_align.utils.logging import silence_libraries
@@ -38,8 +41,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "LoRA, bf16": {"train": {"precision": "bf16"}},
     "LoRA, checkpointing": {"train": {"gradient_checkpointing": True}},
+    "LoRA, checkpointing, base offloaded": {"train": {"gradient_checkpointing": True, "offload": "base"}},
+    "LoRA, SmPO": {"objective": "smpo"},
+    "LoRA, reward": {"objective": {"name": "reward", "schedule": "draft", "sampling_steps": 4, "last": 2}},
     "full": {"lora": None},
-    "full, EMA, no reference": {"lora": None, "optim": {"ema": 0.9}, "objective": "mapo"},
+    "full, EMA, MaPO": {"lora": None, "optim": {"ema": 0.9}, "objective": "mapo"},
 }
 
 
@@ -50,14 +56,17 @@ def measured(config: RunConfig, trace_file: Path) -> int:
     pipeline = load_model(config, accelerator.device)
     source = load_data(config, accelerator, pipeline, progress=False)
     prepare_denoiser(config, pipeline, source, accelerator)
-    pipeline.drop_encoders()
-    reference = build_reference(config.train, pipeline, needed=config.objective.needs.reference)
-    task = Alignment(config, accelerator, reference, source)
+    needs = config.objective.needs
+    rewarder = Rewarder(pipeline, Brightness()) if needs.scorer else None  # type: ignore[arg-type]
+    if not rewarder:
+        pipeline.drop_encoders()
+    reference = build_reference(config.train, pipeline, needed=needs.reference)
+    task = Alignment(config, accelerator, reference, source, rewarder=rewarder)
     loop = Loop(task, accelerator, config, progress=False)
     batches, stop = task.batches(0), threading.Event()
     for _ in range(2):
         loop._one_step(batches, report=True, stop=stop)
-    resting = at_rest(loop)
+    resting = at_rest(loop, pipeline)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         loop._one_step(batches, report=True, stop=stop)
     profiler.export_chrome_trace(str(trace_file))
@@ -66,12 +75,14 @@ def measured(config: RunConfig, trace_file: Path) -> int:
     return resting + max(totals)
 
 
-def at_rest(loop: Loop) -> int:
+def at_rest(loop: Loop, pipeline: TrainablePipeline) -> int:
     """Bytes of the weights, reference, average and optimiser's states, which lie in memory between steps."""
     states = [value for state in loop.optimizer.state.values() for value in state.values()]
     tensors: list[Any] = [value for value in states if isinstance(value, torch.Tensor)]
     for variant in loop.weights.variants.values():
         tensors += [*variant.network.parameters(), *variant.network.buffers(), *variant.tensors.values()]
+    for name in pipeline.modules().keys() & pipeline.encoder_names:  # which a reward's run keeps
+        tensors += [*pipeline.modules()[name].parameters(), *pipeline.modules()[name].buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -87,7 +98,8 @@ def rows(bases: list[str], kinds: list[str], batch_size: int) -> Iterator[list[s
                 values["data"] |= {"path": clips(Path(folder))}
             values["train"] = {"batch_size": batch_size, **values.get("train", {})}
             config = configuration.from_mapping(values)
-            planned = trace(config, device="cpu").peak
+            traced = trace(config, device="cpu")
+            planned = traced.peak + traced.host  # which is one memory on a CPU
             peak = measured(config, Path(folder) / "trace.json")
         yield [base, kind, *(f"{size / 2**20:.1f}" for size in (planned, peak)), f"{planned / peak:.3f}"]
 
@@ -123,8 +135,8 @@ def main() -> int:
     text = "\n".join([
         "# Planned and measured memory of a step", "",
         f"`{' '.join(['python', 'benchmarks/plan.py', *sys.argv[1:]])}`", "",
-        f"{platform.machine()} CPU, Python {platform.python_version()}, torch {torch.__version__}. Diffusion-DPO (or "
-        f"MaPO), {options.batch_size} pairs per step, peak of a logged step from the third on.", "",
+        f"{platform.machine()} CPU, Python {platform.python_version()}, torch {torch.__version__}. Diffusion-DPO "
+        f"where no other is named, {options.batch_size} pairs per step, peak of a logged step from the third on.", "",
         *("| " + " | ".join(row) + " |" for row in table), "",
     ])  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
