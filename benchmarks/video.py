@@ -32,12 +32,12 @@ from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligne
 from t2i_align.inference.options import build_scorers
 from t2i_align.labeling.curate import PAIRS, pairs
 from t2i_align.testbed.clips import DIRECTIONS, describe, parse, write
-from t2i_align.testbed.world import CLIPS, prompts, split_of
+from t2i_align.testbed.world import prompts, split_of
 from t2i_align.training.run import align
 from t2i_align.utils.files import json_lines, read_json, write_json, write_text
 from tools.testbed.evaluate import grid
 from tools.testbed.faults import to_clip
-from tools.testbed.wan import is_easy
+from tools.testbed.wan import draw_easy
 
 FPS = 16
 SEGMENT = 2.5 / FPS  # seconds: each of the three latent frames of nine frames has a segment of its own, and its label
@@ -120,9 +120,9 @@ def make_real(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     made = 0
     while made < count:
-        clip = CLIPS.sample(rng)
+        clip = draw_easy(rng)
         statement = describe(clip, rng)
-        if is_easy(clip) and split_of(statement) == "train":
+        if split_of(statement) == "train":
             frames = torch.from_numpy(to_clip(clip.scenes, rng)).permute(0, 3, 1, 2)
             save_clip(frames, folder / f"{made:04d}.mp4", FPS, lossless=True)
             (folder / f"{made:04d}.txt").write_text(write(statement, rng))

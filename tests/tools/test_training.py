@@ -14,17 +14,19 @@ from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.data.readers import read
 from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import parse
-from t2i_align.testbed.scenes import sample_scene
-from t2i_align.testbed.world import split_of
+from t2i_align.testbed.clips import Clip, Mover
+from t2i_align.testbed.scenes import Object, sample_scene
+from t2i_align.testbed.world import CLIPS, split_of
 from tools.testbed.__main__ import COMMANDS, main
-from tools.testbed.denoiser import Pool, draw_captions, train_denoiser, warm_up
+from tools.testbed.denoiser import Pool, cover, draw_captions, train_denoiser, warm_up
 from tools.testbed.distill import distillation
+from tools.testbed.faults import to_clip
 from tools.testbed.loop import orthogonal
 from tools.testbed.networks import build
 from tools.testbed.sd import BALANCE, SD
 from tools.testbed.students import STUDENTS
 from tools.testbed.vae import draw_crops, encode, render_samples, round_trip
-from tools.testbed.wan import Wan
+from tools.testbed.wan import Wan, draw_easy
 
 TINY = """
     vae.number=6 vae.compile=false clean.number=8 faulty.number=4
@@ -206,6 +208,54 @@ def test_every_student_learns_and_becomes_a_pipeline(sd, name):
     further = STUDENTS[name](teacher)  # its own random weights give way to those of the base it starts from
     further.start_from(student.assemble(average))
     torch.testing.assert_close(further.predict(noisy, timesteps, texts, np.random.default_rng(0)), prediction)
+
+
+def test_easy_clips_are_true_and_begin_on_the_latents_grid():
+    """The oracle finds nothing wrong with them, and their objects begin at a corner of four latents."""
+    rng = np.random.default_rng(4)
+    clips = [draw_easy(rng) for _ in range(24)]
+    captions = [CLIPS.language.write(CLIPS.language.describe(clip, rng), rng) for clip in clips]
+    pixels = torch.from_numpy(np.stack([to_clip(clip.scenes, rng) for clip in clips])).movedim(-1, -3) / 255
+    verdict = CLIPS.oracle().judge(pixels, captions)
+    assert verdict.faithfulness.min() == 1 and verdict.quality.min() > 0.95
+    assert all(x % 8 == 0 for clip in clips for x in clip.movers[0].track[0])
+
+
+def test_what_covers_a_latent():
+    """A circle of radius 6 moves right from (20, 20), 4 pixels a frame, to 36 and 52 where the latent frames end:
+    within 5 pixels of it lie the centres, at 4 + 8 i, no further than 11 from its own."""
+    item = Object("circle", "red", "small", 20.0, 20.0, 6.0)
+    mover = Mover(item, "right", "quickly", tuple((20.0 + 4 * f, 20.0) for f in range(9)))
+    near = cover(Wan(), [Clip("white", (mover,))], 8)
+    assert near.shape == (1, 3, 8, 8)
+    assert [near[0, k, 2].nonzero().flatten().tolist() for k in range(3)] == [[1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
+    assert near[0, 0].sum() == 5 and near[0, :, [0, 4, 5, 6, 7]].sum() == 0
+
+
+def test_stills_train_on_the_first_latent_frame_and_objects_may_weigh_more(tmp_path):
+    """The loss of a step falls on the first frame alone, and a weight of objects changes it."""
+    rng = np.random.default_rng(0)
+    seen: list[torch.Size] = []
+
+    def first_error(*overrides: str) -> float:
+        base = Wan(["denoiser.steps=1", "denoiser.batch=4", "text_steps=1", "denoiser.muon=false", *overrides])
+        drawn = [base.draw(rng, 0.0) for _ in range(8)]
+        latents = torch.randn(8, 16, 3, 8, 8, generator=torch.manual_seed(0))
+        text, errors = warm_up(base, drawn), []
+
+        def fit_once(model, losses, *rest):
+            model["denoiser"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+            errors.append(losses(0)["error"].item())
+            return model
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tools.testbed.denoiser.fit", fit_once)
+            train_denoiser(base, text, (Pool(drawn, latents),) * 2, tmp_path / "none.pt")
+        return errors[0]
+
+    plain = first_error()
+    assert first_error("denoiser.stills=true") != plain and first_error("denoiser.object_weight=9") != plain
+    assert [shape[2] for shape in seen] == [3, 1, 3]
 
 
 # The loop -----------------------------------------------------------------------------------------------------------

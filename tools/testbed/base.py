@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines import ForwardProcess
+from t2i_align.testbed.scenes import Scene
 from t2i_align.testbed.world import World
 from t2i_align.utils import settings as typed
 from t2i_align.utils.settings import Bool, Count, Float, NonNegative, Positive, Share, Whole, settings
@@ -69,6 +70,10 @@ class DenoiserRecipe:
     # Images of large objects only are drawn so many times as often: a shape's word is learned from them first, since a
     # small shape is three latent pixels wide.
     large_weight: Positive = 3.0
+    # How many times as much an object's latents count as the background's, besides once, where there is no noise; in
+    # proportion to what is not noise elsewhere.
+    object_weight: NonNegative = 0.0
+    stills: Bool = False  # the first latent frame of clips only: shapes are learned there, in a third of the time
 
 
 @settings
@@ -131,6 +136,10 @@ class Base(ABC):
     @abstractmethod
     def centre(self, drawn: Any, rng: np.random.Generator) -> Sequence[float]:
         """(x, y) in pixels of what a crop should show."""
+
+    @abstractmethod
+    def latent_frames(self, drawn: Any) -> list[list[Scene]]:
+        """The scenes that each frame of its latents stands for."""
 
     # Its networks, with fresh weights ---------------------------------------------------------------------------
 

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from t2i_align.testbed.scenes import SIDE
 from t2i_align.testbed.world import split_of
 from t2i_align.utils.files import atomic_file
 from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolRecipe
 from tools.testbed.loop import LoopConfig, fit, mixed
 from tools.testbed.networks import WIDTH
 from tools.testbed.vae import encode
+
+NEAR = 5.0  # pixels from an object in which its outline and its blur lie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,8 @@ def draw_captions(
 
 def draw_batch(
     pools: tuple[Pool, Pool], base: Base, rng: np.random.Generator, faulty: bool
-) -> tuple[Tensor, list[str], list[Any]]:
-    """Latents [B, ...], captions and statements of clean and faulty images in their phase's shares."""
+) -> tuple[Tensor, list[Any]]:
+    """Latents [B, ...] and what was drawn, of clean and faulty images in their phase's shares."""
     recipe = base.recipe.denoiser
     number = round(recipe.faulty_images[int(faulty)] * recipe.batch)
     latents, drawn = [], []
@@ -105,7 +108,19 @@ def draw_batch(
         index = pool.draw(rng, count, recipe.large_weight)
         latents.append(pool.latents[torch.from_numpy(index)].float())
         drawn += [pool.drawn[i] for i in index]
-    return torch.cat(latents), *draw_captions(drawn, base, rng, faulty)
+    return torch.cat(latents)[:, :, : 1 if recipe.stills else None], drawn
+
+
+def cover(base: Base, drawn: Sequence[Any], side: int) -> Tensor:
+    """Whether a latent, of `side` x `side` a frame, is within NEAR pixels of an object: float32 [B, F, side, side]."""
+    centres = (np.arange(side) + 0.5) * SIDE / side
+    frames = [base.latent_frames(item) for item in drawn]
+    near = np.zeros((len(drawn), len(frames[0]), side, side), np.float32)
+    for covered, scenes in zip(near.reshape(-1, side, side), [s for own in frames for s in own], strict=True):
+        for item in (item for scene in scenes for item in scene.objects):
+            apart = np.hypot(centres - item.x, centres[:, None] - item.y)
+            covered[apart < item.radius + NEAR] = 1.0
+    return torch.from_numpy(near)
 
 
 def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
@@ -170,7 +185,8 @@ def train_denoiser(
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 11, step))
         faulty = step >= recipe.clean_fraction * recipe.steps
-        latents, captions, statements = draw_batch(pools, base, rng, faulty)
+        latents, drawn = draw_batch(pools, base, rng, faulty)
+        captions, statements = draw_captions(drawn, base, rng, faulty)
         timesteps = draw_timesteps(rng, recipe)
         if base.continuous:
             timesteps = timesteps + torch.from_numpy(rng.random(len(latents), np.float32))
@@ -181,7 +197,11 @@ def train_denoiser(
             prediction = model["denoiser"](noisy, timesteps, hidden, return_dict=False)[0]
         captioned = torch.tensor([bool(caption) for caption in captions])
         targets = torch.tensor([base.parse_targets(statement) for statement in statements])
-        error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean()
+        error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean(1)
+        near = cover(base, drawn, latents.shape[-1]).flatten(1)[:, : error[0].numel()]  # of stills, the first frame
+        clear = 1.0 - process.alpha_sigma(timesteps)[1].float().view(-1, 1)
+        weight = 1.0 + recipe.object_weight * clear * near
+        error = (weight * error.flatten(1)).sum() / weight.sum()
         return {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
 
     warmup = max(1, min(200, recipe.steps // 10))

@@ -21,7 +21,7 @@ import pipelines
 from pipelines import ForwardProcess
 from t2i_align.testbed import base_path
 from tools.testbed.base import Base
-from tools.testbed.denoiser import Pool, draw_batch, draw_timesteps, make_pools
+from tools.testbed.denoiser import Pool, draw_batch, draw_captions, draw_timesteps, make_pools
 from tools.testbed.evaluate import report_on
 from tools.testbed.loop import LoopConfig, fit, mixed
 from tools.testbed.sampling import model_folder, output_options, recipe_options, save
@@ -63,7 +63,8 @@ def distillation(
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((base.recipe.seed, 13, step))
-        latents, captions, _ = draw_batch(pools, base, rng, faulty=True)
+        latents, drawn = draw_batch(pools, base, rng, faulty=True)
+        captions, _ = draw_captions(drawn, base, rng, faulty=True)
         timesteps = draw_timesteps(rng, base.recipe.denoiser)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = process.add_noise(latents, noise, timesteps)

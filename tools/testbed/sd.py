@@ -53,6 +53,9 @@ class SD(Base):
         item = drawn.objects[rng.integers(len(drawn.objects))]
         return item.x, item.y
 
+    def latent_frames(self, drawn: Scene) -> list[list[Scene]]:
+        return [[drawn]]
+
     def build_vae(self) -> AutoencoderKL:
         vae: AutoencoderKL = super().build_vae().to(memory_format=torch.channels_last)
         return vae
