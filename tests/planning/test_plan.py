@@ -29,7 +29,7 @@ from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Alignment
 
 CHECKPOINTED = {"train": {"batch_size": 4, "gradient_checkpointing": True}}
-INVERTED = {"objective": "smpo"}
+INVERTED = {"objective": {"name": "inpo", "levels": 3, "renoise": 1}}
 DRAWN = {"objective": {"name": "reward", "schedule": "draft", "last": 2, "sampling_steps": 4, "guidance": 2.0}}
 OFFLOADED = {"train": {**CHECKPOINTED["train"], "offload": "base"}}
 
@@ -72,7 +72,7 @@ def measured(config: RunConfig, file: Path) -> int:
 @pytest.mark.parametrize(
     "changes",
     [{}, {"lora": None}, CHECKPOINTED, OFFLOADED, INVERTED, DRAWN],
-    ids=["lora", "full", "checkpointing", "offload", "smpo", "reward"],
+    ids=["lora", "full", "checkpointing", "offload", "inpo", "reward"],
 )
 def test_planned_memory_is_within_a_tenth_of_the_measured(changes: dict[str, Any], tmp_path: Path) -> None:
     config = run(tmp_path, **changes)
