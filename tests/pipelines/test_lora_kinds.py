@@ -25,7 +25,9 @@ def noise(*shape: int) -> Tensor:
 
 def weight_of(pipeline: TrainablePipeline, module: str) -> Tensor:
     part = pipeline.modules()["text_encoder"] if module == TEXT else pipeline.denoiser
-    weight = part.get_submodule(module).weight
+    names = {name for name, _ in part.named_modules()}
+    # kohya's names have what newer versions of transformers leave out.
+    weight = part.get_submodule(module if module in names else module.removeprefix("text_model.")).weight
     assert isinstance(weight, Tensor)
     return weight
 
