@@ -108,7 +108,7 @@ COMMANDS = {  # in words, and what is added when it runs again after a fault
     "relabel": ("relabel inputs/pairs.jsonl --scorers oracle --out out/scores.jsonl", ""),
     "perturb": ("perturb inputs/pairs.jsonl --kinds attribute relation --out out/negatives.jsonl", ""),
     "caption": ("caption inputs/pairs.jsonl --variant c --captioner testbed:captioner --out out/captions.jsonl", ""),
-    "video pairs": ("video pairs inputs/clips --model inputs/wan --out out/made --steps 3 --fps 16 --guidance 1", ""),
+    "video pairs": ("video pairs inputs/clips --model inputs/wan --out out/made --steps 7 --fps 16 --guidance 1", ""),
     "video segments": ("video segments inputs/clips.jsonl --scorers motion_smoothness --seconds 0.25 --fps 16 "
                        "--least-decided 0 --out out/labels.jsonl", ""),
     "audit-scorer": ("audit-scorer inputs/pairs.jsonl --scorers oracle --out out/made", ""),
