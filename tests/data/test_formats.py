@@ -72,7 +72,9 @@ def test_a_candidate_may_have_no_vote(order: str, values: tuple[str, str], tmp_p
     write_jsonl(tmp_path / "votes.jsonl", [row])
     columns = f"{{candidates: [a, b], {order}: [of_a, of_b]}}"
     (tmp_path / "source.yaml").write_text(f"path: votes.jsonl\ncolumns: {columns}\n")
-    assert groups(tmp_path / "source.yaml")[0].scores == ((1.0, 0.0) if values[1] == "0" else (0.0, 1.0))
+    (group,) = groups(tmp_path / "source.yaml")
+    best = "a.jpg" if values[1] == "0" else "b.jpg"
+    assert group.scores == (1.0, 0.0) and Path(str(group.candidates[0])).name == best
 
 
 def test_candidates_listed_best_first_have_evenly_spread_scores(tmp_path: Path) -> None:
