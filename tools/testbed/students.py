@@ -50,8 +50,9 @@ class Student:
 
 
 def epsilon_student(teacher: StableDiffusionPipeline) -> Student:
-    """`testbed:sd-eps`: a smaller UNet, epsilon-prediction under SD's own betas."""
+    """`testbed:sd-eps`: epsilon-prediction under SD's own betas. The UNet starts from the teacher's weights."""
     parts = {"unet": build("sd-eps", "denoiser"), "scheduler": build("sd-eps", "scheduler")}
+    parts["unet"].load_state_dict(teacher.unet.state_dict())
     return Student(_with_parts(teacher, **parts), "unet")
 
 
