@@ -122,8 +122,7 @@ def _text_map(teacher: StableDiffusionPipeline, pipeline: StableDiffusionXLPipel
     language = IMAGES.language
     captions = [language.write(language.describe(sample_scene(rng), rng), rng) for _ in range(CAPTIONS)]
     wide, narrow = (
-        pipelines.wrap(pipe).encode_prompts(captions)["prompt_embeds"].flatten(0, 1)
-        for pipe in (pipeline, teacher)
+        pipelines.wrap(pipe).encode_prompts(captions)["prompt_embeds"].flatten(0, 1) for pipe in (pipeline, teacher)
     )
     return torch.linalg.lstsq(wide.double(), narrow.double()).solution.T.float()
 
