@@ -1,16 +1,19 @@
-"""The training step against a bare PyTorch loop: the same mathematics on the same tensors, in one process.
+"""The training step against plain loops in the manner of others: the same mathematics, in one process.
 
     python benchmarks/step.py     # the bundled model and pairs; writes benchmarks/results/step_<device>.md
+    python benchmarks/step.py --full     # all weights trained; writes step_full_<device>.md
     python benchmarks/step.py --model PATH_OR_HUB_ID --data my_pairs.jsonl --batch-size 4
 
-Four loops are interleaved, a few steps each, so that other load on the machine affects all of them:
+The loops are interleaved, a few steps each, so that other load on the machine affects all of them; on a CPU its time is
+counted, not the clock's:
 
 - ours: `Loop.run` as in `t2i-align train`, with loader, per-sample random numbers, checks, progress bar and log;
 - bare: a plain loop over the same latents and embeddings in memory;
-- bare with encoders: the same loop, encoding images and prompts in each step as the published scripts do.
-
-- from the second run on: our loop again, with the reference's errors from the first (`train.store_reference`), and
-  a pipeline, weights and optimiser of its own.
+- with encoders: the same loop, encoding images and prompts in each step. So does diffusers' script for Diffusion-DPO,
+  with a LoRA switched off for the reference, and the paper's own code, which trains all weights beside a second
+  network as the reference (`--full`);
+- from the second run on (without `--full`): our loop again, with the reference's errors from the first
+  (`train.store_reference`), and a pipeline, weights and optimiser of its own.
 
 Before timing, ours and bare must agree on the loss of one batch with the same noise.
 """
@@ -18,6 +21,7 @@ Before timing, ours and bare must agree on the loss of one batch with the same n
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import statistics
@@ -26,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +58,7 @@ from t2i_align.training.weights import adapters_off
 
 BATCHES = 8  # kept in memory for the bare loops
 RESULTS = Path(__file__).parent / "results"
+SECOND = "ours, from the second run on"
 
 
 class Bare:
@@ -66,6 +72,7 @@ class Bare:
         self.beta, self.v_prediction = config.objective.beta, self.pipeline.process.prediction_type == "v_prediction"
         self.abar = self.pipeline.pipe.scheduler.alphas_cumprod.to(device)
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
+        self.other = None if config.lora else copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.optim.lr, weight_decay=1e-2, fused=True)
 
     def loss(self, latents: Tensor, embeds: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -75,8 +82,8 @@ class Bare:
         abar = self.abar[t].float().view(-1, 1, 1, 1)
         noisy = abar.sqrt() * x + (1 - abar).sqrt() * noise
         target = abar.sqrt() * noise - (1 - abar).sqrt() * x if self.v_prediction else noise
-        with torch.no_grad(), adapters_off(self.unet).using():
-            reference = self.unet(noisy, t, embeds).sample
+        with torch.no_grad(), nullcontext() if self.other else adapters_off(self.unet).using():
+            reference = (self.other or self.unet)(noisy, t, embeds).sample
         prediction = self.unet(noisy, t, embeds).sample
         error = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1).view(-1, 2)
         reference_error = F.mse_loss(reference.float(), target, reduction="none").flatten(1).mean(1).view(-1, 2)
@@ -146,7 +153,7 @@ class TakingTurns:
     rounds: int
     chunk: int
     device: torch.device
-    before: Callable[[], None]
+    before: Callable[[], None] | None
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -160,7 +167,8 @@ class TakingTurns:
             for _ in range(self.chunk):
                 yield next(items)
             self._record("ours", started)
-            self.before()
+            if self.before:
+                self.before()
             for name, step in self.rivals.items():
                 step()
                 started = self._now()
@@ -172,7 +180,8 @@ class TakingTurns:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()  # the cores may be shared
 
     def _record(self, name: str, started: float) -> None:
         self.seconds.setdefault(name, []).append((self._now() - started) / self.chunk)
@@ -186,6 +195,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per step")
     parser.add_argument("--rounds", type=int, default=21, help="rounds; the first is not counted")
     parser.add_argument("--chunk", type=int, default=4, help="steps per round")
+    parser.add_argument("--full", action="store_true", help="train all weights, beside a copy as the reference")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (default: its own choice)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
     options = parser.parse_args()
@@ -195,7 +205,7 @@ def main() -> int:
         turns, difference = measure(options, Path(folder))
     text = report(options, turns, difference)
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"step_{turns.device.type}.md"
+    file = options.out / f"step_{'full_' * options.full}{turns.device.type}.md"
     file.write_text(text)
     print(f"{text}\nwritten to {file}")
     return 0
@@ -209,6 +219,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
             "objective": {"name": "diffusion_dpo", "beta": 500},
             "model": {"path": options.model},
             "data": {"path": options.data, "limit": BATCHES * options.batch_size},
+            **({"lora": None} if options.full else {}),
             "optim": {"lr": 1e-5},
             "train": {"steps": options.rounds * (options.chunk + 1) + 1, "batch_size": options.batch_size},
             "log": {"checkpoint_every": 10**9},
@@ -228,14 +239,18 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[TakingTurns, flo
     bare = Bare(config, batches, device)
     (folder / "run").mkdir()
     write_settings(folder / "run", configuration.to_mapping(config))
-    stored = open_errors(config, folder, reference, source.fingerprint)
-    second = SecondRun(replace(config, output_dir=str(folder / "second")), stored, accelerator)
-    rivals = {"ours, from the second run on": second.step, "bare": bare.cached, "bare with encoders": bare.encoding}
-    turns = TakingTurns(source, rivals, options.rounds, options.chunk, device, second.read)
+    rivals = {"bare": bare.cached, "with encoders, as others do": bare.encoding}
+    stored = second = None
+    if not options.full:
+        stored = open_errors(config, folder, reference, source.fingerprint)
+        second = SecondRun(replace(config, output_dir=str(folder / "second")), stored, accelerator)
+        rivals[SECOND] = second.step
+    turns = TakingTurns(source, rivals, options.rounds, options.chunk, device, second and second.read)
     task = Alignment(config, accelerator, reference, turns, errors=stored)  # type: ignore[arg-type]
     difference = disagreement(task, bare, batches[0])
     Loop(task, accelerator, config).run()
-    assert second.errors.reused == second.loop.step, "the second run has computed errors itself"
+    if second:
+        assert second.errors.reused == second.loop.step, "the second run has computed errors itself"
     return turns, difference
 
 
@@ -246,6 +261,9 @@ def disagreement(task: Alignment, bare: Bare, batch: Batch) -> float:
         for name, parameter in pipeline.denoiser.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
+            elif parameter.requires_grad and "lora_" not in name:
+                with torch.no_grad():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
     rng = SampleRNG(0, batch.keys, task.pipeline.process, "uniform", batch.latents.device)
     loss, _ = task.losses(task.pipeline.denoiser, (batch, rng))
     with torch.no_grad():
@@ -259,11 +277,11 @@ def disagreement(task: Alignment, bare: Bare, batch: Batch) -> float:
 
 def report(options: argparse.Namespace, turns: TakingTurns, difference: float) -> str:
     """The table as markdown."""
-    ours = turns.seconds["ours"][1:]
-    second = statistics.median(
-        b / a for a, b in zip(ours, turns.seconds["ours, from the second run on"][1:], strict=True)
-    )
-    rows = []
+    ours, unit = turns.seconds["ours"][1:], "ms" if turns.device.type == "cuda" else "CPU ms"
+    notes, rows = [], []
+    if SECOND in turns.seconds:
+        share = statistics.median(b / a for a, b in zip(ours, turns.seconds[SECOND][1:], strict=True))
+        notes = [f"A step from the second run on takes {share:.3f} of a step of the first (median of the rounds)."]
     for name, seconds in turns.seconds.items():
         ratios = sorted(a / b for a, b in zip(ours, seconds[1:], strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
@@ -276,12 +294,12 @@ def report(options: argparse.Namespace, turns: TakingTurns, difference: float) -
             f"`{' '.join(['python', 'benchmarks/step.py', *sys.argv[1:]])}`",
             "",
             f"{machine(turns.device)}. Python {platform.python_version()}, torch {torch.__version__}.",
-            f"Diffusion-DPO, LoRA rank 16, float32, {options.model}, {options.batch_size} pairs per step; "
-            f"{len(ours)} rounds of {turns.chunk} steps each, interleaved. "
+            f"Diffusion-DPO, {'all weights' if options.full else 'LoRA rank 16'}, float32, {options.model}, "
+            f"{options.batch_size} pairs per step; {len(ours)} rounds of {turns.chunk} steps each, interleaved. "
             f"On one batch with the same noise the two losses differ by {difference:.1e}.",
-            f"A step from the second run on takes {second:.3f} of a step of the first (median of the rounds).",
+            *notes,
             "",
-            "| loop | ms per step (median) | ours / this: median of the rounds (middle half) |",
+            f"| loop | {unit} per step (median) | ours / this: median of the rounds (middle half) |",
             "|---|---|---|",
             *rows,
             "",

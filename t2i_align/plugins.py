@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Mapping, MutableMapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,6 +79,8 @@ def _run(file: Path) -> ModuleType:
 @cache
 def load_installed() -> None:
     """Run the modules that installed packages name as entry points."""
+    from importlib.metadata import entry_points  # which takes as long as all else that a command's help needs
+
     for entry in entry_points(group=GROUP):
         load(entry.value)
 

@@ -36,7 +36,8 @@ def quickstart(
     """Align, compare with the base on prompts that training never saw, and write `result.json` and `report.html`.
 
     Args:
-        overrides: `key=value` changes to the bundled configuration.
+        overrides: `key=value` changes to the bundled configuration. Without `train.precision` among them it trains and
+            draws in bf16 on a CPU with instructions for it.
         output: folder to write to; what an earlier quickstart left there is replaced when this one is complete.
         prompts: what to compare on: a file of prompts, `testbed:test`, or a list.
         count: compare on the first so many prompts.
@@ -55,11 +56,13 @@ def quickstart(
     folder = Path(output).expanduser()
     # The latents outlive the folder that is replaced: they are the same next time.
     paths = [f"output_dir={folder / 'run'}", f"data.cache_dir={folder.parent / 'cache'}"]
-    config = configuration.load(CONFIG, [*paths, *overrides])
+    configuration.load(CONFIG, [*paths, *overrides])  # a wrong key is answered before torch is loaded
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
+        import torch
+
         from t2i_align.evaluation.compare import RESULT, evaluate
-        from t2i_align.inference.options import resolve_prompts
+        from t2i_align.inference.options import cpu_computes_bf16, resolve_prompts
         from t2i_align.training.output import write_settings
         from t2i_align.training.progress import LOG_FILE
         from t2i_align.training.report import write_report
@@ -67,6 +70,8 @@ def quickstart(
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
+        fast = ["train.precision=bf16"] * (not torch.accelerator.is_available() and cpu_computes_bf16())
+        config = configuration.load(CONFIG, [*paths, *fast, *overrides])
         compared = resolve_prompts(prompts)[:count]
         with _named(temporary / ".run", folder / "run"):
             run = align(replace(config, output_dir=str(temporary / ".run")), progress=progress)
@@ -80,6 +85,7 @@ def quickstart(
             steps=config.validation.steps,
             guidance=config.validation.guidance,
             batch_size=BATCH_SIZE,
+            precision=config.train.precision,
             keep_base=folder.parent / "cache" / "base",
             progress=progress,
             settings={

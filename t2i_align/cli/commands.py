@@ -104,7 +104,8 @@ class Command:
             print(self.report.format(result=result, rows=text, summary=summary, **options))
 
 
-COMMANDS = {name: Command(**values) for name, values in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()}
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where it is there: ten times as fast
+COMMANDS = {name: Command(**values) for name, values in yaml.load(TABLE.read_text(encoding="utf-8"), LOADER).items()}
 
 
 def load(path: str) -> Any:

@@ -137,7 +137,10 @@ def _devices() -> Found:
     built = (torch.version.cuda and f"CUDA {torch.version.cuda}") or (torch.version.hip and f"ROCm {torch.version.hip}")
     yield "facts", Finding("torch built for", built or "CPU")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "facts", Finding("CPU", f"{cores} cores, {torch.get_num_threads()} threads")
+    from t2i_align.inference.options import cpu_computes_bf16
+
+    bf16 = ", computes in bf16" if cpu_computes_bf16() else ""
+    yield "facts", Finding("CPU", f"{cores} cores, {torch.get_num_threads()} threads{bf16}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             yield from _gpu(torch, index)

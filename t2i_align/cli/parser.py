@@ -26,6 +26,11 @@ class LazyGroup(TyperGroup):
     """The commands whose names begin with `prefix`."""
 
     prefix = ""
+    listing = False
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        self.listing = True  # which shows no options: these are read from each function's source
+        super().format_commands(ctx, formatter)
 
     def list_commands(self, ctx: Any) -> list[str]:
         names = [name.removeprefix(self.prefix) for name in COMMANDS if name.startswith(self.prefix)]
@@ -37,6 +42,8 @@ class LazyGroup(TyperGroup):
             nested = typer.Typer(cls=group, help=GROUPS[name], add_completion=False, **PLAIN)
             nested.callback()(lambda: None)
             return typer.main.get_command(nested)
+        if self.listing and name in COMMANDS:
+            return TyperCommand(name, short_help=COMMANDS[name].summary)
         return build(name) if name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

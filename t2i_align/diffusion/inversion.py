@@ -52,10 +52,11 @@ def inverted_noise(
     process, clean, conditioning = rng.process, batch.latents.flatten(0, 1), candidates_conditioning(batch)
     groups, k = batch.latents.shape[:2]
     grid = level_grid(rng, levels)
-    level = (rng.on_cpu.uniform("inversion level") * len(grid)).long().repeat_interleave(k)
+    level = [number for number in rng.choice("inversion level", len(grid)) for _ in range(k)]
     latents, now = clean, torch.zeros_like(grid[:1])
-    for i in range(int(level.max()) + 1):
-        rows = rng.moved((level >= i).nonzero().flatten())  # the others have reached their level
+    for i in range(max(level) + 1):
+        # The others have reached their level.
+        rows = rng.moved(torch.tensor([row for row, last in enumerate(level) if last >= i]))
         there = {name: tensor[rows] for name, tensor in conditioning.items()}
         predict, at = guided(model, there, batch.empty, guidance), latents[rows]
         now, to = now.expand(len(rows)), grid[i : i + 1].expand(len(rows))
@@ -72,7 +73,7 @@ def inverted_noise(
         latents, now = latents.index_copy(0, rows, moved), grid[i : i + 1]
     # Autocast caches cast weights, here without their gradient: the policy's own step would train nothing.
     torch.clear_autocast_cache()
-    timesteps = grid[rng.moved(level)]
+    timesteps = grid[rng.moved(torch.tensor(level))]
     alpha, sigma = (per_row(value, clean).to(clean.dtype) for value in process.alpha_sigma(timesteps))
     noise = (latents - alpha * clean) / sigma.clamp_min(torch.finfo(clean.dtype).tiny)  # 0 where sigma is 0
     return Noised(
@@ -119,8 +120,10 @@ def level_grid(rng: SampleRNG, levels: int) -> Tensor:
 
     A table with fewer entries than `levels` gives each of them once.
     """
-    middles = (torch.arange(levels) + 0.5) / levels
-    return rng.moved(rng.process.timesteps(middles, rng.timestep_sampling).unique())
+    with rng.deciding():
+        middles = (torch.arange(levels) + 0.5) / levels
+        grid = rng.process.timesteps(middles, rng.timestep_sampling).unique()
+    return rng.moved(grid)
 
 
 def advance(

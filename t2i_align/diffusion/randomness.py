@@ -7,7 +7,8 @@ uninterrupted one bit for bit, and 2 x 4 accumulated equals 8.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,12 @@ class SampleRNG:
         process: the model's forward process, which turns the numbers into noisy latents and targets.
         timestep_sampling: the named distribution of training times (see `ForwardProcess.timesteps`).
         device: where the numbers are wanted; they are drawn on the CPU so that they agree everywhere.
+
+    deciding: entered around what decides the course of a step, whose values have to be there also where tensors have
+    none (see `planning.trace`).
     """
+
+    deciding: Callable[[], AbstractContextManager[object]] = staticmethod(nullcontext)
 
     def __init__(
         self,
@@ -71,6 +77,12 @@ class SampleRNG:
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """Uniform numbers in [0, 1), [B, *shape], float32."""
         return self._rows(torch.rand, name, shape)
+
+    def choice(self, name: str, count: int) -> list[int]:
+        """For each row one of `count` numbers from 0, for what decides the course of a step."""
+        with self.deciding():
+            numbers: list[int] = (self.on_cpu.uniform(name) * count).long().tolist()
+        return numbers
 
     def timesteps(self) -> Tensor:
         """One training time per group, [B]: its candidates share it."""

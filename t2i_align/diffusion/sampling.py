@@ -34,7 +34,7 @@ ScheduleName = Literal["longalign", "refl", "draft", "draft_lv", "alignprop"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Which steps carry gradients, for each sample.
+    """Which steps carry gradients, for each sample; on the CPU, as it decides the course of a step.
 
     gradient: [steps, B], whether a step's prediction does. stop: [B], the step from whose prediction x̂0 is taken.
     through: whether gradients also pass a step's noisy input, into the steps before. noisings: how often the last step
@@ -53,22 +53,24 @@ def schedule(name: ScheduleName, steps: int, rng: SampleRNG, *, every: int = 10,
     Args:
         every: distance of longalign's steps. last: how many steps from the end; of draft_lv, how many noisings.
     """
-    u, at = rng.uniform("gradient steps"), torch.arange(steps, device=rng.device)[:, None]
-    end = torch.full_like(u, steps - 1, dtype=torch.long)
-    if name == "longalign":
-        return Schedule(gradient=at % every == (u * every).long(), stop=end)
-    if name == "refl":
-        stop = steps - 1 - (u * min(last, steps)).long()
-        return Schedule(gradient=at == stop, stop=stop)
-    if name == "draft_lv":
-        return Schedule(gradient=at == end, stop=end, noisings=last)
-    count = torch.full_like(end, last) if name == "draft" else 1 + (u * steps).long()
-    return Schedule(gradient=at >= steps - count, stop=end, through=True)
+    choices = {"longalign": every, "refl": min(last, steps), "alignprop": steps}
+    drawn = rng.choice("gradient steps", choices.get(name, 1))
+    with rng.deciding():
+        number, at = torch.tensor(drawn), torch.arange(steps)[:, None]
+        end = torch.full_like(number, steps - 1)
+        if name == "longalign":
+            return Schedule(gradient=at % every == number, stop=end)
+        if name == "refl":
+            return Schedule(gradient=at == end - number, stop=end - number)
+        if name == "draft_lv":
+            return Schedule(gradient=at == end, stop=end, noisings=last)
+        count = torch.full_like(end, last) if name == "draft" else 1 + number
+        return Schedule(gradient=at >= steps - count, stop=end, through=True)
 
 
 def without_gradient(steps: int, like: Tensor) -> Schedule:
     """All steps, none of them with a gradient, for a batch `like` [B, ...]."""
-    zeros = torch.zeros(steps, len(like), dtype=torch.bool, device=like.device)
+    zeros = torch.zeros(steps, len(like), dtype=torch.bool)
     return Schedule(gradient=zeros, stop=torch.full_like(zeros[0], steps - 1, dtype=torch.long))
 
 
@@ -97,28 +99,31 @@ class Sampler:
             noise: at the time of the step `start`: pure noise at the first.
             conditioning: the prompts', [B, ...]. empty: the empty prompt's, with sequences as long, [B, ...].
         """
-        times, weights = self.process.sampling_times(self.steps).to(noise.device), self.step_weights()
-        x, clean = noise, torch.zeros_like(noise)
-        last = int(schedule.stop.max())
+        with rng.deciding():
+            times, weights = rng.moved(self.process.sampling_times(self.steps)), self.step_weights()
+        gradient, stop = schedule.gradient.tolist(), schedule.stop.tolist()
+        x, clean, last = noise, torch.zeros_like(noise), max(stop)
         for i in range(start, last + 1):
             if i == last and schedule.noisings:
                 break
             t = times[i].expand(len(x))
             x_in = x if schedule.through else x.detach()
-            prediction = self._predict(model, x_in, t, conditioning, empty, schedule.gradient[i], weights[i])
-            arrived = self._column(schedule.stop == i, x)
-            clean = torch.where(arrived, self.process.to_clean(prediction, x, t), clean)
+            prediction = self._predict(model, x_in, t, conditioning, empty, gradient[i], weights[i], rng)
+            if i in stop:
+                arrived = rng.moved(torch.tensor([at == i for at in stop])).view(-1, *([1] * (x.ndim - 1)))
+                clean = torch.where(arrived, self.process.to_clean(prediction, x, t), clean)
             if i < last:
                 x = self.process.step(prediction, x, t, times[i + 1].expand(len(x)))
         if not schedule.noisings:
             return clean
         t = times[last].expand(len(x))
         with torch.no_grad():
-            final = self.process.to_clean(self._predict(model, x, t, conditioning, empty, ~(t == t), 1.0), x, t)
+            still = [False] * len(x)
+            final = self.process.to_clean(self._predict(model, x, t, conditioning, empty, still, 1.0, rng), x, t)
         repeated = []
         for number in range(schedule.noisings):
             again = self.process.add_noise(final, rng.normal(f"noising {number}", final.shape[1:]).to(final), t)
-            prediction = self._predict(model, again, t, conditioning, empty, schedule.gradient[last], 1.0)
+            prediction = self._predict(model, again, t, conditioning, empty, gradient[last], 1.0, rng)
             repeated.append(self.process.to_clean(prediction, again, t))
         return torch.stack(repeated, 1).flatten(0, 1)
 
@@ -146,14 +151,15 @@ class Sampler:
         return [mean / slope for slope in slopes]
 
     def _predict(
-        self, model: Model, x: Tensor, t: Tensor, conditioning: Conditioning, empty: Conditioning, gradient: Tensor,
-        weight: float,
+        self, model: Model, x: Tensor, t: Tensor, conditioning: Conditioning, empty: Conditioning,
+        gradient: list[bool], weight: float, rng: SampleRNG,
     ) -> Tensor:  # fmt: skip
         """The guided prediction; only rows with a gradient are recorded, checkpointed."""
         prediction = torch.zeros_like(x)
-        for rows, recorded in ((gradient, True), (~gradient, False)):
-            if not rows.any():
+        for recorded in (True, False):
+            if recorded not in gradient:
                 continue
+            rows = rng.moved(torch.tensor([row for row, carries in enumerate(gradient) if carries == recorded]))
             texts, blanks = ({name: value[rows] for name, value in c.items()} for c in (conditioning, empty))
             if recorded:
                 part = checkpoint(self._guided, model, x[rows], t[rows], texts, blanks, use_reentrant=False)
@@ -175,7 +181,3 @@ class Sampler:
                 away = model(x, t, empty)
             towards = model(x, t, conditioning)
         return away + self.guidance * (towards - away)
-
-    @staticmethod
-    def _column(rows: Tensor, like: Tensor) -> Tensor:
-        return rows.view(-1, *([1] * (like.ndim - 1)))

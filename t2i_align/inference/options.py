@@ -186,6 +186,11 @@ def use_precision(precision: str) -> torch.dtype | None:
     return None if PRECISIONS[precision] == torch.float32 else PRECISIONS[precision]
 
 
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16; others compute these slower than in float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def check_options(precision: str = "fp32", fps: float | None = None, **counts: int | None) -> None:
     """Raise UserError for an unknown precision, an impossible rate, or a number below 1; None is a default."""
     if precision not in PRECISIONS:

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from pipelines import PipelineError
-from pipelines.blank import blank_component
 from t2i_align import config as configuration
 from t2i_align.config import LoraConfig, RunConfig
 from t2i_align.errors import UserError
-from t2i_align.inference.models import open_model, resolve_model
-from t2i_align.inference.options import PRECISIONS
+from t2i_align.inference.models import open_model
 from t2i_align.planning.cards import CARDS, FRAGMENTATION, RESERVE, UTILISATION, Card, card_named
-from t2i_align.planning.published import components, described
+from t2i_align.planning.inputs import blank_encoders
+from t2i_align.planning.published import described
 from t2i_align.planning.trace import Trace, trace
 
 GIB = 2**30
@@ -77,9 +76,13 @@ class Plan:
         if parts.host:
             what = "the base, which every pass fetches (not in the times)" if train.offload else "the reference"
             yield "", f"{parts.host / GIB:8.2f} GiB of CPU memory for {what}"
-        where = "in CPU memory" if train.offload else "on the card"
-        yield "encoders", f"{self.encoders / GIB:.2f} GiB, {where} while the cache is made and for `validation`"
-        yield "cache", f"{1000 * self.pair / 2**20:.1f} MiB per 1,000 groups with a prompt each"
+        if config.objective.needs.scorer:
+            scorer = getattr(config.objective, "scorer", "")
+            yield "scorer", f"{scorer}: its weights, activations and time come on top of all that"
+        else:
+            where = "in CPU memory" if train.offload else "on the card"
+            yield "encoders", f"{self.encoders / GIB:.2f} GiB, {where} while the cache is made and for `validation`"
+            yield "cache", f"{1000 * self.pair / 2**20:.1f} MiB per 1,000 groups with a prompt each"
         yield "fits", self.verdict()
         rate = "fp32" if train.precision == "fp32" else train.precision
         yield "speed", f"at {UTILISATION:.0%} of each card's peak rate in {rate}, which is assumed:"
@@ -102,7 +105,7 @@ def plan(config: str | Path | RunConfig, overrides: Sequence[str] = (), *, card:
         card: GPU by name, such as "RTX 4090", or a number of GiB (default: the GPU if there is one, else RTX 4090).
 
     Raises:
-        UserError: an unknown card, an objective that samples images. PipelineError: no such model.
+        UserError: an unknown card, or what cannot be traced. PipelineError: no such model.
     """
     run = config if isinstance(config, RunConfig) else configuration.load(config, overrides)
     chosen = card if isinstance(card, Card) else card_named(card) if card else present_card() or card_named("RTX 4090")
@@ -142,14 +145,8 @@ def memory_warning(config: RunConfig, card: Card | None = None) -> str:
 def _surroundings(config: RunConfig) -> tuple[int, int, tuple[int, ...]]:
     """Bytes of the encoders and of a pair in the cache, and a sample's size."""
     pipeline = open_model(config.model, weights=False)
-    dtype = PRECISIONS[config.train.precision]
-    half = torch.bfloat16 if dtype != torch.float32 else torch.float32
-    encoders = 0
-    for name, entry in components(Path(resolve_model(config.model.path))).items():
-        if name in type(pipeline).encoder_names:
-            kind = half if name in pipeline.large_encoders else torch.float32
-            network = blank_component(resolve_model(config.model.path), name, entry, kind)
-            encoders += sum(parameter.nbytes for parameter in network.parameters())
+    networks = blank_encoders(config, pipeline).values()
+    encoders = sum(parameter.nbytes for network in networks for parameter in network.parameters())
     height, width = config.data.size or pipeline.default_size
     frames = config.data.frames or pipeline.default_frames
     latents = 2 * prod(pipeline.latent_shape(height, width, frames)) * max(2, candidates(config))

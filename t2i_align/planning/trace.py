@@ -23,22 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from pipelines import TrainablePipeline
 from pipelines.offload import stream, streamable
 from pipelines.quantize import BITS
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning
-from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.inference.models import open_model
 from t2i_align.inference.options import PRECISIONS
 from t2i_align.objectives.base import DataStats
+from t2i_align.planning.inputs import Brightness, blank_encoders, first_batch
 from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.reference import build_reference
+from t2i_align.training.rewards import Rewarder
 from t2i_align.training.weights import CAST, Weights, older_policy
 
-PARTS = ("weights", "reference", "moving average", "optimiser", "gradients", "activations")
+PARTS = ("weights", "encoders", "reference", "moving average", "optimiser", "gradients", "activations")
 COUNTED: dict[Any, Any] = {  # kernels by what counts their operations; torch's table lacks those of the CPU's attention
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -151,11 +150,9 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         device: whose rules of precision apply, `cuda` or `cpu`.
 
     Raises:
-        UserError: the objective samples images, or reads values in the course of a step. PipelineError: no such model.
+        UserError: the objective or the optimiser reads values in the course of a step. PipelineError: no such model.
     """
     objective, train = config.objective.fit_to_data(DataStats(score_range=(0.0, 1.0))), config.train
-    if objective.needs.scorer:
-        raise UserError(f"objective {objective.name}: it samples images and scores them, which is not planned for")
     if config.personal:
         raise UserError("personal: its branch depends on the users' data, which a plan does not have")
     dtype = PRECISIONS[train.precision]
@@ -172,6 +169,7 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
     if train.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
     pipeline.denoiser.train()
+    encoders = blank_encoders(config, pipeline) if objective.needs.scorer else {}
     follower = StorageFollower()
     autocast = torch.autocast("cpu", torch.bfloat16) if dtype != torch.float32 else nullcontext()
     rules = _cuda_autocast() if device == "cuda" else nullcontext()
@@ -196,6 +194,9 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
             frozen = list(_tensors(copy.network))
         if not kept:
             follower.assign("reference", [*frozen, *(copy.tensors.values() if copy else ())])
+        for network in encoders.values():  # which stay, as every step encodes prompts and decodes samples
+            _materialise(network)
+            follower.assign("encoders", _tensors(network))
         if config.optim.ema is not None:
             average = older_policy(weights)
             follower.assign("moving average", average.tensors.values())
@@ -203,7 +204,11 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: follower.assign("gradients", [p.grad]))
         step = _optimizer(config, parameters, follower)
-        batch, rng = _batch(config, pipeline, candidates)
+        batch, rng = first_batch(config, pipeline, candidates)
+        if encoders:
+            pipeline.pipe.register_modules(vae=encoders["vae"])
+            rewarder = Rewarder(pipeline, Brightness(), getattr(objective, "latent_frames", None))
+            batch = replace(batch, rewarder=rewarder, prompts=("",) * train.batch_size)
         batch = replace(batch, state={name: torch.tensor(value) for name, value in objective.initial_state().items()})
         policy = partial(pipeline.predict, denoiser=pipeline.denoiser)
         micro = min(train.accumulate, 2)  # the second meets the gradients of the first
@@ -290,39 +295,3 @@ def _optimizer(config: RunConfig, parameters: list[nn.Parameter], follower: Stor
         torch._foreach_sub_(before, [parameter.detach() for parameter in parameters])
 
     return step
-
-
-def _batch(config: RunConfig, pipeline: TrainablePipeline, k: int) -> tuple[Batch, SampleRNG]:
-    """A micro-batch of the run's shapes."""
-    train, needs, count = config.train, config.objective.needs, config.train.batch_size
-    height, width = config.data.size or pipeline.default_size
-    shape = pipeline.latent_shape(height, width, config.data.frames or pipeline.default_frames)
-    texts = pipeline.text_shapes()
-    if config.model.segments:
-        texts["prompt_embeds"] = (config.model.segments.tokens, *texts["prompt_embeds"][1:])
-
-    def conditioning(*leading: int) -> Conditioning:
-        out = {name: torch.zeros(*leading, *shape) for name, shape in texts.items()}
-        masks = {mask: (*leading, texts[name][0]) for name, mask in pipeline.conditioning_masks.items()}
-        return out | {mask: torch.ones(shape, dtype=torch.bool) for mask, shape in masks.items()}
-
-    columns: dict[str, Any] = {}
-    for name in needs.columns:
-        if name in COLUMNS:
-            column = COLUMNS[name]
-            leading = (count, k) if column.per_candidate else (count,)
-            if column.per_segment:  # of each latent frame; the first candidate is the better one
-                columns[name] = torch.linspace(1, 0, k)[:, None].expand(count, k, shape[1])
-            else:
-                columns[name] = conditioning(*leading) if column.text else ("",) * count
-    keys = tuple(f"0/{i}" for i in range(count))
-    batch = Batch(
-        keys=keys,
-        latents=torch.zeros(count, k, *shape),
-        scores=torch.linspace(1, 0, k).expand(count, k) if k > 1 else torch.ones(count, 1),
-        conditioning=conditioning(count),
-        columns=columns,
-        sizes=torch.zeros(count, k, 6) if pipeline.size_conditioned else None,
-        empty=conditioning(1),
-    )
-    return batch, SampleRNG(train.seed, keys, pipeline.process, train.timestep_sampling)

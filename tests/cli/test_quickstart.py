@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from t2i_align.errors import UserError
 from t2i_align.evaluation import sides
+from t2i_align.inference import options
 from t2i_align.inference.options import resolve_prompts
 from t2i_align.quickstart import BATCH_SIZE, MARKER, TEST_SEED, quickstart, replacing
 from t2i_align.utils.files import WRITING
@@ -98,19 +101,29 @@ def test_wrong_override_leaves_the_earlier_result(override: str, says: str, tmp_
     assert written(tmp_path) == {f"a/{MARKER}", "a/first.txt"}
 
 
+def test_cpu_is_asked_for_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for avx512, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=avx512: found)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
+        assert options.cpu_computes_bf16() == (avx512 or amx)
+
+
 def test_small_job_runs_and_a_second_one_reuses_the_latents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = resolve_prompts("testbed:test")[:4]
     folder, sizes, sample = tmp_path / "q", [], sides.sample
 
-    def recorded(*arguments, batch_size, **options):
+    def recorded(*arguments, batch_size, **others):
         sizes.append(batch_size)
-        return sample(*arguments, batch_size=batch_size, **options)
+        return sample(*arguments, batch_size=batch_size, **others)
 
     monkeypatch.setattr(sides, "sample", recorded)
-    for _ in range(2):
+    for computes in (False, True):
+        monkeypatch.setattr(options, "cpu_computes_bf16", lambda computes=computes: computes)
         result = quickstart(SMALL, output=folder, prompts=prompts)
+        trained = yaml.safe_load((folder / "run" / "run.yaml").read_text())["train"]["precision"]
+        assert trained == result.settings["precision"] == ("bf16" if computes else "fp32")
     printed = "".join(capsys.readouterr())
     assert f"output     {folder / 'run'}\n" in printed and f"{WRITING}q" not in printed
     values = json.loads((folder / "result.json").read_text())

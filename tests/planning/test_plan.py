@@ -18,15 +18,19 @@ from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.models import open_model
 from t2i_align.planning.cards import Card
+from t2i_align.planning.inputs import Brightness
 from t2i_align.planning.plan import memory_warning, plan
 from t2i_align.planning.published import described
 from t2i_align.planning.trace import trace
 from t2i_align.training.loop import Loop
 from t2i_align.training.reference import build_reference
+from t2i_align.training.rewards import Rewarder
 from t2i_align.training.run import load_data, load_model, prepare_denoiser
 from t2i_align.training.trainer import Alignment
 
 CHECKPOINTED = {"train": {"batch_size": 4, "gradient_checkpointing": True}}
+INVERTED = {"objective": {"name": "inpo", "levels": 3, "renoise": 1}}
+DRAWN = {"objective": {"name": "reward", "schedule": "draft", "last": 2, "sampling_steps": 4, "guidance": 2.0}}
 OFFLOADED = {"train": {**CHECKPOINTED["train"], "offload": "base"}}
 
 
@@ -42,14 +46,20 @@ def measured(config: RunConfig, file: Path) -> int:
     pipeline = load_model(config, accelerator.device)
     source = load_data(config, accelerator, pipeline, progress=False)
     prepare_denoiser(config, pipeline, source, accelerator)
-    pipeline.drop_encoders()
-    task = Alignment(config, accelerator, build_reference(config.train, pipeline), source)
+    needs = config.objective.needs
+    rewarder = Rewarder(pipeline, Brightness()) if needs.scorer else None  # type: ignore[arg-type]
+    if not rewarder:
+        pipeline.drop_encoders()
+    reference = build_reference(config.train, pipeline, needed=needs.reference)
+    task = Alignment(config, accelerator, reference, source, rewarder=rewarder)
     loop = Loop(task, accelerator, config, progress=False)
     batches, stop = task.batches(0), threading.Event()
     loop._one_step(batches, report=True, stop=stop)
     tensors = [value for state in loop.optimizer.state.values() for value in state.values()]
-    for variant in loop.weights.variants.values():
-        tensors += [*variant.network.parameters(), *variant.network.buffers()]
+    networks = [variant.network for variant in loop.weights.variants.values()]
+    networks += [pipeline.modules()[name] for name in pipeline.encoder_names if name in pipeline.modules()]
+    for network in networks:
+        tensors += [*network.parameters(), *network.buffers()]
     resting = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         loop._one_step(batches, report=True, stop=stop)
@@ -60,7 +70,9 @@ def measured(config: RunConfig, file: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"lora": None}, CHECKPOINTED, OFFLOADED], ids=["lora", "full", "checkpointing", "offload"]
+    "changes",
+    [{}, {"lora": None}, CHECKPOINTED, OFFLOADED, INVERTED, DRAWN],
+    ids=["lora", "full", "checkpointing", "offload", "inpo", "reward"],
 )
 def test_planned_memory_is_within_a_tenth_of_the_measured(changes: dict[str, Any], tmp_path: Path) -> None:
     config = run(tmp_path, **changes)
@@ -146,9 +158,27 @@ def test_optimiser_that_reads_values_is_refused(tmp_path: Path) -> None:
         trace(run(tmp_path, optim={"optimizer": "adafactor"}, train={"batch_size": 1}))
 
 
+def test_passes_of_inversion_and_sampling_are_counted_as_often_as_a_sample_takes_them(tmp_path: Path) -> None:
+    plain, inverted, drawn, guided = (
+        trace(run(tmp_path, objective=objective)).flops
+        for objective in (
+            "diffusion_dpo",
+            {"name": "inpo", "levels": 4},
+            {"name": "reward", "schedule": "longalign", "sampling_steps": 4, "every": 2, "guidance": 1.0},
+            {"name": "reward", "schedule": "longalign", "sampling_steps": 4, "every": 2, "guidance": 2.0},
+        )
+    )
+    # Diffusion-DPO: both images forward by policy and reference, and backward, which is about as much again.
+    forward = plain / 2 / 3
+    assert inverted == pytest.approx(plain + 2 * 2.5 * forward, rel=0.05)  # 1 to 4 steps, as often each
+    # One image four times forward, and of two steps again and backward; the rest is the decoder.
+    network = (guided - drawn) / 8
+    assert network == pytest.approx(forward, rel=0.1) and drawn > 8 * network
+
+
 def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
-    config = run(tmp_path, objective={"name": "reward", "scorer": "oracle"})
-    with pytest.raises(UserError, match="reward: it samples images"):
+    config = run(tmp_path, personal={"embedder": "oracle"})
+    with pytest.raises(UserError, match="personal: its branch depends on the users' data"):
         plan(config)
     assert "cannot be planned" in memory_warning(config, Card("any", 24, 100, 50))
     with pytest.raises(UserError, match=r"unknown card 'RTX 4091'.*RTX 4090"):
