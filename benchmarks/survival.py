@@ -45,18 +45,21 @@ import yaml
 from PIL import Image
 
 from t2i_align import cli
+from t2i_align.data.media import save_clip
 from t2i_align.testbed.captions import describe, write
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
 from t2i_align.training.checkpoint import SUMS
 from tests.reward_scorers.small import write_hf_clip
-from tests.tiny import tiny_sd
+from tests.runs import moving_clip
+from tests.tiny import tiny_sd, tiny_wan
 
 RESULTS = Path(__file__).parent / "results" / "survival.md"
 SMALL = 64 * 1024  # bytes of a file that is damaged
 
 # Loaded once, in the process from which those of the commands are forked: importing takes longer than they do.
 PRELOAD = ["t2i_align.training.run", "t2i_align.reward_models.train", "t2i_align.reward_models.audit",
-           "t2i_align.labeling.synthesize", "t2i_align.labeling.annotate", "t2i_align.evaluation.compare",
+           "t2i_align.labeling.synthesize", "t2i_align.labeling.annotate", "t2i_align.labeling.curate",
+           "t2i_align.labeling.segments", "t2i_align.evaluation.compare",
            "t2i_align.inference.export", "t2i_align.data.inspect", "t2i_align.testbed.scorer"]  # fmt: skip
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
@@ -105,6 +108,9 @@ COMMANDS = {  # in words, and what is added when it runs again after a fault
     "relabel": ("relabel inputs/pairs.jsonl --scorers oracle --out out/scores.jsonl", ""),
     "perturb": ("perturb inputs/pairs.jsonl --kinds attribute relation --out out/negatives.jsonl", ""),
     "caption": ("caption inputs/pairs.jsonl --variant c --captioner testbed:captioner --out out/captions.jsonl", ""),
+    "video pairs": ("video pairs inputs/clips --model inputs/wan --out out/made --steps 7 --fps 16 --guidance 1", ""),
+    "video segments": ("video segments inputs/clips.jsonl --scorers motion_smoothness --seconds 0.25 --fps 16 "
+                       "--least-decided 0 --out out/labels.jsonl", ""),
     "audit-scorer": ("audit-scorer inputs/pairs.jsonl --scorers oracle --out out/made", ""),
     "data inspect": ("data inspect inputs/pairs.jsonl --out out/report.html", ""),
     "data split": ("data split inputs/pairs.jsonl --held-out 0.3 --out out/made", ""),
@@ -279,6 +285,15 @@ def make_inputs(folder: Path) -> None:
         rows.append({"prompt": write(describe(scene, rng), rng), "chosen": images[0], "rejected": images[1]})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in rows[:4]))
+    tiny_wan(folder / "wan")
+    for number in range(4):
+        save_clip(moving_clip(number, 9), folder / "clips" / f"{number}.mp4", 16)
+        (folder / "clips" / f"{number}.txt").write_text("a fox runs")
+    clips = [
+        {"prompt": "a fox runs", "chosen": f"clips/{number}.mp4", "rejected": f"clips/{number + 1}.mp4"}
+        for number in (0, 2)
+    ]
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clips))
     data = {"path": "inputs/pairs.jsonl"}
     run = {"objective": "diffusion_dpo", "model": {"path": "inputs/model"}, "data": data, "lora": {"rank": 2},
            "train": {"steps": 4, "batch_size": 2}, "log": {"every": 1, "checkpoint_every": 2}}  # fmt: skip

@@ -22,7 +22,10 @@ PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_conf
 PAIR = re.compile(
     r"(?P<module>.+?)(?P<infix>\.lora_|\.lora\.|_lora\d?\.|\.lora_linear_layer\.)(?P<side>A|B|down|up)\.weight"
 )
+DOWN = {"B": "A", "up": "down"}
 KEPT = re.compile(r".+\.lora_magnitude_vector(\.weight)?")  # peft's DoRA, which diffusers loads
+# Of peft's `init_lora_weights`; the others (pissa, olora, corda, loftq, lora_ga) take from the base what they put in.
+KEEP_THE_BASE = ("True", "False", "gaussian", "eva", "orthogonal", "mica")
 Scales = Callable[[str, int], float]  # a module's name and rank -> what its B is multiplied by
 
 
@@ -55,6 +58,9 @@ def read_lora(path: str | Path, component: str, modules: Collection[str]) -> dic
     for key, match in pairs.items():
         if match["side"] in ("A", "down"):
             continue
+        down = state.get(f"{key[: match.start('side')]}{DOWN[match['side']]}.weight")
+        if down is not None and down.ndim > state[key].ndim == 2:  # LyCORIS's DyLoRA leaves out the kernel of one
+            state[key] = state[key].view(*state[key].shape, *[1] * (down.ndim - 2))
         rank, given = state[key].shape[1], [owner for owner in _owners(match) if owner in alphas]
         state[key] = state[key] * (alphas[given[0]] / rank if given else scales(match["module"], rank))
         if given:
@@ -105,6 +111,16 @@ def _scales(file: Path, header: dict[str, str], by_peft: bool) -> Scales:
         described = {f".{key}": value for key, value in json.loads(beside.read_text(encoding="utf-8")).items()}
     else:
         return lambda module, rank: 1.0
+
+    for key, value in described.items():
+        name = key.rpartition(".")[2]
+        if name == "init_lora_weights" and str(value) not in KEEP_THE_BASE:
+            raise ValueError(
+                f"{name} is {value!r}, which also changes the base's weights; peft's save_pretrained writes a LoRA of "
+                "the unchanged base when it is given path_initial_model_for_weight_conversion"
+            )
+        if name == "alora_invocation_tokens" and value:
+            raise ValueError(f"{name}: a LoRA for some of the tokens is not read")
 
     def scale(module: str, rank: int) -> float:
         part, _, name = module.partition(".")

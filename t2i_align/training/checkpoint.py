@@ -2,7 +2,7 @@
 
 checkpoints/step_000500/weights.safetensors    the trained parameters, and other weights that change (`ema.NAME`)
                         state.pt               optimiser, schedule, scaler, logged sums: plain tensors and numbers
-                        sha256.json            of both: a damaged or exchanged file is refused
+                        sha256.json            of all other files: a damaged or exchanged one is refused
                         shards/                where they are sharded, in place of weights and the optimiser's tensors
                         lora/ or soft_tokens/  the adapter as it was then, for use
 """
@@ -65,9 +65,10 @@ def save(
         else:
             save_file({name: part.detach().cpu().contiguous() for name, part in weights.items()}, temporary / WEIGHTS)
         torch.save({"layout": LAYOUT, "step": step, **state}, temporary / STATE)
-        write_json(temporary / SUMS, _sums(temporary))
         if export:
             export(temporary)
+        files = sorted(file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file())
+        write_json(temporary / SUMS, {name: sha256(temporary / name) for name in files})
     for old in all_steps(run)[:-keep]:
         remove(old)
     return folder
@@ -196,10 +197,7 @@ def _check_unchanged(folder: Path, step: int) -> None:
     if step != _step(folder):
         raise ValueError(f"it is of step {step}")
     written = read_json(folder / SUMS)
-    if changed := [name for name, found in _sums(folder).items() if written.get(name) != found]:
+    shards = [f"{SHARDS}/{file.name}" for file in (folder / SHARDS).glob("*")]
+    names = dict.fromkeys([*(shards or [WEIGHTS]), STATE, *written])
+    if changed := [name for name in names if written.get(name) != sha256(folder / name)]:
         raise ValueError(f"{' and '.join(changed)} changed after being written")
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    shards = sorted(f"{SHARDS}/{file.name}" for file in (folder / SHARDS).glob("*"))
-    return {name: sha256(folder / name) for name in (*(shards or [WEIGHTS]), STATE)}

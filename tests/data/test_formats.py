@@ -65,6 +65,16 @@ def test_captions_users_and_vote_shares_of_formats(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("order", "values"), [("votes", ("3", "0")), ("shares", ("1", "0")), ("shares", ("0", "1"))])
+def test_a_candidate_may_have_no_vote(order: str, values: tuple[str, str], tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    row = {"prompt": "p", "a": "a.jpg", "b": "b.jpg", "of_a": values[0], "of_b": values[1]}
+    write_jsonl(tmp_path / "votes.jsonl", [row])
+    columns = f"{{candidates: [a, b], {order}: [of_a, of_b]}}"
+    (tmp_path / "source.yaml").write_text(f"path: votes.jsonl\ncolumns: {columns}\n")
+    assert groups(tmp_path / "source.yaml")[0].scores == ((1.0, 0.0) if values[1] == "0" else (0.0, 1.0))
+
+
 def test_candidates_listed_best_first_have_evenly_spread_scores(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
     lists = ["b.jpg", "a.jpg", "c.jpg"], ["a.jpg"]

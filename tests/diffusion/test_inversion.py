@@ -268,6 +268,8 @@ def test_step_with_eta_1_is_the_forward_process_for_any_prediction(kind: str) ->
     for prediction in (latents.sin(), 3 * fresh):
         moved = advance(rng, prediction, latents, now, to, fresh=fresh, eta=1.0)
         torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
+        without = advance(rng, prediction, latents, now, to)
+        assert torch.equal(advance(rng, prediction, latents, now, to, fresh=fresh), without)  # eta is 0
 
 
 @KINDS

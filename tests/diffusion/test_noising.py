@@ -40,24 +40,24 @@ def test_captions_are_dropped_for_whole_groups_at_the_given_rate() -> None:
     assert (rows == 0).float().mean().item() == pytest.approx(0.2, abs=0.03)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-def test_dropped_texts_are_the_empty_one_at_the_longer_of_both_lengths(length: int) -> None:
+@pytest.mark.parametrize(("length", "own"), [(1, 2), (2, 2), (4, 2), (3, 1), (64, 2)])
+def test_dropped_texts_are_the_empty_one_at_the_longer_of_both_lengths(length: int, own: int) -> None:
     """The prompt's and the captions' of a group together, and nothing that is no text's; zeros fill up."""
-    batch = replace(random_batch(64), conditioning={"embeds": torch.ones(64, 2, 5), "user": torch.ones(64, 3)})
-    batch = replace(batch, columns={"captions": {"embeds": torch.ones(64, 2, 2, 5)}, "user": ("fox",) * 64})
+    batch = replace(random_batch(64), conditioning={"embeds": torch.ones(64, own, 5), "user": torch.ones(64, 3)})
+    batch = replace(batch, columns={"captions": {"embeds": torch.ones(64, 2, own, 5)}, "user": ("fox",) * 64})
     empty = {"embeds": torch.full((1, length, 5), 2.0, dtype=torch.float64), "pooled": torch.zeros(1, 5)}
     assert drop_captions(batch, empty, rng_for(batch, "flow"), 0) is batch
     out = drop_captions(batch, empty, rng_for(batch, "flow"), 0.5)
-    there, longer = torch.arange(max(length, 2)), max(length, 2)
+    there, longer = torch.arange(max(length, own)), max(length, own)
     blank = torch.where(there < length, 2.0, 0.0)[:, None].expand(longer, 5)
-    kept = torch.where(there < 2, 1.0, 0.0)[:, None].expand(longer, 5)
+    kept = torch.where(there < own, 1.0, 0.0)[:, None].expand(longer, 5)
     embeds = out.conditioning["embeds"]
     dropped = embeds[:, 0, 0] == 2
     assert 16 < dropped.sum() < 48 and embeds.dtype == torch.float32
     assert torch.equal(embeds, torch.where(dropped[:, None, None], blank, kept))
     assert torch.equal(out.captions["embeds"], embeds.unsqueeze(1).expand(-1, 2, -1, -1))
     assert torch.equal(out.conditioning["user"], torch.ones(64, 3)) and out.columns["user"] == ("fox",) * 64
-    prompts, blanks = repeated({"embeds": torch.ones(3, 2, 5)}, empty, 3)
+    prompts, blanks = repeated({"embeds": torch.ones(3, own, 5)}, empty, 3)
     assert torch.equal(blanks["embeds"], blank.float().expand(3, -1, -1))
     assert torch.equal(prompts["embeds"], kept.expand(3, -1, -1))
 

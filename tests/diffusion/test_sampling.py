@@ -92,7 +92,7 @@ def test_gradient_equals_finite_differences(name: Any, options: dict[str, bool],
     def value(theta: Tensor) -> Tensor:
         return frozen_sampling(process, plan, theta, at, rng, weights, through).div(10).tanh().sum()
 
-    torch.testing.assert_close(torch.tanh(clean / 10).sum(), value(at))
+    torch.testing.assert_close(clean.detach(), frozen_sampling(process, plan, at, at, rng, weights, through))
     for place in range(2):
         shift = torch.zeros(2, dtype=torch.float64)
         shift[place] = 1e-5

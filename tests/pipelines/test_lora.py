@@ -143,7 +143,18 @@ PEFT: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"mid_block.*to_q": 8, "to_k": 2}, "alpha_pattern": {"to_k": 7.0}},
     "dora": {"use_dora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
 }
+
+
+def write_as(prefix: str, trained: TrainablePipeline, weights: Tensors, config: LoraConfig, folder: Path) -> None:
+    """The folder that peft writes, or diffusers' file with peft's description in its header."""
+    if prefix == "diffusers":
+        header = {"unet_lora_layers": weights, "unet_lora_adapter_metadata": config.to_dict()}
+        type(trained.pipe).save_lora_weights(str(folder), **header)
+    else:
+        save_file({f"{prefix}{key}": value for key, value in weights.items()}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(), default=list))
 
 
 @pytest.mark.parametrize("options", PEFT.values(), ids=PEFT)
@@ -155,18 +166,32 @@ def test_loras_of_peft_are_read_with_their_description(
     trained, again = fresh("sd"), fresh("sd")
     weights, config = by_peft(trained, **options)
     samples = sample_latents(trained)
-    if prefix == "diffusers":
-        header = {"unet_lora_layers": weights, "unet_lora_adapter_metadata": config.to_dict()}
-        type(trained.pipe).save_lora_weights(str(tmp_path), **header)
-    else:
-        save_file({f"{prefix}{key}": value for key, value in weights.items()}, tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_dict(), default=list))
+    write_as(prefix, trained, weights, config, tmp_path)
     again.load_lora(tmp_path)
     torch.testing.assert_close(sample_latents(again), samples, rtol=1e-4, atol=1e-3)
     assert_equal(deltas(again), deltas(trained, "default"))
     if "dora" not in str(options):
         there = {f"lora_unet_{name.replace('.', '_')}": delta for name, delta in deltas(trained, "default").items()}
         assert_equal(by_tensors_alone(again.save_lora(tmp_path / "out", naming="kohya")), there)
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {}])
+@pytest.mark.parametrize("prefix", ["base_model.model.", "diffusers"])
+def test_loras_that_need_more_than_their_tensors_are_refused(
+    prefix: str, options: dict[str, Any], fresh: Load, tmp_path: Path
+) -> None:
+    """These starts put the first B A into the LoRA and take it from the base; aLoRA changes only the tokens after some.
+
+    Loaded onto the base as it was, the first B A would be added once too often.
+    """
+    trained, again = fresh("sd"), fresh("sd")
+    weights, config = by_peft(trained, **options)
+    config.alora_invocation_tokens = None if options else [1, 2]
+    write_as(prefix, trained, weights, config, tmp_path)
+    why = "init_lora_weights is '(pissa|olora)', which also changes the base" if options else "alora_invocation_tokens"
+    with pytest.raises(PipelineError, match=f"LoRA does not fit sd .*{why}"):
+        again.load_lora(tmp_path)
+    assert torch.equal(sample_latents(again), sample_latents(fresh("sd")))
 
 
 def old_diffusers(weights: Tensors) -> Tensors:

@@ -149,6 +149,11 @@ def exchange(name: str) -> Callable[[Path], None]:
     [
         (lambda folder: flip_a_bit(folder / "weights.safetensors"), "weights.safetensors changed after"),
         (lambda folder: flip_a_bit(folder / "state.pt"), "damaged checkpoint"),
+        (
+            lambda folder: flip_a_bit(folder / "lora/pytorch_lora_weights.safetensors"),
+            "lora/pytorch_lora_weights.safetensors changed after",
+        ),
+        (lambda folder: (folder / "sha256.json").write_text("{}"), "weights.safetensors and state.pt changed after"),
         (exchange("weights.safetensors"), "weights.safetensors changed after"),
         (exchange("state.pt"), "it is of step 2"),
         (exchange("*"), "it is of step 2"),
