@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 import pipelines
 from pipelines.base import Family
-from t2i_align.testbed.scenes import SIDE
+from t2i_align.testbed.scenes import SIDE, sample_scene
+from t2i_align.testbed.world import IMAGES
 from tools.testbed.networks import build, build_word_tokenizer, image_words
+
+CAPTIONS = 400  # of 28 tokens each, which a map of 128 x 192 is fitted to
 
 
 class Student:
@@ -47,24 +50,18 @@ class Student:
 
 
 def epsilon_student(teacher: StableDiffusionPipeline) -> Student:
-    """`testbed:sd-eps`: a smaller UNet, epsilon-prediction under SD's own betas."""
+    """`testbed:sd-eps`: epsilon-prediction under SD's own betas. The UNet starts from the teacher's weights."""
     parts = {"unet": build("sd-eps", "denoiser"), "scheduler": build("sd-eps", "scheduler")}
+    parts["unet"].load_state_dict(teacher.unet.state_dict())
     return Student(_with_parts(teacher, **parts), "unet")
 
 
 def sdxl_student(teacher: StableDiffusionPipeline) -> Student:
     """`testbed:sdxl`: the teacher's UNet with a second text encoder and SDXL's sizes, v-prediction.
 
-    The UNet starts from the teacher's weights; what reads the second encoder starts from zero.
+    The UNet starts from the teacher's weights, and reads from both encoders what is nearest to what the teacher reads.
     """
     unet = build("sdxl", "denoiser")
-    known = teacher.unet.state_dict()
-    for name, parameter in unet.state_dict().items():
-        if name in known:
-            wide = torch.zeros_like(parameter)
-            wide[tuple(slice(side) for side in known[name].shape)] = known[name]
-            known[name] = wide
-    unet.load_state_dict(known, strict=False)  # what is missing is the embedding of sizes
     _zero(unet.add_embedding.linear_2)  # added to the embedding of time
     pipeline = StableDiffusionXLPipeline(
         vae=teacher.vae,
@@ -77,6 +74,11 @@ def sdxl_student(teacher: StableDiffusionPipeline) -> Student:
         force_zeros_for_empty_prompt=False,  # the empty caption is what guidance leads away from
         add_watermarker=False,
     )
+    known, read = teacher.unet.state_dict(), _text_map(teacher, pipeline)
+    for name, parameter in unet.state_dict().items():
+        if name in known and parameter.shape != known[name].shape:  # keys and values of cross-attention
+            known[name] = known[name] @ read
+    unet.load_state_dict(known, strict=False)  # what is missing is the embedding of sizes
     return Student(pipeline, "unet", "text_encoder_2")
 
 
@@ -110,6 +112,19 @@ def _with_parts(pipeline: Any, **parts: Any) -> Any:
     other = copy.copy(pipeline)
     other.register_modules(**parts)
     return other
+
+
+@torch.no_grad()
+def _text_map(teacher: StableDiffusionPipeline, pipeline: StableDiffusionXLPipeline) -> Tensor:
+    """The linear map [128, 192], by least squares over captions, from the hidden states that SDXL attends to, of its
+    encoders' penultimate layers, to the teacher's, which went through a last normalisation."""
+    rng = np.random.default_rng(0)
+    language = IMAGES.language
+    captions = [language.write(language.describe(sample_scene(rng), rng), rng) for _ in range(CAPTIONS)]
+    wide, narrow = (
+        pipelines.wrap(pipe).encode_prompts(captions)["prompt_embeds"].flatten(0, 1) for pipe in (pipeline, teacher)
+    )
+    return torch.linalg.lstsq(wide.double(), narrow.double()).solution.T.float()
 
 
 def _deeper_encoder(base: str, teacher: StableDiffusionPipeline) -> Any:
