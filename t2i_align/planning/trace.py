@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from pipelines.offload import stream, streamable
 from pipelines.quantize import BITS
+from reward_scorers.base import Scorer
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
@@ -207,7 +208,8 @@ def trace(config: RunConfig, candidates: int = 2, device: str = "cuda") -> Trace
         batch, rng = first_batch(config, pipeline, candidates)
         if encoders:
             pipeline.pipe.register_modules(vae=encoders["vae"])
-            rewarder = Rewarder(pipeline, Brightness(), getattr(objective, "latent_frames", None))
+            scorer = cast(Scorer, Brightness())  # a rewarder calls nothing but its `judge`
+            rewarder = Rewarder(pipeline, scorer, getattr(objective, "latent_frames", None))
             batch = replace(batch, rewarder=rewarder, prompts=("",) * train.batch_size)
         batch = replace(batch, state={name: torch.tensor(value) for name, value in objective.initial_state().items()})
         policy = partial(pipeline.predict, denoiser=pipeline.denoiser)
