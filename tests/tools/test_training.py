@@ -234,11 +234,11 @@ def test_what_covers_a_latent():
 
 def test_stills_train_on_the_first_latent_frame_and_objects_may_weigh_more(tmp_path):
     """The loss of a step falls on the first frame alone, and a weight of objects changes it."""
-    rng = np.random.default_rng(0)
     seen: list[torch.Size] = []
 
     def first_error(*overrides: str) -> float:
         base = Wan(["denoiser.steps=1", "denoiser.batch=4", "text_steps=1", "denoiser.muon=false", *overrides])
+        rng = np.random.default_rng(0)
         drawn = [base.draw(rng, 0.0) for _ in range(8)]
         latents = torch.randn(8, 16, 3, 8, 8, generator=torch.manual_seed(0))
         text, errors = warm_up(base, drawn), []
@@ -254,8 +254,9 @@ def test_stills_train_on_the_first_latent_frame_and_objects_may_weigh_more(tmp_p
         return errors[0]
 
     plain = first_error()
+    assert first_error() == plain
     assert first_error("denoiser.stills=true") != plain and first_error("denoiser.object_weight=9") != plain
-    assert [shape[2] for shape in seen] == [3, 1, 3]
+    assert [shape[2] for shape in seen] == [3, 3, 1, 3]
 
 
 # The loop -----------------------------------------------------------------------------------------------------------

@@ -198,9 +198,11 @@ def train_denoiser(
         captioned = torch.tensor([bool(caption) for caption in captions])
         targets = torch.tensor([base.parse_targets(statement) for statement in statements])
         error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean(1)
-        near = cover(base, drawn, latents.shape[-1]).flatten(1)[:, : error[0].numel()]  # of stills, the first frame
-        clear = 1.0 - process.alpha_sigma(timesteps)[1].float().view(-1, 1)
-        weight = 1.0 + recipe.object_weight * clear * near
+        weight = torch.ones_like(error.flatten(1))
+        if recipe.object_weight:
+            near = cover(base, drawn, latents.shape[-1]).flatten(1)[:, : weight.shape[1]]  # of stills, the first frame
+            clear = 1.0 - process.alpha_sigma(timesteps)[1].float().view(-1, 1)
+            weight = weight + recipe.object_weight * clear * near
         error = (weight * error.flatten(1)).sum() / weight.sum()
         return {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
 

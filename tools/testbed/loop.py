@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from t2i_align.inference.options import cpu_computes_bf16
 from t2i_align.utils.files import atomic_file
 
 M = TypeVar("M", bound=nn.Module)
@@ -132,11 +133,6 @@ def fit(
     return average
 
 
-def has_bf16() -> bool:
-    """Whether this CPU has bf16 instructions. Emulated, a training step takes ten times as long as in float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def mixed(enabled: bool = True) -> torch.autocast:
-    """Autocast to bf16 where that is faster than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled and has_bf16())
+    """Autocast to bf16 where that is faster than float32; emulated, a step takes ten times as long."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled and cpu_computes_bf16())

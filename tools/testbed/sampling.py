@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from t2i_align.inference.options import cpu_computes_bf16
 from t2i_align.testbed import base_path
 from t2i_align.utils.files import atomic_folder, write_json
-from tools.testbed.loop import has_bf16
 
 # DDIM steps and classifier-free guidance of every figure about the testbed. No guidance: training changes the
 # prediction under a caption, and guidance would mix it with the one without, which no preference pair has taught.
@@ -69,6 +69,6 @@ def sample(
     Raises:
         PipelineError: another number of seeds than prompts.
     """
-    autocast = torch.bfloat16 if has_bf16() else None
+    autocast = torch.bfloat16 if cpu_computes_bf16() else None
     samples: Tensor = family.generate(prompts, seeds, steps=steps, guidance=guidance, batch_size=64, autocast=autocast)
     return samples
