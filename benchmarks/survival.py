@@ -151,9 +151,13 @@ class Place:
 
     def run(self, command: str, fault: str = "none", moment: int = 0, seconds: float | None = None) -> Ended:
         """The command in a process of its own, which gets the signal after `seconds` and has then so long to end."""
-        start, log = time.perf_counter(), self.folder / "log"
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
         process = self.context.Process(target=command_line, args=(command, self.folder, log, fault, moment))
         process.start()
+        while process.is_alive() and not log.exists():  # the command begins
+            time.sleep(0.01)
+        start = time.perf_counter()
         process.join(seconds)
         if seconds is not None and process.is_alive():
             send(process.pid or 0, fault)

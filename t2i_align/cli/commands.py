@@ -19,7 +19,6 @@ from t2i_align.cli.streams import safe_streams
 from t2i_align.errors import UserError
 from t2i_align.plugins import load as load_plugin
 from t2i_align.plugins import load_installed
-from t2i_align.utils.signals import interrupted_by_signals
 
 if TYPE_CHECKING:
     from pipelines.check import Report
@@ -54,7 +53,7 @@ class Command:
 
     def run(self, options: dict[str, Any], *, plugins: Sequence[str] = (), debug: bool = False) -> int:
         """Call the command's function with the options that were given; returns the exit status."""
-        with safe_streams(sys.stdout, sys.stderr), interrupted_by_signals():
+        with safe_streams(sys.stdout, sys.stderr):
             return self._run(options, plugins, debug)
 
     def _run(self, options: dict[str, Any], plugins: Sequence[str], debug: bool) -> int:
