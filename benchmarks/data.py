@@ -41,8 +41,9 @@ import pipelines
 from t2i_align.config import DataConfig
 from t2i_align.data import encode, readers
 from t2i_align.data.encode import Encoder, Row
-from t2i_align.data.loader import PreparedDataset, choose
+from t2i_align.data.loader import PreparedDataset
 from t2i_align.data.media import load_pixels
+from t2i_align.data.opening import choose
 from t2i_align.data.schema import Group
 from t2i_align.data.store import Store, write
 from t2i_align.inference.models import resolve_model

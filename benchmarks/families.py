@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pipelines
 from t2i_align.config import TrainConfig
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import DiffusionDPO
 from t2i_align.training.reference import build_reference

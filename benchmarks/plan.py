@@ -55,10 +55,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def measured(config: RunConfig, trace_file: Path) -> tuple[int, float]:
+def measured(config: RunConfig, trace_file: Path, timed: int = TIMED) -> tuple[int, float]:
     """Peak bytes of the allocator in the last of a run's first steps, and the median CPU seconds of those before."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, which may have had another precision
-    accelerator = Accelerator(mixed_precision={"bf16": "bf16"}.get(config.train.precision, "no"))
+    accelerator = Accelerator(cpu=True, mixed_precision={"bf16": "bf16"}.get(config.train.precision, "no"))
     pipeline = load_model(config, accelerator.device)
     source = load_data(config, accelerator, pipeline, progress=False)
     prepare_denoiser(config, pipeline, source, accelerator)
@@ -71,7 +71,7 @@ def measured(config: RunConfig, trace_file: Path) -> tuple[int, float]:
     loop = Loop(task, accelerator, config, progress=False)
     batches, stop = task.batches(0), threading.Event()
     seconds = []
-    for _ in range(1 + TIMED):
+    for _ in range(1 + timed):
         start = time.process_time()
         loop._one_step(batches, report=True, stop=stop)
         seconds.append(time.process_time() - start)
@@ -81,7 +81,7 @@ def measured(config: RunConfig, trace_file: Path) -> tuple[int, float]:
     profiler.export_chrome_trace(str(trace_file))
     events = json.loads(trace_file.read_text())["traceEvents"]
     totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
-    return resting + max(totals), statistics.median(seconds[1:])
+    return resting + max(totals), statistics.median(seconds[1:] or seconds)
 
 
 def at_rest(loop: Loop, pipeline: TrainablePipeline) -> int:

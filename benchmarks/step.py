@@ -44,8 +44,8 @@ import pipelines
 from t2i_align import config as configuration
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
+from t2i_align.data.batch import Batch
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.models import resolve_model
 from t2i_align.training.loop import Loop

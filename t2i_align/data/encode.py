@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from t2i_align.data.batches import latent_times
+from t2i_align.data.batch import Conditioning
 from t2i_align.data.media import ImageError, Loaded, MediaSize, decode, load, measure
-from t2i_align.data.schema import Conditioning, Group, Media
+from t2i_align.data.schema import Group, Media
 from t2i_align.data.segments import unlabelled
-from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
+    from t2i_align.data.opening import Survey  # which builds on this module
 
 SHARD_BYTES = 256 << 20  # what a shard may hold in memory while it is written
 MAX_ROWS_PER_SHARD = 1024
@@ -341,3 +341,8 @@ def _reasons(results: Sequence[Any]) -> str:
     """Why some of a group's candidates cannot be used; "" where all can."""
     reasons = [(place, result) for place, result in enumerate(results, 1) if isinstance(result, str)]
     return "; ".join(f"candidate {place} (best first): {reason}" for place, reason in reasons)
+
+
+def latent_times(pipeline: TrainablePipeline, frames: int | None, fps: float | None) -> list[float]:
+    """The times of a clip's latent frames; an image is a clip of one frame."""
+    return [0.0] if frames is None else pipeline.latent_times(frames, fps)  # type: ignore[attr-defined]

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i_align.data import readers, tables
+from t2i_align.data import readers, sheets, tables
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import Group, Items, Media, Skipped
-from t2i_align.data.survey import REASONS_SHOWN, Selection, Survey
+from t2i_align.data.opening import Survey
+from t2i_align.data.schema import Group, Items, Media, Selection, Skipped
+from t2i_align.data.store import REASONS_SHOWN
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, printable
 from t2i_align.inference.models import resolve_model
@@ -157,7 +158,7 @@ def inspect(
     check_own("data inspect", target)
     path = readers.resolve(source)
     name = readers.detect(path, format)
-    names = [printable(column) for column in next(map(tables.columns, tables.files(path)), [])]
+    names = [printable(column) for column in next(map(tables.header, tables.files(path)), [])]
     findings = Findings(source=printable(str(source)), format=name, names=names)
     scorers = dict(entry for file in (path, *map(Path, annotations)) for entry in _by_scorer(file))
     for item in _items(partial(readers.read, path, name, Annotations.load(annotations), best_first=False), images):
@@ -222,7 +223,7 @@ def _items(read: Callable[..., Items], images: int) -> Items:
 def _by_scorer(file: Path) -> Iterator[tuple[str, dict[str, Sequence[float]]]]:
     """What `relabel` and `synthesize` wrote beside the scores that decide, by group id."""
     if tables.kind(file) == ".jsonl" and file.is_file():
-        for number, _, entry in tables.json_entries(file):
+        for number, _, entry in sheets.json_entries(file):
             if isinstance(scores := entry.get("by_scorer"), dict):
                 yield str(entry.get("id", f"{file.name}:{number}")), {key: scores[key]["scores"] for key in scores}
 

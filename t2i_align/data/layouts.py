@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from t2i_align.data import tables
-from t2i_align.data.columns import Columns
+from t2i_align.data import sheets
+from t2i_align.data.schema import Columns
 from t2i_align.data.tables import PROMPT_KEYS
 
 # Layouts that are recognised by the kind of file, so that the errors of such a file name what is expected.
-KINDS = {"jsonl": tables.JSON, "webdataset": (".tar",), "pickapic": (".parquet",)}
+KINDS = {"jsonl": sheets.JSON, "webdataset": (".tar",), "pickapic": (".parquet",)}
 
 PAIRS = Columns(candidates=["chosen", "rejected"], best_first=True, id="id", own_names=True)
 RANKINGS = Columns(candidates="images", scores="scores", id="id", own_names=True)

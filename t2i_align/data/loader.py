@@ -1,4 +1,7 @@
-"""From a path in the configuration to an endless stream of batches: which groups, in which order, on which device."""
+"""Endless batches of groups: which come when, their fields, on which device.
+
+The order is a function of the seed alone, whatever the batch size, the processes and the history.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import logging
 import math
 import signal
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,22 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data import batches, readers
-from t2i_align.data.annotations import NONE, Annotations, sidecar_identity
-from t2i_align.data.encode import Latents, bucket_sizes
-from t2i_align.data.flips import flipped, warn_of_sides
-from t2i_align.data.media import CROP, MediaSize
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning
+from t2i_align.data.batch import Batch, Conditioning
+from t2i_align.data.schema import COLUMNS
 from t2i_align.data.segments import by_latent_frame
-from t2i_align.data.store import LAYOUT, TEXTS, Store, is_complete, is_store, write
-from t2i_align.data.survey import Selection, Survey, counted
-from t2i_align.errors import UserError
+from t2i_align.data.store import TEXTS, Store
+from t2i_align.diffusion.randomness import permutation
 from t2i_align.objectives.base import DataStats, Requirements
-from t2i_align.utils.files import differences
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
-    from pipelines import TrainablePipeline
     from t2i_align.data.users import Users  # which builds on this module
 
 logger = logging.getLogger(__name__)
@@ -76,8 +71,8 @@ class PreferenceDataset(Dataset[Item]):
         ordered = self.steps(seed=seed, size=batch_size * accumulate * world, start=start_step)
         loader: DataLoader[Item] = DataLoader(
             self,
-            batch_sampler=batches.micro_batches(ordered, batch_size, accumulate, rank, world),
-            collate_fn=batches.identity_collate,
+            batch_sampler=micro_batches(ordered, batch_size, accumulate, rank, world),
+            collate_fn=identity_collate,
             num_workers=workers,
             worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
@@ -130,7 +125,7 @@ class PreparedDataset(PreferenceDataset):
                 height, width = self.store.manifest["buckets"][bucket]["size"]
                 few = "bucket %d x %d: %d groups, fewer than a step's %d; they wait for some epochs, then come together"
                 logger.warning(few, height, width, groups, size)
-        return batches.steps(self.numbers, buckets, seed=seed, size=size, start=start)
+        return steps(self.numbers, buckets, seed=seed, size=size, start=start)
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> Item:
         """The fields of a `Batch`, on the CPU and in the dtypes that are stored; its groups are of one bucket."""
@@ -150,13 +145,13 @@ class PreparedDataset(PreferenceDataset):
             if "sizes" in group:
                 originals = group["sizes"][row].as_py()
                 own_sizes = [originals[2 * place : 2 * place + 2] for place in places]
-                sizes.append([batches.time_ids(one, *bucket["size"]) for one in own_sizes])
+                sizes.append([time_ids(one, *bucket["size"]) for one in own_sizes])
             for name, values in columns.items():  # of texts, their numbers
                 value = self.store.index[name][number] if COLUMNS[name].text else group[name][row]
                 values.append(COLUMNS[name].take(value.as_py(), places))
         if "segment_scores" in columns:
             columns = by_latent_frame(columns, self.store.manifest.get("latent_times", [0.0]))
-        encoded = batches.encode_fields(self._conditioning, prompts, columns)
+        encoded = encode_fields(self._conditioning, prompts, columns)
         return {
             "keys": keys,
             "scores": torch.from_numpy(np.array(scores, np.float32)),
@@ -166,7 +161,7 @@ class PreparedDataset(PreferenceDataset):
         }
 
     def to_batch(self, item: Item, device: torch.device) -> Batch:
-        batch = Batch(**{**batches.widened(item, device), "keys": tuple(item["keys"])})
+        batch = Batch(**{**widened(item, device), "keys": tuple(item["keys"])})
         return self.users.attached(batch) if self.users else batch
 
     def some_prompts(self, count: int) -> list[str]:
@@ -176,7 +171,7 @@ class PreparedDataset(PreferenceDataset):
         return [columns["text"][row].as_py() for columns, row in places]
 
     def empty_conditioning(self, device: torch.device) -> Conditioning:
-        conditioning: Conditioning = batches.widened(self._conditioning([0]), device)
+        conditioning: Conditioning = widened(self._conditioning([0]), device)
         return conditioning
 
     def _conditioning(self, numbers: Sequence[int]) -> Conditioning:
@@ -200,137 +195,86 @@ def _joined(parts: Sequence[Any], dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.frombuffer(bytearray().join(parts), dtype=dtype).reshape(shape)
 
 
-def open_dataset(
-    data: DataConfig,
-    model: ModelConfig,
-    *,
-    needs: Requirements,
-    pipeline: Callable[[], TrainablePipeline],
-    encoder_fingerprint: Callable[[], str],
-    size: tuple[int, int],
-    frames: int | None = None,
-    cache_root: Path,
-    progress: bool = True,
-) -> PreferenceDataset:
-    """Open the configured data, preparing it first where that was not done yet.
+def steps(
+    numbers: np.ndarray, buckets: np.ndarray | None = None, *, seed: int, size: int, start: int = 0
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, number) of the `size` groups of each optimiser step, from a step on; endless. buckets: of each group.
 
-    Args:
-        needs: what the objective wants; checked before anything is encoded.
-        pipeline: gives the pipeline with its encoders; called only when something must be encoded.
-        encoder_fingerprint: of the model's VAE and text encoders, and how they run.
-        size: (height, width) in pixels. frames: of a clip; None for images.
-        cache_root: the folder of the caches, one per fingerprint.
-
-    Raises:
-        UserError: the source, the cache or what the objective needs do not fit, with what was expected and found.
-        PipelineError: a size that the model cannot take.
+    An endless stream of epochs, each a permutation of the groups, is dealt out to their buckets; a bucket that has
+    `size` groups makes the next step. With one bucket these are consecutive slices, which may straddle epochs.
     """
-    wanted = MediaSize(*size, frames, data.fps)
-    if not data.path.startswith("testbed:") and is_store(Path(data.path)):
-        if data.annotations:
-            raise UserError(
-                f"{data.path}: data.annotations are added to a source before it is encoded, and this is a finished "
-                "cache. Name the source itself in data.path."
-            )
-        store = Store(Path(data.path))
-        if "conditioning" not in store.manifest:
-            raise UserError(f"{data.path}: this folder holds images that are not encoded, expected latents")
-        expected = {"encoders": encoder_fingerprint(), **wanted._asdict()}
-        stored = {name: store.manifest["fingerprint"].get(name) for name in expected}
-        if differing := differences(stored, expected):
-            raise UserError(f"{data.path}: this cache does not fit model {model.path}: {'; '.join(differing)}")
-        return choose(store, needs, data)
-    if data.stream or not data.cache:
-        from t2i_align.data.stream import open_stream  # which builds on this module
+    order = lru_cache(maxsize=2)(lambda epoch: permutation(len(numbers), seed, "order", epoch).numpy())
 
-        annotations = Annotations.load(data.annotations) if data.annotations else NONE
-        selection = selection_of(data, needs)
-        return open_stream(data, needs, pipeline, encoder_fingerprint(), wanted, selection, annotations, cache_root)
-    path, format, annotations, survey = examined(data, needs)
-    fingerprint = {
-        **source_fingerprint(survey, format, data.annotations),
-        **wanted._asdict(),
-        "buckets": data.buckets,
-        **({"flip": True} if data.flip else {}),
-        "crop": CROP,
-        "dtype": "float16",
-        "encoders": encoder_fingerprint(),
-    }
-    folder = cache_root / digest(fingerprint)
-    if not is_complete(folder):
-        needs.check(survey, data.path, alike=data.limit is None)
-        sizes = bucket_sizes(math.isqrt(math.prod(size))) if data.buckets else [size]
-        encoder = Latents(pipeline(), sizes, frames, data.fps, data.encode_batch, survey.texts_per_group)
-        batches.warn_of_cut_texts(encoder.pipeline, [*survey.texts])
-        encoder.check_space(folder, survey)
-        items, total = readers.read(path, format, annotations), survey.rows
-        if data.flip:
-            if frames is not None:
-                raise UserError("data.flip is for images")
-            warn_of_sides(survey.texts)
-            items, total = flipped(items), 2 * total
-        write(items, encoder, folder, fingerprint=fingerprint, total=total, selection=survey.selection,
-              progress=progress)  # fmt: skip
-    return choose(Store(folder), needs, data)
+    def at(position: int) -> tuple[tuple[int, int], int]:
+        epoch, place = divmod(position, len(numbers))
+        index = order(epoch)[place]
+        return (epoch, int(numbers[index])), 0 if buckets is None else int(buckets[index])
+
+    if buckets is None or (buckets == buckets[0]).all():
+        for step in count(start):
+            yield [at(position)[0] for position in range(step * size, (step + 1) * size)]
+    waiting: dict[int, list[tuple[int, int]]] = {}
+    for position in count():
+        group, bucket = at(position)
+        waiting.setdefault(bucket, []).append(group)
+        if len(waiting[bucket]) == size:
+            ready = waiting.pop(bucket)
+            if start == 0:
+                yield ready
+            start = max(0, start - 1)
 
 
-def selection_of(data: DataConfig, needs: Requirements) -> Selection:
-    """Which groups of the data the objective learns from."""
-    return Selection(candidates=needs.candidates, ties=needs.ties, likes_only=needs.likes_only, limit=data.limit)
+def micro_batches(
+    ordered: Iterator[list[Any]], batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[list[Any]]:
+    """Each step's positions, cut for a process; see `PreferenceDataset.loader`."""
+    for step in ordered:
+        for micro in range(accumulate):
+            yield step[(micro * world + rank) * batch_size :][:batch_size]
 
 
-def examined(data: DataConfig, needs: Requirements) -> tuple[Path, str, Annotations, Survey]:
-    """The source's path, its format, its annotations and what it holds.
+def identity_collate(item: Any) -> Any:
+    """For datasets whose `__getitems__` returns a whole micro-batch."""
+    return item
 
-    Raises:
-        UserError: nothing there, of no known format, or broken.
+
+def encode_fields(
+    encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields `conditioning` and `columns` of a batch: texts, [B] or [B][k], become their conditioning.
+
+    All are encoded together, so that their sequences are padded alike.
     """
-    annotations = Annotations.load(data.annotations) if data.annotations else NONE
-    path = readers.resolve(data.path)
-    format = readers.detect(path, data.format)
-    return path, format, annotations, readers.survey(path, format, annotations, selection_of(data, needs))
+    texts = {name: values for name, values in columns.items() if COLUMNS[name].text}
+    if not texts:
+        return {"conditioning": encode(prompts), "columns": columns}
+    shapes = [np.shape(values) for values in (prompts, *texts.values())]
+    encoded = encode([text for values in (prompts, *texts.values()) for text in np.ravel(values).tolist()])
+    parts = {name: tensor.split([math.prod(shape) for shape in shapes]) for name, tensor in encoded.items()}
+    fields = [
+        {name: part[place].unflatten(0, shape) for name, part in parts.items()} for place, shape in enumerate(shapes)
+    ]
+    return {"conditioning": fields[0], "columns": {**columns, **dict(zip(texts, fields[1:], strict=True))}}
 
 
-def check_source(data: DataConfig, needs: Requirements) -> None:
-    """Raise UserError where the objective cannot learn from a source, as opening it would, but without a model."""
-    if data.stream or (not data.path.startswith("testbed:") and is_store(Path(data.path))):
-        return  # a stream is looked at as it is opened, and a cache was
-    *_, survey = examined(data, needs)
-    needs.check(survey, data.path, alike=data.limit is None)
+def widened(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in a dict, on the device; floats cross to it as they are and become float32 there."""
+    if isinstance(value, dict):
+        return {name: widened(one, device) for name, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    moved = value.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved
 
 
-def choose(store: Store, needs: Requirements, data: DataConfig) -> PreparedDataset:
-    """The groups of prepared data that serve the objective, the first so many of them."""
-    disliked = (store.k == 1) & (store.best <= 0)
-    survey = Survey(
-        candidates=counted(store.k),
-        ties=counted(store.k[store.tie]),
-        disliked=int(disliked.sum()),
-        columns=Counter(store.manifest["counts"]["columns"]),
-    )
-    needs.check(survey, data.path, alike=False)
-    fitting = (store.k >= needs.candidates) & (needs.ties | ~store.tie) & ~(disliked & needs.likes_only)
-    alike = fitting & batches.texts_alike(store, needs.compared_texts)
-    usable = np.flatnonzero(fitting & ~alike)
-    if not len(usable):
-        raise UserError(f"{data.path}: no group is left: the encoder reads the same tokens of both texts of each group")
-    chosen = usable[: data.limit]
-    needs.check_alike(counted(store.k[chosen]), data.path)
-    left_out = {**needs.left_out(survey), "texts_alike_left_out": int(alike.sum())}
-    left_out["beyond_the_limit"] = len(usable) - len(chosen)
-    counts = {"groups": len(chosen), "skipped": store.manifest["counts"]["skipped"], **left_out}
-    return PreparedDataset(store, chosen[np.argsort(store.bucket[chosen], kind="stable")], needs, counts)
+def time_ids(size: tuple[int, int], height: int, width: int) -> list[int]:
+    """SDXL micro-conditioning for an image of `size` (height, width) that `to_pixels` fitted (arXiv 2307.01952, 2.2).
 
-
-def source_fingerprint(survey: Survey, format: str, annotations: Sequence[str] = ()) -> dict[str, Any]:
-    """What decides which groups are read."""
-    return {
-        "source": survey.identity,
-        "annotations": sidecar_identity(annotations) if annotations else [],
-        "reader": format,
-        "selection": None if survey.selection.limit is None else vars(survey.selection),
-        "layout": LAYOUT,
-    }
+    Its own height and width, the top and left of the crop in pixels of the scaled image, and the target's size.
+    """
+    scale = max(height / size[0], width / size[1])
+    top, left = round((size[0] * scale - height) / 2), round((size[1] * scale - width) / 2)
+    return [*size, top, left, height, width]
 
 
 def digest(values: Any) -> str:

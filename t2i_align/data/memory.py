@@ -18,8 +18,8 @@ from torch import nn
 
 from t2i_align.conditioning import segments
 from t2i_align.config import DataConfig, ModelConfig
-from t2i_align.data.loader import open_dataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
+from t2i_align.data.opening import open_dataset
 from t2i_align.data.spec import is_spec
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align.errors import UserError, shown
+
+NO_PATH = re.compile(
+    r"(?P<uri>data:)|(?P<address>\w+://)|(/9j/|iVBORw0KGgo|[A-Za-z0-9+/\s]{512})[A-Za-z0-9+/\s]*=*$"
+)  # the last is base64, of JPEG, PNG or anything long
 
 
 def spellings(name: str) -> Iterator[str]:
@@ -33,6 +38,26 @@ def inside(root: Path, name: str, origin: str) -> Path:
             f"{origin}: {shown(name)} leads outside {base}. Name the folder in which all "
             "images lie as data.root, or as `root` in a dataset spec"
         )
+    return path
+
+
+def existing(value: Any, key: str, root: Path, origin: str) -> Path:
+    """The image or clip whose path a row has under `key`, in whichever spelling it is there.
+
+    Raises:
+        ValueError: no path, or nothing there.
+        UserError: a path that leaves `root`.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: expected an image or its path, found {shown(value)}")
+    if match := NO_PATH.match(value):
+        what = "a data URI" if match["uri"] else "an address" if match["address"] else "base64 text"
+        raise ValueError(f"{key}: {what}, expected an image's bytes or its path; found {shown(value)}")
+    path = next((path for name in spellings(value) if os.path.exists(path := inside(root, name, origin))), None)
+    if path is None:
+        raise ValueError(f"no such image: {value}")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"not a regular file: {value}")
     return path
 
 

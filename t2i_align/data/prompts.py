@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from t2i_align.data import readers
-from t2i_align.data.batches import steps, widened
-from t2i_align.data.loader import Item, PreferenceDataset
-from t2i_align.data.schema import Batch, Conditioning, Group
-from t2i_align.data.survey import Survey
+from t2i_align.data.batch import Batch, Conditioning
+from t2i_align.data.loader import Item, PreferenceDataset, steps, widened
+from t2i_align.data.opening import Survey
+from t2i_align.data.schema import Group
 from t2i_align.errors import UserError
 from t2i_align.inference.options import resolve_prompts
 

@@ -11,7 +11,6 @@ Groups come best first, ids are unique, prompts are usable text.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -21,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from t2i_align import plugins
-from t2i_align.data import columns, folders, hub, spec, tables
+from t2i_align.data import folders, hub, sheets, spec, tables
 from t2i_align.data.annotations import NONE, Annotations
-from t2i_align.data.columns import Columns
 from t2i_align.data.layouts import KINDS, PUBLISHED
-from t2i_align.data.schema import Group, Items, Skipped
+from t2i_align.data.schema import EVERYTHING, Columns, Group, Items, Selection, Skipped
 from t2i_align.data.shards import TRAIN
-from t2i_align.data.survey import EVERYTHING, Contents, Selection, Survey
 from t2i_align.errors import UserError, unknown
 
-logger = logging.getLogger(__name__)
 Read = Callable[[Path], Items]
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -61,7 +57,7 @@ def _table(
     """The format of tables with column maps."""
 
     def read(path: Path, images: bool, part: Path | None = None) -> Items:
-        return columns.read(path, maps(path), images, part, split)
+        return tables.groups(path, maps(path), images, part, split)
 
     return Reader(read=read, detects=detects, files=partial(tables.files, split=split))
 
@@ -71,9 +67,9 @@ def _recognised(name: str, path: Path) -> bool:
     file = next(iter(tables.files(path)), None)
     if file is None or name in KINDS:
         return file is not None and tables.kind(file) in KINDS[name]
-    if tables.kind(file) == ".tar" or (name == "pairs" and tables.kind(file) in tables.JSON):
+    if tables.kind(file) == ".tar" or (name == "pairs" and tables.kind(file) in sheets.JSON):
         return False
-    names = tables.columns(file)
+    names = tables.header(file)
     return any(not maps.missing(names) for maps in PUBLISHED[name])
 
 
@@ -243,7 +239,7 @@ def _hint(path: Path) -> str:
     """How a source that no reader recognises could be read."""
     if path.is_file() and _is_compressed(path):
         return " It is compressed: unpack it first."
-    if names := [name for file in tables.files(path)[:1] for name in tables.columns(file)]:
+    if names := [name for file in tables.files(path)[:1] for name in tables.header(file)]:
         return f" Its columns: {', '.join(names)}; a dataset spec can say what they hold (docs/data.md)."
     below = [*path.rglob("*")] if path.is_dir() else []
     if any(file.name == "dataset_info.json" for file in below) and any(file.suffix == ".arrow" for file in below):
@@ -291,35 +287,3 @@ def _unusable(group: Group, ids: set[str]) -> str | None:
 def has_lone_surrogate(text: str) -> bool:
     """Whether a string is not valid Unicode, which neither tokenizers nor files take."""
     return LONE_SURROGATE.search(text) is not None
-
-
-def survey(
-    path: str | Path,
-    format: str = "auto",
-    annotations: Annotations = NONE,
-    selection: Selection = EVERYTHING,
-    part: Path | None = None,
-) -> Survey:
-    """What a source, or a part of it, holds, as far as the limit lets it be read, without decoding its images.
-
-    Annotations that belong to nothing in the source are reported as a warning, unless a limit ends it early.
-
-    Raises:
-        UserError: as `read` does.
-    """
-    source = resolve(path)
-    format = detect(source, format)
-    unmatched = dict.fromkeys(annotations.entries)
-    result, contents = Survey(selection), Contents()
-    for item in read(source, format, annotations, best_first=False, images=False, selection=selection, part=part,
-                     seen=contents.add):  # fmt: skip
-        unmatched.pop(item.id, None)
-        result.add(item)
-    for file in ([part] if part else sorted(reader_of(format).files(source))) if contents.embedded else ():
-        contents.add_file(file)
-        result.embedded_bytes += file.stat().st_size
-    result.identity = contents.digest.hexdigest()[:16]
-    if unmatched and selection.limit is None:
-        logger.warning("%s: %d of %d annotations belong to no group of this source, such as that of id %r",
-                       path, len(unmatched), len(annotations.entries), next(iter(unmatched)))  # fmt: skip
-    return result

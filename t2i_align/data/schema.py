@@ -1,4 +1,4 @@
-"""The one shape of preference data: groups of candidates for a prompt, and batches of them.
+"""The one shape of preference data: groups of candidates for a prompt, and which column of a table holds what.
 
 A group is one prompt with k candidates and what is known about which is better: k = 2 is a pair, k = 1 a liked
 (score > 0) or disliked (score < 0) sample, k > 2 a ranking. Candidates are kept best first, ties in source order.
@@ -6,23 +6,22 @@ A group is one prompt with k candidates and what is known about which is better:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from t2i_align.errors import printable, shown
+from t2i_align.errors import UserError, printable, shown, unknown
+from t2i_align.utils.settings import Bool, settings
 
 Media = bytes | Path
 Values = dict[str, Any]
 LEFT_OUT = b"left out"  # stands for an image where images are not wanted
-Conditioning = dict[str, Tensor]
-Rewarder = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]  # clean latents, prompts -> [B], parts
-Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (noisy_latents, timesteps, conditioning) -> model_pred
+Names = list[str] | str
+ORDERS = ("scores", "ranks", "votes", "shares", "winner", "best_first")  # ways to say which candidate is better
 MAX_REASON = 300  # characters
 FLOAT32_MAX = 3.4028234663852886e38  # scores are trained on in this precision
 PLAIN_SCORES = (-1.0, 0.0, 0.5, 1.0)  # labels: worse, better or equal, but not by how much
@@ -221,52 +220,127 @@ Items = Iterator[Group | Skipped]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch(WithColumns):
-    """B groups with the same number k of candidates, encoded.
+class Selection:
+    """Which groups an objective learns from, and how many of them are wanted (None: all)."""
 
-    keys: what each sample's randomness is keyed by ("epoch/group id"), [B].
-    latents: [B, k, *latent shape], float32, best first. scores: [B, k].
-    sizes: each image's size and crop for the model, [B, k, 6] (see `batches.time_ids`), float32; None for families
-        that are not conditioned on it.
-    conditioning: a dict of batch-first tensors [B, ...] that only the model family opens; the prompt's.
-    columns: the optional columns that the objective requires. Of texts, their conditioning: `batch.captions` is
-        [B, k, ...], `batch.negative_caption` [B, ...]; `batch.segment_scores` has a number for each latent frame,
-        [B, k, f] (see `segments`); of others a tuple of values, [B] or [B, k].
-    empty: the empty prompt's conditioning, [1, ...], for objectives that guide.
-    state: the objective's, scalars (see `Objective.update_state`).
-    prompts, rewarder: for objectives with a scorer, the prompts' texts, and what scores clean latents for them.
+    candidates: int = 1
+    ties: bool = True
+    likes_only: bool = False
+    limit: int | None = None
+
+    def accepts(self, group: Group) -> bool:
+        """Whether the objective learns from a group."""
+        if self.likes_only and group.is_disliked:
+            return False
+        return len(group.candidates) >= self.candidates and (self.ties or not group.is_tie)
+
+    def first(self, items: Items, accepted: int = 0) -> Items:
+        """The items up to the group with which the limit is reached, none beyond; `accepted` groups came before."""
+        while accepted != self.limit and (item := next(items, None)) is not None:
+            accepted += isinstance(item, Group) and self.accepts(item)
+            yield item
+
+
+EVERYTHING = Selection()
+
+
+@dataclass
+class Counts:
+    """How many groups there are, of a source or of prepared data.
+
+    candidates: by their k. ties: of these, those whose best and worst score are equal. disliked: single samples that
+    were not liked. columns: those that have each column (see `Group.present`).
     """
 
-    keys: tuple[str, ...]
-    latents: Tensor = field(repr=False)
-    scores: Tensor
-    conditioning: Conditioning = field(repr=False)
-    columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    sizes: Tensor | None = None
-    empty: Conditioning | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-    prompts: tuple[str, ...] = ()
-    rewarder: Rewarder | None = None
+    candidates: Counter[int] = field(default_factory=Counter)
+    ties: Counter[int] = field(default_factory=Counter)
+    disliked: int = 0
+    columns: Counter[str] = field(default_factory=Counter)
 
-    def take(self, places: list[int]) -> Batch:
-        """The batch with the candidates at these places of each group, 0 the best; a place may come twice."""
+    @property
+    def groups(self) -> int:
+        return self.candidates.total()
 
-        def chosen(tensor: Tensor) -> Tensor:  # an index made from a list would have the host wait for the device
-            return torch.stack([tensor[:, place] for place in places], dim=1)
 
-        def taken(name: str, value: Any) -> Any:
-            if not COLUMNS[name].per_candidate:
-                return value
-            if isinstance(value, Tensor):
-                return chosen(value)
-            if COLUMNS[name].text:
-                return {key: chosen(tensor) for key, tensor in value.items()}
-            return tuple(COLUMNS[name].take(row, places) for row in value)
+@settings
+class Columns:
+    """Column names. A list of names has one per candidate; a single name is of a column that holds a list.
 
-        return replace(
-            self,
-            latents=chosen(self.latents),
-            scores=chosen(self.scores),
-            columns={name: taken(name, value) for name, value in self.columns.items()},
-            sizes=None if self.sizes is None else chosen(self.sizes),
-        )
+    candidates: images or clips: their bytes, or paths in `folder`, which is relative to the table's own.
+    prompt: where a row has none, the caption of its best candidate stands in; None: always.
+    Exactly one of these says which is better:
+        scores: numbers, higher is better.
+        ranks: numbers, 1 is the best. They become the share of the other candidates that one beats, ties counting half.
+        votes: how many voted for each; they become shares of all votes.
+        shares: of votes, which add up to 1.
+        winner: the name of a candidate's column, its place from 0, its own value, `tie` or `neither`.
+        best_first: true where candidates are listed in that order.
+    judged: a column that is false for rows without a judgement.
+    id: unique per row; with `id_if_unique`, only where all rows of the table differ in it.
+    group: rows with the same value here are one group, with one candidate a row and no lists.
+    columns: where optional columns are found, by their names in `schema.COLUMNS`; with `own_names`, all others are
+        looked for under these names.
+    """
+
+    candidates: Names
+    prompt: str | None = "prompt"
+    scores: Names | None = None
+    ranks: Names | None = None
+    votes: Names | None = None
+    shares: Names | None = None
+    winner: str | None = None
+    best_first: Bool = False
+    judged: str | None = None
+    id: str | None = None
+    id_if_unique: Bool = False
+    group: str | None = None
+    folder: str = "."
+    columns: dict[str, Names] = field(default_factory=dict)
+    own_names: Bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ORDERS if getattr(self, name)]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise UserError(f"columns: exactly one of {', '.join(ORDERS)} says which is better; found {found}")
+        if unknown_names := self.columns.keys() - COLUMNS.keys():
+            raise unknown("column", min(unknown_names), COLUMNS)
+        if not self.prompt and "captions" not in self.columns:
+            raise UserError("columns: prompt names no column, and there are no captions that could stand in for it")
+        per_candidate = {name: getattr(self, name) for name in ORDERS[:4]}
+        per_candidate |= {name: value for name, value in self.columns.items() if COLUMNS[name].per_candidate}
+        for name, value in per_candidate.items():
+            alike = isinstance(self.candidates, list) and isinstance(value, list)
+            if isinstance(value, list) and not (alike and len(value) == len(self.candidates)):
+                raise UserError(f"columns: {name} names {len(value)} columns, candidates {self.candidates!r}")
+        if self.group and (isinstance(self.candidates, list) or given[0] not in ORDERS[:4]):
+            raise UserError("columns: with group, candidates is one column and scores, ranks or votes another")
+
+    @property
+    def order(self) -> str:
+        """Which of ORDERS is given."""
+        return next(name for name in ORDERS if getattr(self, name))
+
+    @property
+    def required(self) -> list[str]:
+        """The columns without which there are no groups."""
+        better = None if self.best_first else getattr(self, self.order)
+        return _flat(self.candidates, better, self.prompt or self.columns["captions"], self.group)
+
+    @property
+    def names(self) -> list[str]:
+        """All columns that are read."""
+        return [*dict.fromkeys([*self.required, *_flat(self.judged, self.id, *self.optional.values())])]
+
+    @property
+    def optional(self) -> Mapping[str, Names]:
+        """Where each optional column is looked for."""
+        return {**{name: name for name in COLUMNS if self.own_names}, **self.columns}
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """The required columns that are not among `names`."""
+        return [name for name in self.required if name not in names]
+
+
+def _flat(*names: Names | None) -> list[str]:
+    return [one for name in names if name for one in (name if isinstance(name, list) else [name])]

@@ -29,8 +29,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from t2i_align.data import hub
-from t2i_align.data.columns import Columns
-from t2i_align.data.schema import COLUMNS, Group, Items, Skipped
+from t2i_align.data.schema import COLUMNS, Columns, Group, Items, Skipped
 from t2i_align.data.shards import TRAIN
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError, shown, unknown

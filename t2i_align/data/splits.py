@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from t2i_align.data import hub, readers, spec
+from t2i_align.data.opening import Survey
 from t2i_align.data.schema import Skipped
 from t2i_align.data.spec import By, Part
-from t2i_align.data.survey import Survey
 from t2i_align.errors import UserError
 from t2i_align.utils.files import check_own, mark, write_files
 from t2i_align.utils.settings import read_yaml

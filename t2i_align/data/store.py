@@ -36,8 +36,7 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from t2i_align.data.encode import Encoder, Row, Texts
-from t2i_align.data.schema import COLUMNS, PLAIN_SCORES, Group, Skipped
-from t2i_align.data.survey import EVERYTHING, REASONS_SHOWN, Selection
+from t2i_align.data.schema import COLUMNS, EVERYTHING, PLAIN_SCORES, Group, Selection, Skipped
 from t2i_align.errors import UserError
 from t2i_align.utils.arrow import intact, read_table, sha256, write_table
 from t2i_align.utils.files import LOCK, WRITING, atomic_file, atomic_folder, claim, locked, write_json, write_text
@@ -46,6 +45,7 @@ from t2i_align.utils.progress import progress_bar
 LAYOUT = 4  # raise when a folder written before can no longer be read
 MANIFEST, FINGERPRINT, INDEX, SKIPPED = "manifest.json", "fingerprint.json", "index.arrow", "skipped.jsonl"
 GROUPS, TEXTS, STATE = "groups.arrow", "texts.arrow", "state.json"
+REASONS_SHOWN = 3  # rows that cannot be used, in a message
 INDEX_TYPES = {"k": pa.int32(), "best": pa.float64(), "worst": pa.float64(), "bucket": pa.int32()}
 
 

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 
 from t2i_align.config import DataConfig
-from t2i_align.data import hub, layouts, readers
+from t2i_align.data import hub, layouts, opening, readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
-from t2i_align.data.batches import encode_fields, latent_times, time_ids, warn_of_cut_texts, widened
-from t2i_align.data.loader import Item, PreferenceDataset
+from t2i_align.data.batch import Batch, Conditioning
+from t2i_align.data.encode import latent_times
+from t2i_align.data.loader import Item, PreferenceDataset, encode_fields, time_ids, widened
 from t2i_align.data.media import ImageError, Loaded, MediaSize, load, to_bytes
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Group, Items, Skipped
+from t2i_align.data.opening import Survey, warn_of_cut_texts
+from t2i_align.data.schema import COLUMNS, Group, Items, Selection, Skipped
 from t2i_align.data.segments import by_latent_frame, unlabelled
 from t2i_align.data.shards import SHARDED
-from t2i_align.data.survey import Selection, Survey
 from t2i_align.data.tables import files
 from t2i_align.diffusion.randomness import permutation
 from t2i_align.errors import UserError
@@ -52,10 +53,11 @@ def open_stream(
     annotations: Annotations,
     cache_root: Path,
 ) -> PreferenceDataset:
-    """The configured data, encoded on the fly; see `loader.open_dataset`."""
+    """The configured data, encoded on the fly; see `opening.open_dataset`."""
     downloads = cache_root / "stream-shards" if data.stream and data.path.startswith(hub.PREFIX) else None
     shards = Shards.of(data.path, data.format, annotations, downloads)
     survey = shards.survey(selection)
+    survey.check_usable(data.path)
     needs.check(survey, data.path, alike=data.limit is None)
     if unusable := survey.skips.total():
         logger.warning("%s: %d rows cannot be used, such as %s", data.path, unusable, "; ".join(survey.reasons))
@@ -112,10 +114,10 @@ class Shards:
     def survey(self, selection: Selection) -> Survey:
         """What the source holds; on the Hub, what its shards up to the first with a usable group hold."""
         if self.remote is None:
-            return readers.survey(self.root, self.format, self.annotations, selection)
+            return opening.survey(self.root, self.format, self.annotations, selection)
         for number in range(len(self.names)):
             path, part = self.located(number)
-            survey = readers.survey(path, self.format, selection=selection, part=part)
+            survey = opening.survey(path, self.format, selection=selection, part=part)
             if survey.accepted:
                 break
         return replace(survey, identity=" ".join([self.remote, *self.names]))

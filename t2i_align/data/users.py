@@ -25,12 +25,12 @@ from t2i_align.conditioning.config import USER, PersonalConfig
 from t2i_align.config import RunConfig
 from t2i_align.data import readers
 from t2i_align.data.annotations import NONE, Annotations
+from t2i_align.data.batch import Batch
 from t2i_align.data.loader import PreparedDataset, digest
 from t2i_align.data.media import ImageError, decode
-from t2i_align.data.schema import COLUMNS, Batch, Group, Skipped
+from t2i_align.data.schema import COLUMNS, Group, Selection, Skipped
 from t2i_align.data.spec import normalise
 from t2i_align.data.store import is_store
-from t2i_align.data.survey import Selection
 from t2i_align.diffusion.randomness import permutation, stable_seed
 from t2i_align.errors import UserError
 from t2i_align.utils.files import atomic_file

@@ -1,11 +1,18 @@
-"""Several scorers' scores of a group's candidates combined to one number per candidate; higher is better."""
+"""One number per candidate, higher is better: several scorers' scores combined, or the name of a winner."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
+
+from t2i_align.data.schema import Names, Row, finite
+from t2i_align.errors import UserError, shown
+
+TIE = ("tie", "draw", "equal", "both", "same", "0.5")
+NEITHER = ("neither", "both bad", "both_bad")  # a tie as well, between images that are both disliked
 
 
 def majority(scores: np.ndarray, margins: Sequence[float] | None = None) -> np.ndarray:
@@ -52,6 +59,34 @@ RULES: dict[str, Callable[[np.ndarray, Sequence[float] | None], np.ndarray]] = {
     "mean_rank": mean_rank,
     "sum": total,
 }
+
+
+def won(row: Row, name: str, names: Names, candidates: Sequence[Any]) -> tuple[float, ...]:
+    """The winner that a row names in its column `name` is 1, the others 0; `names` are the candidates' columns.
+
+    Raises:
+        ValueError: none of them.
+        UserError: a place that only counting from 1 gives, which would turn all other rows round.
+    """
+    value = row.values.get(name)
+    winner = str(value).strip()
+    if winner.lower() in TIE:
+        return (0.5,) * len(candidates)
+    if winner.lower() in NEITHER:
+        return (0.0,) * len(candidates)
+    columns = names if isinstance(names, list) else []
+    number = None if isinstance(value, bool) else finite(value)
+    for place, candidate in enumerate(candidates):
+        own_path = isinstance(candidate, str) and winner == candidate
+        if own_path or winner in columns[place : place + 1] or number == place:
+            return tuple(float(other == place) for other in range(len(candidates)))
+    if number == len(candidates):
+        raise UserError(
+            f"{row.origin}: {name!r} is {winner}, but places count from 0 to {len(candidates) - 1}. If this source "
+            "counts from 1, subtract 1, or name columns or paths."
+        )
+    expected = " or ".join([*columns, f"0 to {len(candidates) - 1}", TIE[0], NEITHER[0]])
+    raise ValueError(f"{name!r} must be {expected}, found {shown(value)}")
 
 
 def _checked(scores: np.ndarray) -> np.ndarray:

@@ -77,18 +77,16 @@ def demo(
         config: configuration whose values a training run starts from (default: the quickstart's for the bundled model).
         steps: denoising steps (default: the model's own; of the bundled model the quickstart's).
         guidance: guidance scale (default: likewise).
-        height, width: in pixels (default: the model's own).
-        frames: frames of a clip, for models that make clips (default: the model's own).
-        batch_size: samples at a time (default: 8 images, or 1 clip).
         segment_seconds: clips can be voted on in segments of so many seconds.
         precision: of the weights: `fp32`, `tf32`, `bf16` or `fp16`.
-        device: such as cpu or cuda:1 (default: the GPU if there is one).
         host: address to serve on; 0.0.0.0 lets other machines in.
         port: default: the first free one from 7860.
         share: also serve under a public address, through Gradio's servers.
         auth: who may come in: `name:password`, or a file with a line of this form for each. Names are the voters'.
         queue: drawings that may wait; more are refused.
         browser: open a browser.
+
+    Others as in `t2i_align.inference.generate.generate`.
 
     Raises:
         UserError: a model, source, folder or option that cannot be used; Gradio is not installed.

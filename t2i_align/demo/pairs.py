@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from t2i_align.data import readers
 from t2i_align.data.paths import inside
-from t2i_align.data.schema import Group, Media
-from t2i_align.data.survey import Selection
+from t2i_align.data.schema import Group, Media, Selection
 from t2i_align.demo.votes import Pair
 from t2i_align.diffusion.randomness import permutation, stable_seed
 from t2i_align.errors import UserError

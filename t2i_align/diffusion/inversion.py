@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Conditioning, Model
+from t2i_align.data.batch import Batch, Conditioning, Model
 from t2i_align.diffusion.noising import Noised, NoiseSharing, candidates_conditioning, normal_noise, per_row
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError

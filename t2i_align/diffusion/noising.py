@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning, Model
+from t2i_align.data.batch import Batch, Conditioning, Model
+from t2i_align.data.schema import COLUMNS
 from t2i_align.diffusion.randomness import SampleRNG
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time

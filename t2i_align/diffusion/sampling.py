@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from t2i_align.data.schema import Conditioning, Model
+from t2i_align.data.batch import Conditioning, Model
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import ForwardProcess

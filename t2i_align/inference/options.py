@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from t2i_align.data import tables
+from t2i_align.data.schema import Skipped
 from t2i_align.errors import UserError, unknown
 from t2i_align.plugins import find_scorer
 from t2i_align.utils.distributed import Distributed
@@ -67,20 +66,16 @@ def resolve_prompts(source: str | Path | Sequence[str]) -> list[str]:
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     """What a prompt file holds: texts, or mappings with a prompt among their values; and how messages name each."""
     kind = file.suffix.lower()
-    if kind in (".parquet", ".xlsx"):
-        yield from ((row.origin, row.values) for row in tables.rows(file) if isinstance(row, tables.Row))
+    if kind in tables.WITH_HEADER:
+        for row in tables.rows(file):
+            if isinstance(row, Skipped):
+                raise UserError(f"{row.origin}: {row.reason}")
+            yield row.origin, row.values
         return
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
-    if kind in tables.CSV:
-        header, *rows = _csv_rows(file, text, tables.delimiter_of(file, text.partition("\n")[0])) or [[]]
-        for number, row in enumerate(rows, 1):
-            if len(row) != len(header):
-                raise UserError(f"{file}, row {number}: {len(row)} fields, but {len(header)} columns")
-            yield f"{file}, row {number}", dict(zip(header, row, strict=True))
-        return
     if kind in NO_PROMPTS:
         raise UserError(f"{file}: expected a text file, .jsonl, .json, .csv, .tsv or .parquet with prompts")
     if kind == ".json":
@@ -95,17 +90,6 @@ def _entries(file: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             origin = f"{file}, line {number}"
             yield origin, parse_json(line, origin) if as_json else line
-
-
-def _csv_rows(file: Path, text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> list[list[str]]:
-    """The rows of a table, its header first; of a .tsv also where quotation marks are mere text, as in PartiPrompts."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    try:
-        return [row for row in reader if row]
-    except csv.Error as error:
-        if delimiter == "\t" and quoting != csv.QUOTE_NONE:
-            return _csv_rows(file, text, delimiter, csv.QUOTE_NONE)
-        raise UserError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from error
 
 
 def _prompt(entry: Any, origin: str) -> str:

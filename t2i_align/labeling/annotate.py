@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i_align.data import readers
+from t2i_align.data import opening, readers
 from t2i_align.data.annotations import Annotations, sidecar_identity
 from t2i_align.data.schema import Group
 from t2i_align.data.votes import RULES as VOTES
@@ -138,21 +138,10 @@ def perturb(
     """Write `negative_caption`, the perturbed prompt, which TDPO and TKTO need (arXiv 2509.25771).
 
     Args:
-        source: File or folder of preference data, or `testbed:pairs`.
-        out: JSONL file.
         perturber: `rules`, folder, Hub id, or any `Perturber`.
-        format: Format of the source.
-        kinds: Kinds of edits that `rules` makes.
-        strength: Number of edits that `rules` makes.
-        perturber_template: Instruction for the perturber, with {caption} in it.
-        perturber_revision: The perturber's branch, tag or commit on the Hub.
-        max_new_tokens: Limit of the model's answers.
-        precision: The model's weights: fp32, tf32, bf16 or fp16.
-        seed: Seed of the perturbations.
         batch_size: Groups at a time.
-        device: Device of the model (default: the GPU if there is one).
-        force: Replace what this command wrote to `out` before.
-        progress: Show a progress bar.
+
+    Others as in `caption`.
 
     Raises:
         UserError: an argument that cannot be used, or a source without a group to annotate.
@@ -191,16 +180,12 @@ def relabel(
     """Write `scores`, one per candidate, and each scorer's own with its version under `by_scorer`.
 
     Args:
-        source: File or folder of preference data, or `testbed:pairs`.
         scorers: Specs of scorers, such as `clip:ViT-B-32:laion400m_e32` or `oracle`.
-        out: JSONL file.
         rule: How several scorers become one number: `majority`, `mean_rank` or `sum`. Default: a single scorer's scores
             as they are, which SmPO needs (arXiv 2506.02698), and `majority` of several.
-        format: Format of the source.
-        batch_size: Groups at a time, and images.
         device: Device of the scorers (default: the GPU if there is one).
-        force: Replace what this command wrote to `out` before.
-        progress: Show a progress bar.
+
+    Others as in `caption`.
 
     Raises:
         UserError: an argument that cannot be used, or a source without a group to annotate.
@@ -245,7 +230,7 @@ class Job:
         self.format, self.annotations = readers.detect(self.path, format), Annotations.load(annotations)
         self.table.check_not_read([self.path, *annotations, *readers.READERS[self.format].files(self.path)])
         self.table.check_own(force=force)
-        survey = readers.survey(self.path, self.format, self.annotations)
+        survey = opening.survey(self.path, self.format, self.annotations)
         self.total, self.identity = survey.rows, survey.identity
         survey.check_usable(source)
         if pairs and survey.candidates.get(2, 0) == survey.ties.get(2, 0):

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from t2i_align.data.batch import Conditioning
 from t2i_align.data.media import ImageError, MediaSize, load, save_clip
-from t2i_align.data.schema import Conditioning, Group, Media
+from t2i_align.data.schema import Group, Media
 from t2i_align.diffusion.noising import repeated
 from t2i_align.diffusion.randomness import SampleRNG, stable_seed
 from t2i_align.diffusion.sampling import Sampler, without_gradient
@@ -80,19 +81,15 @@ def pairs(
         least_level, most_level: Range of the noise that real clips get, drawn for each pair: the noise's share sigma /
             (alpha + sigma), which is sigma for flow models. Of the sampler's own steps the nearest is taken.
         steps: Steps of the sampler from pure noise on, of which a pair takes those below its level.
-        guidance: Guidance scale (default: the diffusers pipeline's own).
-        negative_prompt: Text that guidance leads away from.
-        height, width, frames: Of the clips (default: the model's own).
         fps: Frame rate at which real clips are read and clips are written (default: the model's).
         lossless: Write files that keep every byte, which browsers do not show.
         format: Format of the source.
         revision: Branch, tag or commit of the model on the Hub.
-        variant: Variant of the weight files, such as fp16.
         precision: Of the weights: `fp32`, `tf32`, `bf16` or `fp16`.
         seed: Seed of levels and noise.
-        device: Such as cpu or cuda:1 (default: the GPU if there is one).
         force: Replace what this command wrote to `out` before.
-        progress: Show a progress bar.
+
+    Others as in `t2i_align.inference.generate.generate`.
 
     Raises:
         UserError: an argument that cannot be used, a model without clips, a source without a clip that can be used, or

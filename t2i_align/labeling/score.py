@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from reward_scorers import ScorerError
-from t2i_align.data import readers, tables
+from t2i_align.data import opening, readers, tables
 from t2i_align.data.encode import Undecoded
 from t2i_align.data.media import ImageError, frame_files
 from t2i_align.data.schema import Group, Media, Skipped
@@ -237,7 +237,7 @@ def candidates(source: str | Path, best_first: bool = False) -> tuple[Iterator[C
         if "conditioning" in store.manifest:
             raise UserError(f"{source}: holds encoded latents, not images; score the source they were encoded from")
         return _stored(store), int(store.k.sum())
-    columns = {*tables.columns(file)} if file.suffix in (JSONL, PARQUET) else set()
+    columns = {*tables.header(file)} if file.suffix in (JSONL, PARQUET) else set()
     if columns & {*IMAGE_KEYS} and not columns & {*GROUP_KEYS}:
         rows = tables.rows(file, (*IMAGE_KEYS, *PROMPT_KEYS))
         listed = (_listed(row, file) for row in rows if isinstance(row, tables.Row))
@@ -249,7 +249,7 @@ def candidates(source: str | Path, best_first: bool = False) -> tuple[Iterator[C
         readers.detect(readers.resolve(source))
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}. {OTHER_SOURCES}") from error
-    survey = readers.survey(source)
+    survey = opening.survey(source)
     if not survey.groups:
         raise UserError(f"{source}: no group in it that can be used: {'; '.join(survey.reasons)}. {OTHER_SOURCES}")
     total = survey.rows - survey.groups + sum(k * n for k, n in survey.candidates.items())

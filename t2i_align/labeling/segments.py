@@ -55,7 +55,6 @@ def label(
 
     Args:
         source: File or folder of preference data with clips.
-        out: JSONL file.
         scorers: Specs of scorers: of images, averaged over a segment's frames, or of clips.
         judge: A vision-language model that compares two clips: folder or Hub id, or any `Judge`. It is asked in both
             orders.
@@ -65,14 +64,13 @@ def label(
         least_decided: Groups with this share of decided segments or less are skipped; 0 keeps all.
         whole: Write `scores` as well, the mean over the segments, for objectives on whole clips. They replace the
             source's.
-        format: Format of the source.
         judge_template: Question for the judge, with {prompt}, and with {first} and {second} for the numbers of frames.
         judge_revision: The judge's branch, tag or commit on the Hub.
         max_new_tokens: Limit of the judge's answers.
         precision: The judge's weights: fp32, tf32, bf16 or fp16.
         device: Device of the models (default: the GPU if there is one).
-        force: Replace what this command wrote to `out` before.
-        progress: Show a progress bar.
+
+    Others as in `t2i_align.labeling.annotate.caption`.
 
     Raises:
         UserError: an argument that cannot be used, no labeller, or a source without a group to label.

@@ -15,8 +15,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from t2i_align.data.schema import COLUMNS, Batch, Column, Model
-from t2i_align.data.survey import Survey
+from t2i_align.data.batch import Batch, Model
+from t2i_align.data.schema import COLUMNS, Column, Counts
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 
@@ -72,29 +72,28 @@ class Requirements:
         """Which of a group's k candidates are passed, best first."""
         return (0, k - 1) if self.pairs else range(k)
 
-    def check(self, survey: Survey, path: str, *, alike: bool = True) -> None:
-        """Check what a source at `path` holds, or what of it could be encoded.
+    def check(self, found: Counts, path: str, *, alike: bool = True) -> None:
+        """Check what a source at `path` holds that can be used, or what of it could be encoded.
 
         Args:
             alike: whether all groups that can be used must make one batch; not where a limit takes the first of them.
 
         Raises:
-            UserError: no group can serve the objective, a required column is missing, groups of different k.
+            UserError: none of the groups can serve the objective, a required column is missing, groups of different k.
         """
-        survey.check_usable(path)
-        if max(survey.candidates) < self.candidates:
+        if max(found.candidates) < self.candidates:
             raise UserError(
                 f"{path}: the objective compares {self.candidates} candidates of a prompt, "
-                f"but the groups here have {_listed(survey.candidates)}"
+                f"but the groups here have {_listed(found.candidates)}"
             )
         for name in self.columns:
-            self._check_column(name, survey.columns[name], survey.groups, path)
-        ties, disliked, few = self.left_out(survey).values()
-        usable = survey.candidates - (Counter() if self.ties else survey.ties) - Counter({1: disliked})
+            self._check_column(name, found.columns[name], found.groups, path)
+        ties, disliked, few = self.left_out(found).values()
+        usable = found.candidates - (Counter() if self.ties else found.ties) - Counter({1: disliked})
         enough = {k: count for k, count in usable.items() if k >= self.candidates}
         if not enough:
             raise UserError(
-                f"{path}: no group is left: of {survey.groups}, {ties} are ties, {disliked} are disliked, "
+                f"{path}: no group is left: of {found.groups}, {ties} are ties, {disliked} are disliked, "
                 f"{few} have fewer than {self.candidates} candidates"
             )
         if alike:
@@ -108,13 +107,13 @@ class Requirements:
                 f"found {_listed(candidates)}"
             )
 
-    def left_out(self, survey: Survey) -> dict[str, int]:
+    def left_out(self, found: Counts) -> dict[str, int]:
         """How many groups cannot be used, by the reason."""
-        few = sum(count for k, count in survey.candidates.items() if k < self.candidates)
-        ties = sum(count for k, count in survey.ties.items() if k >= self.candidates)
+        few = sum(count for k, count in found.candidates.items() if k < self.candidates)
+        ties = sum(count for k, count in found.ties.items() if k >= self.candidates)
         return {
             "ties_left_out": 0 if self.ties else ties,
-            "disliked_left_out": survey.disliked if self.likes_only else 0,
+            "disliked_left_out": found.disliked if self.likes_only else 0,
             "too_few_candidates": few,
         }
 

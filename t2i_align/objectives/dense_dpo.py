@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.batch import Batch, Model
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Metrics, Requirements
 from t2i_align.objectives.diffusion_dpo import DiffusionDPO

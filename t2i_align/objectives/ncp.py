@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Conditioning, Model
+from t2i_align.data.batch import Batch, Conditioning, Model
 from t2i_align.diffusion.noising import Noised, normal_noise, per_row, random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Requirements

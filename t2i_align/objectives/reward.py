@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.batch import Batch, Model
 from t2i_align.diffusion.noising import random_noise, repeated
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.diffusion.sampling import Sampler, schedule

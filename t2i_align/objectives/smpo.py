@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import DataStats, Requirements
 from t2i_align.objectives.inpo import InPO

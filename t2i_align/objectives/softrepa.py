@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Conditioning, Model
+from t2i_align.data.batch import Batch, Conditioning, Model
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError

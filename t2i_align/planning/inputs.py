@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from pipelines import TrainablePipeline
 from pipelines.blank import blank_component
 from t2i_align.config import RunConfig
-from t2i_align.data.schema import COLUMNS, Batch, Conditioning
+from t2i_align.data.batch import Batch, Conditioning
+from t2i_align.data.schema import COLUMNS
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.models import resolve_model
 from t2i_align.inference.options import PRECISIONS

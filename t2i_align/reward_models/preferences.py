@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2i_align.data import readers
+from t2i_align.data import opening, readers
 from t2i_align.data.annotations import Annotations
 from t2i_align.data.encode import Undecoded, check_space
-from t2i_align.data.loader import digest, source_fingerprint
+from t2i_align.data.loader import digest
 from t2i_align.data.media import ImageError, decode
+from t2i_align.data.opening import source_fingerprint
+from t2i_align.data.schema import Selection
 from t2i_align.data.spec import is_held_out
 from t2i_align.data.store import Store, is_complete, write
-from t2i_align.data.survey import Selection
 from t2i_align.errors import UserError
 from t2i_align.reward_models.config import PreferenceConfig
 from t2i_align.utils.progress import progress_bar
@@ -87,7 +88,7 @@ def open_preferences(
     file = readers.resolve(path)
     kind, added = readers.detect(file, format), Annotations.load(list(annotations))
     selection = Selection(candidates=2, limit=limit)
-    survey = readers.survey(file, kind, added, selection)
+    survey = opening.survey(file, kind, added, selection)
     if not any(k >= 2 for k in survey.candidates):
         raise UserError(f"{path}: preferences need groups of two candidates or more, found {dict(survey.candidates)}")
     parts = {"root": str(file.resolve()), **source_fingerprint(survey, kind, annotations)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reward_scorers import ScorerError
 from reward_scorers.trained import METADATA
-from t2i_align.data.batches import micro_batches, steps
+from t2i_align.data.loader import micro_batches, steps
 from t2i_align.diffusion.randomness import stable_seed
 from t2i_align.errors import UserError
 from t2i_align.evaluation.result import plain

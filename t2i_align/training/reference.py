@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from t2i_align.conditioning.personal import NAME as PERSONAL
 from t2i_align.config import RunConfig, TrainConfig
+from t2i_align.data.batch import Batch, Conditioning
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.noising import Noised, with_sizes
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.inference.options import PRECISIONS

@@ -21,8 +21,9 @@ from t2i_align import config as configuration
 from t2i_align.conditioning import personal, segments
 from t2i_align.conditioning.adapter import ADAPTERS, TRAINED
 from t2i_align.config import RunConfig
-from t2i_align.data.loader import PreferenceDataset, PreparedDataset, check_source, open_dataset
+from t2i_align.data.loader import PreferenceDataset, PreparedDataset
 from t2i_align.data.memory import Data, encoders_digest, source_path, with_root
+from t2i_align.data.opening import check_source, open_dataset
 from t2i_align.data.prompts import PromptDataset, open_prompts
 from t2i_align.data.users import add_users
 from t2i_align.diffusion.noising import random_noise

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import t2i_align
 from t2i_align.config import RunConfig
+from t2i_align.data.batch import Conditioning
 from t2i_align.data.loader import digest
-from t2i_align.data.schema import Conditioning
 from t2i_align.errors import UserError
 from t2i_align.utils.arrow import intact, read_table, write_table
 from t2i_align.utils.files import atomic_file, differences, read_json, write_json

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from t2i_align.conditioning.adapter import TRAINED
 from t2i_align.config import RunConfig
+from t2i_align.data.batch import Batch, Model
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch, Model
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError

@@ -1,8 +1,10 @@
-"""JSON from a text, or one clear error."""
+"""JSON from a text, and what all readers of files check, or one clear error."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from t2i_align.errors import UserError
@@ -24,6 +26,18 @@ def as_object(value: Any, origin: str, expected: str = "an object") -> dict[str,
     if not isinstance(value, dict):
         raise UserError(f"{origin}: expected {expected}, found {type(value).__name__}")
     return value
+
+
+def check_not_empty(file: Path) -> None:
+    """Raise UserError where a file has no content."""
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty")
+
+
+def check_distinct(file: Path, names: Sequence[str]) -> None:
+    """Raise UserError where two columns of a file have one name."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: two columns of the same name among {', '.join(names)}")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

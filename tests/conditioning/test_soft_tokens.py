@@ -16,7 +16,7 @@ import pipelines
 from pipelines import TrainablePipeline
 from t2i_align.conditioning import soft_tokens
 from t2i_align.conditioning.soft_tokens import SoftTokens, SoftTokensAdapter
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives import SoftREPA

@@ -12,8 +12,9 @@ import torch
 
 import pipelines
 from t2i_align.data import encode
+from t2i_align.data.batch import Batch
 from t2i_align.data.encode import Latents
-from t2i_align.data.schema import COLUMNS, Batch, Group, Skipped
+from t2i_align.data.schema import COLUMNS, Group, Skipped
 from t2i_align.data.store import TEXTS, Store, read_table, write
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements

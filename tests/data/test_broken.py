@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from t2i_align.data import readers
-from t2i_align.data.columns import SHARES_TOLERANCE
+from t2i_align.data import opening
 from t2i_align.data.media import ImageError, decode
 from t2i_align.data.readers import read
 from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.tables import SHARES_TOLERANCE
 from t2i_align.errors import UserError
 from tests import formats
 from tests.formats import OF_PAIRS, OF_RANKINGS, images, png, shard, sheet, table
@@ -167,7 +167,7 @@ def test_every_format_damaged_anywhere(
     damaged.write_bytes(content[: max(1, int(cut * len(content)))])
     outcome(source)
     with suppress(UserError):
-        readers.survey(source)
+        opening.survey(source)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "link.png", "sub/../../secret.png", "loop"])
@@ -216,7 +216,7 @@ def test_a_name_that_is_too_long_for_a_file(tmp_path: Path, kind: str) -> None:
     else:
         (item,) = result
         assert isinstance(item, Skipped) and ("no such image" in item.reason or "no caption" in item.reason)
-        assert readers.survey(source).identity
+        assert opening.survey(source).identity
 
 
 def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:

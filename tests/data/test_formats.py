@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from t2i_align.data import readers
-from t2i_align.data.columns import Columns
+from t2i_align.data import opening, readers
 from t2i_align.data.media import decode
 from t2i_align.data.readers import read
-from t2i_align.data.schema import Group
+from t2i_align.data.schema import Columns, Group
 from t2i_align.errors import UserError
 from tests import formats
 from tests.data.test_examples import colour, write_images, write_jsonl
@@ -38,7 +37,7 @@ def test_every_format_comes_to_the_same_groups(tmp_path: Path, name: str) -> Non
         first, second = (by_prompt[prompt].scores for prompt in expected)
         assert first[0] > first[1] == first[-1] and second[0] > second[1] >= second[-1]
         assert name in OF_PAIRS or second[1] > second[2]
-        survey = readers.survey(source)
+        survey = opening.survey(source)
         k = len(first)
         assert (survey.rows, survey.candidates, survey.ties, survey.skips) == (2, {k: 2}, {}, {})
 
@@ -119,7 +118,7 @@ def test_places_that_count_from_one_are_an_error(tmp_path: Path, votes: tuple[An
         source = table(tmp_path / name, entries)
         advice = r"If this source counts from 1, subtract 1, or name columns or paths\.$"
         with pytest.raises(UserError, match=rf"(line 2|row 1): 'vote' is 2(\.0)?, but .* from 0 to 1\. {advice}"):
-            readers.survey(source, "demo")
+            opening.survey(source, "demo")
 
 
 def test_rows_of_tables_are_skipped_with_their_reason(tmp_path: Path) -> None:
@@ -283,9 +282,9 @@ def test_a_clip_is_a_file_or_a_folder_of_frames(tmp_path: Path) -> None:
     entry = {"prompt": "x", "chosen": "chosen/running", "rejected": "rejected/jumping.mp4"}
     source = write_jsonl(tmp_path / "clips.jsonl", [entry])
     assert groups(source)[0].candidates[0] == tmp_path / "chosen" / "running"
-    before = readers.survey(source, "jsonl").identity
+    before = opening.survey(source, "jsonl").identity
     (tmp_path / "chosen" / "running" / "1.png").write_bytes(b"another frame")
-    assert readers.survey(source, "jsonl").identity != before
+    assert opening.survey(source, "jsonl").identity != before
 
 
 def test_a_dataset_spec_runs_no_code(tmp_path: Path) -> None:

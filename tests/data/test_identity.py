@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i_align.data import readers
+from t2i_align.data import opening
 from tests import formats
 from tests.data.test_examples import jpeg, pick_rows, write_images, write_jsonl, write_parquet
 
@@ -17,11 +17,11 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
     write_images(tmp_path / "one", ["a.jpg", "b.jpg"])
     entry = {"prompt": "x", "chosen": "a.jpg", "rejected": "b.jpg"}
     file = write_jsonl(tmp_path / "one" / "d.jsonl", [entry])
-    before = readers.survey(file, "jsonl").identity
+    before = opening.survey(file, "jsonl").identity
     write_images(tmp_path / "two", ["a.jpg", "b.jpg"])
-    assert readers.survey(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl").identity == before
+    assert opening.survey(write_jsonl(tmp_path / "two" / "d.jsonl", [entry]), "jsonl").identity == before
     (tmp_path / "one" / "b.jpg").write_bytes(jpeg(9))
-    assert readers.survey(file, "jsonl").identity != before
+    assert opening.survey(file, "jsonl").identity != before
 
 
 def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> None:
@@ -29,30 +29,30 @@ def test_other_files_do_not_change_the_identity_of_folders(tmp_path: Path) -> No
     write_images(tmp_path / "chosen", ["fox.png"])
     write_images(tmp_path / "rejected", ["fox.png"])
     (tmp_path / "captions").mkdir()
-    before = readers.survey(tmp_path, "folders").identity
+    before = opening.survey(tmp_path, "folders").identity
     write_images(tmp_path / "run" / "validation", ["step_000100.png"])
     for name in ("run.yaml", ".DS_Store", "chosen/.DS_Store", "chosen/._fox.png", "chosen/._fox.txt", "rejected/a.log"):
         (tmp_path / name).write_text("?")
-    survey = readers.survey(tmp_path, "folders")
+    survey = opening.survey(tmp_path, "folders")
     assert (survey.identity, survey.embedded_bytes) == (before, 0)
     seen = {before}
     for name in ("metadata.jsonl", "chosen/metadata.jsonl", "captions/fox.txt", "chosen/fox.txt", "rejected/fox.png"):
         write_jsonl(tmp_path / name, [{"file_name": "fox.png", "text": name}])
-        seen.add(readers.survey(tmp_path, "folders").identity)
+        seen.add(opening.survey(tmp_path, "folders").identity)
     assert len(seen) == 6
 
 
 def test_identity_of_large_sources_uses_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_parquet(tmp_path / "a.parquet", pick_rows(2))
-    monkeypatch.setattr("t2i_align.data.survey.CONTENT_HASHED_UP_TO", 10)
-    before = readers.survey(file, "pickapic").identity
+    monkeypatch.setattr("t2i_align.data.opening.CONTENT_HASHED_UP_TO", 10)
+    before = opening.survey(file, "pickapic").identity
     os.utime(file, ns=(1, 1))
-    assert readers.survey(file, "pickapic").identity != before
+    assert opening.survey(file, "pickapic").identity != before
 
 
 def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
     source = formats.write(tmp_path, "vote_counts")
-    seen = {readers.survey(source, "described").identity}
+    seen = {opening.survey(source, "described").identity}
     changes = [
         (source, b"[for_left, for_right]", b"[for_right, for_left]"),
         (tmp_path / "vote_counts" / "votes.tsv", b"\t7", b"\t8"),
@@ -60,5 +60,5 @@ def test_identity_follows_what_a_source_file_describes(tmp_path: Path) -> None:
     ]
     for file, old, new in changes:
         file.write_bytes(file.read_bytes().replace(old, new))
-        seen.add(readers.survey(source, "described").identity)
+        seen.add(opening.survey(source, "described").identity)
     assert len(seen) == 4

@@ -19,8 +19,9 @@ import torch
 import pipelines
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data import readers
-from t2i_align.data.loader import PreferenceDataset, open_dataset
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
+from t2i_align.data.loader import PreferenceDataset
+from t2i_align.data.opening import open_dataset
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from tests.data.test_examples import StandIn, jpeg, noise_jpeg, pick_rows, write_images, write_jsonl, write_parquet

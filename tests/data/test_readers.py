@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from t2i_align.data import readers
+from t2i_align.data import opening
 from t2i_align.data.readers import read, register
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.errors import UserError
@@ -281,7 +281,7 @@ def test_your_own_format(tmp_path: Path) -> None:
         ("owl", (b"u", b"d"), (3.0, 3.0)),
     ]
     assert "duplicate" in skips(tmp_path / "a.votes")["fox"]
-    survey = readers.survey(tmp_path / "a.votes")
+    survey = opening.survey(tmp_path / "a.votes")
     assert (survey.rows, survey.candidates, survey.ties, len(survey.texts)) == (3, {2: 2}, {2: 1}, 2)
     with pytest.raises(UserError, match="there is a data format 'votes' already"):
         register("votes")(lambda path: read_votes(path))

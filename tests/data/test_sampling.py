@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i_align.data.batches import micro_batches, steps
+from t2i_align.data.loader import micro_batches, steps
 
 sizes = st.integers(1, 13)
 Positions = list[list[tuple[int, int]]]

@@ -20,12 +20,13 @@ from torch import Tensor
 from pipelines import PipelineError
 from pipelines.process import RectifiedFlow
 from t2i_align.data import encode
+from t2i_align.data.batch import Batch
 from t2i_align.data.encode import Latents
 from t2i_align.data.loader import PreparedDataset
-from t2i_align.data.readers import read, survey
-from t2i_align.data.schema import COLUMNS, Batch, Group
+from t2i_align.data.opening import survey
+from t2i_align.data.readers import read
+from t2i_align.data.schema import COLUMNS, Group, Selection
 from t2i_align.data.store import TEXTS, Store, write
-from t2i_align.data.survey import Selection
 from t2i_align.diffusion.noising import drop_captions
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError

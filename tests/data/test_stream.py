@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from t2i_align.data import hub
+from t2i_align.data.batch import Batch
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
 from t2i_align.errors import UserError
 from tests.data import test_loader
 from tests.data.test_examples import colour, jpeg, pick_rows, write_images, write_jsonl, write_parquet

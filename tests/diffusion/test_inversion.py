@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.batch import Batch, Model
 from t2i_align.diffusion.inversion import advance, inverted_noise, level_grid
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pipelines import ForwardProcess
-from t2i_align.data.schema import Conditioning
+from t2i_align.data.batch import Conditioning
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.diffusion.sampling import Sampler, Schedule, schedule, without_gradient
 from tests.objectives.toy import KINDS, PROCESSES

@@ -16,8 +16,9 @@ from torch import Tensor
 import pipelines
 from pipelines import RectifiedFlow, TrainablePipeline
 from t2i_align.data import readers
+from t2i_align.data.batch import Conditioning
 from t2i_align.data.media import MediaSize, load, save_clip, whole_clip
-from t2i_align.data.schema import Conditioning, Group
+from t2i_align.data.schema import Group
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.diffusion.sampling import Sampler, without_gradient
 from t2i_align.errors import UserError

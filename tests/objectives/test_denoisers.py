@@ -9,7 +9,7 @@ from torch import Tensor
 import pipelines
 from pipelines import TrainablePipeline
 from t2i_align.config import TrainConfig
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import OBJECTIVES
 from t2i_align.objectives.base import DataStats

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.objectives import DenseDPO, DiffusionDPO, Objective
 from t2i_align.objectives.dense_dpo import decided_mean
 from t2i_align.objectives.diffusion_dpo import dpo_logit, link_loss

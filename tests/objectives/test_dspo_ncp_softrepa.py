@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.diffusion.noising import random_noise, squared_error
 from t2i_align.errors import UserError
 from t2i_align.objectives import DSPO, NCPDPO, SFT, SoftREPA

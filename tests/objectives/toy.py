@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from pipelines import RectifiedFlow, VariancePreserving
-from t2i_align.data.schema import Batch, Conditioning
+from t2i_align.data.batch import Batch, Conditioning
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives.base import Objective
 

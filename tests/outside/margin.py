@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from margin_helper import scaled  # lies beside this file
 from torch import Tensor
 
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.batch import Batch, Model
 from t2i_align.diffusion.noising import random_noise
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.objectives import Metrics, Objective, Requirements, register

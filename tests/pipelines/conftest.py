@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 import pipelines
 from pipelines import TrainablePipeline
+from t2i_align.data.batch import Batch
 from t2i_align.data.loader import PreferenceDataset
-from t2i_align.data.schema import Batch
 from t2i_align.objectives.base import Requirements
 from tests.data import test_loader
 

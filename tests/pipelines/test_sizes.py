@@ -15,9 +15,9 @@ from torch import Tensor
 from pipelines import RectifiedFlow
 from pipelines.sdxl import StableDiffusionXL
 from t2i_align import align
-from t2i_align.data.batches import time_ids
+from t2i_align.data.batch import Batch, Conditioning
+from t2i_align.data.loader import time_ids
 from t2i_align.data.media import to_pixels
-from t2i_align.data.schema import Batch, Conditioning
 from t2i_align.diffusion.inversion import guided
 from t2i_align.diffusion.noising import candidates_conditioning, drop_captions
 from t2i_align.diffusion.randomness import SampleRNG

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
+from benchmarks.plan import measured
 from t2i_align import config as configuration
 from t2i_align.config import RunConfig
 from t2i_align.errors import UserError
 from t2i_align.inference.models import open_model
 from t2i_align.planning.cards import Card
-from t2i_align.planning.inputs import Brightness
 from t2i_align.planning.plan import memory_warning, plan
 from t2i_align.planning.published import described
 from t2i_align.planning.trace import trace
-from t2i_align.training.loop import Loop
-from t2i_align.training.reference import build_reference
-from t2i_align.training.rewards import Rewarder
-from t2i_align.training.run import load_data, load_model, prepare_denoiser
-from t2i_align.training.trainer import Alignment
 
 CHECKPOINTED = {"train": {"batch_size": 4, "gradient_checkpointing": True}}
 INVERTED = {"objective": {"name": "inpo", "levels": 3, "renoise": 1}}
@@ -39,36 +29,6 @@ def run(folder: Path, **values: Any) -> RunConfig:
     return configuration.from_mapping({"output_dir": str(folder / "run"), **defaults, **values})
 
 
-def measured(config: RunConfig, file: Path) -> int:
-    """Peak bytes that the CPU allocator reports in the second step of a run, beside what lies there before it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    pipeline = load_model(config, accelerator.device)
-    source = load_data(config, accelerator, pipeline, progress=False)
-    prepare_denoiser(config, pipeline, source, accelerator)
-    needs = config.objective.needs
-    rewarder = Rewarder(pipeline, Brightness()) if needs.scorer else None  # type: ignore[arg-type]
-    if not rewarder:
-        pipeline.drop_encoders()
-    reference = build_reference(config.train, pipeline, needed=needs.reference)
-    task = Alignment(config, accelerator, reference, source, rewarder=rewarder)
-    loop = Loop(task, accelerator, config, progress=False)
-    batches, stop = task.batches(0), threading.Event()
-    loop._one_step(batches, report=True, stop=stop)
-    tensors = [value for state in loop.optimizer.state.values() for value in state.values()]
-    networks = [variant.network for variant in loop.weights.variants.values()]
-    networks += [pipeline.modules()[name] for name in pipeline.encoder_names if name in pipeline.modules()]
-    for network in networks:
-        tensors += [*network.parameters(), *network.buffers()]
-    resting = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loop._one_step(batches, report=True, stop=stop)
-    profiler.export_chrome_trace(str(file))
-    events = json.loads(file.read_text())["traceEvents"]
-    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
-    return sum(resting.values()) + max(totals)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"lora": None}, CHECKPOINTED, OFFLOADED, INVERTED, DRAWN],
@@ -77,7 +37,7 @@ def measured(config: RunConfig, file: Path) -> int:
 def test_planned_memory_is_within_a_tenth_of_the_measured(changes: dict[str, Any], tmp_path: Path) -> None:
     config = run(tmp_path, **changes)
     planned = trace(config, device="cpu")
-    peak = measured(config, tmp_path / "trace.json")  # on a CPU, with what is offloaded
+    peak, _ = measured(config, tmp_path / "trace.json", timed=0)  # on a CPU, with what is offloaded
     assert planned.peak + planned.host == pytest.approx(peak, rel=0.1)
     assert (planned.host > planned.memory["weights"]) == (config.train.offload == "base")
     assert all(size >= 0 for size in planned.memory.values())

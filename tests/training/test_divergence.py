@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2i_align import align
 from t2i_align import config as configuration
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.batch import Batch, Model
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Metrics

@@ -15,7 +15,7 @@ from torch import Tensor
 import pipelines
 from pipelines import PipelineError, TrainablePipeline
 from t2i_align import align
-from t2i_align.data.schema import Batch
+from t2i_align.data.batch import Batch
 from t2i_align.diffusion.noising import Noised
 from t2i_align.training import checkpoint
 from t2i_align.training.reference import Winners, build_reference

@@ -18,7 +18,7 @@ import pipelines
 from pipelines import PipelineError
 from t2i_align import align
 from t2i_align import config as configuration
-from t2i_align.data.schema import Batch, Model
+from t2i_align.data.batch import Batch, Model
 from t2i_align.diffusion.noising import Noised
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
