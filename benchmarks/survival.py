@@ -9,8 +9,8 @@ Each command line runs in a process of its own on a tiny model, first twice undi
   removed, made), and the process is killed with SIGKILL, or finds its disk full from then on, at the n-th of them, for
   n spread evenly over all of them;
 - at random: SIGKILL after a random time;
-- by signals: SIGINT, SIGTERM and SIGHUP at chosen changes and once at a random time, for `train` once more to its whole
-  process group with the loader's workers. It must say so, exit with 130, and end within seconds;
+- by signals: SIGINT, SIGTERM and SIGHUP at chosen changes and once at a random time. It must say so, exit with 130, and
+  end within seconds (signals to groups and to one rank: `tests/training/test_signals.py`);
 - in small files: those that a kill left are cut in half or emptied, one at a time.
 
 A trial is passed where the inputs are as they were and the same command, run again as its message advises, ends with
@@ -64,7 +64,6 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 def command_line(command: str, folder: Path, log: Path, fault: str, moment: int) -> None:
     """Run a command in this process, with a fault at a change: a signal, or "full" from it on; "count" only counts."""
-    os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # both are ignored by what is started in the background
     os.chdir(folder)
@@ -87,7 +86,7 @@ def command_line(command: str, folder: Path, log: Path, fault: str, moment: int)
         if fault == "count":
             os.write(counter, b".")
         elif fault.startswith("SIG") and count == moment:
-            send(process, fault)
+            os.kill(process, signal.Signals[fault])
         elif fault == "full" and count >= moment and event in ("open", "os.mkdir"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
@@ -95,15 +94,9 @@ def command_line(command: str, folder: Path, log: Path, fault: str, moment: int)
     sys.exit(cli.main(shlex.split(command)))
 
 
-def send(process: int, fault: str) -> None:
-    """The signal of that name, "SIGTERM to all" to the process group."""
-    name, _, everybody = fault.partition(" ")
-    (os.killpg if everybody else os.kill)(process, signal.Signals[name])
-
-
 COMMANDS = {  # in words, and what is added when it runs again after a fault
     "prepare": ("prepare inputs/run.yaml output_dir=out/made data.cache_dir=out/cache", ""),
-    "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache data.workers=2 resume=true", ""),
+    "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache resume=true", ""),
     "train-scorer": ("train-scorer inputs/scorer.yaml output_dir=out/made resume=true", ""),
     "export-lora": ("export-lora inputs/run --format kohya --out out/lora.safetensors", ""),
     "generate": ("generate inputs/model --prompts inputs/prompts.txt --out out/made --steps 2", "--force"),
@@ -160,7 +153,7 @@ class Place:
         start = time.perf_counter()
         process.join(seconds)
         if seconds is not None and process.is_alive():
-            send(process.pid or 0, fault)
+            os.kill(process.pid or 0, signal.Signals[fault])
             process.join(PATIENCE)
         process.kill()
         process.join()
@@ -208,8 +201,7 @@ class Trials:
 
     def signals(self, number: int) -> Iterator[str]:
         """Interrupted at chosen changes, and at a random time."""
-        groups = ("", " to all") if "workers" in self.command else ("",)
-        for fault in [name + group for name in ("SIGINT", "SIGTERM", "SIGHUP") for group in groups]:
+        for fault in ("SIGINT", "SIGTERM", "SIGHUP"):
             for moment in (*self.moments(number), 0):
                 self.place.clear()
                 seconds = None if moment else float(np.random.default_rng(len(fault)).uniform(0.3, 0.9) * self.seconds)
