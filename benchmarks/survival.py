@@ -9,6 +9,8 @@ Each command line runs in a process of its own on a tiny model, first twice undi
   removed, made), and the process is killed with SIGKILL, or finds its disk full from then on, at the n-th of them, for
   n spread evenly over all of them;
 - at random: SIGKILL after a random time;
+- by signals: SIGINT, SIGTERM and SIGHUP at chosen changes and once at a random time, for `train` once more to its whole
+  process group with the loader's workers. It must say so, exit with 130, and end within seconds;
 - in small files: those that a kill left are cut in half or emptied, one at a time.
 
 A trial is passed where the inputs are as they were and the same command, run again as its message advises, ends with
@@ -19,16 +21,12 @@ there.) A full disk must be reported in a line, without traceback; a damaged fil
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -40,21 +38,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from PIL import Image
 
+from benchmarks.contents import contents
 from t2i_align import cli
 from t2i_align.data.media import save_clip
 from t2i_align.testbed.captions import describe, write
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
-from t2i_align.training.checkpoint import SUMS
 from tests.reward_scorers.small import write_hf_clip
 from tests.runs import moving_clip
 from tests.tiny import tiny_sd, tiny_wan
 
 RESULTS = Path(__file__).parent / "results" / "survival.md"
 SMALL = 64 * 1024  # bytes of a file that is damaged
+PATIENCE = 20  # seconds in which a signal ends a command
 
 # Loaded once, in the process from which those of the commands are forked: importing takes longer than they do.
 PRELOAD = ["t2i_align.training.run", "t2i_align.reward_models.train", "t2i_align.reward_models.audit",
@@ -65,7 +63,10 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 def command_line(command: str, folder: Path, log: Path, fault: str, moment: int) -> None:
-    """Run a command in this process, which is ended by its fault: "kill" or "full" at a change, "count" only counts."""
+    """Run a command in this process, with a fault at a change: a signal, or "full" from it on; "count" only counts."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # both are ignored by what is started in the background
     os.chdir(folder)
     with open(log, "wb", buffering=0) as stream:
         for descriptor in (1, 2):
@@ -85,8 +86,8 @@ def command_line(command: str, folder: Path, log: Path, fault: str, moment: int)
         count += 1
         if fault == "count":
             os.write(counter, b".")
-        elif fault == "kill" and count == moment:
-            os.kill(process, signal.SIGKILL)
+        elif fault.startswith("SIG") and count == moment:
+            send(process, fault)
         elif fault == "full" and count >= moment and event in ("open", "os.mkdir"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
@@ -94,9 +95,15 @@ def command_line(command: str, folder: Path, log: Path, fault: str, moment: int)
     sys.exit(cli.main(shlex.split(command)))
 
 
+def send(process: int, fault: str) -> None:
+    """The signal of that name, "SIGTERM to all" to the process group."""
+    name, _, everybody = fault.partition(" ")
+    (os.killpg if everybody else os.kill)(process, signal.Signals[name])
+
+
 COMMANDS = {  # in words, and what is added when it runs again after a fault
     "prepare": ("prepare inputs/run.yaml output_dir=out/made data.cache_dir=out/cache", ""),
-    "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache resume=true", ""),
+    "train": ("train inputs/run.yaml output_dir=out/made data.cache_dir=out/cache data.workers=2 resume=true", ""),
     "train-scorer": ("train-scorer inputs/scorer.yaml output_dir=out/made resume=true", ""),
     "export-lora": ("export-lora inputs/run --format kohya --out out/lora.safetensors", ""),
     "generate": ("generate inputs/model --prompts inputs/prompts.txt --out out/made --steps 2", "--force"),
@@ -143,11 +150,18 @@ class Place:
         self.inputs = contents(self.folder / "inputs")
 
     def run(self, command: str, fault: str = "none", moment: int = 0, seconds: float | None = None) -> Ended:
-        """The command in a process of its own, which is killed after `seconds`."""
-        start, log = time.perf_counter(), self.folder / "log"
+        """The command in a process of its own, which gets the signal after `seconds` and has then so long to end."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
         process = self.context.Process(target=command_line, args=(command, self.folder, log, fault, moment))
         process.start()
+        while process.is_alive() and not log.exists():  # the command begins
+            time.sleep(0.01)
+        start = time.perf_counter()
         process.join(seconds)
+        if seconds is not None and process.is_alive():
+            send(process.pid or 0, fault)
+            process.join(PATIENCE)
         process.kill()
         process.join()
         text = log.read_text(errors="replace") if log.exists() else ""
@@ -182,15 +196,31 @@ class Trials:
         """At chosen changes."""
         for moment in self.moments(number):
             self.place.clear()
-            self.place.run(self.command, "kill", moment)
+            self.place.run(self.command, "SIGKILL", moment)
             yield self.check(f"killed at change {moment} of {self.changes}")
 
     def random(self, number: int) -> Iterator[str]:
         """Killed at random times."""
         for seconds in np.random.default_rng(0).uniform(0.3, 1.0, number) * self.seconds:
             self.place.clear()
-            self.place.run(self.command, seconds=seconds)
+            self.place.run(self.command, "SIGKILL", seconds=seconds)
             yield self.check(f"killed after {seconds:.1f} s")
+
+    def signals(self, number: int) -> Iterator[str]:
+        """Interrupted at chosen changes, and at a random time."""
+        groups = ("", " to all") if "workers" in self.command else ("",)
+        for fault in [name + group for name in ("SIGINT", "SIGTERM", "SIGHUP") for group in groups]:
+            for moment in (*self.moments(number), 0):
+                self.place.clear()
+                seconds = None if moment else float(np.random.default_rng(len(fault)).uniform(0.3, 0.9) * self.seconds)
+                ended = self.place.run(self.command, fault, moment, seconds)
+                what = f"{fault} at change {moment} of {self.changes}" if moment else f"{fault} after {seconds:.1f} s"
+                if ended.status == 0:  # it had nothing left to do
+                    yield self.wrong(ended, what)
+                elif ended.status != 130 or "interrupted" not in ended.text or "Traceback" in ended.text:
+                    yield f"{what}: exit status {ended.status}: {ended.text.strip()[-400:]}"
+                else:
+                    yield self.check(what)
 
     def full(self, number: int) -> Iterator[str]:
         """With a full disk from a chosen change on, which must be reported in a line."""
@@ -206,7 +236,7 @@ class Trials:
     def damage(self, number: int) -> Iterator[str]:
         """With a small file damaged that a kill has left after three quarters; it is named, or made again."""
         self.place.clear()
-        self.place.run(self.command, "kill", self.changes * 3 // 4)
+        self.place.run(self.command, "SIGKILL", self.changes * 3 // 4)
         kept = self.place.folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(self.place.out, kept)
@@ -235,39 +265,6 @@ class Trials:
         if not different and "Traceback" not in ended.text:
             return ""
         return f"{fault}, again: exit status {ended.status}, other files {different}: {ended.text.strip()[-400:]}"
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """A hash of each file but locks, by its path in the folder."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.endswith("lock"))
-    return {str(file.relative_to(folder)): hashlib.sha256(content(file)).hexdigest() for file in files}
-
-
-def content(file: Path) -> bytes:
-    """What a file holds but how long it took; safetensors orders its header at random, pickles tell equal from same."""
-    if file.name == SUMS:  # of such bytes; the program checks it
-        return b""
-    data = file.read_bytes()
-    if file.suffix == ".pt" and data:
-        with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):  # damaged
-            return repr(plain(torch.load(file, weights_only=True))).encode()
-    if file.suffix in (".json", ".html"):
-        data = re.sub(rb'"seconds": [\d.]+|\d+ seconds', b"", data)
-    if file.suffix != ".safetensors" or len(data) < 8:
-        return data
-    start = 8 + int.from_bytes(data[:8], "little")
-    with contextlib.suppress(ValueError):  # damaged
-        return json.dumps(json.loads(data[8:start]), sort_keys=True).encode() + data[start:]
-    return data
-
-
-def plain(state: Any) -> Any:
-    """A state with its tensors as lists."""
-    if isinstance(state, torch.Tensor):
-        return str(state.dtype), state.tolist()
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    return [plain(value) for value in state] if isinstance(state, list | tuple) else state
 
 
 def make_inputs(folder: Path) -> None:
@@ -303,7 +300,7 @@ def make_inputs(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
-FAULTS = ("kills", "random", "full", "damage")
+FAULTS = ("kills", "random", "signals", "full", "damage")
 
 
 def survive(names: Sequence[str], numbers: dict[str, int]) -> Iterator[tuple[str, str, list[str]]]:
@@ -321,6 +318,7 @@ def main() -> None:
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS), metavar="NAME")
     parser.add_argument("--kills", type=int, default=6, help="at chosen changes of files")
     parser.add_argument("--random", type=int, default=2, help="kills at random times")
+    parser.add_argument("--signals", type=int, default=2, help="of each kind, at chosen changes of files")
     parser.add_argument("--full", type=int, default=3, help="full disks, from a chosen change on")
     parser.add_argument("--damage", type=int, default=4, help="small files, each cut in half and emptied")
     parser.add_argument("--out", type=Path, default=RESULTS)

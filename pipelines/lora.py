@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipelines.base import Family, PipelineError
 from pipelines.lora_files import LORA_FILE, read_lora
 
+TEXT = ("text_encoder", "lora_te")  # how names of a text encoder's tensors begin in diffusers and kohya
 LOADED = "lora"  # the name of a loaded adapter; one that was trained here has peft's "default"
 # Module-name endings that families share in their presets.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -182,9 +183,24 @@ class LoRAMixin(Family):
             parts = {name: part for name, part in self.modules().items() if name.startswith("text_encoder")}
             parts[component] = self.denoiser
             if lost := [key for key in named if key.partition(".")[0] not in parts]:
-                raise ValueError(f"{len(lost)} of its tensors are for what is not loaded here, such as {lost[0]!r}")
-            if len(named) < len(given):
-                raise ValueError(f"{len(given) - len(named)} of its {len(given)} tensors are of unknown modules")
+                raise ValueError(
+                    f"{len(lost)} of its tensors are for what is not loaded here, or have names that diffusers does "
+                    f"not read for this family, such as {lost[0]!r}"
+                )
+            # Apart, as a fused qkv of kohya becomes three modules, which would hide a text encoder's that are dropped.
+            for text in (True, False):
+                before, after = ([key for key in keys if key.startswith(TEXT) == text] for keys in (given, named))
+                if len(after) < len(before):
+                    which = "text encoders'" if text else "other"
+                    raise ValueError(
+                        f"{len(before) - len(after)} of its {len(before)} {which} tensors are of unknown modules"
+                    )
+            if named and all(key.startswith(TEXT) for key in named):
+                raise ValueError(
+                    f"a LoRA of the text encoder alone, with nothing for the {component}, which is what LoRAs are of "
+                    "here; fuse it into the text encoder with diffusers (load_lora_weights, fuse_lora, "
+                    "save_pretrained), and name that folder as the model"
+                )
             self.pipe.load_lora_weights(dict(state), adapter_name=LOADED, **self.lora_options)
             for name, part in parts.items():  # diffusers only logs tensors that do not fit
                 wanted = sum(key.startswith(f"{name}.") for key in named)
@@ -194,7 +210,8 @@ class LoRAMixin(Family):
                     raise ValueError(f"{taken} of its {wanted} {name} tensors fit")
         except Exception as error:  # diffusers, peft and torch each raise their own for keys and shapes that do not fit
             self.pipe.delete_adapters(LOADED)
-            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:1000] or type(error).__name__
+            reason = " ".join("; ".join(str(error).split("\n")[:2]).split())[:1000]
+            reason = reason or f"diffusers cannot convert it ({type(error).__name__})"
             raise PipelineError(f"{path}: this LoRA does not fit {self.family} ({self.source}): {reason}") from error
         for part in self.modules().values():
             for layer in lora_layers(part, LOADED).values():  # the strength is in the weights, whatever peft guessed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ class Stream:
     def _unless_left(self, action: Callable[..., Any], *arguments: str) -> None:
         try:
             action(*arguments)
-        except BrokenPipeError:  # `| head`, a closed terminal: what follows is dropped
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # `| head`, a closed terminal: what follows is dropped
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

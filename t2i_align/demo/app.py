@@ -103,7 +103,7 @@ def demo(
         steps=steps or first.get("steps"),
         guidance=first.get("guidance") if guidance is None else guidance,
     )
-    from t2i_align.training.signals import graceful_shutdown
+    from t2i_align.utils.signals import graceful_shutdown
 
     gradio = import_gradio()
     if not models and bundled and (QUICKSTART / "lora").is_dir():

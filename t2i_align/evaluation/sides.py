@@ -20,9 +20,10 @@ from tqdm import tqdm
 from t2i_align.data.media import save_clip
 from t2i_align.evaluation.report import keep
 from t2i_align.evaluation.result import number
-from t2i_align.inference.generate import LIST, Sample, in_background, is_whole, judge, sample, save_image
+from t2i_align.inference.generate import LIST, Sample, in_background, judge, sample, save_image
 from t2i_align.inference.options import memory_for
 from t2i_align.utils.files import WRITING, append_line, json_lines, whole_lines, write_text
+from t2i_align.utils.whole import is_whole
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline

@@ -25,6 +25,7 @@ from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import append_line, atomic_file, output_lock, whole_lines
 from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
+from t2i_align.utils.whole import is_whole
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -36,7 +37,6 @@ ClipFormat = Literal["mp4", "webm", "gif", "webp", "frames"]
 ENDINGS = (".png", *(f".{kind}" for kind in get_args(ClipFormat) if kind != "frames"), "")
 NAME = re.compile(rf"\d{{5,}}({'|'.join(map(re.escape, ENDINGS))})")
 FRAME = re.compile(r"\d{5,}\.png")
-PNG_END = b"IEND\xaeB`\x82"
 Sample = Image.Image | Tensor  # an image, or a clip [F, 3, H, W] of 8 bits
 
 
@@ -290,15 +290,6 @@ def save_image(image: Image.Image, file: Path) -> None:
     """Write a PNG atomically."""
     with atomic_file(file, sync=False) as temporary:
         image.save(temporary, format="PNG")
-
-
-def is_whole(file: Path) -> bool:
-    """Whether a sample that was saved is there, an image to its end: where the power fails, it may be cut."""
-    if not file.is_file() or file.suffix != ".png":
-        return file.exists()
-    with open(file, "rb") as stream:
-        stream.seek(max(0, file.stat().st_size - len(PNG_END)))
-        return stream.read() == PNG_END
 
 
 def _earlier_run(folder: Path, force: bool, new: Sequence[int]) -> list[Path]:

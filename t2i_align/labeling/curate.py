@@ -37,6 +37,7 @@ from t2i_align.labeling.annotate import Job
 from t2i_align.labeling.groups import Batch, Summary
 from t2i_align.utils.resumable import Row
 from t2i_align.utils.tensors import tensors_hash
+from t2i_align.utils.whole import is_whole
 
 if TYPE_CHECKING:
     from pipelines import ForwardProcess, TrainablePipeline
@@ -91,13 +92,19 @@ def pairs(
     Others as in `t2i_align.inference.generate.generate`.
 
     Raises:
-        UserError: an argument that cannot be used, a model without clips, or a source without a clip that can be used.
+        UserError: an argument that cannot be used, a model without clips, a source without a clip that can be used, or
+            listed clips that are no longer whole.
     """
     check_options(precision, fps, steps=steps, height=height, width=width, frames=frames)
     if not 0 < least_level <= most_level < 1:
         found = f"{least_level!r} and {most_level!r}"
         raise UserError(f"least_level and most_level must lie in (0, 1), the first not above the second; found {found}")
     job = Job(source, Path(out).expanduser() / PAIRS, format, batch_size=1, force=force)
+    folder = job.table.out.parent
+    for row in () if force else job.table.rows():
+        for name in row.get("videos", ()):
+            if not is_whole(folder / name):
+                raise UserError(f"{folder / name}: is listed in {PAIRS}, and missing or cut; --force makes all anew")
     pipeline = load_pipeline(resolve_base(model, revision=revision, variant=variant), precision, device)
     if not pipeline.video:
         raise UserError(f"{model}: this model makes images; pairs of clips are made here")
@@ -126,7 +133,7 @@ def pairs(
                 continue
             names = [f"{CLIPS}/{_file_name(group.id)}/{place}.mp4" for place in range(len(clips))]
             for clip, name in zip(clips, names, strict=True):
-                save_clip(clip, job.table.out.parent / name, fps or pipeline.fps, lossless=lossless)
+                save_clip(clip, folder / name, fps or pipeline.fps, lossless=lossless)
             rows[group.id] = {
                 "prompt": group.prompt, "videos": names, "scores": [0.5] * len(names), "source": group.origin, **facts,
             }  # fmt: skip

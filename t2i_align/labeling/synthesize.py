@@ -28,7 +28,7 @@ from PIL import Image
 from t2i_align.data.schema import Group, Skipped
 from t2i_align.data.votes import majority, shares
 from t2i_align.errors import UserError, unknown
-from t2i_align.inference.generate import in_background, is_whole, sample, sample_seed, save_image
+from t2i_align.inference.generate import in_background, sample, sample_seed, save_image
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
@@ -38,6 +38,7 @@ from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import ResumableTable, Row
 from t2i_align.utils.tensors import tensors_hash
+from t2i_align.utils.whole import is_whole
 
 if TYPE_CHECKING:
     from reward_scorers import Scorer

@@ -33,10 +33,10 @@ from t2i_align.training.monitor import (
 )
 from t2i_align.training.optimizer import make_optimizer
 from t2i_align.training.progress import Progress, flat
-from t2i_align.training.signals import graceful_shutdown
 from t2i_align.training.task import Task
 from t2i_align.training.weights import older_policy
 from t2i_align.utils.files import append_line
+from t2i_align.utils.signals import graceful_shutdown
 from t2i_align.utils.tensors import whole
 
 if TYPE_CHECKING:

@@ -204,6 +204,13 @@ def test_an_interrupted_run_continues_to_the_same_pairs(
     with pytest.raises(KeyboardInterrupt):
         pairs(real, halves, model=path("wan"), **QUIET)
     assert list(rows(halves / "pairs.jsonl")) == ["a"]
+    clip = halves / rows(halves / "pairs.jsonl")["a"]["videos"][1]
+    data = clip.read_bytes()
+    for content in (b"", data[: len(data) // 2], data[:-1]):
+        clip.write_bytes(content)
+        with pytest.raises(UserError, match=r"1\.mp4: is listed in pairs\.jsonl, and missing or cut; --force"):
+            pairs(real, halves, model=path("wan"), **QUIET)
+    clip.write_bytes(data)
     with pytest.raises(UserError, match=r"seed.*choose another"):
         pairs(real, halves, model=path("wan"), seed=1, **QUIET)
     pairs(real, halves, model=path("wan"), **QUIET)
