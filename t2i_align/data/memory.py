@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import yaml
 from PIL import Image
 from torch import nn
@@ -19,12 +18,14 @@ from torch import nn
 from t2i_align.conditioning import segments
 from t2i_align.config import DataConfig, ModelConfig
 from t2i_align.data.batch import Batch
+from t2i_align.data.loader import digest
 from t2i_align.data.opening import open_dataset
 from t2i_align.data.spec import is_spec
 from t2i_align.diffusion.randomness import SampleRNG
 from t2i_align.errors import UserError
 from t2i_align.objectives.base import Requirements
 from t2i_align.utils.files import atomic_file, write_text
+from t2i_align.utils.tensors import tensors_hash
 
 if TYPE_CHECKING:  # only entry points import `pipelines` at run time
     from pipelines import TrainablePipeline
@@ -157,10 +158,7 @@ def batches(
 
 def encoders_digest(pipeline: TrainablePipeline) -> str:
     """A fingerprint of the encoders that a pipeline has in memory."""
-    digest = hashlib.sha256(f"{pipeline.family}{segments.fingerprint(pipeline)}".encode())
-    for name in pipeline.encoder_names:
-        part = getattr(pipeline.pipe, name)
-        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
-            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    parts = {name: getattr(pipeline.pipe, name) for name in pipeline.encoder_names}
+    networks = {name: part.state_dict() for name, part in parts.items() if isinstance(part, nn.Module)}
+    tensors = {f"{name}.{key}": tensor for name, state in networks.items() for key, tensor in state.items()}
+    return digest([pipeline.family, segments.fingerprint(pipeline), tensors_hash(tensors)])

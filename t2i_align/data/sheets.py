@@ -7,7 +7,7 @@ import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from t2i_align.data.schema import Row, Skipped, Values
 from t2i_align.errors import UserError
@@ -81,7 +81,8 @@ def _csv_reader(file: Path) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
             # Of a .csv, that of DELIMITERS which its header has most of.
             delimiter = "\t" if file.suffix.lower() == ".tsv" else max(DELIMITERS, key=stream.readline().count)
             stream.seek(0)
-            quoting = csv.QUOTE_NONE if delimiter == "\t" and _quotes_are_text(stream) else csv.QUOTE_MINIMAL
+            as_text = delimiter == "\t" and _quotes_are_text(stream)
+            quoting: Literal[0, 3] = csv.QUOTE_NONE if as_text else csv.QUOTE_MINIMAL
             reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
             if not (header := next(reader, [])):
                 raise UserError(f"{file}: the file is empty; expected a first line with the columns' names")

@@ -36,6 +36,7 @@ from t2i_align.inference.users import resolve_user, user_on
 from t2i_align.utils.files import atomic_folder, check_own, holds, json_lines, json_text, output_lock, write_files
 from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
+from t2i_align.utils.tensors import tensors_hash
 
 if TYPE_CHECKING:
     from pipelines import TrainablePipeline
@@ -114,7 +115,7 @@ def evaluate(
             generated then.
     """
     import pipelines  # with diffusers, whose import takes seconds
-    from reward_scorers.weights import digest, digest_of_tensors
+    from reward_scorers.weights import digest
 
     started = time.monotonic()
     texts = resolve_prompts(prompts)
@@ -183,7 +184,7 @@ def evaluate(
         work.mkdir(exist_ok=True)
         what: Any = {"rows": rows, "scorers": judges, "work": work, "bar": bar, "batch_size": batch_size, "fps": fps}
         what |= sampling | {"saved": work / SAMPLES if save_samples else None}
-        weights = digest_of_tensors(pipeline.denoiser.state_dict())
+        weights = tensors_hash(pipeline.denoiser.state_dict())
         if kept and not any(work.iterdir()):
             copy_side("base", kept, work)
         before = measure("base", pipeline, weights, **what, autocast=autocast)
@@ -193,10 +194,10 @@ def evaluate(
                 copy_side("base", work, temporary)
         if adapter:
             with adapter_on(pipeline, other), user_on(pipeline, served, guidance):
-                whose = f"-{digest_of_tensors({'tokens': served.tokens(pipeline)})}" if served else ""
+                whose = f"-{tensors_hash({'tokens': served.tokens(pipeline)})}" if served else ""
                 after = measure("aligned", pipeline, f"{weights}-{adapter}{whose}", **what, autocast=autocast)
         elif not isinstance(aligned, str | Path):
-            weights = digest_of_tensors(aligned.denoiser.state_dict())
+            weights = tensors_hash(aligned.denoiser.state_dict())
             after = measure("aligned", aligned, weights, **what, autocast=autocast)
         else:
             del pipeline
@@ -211,7 +212,7 @@ def evaluate(
                 whole = replace(whole, prediction_type=origin["prediction_type"])
             pipeline = load_pipeline(whole, precision, device)
             _check_media(video, pipeline.video, other.path)  # a single file is known only once it is loaded
-            after = measure("aligned", pipeline, digest_of_tensors(pipeline.denoiser.state_dict()), **what)
+            after = measure("aligned", pipeline, tensors_hash(pipeline.denoiser.state_dict()), **what)
         bar.close()
         cut = {(name, row["prompt"]) for row, one in zip(rows, before, strict=True) for name in one["cut"]}
         recorded = {

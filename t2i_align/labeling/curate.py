@@ -35,8 +35,8 @@ from t2i_align.inference.models import load_pipeline, resolve_base
 from t2i_align.inference.options import check_options, memory_for, use_precision
 from t2i_align.labeling.annotate import Job
 from t2i_align.labeling.groups import Batch, Summary
-from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.resumable import Row
+from t2i_align.utils.tensors import tensors_hash
 from t2i_align.utils.whole import is_whole
 
 if TYPE_CHECKING:

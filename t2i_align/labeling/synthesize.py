@@ -32,12 +32,12 @@ from t2i_align.inference.generate import in_background, sample, sample_seed, sav
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned, resolve_base
 from t2i_align.inference.options import build_scorers, check_options, pick_device, resolve_prompts, unscorable
 from t2i_align.labeling.groups import Batch, Summary, by_scorer, fill
-from t2i_align.training.weights import tensors_hash
 from t2i_align.utils.distributed import Distributed
 from t2i_align.utils.files import claim, json_lines, locked, read_json, write_text
 from t2i_align.utils.logging import silent
 from t2i_align.utils.progress import progress_bar
 from t2i_align.utils.resumable import ResumableTable, Row
+from t2i_align.utils.tensors import tensors_hash
 from t2i_align.utils.whole import is_whole
 
 if TYPE_CHECKING:

@@ -37,6 +37,7 @@ from t2i_align.training.task import Task
 from t2i_align.training.weights import older_policy
 from t2i_align.utils.files import append_line
 from t2i_align.utils.signals import graceful_shutdown
+from t2i_align.utils.tensors import whole
 
 if TYPE_CHECKING:
     from t2i_align.reward_models.config import ScorerRun
@@ -183,11 +184,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if report:
             torch._foreach_sub_(before, [parameter.detach() for parameter in self.parameters])  # needs no third copy
-            self.update_norm = sharding.whole(torch.nn.utils.get_total_norm(before))
+            self.update_norm = whole(torch.nn.utils.get_total_norm(before))
         self.schedule.step()
         if self.ema:
             self.ema.step(sharding.local(self.parameters))
-        norm = torch.as_tensor(sharding.whole(norm), device=total.device).detach()
+        norm = torch.as_tensor(whole(norm), device=total.device).detach()
         if self.optimizer.step_was_skipped:  # fp16: the scaler met an infinite gradient, took no step and backs off
             norm = torch.zeros_like(norm)
         self.task.stepped(lambda: metrics.means(self.accelerator))

@@ -102,11 +102,6 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, which must all ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor divided as `like` is, where it has its shape."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:

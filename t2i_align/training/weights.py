@@ -11,7 +11,6 @@ ema          the moving average of the policy
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from t2i_align.conditioning.personal import Personal
 from t2i_align.errors import UserError
-from t2i_align.training.sharding import exchanged, placed, whole
+from t2i_align.training.sharding import exchanged, placed
+from t2i_align.utils.tensors import tensors_hash, whole
 
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # autocast rounds their weights at each call
 
@@ -198,23 +198,3 @@ def frozen_copy(
     if compile:
         twin.compile()
     return Variant(twin, (), tensors if updated else {})
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of tensors by their names: types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in _plain(tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """A quantised tensor's parts, or the tensor itself, gathered from all processes."""
-    tensor = whole(tensor)
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))

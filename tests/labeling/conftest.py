@@ -11,7 +11,7 @@ from PIL import Image
 
 from t2i_align.testbed.captions import corrupt, describe, draw_for, write
 from t2i_align.testbed.scenes import degrade, render, sample_scene, to_uint8
-from t2i_align.utils.files import append_line
+from t2i_align.utils.files import append_line, whole_lines
 
 GROUPS = 11
 
@@ -39,6 +39,16 @@ def source(tmp_path: Path) -> Path:
         )
     (folder / "5_1.png").write_bytes(b"no image")
     return folder / "pairs.jsonl"
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file by their ids."""
+    return {row["id"]: row for row in whole_lines(out)}
+
+
+def skipped(out: Path) -> dict[str, str]:
+    """Why groups are not in a file, by their ids."""
+    return {key: row["reason"] for key, row in rows(Path(f"{out}.skipped.jsonl")).items()}
 
 
 def better(number: int | str) -> int:

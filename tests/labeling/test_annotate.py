@@ -19,20 +19,11 @@ from t2i_align.errors import UserError
 from t2i_align.labeling.annotate import caption, perturb, relabel
 from t2i_align.testbed.captions import parse
 from t2i_align.testbed.oracle import Oracle
-from t2i_align.utils.files import whole_lines
 from tests.data.test_examples import write_jsonl
-from tests.labeling.conftest import GROUPS, better
+from tests.labeling.conftest import GROUPS, better, rows, skipped
 from tests.labeling.test_models import blip, t5
 
 QUIET: dict[str, Any] = {"progress": False, "batch_size": 4}
-
-
-def rows(file: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in whole_lines(file)}
-
-
-def skipped(out: Path) -> dict[str, str]:
-    return {key: row["reason"] for key, row in rows(Path(f"{out}.skipped.jsonl")).items()}
 
 
 def prompts(source: Path) -> dict[str, str]:

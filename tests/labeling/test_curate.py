@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +22,8 @@ from t2i_align.diffusion.sampling import Sampler, without_gradient
 from t2i_align.errors import UserError
 from t2i_align.labeling import curate
 from t2i_align.labeling.curate import Maker, pairs, whole_process
-from t2i_align.utils.files import whole_lines
+from tests.data.test_clips import ffmpeg
+from tests.labeling.conftest import rows, skipped
 from tests.runs import image, moving_clip
 
 RATE = 16
@@ -45,18 +44,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ffmpeg(*arguments: object) -> None:
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
-
-
 def vary(file: Path, out: Path, more: str = "") -> None:
     """A copy whose frames are held twice as long in its middle."""
     times = "setpts='if(lt(N,10),N,if(lt(N,20),2*N-10,N+10))/32/TB'"
     ffmpeg("-i", file, "-vf", times + more, "-fps_mode", "vfr", "-pix_fmt", "yuv444p", out)
-
-
-def rows(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in whole_lines(out / "pairs.jsonl")}
 
 
 def test_a_varying_rate_is_read_by_time(tmp_path: Path) -> None:
@@ -85,9 +76,13 @@ def test_every_family_makes_two_clips_of_each_real_one(
         one, other = map(whole_clip, group.candidates)
         assert one.shape == other.shape == (pipeline.default_frames, 3, *pipeline.default_size)
         assert not torch.equal(one, other)
-    levels = [row["level"] for row in rows(tmp_path).values()]
+    levels = [row["level"] for row in rows(tmp_path / "pairs.jsonl").values()]
     assert all(0.65 <= level <= 0.8 for level in levels)
-    assert [row["prompt"] for row in rows(tmp_path).values()] == ["a fox runs", "an owl flies", "a cat sleeps"]
+    assert [row["prompt"] for row in rows(tmp_path / "pairs.jsonl").values()] == [
+        "a fox runs",
+        "an owl flies",
+        "a cat sleeps",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +167,7 @@ def test_a_lower_level_stays_nearer_to_the_real_clip(path: Callable[[str], Path]
         options = {**QUIET, "steps": 40, "least_level": level - 0.05, "most_level": level + 0.05}
         pairs(real, out, model=path("wan"), lossless=True, **options)
         clip = load(real / "a.mp4", MediaSize(32, 32, 9, RATE)).pixels
-        made = whole_clip(out / rows(out)["a"]["videos"][0]).float() / 255
+        made = whole_clip(out / rows(out / "pairs.jsonl")["a"]["videos"][0]).float() / 255
         decoded = _through_the_vae(pipelines.load(path("wan")), clip)
         distances.append((made - decoded).square().mean())
     assert distances[0] < distances[1] / 2
@@ -184,7 +179,7 @@ def _through_the_vae(pipeline: TrainablePipeline, clip: Tensor) -> Tensor:
 
 def test_independent_pairs_are_samples_of_the_caption(path: Callable[[str], Path], real: Path, tmp_path: Path) -> None:
     pairs(real, tmp_path, model=path("wan"), independent=True, lossless=True, **QUIET)
-    row = rows(tmp_path)["a"]
+    row = rows(tmp_path / "pairs.jsonl")["a"]
     options = {"steps": 10, "guidance": 2.0}
     expected = pipelines.load(path("wan")).generate([row["prompt"]] * 2, row["seeds"], **options)  # type: ignore[arg-type]
     for file, clip in zip(row["videos"], expected, strict=True):
@@ -208,8 +203,8 @@ def test_an_interrupted_run_continues_to_the_same_pairs(
     monkeypatch.setattr(curate, "save_clip", save)
     with pytest.raises(KeyboardInterrupt):
         pairs(real, halves, model=path("wan"), **QUIET)
-    assert list(rows(halves)) == ["a"]
-    clip = halves / rows(halves)["a"]["videos"][1]
+    assert list(rows(halves / "pairs.jsonl")) == ["a"]
+    clip = halves / rows(halves / "pairs.jsonl")["a"]["videos"][1]
     data = clip.read_bytes()
     for content in (b"", data[: len(data) // 2], data[:-1]):
         clip.write_bytes(content)
@@ -220,10 +215,10 @@ def test_an_interrupted_run_continues_to_the_same_pairs(
         pairs(real, halves, model=path("wan"), seed=1, **QUIET)
     pairs(real, halves, model=path("wan"), **QUIET)
     assert len(saved) == 8 and len({*saved}) == 3
-    for row in rows(whole).values():
+    for row in rows(whole / "pairs.jsonl").values():
         for name in row["videos"]:
             assert (whole / name).read_bytes() == (halves / name).read_bytes()
-    assert rows(whole).keys() == rows(halves).keys()
+    assert rows(whole / "pairs.jsonl").keys() == rows(halves / "pairs.jsonl").keys()
     with pytest.raises(UserError, match="exists and is finished"):
         pairs(real, halves, model=path("wan"), **QUIET)
 
@@ -248,8 +243,8 @@ def test_clips_that_cannot_be_used_are_skipped_with_a_reason(
     for name in ("good", "short", "slow", "sound", "cut", "still"):
         (folder / f"{name}.txt").write_text("a fox")
     summary = pairs(folder, tmp_path / "out", model=path("wan"), **QUIET)
-    assert summary.groups == 1 and list(rows(tmp_path / "out")) == ["good"]
-    reasons = {row["id"]: row["reason"] for row in whole_lines(tmp_path / "out" / "pairs.jsonl.skipped.jsonl")}
+    assert summary.groups == 1 and list(rows(tmp_path / "out" / "pairs.jsonl")) == ["good"]
+    reasons = skipped(tmp_path / "out" / "pairs.jsonl")
     for name, expected in {
         "short": "5 frames at 16 a second, expected a clip of 9 frames",
         "slow": "8 frames a second, too few for 16",

@@ -23,9 +23,10 @@ from t2i_align.errors import UserError
 from t2i_align.labeling.annotate import relabel
 from t2i_align.labeling.models import ClipJudge, Frames, verdict
 from t2i_align.labeling.segments import label
-from t2i_align.utils.files import whole_lines
+from tests.data.test_clips import ffmpeg
 from tests.data.test_examples import write_jsonl
-from tests.labeling.test_curate import ffmpeg, vary
+from tests.labeling.conftest import rows, skipped
+from tests.labeling.test_curate import vary
 from tests.labeling.test_models import blip, llava
 from tests.runs import moving_clip
 
@@ -72,14 +73,6 @@ def source(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "pairs.jsonl", lines)
 
 
-def rows(out: Path) -> dict[str, Any]:
-    return {row["id"]: row for row in whole_lines(out)}
-
-
-def reasons(out: Path) -> dict[str, str]:
-    return {row["id"]: row["reason"] for row in whole_lines(Path(f"{out}.skipped.jsonl"))}
-
-
 def test_a_scorer_of_images_is_averaged_over_each_segment(source: Path, tmp_path: Path) -> None:
     """b, a tie, a, a; of two clips that are the same but for one level all segments are ties, and are kept."""
     out = tmp_path / "labels.jsonl"
@@ -121,7 +114,7 @@ def test_a_measure_of_clips_gets_the_frames_it_needs(source: Path, tmp_path: Pat
         assert rows(out)["one"]["by_scorer"]["length"]["scores"] == [expected] * 2
     with pytest.raises(UserError, match="none of 2 groups"):
         label(source, tmp_path / "few.jsonl", scorers=[Length()], **{**QUIET, "fps": 1.0, "seconds": 1.0})
-    assert reasons(tmp_path / "few.jsonl")["one"] == "2 frames; length judges 3 or more"
+    assert skipped(tmp_path / "few.jsonl")["one"] == "2 frames; length judges 3 or more"
 
 
 def test_a_judge_is_asked_in_both_orders(source: Path, tmp_path: Path) -> None:
@@ -156,10 +149,10 @@ def test_files_of_votes_count_like_a_labeller_each(source: Path, tmp_path: Path)
     scores = np.array(rows(out)["one"]["segment_scores"])
     # bright -1 0 1 1, anna -1 1 -1 1, ben 1 -1 1 0
     assert np.sign(scores[0] - scores[1]).tolist() == [-1, 0, 1, 1]
-    assert reasons(out)["two"].endswith("votes on 3 segments of 0.5 s, expected 4 of 0.5 s")
+    assert skipped(out)["two"].endswith("votes on 3 segments of 0.5 s, expected 4 of 0.5 s")
     label(source, tmp_path / "people.jsonl", votes=files[1:], **QUIET)
     assert list(rows(tmp_path / "people.jsonl")) == ["one"]
-    assert reasons(tmp_path / "people.jsonl") == {"two": "none of the files of votes has it"}
+    assert skipped(tmp_path / "people.jsonl") == {"two": "none of the files of votes has it"}
 
 
 def opinionated(folder: Path, asked: Sequence[tuple[Frames, Frames]]) -> Path:
@@ -229,7 +222,7 @@ def test_pairs_without_labels_are_skipped_with_a_reason(source: Path, tmp_path: 
         "4": "candidate 1: not a video that can be read",
         "5": "1 candidates; a preference is between two or more",
     }.items():
-        assert reasons(out)[number].startswith(expected), reasons(out)[number]
+        assert skipped(out)[number].startswith(expected), skipped(out)[number]
 
 
 def test_damaged_files_are_skipped_and_odd_ones_are_read(source: Path, tmp_path: Path) -> None:
@@ -249,7 +242,7 @@ def test_damaged_files_are_skipped_and_odd_ones_are_read(source: Path, tmp_path:
     out = tmp_path / "labels.jsonl"
     label(write_jsonl(tmp_path / "odd.jsonl", lines), out, scorers=[Bright()], **QUIET)
     assert rows(out)["vary0.mkv"]["segment_scores"] == [[1] * 4, [0] * 4]
-    why = [*reasons(out).values()]
+    why = [*skipped(out).values()]
     for found, expected in zip(
         why, ("its clips have", "candidate 0: no video in it", "not a video", "expected the keys"), strict=True
     ):
@@ -279,4 +272,4 @@ def test_it_is_a_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ["video", "segments", str(source), "--scorers", "motion_oracle", "--out", str(tmp_path / "o.jsonl")]
     assert cli.main([*arguments, "--seconds", "0.5"]) == 2  # the oracle judges the testbed's captions only
     assert "none of 2 groups could be annotated" in capsys.readouterr().err
-    assert "cannot read the prompt 'p'" in reasons(tmp_path / "o.jsonl")["one"]
+    assert "cannot read the prompt 'p'" in skipped(tmp_path / "o.jsonl")["one"]

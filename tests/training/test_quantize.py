@@ -13,7 +13,7 @@ import pipelines
 from pipelines import PipelineError
 from t2i_align import align
 from t2i_align.errors import UserError
-from t2i_align.training.weights import tensors_hash
+from t2i_align.utils.tensors import tensors_hash
 from tests.runs import metrics, run_values
 
 
