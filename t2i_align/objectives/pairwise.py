@@ -68,7 +68,7 @@ def preference_metrics(
 
 def by_time(name: str, values: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
     """The metric split by quarter of the schedule (timesteps run to 1000 in every family), NaN outside its own."""
-    bucket = (timesteps * TIME_BUCKETS / 1000).long().clamp(0, TIME_BUCKETS - 1)
+    bucket = (timesteps * TIME_BUCKETS / 1000).long().clamp_max(TIME_BUCKETS - 1)
     nothing = torch.full_like(values, math.nan)
     width = 1000 // TIME_BUCKETS
     return {

@@ -195,10 +195,12 @@ def test_softrepa_is_its_formula_on_the_matrix_of_errors(kind: str, negatives: i
     logits = 4 * torch.exp(-errors / 0.5)
     if negatives:  # the next two prompts, around the end
         logits[[0, 1, 2, 3], [3, 0, 1, 2]] = -torch.inf
-    expected = torch.nn.functional.cross_entropy(logits, torch.arange(4), reduction="none") + 3 * errors.diag()
+    contrast = torch.nn.functional.cross_entropy(logits, torch.arange(4), reduction="none")
+    expected = contrast + 3 * errors.diag()
     objective = SoftREPA(temperature=0.5, dweight=3.0, negatives=negatives)
     loss, metrics = objective.step(policy, policy, batch, rng)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(metrics["contrast/loss"], contrast.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(metrics["error/chosen"], errors.diag().detach(), rtol=1e-6, atol=1e-6)
     ours, theirs = (torch.autograd.grad(value.sum(), weight)[0] for value in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

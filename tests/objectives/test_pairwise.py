@@ -18,7 +18,7 @@ from t2i_align.objectives.diffusion_dpo import dpo_logit, link_loss
 from t2i_align.objectives.dmpo import dmpo_loss
 from t2i_align.objectives.lcpo import trust
 from t2i_align.objectives.mapo import mapo_loss, shrinking
-from t2i_align.objectives.pairwise import safeguard, scale_gradient
+from t2i_align.objectives.pairwise import by_time, safeguard, scale_gradient
 from tests.data.test_examples import write_images, write_jsonl
 from tests.data.test_loader import opened
 from tests.objectives.toy import (
@@ -169,9 +169,13 @@ def test_margins_are_split_by_time_and_add_up() -> None:
     _, _, metrics = loss_and_gradient(DiffusionDPO(beta=3.0), batch, "flow")
     quarters = torch.stack([value for name, value in metrics.items() if name.startswith("rewards/margins/t")])
     assert len(quarters) == 4 and ((~quarters.isnan()).sum(0) == 1).all()
+    names = {f"rewards/margins/{quarter}" for quarter in ("t0-250", "t250-500", "t500-750", "t750-1000")}
+    assert names == {name for name in metrics if name.startswith("rewards/margins/t")}
     torch.testing.assert_close(quarters.nansum(0), metrics["rewards/margins"])
     times = rng_for(batch, "flow").timesteps()
     assert torch.equal(~quarters[0].isnan(), times < 250) and torch.equal(~quarters[3].isnan(), times >= 750)
+    ends = by_time("m", torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1000.0]))  # both ends of the flow's schedule
+    assert ends["m/t0-250"].nansum() == 1 and ends["m/t750-1000"].nansum() == 2
 
 
 # DCPO, TDPO, DMPO, LCPO, MaPO, SFT ------------------------------------------------------------------------------------
@@ -225,6 +229,10 @@ def test_lcpo_weights_follow_bayes_and_update_their_mean() -> None:
     state = {"eta": torch.tensor(objective.initial_state()["eta"], dtype=torch.float64)}
     state = objective.update_state(state, {"lcpo/trust": w})
     assert state["eta"].item() == pytest.approx(0.8 + 0.1 * (12 / 13 - 0.8))
+    adapted = LCPO(beta=10.0, target_gradient=0.4)  # beside eta, beta follows the gradient factor
+    state = {name: torch.tensor(value) for name, value in adapted.initial_state().items()}
+    state = adapted.update_state(state, {"lcpo/trust": w, "rewards/gradient_factor": torch.tensor(0.5)})
+    assert state["beta"].item() == pytest.approx(10 * math.exp(0.05))
     assert trust(torch.zeros(3), 0.5).tolist() == [0.5] * 3
 
 
