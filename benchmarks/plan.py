@@ -1,7 +1,7 @@
 """`t2i-align plan` against the memory that steps really take, on the bundled bases, and the time of these steps.
 
     python benchmarks/plan.py                  # by base, what is trained, and precision; writes results/plan_cpu.md
-    python benchmarks/plan.py --objectives     # by objective, with a LoRA on one base; writes results/objectives_cpu.md
+    python benchmarks/plan.py --objectives     # by base and objective, with a LoRA; writes results/objectives_cpu.md
     python benchmarks/plan.py --growth         # by batch and rank; writes results/growth_cpu.md
 
 The measured peak is what PyTorch's CPU allocator reports to its profiler during one logged step of the training loop,
@@ -12,6 +12,7 @@ plan's own count. Times are of the CPU, of one thread, so that other load on the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -32,6 +33,7 @@ from pipelines import TrainablePipeline
 from t2i_align import config as configuration
 from t2i_align import objectives
 from t2i_align.config import RunConfig
+from t2i_align.errors import UserError
 from t2i_align.planning.inputs import Brightness
 from t2i_align.planning.trace import trace
 from t2i_align.training.loop import Loop
@@ -57,6 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def measured(config: RunConfig, trace_file: Path, timed: int = TIMED) -> tuple[int, float]:
     """Peak bytes of the allocator in the last of a run's first steps, and the median CPU seconds of those before."""
+    gc.collect()  # what the run before left in circles would be counted
     AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, which may have had another precision
     accelerator = Accelerator(cpu=True, mixed_precision={"bf16": "bf16"}.get(config.train.precision, "no"))
     pipeline = load_model(config, accelerator.device)
@@ -123,11 +126,11 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any
     if not options.objectives:
         yield from ((base, kind, KINDS[kind]) for base, kind in product(options.bases, options.kinds))
         return
-    for name in objectives.CLASSES:
+    for base, name in product(options.bases, objectives.CLASSES):
         needs = objectives.get(name).needs
         if not needs.columns and not needs.scorer:  # what the bundled pairs have
-            yield options.bases[0], name, {"objective": name}
-    yield options.bases[0], "reward, draft, 4 steps", KINDS["LoRA, reward"]
+            yield base, name, {"objective": name}
+    yield from ((base, "reward, draft, 4 steps", KINDS["LoRA, reward"]) for base in options.bases)
 
 
 def clips(folder: Path) -> str:
@@ -166,7 +169,11 @@ def main() -> int:
     ]
     table = [head, ["---"] * len(head)]
     for base, name, changes in cases(options):
-        table.append([base, name, *row(base, changes, options.batch_size)])
+        try:
+            cells = row(base, changes, options.batch_size)
+        except UserError as error:  # a family or objective that does not go with the other says so
+            cells = [f"refused: {error}", "", "", ""]
+        table.append([base, name, *cells])
         print(" | ".join(table[-1]), flush=True)
     text = "\n".join([
         "# Planned and measured memory of a step", "",
