@@ -12,7 +12,6 @@ plan's own count. Times are of the CPU, of one thread, so that other load on the
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import statistics
@@ -59,7 +58,6 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def measured(config: RunConfig, trace_file: Path, timed: int = TIMED) -> tuple[int, float]:
     """Peak bytes of the allocator in the last of a run's first steps, and the median CPU seconds of those before."""
-    gc.collect()  # what the run before left in circles would be counted
     AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, which may have had another precision
     accelerator = Accelerator(cpu=True, mixed_precision={"bf16": "bf16"}.get(config.train.precision, "no"))
     pipeline = load_model(config, accelerator.device)
@@ -83,8 +81,11 @@ def measured(config: RunConfig, trace_file: Path, timed: int = TIMED) -> tuple[i
         loop._one_step(batches, report=True, stop=stop)
     profiler.export_chrome_trace(str(trace_file))
     events = json.loads(trace_file.read_text())["traceEvents"]
-    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
-    return resting + max(totals), statistics.median(seconds[1:] or seconds)
+    memory = [event["args"] for event in events if event.get("name") == "[memory]"]
+    # The profiler's total goes on from its last run, whose memory may have been freed since.
+    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
+    peak = max(event["Total Allocated"] for event in memory) - before
+    return resting + peak, statistics.median(seconds[1:] or seconds)
 
 
 def at_rest(loop: Loop, pipeline: TrainablePipeline) -> int:
