@@ -1,6 +1,7 @@
 """How bases are trained: tokenizers, parse targets, latents' bases, captions, students, resuming, the commands."""
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -16,10 +17,10 @@ from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import parse
 from t2i_align.testbed.clips import Clip, Mover
 from t2i_align.testbed.scenes import Object, sample_scene
-from t2i_align.testbed.world import CLIPS, split_of
+from t2i_align.testbed.world import CLIPS, LONG, split_of
 from tools.testbed.__main__ import COMMANDS, main
-from tools.testbed.denoiser import Pool, cover, draw_captions, train_denoiser, warm_up
-from tools.testbed.distill import distillation
+from tools.testbed.denoiser import LongCaptions, Pool, cover, draw_captions, train_denoiser, warm_up
+from tools.testbed.distill import captions_with_and_without_faults, distillation, teacher_target
 from tools.testbed.faults import to_clip
 from tools.testbed.loop import orthogonal
 from tools.testbed.networks import build
@@ -182,6 +183,71 @@ def test_a_student_that_knows_what_the_teacher_knows_has_no_error(sd, scenes, ki
 
     assert loss(truth) < 1e-4
     assert loss(-truth) > 0.1
+
+
+def test_a_teacher_s_guidance_leads_away_from_the_empty_caption(sd):
+    seen, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([300, 800])
+    told = {"": torch.full_like(seen, 2.0), "a red circle": torch.full_like(seen, 3.0)}
+    teacher = SimpleNamespace(
+        process=sd.process, encode_prompts=list, predict=lambda _, __, texts: torch.stack([told[t][0] for t in texts])
+    )
+    targets = [
+        teacher_target(teacher, sd.process, seen, timesteps, ["a red circle", ""], guidance) for guidance in (1.0, 3.0)
+    ]
+    torch.testing.assert_close(targets[0], torch.stack([told["a red circle"][0], told[""][0]]))
+    torch.testing.assert_close(targets[1], torch.stack([told["a red circle"][0] + 2.0, told[""][0]]))
+
+
+def test_planted_faults_are_told_to_the_student_alone(sd, scenes):
+    """Both captions state the same but for the fault, and faulty images, the last rows, are learned as they are."""
+    base = SD(["denoiser.batch=8", "denoiser.fault_rates={background: 1.0}", "denoiser.plant=true"])
+    told, true = captions_with_and_without_faults(scenes, base, np.random.default_rng(2))
+    different = 0
+    for one, other in zip(told, true, strict=True):
+        if one:
+            one, other = (parse(text).canonical() for text in (one, other))
+            different += one != other
+            assert dataclasses.replace(one, background=other.background) == other
+        assert bool(one) == bool(other)
+    assert different > 10
+
+    pools = (Pool(scenes, torch.randn(40, 4, 16, 16)), Pool(scenes, torch.full((40, 4, 16, 16), 3.0)))
+    faulty, read = round(8 * base.recipe.denoiser.faulty_images[1]), []
+
+    def teach(noisy, timesteps, captions):
+        read.append(captions)
+        return torch.zeros_like(noisy)
+
+    def predict(noisy, timesteps, captions, rng):
+        """The teacher's prediction, and v of the faulty images."""
+        read.append(captions)
+        alpha, sigma = (x.float().view(-1, 1, 1, 1) for x in sd.process.alpha_sigma(timesteps))
+        v = alpha * (noisy - alpha * 3.0) / sigma - sigma * 3.0
+        v[:-faulty] = 0.0
+        return v
+
+    teacher = SimpleNamespace(process=sd.process, predict=teach, encode_prompts=list)
+    student = SimpleNamespace(process=sd.process, predict=predict)
+    assert distillation(base, teacher, student, pools)(0)["error"].item() < 1e-4
+    assert read[0] != read[1]
+
+
+def test_long_captions_are_read_whole_and_train_the_denoiser_alone(monkeypatch):
+    base, rng = (
+        SD(["denoiser.batch=8", "denoiser.long_share=0.5", "denoiser.caption_dropout=0"]),
+        np.random.default_rng(5),
+    )
+    pool = Pool([LONG.sample(rng) for _ in range(12)] + [sample_scene(rng, "single")], torch.randn(13, 4, 16, 16))
+    model = torch.nn.ModuleDict({"text_encoder": base.build_text_encoder(), "denoiser": base.build_denoiser()})
+    read, seen = LongCaptions(base, pool, model), []
+    assert read.rows == list(range(12))
+    encode = read.family.encode_prompts
+    monkeypatch.setattr(read.family, "encode_prompts", lambda texts: seen.extend(texts) or encode(texts))
+    read(rng).backward()
+    assert len(seen) == 4 and all(split_of(LONG.language.parse(text)) == "train" for text in seen if text)
+    assert encode(seen)["prompt_embeds"].shape[1] > base.tokenizer.model_max_length
+    assert all(p.grad is not None for p in model["denoiser"].parameters())
+    assert all(p.requires_grad and p.grad is None for p in model["text_encoder"].parameters())
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))
