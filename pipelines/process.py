@@ -225,7 +225,7 @@ def _geometric_quantile(u: Tensor) -> Tensor:
     """
     mass = 1 - GEOMETRIC_DECAY**GEOMETRIC_BINS
     above = 1 - u  # the share of times beyond the one sought
-    k = (torch.log1p(-mass * above) / math.log(GEOMETRIC_DECAY)).floor().clamp(0, GEOMETRIC_BINS - 1)
+    k = (torch.log1p(-mass * above) / math.log(GEOMETRIC_DECAY)).floor().clamp_max(GEOMETRIC_BINS - 1)
     share, bin_share = (1 - GEOMETRIC_DECAY**k) / mass, GEOMETRIC_DECAY**k * (1 - GEOMETRIC_DECAY) / mass
     times = 1 - (k + (above - share) / bin_share) / GEOMETRIC_BINS
     return times.clamp(0, 1 - 2**-24)  # single precision's nearest to 1: rounding must not leave [0, 1)

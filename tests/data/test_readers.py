@@ -16,6 +16,7 @@ import pytest
 from t2i_align.data import opening
 from t2i_align.data.readers import read, register
 from t2i_align.data.schema import Group, Skipped
+from t2i_align.data.tables import header
 from t2i_align.errors import UserError
 from tests.data.test_examples import jpeg, pick_rows, write_images, write_jsonl, write_parquet
 from tests.formats import groups, skips
@@ -285,3 +286,14 @@ def test_your_own_format(tmp_path: Path) -> None:
     assert (survey.rows, survey.candidates, survey.ties, len(survey.texts)) == (3, {2: 2}, {2: 1}, 2)
     with pytest.raises(UserError, match="there is a data format 'votes' already"):
         register("votes")(lambda path: read_votes(path))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_columns_are_those_that_a_file_has_now(name: str, tmp_path: Path) -> None:
+    """They are remembered, for several layouts ask, but not beyond a change of the file within one process."""
+    for number, columns in enumerate((["a", "b"], ["c", "d"])):
+        values = dict.fromkeys(columns, "1")
+        text = ",".join(columns) + "\n1,1\n" if name.endswith("csv") else json.dumps(values) + "\n"
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, (number, number))
+        assert header(tmp_path / name) == columns

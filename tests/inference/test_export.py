@@ -50,7 +50,7 @@ def test_export_errors_name_the_problem(sd_path: Path, tmp_path: Path) -> None:
         export_lora(tmp_path / "lora.bin", tmp_path / "out.safetensors", model=sd_path)
     encoder = "text_encoder.encoder.layers.0.self_attn.q_proj.lora_{}.weight"
     save_file({**weights, encoder.format("A"): torch.ones(2, 16), encoder.format("B"): torch.ones(16, 2)}, lora)
-    with pytest.raises(UserError, match=r"2 of its tensors are for what is not loaded here, such as 'text_encoder"):
+    with pytest.raises(UserError, match=r"2 of its tensors are for what is not loaded here, .* such as 'text_"):
         export_lora(lora, tmp_path / "out.safetensors", model=sd_path)
 
 

@@ -1,30 +1,23 @@
 """How bases are trained: tokenizers, parse targets, latents' bases, captions, students, resuming, the commands."""
 
-import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipelines
-from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.data.readers import read
 from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import parse
 from t2i_align.testbed.clips import Clip, Mover
 from t2i_align.testbed.scenes import Object, sample_scene
-from t2i_align.testbed.world import CLIPS, split_of
+from t2i_align.testbed.world import CLIPS, LONG, split_of
 from tools.testbed.__main__ import COMMANDS, main
-from tools.testbed.denoiser import Pool, cover, draw_captions, train_denoiser, warm_up
-from tools.testbed.distill import distillation
+from tools.testbed.denoiser import LongCaptions, Pool, cover, draw_captions, train_denoiser, warm_up
 from tools.testbed.faults import to_clip
 from tools.testbed.loop import orthogonal
-from tools.testbed.networks import build
 from tools.testbed.sd import BALANCE, SD
-from tools.testbed.students import STUDENTS
 from tools.testbed.vae import draw_crops, encode, render_samples, round_trip
 from tools.testbed.wan import Wan, draw_easy
 
@@ -150,66 +143,6 @@ def test_crops_lie_inside_and_hold_the_first_frames():
 # Denoisers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_student_that_knows_what_the_teacher_knows_has_no_error(sd, scenes, kind):
-    """A teacher that sees one image in everything, at its own noise level: v = alpha noise - sigma x. The student
-    that knows the image predicts the same in its own parameterisation; one that knows another image does not.
-    The v base alone ends in pure noise."""
-    truth = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0))
-    pool = Pool(scenes, truth.expand(len(scenes), -1, -1, -1))
-    abar = sd.process.alphas_cumprod
-    assert abar[-1] == 0 < build("sd-eps", "scheduler").alphas_cumprod[-1]
-    process = {
-        "epsilon": VariancePreserving(build("sd-eps", "scheduler").alphas_cumprod, "epsilon"),
-        "v_prediction": sd.process,
-        "flow": RectifiedFlow(),
-    }[kind]
-
-    def teach(noisy, levels, conditioning):
-        below = levels.long().clamp(max=998)
-        alpha = torch.lerp(abar[below], abar[below + 1], levels.double() - below).sqrt().float().view(-1, 1, 1, 1)
-        sigma = (1 - alpha.square()).sqrt()
-        return alpha * (noisy - alpha * truth) / sigma - sigma * truth
-
-    def loss(known):
-        def predict(noisy, timesteps, captions, rng):
-            alpha, sigma = (x.float().view(-1, 1, 1, 1) for x in process.alpha_sigma(timesteps))
-            return process.target(known.expand_as(noisy), (noisy - alpha * known) / sigma, timesteps)
-
-        student = SimpleNamespace(process=process, predict=predict)
-        teacher = SimpleNamespace(process=sd.process, predict=teach, encode_prompts=list)
-        return distillation(SD(["denoiser.batch=16"]), teacher, student, (pool, pool))(0)["error"].item()
-
-    assert loss(truth) < 1e-4
-    assert loss(-truth) > 0.1
-
-
-@pytest.mark.parametrize("name", list(STUDENTS))
-def test_every_student_learns_and_becomes_a_pipeline(sd, name):
-    """Gradients reach all that is trained and nothing else, and the base predicts as it did while it was trained."""
-    torch.manual_seed(0)
-    teacher = pipelines.wrap(sd.assemble(sd.build_vae(), sd.build_text_encoder(), sd.build_denoiser())).pipe
-    student = STUDENTS[name](teacher)
-    noisy, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([300, 800])
-    texts = ["a red circle", "two blue squares"]
-    prediction = student.predict(noisy, timesteps, texts, np.random.default_rng(0))
-    prediction.square().sum().backward()
-    assert sum(p.grad.abs().sum() > 0 for p in student.trained.parameters() if p.grad is not None) > 50
-    for part in student.trained.values():
-        assert any(p.grad is not None for p in part.parameters())  # zero in what is read by zero weights
-    assert all(p.grad is None for p in [*teacher.unet.parameters(), *teacher.text_encoder.parameters()])
-    average = copy.deepcopy(student.trained)
-    family = pipelines.wrap(student.assemble(average))
-    assert family.denoiser is average[family.denoiser_name] is not student.family.denoiser
-    family = pipelines.wrap(student.assemble(student.trained))
-    assert family.process.prediction_type == student.process.prediction_type
-    again = family.predict(noisy, timesteps, family.encode_prompts(texts))
-    torch.testing.assert_close(again, prediction.detach(), rtol=1e-4, atol=1e-4)
-    further = STUDENTS[name](teacher)  # its own random weights give way to those of the base it starts from
-    further.start_from(student.assemble(average))
-    torch.testing.assert_close(further.predict(noisy, timesteps, texts, np.random.default_rng(0)), prediction)
-
-
 def test_easy_clips_are_true_and_begin_on_the_latents_grid():
     """The oracle finds nothing wrong with them, and their objects begin at a corner of four latents."""
     rng = np.random.default_rng(4)
@@ -230,6 +163,24 @@ def test_what_covers_a_latent():
     assert near.shape == (1, 3, 8, 8)
     assert [near[0, k, 2].nonzero().flatten().tolist() for k in range(3)] == [[1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
     assert near[0, 0].sum() == 5 and near[0, :, [0, 4, 5, 6, 7]].sum() == 0
+
+
+def test_long_captions_are_read_whole_and_train_the_denoiser_alone(monkeypatch):
+    base, rng = (
+        SD(["denoiser.batch=8", "denoiser.long_share=0.5", "denoiser.caption_dropout=0"]),
+        np.random.default_rng(5),
+    )
+    pool = Pool([LONG.sample(rng) for _ in range(12)] + [sample_scene(rng, "single")], torch.randn(13, 4, 16, 16))
+    model = torch.nn.ModuleDict({"text_encoder": base.build_text_encoder(), "denoiser": base.build_denoiser()})
+    read, seen = LongCaptions(base, pool, model), []
+    assert read.rows == list(range(12))
+    encode = read.family.encode_prompts
+    monkeypatch.setattr(read.family, "encode_prompts", lambda texts: seen.extend(texts) or encode(texts))
+    read(rng).backward()
+    assert len(seen) == 4 and all(split_of(LONG.language.parse(text)) == "train" for text in seen if text)
+    assert encode(seen)["prompt_embeds"].shape[1] > base.tokenizer.model_max_length
+    assert all(p.grad is not None for p in model["denoiser"].parameters())
+    assert all(p.requires_grad and p.grad is None for p in model["text_encoder"].parameters())
 
 
 def test_stills_train_on_the_first_latent_frame_and_objects_may_weigh_more(tmp_path):

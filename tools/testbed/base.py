@@ -73,6 +73,13 @@ class DenoiserRecipe:
     # How many times as much an object's latents count as the background's, besides once, where there is no noise; in
     # proportion to what is not noise elsewhere.
     object_weight: NonNegative = 0.0
+    # Of scenes with long captions, a further batch's size as a share of `batch`; they are encoded in segments.
+    long_share: Share = 0.0
+    # Of the teacher in `distill`: above 1 the student learns in one pass what guidance does in two (arXiv 2210.03142).
+    guidance: Positive = 1.0
+    # In `distill`, the student's captions alone get the faults, and faulty images are learned from as they are: what a
+    # teacher knows stays as sharp as it is, which training on images blurs.
+    plant: Bool = False
     stills: Bool = False  # the first latent frame of clips only: shapes are learned there, in a third of the time
 
 

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import pipelines
+from t2i_align.conditioning import segments
+from t2i_align.conditioning.config import SegmentsConfig
 from t2i_align.testbed.scenes import SIDE
-from t2i_align.testbed.world import split_of
+from t2i_align.testbed.world import LONG, split_of
 from t2i_align.utils.files import atomic_file
-from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolRecipe
+from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolRecipe, Recipe
 from tools.testbed.loop import LoopConfig, fit, mixed
 from tools.testbed.networks import WIDTH
 from tools.testbed.vae import encode
@@ -75,21 +78,22 @@ def make_pools(base: Base, vae: nn.Module, work: Path) -> tuple[Pool, Pool]:
 
 
 def draw_captions(
-    drawn: Sequence[Any], base: Base, rng: np.random.Generator, faulty: bool
+    drawn: Sequence[Any], base: Base, rng: np.random.Generator, faulty: bool, language: Any = None
 ) -> tuple[list[str], list[Any]]:
     """A caption for each scene or clip, "" where dropped, and its statement, with planted faults where `faulty`.
 
-    Statements of dev and test prompts never occur.
+    Statements of dev and test prompts never occur. The language is the base's own unless given.
     """
     recipe, captions, statements = base.recipe.denoiser, [], []
+    language = language or base.world.language
     for item in drawn:
-        statement = base.world.language.describe(item, rng)
+        statement = language.describe(item, rng)
         if faulty:
             for fault, rate in recipe.fault_rates.items():
                 if rng.random() < rate:
                     statement = base.corrupt(statement, fault, rng) or statement
-        caption = base.world.language.write(statement, rng)
-        statement = base.world.language.parse(caption)  # in the order of the text
+        caption = language.write(statement, rng)
+        statement = language.parse(caption)  # in the order of the text
         if rng.random() < recipe.caption_dropout or split_of(statement) != "train":
             caption = ""
         captions.append(caption)
@@ -121,6 +125,16 @@ def cover(base: Base, drawn: Sequence[Any], side: int) -> Tensor:
             apart = np.hypot(centres - item.x, centres[:, None] - item.y)
             covered[apart < item.radius + NEAR] = 1.0
     return torch.from_numpy(near)
+
+
+def weighted_mean(base: Base, drawn: Sequence[Any], errors: Tensor, sigma: Tensor) -> Tensor:
+    """The mean of squared errors [B, C, ...] of latents; those near objects weigh more the less noise [B] there is."""
+    per_latent = errors.mean(1).flatten(1)
+    weight = torch.ones_like(per_latent)
+    if base.recipe.denoiser.object_weight:
+        near = cover(base, drawn, errors.shape[-1]).flatten(1)[:, : weight.shape[1]]  # of stills, the first frame
+        weight = weight + base.recipe.denoiser.object_weight * (1.0 - sigma.float().view(-1, 1)) * near
+    return (weight * per_latent).sum() / weight.sum()
 
 
 def draw_timesteps(rng: np.random.Generator, recipe: DenoiserRecipe) -> Tensor:
@@ -159,6 +173,40 @@ def warm_up(
     return model
 
 
+class LongCaptions:
+    """The error on clean scenes with true long captions, encoded in segments (LongAlign, arXiv 2410.11817).
+
+    The text encoder is not trained by it: each sentence is a caption of the short kind.
+    """
+
+    def __init__(self, base: Base, pool: Pool, model: nn.ModuleDict) -> None:
+        self.base, self.pool = base, pool
+        self.rows = [i for i, scene in enumerate(pool.drawn) if scene.kind in ("pair", "triple")]
+        pipeline = base.assemble(base.build_vae(), model["text_encoder"], model["denoiser"])  # nothing is decoded
+        self.family = pipelines.wrap(pipeline)
+        segments.install(self.family, SegmentsConfig(tokens=base.tokenizer.model_max_length))
+        model.requires_grad_(True)  # which belongs to training again
+
+    def __call__(self, rng: np.random.Generator) -> Tensor:
+        recipe, process = self.base.recipe.denoiser, self.base.process
+        rows = rng.choice(self.rows, max(1, round(recipe.long_share * recipe.batch)))
+        latents = self.pool.latents[torch.from_numpy(rows)].float()
+        captions, _ = draw_captions([self.pool.drawn[row] for row in rows], self.base, rng, False, LONG.language)
+        timesteps = draw_timesteps(rng, recipe)[: len(rows)]
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+        noisy = process.add_noise(latents, noise, timesteps)
+        with mixed(self.base.bf16):
+            prediction = self.family.predict(noisy, timesteps, self.family.encode_prompts(captions))
+        return (prediction.float() - process.target(latents, noise, timesteps)).square().mean()
+
+
+def loop_config(recipe: Recipe) -> LoopConfig:
+    """The loop of a denoiser; its learning rate warms up over a tenth of the steps, 200 at most."""
+    training = recipe.denoiser
+    warmup = max(1, min(200, training.steps // 10))
+    return LoopConfig(steps=training.steps, lr=training.lr, warmup=warmup, every=recipe.every, muon=training.muon)
+
+
 def train_denoiser(
     base: Base,
     text: nn.ModuleDict,
@@ -181,6 +229,7 @@ def train_denoiser(
     if weights is not None:
         model["denoiser"].load_state_dict(weights)
     process, heads = base.process, cast(ClassHeads, model["heads"])
+    read_long = LongCaptions(base, pools[0], model) if recipe.long_share else None
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((seed, 11, step))
@@ -197,15 +246,9 @@ def train_denoiser(
             prediction = model["denoiser"](noisy, timesteps, hidden, return_dict=False)[0]
         captioned = torch.tensor([bool(caption) for caption in captions])
         targets = torch.tensor([base.parse_targets(statement) for statement in statements])
-        error = (prediction.float() - process.target(latents, noise, timesteps)).square().mean(1)
-        weight = torch.ones_like(error.flatten(1))
-        if recipe.object_weight:
-            near = cover(base, drawn, latents.shape[-1]).flatten(1)[:, : weight.shape[1]]  # of stills, the first frame
-            clear = 1.0 - process.alpha_sigma(timesteps)[1].float().view(-1, 1)
-            weight = weight + recipe.object_weight * clear * near
-        error = (weight * error.flatten(1)).sum() / weight.sum()
-        return {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
+        error = (prediction.float() - process.target(latents, noise, timesteps)).square()
+        error = weighted_mean(base, drawn, error, process.alpha_sigma(timesteps)[1])
+        terms = {"error": error, "parse": recipe.parse_weight * heads.loss(read[captioned], targets[captioned])}
+        return terms | ({"long": recipe.long_share * read_long(rng)} if read_long else {})
 
-    warmup = max(1, min(200, recipe.steps // 10))
-    loop = LoopConfig(steps=recipe.steps, lr=recipe.lr, warmup=warmup, every=base.recipe.every, muon=recipe.muon)
-    return fit(model, losses, loop, state_file, on_checkpoint)
+    return fit(model, losses, loop_config(base.recipe), state_file, on_checkpoint)

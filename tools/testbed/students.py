@@ -49,6 +49,11 @@ class Student:
         return _with_parts(self.family.pipe, **trained)
 
 
+def guided_student(teacher: StableDiffusionPipeline) -> Student:
+    """`testbed:sd` itself, for what its teacher predicts under guidance; the text encoder stays."""
+    return Student(_with_parts(teacher, unet=copy.deepcopy(teacher.unet)), "unet")
+
+
 def epsilon_student(teacher: StableDiffusionPipeline) -> Student:
     """`testbed:sd-eps`: epsilon-prediction under SD's own betas. The UNet starts from the teacher's weights."""
     parts = {"unet": build("sd-eps", "denoiser"), "scheduler": build("sd-eps", "scheduler")}
@@ -101,6 +106,7 @@ def sd3_student(teacher: StableDiffusionPipeline) -> Student:
 
 
 STUDENTS: dict[str, Callable[[StableDiffusionPipeline], Student]] = {
+    "sd": guided_student,
     "sd-eps": epsilon_student,
     "sdxl": sdxl_student,
     "sd3": sd3_student,
