@@ -11,23 +11,11 @@ import torch
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.testbed.captions import parse
-from t2i_align.testbed.scenes import sample_scene
 from tools.testbed.denoiser import Pool
 from tools.testbed.distill import captions_with_and_without_faults, distillation, teacher_target
 from tools.testbed.networks import build
 from tools.testbed.sd import SD
 from tools.testbed.students import STUDENTS
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return SD()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    rng = np.random.default_rng(0)
-    return [sample_scene(rng) for _ in range(40)]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])

@@ -27,17 +27,6 @@ TINY = """
 """
 
 
-@pytest.fixture(scope="module")
-def sd():
-    return SD()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    rng = np.random.default_rng(0)
-    return [sample_scene(rng) for _ in range(40)]
-
-
 # Text ---------------------------------------------------------------------------------------------------------------
 
 

@@ -95,10 +95,10 @@ def distillation(
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((base.recipe.seed, 13, step))
         latents, drawn = draw_batch(pools, base, rng, faulty=True)
-        captions, _ = draw_captions(drawn, base, rng, faulty=True)
-        told = captions
         if recipe.plant:
             told, captions = captions_with_and_without_faults(drawn, base, rng)
+        else:
+            told = captions = draw_captions(drawn, base, rng, faulty=True)[0]
         timesteps = draw_timesteps(rng, recipe)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = process.add_noise(latents, noise, timesteps)
