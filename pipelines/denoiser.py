@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ class DenoiserMixin(Family):
                 f"attention backend {backend!r} is not usable with {self.family}. "
                 f"Choices: {', '.join(self.attention_backends)}."
             )
-        if backend != "native" and not torch.cuda.is_available():
+        if backend not in ("native", "math") and not torch.cuda.is_available():
             raise PipelineError(f"attention backend {backend!r} needs a CUDA GPU; use 'native'")
         if backend == "xformers" and not is_xformers_available():
             raise PipelineError("attention backend 'xformers' needs the package: pip install 't2i-align[xformers]'")
@@ -85,6 +86,8 @@ class DenoiserMixin(Family):
                 raise PipelineError(f"attention backend {backend!r} cannot be used: {error}") from error
         elif backend == "xformers":
             self.denoiser.enable_xformers_memory_efficient_attention()
+        elif backend == "math":  # plain matrix products: with few tokens the fused kernel's backward pass takes longer
+            self.denoiser.set_attn_processor(AttnProcessor())
 
 
 @contextmanager

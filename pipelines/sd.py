@@ -31,7 +31,7 @@ class StableDiffusion(TrainablePipeline):
         "all": (*ATTENTION, "proj_in", "proj_out", *FEED_FORWARD, "conv1", "conv2", "conv_shortcut"),
     }
     lora_namings = ("diffusers", "kohya", "comfyui")
-    attention_backends = ("native", "xformers")
+    attention_backends = ("native", "xformers", "math")
     feature_block = "mid_block"
 
     def lora_version(self) -> tuple[str, str]:

@@ -148,6 +148,13 @@ def test_attention_backends_are_honoured_or_refused(name: str, fresh: Load) -> N
     if name in ("flux", "wan"):
         with pytest.raises(PipelineError, match=r"needs a CUDA GPU|cannot be used"):
             pipeline.set_attention("flash")
+    if "math" in pipeline.attention_backends:
+        latents, times, conditioning = example(pipeline)
+        with torch.no_grad():
+            fused = pipeline.predict(latents, times, conditioning)
+            pipeline.set_attention("math")
+            assert torch.allclose(pipeline.predict(latents, times, conditioning), fused, atol=1e-5)
+        assert "2_0" not in str(pipeline.denoiser.attn_processors)
 
 
 def test_sdxl_depends_on_size_and_crop_and_its_empty_prompt_is_zero(shared: Load) -> None:
