@@ -12,14 +12,14 @@ from t2i_align.testbed import prompts
 from t2i_align.testbed.captions import parse
 from t2i_align.testbed.clips import Clip, Mover
 from t2i_align.testbed.scenes import Object, sample_scene
-from t2i_align.testbed.world import CLIPS, LONG, split_of
+from t2i_align.testbed.world import CLIPS, IMAGES, LONG, split_of
 from tools.testbed.__main__ import COMMANDS, main
 from tools.testbed.denoiser import LongCaptions, Pool, cover, draw_captions, train_denoiser, warm_up
 from tools.testbed.faults import to_clip
 from tools.testbed.loop import orthogonal
 from tools.testbed.sd import BALANCE, SD
 from tools.testbed.vae import draw_crops, encode, render_samples, round_trip
-from tools.testbed.wan import Wan, draw_easy
+from tools.testbed.wan import Wan
 
 TINY = """
     vae.number=6 vae.compile=false clean.number=8 faulty.number=4
@@ -132,10 +132,21 @@ def test_crops_lie_inside_and_hold_the_first_frames():
 # Denoisers ----------------------------------------------------------------------------------------------------------
 
 
+def test_easy_scenes_are_true_and_lie_on_the_latents_grid():
+    """The share `easy` of what is drawn: the oracle finds nothing wrong with them."""
+    base, rng = SD(["easy=0.5"]), np.random.default_rng(4)
+    drawn = [base.draw(rng, 0.0) for _ in range(64)]
+    easy = [s for s in drawn if s.kind == "single" and all(place % 8 == 0 for o in s.objects for place in (o.x, o.y))]
+    assert 20 < len(easy) < 44 and {item.size for scene in easy for item in scene.objects} == {"large"}
+    captions = [IMAGES.language.write(IMAGES.language.describe(scene, rng), rng) for scene in easy]
+    pixels = torch.from_numpy(np.stack([base.render(scene, rng, 0.0, 0.0)[0] for scene in easy])).movedim(-1, -3) / 255
+    assert IMAGES.oracle().judge(pixels, captions).reward.min() > 0.98
+
+
 def test_easy_clips_are_true_and_begin_on_the_latents_grid():
     """The oracle finds nothing wrong with them, and their objects begin at a corner of four latents."""
     rng = np.random.default_rng(4)
-    clips = [draw_easy(rng) for _ in range(24)]
+    clips = [Wan().draw_easy(rng) for _ in range(24)]
     captions = [CLIPS.language.write(CLIPS.language.describe(clip, rng), rng) for clip in clips]
     pixels = torch.from_numpy(np.stack([to_clip(clip.scenes, rng) for clip in clips])).movedim(-1, -3) / 255
     verdict = CLIPS.oracle().judge(pixels, captions)

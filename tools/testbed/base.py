@@ -87,7 +87,9 @@ class DenoiserRecipe:
 class Recipe:
     """How a base is trained; `text_steps` of its text encoder's warm-up.
 
-    A denoiser's checkpoints lie `every` steps apart, and each is evaluated on the first `evaluated` dev prompts.
+    `easy` is the share of scenes or clips with one object, large and on the latents' grid, from which shapes are
+    learned first; the others are any. A denoiser's checkpoints lie `every` steps apart, and each is evaluated on the
+    first `evaluated` dev prompts.
     """
 
     vae: VAERecipe
@@ -96,6 +98,7 @@ class Recipe:
     text_steps: Whole
     denoiser: DenoiserRecipe
     every: Count
+    easy: Share = 0.0
     evaluated: Count = 64
     seed: Whole = 0
 
@@ -132,9 +135,19 @@ class Base(ABC):
 
     # What it learns from ----------------------------------------------------------------------------------------
 
-    @abstractmethod
     def draw(self, rng: np.random.Generator, faulty: float) -> Any:
-        """A random scene or clip."""
+        """A random scene or clip; `faulty` is the probability of a drawn fault where it is not an easy one."""
+        easy = self.recipe.easy and rng.random() < self.recipe.easy
+        return self.draw_easy(rng) if easy else self.draw_any(rng, faulty)
+
+    @abstractmethod
+    def draw_any(self, rng: np.random.Generator, faulty: float) -> Any:
+        """Any scene or clip of its world."""
+
+    @abstractmethod
+    def draw_easy(self, rng: np.random.Generator) -> Any:
+        """One of one large object of one size on the latents' grid, whose latents are the same wherever it is. Of
+        objects anywhere a tiny transformer learned no shapes in this time."""
 
     @abstractmethod
     def render(self, drawn: Any, rng: np.random.Generator, faulty: float, degraded: float) -> np.ndarray:

@@ -13,7 +13,20 @@ from transformers import CLIPTokenizer
 
 from pipelines import VariancePreserving
 from t2i_align.testbed.captions import CHOICES, Statement, corrupt
-from t2i_align.testbed.scenes import BACKGROUNDS, Scene, maybe_degrade, render, sample_scene, to_uint8
+from t2i_align.testbed.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RADII,
+    SHAPES,
+    SIDE,
+    Object,
+    Scene,
+    fits,
+    maybe_degrade,
+    render,
+    sample_scene,
+    to_uint8,
+)
 from t2i_align.testbed.world import IMAGES
 from tools.testbed.base import Base, class_of
 from tools.testbed.networks import build, build_tokenizer, to_ids
@@ -23,6 +36,7 @@ from tools.testbed.vae import posterior_statistics, spread_to
 # brightness has 5 to 100 times the spread of what tells colours and shapes, which then drown in the noise that decides
 # them; the last component hardly carries anything and stays small.
 BALANCE = (1.2, 0.95, 0.75, 0.15)
+CELL = 8  # pixels that a patch of SD3's is wide, two latents
 SLOTS = 3  # objects that a caption can hold
 
 
@@ -43,8 +57,15 @@ class SD(Base):
         self.tokenizer: CLIPTokenizer = build_tokenizer()
         self.process = VariancePreserving(build("sd", "scheduler").alphas_cumprod, "v_prediction")
 
-    def draw(self, rng: np.random.Generator, faulty: float) -> Scene:
+    def draw_any(self, rng: np.random.Generator, faulty: float) -> Scene:
         return sample_scene(rng, stray=bool(rng.random() < faulty))
+
+    def draw_easy(self, rng: np.random.Generator) -> Scene:
+        shape, colour, background = (str(rng.choice(list(names))) for names in (SHAPES, COLOURS, BACKGROUNDS))
+        item = Object(shape, colour, "large", 0.0, 0.0, float(np.mean(RADII["large"])))
+        places = [item.at(x, y) for x in range(0, SIDE, CELL) for y in range(0, SIDE, CELL)]
+        inside = [place for place in places if fits(place, [], margin=0.0)]
+        return Scene("single", background, (inside[rng.integers(len(inside))],))
 
     def render(self, drawn: Scene, rng: np.random.Generator, faulty: float, degraded: float) -> np.ndarray:
         return to_uint8(maybe_degrade(render(drawn), rng, degraded))[None]

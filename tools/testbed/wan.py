@@ -36,27 +36,8 @@ from tools.testbed.vae import posterior_statistics, spread_to
 CHANNELS = 16
 EVENNESS = 0.4  # the power of its variance that a latent component keeps
 OBJECT_WEIGHT = 8.0
-EASY = 0.85  # share of easy clips, beside what any clip may be
 CELL = 8  # pixels that a latent is wide
 PACES = {"slowly": 1.5, "quickly": 4.0}  # pixels a frame
-
-
-def draw_easy(rng: np.random.Generator) -> Clip:
-    """A clip of one large object of one size, on a straight path from a corner of the latents' grid, at one of two
-    paces: its latents are the same wherever it begins. Of objects anywhere the tiny denoiser learned no shapes."""
-    shape, colour, path, speed, background = (
-        str(rng.choice(list(names))) for names in (SHAPES, COLOURS, DIRECTIONS, SPEEDS, BACKGROUNDS)
-    )
-    item = Object(shape, colour, "large", 0.0, 0.0, float(np.mean(RADII["large"])))
-    offsets = draw_offsets(path, PACES[speed], rng)
-    left, top, right, bottom = item.box
-    start = []
-    for low, high, along in ((left, right, offsets[:, 0]), (top, bottom, offsets[:, 1])):
-        corners = np.arange(0.0, SIDE, CELL)
-        inside = (corners + low + along.min() >= 0) & (corners + high + along.max() <= SIDE)
-        start.append(float(rng.choice(corners[inside])))
-    track = tuple((start[0] + float(dx), start[1] + float(dy)) for dx, dy in offsets)
-    return Clip(background, (Mover(item.at(*start), path, speed, track),))
 
 
 class Wan(Base):
@@ -75,8 +56,24 @@ class Wan(Base):
         self.tokenizer = build_word_tokenizer(clip_words())
         self.process = RectifiedFlow()
 
-    def draw(self, rng: np.random.Generator, faulty: float) -> Clip:
-        return draw_easy(rng) if rng.random() < EASY else sample_clip(rng)
+    def draw_any(self, rng: np.random.Generator, faulty: float) -> Clip:
+        return sample_clip(rng)
+
+    def draw_easy(self, rng: np.random.Generator) -> Clip:
+        """It begins at a corner of the grid and goes straight, at one of two paces."""
+        shape, colour, path, speed, background = (
+            str(rng.choice(list(names))) for names in (SHAPES, COLOURS, DIRECTIONS, SPEEDS, BACKGROUNDS)
+        )
+        item = Object(shape, colour, "large", 0.0, 0.0, float(np.mean(RADII["large"])))
+        offsets = draw_offsets(path, PACES[speed], rng)
+        left, top, right, bottom = item.box
+        start = []
+        for low, high, along in ((left, right, offsets[:, 0]), (top, bottom, offsets[:, 1])):
+            corners = np.arange(0.0, SIDE, CELL)
+            inside = (corners + low + along.min() >= 0) & (corners + high + along.max() <= SIDE)
+            start.append(float(rng.choice(corners[inside])))
+        track = tuple((start[0] + float(dx), start[1] + float(dy)) for dx, dy in offsets)
+        return Clip(background, (Mover(item.at(*start), path, speed, track),))
 
     def render(self, drawn: Clip, rng: np.random.Generator, faulty: float, degraded: float) -> np.ndarray:
         """`faulty` is relative to `faults.FAULT_RATES`, which depend on the speed."""
