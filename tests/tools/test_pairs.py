@@ -12,7 +12,16 @@ from t2i_align.testbed.oracle import Oracle, Verdict
 from t2i_align.testbed.scenes import render, sample_scene
 from tools.testbed.__main__ import main
 from tools.testbed.annotators import Annotator
-from tools.testbed.pairs import SCHEMA, PairsConfig, choose, decode, encode_jpeg, make_pairs, write_parquet
+from tools.testbed.pairs import (
+    SCHEMA,
+    PairsConfig,
+    choose,
+    decode,
+    encode_jpeg,
+    make_pairs,
+    sample_in_turn,
+    write_parquet,
+)
 
 
 def test_jpeg_keeps_the_verdict():
@@ -45,6 +54,19 @@ def test_best_against_worst_by_hand(per_prompt, quality_only, expected):
 def test_pairs_of_quality_alone_are_thinned_out():
     pairs = chosen(np.ones(4000), np.tile([1.0, 0.2], 2000), candidates=2, quality_only=0.25)
     assert abs(len(pairs) / 2000 - 0.25) < 0.04
+
+
+def test_samples_of_a_prompt_take_their_guidance_in_turn(monkeypatch):
+    """The value of a pixel is 10 * scale + seed; captions are those of the seeds."""
+
+    def sample_numbers(family, captions, seeds, guidance, **_):
+        assert captions == [f"caption {seed // 3}" for seed in seeds]
+        return torch.stack([torch.full((3, 1, 1), 10 * guidance + seed) for seed in seeds])
+
+    monkeypatch.setattr("tools.testbed.pairs.sample", sample_numbers)
+    config = PairsConfig(candidates=3, guidance=(1.0, 3.0))
+    drawn = sample_in_turn(None, [f"caption {i // 3}" for i in range(6)], range(6), config)
+    assert drawn[:, 0, 0, 0].tolist() == [10, 31, 12, 13, 34, 15]
 
 
 def assert_labelled(row):

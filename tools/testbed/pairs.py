@@ -16,13 +16,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,7 +64,8 @@ class PairsConfig:
     Of `candidates` samples per prompt the best and the worst make a pair, the second best and the second worst another,
     and so on up to `per_prompt`, where rewards differ by `margin` at least. Of the pairs that differ in quality only,
     the share `quality_only` is kept: less than 1 where the base is so weak that quality differs far more often than
-    faithfulness and would drown it.
+    faithfulness and would drown it. The samples of a prompt take their scale of `guidance` in turn, as people's images
+    come with several.
     """
 
     candidates: Count = 4
@@ -71,7 +73,7 @@ class PairsConfig:
     margin: NonNegative = 0.1
     quality_only: Share = 1.0
     steps: Count = 12
-    guidance: NonNegative = GUIDANCE
+    guidance: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (GUIDANCE,)
     prompts_per_batch: Count = 32
     seed: Whole = 0
 
@@ -124,6 +126,18 @@ def choose(verdict: Verdict, number: int, config: PairsConfig, rng: np.random.Ge
     return pairs
 
 
+def sample_in_turn(family: Any, captions: Sequence[str], seeds: Sequence[int], config: PairsConfig) -> Tensor:
+    """A sample of each caption, whose prompts have `candidates` in a row; each of these takes its own guidance."""
+    scales = [config.guidance[i % config.candidates % len(config.guidance)] for i in range(len(captions))]
+    drawn: dict[int, Tensor] = {}
+    for scale in sorted(set(scales)):
+        rows = [i for i, own in enumerate(scales) if own == scale]
+        own_captions, own_seeds = ([values[i] for i in rows] for values in (captions, seeds))
+        samples = sample(family, own_captions, own_seeds, steps=config.steps, guidance=scale)
+        drawn |= dict(zip(rows, samples, strict=True))
+    return torch.stack([drawn[i] for i in range(len(captions))])
+
+
 def sample_pairs(
     family: Any,
     captions: Sequence[str],
@@ -137,7 +151,7 @@ def sample_pairs(
         repeated = [caption for caption in batch for _ in range(config.candidates)]
         first_seed = 1_000_000 * (config.seed + 1) + first * config.candidates
         seeds = range(first_seed, first_seed + len(repeated))
-        stored, pixels = store(sample(family, repeated, seeds, steps=config.steps, guidance=config.guidance))
+        stored, pixels = store(sample_in_turn(family, repeated, seeds, config))
         verdict = oracle.judge(pixels, repeated)
         rng = np.random.default_rng((config.seed, first))
         yield Samples(repeated, seeds, stored, verdict, choose(verdict, len(batch), config, rng), rng)
