@@ -32,7 +32,7 @@ from claims_data import POOL_SEED, frame_score, make_conditions
 from t2i_align.evaluation.stats import Comparison, compare
 from t2i_align.inference.generate import sample, sample_seed
 from t2i_align.inference.models import adapter_on, load_pipeline, resolve_aligned
-from t2i_align.inference.options import build_scorers
+from t2i_align.inference.options import build_scorers, cpu_computes_bf16
 from t2i_align.testbed import prompts
 from t2i_align.training.run import align
 from t2i_align.utils.files import write_json
@@ -205,7 +205,13 @@ def configuration(run: Run, budget: Budget, work: Path) -> dict[str, Any]:
         "objective": {"name": method.objective},
         "lora": {"rank": 16, "alpha": 16, "targets": "all"},
         "optim": {"lr": budget.lr, "schedule": "cosine", "warmup_steps": 5},
-        "train": {"steps": steps, "batch_size": budget.batch_size, "seed": run.seed},
+        "train": {
+            "steps": steps,
+            "batch_size": budget.batch_size,
+            "seed": run.seed,
+            "precision": "bf16" if cpu_computes_bf16() else "fp32",
+            "attention": "math",
+        },
         "log": {"every": 10, "checkpoint_every": 10 * steps, "keep_checkpoints": 1},
     }
     knob, *_ = method.knob
@@ -223,7 +229,8 @@ def judge(lora: str | None, split: str, budget: Budget) -> dict[str, list[float]
     texts = held_out(split, budget.prompts)
     seeds = [sample_seed(EVALUATION_SEED, i, 0) for i in range(len(texts))]
     pipeline = load_pipeline(BASE)
-    options = {"steps": budget.sampling_steps, "guidance": 1.0, "batch_size": 48}
+    autocast = torch.bfloat16 if cpu_computes_bf16() else None
+    options = {"steps": budget.sampling_steps, "guidance": 1.0, "batch_size": 48, "autocast": autocast}
     if lora is None:
         images = sample(pipeline, texts, seeds, **options)
     else:
