@@ -37,7 +37,7 @@ from t2i_align.training.run import align
 from t2i_align.utils.files import json_lines, read_json, write_json, write_text
 from tools.testbed.evaluate import grid
 from tools.testbed.faults import to_clip
-from tools.testbed.wan import draw_easy
+from tools.testbed.wan import Wan
 
 FPS = 16
 SEGMENT = 2.5 / FPS  # seconds: each of the three latent frames of nine frames has a segment of its own, and its label
@@ -117,10 +117,10 @@ def test_prompts(count: int) -> list[str]:
 
 def make_real(folder: Path, count: int) -> None:
     """Rendered clips with captions of the train split."""
-    rng = np.random.default_rng(0)
+    rng, world = np.random.default_rng(0), Wan()
     made = 0
     while made < count:
-        clip = draw_easy(rng)
+        clip = world.draw_easy(rng)
         statement = describe(clip, rng)
         if split_of(statement) == "train":
             frames = torch.from_numpy(to_clip(clip.scenes, rng)).permute(0, 3, 1, 2)
