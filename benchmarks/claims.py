@@ -43,7 +43,7 @@ TEST_FIRST = 256  # the first 256 test prompts are the quickstart's
 EVALUATION_SEED = 70_000
 TUNING_SEED = 100  # training seed of the selection on dev prompts; the figures' seeds are 0, 1, 2
 MARGINS = {"reward": 0.02, "faithfulness": 0.0, "quality": 0.02, "frame": 0.02}
-BETA = ("objective.beta", 200.0)  # the quickstart's value, for every method with Diffusion-DPO's beta
+BETA = ("objective.beta", 60.0)  # the quickstart's value, for every method with Diffusion-DPO's beta
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -82,10 +82,10 @@ METHODS = {
             "smpo",
             "smpo",
             ("objective.gamma", 5, 20),
-            {"objective.levels": 4, "objective.renoise": 0, "objective.beta": 200},
+            {"objective.levels": 4, "objective.renoise": 0, "objective.beta": 60},
         ),
         Method("dmpo", "dmpo", BETA),
-        Method("dspo", "dspo", ("objective.beta", 0.05, 0.5), {"objective.logit_beta": 200}),
+        Method("dspo", "dspo", ("objective.beta", 0.05, 0.5), {"objective.logit_beta": 60}),
         Method("ncp_dpo", "ncp_dpo", ("objective.beta", 400, 4000)),
         Method(
             "stable_reference",

@@ -56,7 +56,7 @@ def main() -> None:
     chosen = [
         f"`{method}` on {condition}: `{knob}={value:g}`"
         for (method, condition), (knob, value) in knobs.items()
-        if (knob, value) != ("objective.beta", 200)
+        if (knob, value) != ("objective.beta", 60)
     ]
     text += f"\nChosen on dev prompts: {'; '.join(chosen)}.\n"
     cost = json.loads((RESULTS / "claims_cost.json").read_text())
