@@ -37,7 +37,8 @@ def quickstart(
 
     Args:
         overrides: `key=value` changes to the bundled configuration. Without `train.precision` among them it trains and
-            draws in bf16 on a CPU with instructions for it.
+            draws in bf16 on a CPU with instructions for it, and without `train.attention` it trains on a CPU with plain
+            matrix products where the model has them.
         output: folder to write to; what an earlier quickstart left there is replaced when this one is complete.
         prompts: what to compare on: a file of prompts, `testbed:test`, or a list.
         count: compare on the first so many prompts.
@@ -56,12 +57,14 @@ def quickstart(
     folder = Path(output).expanduser()
     # The latents outlive the folder that is replaced: they are the same next time.
     paths = [f"output_dir={folder / 'run'}", f"data.cache_dir={folder.parent / 'cache'}"]
-    configuration.load(CONFIG, [*paths, *overrides])  # a wrong key is answered before torch is loaded
+    model = configuration.load(CONFIG, [*paths, *overrides]).model  # a wrong key is answered before torch is loaded
     with replacing(folder) as temporary:
         # Imported here: these load torch and diffusers, which takes seconds that belong to the job.
         import torch
 
+        import pipelines
         from t2i_align.evaluation.compare import RESULT, evaluate
+        from t2i_align.inference.models import resolve_model
         from t2i_align.inference.options import cpu_computes_bf16, resolve_prompts
         from t2i_align.training.output import write_settings
         from t2i_align.training.progress import LOG_FILE
@@ -70,7 +73,11 @@ def quickstart(
         from t2i_align.utils.logging import silence_libraries
 
         silence_libraries()
-        fast = ["train.precision=bf16"] * (not torch.accelerator.is_available() and cpu_computes_bf16())
+        fast = []
+        if not torch.accelerator.is_available():
+            family = pipelines.family_of(resolve_model(model.path), model.revision)
+            fast += ["train.precision=bf16"] * cpu_computes_bf16()
+            fast += ["train.attention=math"] * (family is not None and "math" in family.attention_backends)
         config = configuration.load(CONFIG, [*paths, *fast, *overrides])
         compared = resolve_prompts(prompts)[:count]
         with _named(temporary / ".run", folder / "run"):

@@ -108,6 +108,16 @@ def test_cpu_is_asked_for_its_instructions(monkeypatch: pytest.MonkeyPatch) -> N
         assert options.cpu_computes_bf16() == (avx512 or amx)
 
 
+@pytest.mark.parametrize(("model", "attention"), [("sd", "math"), ("sd3", "native")])
+def test_attention_on_a_cpu_is_one_that_the_model_has(
+    model: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    options = [f"model.path=testbed:{model}"]
+    quickstart([*SMALL, *options], output=tmp_path / "q", prompts=resolve_prompts("testbed:test")[:2])
+    assert yaml.safe_load((tmp_path / "q" / "run" / "run.yaml").read_text())["train"]["attention"] == attention
+
+
 def test_small_job_runs_and_a_second_one_reuses_the_latents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
