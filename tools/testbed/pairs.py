@@ -132,8 +132,8 @@ def sample_in_turn(family: Any, captions: Sequence[str], seeds: Sequence[int], c
     drawn: dict[int, Tensor] = {}
     for scale in sorted(set(scales)):
         rows = [i for i, own in enumerate(scales) if own == scale]
-        own_captions, own_seeds = ([values[i] for i in rows] for values in (captions, seeds))
-        samples = sample(family, own_captions, own_seeds, steps=config.steps, guidance=scale)
+        texts, numbers = [captions[i] for i in rows], [seeds[i] for i in rows]
+        samples = sample(family, texts, numbers, steps=config.steps, guidance=scale)
         drawn |= dict(zip(rows, samples, strict=True))
     return torch.stack([drawn[i] for i in range(len(captions))])
 
