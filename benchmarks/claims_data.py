@@ -1,7 +1,7 @@
 """The data of `claims.py`: four images per prompt from the base, and each condition's labels, captions and likes.
 
 pairs           best against worst of four by the oracle's reward
-noisy           two of the four at random; scores with Bradley-Terry noise, which flips some 30 % of them
+noisy           two of the four at random; scores with Bradley-Terry noise, which flips about a quarter of them
 similar         the two nearest in reward, a fifth of the labels flipped
 lists           all four with their rewards
 likes           unpaired: the winner for half of the prompts, the loser for the others
