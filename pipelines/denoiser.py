@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor, nn
 
@@ -88,6 +88,10 @@ class DenoiserMixin(Family):
             self.denoiser.enable_xformers_memory_efficient_attention()
         elif backend == "math":  # plain matrix products: with few tokens the fused kernel's backward pass takes longer
             self.denoiser.set_attn_processor(AttnProcessor())
+        elif "math" in self.attention_backends:  # undo an earlier choice; a user's own processors stay
+            processors = self.denoiser.attn_processors.values()
+            if all(type(own) in (AttnProcessor, XFormersAttnProcessor) for own in processors):
+                self.denoiser.set_attn_processor(AttnProcessor2_0())
 
 
 @contextmanager

@@ -155,6 +155,8 @@ def test_attention_backends_are_honoured_or_refused(name: str, fresh: Load) -> N
             pipeline.set_attention("math")
             assert torch.allclose(pipeline.predict(latents, times, conditioning), fused, atol=1e-5)
         assert "2_0" not in str(pipeline.denoiser.attn_processors)
+        pipeline.set_attention("native")
+        assert str(pipeline.denoiser.attn_processors).count("2_0") == len(pipeline.denoiser.attn_processors)
 
 
 def test_sdxl_depends_on_size_and_crop_and_its_empty_prompt_is_zero(shared: Load) -> None:
