@@ -12,7 +12,12 @@ import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.testbed.captions import parse
 from tools.testbed.denoiser import Pool
-from tools.testbed.distill import captions_with_and_without_faults, distillation, teacher_target
+from tools.testbed.distill import (
+    captions_with_and_without_faults,
+    distillation,
+    feature_error,
+    teacher_target,
+)
 from tools.testbed.networks import build
 from tools.testbed.sd import SD
 from tools.testbed.students import STUDENTS
@@ -97,6 +102,39 @@ def test_planted_faults_are_told_to_the_student_alone(sd, scenes):
     student = SimpleNamespace(process=sd.process, predict=predict)
     assert distillation(base, teacher, student, pools)(0)["error"].item() < 1e-4
     assert read[0] != read[1]
+
+
+def test_features_are_read_off_the_tokens_of_their_places():
+    """Tokens that hold the features, whatever the channels' scales, leave no error; those of another place do."""
+    torch.manual_seed(0)
+    features = torch.randn(8, 3, 4, 4) * torch.tensor([1.0, 1e-3, 1e3]).view(-1, 1, 1) + 5.0
+    standard = (features - features.mean((0, 2, 3), keepdim=True)) / features.std((0, 2, 3), keepdim=True)
+    tokens, read = torch.zeros(8, 16, 6), torch.nn.Linear(6, 3)
+    tokens[..., :3] = standard.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        read.weight.copy_(torch.eye(3, 6))
+        read.bias.zero_()
+    error = feature_error(read, tokens, features)
+    assert error.shape == (8, 1, 4, 4) and error.max() < 1e-3  # features of 1e-3 around 5 have few digits
+    assert feature_error(read, tokens.roll(1, 1), features).mean() > 1.0
+
+
+def test_features_of_a_teacher_reach_the_blocks_up_to_the_one_that_is_read(sd, scenes):
+    """Blocks after it and what the teacher has get no gradient, and no hook is left."""
+    torch.manual_seed(0)
+    teacher = pipelines.wrap(sd.assemble(sd.build_vae(), sd.build_text_encoder(), sd.build_denoiser()))
+    student = STUDENTS["sd3"](teacher.pipe)
+    base = SD(["denoiser.batch=4", "denoiser.feature_weight=0.5", "denoiser.guidance=2"], recipe="sd3")
+    pool = Pool(scenes, torch.randn(40, 4, 16, 16))
+    read = torch.nn.Linear(student.family.denoiser.inner_dim, teacher.denoiser.config.block_out_channels[1])
+    terms = distillation(base, teacher, student, (pool, pool), read)(0)
+    assert 0.25 < terms["features"] < 2.0  # half of a variance and a random map's
+    terms["features"].backward()
+    blocks = student.family.denoiser.transformer_blocks
+    learning = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks]
+    assert learning == [block in list(blocks)[: list(blocks).index(student.block) + 1] for block in blocks]
+    assert read.weight.grad.any() and all(p.grad is None for p in teacher.denoiser.parameters())
+    assert not any(module._forward_hooks for part in (teacher.denoiser, blocks) for module in part.modules())
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))

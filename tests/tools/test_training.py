@@ -22,7 +22,7 @@ from tools.testbed.vae import draw_crops, encode, render_samples, round_trip
 from tools.testbed.wan import Wan
 
 TINY = """
-    vae.number=6 vae.compile=false clean.number=8 faulty.number=4
+    vae.number=6 vae.compile=false denoiser.compile=false clean.number=8 faulty.number=4
     text_steps=2 denoiser.steps=2 denoiser.batch=2 every=2 evaluated=1 --threads 1
 """
 

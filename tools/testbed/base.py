@@ -80,6 +80,10 @@ class DenoiserRecipe:
     # In `distill`, the student's captions alone get the faults, and faulty images are learned from as they are: what a
     # teacher knows stays as sharp as it is, which training on images blurs.
     plant: Bool = False
+    # In `distill`, of a transformer's tokens, from which the teacher's features at the same places are read (arXiv
+    # 2410.06940): a shape is a few latents, of which the loss of predictions says little for thousands of steps.
+    feature_weight: NonNegative = 0.0
+    compile: Bool = False  # the denoiser: minutes at first, then about two thirds of a transformer's time
     stills: Bool = False  # the first latent frame of clips only: shapes are learned there, in a third of the time
 
 
@@ -111,7 +115,7 @@ class Base(ABC):
         world: what it draws, its captions and its oracle.
         corrupt: a statement with one attribute wrong, or None where the fault does not apply.
         continuous: whether times between the 1000 timesteps are drawn.
-        bf16: whether autoencoder and denoiser are trained in bf16 where the CPU has it.
+        bf16: whether its autoencoder is trained in bf16 where the CPU has it, as its denoiser is.
         parse_sizes: classes that are read off each of the P tokens of `encode_text`.
         process: how its latents become noise.
     """

@@ -20,7 +20,7 @@ from t2i_align.testbed.scenes import SIDE
 from t2i_align.testbed.world import LONG, split_of
 from t2i_align.utils.files import atomic_file
 from tools.testbed.base import Base, ClassHeads, DenoiserRecipe, PoolRecipe, Recipe
-from tools.testbed.loop import LoopConfig, fit, mixed
+from tools.testbed.loop import LoopConfig, fit, quick
 from tools.testbed.networks import WIDTH
 from tools.testbed.vae import encode
 
@@ -195,7 +195,7 @@ class LongCaptions:
         timesteps = draw_timesteps(rng, recipe)[: len(rows)]
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = process.add_noise(latents, noise, timesteps)
-        with mixed(self.base.bf16):
+        with quick():
             prediction = self.family.predict(noisy, timesteps, self.family.encode_prompts(captions))
         return (prediction.float() - process.target(latents, noise, timesteps)).square().mean()
 
@@ -228,6 +228,8 @@ def train_denoiser(
     model = nn.ModuleDict({**text, "denoiser": base.build_denoiser()}).requires_grad_(True)
     if weights is not None:
         model["denoiser"].load_state_dict(weights)
+    if recipe.compile:
+        model["denoiser"].compile()
     process, heads = base.process, cast(ClassHeads, model["heads"])
     read_long = LongCaptions(base, pools[0], model) if recipe.long_share else None
 
@@ -241,7 +243,7 @@ def train_denoiser(
             timesteps = timesteps + torch.from_numpy(rng.random(len(latents), np.float32))
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = process.add_noise(latents, noise, timesteps)
-        with mixed(base.bf16):
+        with quick():
             hidden, read = base.encode_text(model["text_encoder"], captions)
             prediction = model["denoiser"](noisy, timesteps, hidden, return_dict=False)[0]
         captioned = torch.tensor([bool(caption) for caption in captions])

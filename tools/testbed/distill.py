@@ -11,12 +11,12 @@ matched: the teacher is given fractional timesteps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 import pipelines
@@ -33,7 +33,7 @@ from tools.testbed.denoiser import (
     weighted_mean,
 )
 from tools.testbed.evaluate import report_on
-from tools.testbed.loop import fit, mixed
+from tools.testbed.loop import fit, quick
 from tools.testbed.sampling import model_folder, output_options, recipe_options, save
 from tools.testbed.sd import SD
 from tools.testbed.students import STUDENTS, Student
@@ -74,6 +74,28 @@ def teacher_target(
     return process.target(a * seen - s * velocity, s * seen + a * velocity, timesteps)
 
 
+@contextlib.contextmanager
+def watched(*modules: nn.Module) -> Iterator[list[list[Any]]]:
+    """What each of the modules returns while the block runs, call by call."""
+    outputs: list[list[Any]] = [[] for _ in modules]
+    with contextlib.ExitStack() as stack:
+        for module, seen in zip(modules, outputs, strict=True):
+            handle = module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+            stack.callback(handle.remove)
+        yield outputs
+
+
+def feature_error(read: nn.Linear, tokens: Tensor, features: Tensor) -> Tensor:
+    """Squared error [B, 1, H, W] of features [B, C, H, W] that are read off tokens [B, H W, D] of the same places.
+
+    Each channel counts by its variance over the batch, whatever its scale.
+    """
+    channels = features.float().transpose(0, 1).flatten(1)
+    mean, deviation = (x.view(-1, 1, 1) for x in (channels.mean(1), channels.std(1) + 1e-6))
+    known = read(tokens.float()).transpose(1, 2).unflatten(2, features.shape[2:])
+    return (known - (features.float() - mean) / deviation).square().mean(1, keepdim=True)
+
+
 def captions_with_and_without_faults(
     drawn: Sequence[Any], base: Base, rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
@@ -87,10 +109,15 @@ def captions_with_and_without_faults(
 
 
 def distillation(
-    base: Base, teacher: Any, student: Student, pools: tuple[Pool, Pool]
+    base: Base, teacher: Any, student: Student, pools: tuple[Pool, Pool], read: nn.Linear | None = None
 ) -> Callable[[int], dict[str, Tensor]]:
-    """The loss of a step: the student's mean squared error against what follows from the teacher's prediction."""
+    """The loss of a step: the student's mean squared error against what follows from the teacher's prediction.
+
+    Args:
+        read: reads the teacher's features off the student's tokens; adds their error, times `feature_weight`.
+    """
     process, recipe = student.process, base.recipe.denoiser
+    blocks = (teacher.denoiser.up_blocks[1].attentions[-1], student.block) if read else ()
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((base.recipe.seed, 13, step))
@@ -102,7 +129,7 @@ def distillation(
         timesteps = draw_timesteps(rng, recipe)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         noisy = process.add_noise(latents, noise, timesteps)
-        with mixed():
+        with quick(), watched(*blocks) as seen:
             target = teacher_target(teacher, process, noisy, timesteps, captions, recipe.guidance)
             prediction = student.predict(noisy, timesteps, told, rng).float()
         if recipe.plant:
@@ -111,7 +138,13 @@ def distillation(
         error = (prediction - target).square()
         if process.prediction_type == "epsilon":  # measured in v, which does not vanish where noise is all
             error = error / process.alpha_sigma(timesteps)[0].float().square().view(-1, 1, 1, 1)
-        return {"error": weighted_mean(base, drawn, error, process.alpha_sigma(timesteps)[1])}
+        sigma = process.alpha_sigma(timesteps)[1]
+        terms = {"error": weighted_mean(base, drawn, error, sigma)}
+        if read is not None:  # the first call has captions; a joint block returns text tokens, then image tokens
+            (features,), (_, tokens) = (calls[0] for calls in seen)
+            error = feature_error(read, tokens, features)
+            terms["features"] = recipe.feature_weight * weighted_mean(base, drawn, error, sigma)
+        return terms
 
     return losses
 
@@ -138,14 +171,20 @@ def run(args: argparse.Namespace) -> None:
     student = STUDENTS[args.student](teacher.pipe)
     if args.start:
         student.start_from(pipelines.load(args.start).pipe)
-    # Plain matrix products: at these sizes the fused kernel takes longer on a CPU.
-    teacher.denoiser.set_attn_processor(AttnProcessor())
+    model, read = nn.ModuleDict(dict(student.trained.items())), None
+    if recipe.denoiser.feature_weight:
+        if student.block is None:
+            raise SystemExit(f"denoiser.feature_weight={recipe.denoiser.feature_weight:g}: {args.student} is a UNet")
+        read = nn.Linear(student.family.denoiser.inner_dim, teacher.denoiser.config.block_out_channels[1])
+        model["features"] = read
 
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
         report_on(student.assemble(average), step, recipe.evaluated, args.work / f"{args.student}_{step}.png")
 
     loop = loop_config(recipe)
-    losses = distillation(base, teacher, student, pools)
-    average = fit(student.trained, losses, loop, args.work / f"distilled_{args.student}.pt", on_checkpoint)
+    losses = distillation(base, teacher, student, pools, read)
+    if recipe.denoiser.compile:
+        student.family.denoiser.compile()
+    average = fit(model, losses, loop, args.work / f"distilled_{args.student}.pt", on_checkpoint)
     save(student.assemble(average), args.out)
     print(f"saved {args.out}")

@@ -9,16 +9,18 @@ drown in them. Muon gives all directions the same length (arXiv 2502.16982). Aft
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from t2i_align.inference.options import cpu_computes_bf16
 from t2i_align.utils.files import atomic_file
@@ -131,6 +133,14 @@ def fit(
             if on_checkpoint is not None:
                 on_checkpoint(average, done)
     return average
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """As a denoiser is trained: `mixed`, and attention in plain matrix products, since at these sizes torch's fused
+    kernel takes longer on a CPU, above all backwards."""
+    with mixed(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def mixed(enabled: bool = True) -> torch.autocast:

@@ -25,12 +25,17 @@ CAPTIONS = 400  # of 28 tokens each, which a map of 128 x 192 is fitted to
 
 
 class Student:
-    """A base in the making. `trained` holds the components of the pipeline that learn; everything else is frozen."""
+    """A base in the making. `trained` holds the components of the pipeline that learn; everything else is frozen.
 
-    def __init__(self, pipeline: Any, *trained: str) -> None:
+    Attributes:
+        block: of a transformer, the one whose tokens learn the teacher's features.
+    """
+
+    def __init__(self, pipeline: Any, *trained: str, block: nn.Module | None = None) -> None:
         self.family = pipelines.wrap(pipeline)
         self.process = self.family.process
         self.trained = nn.ModuleDict({name: getattr(pipeline, name) for name in trained}).requires_grad_(True)
+        self.block = block
 
     def start_from(self, pipeline: Any) -> None:
         """Take the weights of what is trained from another pipeline of its kind."""
@@ -46,7 +51,7 @@ class Student:
 
     def assemble(self, trained: nn.ModuleDict) -> Any:
         """The pipeline with other weights of what is trained."""
-        return _with_parts(self.family.pipe, **trained)
+        return _with_parts(self.family.pipe, **{name: trained[name] for name in self.trained})
 
 
 def guided_student(teacher: StableDiffusionPipeline) -> Student:
@@ -102,7 +107,8 @@ def sd3_student(teacher: StableDiffusionPipeline) -> Student:
         transformer=build("sd3", "denoiser"),
         scheduler=build("sd3", "scheduler"),
     )
-    return Student(pipeline, "transformer", "text_encoder_2", "text_encoder_3")
+    block = pipeline.transformer.transformer_blocks[3]  # the fourth of six
+    return Student(pipeline, "transformer", "text_encoder_2", "text_encoder_3", block=block)
 
 
 STUDENTS: dict[str, Callable[[StableDiffusionPipeline], Student]] = {
