@@ -343,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for pairs, runs and scores")
     parser.add_argument("--base", default="testbed:wan")
-    parser.add_argument("--clips", type=int, default=40, help="rendered clips that pairs are made of")
+    parser.add_argument("--clips", type=int, default=80, help="rendered clips that pairs are made of")
     parser.add_argument("--pairs", type=int, default=32, help="labelled pairs of each kind")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=6)
