@@ -11,12 +11,14 @@ import torch
 import pipelines
 from pipelines import RectifiedFlow, VariancePreserving
 from t2i_align.testbed.captions import parse
+from tools.testbed.__main__ import main
 from tools.testbed.denoiser import Pool
 from tools.testbed.distill import (
     captions_with_and_without_faults,
     distillation,
     feature_error,
     teacher_target,
+    watched,
 )
 from tools.testbed.networks import build
 from tools.testbed.sd import SD
@@ -117,6 +119,35 @@ def test_features_are_read_off_the_tokens_of_their_places():
     error = feature_error(read, tokens, features)
     assert error.shape == (8, 1, 4, 4) and error.max() < 1e-3  # features of 1e-3 around 5 have few digits
     assert feature_error(read, tokens.roll(1, 1), features).mean() > 1.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_call_of_a_watched_module_is_seen_once(compiled):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = Model()
+    layer = model.layer
+    if compiled:
+        model.compile(backend="eager")
+    for value in (1.0, 2.0):  # each with a list of its own
+        with watched(layer) as (seen,):
+            model(torch.full((1, 2), value))
+        torch.testing.assert_close(seen, [layer(torch.full((1, 2), value))])
+    model(torch.ones(1, 2))
+    assert len(seen) == 1 and not layer._forward_hooks
+
+
+def test_features_of_a_unet_student_are_refused_before_long_work(tmp_path):
+    options = ["--student", "sdxl", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "base")]
+    with pytest.raises(SystemExit, match=r"feature_weight=0\.1: sdxl is a UNet"):
+        main(["distill", *options, "denoiser.feature_weight=0.1"])
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_features_of_a_teacher_reach_the_blocks_up_to_the_one_that_is_read(sd, scenes):

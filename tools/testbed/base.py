@@ -115,7 +115,7 @@ class Base(ABC):
         world: what it draws, its captions and its oracle.
         corrupt: a statement with one attribute wrong, or None where the fault does not apply.
         continuous: whether times between the 1000 timesteps are drawn.
-        bf16: whether its autoencoder is trained in bf16 where the CPU has it, as its denoiser is.
+        bf16: whether its autoencoder is trained in bf16 where the CPU has it; its denoiser always is.
         parse_sizes: classes that are read off each of the P tokens of `encode_text`.
         process: how its latents become noise.
     """

@@ -76,13 +76,15 @@ def teacher_target(
 
 @contextlib.contextmanager
 def watched(*modules: nn.Module) -> Iterator[list[list[Any]]]:
-    """What each of the modules returns while the block runs, call by call."""
-    outputs: list[list[Any]] = [[] for _ in modules]
+    """What each of the modules, also compiled ones, returns while the block runs, call by call."""
+
+    def keep(module: nn.Module) -> list[Any]:
+        seen: list[Any] = []  # of a closure: a compiled module would go on appending to the list of its first call
+        stack.callback(module.register_forward_hook(lambda _, __, output: seen.append(output)).remove)
+        return seen
+
     with contextlib.ExitStack() as stack:
-        for module, seen in zip(modules, outputs, strict=True):
-            handle = module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
-            stack.callback(handle.remove)
-        yield outputs
+        yield [keep(module) for module in modules]
 
 
 def feature_error(read: nn.Linear, tokens: Tensor, features: Tensor) -> Tensor:
@@ -166,7 +168,6 @@ def run(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     base = SD(args.overrides, recipe=args.student)
     recipe = base.recipe
-    pools = make_pools(base, teacher.pipe.vae, args.work)
     torch.manual_seed(recipe.seed)
     student = STUDENTS[args.student](teacher.pipe)
     if args.start:
@@ -177,6 +178,7 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(f"denoiser.feature_weight={recipe.denoiser.feature_weight:g}: {args.student} is a UNet")
         read = nn.Linear(student.family.denoiser.inner_dim, teacher.denoiser.config.block_out_channels[1])
         model["features"] = read
+    pools = make_pools(base, teacher.pipe.vae, args.work)
 
     def on_checkpoint(average: nn.ModuleDict, step: int) -> None:
         report_on(student.assemble(average), step, recipe.evaluated, args.work / f"{args.student}_{step}.png")
