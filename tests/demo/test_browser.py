@@ -122,7 +122,7 @@ def test_a_key_votes_on_the_pair_that_is_seen(page: Any, served: Served) -> None
     with held(page) as requests:
         for count, key in enumerate(("ArrowLeft", "ArrowRight"), 1):
             page.keyboard.press(key)
-            until(page, lambda count=count: len(requests) == count)
+            until(page, lambda count=count: len(requests) >= count)  # a late one of the tab may be among them
     following = votes.upcoming("gail", 2)[-1]
     page.locator(f"#pair img[src*='{following.left}']").first.wait_for()
     page.locator("#vote-tie").click()
