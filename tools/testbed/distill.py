@@ -119,7 +119,7 @@ def distillation(
         read: reads the teacher's features off the student's tokens; adds their error, times `feature_weight`.
     """
     process, recipe = student.process, base.recipe.denoiser
-    blocks = (teacher.denoiser.up_blocks[1].attentions[-1], student.block) if read else ()
+    blocks = (teacher.denoiser.up_blocks[1].attentions[-1], student.block) if read is not None else ()
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((base.recipe.seed, 13, step))
