@@ -30,3 +30,8 @@ function voter(typed) {
   keepVoter(name);
   return name;
 }
+// A name is not filled in under the hands of whoever is typing one: the box is settled when they leave it.
+function settled(typed) {
+  const box = document.activeElement;
+  return box && box.closest("#user") ? box.value : voter(typed);
+}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from t2i_align.demo.session import Demo
 
 MAX_SAMPLING = 200  # steps
-VOTER = "(typed) => voter(typed)"  # in demo.js
+VOTER, SETTLED = "(typed) => voter(typed)", "(typed) => settled(typed)"  # in demo.js
 DEVICE: dict[str, Any] = {
     "concurrency_id": "device",
     "concurrency_limit": 4,
@@ -62,7 +62,7 @@ class Page:
         if self.accounts:
             self.blocks.load(account, None, self.name, api_visibility="private", queue=False)
             return
-        gradio.on([self.blocks.load, self.name.blur], None, self.name, self.name, js=VOTER)
+        gradio.on([self.blocks.load, self.name.blur], None, self.name, self.name, js=SETTLED)
 
     def on_user(self, tab: gradio.Tab, function: Callable[..., Any], outputs: Sequence[Any], **options: Any) -> None:
         """Call a function of the user's name where a tab is opened and where the name has changed.

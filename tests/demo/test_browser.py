@@ -93,6 +93,19 @@ def test_a_name_that_is_typed_at_once_is_kept(page: Any, served: Served) -> None
     until(page, lambda: name(page).input_value().startswith("guest-"))
 
 
+def test_a_name_is_not_filled_in_while_one_is_typed(page: Any) -> None:
+    """The box may have the focus before the page has settled who votes."""
+    page.add_init_script(
+        "new MutationObserver(() => document.querySelector('#user :is(input, textarea)')?.focus())"
+        ".observe(document, {childList: true, subtree: true})"
+    )
+    with page.expect_response("**/gradio_api/run/**"):  # of another event of the load
+        page.reload()
+    assert name(page).input_value() == ""
+    page.keyboard.type("hugo")
+    assert name(page).input_value() == "hugo"
+
+
 def test_an_account_votes_under_its_name(browser: Any, tmp_path: Path) -> None:
     source = generated(tmp_path / "source", prompts=2)
     with app.opened("testbed:sd", sources=[source], out=tmp_path / "demo") as demo:
