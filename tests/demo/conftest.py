@@ -22,6 +22,7 @@ from tests.runs import image
 SHOTS = os.environ.get("DEMO_SCREENSHOTS")  # folder to leave screenshots in
 WIDTHS = (1400, 420)
 TIMEOUT = 60  # seconds
+CALLS = "**/gradio_api/run/**"  # of functions that do not wait in the queue
 PROMPTS = ("a red circle on a white background", "there is a green square")
 
 
@@ -85,6 +86,8 @@ def opened(browser: Any, url: str, name: str) -> Iterator[Any]:
     page.set_default_timeout(1000 * TIMEOUT)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda one: None if one.url.startswith((url, "data:", "blob:")) else outside.append(one.url))
+    # Chromium lets requests past for a moment after the first route is set, so the first is not set in `held`.
+    page.route(CALLS, lambda route: route.continue_())
     page.goto(url)
     try:
         yield page
@@ -111,7 +114,7 @@ def held(page: Any) -> Iterator[list[Any]]:
     """Let nothing that the page asks of its functions reach the server inside the block, as on a slow connection."""
     routes: list[Any] = []
     released = False
-    page.route("**/gradio_api/run/**", lambda route: route.continue_() if released else routes.append(route))
+    page.route(CALLS, lambda route: route.continue_() if released else routes.append(route))
     yield routes
     released = True
     for route in routes:

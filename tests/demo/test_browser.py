@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from t2i_align.demo import app
-from tests.demo.conftest import Served, generated, held, name, opened, shoot, tab, until
+from tests.demo.conftest import CALLS, Served, generated, held, name, opened, shoot, tab, until
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_name_is_not_filled_in_while_one_is_typed(page: Any) -> None:
         "new MutationObserver(() => document.querySelector('#user :is(input, textarea)')?.focus())"
         ".observe(document, {childList: true, subtree: true})"
     )
-    with page.expect_response("**/gradio_api/run/**"):  # of another event of the load
+    with page.expect_response(CALLS):  # of another event of the load
         page.reload()
     assert name(page).input_value() == ""
     page.keyboard.type("hugo")
