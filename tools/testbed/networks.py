@@ -9,7 +9,6 @@ from typing import Any, cast
 import diffusers
 import transformers
 import yaml
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -31,11 +30,7 @@ def build(base: str, part: str, tokenizer: Any = None) -> Any:
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         cls = getattr(transformers, name)
         return cls(cls.config_class(vocab_size=len(tokenizer), **ids, **options))
-    built = getattr(diffusers, name)(**options)
-    if name == "UNet2DConditionModel":
-        # Plain matrix products: at these sizes the fused kernel's backward takes twice as long on a CPU.
-        built.set_attn_processor(AttnProcessor())
-    return built
+    return getattr(diffusers, name)(**options)
 
 
 def image_words() -> list[str]:
