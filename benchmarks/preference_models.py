@@ -148,8 +148,7 @@ def audit_stage(options: argparse.Namespace) -> None:
     specs = [f"trained:{options.work / f'expert_full_{seed}'}" for seed in range(options.seeds)]
     for rule in ("mean_minus_std", "min"):
         members = [{"scorer": spec} for spec in specs]
-        values = {"rule": rule, "strength": 1.0, "scorers": members}
-        (options.work / f"{rule}.yaml").write_text(json.dumps(values))
+        (options.work / f"{rule}.yaml").write_text(json.dumps({"rule": rule, "scorers": members}))
     scorers = [*specs, *(f"combine:{options.work / rule}.yaml" for rule in ("mean_minus_std", "min"))]
     audit("testbed:pairs", scorers, options.work / "audit", optimise=True, limit=1000, batch_size=64)
 
