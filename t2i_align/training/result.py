@@ -34,11 +34,15 @@ class RunResult:
         settings, run = read_settings(self.output_dir / RUN_FILE), self.output_dir
         prompts = Path(settings["validation"]["data"] or "").parent / PROMPTS  # of `data split`
         how = f"--prompts {prompts if prompts.is_file() else 'held_out_prompts.txt'} --scorers pickscore"
-        if str(settings["model"]["path"]).startswith("testbed:"):
-            how = "--prompts testbed:test --scorers oracle --steps 20 --guidance 1"
+        prompt, base = "a red fox", str(settings["model"]["path"])
+        if base.startswith("testbed:"):
+            how, prompt = "--prompts testbed:test --scorers oracle", "a red circle above a blue square"
+            if base == "testbed:wan":
+                how, prompt = "--prompts testbed:video-test --scorers motion_oracle", "a red circle moving to the left"
+            how += " --steps 20 --guidance 1"
         lines = [
             f"to measure it: t2i-align evaluate --aligned {run} {how} --out {run / 'evaluation'}",
-            f"to look at it: t2i-align generate {run} --prompt 'a red fox' --out {run}-images",
+            f"to look at it: t2i-align generate {run} --prompt '{prompt}' --out {run}-images",
         ]
         if settings.get("lora"):
             lines.append(f"for ComfyUI and others: t2i-align export-lora {run} --out {run.name}.safetensors")

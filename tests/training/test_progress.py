@@ -15,6 +15,8 @@ from PIL import Image
 
 from t2i_align import align
 from t2i_align.errors import UserError
+from t2i_align.training.output import write_settings
+from t2i_align.training.result import RunResult
 from t2i_align.utils.progress import progress_bar
 from tests.runs import jsonl_pairs, metrics, run_values
 
@@ -47,6 +49,22 @@ def test_redirected_output_is_a_plain_line_per_logged_step_and_so_is_the_log(
     with pytest.raises(UserError, match="holds a run already"):
         align(values, progress=False)
     assert (tmp_path / "run/run.log").read_text() == log, "another run's refusal is not this one's"
+
+
+@pytest.mark.parametrize(
+    ("model", "measured", "looked_at"),
+    [
+        ("testbed:wan", "testbed:video-test --scorers motion_oracle", "a red circle moving to the left"),
+        ("testbed:sd3", "testbed:test --scorers oracle", "a red circle above a blue square"),
+        ("some/model", "held_out_prompts.txt --scorers pickscore", "a red fox"),
+    ],
+)
+def test_next_commands_are_of_the_model_that_was_trained(
+    model: str, measured: str, looked_at: str, tmp_path: Path
+) -> None:
+    write_settings(tmp_path, {"model": {"path": model}, "validation": {"data": None}})
+    result = RunResult(output_dir=tmp_path, weights=tmp_path / "lora", steps=1, metrics={})
+    assert f"--prompts {measured} " in f"{result.next} " and f"--prompt '{looked_at}'" in result.next
 
 
 def test_bars_are_lines_where_the_output_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
