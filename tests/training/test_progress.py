@@ -64,7 +64,7 @@ def test_next_commands_are_of_the_model_that_was_trained(
 ) -> None:
     write_settings(tmp_path, {"model": {"path": model}, "validation": {"data": None}})
     result = RunResult(output_dir=tmp_path, weights=tmp_path / "lora", steps=1, metrics={})
-    assert f"--prompts {measured} " in f"{result.next} " and f"--prompt '{looked_at}'" in result.next
+    assert f"--prompts {measured} " in result.next and f"--prompt '{looked_at}'" in result.next
 
 
 def test_bars_are_lines_where_the_output_is_redirected(capsys: pytest.CaptureFixture[str]) -> None:
